@@ -1,0 +1,1 @@
+"""One module per kind of artifact: how it is made."""

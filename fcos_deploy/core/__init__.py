@@ -1,0 +1,1 @@
+"""Contracts and array arithmetic: NumPy and the standard library only."""

@@ -1,0 +1,144 @@
+"""The interface that every runtime implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import ArtifactKind, StrEnum
+from fcos_deploy.core.errors import BackendError, TensorMismatchError
+from fcos_deploy.core.tensor_spec import TensorSpec
+
+__all__ = ["Backend", "BackendProbe", "ComputeType", "PerformanceHint", "Session", "SessionOptions", "Tensors"]
+
+Tensors = dict[str, NDArray[Any]]
+
+
+class ComputeType(StrEnum):
+    """The number format in which a runtime computes what the graph leaves in float."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+
+
+class PerformanceHint(StrEnum):
+    """Shortest time of one request, or most requests a second."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOptions:
+    """How a session runs. Empty and ``None`` mean the backend's own default, which ``Session.description`` then names.
+
+    ``device`` is in the backend's own words (``cpu``, ``GPU.0``, ``cuda:0``); ``cache_dir`` holds compiled models;
+    ``contract`` is needed where the artifact does not carry one, or is to be replaced.
+    """
+
+    device: str = ""
+    compute: ComputeType = ComputeType.F32
+    hint: PerformanceHint = PerformanceHint.LATENCY
+    threads: int | None = None
+    streams: int | None = None
+    cache_dir: Path | None = None
+    contract: ModelContract | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendProbe:
+    """What a backend finds on this machine: used by ``doctor`` and by errors."""
+
+    available: bool
+    version: str = ""
+    devices: tuple[str, ...] = ()
+    problem: str = ""
+    remedy: str = ""
+
+
+class Session(ABC):
+    """An opened artifact. ``run`` checks the feeds once; backends fill in ``_run``.
+
+    ``thread_safe`` says whether ``run`` may be called from several threads at a time.
+    """
+
+    thread_safe = True
+
+    def __init__(
+        self, *, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], description: Mapping[str, str]
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.description = dict(description)  # backend, version, device, compute type, ...: for records and reports
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
+
+    def run(self, feeds: Tensors) -> Tensors:
+        """One inference. Outputs may be views that the next call overwrites only if ``thread_safe`` is False.
+
+        Raises:
+            TensorMismatchError: a feed is missing, unknown, or of another dtype or shape.
+            BackendError: the session is closed, or the runtime failed.
+        """
+        if self._closed:
+            raise BackendError("The session is closed.")
+        wanted = {spec.name for spec in self.inputs}
+        if set(feeds) != wanted:
+            raise TensorMismatchError(f"The inputs must be {sorted(wanted)}, got {sorted(feeds)}.")
+        for spec in self.inputs:
+            spec.check(feeds[spec.name])
+        return self._run(feeds)
+
+    def close(self) -> None:
+        """Release the runtime's resources; may be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _run(self, feeds: Tensors) -> Tensors: ...
+
+    def _close(self) -> None:  # noqa: B027  (most runtimes release on deletion)
+        pass
+
+
+class Backend(ABC):
+    """A runtime. A public module in ``runtimes/`` that defines ``BACKEND`` registers one."""
+
+    name: str
+    accepts: frozenset[ArtifactKind]
+    extra: str  # the pip extra that installs it
+
+    @abstractmethod
+    def open(self, path: Path, options: SessionOptions) -> Session:
+        """Open an artifact.
+
+        Raises:
+            MissingDependencyError: the runtime is not installed.
+            BackendLoadError: the artifact is not one it can read.
+            DeviceError: the device is not there; never another one in its place.
+        """
+
+    @abstractmethod
+    def probe(self) -> BackendProbe:
+        """Look at this machine without raising."""

@@ -1,0 +1,125 @@
+"""Reads and writes the contract that travels with an artifact, without importing any framework.
+
+An ONNX file carries it in its metadata; other artifacts have a json file of the same stem beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fcos_deploy.core.atomic import write_text
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.errors import BackendLoadError
+from fcos_deploy.core.serialize import from_json, to_json
+
+__all__ = ["METADATA_KEY", "contract_to_text", "onnx_metadata", "read_contract", "sidecar_path", "write_sidecar"]
+
+METADATA_KEY = "fcos_deploy.contract"
+_METADATA_PROPS = 14  # field number in onnx.ModelProto
+
+
+def contract_to_text(contract: ModelContract) -> str:
+    """One line of JSON."""
+    return json.dumps(to_json(contract), separators=(",", ":"), sort_keys=True)
+
+
+def sidecar_path(path: Path) -> Path:
+    """The json file that belongs to an engine or IR: ``model.int8.xml`` -> ``model.int8.json``."""
+    return path.with_suffix(".json")
+
+
+def write_sidecar(path: Path, contract: ModelContract, record: dict[str, str] | None = None) -> Path:
+    """Write the contract, and how the artifact was made, beside it."""
+    content = {"contract": to_json(contract), "record": record or {}}
+    write_text(sidecar_path(path), json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return sidecar_path(path)
+
+
+def read_contract(path: Path) -> ModelContract:
+    """The contract of an ONNX file, engine or IR.
+
+    Raises:
+        BackendLoadError: when the file is missing or damaged, or has no contract.
+    """
+    try:
+        value = json.loads(_contract_text(path))
+    except (OSError, ValueError) as error:
+        raise BackendLoadError(f"Cannot read the contract of '{path}': {error}.") from error
+    return from_json(ModelContract, value, where="contract")
+
+
+def _contract_text(path: Path) -> str:
+    if not path.is_file():
+        raise BackendLoadError(f"'{path}' is not there.")
+    if path.suffix == ".onnx":
+        metadata = onnx_metadata(path)
+        if METADATA_KEY not in metadata:
+            raise BackendLoadError(
+                f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'"
+            )
+        return metadata[METADATA_KEY]
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        raise BackendLoadError(f"'{path}' has no '{sidecar.name}' beside it.", hint="copy both files together")
+    content: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+    return json.dumps(content.get("contract"))
+
+
+def onnx_metadata(path: Path) -> dict[str, str]:
+    """The metadata properties of an ONNX file, read from the wire format without the onnx package.
+
+    Raises:
+        BackendLoadError: when the file is not a complete ONNX model.
+    """
+    properties: dict[str, str] = {}
+    if path.stat().st_size == 0:
+        raise BackendLoadError(f"'{path}' is empty.")
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            for number, start, end in _fields(data, 0, len(data)):
+                if number == _METADATA_PROPS:
+                    entry = {n: data[a:b].decode() for n, a, b in _fields(data, start, end) if n in (1, 2)}
+                    properties[entry[1]] = entry.get(2, "")
+        except (IndexError, KeyError, ValueError) as error:
+            raise BackendLoadError(f"'{path}' is not a complete ONNX file.", hint="export it again") from error
+    return properties
+
+
+def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(field number, start, end) of each length-delimited field of a protobuf message."""
+    while position < end:
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if number == 0:
+            raise ValueError("field number 0")
+        if wire == 0:
+            _, position = _varint(data, position)
+        elif wire == 2:
+            length, position = _varint(data, position)
+            if position + length > end:
+                raise ValueError("truncated field")
+            yield number, position, position + length
+            position += length
+        elif wire in (1, 5):
+            position += 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+    if position != end:
+        raise ValueError("truncated message")
+
+
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("varint too long")

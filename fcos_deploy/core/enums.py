@@ -1,0 +1,44 @@
+"""The closed sets of words that contracts, manifests and command-line options share."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = ["ArtifactKind", "Precision", "StrEnum", "Tail"]
+
+
+class StrEnum(str, Enum):
+    """An enumeration whose members are their text (the standard one needs Python 3.11, JetPack 6 has 3.10)."""
+
+    __str__ = str.__str__
+
+
+class Precision(StrEnum):
+    """The number format in which an artifact's convolutions are written."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+class ArtifactKind(StrEnum):
+    """What a file is, and thereby which runtimes can open it."""
+
+    CHECKPOINT = "checkpoint"
+    ONNX = "onnx"
+    OPENVINO_IR = "openvino-ir"
+    TENSORRT_ENGINE = "tensorrt-engine"
+    TENSORRT_RTX_ENGINE = "tensorrt-rtx-engine"
+
+
+class Tail(StrEnum):
+    """Where the exported graph ends (design, section 5).
+
+    ``raw``: class logits, box distances and centerness logits of all locations; the host does the rest.
+    ``candidates``: scores, labels and decoded boxes after the per-level top-k; the host suppresses.
+    ``nms``: ready detections, padded, and their count.
+    """
+
+    RAW = "raw"
+    CANDIDATES = "candidates"
+    NMS = "nms"

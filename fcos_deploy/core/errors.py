@@ -1,0 +1,112 @@
+"""Every error a user can meet, with the exit code of the command line."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AccuracyGateError",
+    "BackendError",
+    "BackendLoadError",
+    "BuildError",
+    "BundleError",
+    "CalibrationError",
+    "CheckpointError",
+    "ChecksumError",
+    "ConfigError",
+    "DeviceError",
+    "ExportError",
+    "FcosDeployError",
+    "ImageError",
+    "ManifestVersionError",
+    "MissingDependencyError",
+    "SignatureError",
+    "StepCheckError",
+    "TensorMismatchError",
+]
+
+
+class FcosDeployError(Exception):
+    """Something the user can act on: a sentence that says what is wrong, and a hint that says what to do."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(FcosDeployError):
+    """An option or a combination of options that cannot be meant."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(FcosDeployError):
+    """A library that this step needs is not installed."""
+
+    exit_code = 3
+
+
+class AccuracyGateError(FcosDeployError):
+    """An accuracy goal was missed."""
+
+    exit_code = 4
+
+
+class ImageError(FcosDeployError):
+    """A file that cannot be read as an image."""
+
+
+class CheckpointError(FcosDeployError):
+    """A checkpoint that is unreadable, unsafe or of an unknown layout."""
+
+
+class ExportError(FcosDeployError):
+    """A model that cannot be turned into the requested artifact."""
+
+
+class StepCheckError(ExportError):
+    """A step whose result no longer equals its source."""
+
+
+class CalibrationError(FcosDeployError):
+    """Calibration data or statistics that cannot be used."""
+
+
+class BuildError(FcosDeployError):
+    """An engine builder that failed; the message ends with the last lines of its own log."""
+
+
+class BackendError(FcosDeployError):
+    """A runtime that failed."""
+
+
+class BackendLoadError(BackendError):
+    """An artifact that the runtime cannot open."""
+
+
+class DeviceError(BackendError):
+    """A device that is not there or does not fit the artifact."""
+
+
+class TensorMismatchError(BackendError):
+    """A tensor whose name, dtype or shape is not what the session expects."""
+
+
+class BundleError(FcosDeployError):
+    """A bundle that is incomplete or inconsistent."""
+
+
+class ManifestVersionError(BundleError):
+    """A manifest written by a newer version."""
+
+
+class ChecksumError(BundleError):
+    """A file whose contents are not what the manifest recorded."""
+
+
+class SignatureError(BundleError):
+    """A signature that is missing or does not match."""

@@ -1,0 +1,78 @@
+"""The interface that every maker of artifacts implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.progress import ProgressFn, no_progress
+
+__all__ = ["BatchRange", "BuildOptions", "BuildRequest", "BuildResult", "Exporter"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRange:
+    """Smallest, most usual and largest batch of an engine; all equal for a fixed one."""
+
+    minimum: int = 1
+    optimal: int = 1
+    maximum: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What a builder may be told; a builder refuses what it cannot honour."""
+
+    batch: BatchRange = field(default_factory=BatchRange)
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+    compute_capabilities: tuple[str, ...] = ()  # such as "8.6"; TensorRT-RTX only
+    timing_cache: Path | None = None
+    builds: int = 1
+    dla_core: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    calibration_cache: Path | None = None
+    height_range: tuple[int, int, int] | None = None  # smallest, usual, largest input height, for dynamic sizes
+    width_range: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """One artifact to make: ``source`` is read, ``output`` is written atomically, with its sidecar beside it."""
+
+    source: Path
+    output: Path
+    options: BuildOptions = field(default_factory=BuildOptions)
+    progress: ProgressFn = no_progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildResult:
+    """What was made. ``files`` are all its files, the main one first; ``record`` goes into the manifest (versions, seconds,
+    flags, figures measured).
+    """
+
+    files: tuple[Path, ...]
+    record: Mapping[str, str]
+
+
+class Exporter(ABC):
+    """Makes one kind of artifact from another. A public module in ``exporters/`` that defines ``EXPORTER`` registers one."""
+
+    name: str
+    source: ArtifactKind
+    target: ArtifactKind
+    extra: str
+
+    @abstractmethod
+    def build(self, request: BuildRequest) -> BuildResult:
+        """Make the artifact.
+
+        Raises:
+            MissingDependencyError: the builder is not installed.
+            BuildError: the builder failed; the message ends with the last lines of its log.
+        """

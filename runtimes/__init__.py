@@ -1,0 +1,1 @@
+"""One module per runtime: how an artifact is run."""

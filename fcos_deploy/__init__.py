@@ -1,0 +1,1 @@
+"""fcos-deploy: from a trained FCOS detector to a verified engine."""

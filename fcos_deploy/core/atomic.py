@@ -17,7 +17,7 @@ __all__ = ["atomic_directory", "atomic_file", "sha256_file", "write_text"]
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` with the same suffix; rename it when the block ends, delete it when it fails.
+    """Yield a temporary path beside ``path``, same suffix; it takes the name when the block ends, goes when it fails.
 
     Raises:
         ConfigError: when the folder cannot be written.

@@ -47,8 +47,8 @@ class PostprocessProfile:
     """One ecosystem's post-processing.
 
     A candidate is a pair of location and class with ``gate`` > the score threshold (strictly); of each level the
-    ``pre_nms_top_k`` best by ``rank`` remain; ``score`` is what the detection gets. ``iou_offset`` is added to widths and
-    heights in the overlap (1 in tianzhi's). ``keep_ties``: detections that tie with the last one allowed stay.
+    ``pre_nms_top_k`` best by ``rank`` remain; ``score`` is what the detection gets. ``iou_offset`` is added to widths
+    and heights in the overlap (1 in tianzhi's). ``keep_ties``: detections that tie with the last one allowed stay.
     ``sort_by_score``: False leaves survivors in candidate order, level by level (tianzhi).
     ``rank_per_location``: rank locations by their best class instead of pairs (mmdetection 2).
     """

@@ -52,8 +52,9 @@ class BuildRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
-    """What was made. ``files`` are all its files, the main one first; ``record`` goes into the manifest (versions, seconds,
-    flags, figures measured).
+    """What was made: all its files, the main one first.
+
+    ``record`` goes into the manifest: versions, seconds, flags, figures measured.
     """
 
     files: tuple[Path, ...]
@@ -61,7 +62,7 @@ class BuildResult:
 
 
 class Exporter(ABC):
-    """Makes one kind of artifact from another. A public module in ``exporters/`` that defines ``EXPORTER`` registers one."""
+    """Makes one kind of artifact from another. A module in ``exporters/`` that defines ``EXPORTER`` registers one."""
 
     name: str
     source: ArtifactKind

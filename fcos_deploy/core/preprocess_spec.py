@@ -62,9 +62,9 @@ class PreprocessSpec:
     """From a picture to the input tensor ``(3, H, W)``.
 
     Either ``height`` and ``width`` (a fixed canvas) or ``shortest`` and ``longest`` (the size follows the image, padded
-    to a multiple of ``size_divisor``) are given, in pixels. Normalising is ``(pixel / pixel_scale - mean) / std``, with
-    ``mean`` and ``std`` in the order of ``channel_order``. Padding is appended on the right and the bottom; it is 0 after
-    normalising for float32 input, and ``pad_value`` (in ``channel_order``) for uint8 input.
+    to a multiple of ``size_divisor``) are given, in pixels. Normalising is ``(pixel / pixel_scale - mean) / std``,
+    with ``mean`` and ``std`` in the order of ``channel_order``. Padding is appended on the right and the bottom; it is
+    0 after normalising for float32 input, and ``pad_value`` (in ``channel_order``) for uint8 input.
     """
 
     mean: tuple[float, float, float]

@@ -44,16 +44,15 @@ def _convert(kind: Any, value: Any, where: str) -> Any:  # Any: ``kind`` is any 
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise _mismatch(where, "an array", value)
-        kinds = (arguments[0],) * len(value) if arguments[1:] == (...,) else arguments
-        if len(kinds) != len(value):
-            raise _mismatch(where, f"an array of {len(kinds)}", value)
-        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+        return _convert_tuple(arguments, value, where)
     if origin is dict:
         if not isinstance(value, dict):
             raise _mismatch(where, "an object", value)
         return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    return _convert_scalar(kind, value, where)
+
+
+def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         if value not in [member.value for member in kind]:
             raise _mismatch(where, f"one of {', '.join(m.value for m in kind)}", value)
@@ -63,6 +62,15 @@ def _convert(kind: Any, value: Any, where: str) -> Any:  # Any: ``kind`` is any 
     if kind is Any or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
         return value
     raise _mismatch(where, kind.__name__, value)
+
+
+def _convert_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, list):
+        raise _mismatch(where, "an array", value)
+    kinds = (kinds[0],) * len(value) if kinds[1:] == (...,) else kinds
+    if len(kinds) != len(value):
+        raise _mismatch(where, f"an array of {len(kinds)}", value)
+    return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:

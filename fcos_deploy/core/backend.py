@@ -128,6 +128,7 @@ class Backend(ABC):
     name: str
     accepts: frozenset[ArtifactKind]
     extra: str  # the pip extra that installs it
+    placements: frozenset[str] = frozenset({"portable"})  # Q/DQ placements that it reads as they were meant
 
     @abstractmethod
     def open(self, path: Path, options: SessionOptions) -> Session:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import BackendLoadError
+from fcos_deploy.core.protobuf_wire import length_delimited_fields
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = ["METADATA_KEY", "contract_to_text", "onnx_metadata", "read_contract", "sidecar_path", "write_sidecar"]
@@ -80,46 +80,11 @@ def onnx_metadata(path: Path) -> dict[str, str]:
         raise BackendLoadError(f"'{path}' is empty.")
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            for number, start, end in _fields(data, 0, len(data)):
+            for number, start, end in length_delimited_fields(data, start=0, end=len(data)):
                 if number == _METADATA_PROPS:
-                    entry = {n: data[a:b].decode() for n, a, b in _fields(data, start, end) if n in (1, 2)}
+                    pairs = length_delimited_fields(data, start=start, end=end)
+                    entry = {n: data[a:b].decode() for n, a, b in pairs if n in (1, 2)}
                     properties[entry[1]] = entry.get(2, "")
         except (IndexError, KeyError, ValueError) as error:
             raise BackendLoadError(f"'{path}' is not a complete ONNX file.", hint="export it again") from error
     return properties
-
-
-def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, start, end) of each length-delimited field of a protobuf message."""
-    while position < end:
-        tag, position = _varint(data, position)
-        number, wire = tag >> 3, tag & 7
-        if number == 0:
-            raise ValueError("field number 0")
-        if wire == 0:
-            _, position = _varint(data, position)
-        elif wire == 2:
-            length, position = _varint(data, position)
-            if position + length > end:
-                raise ValueError("truncated field")
-            yield number, position, position + length
-            position += length
-        elif wire in (1, 5):
-            position += 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-    if position != end:
-        raise ValueError("truncated message")
-
-
-def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-        if shift > 63:
-            raise ValueError("varint too long")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, StrEnum
-from fcos_deploy.core.errors import BackendError, TensorMismatchError
+from fcos_deploy.core.errors import BackendError, BackendLoadError, TensorMismatchError
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = ["Backend", "BackendProbe", "ComputeType", "PerformanceHint", "Session", "SessionOptions", "Tensors"]
@@ -92,6 +92,29 @@ class Session(ABC):
             TensorMismatchError: a feed is missing, unknown, or of another dtype or shape.
             BackendError: the session is closed, or the runtime failed.
         """
+        self._check(feeds)
+        return self._run(feeds)
+
+    def borrow(self, feeds: Tensors) -> Tensors:
+        """As ``run``, but the outputs may be views that the calling thread's next call overwrites.
+
+        Raises:
+            TensorMismatchError, BackendError: as ``run``.
+        """
+        self._check(feeds)
+        return self._borrow(feeds)
+
+    def run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
+        """One inference for each of ``feeds``, results in their order; at a time as many as the runtime sees fit.
+
+        Raises:
+            TensorMismatchError, BackendError: as ``run``.
+        """
+        for one in feeds:
+            self._check(one)
+        return self._run_many(feeds)
+
+    def _check(self, feeds: Tensors) -> None:
         if self._closed:
             raise BackendError("The session is closed.")
         wanted = {spec.name for spec in self.inputs}
@@ -99,7 +122,6 @@ class Session(ABC):
             raise TensorMismatchError(f"The inputs must be {sorted(wanted)}, got {sorted(feeds)}.")
         for spec in self.inputs:
             spec.check(feeds[spec.name])
-        return self._run(feeds)
 
     def close(self) -> None:
         """Release the runtime's resources; may be called twice."""
@@ -118,6 +140,12 @@ class Session(ABC):
     @abstractmethod
     def _run(self, feeds: Tensors) -> Tensors: ...
 
+    def _borrow(self, feeds: Tensors) -> Tensors:
+        return self._run(feeds)
+
+    def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
+        return [self._run(one) for one in feeds]
+
     def _close(self) -> None:  # noqa: B027  (most runtimes release on deletion)
         pass
 
@@ -129,6 +157,7 @@ class Backend(ABC):
     accepts: frozenset[ArtifactKind]
     extra: str  # the pip extra that installs it
     placements: frozenset[str] = frozenset({"portable"})  # Q/DQ placements that it reads as they were meant
+    preferred_for: frozenset[ArtifactKind] = frozenset()  # kinds that it opens when the user names no backend
 
     @abstractmethod
     def open(self, path: Path, options: SessionOptions) -> Session:
@@ -143,3 +172,15 @@ class Backend(ABC):
     @abstractmethod
     def probe(self) -> BackendProbe:
         """Look at this machine without raising."""
+
+    def check_placement(self, contract: ModelContract) -> None:
+        """Refuse an INT8 graph that this runtime would read otherwise than it was meant.
+
+        Raises:
+            BackendLoadError: naming the placement and those that fit.
+        """
+        if contract.placement and contract.placement not in self.placements:
+            raise BackendLoadError(
+                f"The INT8 graph was quantized for '{contract.placement}', which '{self.name}' does not read as meant.",
+                hint=f"quantize with --for {self.name} (it reads {', '.join(sorted(self.placements))})",
+            )

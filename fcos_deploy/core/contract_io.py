@@ -16,7 +16,15 @@ from fcos_deploy.core.errors import BackendLoadError
 from fcos_deploy.core.protobuf_wire import length_delimited_fields
 from fcos_deploy.core.serialize import from_json, to_json
 
-__all__ = ["METADATA_KEY", "contract_to_text", "onnx_metadata", "read_contract", "sidecar_path", "write_sidecar"]
+__all__ = [
+    "METADATA_KEY",
+    "contract_to_text",
+    "find_contract",
+    "onnx_metadata",
+    "read_contract",
+    "sidecar_path",
+    "write_sidecar",
+]
 
 METADATA_KEY = "fcos_deploy.contract"
 _METADATA_PROPS = 14  # field number in onnx.ModelProto
@@ -50,6 +58,18 @@ def read_contract(path: Path) -> ModelContract:
     except (OSError, ValueError) as error:
         raise BackendLoadError(f"Cannot read the contract of '{path}': {error}.") from error
     return from_json(ModelContract, value, where="contract")
+
+
+def find_contract(path: Path) -> ModelContract | None:
+    """As ``read_contract``, but None for an artifact of elsewhere that carries none.
+
+    Raises:
+        BackendLoadError: when the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise BackendLoadError(f"'{path}' is not there.")
+    carries = METADATA_KEY in onnx_metadata(path) if path.suffix == ".onnx" else sidecar_path(path).is_file()
+    return read_contract(path) if carries else None
 
 
 def _contract_text(path: Path) -> str:

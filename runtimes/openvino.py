@@ -1,0 +1,264 @@
+"""OpenVINO, on Intel's and other processors.
+
+The inference precision is always explicit: left alone, OpenVINO computes fp32 graphs in bf16 where the processor can.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.atomic import sha256_file
+from fcos_deploy.core.backend import (
+    Backend,
+    BackendProbe,
+    ComputeType,
+    PerformanceHint,
+    Session,
+    SessionOptions,
+    Tensors,
+)
+from fcos_deploy.core.cache_dir import model_cache_dir
+from fcos_deploy.core.contract_io import find_contract
+from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
+from fcos_deploy.core.per_thread import PerThread
+from fcos_deploy.core.require import require
+from fcos_deploy.core.tensor_spec import TensorSpec
+
+__all__ = ["BACKEND"]
+
+_HINTS = {PerformanceHint.LATENCY: "LATENCY", PerformanceHint.THROUGHPUT: "THROUGHPUT"}
+_CAPABILITIES = {ComputeType.F32: "FP32", ComputeType.F16: "FP16", ComputeType.BF16: "BF16"}
+
+
+class _Request:
+    """An infer request, and the arrays that its input tensors share memory with."""
+
+    def __init__(self, compiled: Any, outputs: Sequence[str]) -> None:
+        self._request = compiled.create_infer_request()
+        self._outputs = outputs
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def infer(self, feeds: Tensors) -> Tensors:
+        """The outputs as views that the next call overwrites."""
+        for name, array in feeds.items():
+            if self._arrays.get(name) is not array:
+                self._share(name, array)
+        # Not ``infer``, which copies the outputs.
+        self._request.start_async()
+        self._request.wait()
+        return {name: self._request.get_output_tensor(i).data for i, name in enumerate(self._outputs)}
+
+    def _share(self, name: str, array: NDArray[Any]) -> None:
+        tensor, held = _shared(array)
+        self._request.set_tensor(name, tensor)
+        self._arrays[name] = held
+
+
+class _OpenVinoSession(Session):
+    def __init__(self, compiled: Any, *, description: Mapping[str, str]) -> None:
+        super().__init__(
+            inputs=tuple(_spec(port) for port in compiled.inputs),
+            outputs=tuple(_spec(port) for port in compiled.outputs),
+            description=description,
+        )
+        self._names = [spec.name for spec in self.outputs]
+        self._compiled = compiled
+        self._requests = PerThread(partial(_Request, compiled, self._names))
+        self._queue: Any = None
+        self._queue_lock = threading.Lock()
+
+    def _borrow(self, feeds: Tensors) -> Tensors:
+        requests = self._requests
+        if requests is None:
+            raise BackendError("The session is closed.")
+        try:
+            return requests.get().infer(feeds)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
+
+    def _run(self, feeds: Tensors) -> Tensors:
+        return {name: array.copy() for name, array in self._borrow(feeds).items()}
+
+    def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
+        with self._queue_lock:
+            if self._compiled is None:
+                raise BackendError("The session is closed.")
+            if self._queue is None:
+                self._queue = require("openvino", extra=BACKEND.extra).AsyncInferQueue(self._compiled)
+            try:
+                return _drain(self._queue, feeds, names=self._names)
+            except RuntimeError as error:
+                self._queue = None
+                raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
+
+    def _close(self) -> None:
+        with self._queue_lock:
+            self._queue = self._requests = self._compiled = None  # type: ignore[assignment]  # nobody asks afterwards
+
+
+class _OpenVino(Backend):
+    """Runs IR and ONNX files. Devices are OpenVINO's own: ``CPU``, ``GPU``, ``GPU.0``, ``NPU``, upper case or lower."""
+
+    name = "openvino"
+    accepts = frozenset({ArtifactKind.ONNX, ArtifactKind.OPENVINO_IR})
+    extra = "openvino"
+    placements = frozenset({"portable", "openvino"})
+    preferred_for = frozenset({ArtifactKind.OPENVINO_IR})
+
+    def open(self, path: Path, options: SessionOptions) -> Session:
+        openvino = require("openvino", extra=self.extra)
+        contract = options.contract or find_contract(path)
+        if contract:
+            self.check_placement(contract)
+        core = openvino.Core()
+        device = _device(core, options.device or "CPU")
+        _check_compute(core, device, options.compute)
+        cache = _cache_folder(path, options)
+        compiled = _compile(core, path, device=device, settings=_settings(options, cache))
+        return _OpenVinoSession(compiled, description=_describe(self.name, compiled, options=options, device=device))
+
+    def probe(self) -> BackendProbe:
+        try:
+            openvino = require("openvino", extra=self.extra)
+            devices = tuple(openvino.Core().available_devices)
+        except MissingDependencyError as error:
+            return BackendProbe(available=False, problem=error.message, remedy=error.hint)
+        except (ImportError, RuntimeError) as error:
+            return BackendProbe(available=False, problem=str(error), remedy="reinstall openvino")
+        return BackendProbe(available=True, version=openvino.__version__, devices=devices)
+
+
+BACKEND = _OpenVino()
+
+
+def _settings(options: SessionOptions, cache: Path | None) -> dict[str, str]:
+    settings = {"INFERENCE_PRECISION_HINT": str(options.compute), "PERFORMANCE_HINT": _HINTS[options.hint]}
+    if options.threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+    if options.streams is not None:
+        settings["NUM_STREAMS"] = str(options.streams)
+    if cache is not None:
+        settings["CACHE_DIR"] = str(cache)
+    return settings
+
+
+def _compile(core: Any, path: Path, *, device: str, settings: Mapping[str, str]) -> Any:
+    if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
+        raise BackendLoadError(f"'{path}' has no '{path.stem}.bin' beside it.", hint="copy both files together")
+    try:
+        compiled = core.compile_model(str(path), device, dict(settings))
+    except RuntimeError as error:
+        raise BackendLoadError(f"OpenVINO cannot open '{path}' on {device}: {_reason(error)}") from error
+    chosen = compiled.get_property("EXECUTION_DEVICES")
+    if chosen not in ([device], device):  # Some plug-ins answer with a list.
+        raise DeviceError(f"OpenVINO could not use '{device}' and chose {chosen}.")
+    return compiled
+
+
+def _describe(name: str, compiled: Any, *, options: SessionOptions, device: str) -> dict[str, str]:
+    version: str = require("openvino", extra=BACKEND.extra).__version__
+    return {
+        "backend": name,
+        "version": version,
+        "device": device,
+        "compute": str(options.compute),
+        "hint": str(options.hint),
+        "threads": str(compiled.get_property("INFERENCE_NUM_THREADS")) if device == "CPU" else "",
+        "streams": str(compiled.get_property("NUM_STREAMS")),
+        "model_cache": "hit" if compiled.get_property("LOADED_FROM_CACHE") else "miss",
+    }
+
+
+def _device(core: Any, asked: str) -> str:
+    """The device as OpenVINO names it.
+
+    Raises:
+        DeviceError: it is not there, or is one that chooses another by itself (AUTO, MULTI, HETERO).
+    """
+    available: list[str] = core.available_devices
+    device = asked.upper()
+    if device in available:
+        return device
+    if f"{device}.0" in available:
+        return f"{device}.0"
+    raise DeviceError(f"OpenVINO has no device '{asked}' here.", hint=f"devices: {', '.join(available)}")
+
+
+def _check_compute(core: Any, device: str, compute: ComputeType) -> None:
+    """Refuse a type that the device does not compute in: OpenVINO itself takes the hint and computes in another.
+
+    Raises:
+        DeviceError: naming the types that it has.
+    """
+    has = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+    if _CAPABILITIES[compute] not in has:
+        types = ", ".join(str(t) for t, capability in _CAPABILITIES.items() if capability in has)
+        raise DeviceError(
+            f"'{core.get_property(device, 'FULL_DEVICE_NAME')}' does not compute in {compute}.",
+            hint=f"it computes in {types}",
+        )
+
+
+def _cache_folder(path: Path, options: SessionOptions) -> Path | None:
+    """Where the compiled model is kept: as told, else in the user's cache if the model is an IR.
+
+    ONNX files come and go while models are searched and compared; an IR was built to be run often.
+
+    Raises:
+        ConfigError: the folder that was asked for cannot be written.
+    """
+    if options.cache_dir is None:
+        return model_cache_dir(BACKEND.name, key=_fingerprint(path)) if path.suffix == ".xml" else None
+    folder = options.cache_dir / _fingerprint(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The model cache '{options.cache_dir}' cannot be written: {error.strerror}.") from error
+    return folder
+
+
+def _fingerprint(path: Path) -> str:
+    """Name of a model by its contents: OpenVINO itself goes by path and date, and would take a stale entry."""
+    weights = path.with_suffix(".bin")
+    files = [path, weights] if path.suffix == ".xml" and weights.is_file() else [path]
+    return "-".join(sha256_file(file)[:16] for file in files)
+
+
+def _drain(queue: Any, feeds: Sequence[Tensors], *, names: Sequence[str]) -> list[Tensors]:
+    results: list[Tensors] = [{} for _ in feeds]
+
+    def keep(request: Any, index: int) -> None:
+        results[index] = {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(names)}
+
+    queue.set_callback(keep)
+    for index, one in enumerate(feeds):
+        queue.start_async({name: _shared(array)[0] for name, array in one.items()}, index)
+    queue.wait_all()
+    return results
+
+
+def _shared(array: NDArray[Any]) -> tuple[Any, NDArray[Any]]:
+    """A tensor in the array's own memory, and the array, which must outlive it; in a copy's if its own is unfit."""
+    array = np.require(array, requirements=["C", "W"])
+    return require("openvino", extra=BACKEND.extra).Tensor(array, shared_memory=True), array
+
+
+def _spec(port: Any) -> TensorSpec:
+    shape = tuple(d.get_length() if d.is_static else None for d in port.partial_shape)
+    return TensorSpec(port.any_name, port.element_type.to_dtype().name, shape)
+
+
+def _reason(error: RuntimeError) -> str:
+    """OpenVINO's text without the places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not re.match(r"(Exception from|Check .* failed at) ", line)]
+    return (" ".join(told)[:300] or str(error)[:300]).rstrip(". ") + "."

@@ -1,0 +1,197 @@
+"""PyTorch: the reference that every other runtime is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import ArtifactKind, Tail
+from fcos_deploy.core.errors import BackendError, DeviceError, MissingDependencyError
+from fcos_deploy.core.locations import level_sizes
+from fcos_deploy.core.require import require
+from fcos_deploy.core.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from fcos_deploy.model.fcos import Fcos
+
+__all__ = ["BACKEND", "open_model"]
+
+_EXTRA = "export"
+_Network = Callable[..., "tuple[torch.Tensor, ...]"]
+
+
+class _PyTorchSession(Session):
+    def __init__(
+        self,
+        network: _Network,
+        *,
+        device: torch.device,
+        options: SessionOptions,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> None:
+        torch = require("torch", extra=_EXTRA)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)  # PyTorch has one setting for the whole process.
+        description = {
+            "backend": BACKEND.name,
+            "version": torch.__version__,
+            "device": str(device),
+            "compute": str(options.compute),
+            "hint": str(options.hint),
+            "threads": str(torch.get_num_threads()),
+        }
+        super().__init__(inputs=inputs, outputs=outputs, description=description)
+        self._network: _Network | None = network
+        self._device = device
+        self._compute = options.compute
+
+    def _run(self, feeds: Tensors) -> Tensors:
+        torch = require("torch", extra=_EXTRA)
+        network = self._network
+        if network is None:
+            raise BackendError("The session is closed.")
+        # Writable, because PyTorch warns of memory that it shares and must not write.
+        arrays = [np.require(feeds[spec.name], requirements=["C", "W"]) for spec in self.inputs]
+        arguments = [torch.from_numpy(array).to(self._device) for array in arrays]
+        try:
+            with torch.inference_mode(), _computing_in(self._compute, self._device):
+                values = network(*arguments)
+            return {spec.name: _array(value, spec) for spec, value in zip(self.outputs, values, strict=True)}
+        except RuntimeError as error:
+            raise BackendError(f"PyTorch failed: {str(error).splitlines()[0]}") from error
+
+    def _close(self) -> None:
+        self._network = None
+
+
+class _PyTorch(Backend):
+    """Runs checkpoints, with any tail. Devices: ``cpu``, ``cuda``, ``cuda:0``."""
+
+    name = "pytorch"
+    accepts = frozenset({ArtifactKind.CHECKPOINT})
+    extra = _EXTRA
+    preferred_for = frozenset({ArtifactKind.CHECKPOINT})
+
+    def open(self, path: Path, options: SessionOptions) -> Session:
+        require("torch", extra=self.extra)
+        from fcos_deploy.model.checkpoint import load_checkpoint
+
+        loaded = load_checkpoint(path)
+        return open_model(loaded.model, contract=options.contract or loaded.contract, options=options)
+
+    def probe(self) -> BackendProbe:
+        try:
+            torch = require("torch", extra=self.extra)
+        except MissingDependencyError as error:
+            return BackendProbe(available=False, problem=error.message, remedy=error.hint)
+        except (ImportError, OSError) as error:
+            return BackendProbe(available=False, problem=str(error), remedy="reinstall torch")
+        return BackendProbe(available=True, version=torch.__version__, devices=_devices(torch))
+
+
+BACKEND = _PyTorch()
+
+
+def open_model(network: Fcos, *, contract: ModelContract, options: SessionOptions | None = None) -> Session:
+    """A session over a network in memory, with the tail that ``contract`` names.
+
+    Raises:
+        DeviceError: the device is not there.
+    """
+    from fcos_deploy.model.tails import ExportableFcos
+
+    options = options or SessionOptions()
+    device = _device(options.device or "cpu")
+    exportable = ExportableFcos(network, contract).eval().to(device)
+    return _PyTorchSession(
+        exportable,
+        device=device,
+        options=options,
+        inputs=_input_specs(contract, exportable.input_names),
+        outputs=_output_specs(contract, network.config.num_classes),
+    )
+
+
+def _device(asked: str) -> torch.device:
+    torch = require("torch", extra=_EXTRA)
+    first = ("cuda",) if torch.cuda.is_available() else ()  # PyTorch's name of the current one
+    if asked not in (*_devices(torch), *first):
+        raise DeviceError(f"PyTorch has no device '{asked}' here.", hint=f"devices: {', '.join(_devices(torch))}")
+    return cast("torch.device", torch.device(asked))
+
+
+def _devices(torch: ModuleType) -> tuple[str, ...]:
+    return ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
+
+
+@contextmanager
+def _computing_in(compute: ComputeType, device: torch.device) -> Iterator[None]:
+    """Convolutions in another type than the float32 of the weights; what needs the range stays float32."""
+    torch = require("torch", extra=_EXTRA)
+    dtypes = {ComputeType.F16: torch.float16, ComputeType.BF16: torch.bfloat16}
+    if compute not in dtypes:
+        yield
+        return
+    with torch.autocast(device.type, dtype=dtypes[compute]):
+        yield
+
+
+def _input_specs(contract: ModelContract, names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+    height, width = contract.preprocess.canvas or (None, None)
+    known = {
+        "images": TensorSpec("images", str(contract.preprocess.input_dtype), (None, 3, height, width)),
+        "image_sizes": TensorSpec("image_sizes", "float32", (None, 4)),
+    }
+    return tuple(known[name] for name in names)
+
+
+def _output_specs(contract: ModelContract, classes: int) -> tuple[TensorSpec, ...]:
+    """Specs of the tail's outputs; see ``ModelContract`` for what they mean."""
+    locations, candidates = _counts(contract, classes)
+    kept = contract.decode.max_detections
+    shapes: dict[Tail, dict[str, tuple[str, tuple[int | None, ...]]]] = {
+        Tail.RAW: {
+            "cls_logits": ("float32", (None, locations, classes)),
+            "distances": ("float32", (None, locations, 4)),
+            "centerness": ("float32", (None, locations, 1)),
+        },
+        Tail.CANDIDATES: {
+            "boxes": ("float32", (None, candidates, 4)),
+            "scores": ("float32", (None, candidates)),
+            "labels": ("int32", (None, candidates)),
+        },
+        Tail.NMS: {
+            "boxes": ("float32", (None, kept, 4)),
+            "scores": ("float32", (None, kept)),
+            "labels": ("int32", (None, kept)),
+            "num_detections": ("int32", (None, 1)),
+        },
+    }
+    known = shapes[contract.tail]
+    return tuple(TensorSpec(name, *known[name]) for name in contract.outputs)
+
+
+def _counts(contract: ModelContract, classes: int) -> tuple[int | None, int | None]:
+    """Locations and candidates of a fixed canvas; None where they follow the image."""
+    if contract.preprocess.canvas is None:
+        return None, None
+    height, width = contract.preprocess.canvas
+    sizes = [rows * columns for rows, columns in level_sizes(height, width, strides=contract.decode.strides)]
+    return sum(sizes), sum(min(contract.decode.pre_nms_top_k, size * classes) for size in sizes)
+
+
+def _array(value: torch.Tensor, spec: TensorSpec) -> NDArray[Any]:
+    torch = require("torch", extra=_EXTRA)
+    array: NDArray[Any] = value.to("cpu", getattr(torch, spec.dtype)).numpy()
+    return array

@@ -1,0 +1,44 @@
+"""The bundle: a detector, the contract around it and the proof, in one folder that can be trusted."""
+
+from fcos_deploy.bundle.artifact import Artifact, FileRecord, Requirements, StepRecord, VersionRule
+from fcos_deploy.bundle.golden import GoldenImage, make_golden
+from fcos_deploy.bundle.manifest import Manifest
+from fcos_deploy.bundle.records import (
+    DEFAULT_GATES,
+    AccuracyFigure,
+    BenchmarkFigure,
+    CalibrationRecord,
+    Gate,
+    Provenance,
+    Target,
+)
+from fcos_deploy.bundle.store import Bundle, Selection, is_bundle, open_bundle, pack, select_artifact
+from fcos_deploy.bundle.writer import ArtifactDraft, BundleWriter, StepOutput, StepResult
+
+__all__ = [
+    "DEFAULT_GATES",
+    "AccuracyFigure",
+    "Artifact",
+    "ArtifactDraft",
+    "BenchmarkFigure",
+    "Bundle",
+    "BundleWriter",
+    "CalibrationRecord",
+    "FileRecord",
+    "Gate",
+    "GoldenImage",
+    "Manifest",
+    "Provenance",
+    "Requirements",
+    "Selection",
+    "StepOutput",
+    "StepRecord",
+    "StepResult",
+    "Target",
+    "VersionRule",
+    "is_bundle",
+    "make_golden",
+    "open_bundle",
+    "pack",
+    "select_artifact",
+]

@@ -1,0 +1,183 @@
+"""Ed25519 signatures over a bundle's manifest, and thereby over every file that it lists."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from fcos_deploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME
+from fcos_deploy.core.atomic import write_text
+from fcos_deploy.core.errors import ConfigError, SignatureError
+from fcos_deploy.core.require import require
+from fcos_deploy.core.serialize import from_json, to_json
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+__all__ = ["Envelope", "check_envelope", "check_signature", "generate_key", "key_id", "sign_bundle"]
+
+# Binds the signature to its purpose, so that a signature made for something else cannot be reused.
+_PREFIX = b"fcos-deploy bundle manifest, version 1\n"
+_MAX_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """Contents of SIGNATURE. ``key_id`` is the SHA-256 of the raw public key; ``sha256`` is over the other fields."""
+
+    algorithm: str
+    key_id: str
+    signature: str
+    sha256: str
+
+    def digest(self) -> str:
+        """What ``sha256`` must be."""
+        return hashlib.sha256(f"{self.algorithm}\n{self.key_id}\n{self.signature}".encode()).hexdigest()
+
+    def text(self) -> str:
+        """As it stands in the file."""
+        return json.dumps(to_json(self), indent=1, sort_keys=True) + "\n"
+
+
+def generate_key(private: Path, *, public: Path) -> str:
+    """Write a new key pair as PEM files, the private one readable by its owner only; returns the key's id.
+
+    Raises:
+        ConfigError: when one of the files exists.
+    """
+    serialization = require("cryptography.hazmat.primitives.serialization", extra="sign")
+    ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
+    for path in (private, public):
+        if path.exists():
+            raise ConfigError(f"'{path}' exists and is not overwritten.", hint="choose another name")
+    key = ed25519.Ed25519PrivateKey.generate()
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    _write_private(private, pem)
+    write_text(
+        public,
+        key.public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        .decode(),
+    )
+    return key_id(key.public_key())
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigError(f"Cannot write '{path}': {error.strerror}.", hint="choose a folder you can write") from error
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+
+
+def key_id(public: Ed25519PublicKey) -> str:
+    """SHA-256 of the raw 32 bytes, in hexadecimal."""
+    return hashlib.sha256(public.public_bytes_raw()).hexdigest()
+
+
+def sign_bundle(root: Path, *, private_key: Path) -> Envelope:
+    """Sign the manifest of the bundle in ``root``, replacing an older signature.
+
+    Raises:
+        ConfigError: when the key file cannot be used.
+    """
+    key = _private_key(private_key)
+    signature = key.sign(_PREFIX + (root / MANIFEST_NAME).read_bytes())
+    draft = Envelope(
+        algorithm="ed25519",
+        key_id=key_id(key.public_key()),
+        signature=base64.b64encode(signature).decode(),
+        sha256="",
+    )
+    envelope = Envelope(
+        algorithm=draft.algorithm, key_id=draft.key_id, signature=draft.signature, sha256=draft.digest()
+    )
+    write_text(root / SIGNATURE_NAME, envelope.text())
+    return envelope
+
+
+def check_envelope(path: Path) -> Envelope:
+    """Read SIGNATURE and check that it is intact; needs no key and no library, and proves nothing about the signer.
+
+    Raises:
+        SignatureError: when it is not what was written.
+    """
+    if path.stat().st_size > _MAX_BYTES:
+        raise SignatureError(f"'{path}' is too large for a signature.")
+    content = path.read_bytes()
+    try:
+        envelope = from_json(Envelope, json.loads(content), where=SIGNATURE_NAME)
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise SignatureError(f"'{path}' is not a signature: {error}.") from error
+    if envelope.sha256 != envelope.digest() or envelope.text().encode() != content:
+        raise SignatureError(f"'{path}' was changed.", hint="sign the bundle again with 'fcos-deploy sign'")
+    return envelope
+
+
+def check_signature(root: Path, *, public_keys: tuple[Path, ...]) -> str:
+    """Require that one of ``public_keys`` signed the manifest in ``root``; returns the key's id.
+
+    Raises:
+        SignatureError: when there is no signature, or none of these keys made it.
+    """
+    if not public_keys:
+        raise ConfigError("A signature can only be checked with a public key.", hint="--public-key KEY.pem")
+    path = root / SIGNATURE_NAME
+    if not path.is_file():
+        raise SignatureError(f"The bundle '{root}' is not signed.", hint="sign it with 'fcos-deploy sign'")
+    envelope = check_envelope(path)
+    keys = {key_id(key): key for key in map(_public_key, public_keys)}
+    if envelope.key_id not in keys:
+        raise SignatureError(
+            f"The bundle '{root}' was signed by key {envelope.key_id[:16]}..., not by "
+            f"{', '.join(f'{identity[:16]}...' for identity in sorted(keys))}.",
+            hint="use the public key of the one who signed it",
+        )
+    _verify(keys[envelope.key_id], envelope, root)
+    return envelope.key_id
+
+
+def _verify(key: Ed25519PublicKey, envelope: Envelope, root: Path) -> None:
+    exceptions = require("cryptography.exceptions", extra="sign")
+    if (root / MANIFEST_NAME).stat().st_size > MAX_MANIFEST_BYTES:
+        raise SignatureError(f"The manifest of '{root}' is larger than {MAX_MANIFEST_BYTES >> 20} MiB.")
+    if envelope.algorithm != "ed25519":
+        raise SignatureError(f"Signatures of type '{envelope.algorithm[:20]}' are not supported.")
+    try:
+        key.verify(base64.b64decode(envelope.signature, validate=True), _PREFIX + (root / MANIFEST_NAME).read_bytes())
+    except (exceptions.InvalidSignature, ValueError) as error:
+        raise SignatureError(
+            f"The signature does not fit the manifest of '{root}': one of the two was changed after signing.",
+            hint="get the bundle again from the one who signed it",
+        ) from error
+
+
+def _private_key(path: Path) -> Ed25519PrivateKey:
+    serialization = require("cryptography.hazmat.primitives.serialization", extra="sign")
+    ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"'{path}' is not an unencrypted private key in PEM form: {error}.") from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"'{path}' is not an Ed25519 key.", hint="make one with 'fcos-deploy sign --generate-key'")
+    return cast("Ed25519PrivateKey", key)
+
+
+def _public_key(path: Path) -> Ed25519PublicKey:
+    serialization = require("cryptography.hazmat.primitives.serialization", extra="sign")
+    ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
+    try:
+        key = serialization.load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"'{path}' is not a public key in PEM form: {error}.") from error
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise ConfigError(f"'{path}' is not an Ed25519 key.", hint="make one with 'fcos-deploy sign --generate-key'")
+    return cast("Ed25519PublicKey", key)

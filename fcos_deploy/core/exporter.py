@@ -33,6 +33,8 @@ class BuildOptions:
     timing_cache: Path | None = None
     builds: int = 1
     dla_core: int | None = None
+    dla_strict: bool = False  # refuse a build with layers that fall back to the GPU
+    tf32: bool = False  # let fp32 convolutions round their inputs to 10 bits of mantissa, as TensorRT does by itself
     version_compatible: bool = False
     hardware_compatible: bool = False
     calibration_cache: Path | None = None

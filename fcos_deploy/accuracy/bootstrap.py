@@ -1,0 +1,226 @@
+"""How sure a difference of AP is: paired bootstrap over images.
+
+The images are matched once; a resample only changes how often each image counts, so that a thousand of them cost
+about as much as one more evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.accuracy.coco import MAX_DETECTIONS, RECALL_POINTS
+from fcos_deploy.accuracy.dataset import Dataset
+from fcos_deploy.accuracy.overlap import pairwise_iou
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.errors import ConfigError
+
+__all__ = ["ApInterval", "ClassMatches", "ap_interval", "match_dataset", "paired_ap_drop", "weighted_ap"]
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+_CHUNK = 4_000_000  # elements of one array of resamples x detections: 16 MB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClassMatches:
+    """The detections of one class over all images, best score first, and which of them are right.
+
+    image: (d,) int64, position of the image. scores: (d,). correct, ignored: (10, d) bool, at IoU 0.50 ... 0.95.
+    positives: (images,) int64, how many objects each image has.
+    """
+
+    image: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    correct: NDArray[np.bool_]
+    ignored: NDArray[np.bool_]
+    positives: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApInterval:
+    """An AP, or a difference of two, with its bootstrap interval; all in units of AP (0..1)."""
+
+    value: float
+    low: float
+    high: float
+    standard_error: float
+    confidence: float
+    resamples: int
+    images: int
+
+
+def match_dataset(dataset: Dataset, detections: Mapping[int, Detections]) -> list[ClassMatches]:
+    """Match every image once by COCO's rule; labels are positions in ``dataset.class_names``."""
+    return [_match_class(dataset, detections, label=k) for k in range(len(dataset.class_names))]
+
+
+def _match_class(dataset: Dataset, detections: Mapping[int, Detections], *, label: int) -> ClassMatches:
+    images, scores, correct, ignored, positives = [], [], [], [], []
+    for position, image in enumerate(dataset.images):
+        truth, found = dataset.truth[image.image_id], detections[image.image_id]
+        mine, wanted = found.labels == label, truth.classes == label
+        order = np.argsort(-found.scores[mine], kind="stable")[:MAX_DETECTIONS]
+        crowd = truth.crowd[wanted]
+        iou = pairwise_iou(found.boxes[mine][order], truth.boxes[wanted], crowd=crowd)
+        right, outside = _match_image(iou, crowd)
+        images.append(np.full(len(order), position))
+        scores.append(found.scores[mine][order])
+        correct.append(right)
+        ignored.append(outside)
+        positives.append(int((~crowd).sum()))
+    score = np.concatenate(scores)
+    best_first = np.argsort(-score, kind="stable")
+    return ClassMatches(
+        np.concatenate(images)[best_first],
+        score[best_first],
+        np.concatenate(correct, axis=1)[:, best_first],
+        np.concatenate(ignored, axis=1)[:, best_first],
+        np.array(positives),
+    )
+
+
+def _match_image(iou: NDArray[np.float64], crowd: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """COCO's greedy matching: each detection, best first, takes the free object that it overlaps most.
+
+    iou: (d, g). Returns which detections are right and which lie in a crowd, (10, d) each.
+    """
+    count, thresholds = len(iou), IOU_THRESHOLDS
+    correct = np.zeros((len(thresholds), count), np.bool_)
+    ignored = np.zeros_like(correct)
+    if not iou.shape[1]:
+        return correct, ignored
+    free = np.ones((len(thresholds), iou.shape[1]), np.bool_) & ~crowd
+    rows = np.arange(len(thresholds))
+    in_crowd = (iou * crowd).max(1, initial=0.0)
+    for d in range(count):
+        overlap = np.where(free, iou[d], -1.0)
+        # Of equal overlaps COCO takes the last.
+        best = overlap.shape[1] - 1 - overlap[:, ::-1].argmax(1)
+        hit = overlap[rows, best] >= thresholds
+        correct[:, d] = hit
+        free[rows[hit], best[hit]] = False
+        ignored[:, d] = ~hit & (in_crowd[d] >= thresholds)
+    return correct, ignored
+
+
+def weighted_ap(matches: list[ClassMatches], weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    """AP when image ``i`` counts ``weights[r, i]`` times: (resamples, images) -> (resamples,) float64.
+
+    With all weights 1 it is COCO's AP; NaN where no object remains. Detections of one image that tie in score keep
+    their order when the image counts several times, while copies of the image would alternate.
+    """
+    per_class = np.stack([_class_ap(m, weights) for m in matches])
+    defined = np.isfinite(per_class)
+    total = np.where(defined, per_class, 0.0).sum(0)
+    count = defined.sum(0)
+    means: NDArray[np.float64] = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+    return means
+
+
+def _class_ap(matches: ClassMatches, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    step = max(1, _CHUNK // max(1, len(matches.scores)))
+    parts = [_class_ap_chunk(matches, weights[i : i + step]) for i in range(0, len(weights), step)]
+    return np.concatenate(parts)
+
+
+def _class_ap_chunk(matches: ClassMatches, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    objects = (weights @ matches.positives.astype(np.float32)).astype(np.int64)
+    total = np.zeros(len(weights))
+    if len(matches.scores):
+        drawn, needed = weights[:, matches.image], _needed_hits(objects)
+        for right, outside in zip(matches.correct, matches.ignored, strict=True):
+            total += _threshold_ap(drawn, right, outside, needed=needed)
+    return np.where(objects > 0, total / len(matches.correct), np.nan)
+
+
+def _needed_hits(objects: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many objects must be found to reach each recall: (r,) -> (r, 101), with COCO's own rounding."""
+    count = np.maximum(objects, 1)[:, None]
+    points = np.array(RECALL_POINTS)
+    least: NDArray[np.int64] = np.maximum(np.floor(points * count).astype(np.int64) - 1, 0)
+    for _ in range(2):
+        least += least / count < points
+    return least
+
+
+def _threshold_ap(
+    drawn: NDArray[np.float32], right: NDArray[np.bool_], outside: NDArray[np.bool_], *, needed: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Mean interpolated precision at 101 recalls, (r, d) weights of the detections -> (r,)."""
+    hits = np.cumsum(drawn * right, axis=1, dtype=np.float32)[:, right]
+    rows, width = hits.shape
+    if not width:
+        return np.zeros(rows)
+    # Precision changes for the better only where a detection is right, so the other columns are not needed.
+    seen = np.cumsum(drawn * ~outside, axis=1, dtype=np.float32)[:, right]
+    precision = hits / np.maximum(seen, 1.0).astype(np.float64)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    # One sorted sequence of integers for all rows, so that one search serves them all.
+    offset = np.arange(rows)[:, None]
+    step = int(max(hits.max(), needed.max())) + 1
+    position = np.searchsorted((hits.astype(np.int64) + offset * step).ravel(), (needed + offset * step).ravel())
+    position = position.reshape(needed.shape) - offset * width
+    reached = position < width
+    found = np.take_along_axis(envelope, np.minimum(position, width - 1), axis=1)
+    summed: NDArray[np.float64] = np.where(reached, found, 0.0).sum(1)
+    return summed / len(RECALL_POINTS)
+
+
+def ap_interval(
+    matches: list[ClassMatches], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> ApInterval:
+    """The AP of one run with its bootstrap interval."""
+    weights = _weights(len(matches[0].positives), resamples=resamples, seed=seed)
+    return _interval(weighted_ap(matches, weights), images=weights.shape[1], confidence=confidence)
+
+
+def paired_ap_drop(
+    reference: list[ClassMatches],
+    candidate: list[ClassMatches],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> ApInterval:
+    """AP of the reference minus AP of the candidate on the same images: positive when the candidate is worse.
+
+    Both are resampled with the same images, so that what is hard about an image cancels.
+
+    Raises:
+        ConfigError: the two were not evaluated on the same images.
+    """
+    if len(reference) != len(candidate) or any(
+        not np.array_equal(a.positives, b.positives) for a, b in zip(reference, candidate, strict=True)
+    ):
+        raise ConfigError("A paired interval needs two runs on the same images and annotations.")
+    weights = _weights(len(reference[0].positives), resamples=resamples, seed=seed)
+    drop = weighted_ap(reference, weights) - weighted_ap(candidate, weights)
+    return _interval(drop, images=weights.shape[1], confidence=confidence)
+
+
+def _weights(images: int, *, resamples: int, seed: int) -> NDArray[np.float32]:
+    """How often each image counts, (1 + resamples, images); the first row is the data as it is."""
+    if resamples < 1:
+        raise ConfigError(f"A bootstrap needs at least 1 resample, got {resamples}.")
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(images, np.full(images, 1.0 / images), size=resamples)
+    return np.concatenate([np.ones((1, images)), drawn]).astype(np.float32)
+
+
+def _interval(values: NDArray[np.float64], *, images: int, confidence: float) -> ApInterval:
+    drawn = values[1:][np.isfinite(values[1:])]
+    if not np.isfinite(values[0]) or not drawn.size:
+        raise ConfigError("AP needs at least one annotated object.")
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return ApInterval(
+        value=float(values[0]),
+        low=float(low),
+        high=float(high),
+        standard_error=float(drawn.std(ddof=1)) if drawn.size > 1 else 0.0,
+        confidence=confidence,
+        resamples=int(drawn.size),
+        images=images,
+    )

@@ -1,0 +1,123 @@
+"""What must hold of a deployed detector, and whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fcos_deploy.accuracy.bootstrap import ApInterval
+from fcos_deploy.accuracy.matching import DetectionAgreement
+from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+
+__all__ = ["Gate", "Verdict", "judge_agreement", "judge_ap", "judge_drop", "require_all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """Limits; None leaves a thing unjudged.
+
+    ``max_map_drop``: AP of the reference minus AP of the candidate, in 0..1 (0.01 is one AP point).
+    ``min_ap``: AP itself. ``min_match_rate``: share of detections that agree, in 0..1.
+    ``max_score_delta`` and ``max_box_delta_px``: 95th percentile over the matched detections, in 0..1 and image pixels.
+    ``certain``: whether the whole confidence interval of the drop must be under the limit, not the measured drop alone.
+    """
+
+    max_map_drop: float | None = None
+    min_ap: float | None = None
+    min_match_rate: float | None = None
+    max_score_delta: float | None = None
+    max_box_delta_px: float | None = None
+    certain: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_map_drop", "min_ap", "min_match_rate", "max_score_delta"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is a share of 1, so it must be in [0, 1], got {value}.")
+        if self.max_box_delta_px is not None and self.max_box_delta_px < 0:
+            raise ConfigError(f"max_box_delta_px must not be negative, got {self.max_box_delta_px}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One judgement: what of, whether it holds, the figure and its limit, and a sentence with both."""
+
+    name: str
+    subject: str
+    passed: bool
+    value: float
+    limit: float
+    message: str
+
+
+def judge_ap(gate: Gate, ap: float, *, subject: str, images: int) -> list[Verdict]:
+    """Judge an AP by itself."""
+    if gate.min_ap is None:
+        return []
+    passed = ap >= gate.min_ap
+    message = f"mAP {ap:.3f} ({'>=' if passed else '<'} {gate.min_ap:.3f}) on {images} images"
+    return [Verdict(name="min_ap", subject=subject, passed=passed, value=ap, limit=gate.min_ap, message=message)]
+
+
+def judge_drop(gate: Gate, drop: ApInterval, *, reference_ap: float, subject: str) -> list[Verdict]:
+    """Judge how much AP was lost against the reference."""
+    if gate.max_map_drop is None:
+        return []
+    value = drop.high if gate.certain else drop.value
+    passed = value <= gate.max_map_drop
+    sign = "<=" if passed else ">"
+    bound = f", {drop.confidence:.0%} interval {drop.low:+.3f} to {drop.high:+.3f}"
+    message = (
+        f"mAP {reference_ap:.3f} -> {reference_ap - drop.value:.3f} "
+        f"(drop {value:.3f} {sign} {gate.max_map_drop:.3f}{bound}) on {drop.images} images"
+    )
+    limit = gate.max_map_drop
+    return [Verdict(name="max_map_drop", subject=subject, passed=passed, value=value, limit=limit, message=message)]
+
+
+def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str) -> list[Verdict]:
+    """Judge how far single detections agree with the reference's."""
+    scores, boxes = agreement.score_delta, agreement.box_delta_px
+    rate = agreement.match_rate
+    verdicts = []
+    if gate.min_match_rate is not None:
+        message = (
+            f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.invented} invented; "
+            f"at least {gate.min_match_rate:.1%} wanted) on {agreement.images} images"
+        )
+        verdicts.append(
+            Verdict(
+                name="min_match_rate",
+                subject=subject,
+                passed=rate >= gate.min_match_rate,
+                value=rate,
+                limit=gate.min_match_rate,
+                message=message,
+            )
+        )
+    spread = max(abs(scores.p5), abs(scores.p95))
+    verdicts += _judge_most("max_score_delta", spread, gate.max_score_delta, subject=subject, unit="score")
+    verdicts += _judge_most("max_box_delta_px", boxes.p95, gate.max_box_delta_px, subject=subject, unit="pixels")
+    return verdicts
+
+
+def _judge_most(name: str, value: float, limit: float | None, *, subject: str, unit: str) -> list[Verdict]:
+    if limit is None:
+        return []
+    passed = value <= limit
+    message = f"95 % of the matched detections differ by at most {value:.4f} {unit} ({limit:.4f} allowed)"
+    return [Verdict(name=name, subject=subject, passed=passed, value=value, limit=limit, message=message)]
+
+
+def require_all(verdicts: Sequence[Verdict]) -> None:
+    """Raise if one failed.
+
+    Raises:
+        AccuracyGateError: with the figures of each one that failed.
+    """
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    if failed:
+        raise AccuracyGateError(
+            "; ".join(f"{verdict.subject}: {verdict.message}" for verdict in failed) + ".",
+            hint="keep more layers in float, calibrate with other images, or loosen the gate knowingly",
+        )

@@ -1,0 +1,110 @@
+"""The bootstrap interval, against the evaluator itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcos_deploy.accuracy.bootstrap import ap_interval, match_dataset, paired_ap_drop, weighted_ap
+from fcos_deploy.accuracy.coco import coco_scores
+from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, Truth
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.errors import ConfigError
+
+
+def random_data(seed: int, *, images: int, noise: float, decimals: int = 2) -> tuple[Dataset, dict[int, Detections]]:
+    """Objects of three classes, some in crowds, and noisy detections of them with false ones between."""
+    rng = np.random.default_rng(seed)
+    truths, found = {}, {}
+    for number in range(1, images + 1):
+        count = int(rng.integers(0, 12))
+        corner, size = rng.uniform(0, 400, (count, 2)), rng.uniform(8, 150, (count, 2))
+        boxes = np.concatenate([corner, corner + size], 1)
+        classes = rng.integers(0, 3, count)
+        truths[number] = Truth(boxes, classes, size.prod(1), rng.uniform(size=count) < 0.1)
+        found[number] = noisy(truths[number], np.random.default_rng([seed, number, int(1000 * noise)]), noise, decimals)
+    names = tuple(EvaluationImage(n, Path(f"{n}.png")) for n in truths)
+    return Dataset(names, truths, ("a", "b", "c"), "test"), found
+
+
+def noisy(truth: Truth, rng: np.random.Generator, noise: float, decimals: int) -> Detections:
+    count = len(truth.boxes)
+    near = truth.boxes + rng.normal(0, noise, (count, 4))
+    near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 12)
+    false = rng.uniform(0, 400, (5, 2))
+    boxes = np.concatenate([near, near + rng.normal(0, 3, near.shape), np.concatenate([false, false + 40], 1)])
+    labels = np.concatenate([truth.classes, truth.classes, rng.integers(0, 3, 5)])
+    # With two decimals equal scores occur, within an image and between images.
+    scores = np.round(rng.uniform(0.05, 1, len(boxes)), decimals)
+    return Detections(boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int64))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unweighted_ap_is_the_evaluators(seed: int) -> None:
+    data, found = random_data(seed, images=25, noise=4.0)
+    ap = weighted_ap(match_dataset(data, found), np.ones((1, 25), np.float32))[0]
+    assert ap == pytest.approx(coco_scores(data, found).ap, abs=1e-9)
+
+
+def resampled(data: Dataset, found: dict[int, Detections], counts: np.ndarray) -> float:
+    """AP of a data set in which image i really occurs counts[i] times."""
+    images, truths, copies = [], {}, {}
+    for image, count in zip(data.images, counts, strict=True):
+        for _ in range(int(count)):
+            number = len(images) + 1
+            images.append(EvaluationImage(number, image.path))
+            truths[number], copies[number] = data.truth[image.image_id], found[image.image_id]
+    ap = coco_scores(Dataset(tuple(images), truths, data.class_names, "resampled"), copies).ap
+    assert ap is not None
+    return ap
+
+
+def test_a_resample_equals_evaluating_the_resampled_images() -> None:
+    data, found = random_data(11, images=20, noise=4.0, decimals=7)
+    counts = np.random.default_rng(0).multinomial(20, np.full(20, 0.05), size=12)
+    quick = weighted_ap(match_dataset(data, found), counts.astype(np.float32))
+    direct = [resampled(data, found, row) for row in counts]
+    np.testing.assert_allclose(quick, direct, atol=1e-6)
+
+
+def test_the_same_run_drops_by_exactly_nothing() -> None:
+    data, found = random_data(3, images=20, noise=4.0)
+    matches = match_dataset(data, found)
+    drop = paired_ap_drop(matches, matches, resamples=50)
+    assert (drop.value, drop.low, drop.high) == (0.0, 0.0, 0.0)
+
+
+def test_pairing_makes_the_interval_narrower() -> None:
+    data, good = random_data(3, images=40, noise=2.0)
+    _, worse = random_data(3, images=40, noise=2.4)
+    a, b = match_dataset(data, good), match_dataset(data, worse)
+    drop = paired_ap_drop(a, b, resamples=300)
+    alone = ap_interval(a, resamples=300).standard_error, ap_interval(b, resamples=300).standard_error
+    assert drop.low < drop.value < drop.high
+    assert drop.standard_error < np.hypot(*alone)
+    assert drop.value == pytest.approx(coco_scores(data, good).ap - coco_scores(data, worse).ap, abs=1e-9)
+
+
+def test_interval_is_repeatable_and_named() -> None:
+    data, found = random_data(3, images=10, noise=2.0)
+    matches = match_dataset(data, found)
+    first, second = (ap_interval(matches, resamples=40, seed=7) for _ in range(2))
+    assert first == second
+    assert (first.resamples, first.confidence, first.images) == (40, 0.95, 10)
+
+
+def test_other_annotations_cannot_be_paired() -> None:
+    data, found = random_data(3, images=10, noise=2.0)
+    other, other_found = random_data(4, images=10, noise=2.0)
+    with pytest.raises(ConfigError, match="same images"):
+        paired_ap_drop(match_dataset(data, found), match_dataset(other, other_found))
+
+
+def test_no_objects_have_no_ap() -> None:
+    data, found = random_data(3, images=2, noise=2.0)
+    empty = Truth(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.bool_))
+    blank = Dataset(data.images, {1: empty, 2: empty}, data.class_names, "blank")
+    with pytest.raises(ConfigError, match="at least one annotated object"):
+        ap_interval(match_dataset(blank, found))

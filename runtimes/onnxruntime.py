@@ -108,7 +108,9 @@ class _OnnxRuntime(Backend):
             "threads": str(threads or "all cores"),
             "streams": str(streams),
         }
-        return _OnnxRuntimeSession(session, runtime=runtime, workers=streams, description=description)
+        opened = _OnnxRuntimeSession(session, runtime=runtime, workers=streams, description=description)
+        opened.contract = contract
+        return opened
 
     def probe(self) -> BackendProbe:
         try:

@@ -124,7 +124,9 @@ class _OpenVino(Backend):
         _check_compute(core, device, options.compute)
         cache = _cache_folder(path, options)
         compiled = _compile(core, path, device=device, settings=_settings(options, cache))
-        return _OpenVinoSession(compiled, description=_describe(self.name, compiled, options=options, device=device))
+        session = _OpenVinoSession(compiled, description=_describe(self.name, compiled, options=options, device=device))
+        session.contract = contract
+        return session
 
     def probe(self) -> BackendProbe:
         try:

@@ -114,13 +114,15 @@ def open_model(network: Fcos, *, contract: ModelContract, options: SessionOption
     options = options or SessionOptions()
     device = _device(options.device or "cpu")
     exportable = ExportableFcos(network, contract).eval().to(device)
-    return _PyTorchSession(
+    session = _PyTorchSession(
         exportable,
         device=device,
         options=options,
         inputs=_input_specs(contract, exportable.input_names),
         outputs=_output_specs(contract, network.config.num_classes),
     )
+    session.contract = contract
+    return session
 
 
 def _device(asked: str) -> torch.device:

@@ -67,10 +67,13 @@ class BackendProbe:
 class Session(ABC):
     """An opened artifact. ``run`` checks the feeds once; backends fill in ``_run``.
 
-    ``thread_safe`` says whether ``run`` may be called from several threads at a time.
+    ``thread_safe`` says whether ``run`` may be called from several threads at a time. ``contract`` is the artifact's
+    own, where the backend knows it. ``max_batch`` is the largest batch that a dynamic first axis takes, None: any.
     """
 
     thread_safe = True
+    contract: ModelContract | None = None
+    max_batch: int | None = None
 
     def __init__(
         self, *, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], description: Mapping[str, str]

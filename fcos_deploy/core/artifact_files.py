@@ -1,0 +1,40 @@
+"""What a model file is, by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.errors import ConfigError
+
+__all__ = ["KINDS_BY_SUFFIX", "kinds_of"]
+
+_ENGINES = (ArtifactKind.TENSORRT_ENGINE, ArtifactKind.TENSORRT_RTX_ENGINE)
+
+# Engines of TensorRT and TensorRT-RTX look alike, to their names and to us; the backend says which is meant.
+KINDS_BY_SUFFIX: dict[str, tuple[ArtifactKind, ...]] = {
+    ".pth": (ArtifactKind.CHECKPOINT,),
+    ".pt": (ArtifactKind.CHECKPOINT,),
+    ".pkl": (ArtifactKind.CHECKPOINT,),
+    ".safetensors": (ArtifactKind.CHECKPOINT,),
+    ".onnx": (ArtifactKind.ONNX,),
+    ".xml": (ArtifactKind.OPENVINO_IR,),
+    ".engine": _ENGINES,
+    ".plan": _ENGINES,
+    ".trt": _ENGINES,
+}
+
+
+def kinds_of(path: Path) -> tuple[ArtifactKind, ...]:
+    """The kinds that a file of this name can be.
+
+    Raises:
+        ConfigError: naming the suffixes that are known.
+    """
+    kinds = KINDS_BY_SUFFIX.get(path.suffix.lower())
+    if kinds is None:
+        raise ConfigError(
+            f"'{path}' is not a model: the suffix '{path.suffix}' is unknown.",
+            hint=f"give a bundle, or a file that ends in {', '.join(KINDS_BY_SUFFIX)}",
+        )
+    return kinds

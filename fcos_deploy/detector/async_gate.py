@@ -1,0 +1,64 @@
+"""Runs blocking calls for asyncio, a bounded number at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+from fcos_deploy.core.errors import BackendError
+
+__all__ = ["AsyncGate"]
+
+T = TypeVar("T")
+
+
+class AsyncGate:
+    """Threads for blocking calls, and a place for at most ``places`` calls that run or wait for a thread.
+
+    Who comes when all places are taken waits in its own coroutine, so that a producer that awaits slows down and
+    nothing piles up. A cancelled call that has not begun never begins; one that runs ends, and keeps its place until
+    then. Usable from several event loops; each has ``places`` of its own.
+    """
+
+    def __init__(self, *, workers: int, places: int) -> None:
+        self._places = places
+        self._executor = ThreadPoolExecutor(workers, "fcos-deploy")
+        self._semaphores: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """``function()`` in a thread.
+
+        Raises:
+            BackendError: the gate was closed.
+        """
+        loop = asyncio.get_running_loop()
+        semaphore = self._semaphore(loop)
+        await semaphore.acquire()
+
+        def free(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # The loop may have been closed meanwhile.
+                loop.call_soon_threadsafe(semaphore.release)
+
+        try:
+            future = self._executor.submit(function)
+        except RuntimeError as error:
+            semaphore.release()
+            raise BackendError("The detector is closed.") from error
+        future.add_done_callback(free)
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Wait for the calls that run, drop those that wait; may be called twice."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def _semaphore(self, loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
+        with self._lock:
+            if loop not in self._semaphores:
+                self._semaphores[loop] = asyncio.Semaphore(self._places)
+            return self._semaphores[loop]

@@ -12,6 +12,7 @@ from fcos_deploy.bundle.records import (
     Provenance,
     Target,
 )
+from fcos_deploy.bundle.signature import required_keys
 from fcos_deploy.bundle.store import Bundle, Selection, is_bundle, open_bundle, pack, select_artifact
 from fcos_deploy.bundle.writer import ArtifactDraft, BundleWriter, StepOutput, StepResult
 
@@ -40,5 +41,6 @@ __all__ = [
     "make_golden",
     "open_bundle",
     "pack",
+    "required_keys",
     "select_artifact",
 ]

@@ -164,7 +164,7 @@ def make_golden(
 
 
 def _write_png(path: Path, image: NDArray[np.uint8]) -> None:
-    cv2 = require("cv2", extra="onnxruntime")
+    cv2 = require("cv2")
     done, encoded = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))
     if not done:
         raise ImageError(f"Cannot write '{path}' as PNG.")

@@ -19,7 +19,7 @@ from fcos_deploy.core.serialize import from_json, to_json
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-__all__ = ["Envelope", "check_envelope", "check_signature", "generate_key", "key_id", "sign_bundle"]
+__all__ = ["Envelope", "check_envelope", "check_signature", "generate_key", "key_id", "required_keys", "sign_bundle"]
 
 # Binds the signature to its purpose, so that a signature made for something else cannot be reused.
 _PREFIX = b"fcos-deploy bundle manifest, version 1\n"
@@ -101,6 +101,17 @@ def sign_bundle(root: Path, *, private_key: Path) -> Envelope:
     )
     write_text(root / SIGNATURE_NAME, envelope.text())
     return envelope
+
+
+def required_keys(public_keys: tuple[Path, ...], *, required: bool) -> tuple[Path, ...]:
+    """The keys of which one must have signed a bundle: those given; none given asks for no signature.
+
+    Raises:
+        ConfigError: when a signature is required and there is no key to check it with.
+    """
+    if required and not public_keys:
+        raise ConfigError("A required signature needs a key to check it with.", hint="--public-key KEY.pem")
+    return public_keys
 
 
 def check_envelope(path: Path) -> Envelope:

@@ -13,13 +13,13 @@ from fcos_deploy.bundle.archive import is_archive, pack_files, unpack
 from fcos_deploy.bundle.artifact import Artifact
 from fcos_deploy.bundle.integrity import check_files, read_manifest
 from fcos_deploy.bundle.manifest import LOG_NAME, MANIFEST_NAME, UNLISTED, Manifest
-from fcos_deploy.bundle.signature import check_signature
+from fcos_deploy.bundle.signature import check_signature, sign_bundle
 from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ConfigError
 from fcos_deploy.core.registry import backend as backend_named
 
-__all__ = ["Bundle", "Selection", "is_bundle", "open_bundle", "pack", "select_artifact"]
+__all__ = ["Bundle", "Selection", "is_bundle", "open_bundle", "pack", "select_artifact", "sign"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,13 @@ class Selection:
 class Bundle:
     """A checked bundle. Close it (or use ``with``) to remove what was unpacked from an archive."""
 
-    def __init__(self, root: Path, manifest: Manifest, *, source: Path, temporary: bool) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, *, source: Path, temporary: bool = False, signed_by: str = ""
+    ) -> None:
         self.root = root
         self.manifest = manifest
         self.source = source
+        self.signed_by = signed_by  # id of the key that was checked; '' when none was asked for
         self._temporary = temporary
 
     def __repr__(self) -> str:
@@ -128,25 +131,26 @@ def open_bundle(path: Path, *, public_keys: tuple[Path, ...] = ()) -> Bundle:
         raise BundleError(
             f"There is no bundle '{path}'.", hint="give the folder or .tar that 'fcos-deploy deploy' made"
         )
-    return Bundle(path, _checked(path, public_keys), source=path, temporary=False)
+    manifest, signer = _checked(path, public_keys)
+    return Bundle(path, manifest, source=path, signed_by=signer)
 
 
-def _checked(root: Path, public_keys: tuple[Path, ...]) -> Manifest:
+def _checked(root: Path, public_keys: tuple[Path, ...]) -> tuple[Manifest, str]:
     try:
-        if public_keys:
-            check_signature(root, public_keys=public_keys)
+        signer = check_signature(root, public_keys=public_keys) if public_keys else ""
         manifest = read_manifest(root)
         check_files(root, manifest)
     except OSError as error:
         raise BundleError(f"Cannot read the bundle '{root}': {error}.", hint="check its permissions") from error
-    return manifest
+    return manifest, signer
 
 
 def _open_archive(path: Path, public_keys: tuple[Path, ...]) -> Bundle:
     folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
     try:
         unpack(path, folder)
-        bundle = Bundle(folder, _checked(folder, public_keys), source=path, temporary=True)
+        manifest, signer = _checked(folder, public_keys)
+        bundle = Bundle(folder, manifest, source=path, temporary=True, signed_by=signer)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -165,6 +169,18 @@ def pack(bundle: Path, tar: Path) -> None:
     with open_bundle(bundle) as opened:
         extra = [name for name in UNLISTED if (opened.root / name).is_file()]
         pack_files(opened.root, names=[*opened.manifest.all_files, *extra], output=tar)
+
+
+def sign(bundle: Path, *, private_key: Path) -> str:
+    """Check the bundle in the folder ``bundle`` and sign it; returns the key's id.
+
+    Raises:
+        ConfigError: for an archive, or a key that cannot be used.
+    """
+    if is_archive(bundle):
+        raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
+    with open_bundle(bundle) as opened:
+        return sign_bundle(opened.root, private_key=private_key).key_id
 
 
 def select_artifact(path: Path, *, backend: str = "", precision: Precision | None = None) -> tuple[Path, str]:

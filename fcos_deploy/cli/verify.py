@@ -1,0 +1,54 @@
+"""``fcos-deploy verify``: whether this machine gives the certified detections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcos_deploy.core.enums import Precision
+
+__all__ = ["command"]
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="folder or .tar made by 'fcos-deploy deploy'")],
+    backend: Annotated[str, typer.Option(help="runtime to verify; the bundle's own choice when not given")] = "",
+    precision: Annotated[Precision | None, typer.Option(help="the bundle's own choice when not given")] = None,
+    device: Annotated[str, typer.Option(help="device in the backend's own words, such as cpu, GPU.0, cuda:0")] = "",
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="step down the bundle's declared chain of backends")
+    ] = False,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="refuse a bundle that none of --public-key signed")
+    ] = False,
+    public_key: Annotated[
+        list[Path] | None, typer.Option(help="PEM file of a trusted key; may be given several times")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="append the record here, not to the bundle's own log")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")] = False,
+) -> None:
+    """Replay the bundle's golden images on this machine; exit 0 when the certified detections come out, 4 when not."""
+    from fcos_deploy.bundle import open_bundle, required_keys
+    from fcos_deploy.cli.output import note, print_json, progress_bar
+    from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.core.serialize import to_json
+    from fcos_deploy.verification import VerifyOptions, require_verified, verify_bundle, write_record
+
+    options = VerifyOptions(
+        backend=backend,
+        precision=precision,
+        allow_fallback=allow_fallback,
+        session=SessionOptions(device=device),
+    )
+    keys = required_keys(tuple(public_key or ()), required=require_signature)
+    with open_bundle(bundle, public_keys=keys) as opened, progress_bar() as progress:
+        record = verify_bundle(opened, options=options, signed_by=opened.signed_by, progress=progress)
+        written = write_record(record, bundle=opened, log=log)
+    if json or written is None:
+        print_json(to_json(record))
+    for step in record.stepped_down:
+        note(f"stepped down from {step.backend}: {step.reason}")
+    require_verified(record)
+    note(f"verified: {record.artifact} on {record.backend} in {record.seconds:.1f} s; {record.summary}")

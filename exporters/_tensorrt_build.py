@@ -144,6 +144,7 @@ class _Build:
         self._target = target
         self._record: dict[str, str] = {}
         self._timing_file: Path | None = None
+        self._devices = [device for backend in backends_for(target.kind) for device in backend.probe().devices]
 
     def run(self) -> EngineBuild:
         """Parse, configure, build, describe."""
@@ -218,9 +219,8 @@ class _Build:
     def _set_timing_cache(self, config: trt.IBuilderConfig) -> None:
         if self._options.timing_cache is None:
             return
-        devices = [device for backend in backends_for(self._target.kind) for device in backend.probe().devices]
         self._timing_file = timing_cache_file(
-            self._options.timing_cache, version=self._trt.__version__, devices=devices
+            self._options.timing_cache, version=self._trt.__version__, devices=self._devices
         )
         content = read_timing_cache(self._timing_file)
         self._generation.set_timing_cache(config, content)
@@ -255,6 +255,7 @@ class _Build:
         self._record |= {
             "builder": self._target.import_name,
             "version": self._trt.__version__,
+            "built_on": self._devices[0] if self._devices else "no GPU",
             "platform": f"{platform.system()} {platform.machine()}",
             "onnx_sha256": sha256_file(self._request.source),
             "options": json.dumps(_plain(self._options), sort_keys=True),

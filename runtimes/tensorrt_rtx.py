@@ -1,0 +1,66 @@
+"""TensorRT-RTX: compiles the engine for the GPU when it is loaded, and keeps what it compiled in a runtime cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from fcos_deploy.core.atomic import atomic_file, sha256_file
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.cache_dir import model_cache_dir
+from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.tensorrt_library import TensorRT, load_tensorrt
+from runtimes._tensorrt_backend import ContextFactory, TensorrtFamily
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["BACKEND"]
+
+
+class _TensorrtRtx(TensorrtFamily):
+    name = "tensorrt-rtx"
+    accepts = frozenset({ArtifactKind.TENSORRT_RTX_ENGINE})
+    extra = "tensorrt-rtx"
+    preferred_for = frozenset({ArtifactKind.TENSORRT_RTX_ENGINE})
+
+    def _load(self, record: Mapping[str, str]) -> TensorRT:
+        del record
+        return load_tensorrt("tensorrt_rtx", extra=self.extra)
+
+    def _contexts(
+        self, library: TensorRT, engine: trt.ICudaEngine, *, path: Path, options: SessionOptions
+    ) -> ContextFactory:
+        rtx = cast(Any, library)  # Any: names of RTX that the stubs of TensorRT lack
+        config = cast(Any, engine.create_runtime_config())
+        config.cuda_graph_strategy = rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        folder = options.cache_dir or model_cache_dir(self.name, key=sha256_file(path)[:16])
+        cache = _RuntimeCache(config, folder / "runtime.cache" if folder else None)
+        return ContextFactory(
+            make=lambda: engine.create_execution_context(runtime_config=config),
+            description={"cuda_graph": "TensorRT-RTX's", "runtime_cache": cache.state},
+            close=cache.save,
+            own_graphs=False,
+        )
+
+
+class _RuntimeCache:
+    """What TensorRT-RTX compiled for this GPU, between processes."""
+
+    def __init__(self, config: Any, path: Path | None) -> None:  # Any: IRuntimeConfig with RTX's own members
+        self._cache = config.create_runtime_cache()
+        self._path = path
+        self.state = "off" if path is None else "new"
+        if path is not None and path.is_file():
+            # A cache of another driver or version is refused, and written anew when the session closes.
+            self.state = "loaded" if self._cache.deserialize(path.read_bytes()) else "refused, will be written anew"
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        if self._path is not None:
+            with atomic_file(self._path) as temporary:
+                temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
+
+
+BACKEND = _TensorrtRtx()

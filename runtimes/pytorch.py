@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,11 +126,12 @@ def open_model(network: Fcos, *, contract: ModelContract, options: SessionOption
 
 
 def _device(asked: str) -> torch.device:
-    torch = require("torch", extra=_EXTRA)
-    first = ("cuda",) if torch.cuda.is_available() else ()  # PyTorch's name of the current one
-    if asked not in (*_devices(torch), *first):
-        raise DeviceError(f"PyTorch has no device '{asked}' here.", hint=f"devices: {', '.join(_devices(torch))}")
-    return cast("torch.device", torch.device(asked))
+    pytorch = require("torch", extra=_EXTRA)
+    first = ("cuda",) if pytorch.cuda.is_available() else ()  # PyTorch's name of the current one
+    if asked not in (*_devices(pytorch), *first):
+        raise DeviceError(f"PyTorch has no device '{asked}' here.", hint=f"devices: {', '.join(_devices(pytorch))}")
+    device: torch.device = pytorch.device(asked)
+    return device
 
 
 def _devices(torch: ModuleType) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ class Detector:
         ``backend``: empty is the one that the kind of file, or the bundle, is meant for.
 
         Raises:
-            ConfigError: an unknown backend, one that does not open such a file, or a precision that the model is not in.
+            ConfigError: an unknown backend, one that does not open such files, or a precision that the model is not in.
             BackendLoadError, CheckpointError, BundleError: a model that is missing, damaged or of a wrong kind.
             DeviceError: the device is not there; never another one in its place.
             MissingDependencyError: the runtime is not installed.
@@ -215,7 +215,7 @@ def _with_threshold(contract: ModelContract, score_threshold: float | None) -> M
         return contract
     if contract.tail is not Tail.RAW:
         raise ConfigError(
-            f"The model's '{contract.tail}' tail has the score threshold {built_in} built in, {score_threshold} is lower.",
+            f"The score threshold {score_threshold} is below the {built_in} built into the '{contract.tail}' tail.",
             hint="export with a lower --score-threshold, or with --tail raw",
         )
     return replace(contract, decode=replace(contract.decode, score_threshold=score_threshold))

@@ -79,7 +79,7 @@ class FeedMaker:
         return (self._fixed_batch or len(images), 3, *sizes.pop())
 
     def _size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
-        return self._spec.canvas or padded_size(*image.shape[:2], self._spec)
+        return self._spec.canvas or padded_size(image.shape[0], image.shape[1], self._spec)
 
     def _fill(self, batch: NDArray[Any], images: Sequence[NDArray[np.uint8]]) -> Prepared:
         letterboxes = tuple(

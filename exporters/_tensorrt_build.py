@@ -103,6 +103,8 @@ def checked_contract(source: Path) -> ModelContract:
 def check_options(options: BuildOptions, *, generation: Generation) -> None:
     """Refuse values out of range, and what the generation cannot honour."""
     generation.check(options)
+    if options.precision is not None:
+        raise ConfigError("An engine has the types of its ONNX file.", hint="export the ONNX file in that precision")
     level = options.optimization_level
     if level is not None and level not in _OPTIMIZATION_LEVELS:
         raise ConfigError(f"The optimisation level must be 0 to 5, got {level}.")

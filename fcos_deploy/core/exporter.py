@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["BatchRange", "BuildOptions", "BuildRequest", "BuildResult", "Exporter"]
@@ -40,6 +41,21 @@ class BuildOptions:
     calibration_cache: Path | None = None
     height_range: tuple[int, int, int] | None = None  # smallest, usual, largest input height, for dynamic sizes
     width_range: tuple[int, int, int] | None = None
+    precision: Precision | None = None  # of what is float in the source; None keeps it. For builders that convert
+
+    def refuse_all_but(self, *honoured: str, builder: str) -> None:
+        """Raise ConfigError when an option other than these was set.
+
+        Raises:
+            ConfigError: naming the first such option.
+        """
+        default = BuildOptions()
+        for option in fields(self):
+            if option.name not in honoured and getattr(self, option.name) != getattr(default, option.name):
+                raise ConfigError(
+                    f"'{builder}' has no option '{option.name}'.",
+                    hint=f"it has: {', '.join(honoured)}" if honoured else "leave it out",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,6 +126,8 @@ def label_index(model_names: tuple[str, ...], dataset: Dataset) -> NDArray[np.in
     """
     positions = {_plain(name): position for position, name in enumerate(dataset.class_names)}
     index = np.array([positions.get(_plain(name), -1) for name in model_names], np.int64)
+    if model_names == dataset.class_names:  # Names that occur twice ('N/A' among COCO's 91) keep their places.
+        index = np.arange(len(model_names))
     occurring = {int(c) for truth in dataset.truth.values() for c in truth.classes}
     unknown = [dataset.class_names[c] for c in sorted(occurring - set(index.tolist()))]
     if unknown:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree  # noqa: S405  (written here, never parsed)
 from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.core.atomic import write_text

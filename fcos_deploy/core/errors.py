@@ -19,6 +19,7 @@ __all__ = [
     "ManifestVersionError",
     "MissingDependencyError",
     "SignatureError",
+    "SlowdownError",
     "StepCheckError",
     "TensorMismatchError",
 ]
@@ -52,6 +53,12 @@ class MissingDependencyError(FcosDeployError):
 
 class AccuracyGateError(FcosDeployError):
     """An accuracy goal was missed."""
+
+    exit_code = 4
+
+
+class SlowdownError(FcosDeployError):
+    """A benchmark that is slower than its baseline allows; a gate, like accuracy's."""
 
     exit_code = 4
 

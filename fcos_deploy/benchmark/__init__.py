@@ -1,0 +1,1 @@
+"""How fast a detector is, measured so that the figures can be believed."""

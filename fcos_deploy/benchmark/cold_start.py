@@ -1,0 +1,94 @@
+"""The first detection of a new process: what a user waits for, and what memory it takes.
+
+Run as ``python -m fcos_deploy.benchmark.cold_start`` it is that process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcos_deploy.core.errors import BackendError
+from fcos_deploy.core.serialize import from_json, to_json
+
+__all__ = ["ColdStart", "ColdStartTask", "measure_cold_start"]
+
+_TIMEOUT = 600.0  # seconds; opening a large model may compile it
+_REPEATS = 5  # detections before the peak memory is read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdStartTask:
+    """What the process does; paths as text, empty for the detector's own choice."""
+
+    model: str
+    image: str
+    backend: str = ""
+    precision: str = ""
+    device: str = ""
+    compute: str = "f32"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdStart:
+    """Seconds from the start of the process: until our code runs, the model is open, the first image is detected.
+
+    ``peak_memory_mib`` is the largest resident memory of the process, runtime and Python included, in 1024 ** 2 bytes.
+    """
+
+    imported: float
+    opened: float
+    first_detection: float
+    peak_memory_mib: float
+
+
+def measure_cold_start(task: ColdStartTask) -> ColdStart:
+    """Start a process that opens the model and detects.
+
+    Raises:
+        BackendError: the process failed; the message has the last line of what it printed.
+    """
+    command = [sys.executable, "-m", "fcos_deploy.benchmark.cold_start", json.dumps(to_json(task))]
+    started = time.monotonic_ns()  # One clock for all processes of the machine.
+    try:
+        # S603: the command is this interpreter and this module; the task is data.
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise BackendError(f"The first detection of '{task.model}' took more than {_TIMEOUT:.0f} s.") from error
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise BackendError(f"The process for the cold start of '{task.model}' failed: {last}")
+    marks = json.loads(result.stdout.splitlines()[-1])
+    seconds = {name: (marks[name] - started) / 1e9 for name in ("imported", "opened", "first_detection")}
+    return ColdStart(**seconds, peak_memory_mib=marks["peak_memory_mib"])
+
+
+def _run(task: ColdStartTask) -> dict[str, float]:
+    import resource
+
+    from fcos_deploy.core.backend import ComputeType, SessionOptions
+    from fcos_deploy.core.enums import Precision
+    from fcos_deploy.core.image_io import read_image
+    from fcos_deploy.detector import Detector
+
+    marks: dict[str, float] = {"imported": time.monotonic_ns()}
+    options = SessionOptions(device=task.device, compute=ComputeType(task.compute), threads=task.threads)
+    precision = Precision(task.precision) if task.precision else None
+    with Detector.open(Path(task.model), backend=task.backend, precision=precision, options=options) as detector:
+        marks["opened"] = time.monotonic_ns()
+        image = read_image(Path(task.image))
+        detector.detect(image)
+        marks["first_detection"] = time.monotonic_ns()
+        for _ in range(_REPEATS):
+            detector.detect(image)
+    marks["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB.
+    return marks
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_run(from_json(ColdStartTask, json.loads(sys.argv[1])))) + "\n")

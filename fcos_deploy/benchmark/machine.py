@@ -1,0 +1,164 @@
+"""What the machine says of itself: processor, clock, throttling and power, with a reason where it says nothing."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fcos_deploy.core.cpu import usable_cpus
+
+__all__ = ["ClockReading", "MachineFacts", "PowerMeter", "PowerReading", "machine_facts", "read_clock"]
+
+_ROOT = Path("/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineFacts:
+    """Where figures were measured. ``load`` is the one-minute load average before the measurement."""
+
+    processor: str
+    cores: int
+    memory_mib: int
+    system: str
+    python: str
+    load: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockReading:
+    """Mean clock of the cores in MHz, and how often they were throttled since the start of the machine."""
+
+    mhz: float | None
+    throttled: int | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerReading:
+    """Mean watts over a measurement, from ``source``; None with the reason in ``problem``."""
+
+    watts: float | None
+    source: str = ""
+    problem: str = ""
+
+
+def machine_facts(root: Path = _ROOT) -> MachineFacts:
+    """Read what is known of this machine; ``root`` is where ``proc`` and ``sys`` lie."""
+    load = _text(root / "proc/loadavg").split()
+    return MachineFacts(
+        processor=_cpuinfo(root, "model name") or _text(root / "proc/device-tree/model") or platform.processor(),
+        cores=usable_cpus(),
+        memory_mib=_memory_mib(root),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        load=float(load[0]) if load else None,
+    )
+
+
+def read_clock(root: Path = _ROOT) -> ClockReading:
+    """The clock now."""
+    cpus = root / "sys/devices/system/cpu"
+    kilohertz = [_number(path) for path in sorted(cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))]
+    known = [value / 1000 for value in kilohertz if value is not None] or _cpuinfo_mhz(root)
+    counts = [_number(path) for path in sorted(cpus.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))]
+    throttled = [int(count) for count in counts if count is not None]
+    missing = [] if known else ["no clock in sysfs or cpuinfo"]
+    missing += [] if throttled else ["no throttle counters in sysfs (virtual machine or not an Intel processor)"]
+    return ClockReading(
+        mhz=sum(known) / len(known) if known else None,
+        throttled=sum(throttled) if throttled else None,
+        problem="; ".join(missing),
+    )
+
+
+@dataclass(slots=True)
+class PowerMeter:
+    """Energy between ``start`` and ``stop``, from RAPL (Intel, AMD) or the INA3221 sensors of a Jetson.
+
+    RAPL counts energy; the Jetson's sensors tell the power of the moment, read at the start and the end.
+    """
+
+    root: Path = _ROOT
+    _started: float = field(default=0.0, init=False)
+    _energy: dict[Path, int] = field(default_factory=dict, init=False)
+    _watts: float | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Begin."""
+        self._started = time.perf_counter()
+        self._energy = self._rapl()
+        self._watts = _jetson_watts(self.root)
+
+    def stop(self) -> PowerReading:
+        """End, and say the mean power since ``start``."""
+        seconds = time.perf_counter() - self._started
+        now = self._rapl()
+        if self._energy and seconds > 0 and now.keys() == self._energy.keys():
+            joules = sum(self._rise(path, now[path]) for path in now) / 1e6
+            return PowerReading(watts=joules / seconds, source="RAPL packages")
+        after = _jetson_watts(self.root)
+        if self._watts is not None and after is not None:
+            return PowerReading(watts=(self._watts + after) / 2, source="INA3221")
+        return PowerReading(watts=None, problem=self._problem())
+
+    def _rapl(self) -> dict[Path, int]:
+        found = sorted((self.root / "sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
+        values = {path: _number(path) for path in found}
+        return {path: int(value) for path, value in values.items() if value is not None}
+
+    def _rise(self, path: Path, value: int) -> int:
+        rise = value - self._energy[path]
+        limit = _number(path.with_name("max_energy_range_uj")) or 0
+        return rise if rise >= 0 else rise + int(limit)  # The counter starts again at 0.
+
+    def _problem(self) -> str:
+        if list((self.root / "sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj")):
+            return "RAPL is there but only root may read it (sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj)"
+        return "neither RAPL nor an INA3221 sensor on this machine"
+
+
+def _jetson_watts(root: Path) -> float | None:
+    """Sum over the INA3221 rails: millivolts times milliamperes."""
+    total, found = 0.0, False
+    for name in sorted((root / "sys/class/hwmon").glob("hwmon*/name")):
+        if _text(name) != "ina3221":
+            continue
+        for channel in (1, 2, 3):
+            volts = _number(name.with_name(f"in{channel}_input"))
+            amperes = _number(name.with_name(f"curr{channel}_input"))
+            if volts is not None and amperes is not None:
+                total, found = total + volts * amperes / 1e6, True
+    return total if found else None
+
+
+def _memory_mib(root: Path) -> int:
+    for line in _text(root / "proc/meminfo").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) // 1024
+    return 0
+
+
+def _cpuinfo(root: Path, key: str) -> str:
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        if line.startswith(key):
+            return line.partition(":")[2].strip()
+    return ""
+
+
+def _cpuinfo_mhz(root: Path) -> list[float]:
+    lines = _text(root / "proc/cpuinfo").splitlines()
+    return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+
+
+def _number(path: Path) -> float | None:
+    text = _text(path)
+    return float(text) if text.lstrip("-").isdigit() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    except OSError:
+        return ""

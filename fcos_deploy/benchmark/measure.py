@@ -1,0 +1,101 @@
+"""Times several detectors in turns, so that what disturbs the machine disturbs all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.benchmark.stats import LatencyStats, StageMedians
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.detector import Detector
+
+__all__ = ["Timing", "TimingOptions", "measure_throughput", "time_in_turns"]
+
+_BATCH = 16  # images of one call when throughput is measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimingOptions:
+    """``rounds`` of ``block`` detections each; the first of a block is not counted.
+
+    Runtimes keep threads spinning and caches warm: in the first detection after another runtime's block both are the
+    other one's. ``warmup`` detections go before everything.
+    """
+
+    rounds: int = 20
+    block: int = 6
+    warmup: int = 5
+    throughput_seconds: float = 3.0
+
+
+@dataclass(slots=True)
+class Timing:
+    """Milliseconds of one detector, as they come in; ``whole`` is ``detect`` from pixels to detections."""
+
+    whole: list[float] = field(default_factory=list)
+    stages: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def latency(self) -> LatencyStats:
+        """Of whole detections."""
+        return LatencyStats.of(np.array(self.whole))
+
+    def stage_medians(self) -> StageMedians:
+        """Of the stages, which were timed in detections of their own."""
+        preprocess, infer, decode = (float(v) for v in np.median(np.array(self.stages), axis=0))
+        return StageMedians(preprocess=preprocess, infer=infer, decode=decode)
+
+
+def time_in_turns(
+    detectors: Sequence[Detector],
+    image: NDArray[np.uint8],
+    *,
+    options: TimingOptions,
+    progress: ProgressFn = no_progress,
+) -> list[Timing]:
+    """Time every detector on (h, w, 3) uint8 RGB, a block of each in every round; the order turns round too."""
+    timings = [Timing() for _ in detectors]
+    for detector in detectors:
+        for _ in range(options.warmup):
+            detector.detect(image)
+    for turn in range(options.rounds):
+        for position in range(len(detectors)):
+            index = (position + turn) % len(detectors)
+            _time_block(detectors[index], image, block=options.block, timing=timings[index])
+        progress("latency", turn + 1, options.rounds)
+    return timings
+
+
+def _time_block(detector: Detector, image: NDArray[np.uint8], *, block: int, timing: Timing) -> None:
+    detector.detect(image)
+    for _ in range(block - 1):
+        started = time.perf_counter()
+        detector.detect(image)
+        timing.whole.append(1000 * (time.perf_counter() - started))
+    timing.stages.append(_time_stages(detector, image))
+
+
+def _time_stages(detector: Detector, image: NDArray[np.uint8]) -> tuple[float, float, float]:
+    marks = [time.perf_counter()]
+    feeds, letterboxes = detector.prepare([image])
+    marks.append(time.perf_counter())
+    outputs = detector.session.borrow(feeds)
+    marks.append(time.perf_counter())
+    detector.finish(outputs, letterboxes)
+    marks.append(time.perf_counter())
+    preprocess, infer, decode = (1000 * float(v) for v in np.diff(marks))
+    return preprocess, infer, decode
+
+
+def measure_throughput(detector: Detector, image: NDArray[np.uint8], *, seconds: float) -> tuple[float, int]:
+    """Images a second with as many requests at a time as the runtime takes, and how many images that was."""
+    images = [image] * _BATCH
+    detector.detect_batch(images)
+    done, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        detector.detect_batch(images)
+        done += _BATCH
+    return done / spent, done

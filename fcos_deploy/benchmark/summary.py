@@ -1,0 +1,171 @@
+"""Benchmarks as plain data, as rows of a table, and against an earlier run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fcos_deploy.benchmark.run import Benchmark, BenchmarkResult
+from fcos_deploy.core.atomic import write_text
+from fcos_deploy.core.errors import ConfigError, SlowdownError
+from fcos_deploy.core.serialize import to_json
+
+__all__ = [
+    "TABLE_COLUMNS",
+    "Comparison",
+    "benchmark_json",
+    "compare_with_baseline",
+    "read_baseline",
+    "require_no_slowdown",
+    "result_row",
+    "save_benchmark",
+]
+
+TABLE_COLUMNS = (
+    "backend",
+    "precision",
+    "p50 ms",
+    "p90 ms",
+    "p99 ms",
+    "preprocess",
+    "infer",
+    "decode",
+    "images/s",
+    "first s",
+    "peak MiB",
+    "file MiB",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One backend and precision against an earlier run; a ratio above 1 is slower than then."""
+
+    backend: str
+    precision: str
+    p50_before: float
+    p50_now: float
+    minimum_before: float
+    minimum_now: float
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians or of the fastest times, whichever rose less: other load raises only the first."""
+        return min(self.p50_now / self.p50_before, self.minimum_now / self.minimum_before)
+
+
+def benchmark_json(benchmark: Benchmark) -> list[dict[str, Any]]:
+    """One object for each target; null where the platform does not tell, with the reason beside it."""
+    return [_result_json(result, benchmark) for result in benchmark.results]
+
+
+def _result_json(result: BenchmarkResult, benchmark: Benchmark) -> dict[str, Any]:
+    cold = result.cold_start
+    return {
+        "backend": result.backend,
+        "precision": result.precision,
+        "model": result.model,
+        "latency_ms": to_json(result.latency),
+        "stages_ms": {**to_json(result.stages), "host_share": result.stages.host_share},
+        "throughput_fps": result.throughput_fps,
+        "cold_start_s": None if cold is None else cold.first_detection,
+        "cold_start": None if cold is None else to_json(cold),
+        "peak_memory_mib": None if cold is None else cold.peak_memory_mib,
+        "file_bytes": result.file_bytes,
+        "power": to_json(result.power),
+        "joules_per_image": result.joules_per_image,
+        "clock": to_json(result.clock),
+        "throttled": benchmark.throttled,
+        "session": result.session,
+        "machine": to_json(benchmark.machine),
+        "image": benchmark.image,
+    }
+
+
+def result_row(result: BenchmarkResult) -> tuple[str, ...]:
+    """One line of the table, as ``TABLE_COLUMNS`` names it."""
+    cold, latency, stages = result.cold_start, result.latency, result.stages
+    return (
+        result.backend,
+        result.precision,
+        *(f"{v:.2f}" for v in (latency.p50, latency.p90, latency.p99)),
+        *(f"{v:.2f}" for v in (stages.preprocess, stages.infer, stages.decode)),
+        f"{result.throughput_fps:.1f}",
+        "-" if cold is None else f"{cold.first_detection:.2f}",
+        "-" if cold is None else f"{cold.peak_memory_mib:.0f}",
+        f"{result.file_bytes / 2**20:.1f}",
+    )
+
+
+def save_benchmark(path: Path, benchmark: Benchmark) -> None:
+    """Write the JSON, to be compared with later."""
+    write_text(path, json.dumps(benchmark_json(benchmark), indent=1, allow_nan=False) + "\n")
+
+
+def read_baseline(path: Path) -> list[dict[str, Any]]:
+    """An earlier run's JSON.
+
+    Raises:
+        ConfigError: the file is missing or is not one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read the baseline '{path}': {error}.") from error
+    if not isinstance(content, list) or not all(isinstance(c, dict) and "latency_ms" in c for c in content):
+        raise ConfigError(f"'{path}' is not a benchmark.", hint="write one with 'fcos-deploy benchmark --output FILE'")
+    return content
+
+
+def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any]]) -> list[Comparison]:
+    """Pair the targets of both by backend and precision.
+
+    Raises:
+        ConfigError: they have none in common, or were measured on different processors.
+    """
+    earlier = {(entry["backend"], entry["precision"]): entry for entry in baseline}
+    comparisons = []
+    for result in benchmark.results:
+        entry = earlier.get((result.backend, result.precision))
+        if entry is None:
+            continue
+        before = entry.get("machine", {}).get("processor")
+        if before != benchmark.machine.processor:
+            raise ConfigError(
+                f"The baseline was measured on '{before}', this machine is '{benchmark.machine.processor}'.",
+                hint="measure a baseline here",
+            )
+        comparisons.append(
+            Comparison(
+                backend=result.backend,
+                precision=result.precision,
+                p50_before=entry["latency_ms"]["p50"],
+                p50_now=result.latency.p50,
+                minimum_before=entry["latency_ms"]["minimum"],
+                minimum_now=result.latency.minimum,
+            )
+        )
+    if not comparisons:
+        raise ConfigError(f"The baseline has none of these targets; it has {sorted(earlier)}.")
+    return comparisons
+
+
+def require_no_slowdown(comparisons: Sequence[Comparison], *, tolerance: float) -> None:
+    """Raise if a target got slower by more than ``tolerance`` (0.1 is 10 %).
+
+    Raises:
+        SlowdownError: with the figures.
+    """
+    slower = [c for c in comparisons if c.ratio > 1.0 + tolerance]
+    if slower:
+        figures = "; ".join(
+            f"{c.backend} {c.precision}: p50 {c.p50_before:.2f} -> {c.p50_now:.2f} ms ({c.ratio:.2f} times)"
+            for c in slower
+        )
+        raise SlowdownError(
+            f"Slower than the baseline by more than {tolerance:.0%}: {figures}.",
+            hint="repeat on a quiet machine; the fastest times are slower too, not the medians alone",
+        )

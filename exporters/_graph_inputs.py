@@ -1,0 +1,25 @@
+"""Feeds for a graph whose converted form is to be compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from exporters.step_check import Feeds, provoking_feeds
+from fcos_deploy.core.contract import ModelContract
+
+__all__ = ["feeds_of"]
+
+
+def feeds_of(contract: ModelContract, shapes: Mapping[str, tuple[int | None, ...]]) -> list[Feeds]:
+    """Feeds that provoke differences; ``shapes`` are those of the graph's inputs, None is a dynamic axis.
+
+    Dynamic axes become a batch of 1, and the canvas or, without one, twice the coarsest stride.
+    """
+    side = 2 * max(contract.decode.strides)
+    height, width = contract.preprocess.canvas or (side, side)
+    n, _, h, w = shapes["images"]
+    return provoking_feeds(
+        (n or 1, 3, h or height, w or width),
+        dtype=str(contract.preprocess.input_dtype),
+        image_sizes="image_sizes" in shapes,
+    )

@@ -1,0 +1,133 @@
+"""ONNX to OpenVINO's intermediate representation: an .xml, a .bin with the weights, and the contract beside them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from exporters._graph_inputs import feeds_of
+from exporters.step_check import Feeds, Runner, StepCheck, compare
+from fcos_deploy.core.atomic import atomic_file, sha256_file
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.contract_io import read_contract, write_sidecar
+from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.errors import BuildError, ConfigError
+from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
+from fcos_deploy.core.registry import backends_for
+from fcos_deploy.core.require import require
+
+__all__ = ["EXPORTER"]
+
+# For ``compare``. The same arithmetic on the same numbers; and on weights rounded to 11 bits.
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 5e-2
+
+
+class _OpenVinoExporter(Exporter):
+    """Keeps fp32 weights as they are; ``precision`` fp16 stores them in half the size. INT8 graphs keep their Q/DQ."""
+
+    name = "openvino"
+    source = ArtifactKind.ONNX
+    target = ArtifactKind.OPENVINO_IR
+    extra = "openvino"
+
+    def build(self, request: BuildRequest) -> BuildResult:
+        """Convert and compare.
+
+        Raises:
+            BackendLoadError: the ONNX file is damaged, carries no contract, or was quantized for another runtime.
+            BuildError: OpenVINO cannot read the graph.
+            StepCheckError: the IR does not compute what the ONNX file does.
+        """
+        openvino = require("openvino", extra=self.extra)
+        request.options.refuse_all_but("precision", builder=self.name)
+        contract = self._contract(request)
+        started = time.perf_counter()
+        request.progress("convert to OpenVINO IR", 0, 2)
+        weights = _convert(openvino, request, half=_wants_half(request, contract))
+        request.progress("convert to OpenVINO IR", 1, 2)
+        half = contract.precision is Precision.FP16 or _wants_half(request, contract)
+        check = _check(openvino, request, contract=contract, tolerance=_HALF_TOLERANCE if half else _TOLERANCE)
+        request.progress("convert to OpenVINO IR", 2, 2)
+        record = {
+            "builder": "openvino",
+            "version": openvino.__version__,
+            "onnx_sha256": sha256_file(request.source),
+            "weights": "fp16" if half else "as in the source",
+            "check": str(check),
+            "seconds": f"{time.perf_counter() - started:.2f}",
+        }
+        sidecar = write_sidecar(request.output, _as_built(contract, request), record)
+        return BuildResult(files=(request.output, weights, sidecar), record=record)
+
+    def _contract(self, request: BuildRequest) -> ModelContract:
+        if request.output.suffix != ".xml":
+            raise ConfigError(f"An OpenVINO IR is named '*.xml', got '{request.output.name}'.")
+        contract = read_contract(request.source)
+        for backend in backends_for(self.target):
+            backend.check_placement(contract)
+        if request.options.precision is Precision.INT8 and contract.precision is not Precision.INT8:
+            raise ConfigError(
+                f"'{request.source.name}' is {contract.precision}; converting does not make it INT8.",
+                hint="quantize it first with 'fcos-deploy quantize'",
+            )
+        if request.options.precision is Precision.FP32 and contract.precision is not Precision.FP32:
+            raise ConfigError(f"'{request.source.name}' is {contract.precision} and cannot become fp32 again.")
+        return contract
+
+
+EXPORTER = _OpenVinoExporter()
+
+
+def _wants_half(request: BuildRequest, contract: ModelContract) -> bool:
+    return request.options.precision is Precision.FP16 and contract.precision is not Precision.FP16
+
+
+def _as_built(contract: ModelContract, request: BuildRequest) -> ModelContract:
+    """An INT8 graph stays one when what is float in it is halved."""
+    halved = _wants_half(request, contract) and contract.precision is Precision.FP32
+    return replace(contract, precision=Precision.FP16) if halved else contract
+
+
+def _convert(openvino: ModuleType, request: BuildRequest, *, half: bool) -> Path:
+    """Write .bin and .xml; returns the .bin."""
+    weights = request.output.with_suffix(".bin")
+    try:
+        model = openvino.Core().read_model(str(request.source))
+        # The .xml takes its name last: a reader that finds it finds its weights too.
+        with atomic_file(request.output) as xml, atomic_file(weights) as binary:
+            openvino.save_model(model, str(xml), compress_to_fp16=half)
+            xml.with_suffix(".bin").replace(binary)
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise BuildError(f"OpenVINO cannot convert '{request.source}': {lines[-1].strip()}") from error
+    return weights
+
+
+def _check(openvino: ModuleType, request: BuildRequest, *, contract: ModelContract, tolerance: float) -> StepCheck:
+    """Run the ONNX file and the IR, both in f32."""
+    core = openvino.Core()
+    model = core.read_model(str(request.source))
+    shapes = {
+        port.any_name: tuple(d.get_length() if d.is_static else None for d in port.partial_shape)
+        for port in model.inputs
+    }
+    return compare(
+        _runner(core, model),
+        _runner(core, str(request.output)),
+        feeds_of(contract, shapes),
+        step="convert to OpenVINO IR",
+        tolerance=tolerance,
+    )
+
+
+def _runner(core: Any, source: Any) -> Runner:  # Any: OpenVINO's core; a path or a model of OpenVINO
+    compiled = core.compile_model(source, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(feeds: Feeds) -> Feeds:
+        results = compiled(feeds)
+        return {port.any_name: results[port] for port in compiled.outputs}
+
+    return run

@@ -26,7 +26,7 @@ from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.registry import backends_for
-from fcos_deploy.core.tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt
+from fcos_deploy.core.tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -201,7 +201,7 @@ class _Build:
 
     def _shapes(self, network: trt.INetworkDefinition) -> dict[str, ProfileShapes]:
         inputs = (network.get_input(index) for index in range(network.num_inputs))
-        sizes = {tensor.name: tuple(None if n < 0 else n for n in tensor.shape) for tensor in inputs}
+        sizes = {tensor.name: tuple(None if n < 0 else n for n in shape_tuple(tensor.shape)) for tensor in inputs}
         shapes = profile_shapes(sizes, options=self._options, size_divisor=self._contract.preprocess.size_divisor)
         self._record["shapes"] = json.dumps({name: str(shape) for name, shape in shapes.items()})
         self._dynamic = any(None in size for size in sizes.values())
@@ -214,7 +214,8 @@ class _Build:
             return
         profile = builder.create_optimization_profile()
         for name, shape in shapes.items():
-            profile.set_shape(name, shape.minimum, shape.optimal, shape.maximum)
+            limits = (self._trt.Dims(list(sizes)) for sizes in (shape.minimum, shape.optimal, shape.maximum))
+            profile.set_shape(name, *limits)
         if config.add_optimization_profile(profile) < 0:
             raise build_error(f"{self._generation.label} refused the optimisation profile", log=log)
 

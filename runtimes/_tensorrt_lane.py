@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.errors import BackendError, TensorMismatchError
-from fcos_deploy.core.tensorrt_library import TensorRT, library_log
+from fcos_deploy.core.tensorrt_library import TensorRT, library_log, shape_tuple
 from runtimes._cuda import Cuda
 from runtimes._tensorrt_memory import TensorBuffer, make_output_allocator
 
@@ -101,7 +101,7 @@ class Lane:
                     )
             self._bind(tensor.name, shapes[tensor.name])
         for tensor in self._outputs:
-            shape = tuple(self._context.get_tensor_shape(tensor.name))
+            shape = shape_tuple(self._context.get_tensor_shape(tensor.name))
             if min(shape, default=0) < 0:
                 self._allocate_late(tensor.name)
             else:
@@ -195,7 +195,8 @@ def _engine_tensor(library: TensorRT, engine: trt.ICudaEngine, *, name: str, dty
     dtype = engine.get_tensor_dtype(name).name
     if dtype not in dtypes:
         raise BackendError(f"Tensor '{name}' of the engine has the type {dtype}, which NumPy does not have.")
-    shape = tuple(engine.get_tensor_shape(name))
+    shape = shape_tuple(engine.get_tensor_shape(name))
     is_input = engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
-    largest = tuple(engine.get_tensor_profile_shape(name, 0)[2]) if is_input and min(shape, default=0) < 0 else shape
+    dynamic_input = is_input and min(shape, default=0) < 0
+    largest = shape_tuple(engine.get_tensor_profile_shape(name, 0)[2]) if dynamic_input else shape
     return EngineTensor(name=name, dtype=np.dtype(dtypes[dtype]), shape=shape, largest=largest, is_input=is_input)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.tensorrt_library import TensorRT
+from fcos_deploy.core.tensorrt_library import TensorRT, shape_tuple
 from runtimes._cuda import Cuda, host_array
 
 __all__ = ["TensorBuffer", "make_output_allocator"]
@@ -87,7 +87,7 @@ def make_output_allocator(library: TensorRT, cuda: Cuda) -> Any:  # Any: a subcl
 
         def notify_shape(self, tensor_name: str, shape: Any) -> None:  # Any: the library's Dims
             del tensor_name
-            self.shape = tuple(shape)
+            self.shape = shape_tuple(shape)
 
         def free(self) -> None:
             if self.address:

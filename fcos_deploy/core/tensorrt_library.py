@@ -19,7 +19,7 @@ from fcos_deploy.core.require import require
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["LibraryLog", "LogRecord", "TensorRT", "library_log", "load_tensorrt", "parse_version"]
+__all__ = ["LibraryLog", "LogRecord", "TensorRT", "library_log", "load_tensorrt", "parse_version", "shape_tuple"]
 
 OLDEST = (8, 6)  # 8.5 is JetPack 5's, whose Python 3.8 this package does not support
 
@@ -32,6 +32,7 @@ class TensorRT(Protocol):
     BuilderFlag: type[trt.BuilderFlag]
     DataType: type[trt.DataType]
     DeviceType: type[trt.DeviceType]
+    Dims: type[trt.Dims]
     ILogger: type[trt.ILogger]
     IOutputAllocator: type[trt.IOutputAllocator]
     LayerType: type[trt.LayerType]
@@ -71,6 +72,11 @@ def parse_version(text: str) -> tuple[int, ...]:
     if match is None:
         raise ConfigError(f"'{text}' is not a version number.")
     return tuple(int(part) for part in match.group().split("."))
+
+
+def shape_tuple(dims: trt.Dims) -> tuple[int, ...]:
+    """The library's shape as a tuple; -1 is a dynamic axis."""
+    return tuple(int(dims[index]) for index in range(len(dims)))
 
 
 @dataclass(frozen=True, slots=True)

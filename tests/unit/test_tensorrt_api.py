@@ -1,0 +1,278 @@
+"""Every TensorRT name and keyword that the code uses exists in the bindings of every version that runs the code.
+
+Only TensorRT-RTX can be installed without a GPU. The tables in ``data/tensorrt_api`` were read from the real bindings;
+the code is read as a syntax tree, with the types of names inferred from annotations and from the tables themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import exporters._tensorrt_build
+import exporters._tensorrt_calibration
+import exporters._tensorrt_dla
+import exporters._tensorrt_generations as generations
+import exporters._tensorrt_progress
+import exporters._tensorrt_timing
+import fcos_deploy.core.tensorrt_library
+import runtimes._tensorrt_backend
+import runtimes._tensorrt_lane
+import runtimes._tensorrt_memory
+import runtimes.tensorrt
+import runtimes.tensorrt_rtx
+
+TABLES = {
+    path.stem: json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "data/tensorrt_api").glob("*.json")
+}
+RTX = ["rtx_1.7.1"]
+EIGHT = ["8.6.1"]
+TEN = ["10.3.0", "10.13.3.9", "10.16.1.11"]
+ELEVEN = ["11.0.0.114", "11.4.0.106"]
+ALL = [*EIGHT, *TEN, *ELEVEN, *RTX]
+
+MODULES = [
+    (fcos_deploy.core.tensorrt_library, ALL),
+    (exporters._tensorrt_build, ALL),
+    (exporters._tensorrt_calibration, [*EIGHT, *TEN]),
+    (exporters._tensorrt_dla, [*EIGHT, *TEN, *ELEVEN]),
+    (exporters._tensorrt_progress, [*TEN, *ELEVEN, *RTX]),
+    (exporters._tensorrt_timing, [*EIGHT, *TEN, *ELEVEN]),
+    (runtimes._tensorrt_backend, ALL),
+    (runtimes._tensorrt_lane, ALL),
+    (runtimes._tensorrt_memory, ALL),
+    (runtimes.tensorrt, [*EIGHT, *TEN, *ELEVEN]),
+    (runtimes.tensorrt_rtx, RTX),
+]
+GENERATIONS = [
+    (generations.Tensorrt8, EIGHT),
+    (generations.Tensorrt10, TEN),
+    (generations.Tensorrt11, ELEVEN),
+    (generations.TensorrtRtx, RTX),
+]
+# Methods that a generation inherits and refuses options for before they are reached.
+NOT_REACHED = {"TensorrtRtx": {"set_timing_cache"}}
+MODULE_NAMES = {"library", "rtx"}
+MODULE_ATTRIBUTES = {"trt", "_trt"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an expression is: the ``module``, a ``class`` of it, an ``object`` or a ``method`` of a class."""
+
+    form: str
+    name: str = ""
+    method: str = ""
+
+
+@dataclass
+class Reader(ast.NodeVisitor):
+    """Walks code and collects names that a table lacks."""
+
+    table: dict[str, Any]
+    names: dict[str, Kind] = field(default_factory=dict)
+    attributes: dict[str, Kind] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    checked: int = 0
+
+    def kind(self, node: ast.expr) -> Kind | None:
+        if isinstance(node, ast.Name):
+            return Kind("module") if node.id in MODULE_NAMES else self.names.get(node.id)
+        if isinstance(node, ast.Attribute):
+            return self._attribute(node)
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        if isinstance(node, (ast.GeneratorExp, ast.ListComp)):
+            for generator in node.generators:
+                self._bind(generator.target, self.kind(generator.iter))
+            return self.kind(node.elt)
+        return None
+
+    def _attribute(self, node: ast.Attribute) -> Kind | None:
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            return Kind("module") if node.attr in MODULE_ATTRIBUTES else self.attributes.get(node.attr)
+        owner = self.kind(node.value)
+        if owner is None or owner.form == "method" or node.attr in ("__members__", "__name__", "__version__"):
+            return None
+        self.checked += 1
+        if owner.form == "module":
+            return Kind("class", node.attr) if self._known(node.attr in self.table, node.attr) else None
+        entry = self.table[owner.name]
+        if "enum" in entry:
+            if node.attr in ("name", "type"):
+                return None
+            self._known(node.attr in entry["enum"], f"{owner.name}.{node.attr}")
+            return Kind("object", owner.name)
+        if not self._known(node.attr in entry["members"], f"{owner.name}.{node.attr}"):
+            return None
+        return Kind("method", owner.name, node.attr) if entry["members"][node.attr] is not None else None
+
+    def _call(self, node: ast.Call) -> Kind | None:
+        if isinstance(node.func, ast.Name) and node.func.id == "cast":
+            return self.kind(node.args[1])
+        callee = self.kind(node.func)
+        if callee is None or callee.form == "object":
+            return None
+        if callee.form == "class":
+            return Kind("object", callee.name)
+        return self._check_arguments(node, callee)
+
+    def _check_arguments(self, node: ast.Call, callee: Kind) -> Kind | None:
+        if callee.method == "__init__":
+            return None
+        overloads = self.table[callee.name]["members"][callee.method]
+        keywords = {keyword.arg for keyword in node.keywords}
+        fits = [
+            o
+            for o in overloads
+            if keywords <= set(o["parameters"]) and len(node.args) + len(keywords) <= len(o["parameters"])
+        ]
+        self._known(bool(fits), f"{callee.name}.{callee.method}({len(node.args)} arguments, {sorted(keywords)})")
+        returned = fits[0]["returns"] if fits else ""
+        return Kind("object", returned) if returned in self.table else None
+
+    def _known(self, there: bool, what: str) -> bool:
+        if not there:
+            self.problems.append(what)
+        return there
+
+    def _bind(self, target: ast.expr, kind: Kind | None) -> None:
+        if isinstance(target, ast.Name):
+            self.names.pop(target.id, None)
+            if kind is not None:
+                self.names[target.id] = kind
+        elif isinstance(target, ast.Attribute) and kind is not None:
+            self.attributes[target.attr] = kind
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for argument in [*node.args.args, *node.args.kwonlyargs]:
+            annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+            name = annotation.removeprefix("trt.").removesuffix(" | None")
+            self.names.pop(argument.arg, None)
+            if annotation.startswith("trt.") and self._known(name in self.table, f"{node.name}: {annotation}"):
+                self.names[argument.arg] = Kind("object", name)
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self._bind(node.target, self.kind(node.value))
+            self.visit(node.value)
+        name = ast.unparse(node.annotation).removeprefix("type[trt.").removesuffix("]")
+        if ast.unparse(node.annotation).startswith("type[trt."):
+            self.checked += 1
+            self._known(name in self.table, name)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.visit(node.value)
+        for target in node.targets:
+            self._bind(target, self.kind(node.value))
+            self.kind(target)
+
+    def visit_For(self, node: ast.For) -> None:
+        self._bind(node.target, self.kind(node.iter))
+        self.generic_visit(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        self._bind(node.target, self.kind(node.iter))
+        self.generic_visit(node)
+
+    def visit_GeneratorExp(self, node: ast.GeneratorExp) -> None:
+        self.kind(node)
+        self.generic_visit(node)
+
+    def visit_ListComp(self, node: ast.ListComp) -> None:
+        self.kind(node)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if self.kind(node) is None:
+            self.visit(node.value)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.kind(node)
+        self.generic_visit(node)
+
+
+def read(source: str, version: str) -> Reader:
+    tree = ast.parse(textwrap.dedent(source))
+    reader = Reader(TABLES[version])
+    reader.visit(tree)
+    again = Reader(TABLES[version], attributes=reader.attributes)  # attributes are known from the first reading
+    again.visit(tree)
+    return again
+
+
+def all_methods(owner: type) -> dict[str, str]:
+    """Source of each method that the class has or inherits, the one that it runs."""
+    functions = inspect.getmembers(owner, inspect.isfunction)
+    return {name: inspect.getsource(function) for name, function in functions}
+
+
+@pytest.mark.parametrize(
+    ("module", "version"),
+    [(m, v) for m, versions in MODULES for v in versions],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_names_of_shared_code_exist(module: ModuleType, version: str) -> None:
+    assert read(inspect.getsource(module), version).problems == []
+
+
+@pytest.mark.parametrize(("owner", "version"), [(g, v) for g, versions in GENERATIONS for v in versions])
+def test_names_of_a_generation_exist(owner: type, version: str) -> None:
+    for name, source in all_methods(owner).items():
+        if name not in NOT_REACHED.get(owner.__name__, set()):
+            assert read(source, version).problems == [], f"{owner.__name__}.{name}"
+
+
+@pytest.mark.parametrize("version", ALL)
+def test_names_of_helpers_shared_by_generations_exist(version: str) -> None:
+    for helper in (generations.has_half_tensors, generations.has_quantize_layers):
+        assert read(inspect.getsource(helper), version).problems == []
+
+
+def test_reading_finds_what_there_is_to_check() -> None:
+    counts = {module.__name__: read(inspect.getsource(module), versions[-1]).checked for module, versions in MODULES}
+    assert counts["exporters._tensorrt_build"] >= 20
+    assert counts["runtimes._tensorrt_lane"] >= 10
+    assert counts["runtimes.tensorrt_rtx"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("def f(config: trt.IBuilderConfig): config.int8_calibrator = 1", "IBuilderConfig.int8_calibrator"),
+        ("def f(library): return library.BuilderFlag.FP16", "BuilderFlag.FP16"),
+        ("def f(library): library.Builder(1).create_network(flag=1)", "Builder.create_network(0 arguments, ['flag'])"),
+        (
+            "def f(network: trt.INetworkDefinition):\n layer = network.get_layer(0)\n return layer.colour",
+            "ILayer.colour",
+        ),
+        (
+            "def f(network: trt.INetworkDefinition):\n return [t.size for t in (network.get_input(i) for i in 'ab')]",
+            "ITensor.size",
+        ),
+        (
+            "class A:\n def __init__(self, c: trt.IExecutionContext): self._c = c\n def f(self): self._c.go()",
+            "IExecutionContext.go",
+        ),
+    ],
+)
+def test_a_name_that_11_lacks_is_found(code: str, problem: str) -> None:
+    assert problem in read(code, "11.4.0.106").problems
+
+
+def test_the_installed_tensorrt_rtx_is_the_one_of_the_table() -> None:
+    library = pytest.importorskip("tensorrt_rtx")
+    for name, entry in TABLES[RTX[0]].items():
+        missing = [
+            member for member in entry.get("enum", entry.get("members")) if not hasattr(getattr(library, name), member)
+        ]
+        assert missing == [], name

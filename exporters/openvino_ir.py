@@ -45,12 +45,10 @@ class _OpenVinoExporter(Exporter):
         request.options.refuse_all_but("precision", builder=self.name)
         contract = self._contract(request)
         started = time.perf_counter()
-        request.progress("convert to OpenVINO IR", 0, 2)
-        weights = _convert(openvino, request, half=_wants_half(request, contract))
-        request.progress("convert to OpenVINO IR", 1, 2)
         half = contract.precision is Precision.FP16 or _wants_half(request, contract)
-        check = _check(openvino, request, contract=contract, tolerance=_HALF_TOLERANCE if half else _TOLERANCE)
-        request.progress("convert to OpenVINO IR", 2, 2)
+        request.progress("convert to OpenVINO IR", 0, 1)
+        weights, check = _convert(openvino, request, contract=contract, half=half)
+        request.progress("convert to OpenVINO IR", 1, 1)
         record = {
             "builder": "openvino",
             "version": openvino.__version__,
@@ -91,35 +89,40 @@ def _as_built(contract: ModelContract, request: BuildRequest) -> ModelContract:
     return replace(contract, precision=Precision.FP16) if halved else contract
 
 
-def _convert(openvino: ModuleType, request: BuildRequest, *, half: bool) -> Path:
-    """Write .bin and .xml; returns the .bin."""
+def _convert(
+    openvino: ModuleType, request: BuildRequest, *, contract: ModelContract, half: bool
+) -> tuple[Path, StepCheck]:
+    """Write .xml and .bin under their names once they are checked; returns the .bin and what the check found."""
     weights = request.output.with_suffix(".bin")
-    try:
-        model = openvino.Core().read_model(str(request.source))
-        # The .xml takes its name last: a reader that finds it finds its weights too.
-        with atomic_file(request.output) as xml, atomic_file(weights) as binary:
-            openvino.save_model(model, str(xml), compress_to_fp16=half)
-            xml.with_suffix(".bin").replace(binary)
-    except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise BuildError(f"OpenVINO cannot convert '{request.source}': {lines[-1].strip()}") from error
-    return weights
-
-
-def _check(openvino: ModuleType, request: BuildRequest, *, contract: ModelContract, tolerance: float) -> StepCheck:
-    """Run the ONNX file and the IR, both in f32."""
     core = openvino.Core()
-    model = core.read_model(str(request.source))
+    # The .xml takes its name last: a reader that finds it finds its weights too.
+    with atomic_file(request.output) as xml, atomic_file(weights) as binary:
+        written = xml.with_suffix(".bin")
+        try:
+            model = core.read_model(str(request.source))
+            openvino.save_model(model, str(xml), compress_to_fp16=half)
+            check = _check(core, model, xml, contract=contract, half=half)
+            written.replace(binary)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise BuildError(f"OpenVINO cannot convert '{request.source}': {lines[-1]}") from error
+        finally:
+            written.unlink(missing_ok=True)
+    return weights, check
+
+
+def _check(core: Any, model: Any, converted: Path, *, contract: ModelContract, half: bool) -> StepCheck:
+    """Run the ONNX graph and the IR, both in f32."""
     shapes = {
         port.any_name: tuple(d.get_length() if d.is_static else None for d in port.partial_shape)
         for port in model.inputs
     }
     return compare(
         _runner(core, model),
-        _runner(core, str(request.output)),
+        _runner(core, str(converted)),
         feeds_of(contract, shapes),
         step="convert to OpenVINO IR",
-        tolerance=tolerance,
+        tolerance=_HALF_TOLERANCE if half else _TOLERANCE,
     )
 
 

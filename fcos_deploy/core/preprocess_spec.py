@@ -97,6 +97,8 @@ class PreprocessSpec:
                 )
         if self.input_dtype is InputDtype.UINT8 and self.resize_order is ResizeOrder.NORMALIZE_FIRST:
             raise ConfigError("uint8 input is resized before it is normalised, so the order must be 'resize-first'.")
+        if self.resize_filter is ResizeFilter.PIL and self.resize_order is ResizeOrder.NORMALIZE_FIRST:
+            raise ConfigError("The resize filter 'pil' works on uint8, so the order must be 'resize-first'.")
         if min(self.std) <= 0 or self.pixel_scale <= 0:
             raise ConfigError(f"std and pixel_scale must be positive, got {self.std} and {self.pixel_scale}.")
 

@@ -1,0 +1,131 @@
+"""Greedy suppression of overlapping boxes of a class: exact, and vectorised over boxes and classes (spec 10.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.ordering import best_first
+
+__all__ = ["Suppression", "suppress"]
+
+# Candidates that are looked at together; all pairs of a block fit into the level-2 cache.
+_BLOCK = 128
+
+# Overlaps are measured in float32 first; what lies above the threshold less this relative error goes to float64.
+_MARGIN = 1e-5
+
+
+# With fewer than one pair in this many of the same class, the pairs are listed before their overlaps are measured.
+_DENSE = 8
+
+_TINY = 1e-300  # Keeps 0 / 0, the overlap of boxes without area, at 0.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suppression:
+    """``iou_offset`` is added to widths and heights in the overlap (1 in tianzhi's FCOS).
+
+    At most ``limit`` boxes stay, and with ``keep_ties`` also those whose score equals that of the last one.
+    """
+
+    iou_threshold: float
+    limit: int
+    iou_offset: float = 0.0
+    keep_ties: bool = False
+
+
+def suppress(
+    boxes: NDArray[np.float32], scores: NDArray[np.float32], *, labels: NDArray[Any], rule: Suppression
+) -> NDArray[np.intp]:
+    """Indices of the boxes that stay, best score first, earlier ones first among equal scores.
+
+    A box goes when a box of its class that stays, and comes before it in that order, overlaps it by
+    IoU > ``iou_threshold`` (strictly). boxes: (n, 4) float32 xyxy. scores: (n,) float32 >= 0. labels: (n,) integers.
+    """
+    order = best_first(scores)
+    kept = order[:0]
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        if len(kept) >= rule.limit:
+            block = block[scores[block] >= scores[kept[rule.limit - 1]]] if rule.keep_ties else block[:0]
+            if len(block) == 0:
+                break
+        pool = np.concatenate((kept, block))
+        kept = pool[_survivors(boxes[pool], labels[pool], settled=len(kept), rule=rule)]
+    if len(kept) > rule.limit:
+        return kept[scores[kept] >= scores[kept[rule.limit - 1]]] if rule.keep_ties else kept[: rule.limit]
+    return kept
+
+
+def _survivors(
+    boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
+) -> NDArray[np.bool_]:
+    """Which of boxes (m, 4), best first, stay; the first ``settled`` are known to."""
+    winner, loser = _overlapping_pairs(boxes, labels, settled=settled, rule=rule)
+    stays = np.ones(len(boxes), np.bool_)
+    while True:
+        # Round r settles every box that hangs on a chain of at most r others; chains of more than a few are rare.
+        previous, stays = stays, np.ones(len(boxes), np.bool_)
+        stays[loser[previous[winner]]] = False
+        if np.array_equal(stays, previous):
+            return stays
+
+
+def _overlapping_pairs(
+    boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Indices (winner, loser) of all pairs of one class with IoU > threshold, winner < loser, loser >= ``settled``."""
+    near = labels[:, None] == labels[settled:]
+    if _DENSE * np.count_nonzero(near) > near.size:
+        near &= _may_overlap(boxes, settled=settled, rule=rule)
+    winner, loser = np.divmod(np.flatnonzero(near), near.shape[1])
+    loser += settled
+    before = winner < loser
+    winner, loser = winner[before], loser[before]
+    exact = _overlap(boxes, winner, loser, rule=rule)
+    return winner[exact], loser[exact]
+
+
+def _may_overlap(boxes: NDArray[np.float32], *, settled: int, rule: Suppression) -> NDArray[np.bool_]:
+    """(m, m - settled): False only for pairs with IoU <= threshold; in float32."""
+    x1, y1, x2, y2 = np.ascontiguousarray(boxes.T)
+    offset = np.float32(rule.iou_offset)
+    late = slice(settled, None)
+    inter = _common(x1, x2, late=late, offset=offset)
+    np.maximum(inter, 0, out=inter)  # One side clamped is enough: the product is then not positive.
+    inter *= _common(y1, y2, late=late, offset=offset)
+    # inter / (a + b - inter) > t  <=>  inter > (a + b) * t / (1 + t)
+    share = np.float32(rule.iou_threshold / (1 + rule.iou_threshold) * (1 - _MARGIN))
+    areas = (x2 - x1 + offset) * (y2 - y1 + offset) * share
+    may_overlap: NDArray[np.bool_] = inter > areas[:, None] + areas[late]
+    return may_overlap
+
+
+def _common(
+    low: NDArray[np.float32], high: NDArray[np.float32], *, late: slice, offset: np.float32
+) -> NDArray[np.float32]:
+    """(m, m - settled): length that intervals have in common with the late ones; negative for a gap."""
+    common = np.minimum(high[:, None], high[late])
+    common -= np.maximum(low[:, None], low[late])
+    if offset:
+        common += offset
+    return common
+
+
+def _overlap(
+    boxes: NDArray[np.float32], first: NDArray[np.intp], second: NDArray[np.intp], *, rule: Suppression
+) -> NDArray[np.bool_]:
+    """Whether pairs of boxes have IoU > threshold, in float64; boxes without area overlap nothing."""
+    corners = boxes.T.astype(np.float64)  # (4, m), each row contiguous
+    width, height = corners[2:] - corners[:2] + rule.iou_offset
+    areas = width * height
+    one, other = corners.take(first, axis=1), corners.take(second, axis=1)
+    sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]) + rule.iou_offset
+    np.maximum(sides, 0, out=sides)
+    inter = sides[0] * sides[1]
+    overlaps: NDArray[np.bool_] = inter / np.maximum(areas[first] + areas[second] - inter, _TINY) > rule.iou_threshold
+    return overlaps

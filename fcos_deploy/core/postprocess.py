@@ -1,0 +1,134 @@
+"""From a graph's outputs to detections in image pixels, whichever tail the graph has (spec 9, 10)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.decode import Candidates, HeadOutputs, decode
+from fcos_deploy.core.decode_spec import BoxClip, BoxFilter, DecodeSpec, NmsSpace
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.errors import TensorMismatchError
+from fcos_deploy.core.nms import Suppression, suppress
+from fcos_deploy.core.preprocess import Letterbox
+
+__all__ = ["image_sizes_row", "postprocess"]
+
+Outputs = Mapping[str, NDArray[Any]]
+
+
+def image_sizes_row(letterbox: Letterbox) -> NDArray[np.float32]:
+    """(4,) float32 resized height, resized width, original height, original width: a row of ``image_sizes``."""
+    sizes = (letterbox.resized_height, letterbox.resized_width, letterbox.image_height, letterbox.image_width)
+    return np.array(sizes, np.float32)
+
+
+def postprocess(
+    outputs: Outputs, contract: ModelContract, *, index: int, input_size: tuple[int, int], letterbox: Letterbox
+) -> Detections:
+    """Detections of image ``index`` of a batch, in image pixels, with ``label_map`` applied.
+
+    ``outputs`` are those of ``contract.tail``; nothing in the result shares memory with them. ``input_size`` is the
+    padded (H, W) of the batch.
+
+    Raises:
+        TensorMismatchError: an output is missing or its shape does not fit.
+    """
+    missing = sorted(set(contract.outputs) - set(outputs))
+    if missing:
+        raise TensorMismatchError(f"The outputs must be {sorted(contract.outputs)}, {missing} are missing.")
+    of_image = {name: outputs[name][index] for name in contract.outputs}
+    # Overflow in a half-precision engine reaches boxes as infinities, whose overlaps are not numbers and not above any
+    # threshold.
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = _TAILS[contract.tail](of_image, contract.decode, input_size, letterbox)
+        return _finish(found, contract.decode, letterbox)
+
+
+def _from_raw(outputs: Outputs, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox) -> Candidates:
+    head = HeadOutputs(outputs["cls_logits"], outputs["distances"], outputs["centerness"])
+    return _suppressed(decode(head, spec, input_size=input_size), spec, letterbox)
+
+
+def _from_candidates(outputs: Outputs, spec: DecodeSpec, _size: tuple[int, int], letterbox: Letterbox) -> Candidates:
+    found = _float_candidates(outputs)
+    return _suppressed(found.take(found.scores >= 0), spec, letterbox)
+
+
+def _from_nms(outputs: Outputs, _spec: DecodeSpec, _size: tuple[int, int], _letterbox: Letterbox) -> Candidates:
+    count = int(outputs["num_detections"].reshape(-1)[0])
+    return _float_candidates(outputs).take(np.arange(count))
+
+
+_TAILS: dict[Tail, Callable[[Outputs, DecodeSpec, tuple[int, int], Letterbox], Candidates]] = {
+    Tail.RAW: _from_raw,
+    Tail.CANDIDATES: _from_candidates,
+    Tail.NMS: _from_nms,
+}
+
+
+def _float_candidates(outputs: Outputs) -> Candidates:
+    boxes, scores, labels = outputs["boxes"], outputs["scores"], outputs["labels"]
+    if boxes.shape != (len(scores), 4) or scores.ndim != 1 or labels.shape != scores.shape:
+        got = {"boxes": boxes.shape, "scores": scores.shape, "labels": labels.shape}
+        raise TensorMismatchError(f"Outputs of an image must be boxes (K, 4), scores (K,) and labels (K,), got {got}.")
+    return Candidates(boxes.astype(np.float32, copy=False), scores.astype(np.float32, copy=False), labels)
+
+
+def _suppressed(found: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Candidates:
+    """Survivors in the profile's order, boxes clipped as it says, in network-input pixels."""
+    profile = spec.profile
+    boxes = _CLIPS[profile.clip](found.boxes, letterbox)
+    found = Candidates(boxes, found.scores, found.channels)
+    measured = letterbox.to_image(boxes) if profile.nms_space is NmsSpace.ORIGINAL else boxes
+    if profile.box_filter is BoxFilter.BEFORE_NMS:
+        solid = _has_area(measured)
+        found, measured = found.take(solid), measured[solid]
+    rule = Suppression(
+        iou_threshold=spec.iou_threshold,
+        limit=spec.max_detections,
+        iou_offset=profile.iou_offset,
+        keep_ties=profile.keep_ties,
+    )
+    kept = suppress(measured, found.scores, labels=found.channels, rule=rule)
+    return found.take(kept if profile.sort_by_score else np.sort(kept))
+
+
+def _clip_to(boxes: NDArray[np.float32], width: float, height: float) -> NDArray[np.float32]:
+    return np.clip(boxes, np.float32(0), np.array([width, height, width, height], np.float32))
+
+
+_CLIPS: dict[BoxClip, Callable[[NDArray[np.float32], Letterbox], NDArray[np.float32]]] = {
+    BoxClip.NONE: lambda boxes, _: boxes,
+    BoxClip.IMAGE: lambda boxes, box: _clip_to(boxes, box.resized_width, box.resized_height),
+    BoxClip.IMAGE_MINUS_ONE: lambda boxes, box: _clip_to(boxes, box.resized_width - 1, box.resized_height - 1),
+}
+
+
+def _has_area(boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+def _finish(found: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Detections:
+    """To image pixels, with the final clip and filter where the profile has them, and labels for channels."""
+    boxes = letterbox.to_image(found.boxes)
+    if spec.profile.box_filter is BoxFilter.AFTER_FINAL_CLIP:
+        boxes = _clip_to(boxes, letterbox.image_width, letterbox.image_height)
+        solid = _has_area(boxes)
+        found, boxes = found.take(solid), boxes[solid]
+    return Detections(boxes, found.scores, _labels(found.channels, spec.label_map))
+
+
+def _labels(channels: NDArray[Any], label_map: tuple[int, ...]) -> NDArray[np.int64]:
+    return _label_array(label_map)[channels] if label_map else channels.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=16)
+def _label_array(label_map: tuple[int, ...]) -> NDArray[np.int64]:
+    return np.array(label_map, np.int64)

@@ -1,0 +1,109 @@
+"""calibration.json: the ranges of one graph, by every method, readable and tied to that graph."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fcos_deploy.core.atomic import sha256_file, write_text
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.core.serialize import from_json, to_json
+from calibration.ranges import Range, RangeMethod
+
+__all__ = ["DEFAULT_METHOD", "Calibration", "ImageRecord", "TensorRanges", "load_calibration", "save_calibration"]
+
+SCHEMA_VERSION = 1
+# The winner over the models and placements of docs/int8.md.
+DEFAULT_METHOD = RangeMethod.PERCENTILE
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """An image that was used."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRanges:
+    """What was seen of a tensor, and what each method makes of it."""
+
+    minimum: float
+    maximum: float
+    zero_share: float
+    ranges: dict[str, Range]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Ranges of the activations of the graph with this hash.
+
+    ``method`` is the one a quantizer uses unless ``overrides`` names another for a tensor.
+    """
+
+    graph_sha256: str
+    method: RangeMethod
+    preprocess: PreprocessSpec
+    seed: int
+    engine: str
+    images: tuple[ImageRecord, ...]
+    tensors: dict[str, TensorRanges]
+    overrides: dict[str, RangeMethod]
+    schema_version: int = SCHEMA_VERSION
+
+    def range_of(self, tensor: str) -> Range:
+        """The range to quantize a tensor with.
+
+        Raises:
+            CalibrationError: the tensor was not observed.
+        """
+        if tensor not in self.tensors:
+            raise CalibrationError(f"The calibration has no range for tensor '{tensor}'.", hint="calibrate again")
+        return self.tensors[tensor].ranges[self.overrides.get(tensor, self.method)]
+
+    def with_method(self, method: RangeMethod) -> Calibration:
+        """The same statistics under another method."""
+        return replace(self, method=method, overrides={})
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write it, atomically."""
+    write_text(path, json.dumps(to_json(calibration), indent=1, sort_keys=True) + "\n")
+
+
+def load_calibration(path: Path, *, graph: Path | None = None) -> Calibration:
+    """Read a calibration, and check that it belongs to ``graph``.
+
+    Raises:
+        CalibrationError: not a calibration file, of a newer version, or of another graph.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"'{path}' is not a calibration file: {error}.") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise CalibrationError(
+            f"'{path}' has calibration schema version {version!r}, this fcos-deploy reads {SCHEMA_VERSION}.",
+            hint="calibrate again",
+        )
+    try:
+        calibration = from_json(Calibration, content, where="calibration")
+    except ConfigError as error:
+        raise CalibrationError(f"'{path}' is damaged: {error.message}", hint="calibrate again") from error
+    if graph is not None:
+        check_graph(calibration, graph)
+    return calibration
+
+
+def check_graph(calibration: Calibration, graph: Path) -> None:
+    """Raise CalibrationError unless the calibration was made on this file."""
+    found = sha256_file(graph)
+    if found != calibration.graph_sha256:
+        raise CalibrationError(
+            f"The calibration belongs to the graph {calibration.graph_sha256[:12]}, '{graph}' is {found[:12]}.",
+            hint=f"fcos-deploy calibrate {graph} --images DIR -o calibration.json",
+        )

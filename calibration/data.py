@@ -1,0 +1,203 @@
+"""Which images the ranges are measured on: found, sampled, identified, and refused when they are no pictures."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.atomic import sha256_file
+from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
+from fcos_deploy.core.image_io import IMAGE_SUFFIXES, list_images, read_image
+
+__all__ = ["CalibrationImage", "CalibrationSet", "SampleOptions", "collect_images", "find_images", "read_picture"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions:
+    """Which of the images to take.
+
+    ``count`` None takes all up to ``DEFAULT_COUNT``. Fewer than ``minimum`` images are refused: ranges of a handful of
+    pictures miss the large objects that live in the tails.
+    """
+
+    count: int | None = None
+    seed: int = 0
+    minimum: int = 8
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise ConfigError(f"The number of calibration images must be at least 1, got {self.count}.")
+
+    @property
+    def limit(self) -> int:
+        """The largest number of images taken."""
+        return DEFAULT_COUNT if self.count is None else self.count
+
+
+# The ranges of the demo detector no longer move after about 100 images (docs/int8.md, convergence).
+DEFAULT_COUNT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationImage:
+    """One file; ``name`` is its path below the image folder, with forward slashes."""
+
+    name: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """The chosen images in the order of their names, and how they were chosen."""
+
+    source: Path
+    images: tuple[CalibrationImage, ...]
+    candidates: int
+    seed: int
+    annotations: Mapping[str, tuple[dict[str, Any], ...]] = field(default_factory=dict, repr=False)  # COCO, by name
+
+
+def collect_images(
+    source: Path, *, annotations: Path | None = None, options: SampleOptions | None = None
+) -> CalibrationSet:
+    """Choose calibration images from a folder, a list file (one path a line) or a COCO json.
+
+    With annotations the choice covers the combinations of rarest class and object size, otherwise the subfolders. It
+    depends on the names, the seed and the annotations only; a larger count contains the smaller one.
+
+    Raises:
+        CalibrationError: nothing there, too few images, or a file that is missing.
+    """
+    options = options or SampleOptions()
+    files = find_images(source)
+    labels = _read_coco(annotations or source) if annotations or source.suffix == ".json" else {}
+    strata = {name: _stratum(name, labels.get(name)) for name in files}
+    chosen = sorted(_stratified(strata, count=options.limit, seed=options.seed))
+    if len(chosen) < options.minimum:
+        raise CalibrationError(
+            f"'{source}' gives {len(chosen)} calibration images, at least {options.minimum} are needed.",
+            hint="100 to 300 images of what the detector will see are best",
+        )
+    images = tuple(CalibrationImage(name, files[name], _hash(files[name])) for name in chosen)
+    return CalibrationSet(source, images, len(files), options.seed, {n: labels[n] for n in chosen if n in labels})
+
+
+def find_images(source: Path) -> dict[str, Path]:
+    """All images of a folder, list file or COCO json, by name.
+
+    Raises:
+        CalibrationError: the source is not there or names no image.
+    """
+    if not source.exists():
+        raise CalibrationError(f"'{source}' is not there.", hint="give a folder of images, a list file or a COCO json")
+    if source.is_dir():
+        found = {p.relative_to(source).as_posix(): p for p in _in_folder(source)}
+    else:
+        found = {name: source.parent / name for name in _listed(source)}
+    if not found:
+        raise CalibrationError(f"'{source}' names no images.", hint="one path a line, or a COCO json")
+    return dict(sorted(found.items()))
+
+
+def _in_folder(source: Path) -> list[Path]:
+    try:
+        return list_images(source)
+    except ImageError as error:
+        raise CalibrationError(
+            f"'{source}' holds no images.", hint=f"readable kinds: {' '.join(sorted(IMAGE_SUFFIXES))}"
+        ) from error
+
+
+def _listed(source: Path) -> list[str]:
+    try:
+        text = source.read_text(encoding="utf-8")
+        if source.suffix == ".json":
+            return [str(entry["file_name"]) for entry in json.loads(text)["images"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise CalibrationError(f"Cannot read the calibration image '{path}': {error.strerror}.") from error
+
+
+def _read_coco(path: Path) -> dict[str, tuple[dict[str, Any], ...]]:
+    """Annotations by image name; boxes in image pixels. The entry ``image`` of each holds its width and height."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {entry["id"]: entry for entry in content["images"]}
+        found: dict[str, list[dict[str, Any]]] = {entry["file_name"]: [] for entry in content["images"]}
+        for item in content["annotations"]:
+            image = names[item["image_id"]]
+            size = (int(image["height"]), int(image["width"]))
+            kept = {"category": int(item["category_id"]), "bbox": [float(v) for v in item["bbox"]], "image": size}
+            found[image["file_name"]].append(kept)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"'{path}' is not a COCO annotation file: {error!r}.") from error
+    return {name: tuple(items) for name, items in found.items()}
+
+
+def _stratum(name: str, items: tuple[dict[str, Any], ...] | None) -> str:
+    if items is None:
+        return name.rpartition("/")[0]
+    classes = "+".join(str(c) for c in sorted({item["category"] for item in items}))
+    # Octaves of the largest object's longer side: one pyramid level each.
+    largest = max((max(item["bbox"][2:]) for item in items), default=0.0)
+    return f"{classes}@{int(np.log2(max(largest, 1.0)))}"
+
+
+def _stratified(strata: Mapping[str, str], *, count: int, seed: int) -> list[str]:
+    """Names in proportion to their strata, and of every stratum at least one while there is room."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(strata):
+        members[strata[name]].append(name)
+    ranked = []
+    for index, (stratum, names) in enumerate(sorted(members.items())):
+        order = np.random.default_rng([seed, index]).permutation(len(names))
+        for place, member in enumerate(order):
+            share = 0.0 if place == 0 else (place + 0.5) / len(names)
+            ranked.append((share, -len(names), stratum, names[member]))
+    return [name for *_, name in sorted(ranked)[:count]]
+
+
+def read_picture(image: CalibrationImage) -> NDArray[np.uint8]:
+    """(h, w, 3) uint8 RGB.
+
+    Raises:
+        CalibrationError: the file cannot be read, or is a single colour or noise, on which ranges mean nothing.
+    """
+    try:
+        pixels: NDArray[np.uint8] = read_image(image.path)
+    except ImageError as error:
+        raise CalibrationError(f"Calibration image: {error.message}", hint="remove the file and repeat") from error
+    problem = _artificial(pixels)
+    if problem:
+        raise CalibrationError(
+            f"Calibration image '{image.path}' is {problem}, not a picture.",
+            hint="calibrate on images of what the detector will see",
+        )
+    return pixels
+
+
+def _artificial(pixels: NDArray[np.uint8]) -> str:
+    if min(pixels.shape[:2]) < 2:
+        return "a single row or column of pixels"
+    grey = pixels[:512, :512].astype(np.float32).mean(2)
+    spread = float(grey.std())
+    if spread == 0.0:
+        return "a single colour"
+    step = float(np.diff(grey, axis=1).std())
+    # Independent neighbours differ by sqrt(2) standard deviations; sharp, noisy photographs stay below 0.8.
+    return "noise" if step > 1.25 * spread and pixels.size > 3 * 1024 else ""

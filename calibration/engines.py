@@ -1,0 +1,97 @@
+"""Run a float graph and hand out intermediate tensors: the two runtimes that can."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.errors import ConfigError, MissingDependencyError
+from fcos_deploy.core.require import require
+
+__all__ = ["ENGINES", "Tensors", "expose", "open_engine", "pick_engine"]
+
+Tensors = Mapping[str, NDArray[Any]]
+Run = Callable[[Tensors], dict[str, NDArray[Any]]]
+
+
+def expose(model: Any, names: Sequence[str]) -> Any:  # onnx.ModelProto, untyped
+    """A copy of the model whose outputs are the named float tensors."""
+    onnx = require("onnx", extra="export")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    copy.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
+    return copy
+
+
+def _onnxruntime(model: Any, *, threads: int | None) -> Run:
+    ort = require("onnxruntime", extra="onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def _openvino(model: Any, *, threads: int | None) -> Run:
+    ov = require("openvino", extra="openvino")
+    names = [output.name for output in model.graph.output]
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    core = ov.Core()
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", config)
+    ports = [compiled.output(name) for name in names]
+
+    def run(feeds: Tensors) -> dict[str, NDArray[Any]]:
+        results = compiled(dict(feeds), share_outputs=True)
+        return {name: np.asarray(results[port]) for name, port in zip(names, ports, strict=True)}
+
+    return run
+
+
+ENGINES: dict[str, Callable[..., Run]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+
+
+def open_engine(name: str, model: Any, *, threads: int | None = None) -> Run:
+    """A function from feeds to the model's outputs.
+
+    Raises:
+        ConfigError: there is no such engine.
+        MissingDependencyError: it is not installed.
+    """
+    if name not in ENGINES:
+        raise ConfigError(f"There is no calibration engine '{name}'.", hint=f"engines: {', '.join(ENGINES)}, auto")
+    return ENGINES[name](model, threads=threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    seconds: float
+    name: str
+
+
+def pick_engine(model: Any, feeds: Tensors, *, threads: int | None = None) -> str:
+    """The engine that runs this model fastest on this machine, of those installed."""
+    trials = []
+    for name in ENGINES:
+        try:
+            run = open_engine(name, model, threads=threads)
+        except MissingDependencyError:
+            continue
+        run(feeds)
+        start = time.perf_counter()
+        run(feeds)
+        trials.append(_Trial(time.perf_counter() - start, name))
+    if not trials:
+        raise MissingDependencyError(
+            "Calibration needs onnxruntime or openvino.", hint="pip install 'fcos-deploy[onnxruntime]'"
+        )
+    return min(trials, key=lambda trial: trial.seconds).name

@@ -1,0 +1,129 @@
+"""A histogram of fixed size whose range grows: bounded memory, whatever the number of values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.errors import CalibrationError
+from fcos_deploy.core.require import require
+
+__all__ = ["BINS", "Histogram"]
+
+# Bins for each sign. The largest magnitude always lies in the upper half, so that at least 2048 bins resolve it.
+BINS = 4096
+_CHUNK = 1 << 22  # cv2 counts in float32, which is exact up to 2^24
+
+
+class Histogram:
+    """Counts of values in bins of width ``2**exponent`` on both sides of zero.
+
+    Widths are powers of two and edges multiples of them, so that widening merges pairs of bins without error and the
+    result does not depend on the order in which values arrive. Exact zeros, which ReLU makes by the million and every
+    quantizer represents exactly, are counted apart.
+
+    positive, negative: (BINS,) int64; entry i counts values with magnitude in [i, i + 1) * width.
+    """
+
+    def __init__(self) -> None:
+        self.exponent: int | None = None
+        self.positive = np.zeros(BINS, np.int64)
+        self.negative = np.zeros(BINS, np.int64)
+        self.zeros = 0
+        self.elements = 0
+        self.minimum = math.inf
+        self.maximum = -math.inf
+
+    @property
+    def amax(self) -> float:
+        """Largest magnitude seen."""
+        return max(abs(self.minimum), abs(self.maximum)) if self.elements else 0.0
+
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+        return math.ldexp(1.0, self.exponent or 0)
+
+    def magnitudes(self) -> NDArray[np.int64]:
+        """(BINS,) counts of absolute values without the exact zeros."""
+        return self.positive + self.negative
+
+    def add(self, values: NDArray[np.float32], *, samples: int = 1 << 62) -> None:
+        """Count the values of an array of any shape.
+
+        Of an array with more than ``samples`` values, evenly spaced ones are counted, about that many; the extremes are
+        those of all values.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        if not flat.size:
+            return
+        low, high = float(flat.min()), float(flat.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = flat[~np.isfinite(flat)]
+            raise CalibrationError(f"{bad.size} of {flat.size} values are not finite, the first is {bad[0]}")
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        # An odd step does not beat against the even widths of feature maps.
+        step = -(-flat.size // samples)
+        flat = np.ascontiguousarray(flat[:: step | 1]) if step > 1 else flat
+        zeros = flat.size - int(np.count_nonzero(flat))
+        self.zeros += zeros
+        self.elements += flat.size
+        if zeros == flat.size:
+            return
+        self._widen(max(-low, high))
+        self._count(flat, negative=low < 0)
+        self.positive[0] -= zeros
+
+    def _widen(self, amax: float) -> None:
+        # amax < BINS * 2**e, and subnormal widths are of no use.
+        wanted = max(math.frexp(amax)[1] - int(math.log2(BINS)), -120)
+        if self.exponent is None:
+            self.exponent = wanted
+        while self.exponent < wanted:
+            self.positive, self.negative = _merge_pairs(self.positive), _merge_pairs(self.negative)
+            self.exponent += 1
+
+    def _count(self, flat: NDArray[np.float32], *, negative: bool) -> None:
+        reach = BINS * self.width
+        for start in range(0, flat.size, _CHUNK):
+            chunk = flat[start : start + _CHUNK]
+            self.positive += _count_bins(chunk, reach)
+            if negative:
+                self.negative += _count_bins(-chunk[chunk < 0], reach)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything, as arrays that an npz file can hold."""
+        numbers = np.array([self.minimum, self.maximum], np.float64)
+        counts = np.array([self.elements, self.zeros, -9999 if self.exponent is None else self.exponent], np.int64)
+        return {"positive": self.positive, "negative": self.negative, "numbers": numbers, "counts": counts}
+
+    @classmethod
+    def from_state(cls, state: dict[str, NDArray[Any]]) -> Histogram:
+        """The inverse of ``state``."""
+        histogram = cls()
+        histogram.positive, histogram.negative = state["positive"].copy(), state["negative"].copy()
+        histogram.minimum, histogram.maximum = (float(v) for v in state["numbers"])
+        histogram.elements, histogram.zeros, exponent = (int(v) for v in state["counts"])
+        histogram.exponent = None if exponent == -9999 else exponent
+        return histogram
+
+
+def _merge_pairs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    merged = np.zeros_like(counts)
+    merged[: BINS // 2] = counts[0::2] + counts[1::2]
+    return merged
+
+
+def _count_bins(values: NDArray[np.float32], reach: float) -> NDArray[np.int64]:
+    """(BINS,) counts of the values in [0, reach)."""
+    if not values.size:
+        return np.zeros(BINS, np.int64)
+    cv2 = require("cv2", extra="onnxruntime")
+    counts = cv2.calcHist([values.reshape(1, -1)], [0], None, [BINS], [0.0, reach])
+    return counts.reshape(-1).astype(np.int64)

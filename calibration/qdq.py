@@ -1,0 +1,231 @@
+"""Writes a float ONNX graph as an INT8 one: QuantizeLinear and DequantizeLinear where a placement wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.atomic import atomic_file
+from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text, read_contract
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import CalibrationError
+from fcos_deploy.core.require import require
+from calibration.calibration_file import Calibration, check_graph
+from calibration.fidelity import Fidelity, compare_models
+from calibration.graph import ConvGraph, ConvSite, load_graph
+from calibration.placement import Placement, QdqPlan, ResultRule, plan_pairs
+from calibration.quantized_values import (
+    ActivationScale,
+    WeightValues,
+    activation_scale,
+    quantize_bias,
+    quantize_weight,
+)
+
+__all__ = ["QuantizedOnnx", "quantize_qdq"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedOnnx:
+    """What was written. ``layers``: quantized convolution nodes; ``kept``: those that stayed float."""
+
+    path: Path
+    placement: Placement
+    layers: tuple[str, ...]
+    kept: tuple[str, ...]
+    pairs: int
+    fidelity: Fidelity
+
+    @property
+    def record(self) -> dict[str, str]:
+        """For manifests."""
+        return {
+            "quantizer": "qdq",
+            "placement": self.placement.name,
+            "activations": str(self.placement.activations),
+            "weights": str(self.placement.weights),
+            "int8_convolutions": str(len(self.layers)),
+            "float_convolutions": ", ".join(self.kept),
+            "pairs": str(self.pairs),
+            **{f"sqnr_db_{name}": f"{value:.2f}" for name, value in self.fidelity.sqnr_db.items()},
+        }
+
+
+def quantize_qdq(
+    source: Path,
+    calibration: Calibration,
+    output: Path,
+    *,
+    policy: Placement,
+    keep_float: Collection[str] = (),
+    biases: dict[str, NDArray[np.float32]] | None = None,
+    pictures: Sequence[NDArray[np.uint8]] = (),
+) -> QuantizedOnnx:
+    """Quantize the convolutions of ``source``; ``keep_float`` names layers or nodes that stay float.
+
+    ``biases`` replaces biases by the name of the convolution node. The result is run beside its source on ``pictures``,
+    (h, w, 3) uint8 RGB each, before it takes its name.
+
+    Raises:
+        CalibrationError: the calibration is of another graph, or the graph is not a float one.
+        StepCheckError: the result does not run, or gives values that are not finite.
+    """
+    check_graph(calibration, source)
+    contract = read_contract(source)
+    if contract.precision is not Precision.FP32:
+        raise CalibrationError(f"'{source}' is {contract.precision}.", hint="quantize the fp32 graph")
+    graph = load_graph(source)
+    plan = plan_pairs(graph, policy, keep_float=keep_float)
+    if not plan.convs:
+        raise CalibrationError("Every convolution would stay float.", hint="leave the model in fp32")
+    model = _Writer(graph, plan, calibration, policy=policy, biases=biases or {}).model()
+    _set_contract(model, contract_to_text(replace(contract, precision=Precision.INT8, placement=policy.name)))
+    onnx = require("onnx", extra="export")
+    onnx.checker.check_model(model)
+    fidelity = compare_models(graph.model, model, contract=contract, pictures=pictures)
+    with atomic_file(output) as temporary:
+        onnx.save(model, str(temporary))
+    names = tuple(conv.name for conv in plan.convs)
+    kept = tuple(conv.name for conv in graph.convs if conv.name not in set(names))
+    return QuantizedOnnx(
+        path=output, placement=policy, layers=names, kept=kept, pairs=len(plan.readers), fidelity=fidelity
+    )
+
+
+def _set_contract(model: Any, text: str) -> None:
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            entry.value = text
+
+
+class _Writer:
+    """Builds the new graph beside the old one."""
+
+    def __init__(
+        self,
+        graph: ConvGraph,
+        plan: QdqPlan,
+        calibration: Calibration,
+        *,
+        policy: Placement,
+        biases: dict[str, NDArray[np.float32]],
+    ) -> None:
+        self._onnx = require("onnx", extra="export")
+        self._graph, self._plan, self._policy, self._biases = graph, plan, policy, biases
+        self._convs = {conv.name: conv for conv in plan.convs}
+        self._scales = {name: self._scale(name, calibration) for name in plan.readers}
+        self._weights = self._quantized_weights()
+        self._new_initializers: dict[str, Any] = {}
+
+    def _scale(self, name: str, calibration: Calibration) -> ActivationScale:
+        while name in self._plan.scale_of:
+            name = self._plan.scale_of[name]
+        return activation_scale(calibration.range_of(name), self._policy.activations)
+
+    def _quantized_weights(self) -> dict[str, WeightValues]:
+        by_weight: dict[str, list[ConvSite]] = {}
+        for conv in self._plan.convs:
+            by_weight.setdefault(conv.weight, []).append(conv)
+        return {
+            name: quantize_weight(self._array(name), self._policy.weights, least_scale=self._least_scale(convs))
+            for name, convs in by_weight.items()
+        }
+
+    def _least_scale(self, convs: list[ConvSite]) -> NDArray[np.float32] | float:
+        """A bias is stored in 32 bits in units of input times weight scale: the weight scale must not be too small."""
+        if self._policy.results is ResultRule.FLOAT:
+            return 0.0
+        needed = [np.abs(self._bias(c)) / (self._scales[c.input].scale * 2.0**30) for c in convs if c.bias]
+        return np.max(needed, axis=0).astype(np.float32) if needed else 0.0
+
+    def _array(self, name: str) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = self._onnx.numpy_helper.to_array(self._graph.initializers[name])
+        return array
+
+    def _bias(self, conv: ConvSite) -> NDArray[np.float32]:
+        return self._biases[conv.name] if conv.name in self._biases else self._array(conv.bias)
+
+    def model(self) -> Any:
+        model = self._onnx.ModelProto()
+        model.CopyFrom(self._graph.model)
+        nodes = []
+        for value in model.graph.input:
+            nodes += self._pair(value.name)
+        for node in model.graph.node:
+            name = node.name or node.output[0]
+            self._rewire(node, name)
+            if name in self._convs:
+                nodes += self._constants(node, self._convs[name])
+            nodes.append(node)
+            for output in node.output:
+                nodes += self._pair(output)
+        nodes = [self._copy(node) for node in nodes]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        self._replace_initializers(model)
+        return model
+
+    def _copy(self, node: Any) -> Any:
+        copy = self._onnx.NodeProto()
+        copy.CopyFrom(node)
+        return copy
+
+    def _rewire(self, node: Any, name: str) -> None:
+        for index, tensor in enumerate(node.input):
+            if tensor in self._plan.readers:
+                readers = self._plan.readers[tensor]
+                if readers is None or name in readers:
+                    node.input[index] = f"{tensor}/dequantized"
+
+    def _pair(self, tensor: str) -> list[Any]:
+        if tensor not in self._plan.readers:
+            return []
+        scale = self._scales[tensor]
+        parameters = [self._constant(f"{tensor}/scale", scale.scale), self._constant(f"{tensor}/zero", scale.zero_point)]
+        make = self._onnx.helper.make_node
+        quantized, result = f"{tensor}/quantized", f"{tensor}/dequantized"
+        return [
+            make("QuantizeLinear", [tensor, *parameters], [quantized], name=quantized),
+            make("DequantizeLinear", [quantized, *parameters], [result], name=result),
+        ]
+
+    def _constants(self, node: Any, conv: ConvSite) -> list[Any]:
+        """Weight, and bias where the placement stores it in 32 bits, behind a DequantizeLinear of their own."""
+        weight = self._weights[conv.weight]
+        nodes = [self._dequantize(node, 1, conv.weight, values=weight.values, scales=weight.scales)]
+        if self._policy.results is ResultRule.QUANTIZED and conv.bias:
+            input_scale = self._scales[conv.input].scale
+            values, scales = quantize_bias(self._bias(conv), input_scale=input_scale, weight_scales=weight.scales)
+            nodes.append(self._dequantize(node, 2, f"{conv.name}/bias", values=values, scales=scales))
+        elif conv.name in self._biases:
+            node.input[2] = self._constant(f"{conv.name}/bias", self._bias(conv))
+        return nodes
+
+    def _dequantize(
+        self, node: Any, index: int, name: str, *, values: NDArray[Any], scales: NDArray[np.float32]
+    ) -> Any:
+        inputs = [
+            self._constant(f"{name}/quantized", values),
+            self._constant(f"{name}/scale", scales),
+            self._constant(f"{name}/zero", np.zeros(len(scales), values.dtype)),
+        ]
+        node.input[index] = f"{node.name or node.output[0]}/{('input', 'weight', 'bias')[index]}"
+        return self._onnx.helper.make_node(
+            "DequantizeLinear", inputs, [node.input[index]], name=node.input[index], axis=0
+        )
+
+    def _constant(self, name: str, value: Any) -> str:
+        if name not in self._new_initializers:
+            self._new_initializers[name] = self._onnx.numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def _replace_initializers(self, model: Any) -> None:
+        used = {name for node in model.graph.node for name in node.input}
+        kept = [tensor for name, tensor in self._graph.initializers.items() if name in used]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept + list(self._new_initializers.values()))

@@ -1,0 +1,209 @@
+"""From a histogram to the range that eight bits shall cover.
+
+Every method gives a symmetric range (largest magnitude ``amax``) and an asymmetric one (``low`` <= 0 <= ``high``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.errors import CalibrationError
+from calibration.histogram import BINS, Histogram
+
+__all__ = ["PERCENTILE", "Range", "RangeMethod", "all_ranges", "find_range"]
+
+# 99.9 % costs an FCOS seven points: large objects live in the tails (docs/int8.md).
+PERCENTILE = 99.999
+_LEVELS = 256
+_STOPS = 64
+# Shares of the full range that are tried, the widest first so that it wins among equals.
+_SHARES = np.linspace(1.0, 0.02, 50)
+# Bins merged for the searches: at least 512 cover each side, four a level.
+_COARSE = 4
+
+Floats = NDArray[np.float64]
+
+
+class RangeMethod(StrEnum):
+    """How the range of a tensor follows from its histogram."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    ENTROPY = "entropy"
+    MSE = "mse"
+    L3 = "l3"
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """``low`` <= 0 <= ``high`` for asymmetric quantization, ``amax`` > 0 for symmetric."""
+
+    low: float
+    high: float
+    amax: float
+
+    def __post_init__(self) -> None:
+        if not (self.low <= 0.0 <= self.high and self.amax > 0.0 and np.isfinite([self.low, self.high]).all()):
+            raise CalibrationError(f"A range must hold zero and be finite, got [{self.low}, {self.high}].")
+
+
+def find_range(histogram: Histogram, method: RangeMethod) -> Range:
+    """The range of one tensor.
+
+    Raises:
+        CalibrationError: the histogram is empty or holds nothing but zeros.
+    """
+    if histogram.elements == 0 or histogram.amax == 0.0:
+        raise CalibrationError("The range is empty: the tensor is zero for every image")
+    return _METHODS[method](histogram)
+
+
+def all_ranges(histogram: Histogram) -> dict[str, Range]:
+    """The range by every method."""
+    return {str(method): find_range(histogram, method) for method in RangeMethod}
+
+
+def _minmax(histogram: Histogram) -> Range:
+    return Range(min(histogram.minimum, 0.0), max(histogram.maximum, 0.0), histogram.amax)
+
+
+def _percentile(histogram: Histogram) -> Range:
+    outside = histogram.elements * (1.0 - PERCENTILE / 100.0)
+    high = _upper_tail(histogram.positive, outside) * histogram.width
+    low = -_upper_tail(histogram.negative, outside) * histogram.width
+    amax = _upper_tail(histogram.magnitudes(), outside) * histogram.width
+    return _clipped(histogram, low=low, high=high, amax=amax)
+
+
+def _upper_tail(counts: NDArray[np.int64], outside: float) -> float:
+    """Position, in bins, above which ``outside`` counts lie; linear inside a bin."""
+    above = np.cumsum(counts[::-1])[::-1]  # above[i]: counts in bin i and higher
+    if above[0] <= outside:
+        return 0.0
+    last = int(np.flatnonzero(above > outside)[-1])
+    beyond = float(above[last + 1]) if last + 1 < BINS else 0.0
+    return last + 1.0 - (outside - beyond) / float(counts[last])
+
+
+def _clipped(histogram: Histogram, *, low: float, high: float, amax: float) -> Range:
+    """Never wider than what was seen, never empty."""
+    full = _minmax(histogram)
+    low, high = max(low, full.low), min(high, full.high)
+    if low == high:  # Nearly all values are zero, so that everything else counts as an outlier.
+        return full
+    return Range(low, high, min(max(amax, -low, high), full.amax) or full.amax)
+
+
+def _power(exponent: float) -> Callable[[Histogram], Range]:
+    """The range with the least mean |error|^exponent; 2 is MSE, 3 weighs the tails more."""
+
+    def search(histogram: Histogram) -> Range:
+        full = _minmax(histogram)
+        cost = _Cost(*_signed(histogram), exponent)
+        symmetric = cost.best(full.amax)
+        amax = symmetric * full.amax
+        # The tail that reaches farther decides first; the other then follows with that one fixed.
+        if full.high >= -full.low:
+            high = full.high * cost.best(full.high, low=full.low)
+            low = full.low * cost.best(-full.low, high=high)
+        else:
+            low = full.low * cost.best(-full.low, high=full.high)
+            high = full.high * cost.best(full.high, low=low)
+        return Range(low, high, amax)
+
+    return search
+
+
+def _signed(histogram: Histogram) -> tuple[Floats, Floats]:
+    """Centres and counts of the occupied bins; exact zeros cost nothing in any range and are left out."""
+    centres = (np.arange(BINS // _COARSE) + 0.5) * histogram.width * _COARSE
+    values = np.concatenate([-centres[::-1], centres])
+    counts = np.concatenate([_coarse(histogram.negative)[::-1], _coarse(histogram.positive)])
+    occupied = counts > 0
+    return values[occupied], counts[occupied]
+
+
+def _coarse(counts: NDArray[np.int64]) -> Floats:
+    return counts.reshape(-1, _COARSE).sum(1).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """values, counts: (b,) centres and counts of bins."""
+
+    values: Floats
+    counts: Floats
+    exponent: float
+
+    def best(self, full: float, *, low: float | None = None, high: float | None = None) -> float:
+        """The cheapest share of ``full`` as the open end, or as both ends when neither is given."""
+        limits = full * _SHARES
+        lows = -limits if low is None else np.full_like(limits, low)
+        highs = limits if high is None else np.full_like(limits, high)
+        if full == 0.0:
+            return 1.0
+        return float(_SHARES[int(np.argmin(self._errors(lows, highs)))])
+
+    def _errors(self, lows: Floats, highs: Floats) -> Floats:
+        """Sum of |error|^exponent for each pair of ends."""
+        steps = ((highs - lows) / (_LEVELS - 1))[:, None]
+        quantized = np.clip(self.values[None], lows[:, None], highs[:, None])
+        np.divide(quantized, steps, out=quantized)
+        np.rint(quantized, out=quantized)
+        np.multiply(quantized, steps, out=quantized)
+        np.subtract(quantized, self.values[None], out=quantized)
+        np.abs(quantized, out=quantized)
+        sums: Floats = (quantized * quantized if self.exponent == 2.0 else quantized**3) @ self.counts
+        return sums
+
+
+def _entropy(histogram: Histogram) -> Range:
+    """Least Kullback-Leibler divergence between the clipped and the quantized distribution of magnitudes.
+
+    Exact zeros are left out: they survive any range, and their spike would hide everything else.
+    """
+    magnitudes = histogram.magnitudes().reshape(-1, 2).sum(1).astype(np.float64)
+    width = histogram.width * 2
+    top = int(np.flatnonzero(magnitudes)[-1]) + 1
+    levels = _LEVELS // 2
+    # Below two bins a level the divergence says nothing.
+    stops = np.unique(np.linspace(min(2 * levels, top), top, _STOPS).astype(int))
+    costs = [_divergence(magnitudes[:top], int(stop), levels) for stop in stops]
+    amax = min(float(stops[int(np.argmin(costs))]) * width, histogram.amax)
+    full = _minmax(histogram)
+    return _clipped(histogram, low=max(full.low, -amax), high=min(full.high, amax), amax=amax)
+
+
+def _divergence(counts: Floats, stop: int, levels: int) -> float:
+    inside = counts[:stop]
+    clipped = inside.copy()
+    clipped[-1] += counts[stop:].sum()
+    # The quantized distribution is built without the outliers, spread evenly over the occupied bins of each level.
+    starts = (np.arange(min(levels, stop)) * stop) // min(levels, stop)
+    occupied = inside > 0
+    share = np.add.reduceat(inside, starts) / np.maximum(np.add.reduceat(occupied.astype(np.float64), starts), 1)
+    quantized = np.where(occupied, np.repeat(share, np.diff(np.append(starts, stop))), 0.0)
+    return _kl(clipped, quantized)
+
+
+def _kl(p: Floats, q: Floats) -> float:
+    if not q.sum():
+        return float("inf")
+    p, q = p / p.sum(), q / q.sum()
+    seen = p > 0
+    # A bin that only outliers occupy has q = 0; a little mass keeps the divergence finite and large.
+    return float((p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-9))).sum())
+
+
+_METHODS: dict[RangeMethod, Callable[[Histogram], Range]] = {
+    RangeMethod.MINMAX: _minmax,
+    RangeMethod.PERCENTILE: _percentile,
+    RangeMethod.ENTROPY: _entropy,
+    RangeMethod.MSE: _power(2.0),
+    RangeMethod.L3: _power(3.0),
+}

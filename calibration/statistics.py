@@ -1,0 +1,209 @@
+"""One pass over the calibration images: a histogram of every tensor that a placement may quantize.
+
+Memory does not depend on the number of images. A pass that is interrupted resumes after the last saved image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fcos_deploy.core.atomic import atomic_file, sha256_file
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.serialize import to_json
+from calibration.calibration_file import DEFAULT_METHOD, Calibration, ImageRecord, TensorRanges
+from calibration.data import CalibrationImage, CalibrationSet, read_picture
+from calibration.engines import Run, Tensors, expose, open_engine, pick_engine
+from calibration.feeds import Feeder
+from calibration.graph import ConvGraph, load_graph
+from calibration.histogram import Histogram
+from calibration.ranges import RangeMethod, all_ranges
+
+__all__ = ["StatisticsOptions", "collect_histograms", "collect_ranges", "ranges_from"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsOptions:
+    """How the pass runs.
+
+    ``tensors_at_once``: intermediate tensors that one inference hands out; fewer need less memory and more inferences.
+    ``samples``: values of one tensor of one image that enter its histogram, evenly spaced; extremes are always exact.
+    ``save_every``: seconds between two saved states.
+    """
+
+    method: RangeMethod = DEFAULT_METHOD
+    engine: str = "auto"
+    threads: int | None = None
+    tensors_at_once: int = 256
+    samples: int = 1 << 17
+    save_every: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.tensors_at_once < 1 or self.samples < 1 or self.save_every < 0:
+            raise ConfigError("tensors_at_once and samples must be at least 1, save_every at least 0.")
+
+
+Histograms = dict[str, Histogram]
+
+
+def collect_ranges(
+    source: Path,
+    images: CalibrationSet,
+    *,
+    options: StatisticsOptions | None = None,
+    state: Path | None = None,
+    progress: ProgressFn = no_progress,
+) -> Calibration:
+    """Measure the ranges of a float ONNX graph on calibration images.
+
+    ``state`` is a file in which an interrupted pass keeps what it has; it goes when the pass is complete.
+
+    Raises:
+        CalibrationError: a graph that is not float, an unreadable image, NaN or infinity, a tensor that is always zero.
+    """
+    options = options or StatisticsOptions()
+    histograms = collect_histograms(source, images, options=options, state=state, progress=progress)
+    calibration = ranges_from(histograms, source=source, images=images, options=options)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return calibration
+
+
+def ranges_from(
+    histograms: Histograms, *, source: Path, images: CalibrationSet, options: StatisticsOptions
+) -> Calibration:
+    """The ranges by every method, bound to the graph's hash."""
+    tensors = {}
+    for name, histogram in histograms.items():
+        try:
+            ranges = all_ranges(histogram)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"Tensor '{name}' of '{source}': {error.message} ({len(images.images)} images, first "
+                f"'{images.images[0].path}').",
+                hint="is the checkpoint trained, and do the images fit it?",
+            ) from error
+        share = round(histogram.zeros / histogram.elements, 6)
+        tensors[name] = TensorRanges(histogram.minimum, histogram.maximum, share, ranges)
+    return Calibration(
+        graph_sha256=sha256_file(source),
+        method=options.method,
+        preprocess=read_contract(source).preprocess,
+        seed=images.seed,
+        engine=options.engine,
+        images=tuple(ImageRecord(image.name, image.sha256) for image in images.images),
+        tensors=tensors,
+        overrides={},
+    )
+
+
+def collect_histograms(
+    source: Path,
+    images: CalibrationSet,
+    *,
+    options: StatisticsOptions,
+    state: Path | None = None,
+    progress: ProgressFn = no_progress,
+) -> Histograms:
+    """Histograms of all quantizable tensors, by name in graph order.
+
+    Raises:
+        CalibrationError: as ``collect_ranges``.
+    """
+    contract = read_contract(source)
+    if contract.precision is not Precision.FP32:
+        raise CalibrationError(f"'{source}' is {contract.precision}.", hint="calibrate the fp32 graph")
+    graph = load_graph(source)
+    walk = _Pass(graph, contract, options=options, first=images.images[0])
+    key = _key(source, images, options)
+    done, histograms = _resume(state, key, graph.activations())
+    saved = time.monotonic()
+    for index, image in enumerate(images.images[done:], done):
+        progress("calibrating", index, len(images.images))
+        walk.add(image, histograms)
+        if state is not None and time.monotonic() - saved >= options.save_every:
+            _save(state, key, index + 1, histograms)
+            saved = time.monotonic()
+    progress("calibrating", len(images.images), len(images.images))
+    return histograms
+
+
+class _Pass:
+    """The graph, opened once for each group of tensors."""
+
+    def __init__(
+        self, graph: ConvGraph, contract: ModelContract, *, options: StatisticsOptions, first: CalibrationImage
+    ) -> None:
+        self._feeder = Feeder(graph.model, contract)
+        self._samples = options.samples
+        inputs = {value.name for value in graph.model.graph.input}
+        self._inputs = [name for name in graph.activations() if name in inputs]
+        names = [name for name in graph.activations() if name not in inputs]
+        groups = [names[i : i + options.tensors_at_once] for i in range(0, len(names), options.tensors_at_once)]
+        models = [expose(graph.model, group) for group in groups]
+        engine = options.engine
+        if engine == "auto":
+            engine = pick_engine(models[0], self._feeder(read_picture(first)), threads=options.threads)
+        self._runs: Sequence[Run] = [open_engine(engine, model, threads=options.threads) for model in models]
+
+    def add(self, image: CalibrationImage, histograms: Histograms) -> None:
+        feeds = self._feeder(read_picture(image))
+        self._count({name: feeds[name] for name in self._inputs}, image, histograms)
+        for run in self._runs:
+            self._count(run(feeds), image, histograms)
+
+    def _count(self, tensors: Tensors, image: CalibrationImage, histograms: Histograms) -> None:
+        for name, values in tensors.items():
+            try:
+                histograms[name].add(values, samples=self._samples)
+            except CalibrationError as error:
+                raise CalibrationError(
+                    f"Tensor '{name}' for the image '{image.path}': {error.message}.",
+                    hint="does the float model work on this image?",
+                ) from error
+
+
+def _key(source: Path, images: CalibrationSet, options: StatisticsOptions) -> str:
+    """Hash of everything that the histograms depend on."""
+    settings = {k: v for k, v in asdict(options).items() if k in {"samples", "engine"}}
+    parts = {
+        "graph": sha256_file(source),
+        "images": [image.sha256 for image in images.images],
+        "preprocess": to_json(read_contract(source).preprocess),
+        "settings": settings,
+        "version": 1,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _save(state: Path, key: str, done: int, histograms: Histograms) -> None:
+    arrays = {f"{name}\n{part}": value for name, h in histograms.items() for part, value in h.state().items()}
+    with atomic_file(state) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **{"key": np.array(key), "done": np.array(done)}, **arrays)
+
+
+def _resume(state: Path | None, key: str, names: Sequence[str]) -> tuple[int, Histograms]:
+    """Images done and their histograms; a state of other inputs, or a damaged one, starts again."""
+    fresh = {name: Histogram() for name in names}
+    if state is None or not state.is_file():
+        return 0, fresh
+    try:
+        with np.load(state, allow_pickle=False) as arrays:
+            if str(arrays["key"]) != key:
+                return 0, fresh
+            parts = ("positive", "negative", "numbers", "counts")
+            found = {n: Histogram.from_state({p: arrays[f"{n}\n{p}"] for p in parts}) for n in names}
+            return int(arrays["done"]), found
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return 0, fresh

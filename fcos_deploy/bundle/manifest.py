@@ -19,7 +19,7 @@ from fcos_deploy.bundle.records import (
 )
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import BundleError, ConfigError, ManifestVersionError
+from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [
@@ -67,7 +67,8 @@ class Manifest:
     benchmark: tuple[BenchmarkFigure, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise BundleError unless the parts fit each other; done whenever a manifest is written or read."""
         paths = [*(artifact.path for artifact in self.artifacts), *(record.path for record in self.files)]
         repeated = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
         if repeated:
@@ -130,8 +131,9 @@ def manifest_text(manifest: Manifest) -> str:
     """The manifest as JSON text, the same for the same contents.
 
     Raises:
-        BundleError: when a figure is not finite.
+        BundleError: when its parts do not fit each other, or a figure is not finite.
     """
+    manifest.check()
     try:
         return json.dumps(to_json(manifest), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError as error:
@@ -151,9 +153,13 @@ def parse_manifest(text: str, *, where: str) -> Manifest:
         raise BundleError(f"'{where}' is not JSON: {error}.") from error
     _check_version(value, where)
     try:
-        return from_json(Manifest, value, where=MANIFEST_NAME)
-    except (ConfigError, TypeError, OverflowError, RecursionError) as error:
-        raise BundleError(f"'{where}' is not a manifest of this version: {error}") from error
+        manifest = from_json(Manifest, value, where=MANIFEST_NAME)
+    except FcosDeployError as error:
+        raise BundleError(f"'{where}' is not a manifest: {error.message}", hint=error.hint) from error
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise BundleError(f"'{where}' is not a manifest: {error}.") from error
+    manifest.check()
+    return manifest
 
 
 def _refuse_constant(text: str) -> float:

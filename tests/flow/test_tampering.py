@@ -1,0 +1,94 @@
+"""One flipped bit anywhere in a bundle, and it is not opened."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcos_deploy.bundle import open_bundle
+from fcos_deploy.bundle.log import append_log
+from fcos_deploy.bundle.signature import generate_key
+from fcos_deploy.bundle.store import sign
+from fcos_deploy.core.errors import BundleError
+
+FLIPS = 1000
+
+
+@pytest.fixture
+def full_bundle(make_bundle: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """With a signature and a verification log, so that every kind of file is there."""
+    pytest.importorskip("cryptography")
+    bundle = make_bundle(tmp_path / "cells")
+    generate_key(tmp_path / "key.pem", public=tmp_path / "key.pub.pem")
+    sign(bundle, private_key=tmp_path / "key.pem")
+    for number in range(3):
+        append_log(bundle / "verification.jsonl", {"run": number, "text": "grün"})
+    return bundle
+
+
+def test_a_thousand_flipped_bits_are_all_refused(full_bundle: Path) -> None:
+    files = sorted(path for path in full_bundle.rglob("*") if path.is_file())
+    assert len(files) == 9
+    rng = np.random.default_rng(1000)
+    refused: Counter[str] = Counter()
+    for number in range(FLIPS):
+        path = files[number % len(files)]  # every file gets its share, however small it is
+        content = path.read_bytes()
+        place = int(rng.integers(len(content) * 8))
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(BundleError):
+            open_bundle(full_bundle)
+        path.write_bytes(content)
+        refused[path.name] += 1
+    assert refused.total() == FLIPS
+    assert open_bundle(full_bundle).manifest.name == "cells"
+
+
+def test_every_byte_of_the_small_files_counts(full_bundle: Path) -> None:
+    rng = np.random.default_rng(8)
+    for name in ("manifest.sha256", "SIGNATURE"):
+        path = full_bundle / name
+        content = path.read_bytes()
+        for place in range(len(content)):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            with pytest.raises(BundleError):
+                open_bundle(full_bundle)
+        path.write_bytes(content)
+
+
+def test_files_cut_short_or_emptied_are_refused(full_bundle: Path) -> None:
+    for path in sorted(p for p in full_bundle.rglob("*") if p.is_file() and p.name != "verification.jsonl"):
+        content = path.read_bytes()
+        for keep in (0, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:keep])
+            with pytest.raises(BundleError):
+                open_bundle(full_bundle)
+        path.write_bytes(content)
+
+
+def test_a_log_line_that_a_power_cut_left_half_written_does_not_lock_the_bundle(full_bundle: Path) -> None:
+    log = full_bundle / "verification.jsonl"
+    content = log.read_bytes()
+    last = content.rstrip(b"\n").rfind(b"\n") + 1
+    for cut in (last + 1, last + 20, len(content) - 1):
+        log.write_bytes(content[:cut])
+        assert open_bundle(full_bundle).manifest.name == "cells"
+        append_log(log, {"run": 9})
+        assert len(log.read_bytes().splitlines()) == 3
+        assert open_bundle(full_bundle)
+
+
+def test_a_log_line_that_was_removed_from_the_middle_is_noticed(full_bundle: Path) -> None:
+    log = full_bundle / "verification.jsonl"
+    first, _, third = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(first + third)
+    with pytest.raises(BundleError, match="Line 2"):
+        open_bundle(full_bundle)

@@ -1,0 +1,143 @@
+"""A signature holds for one manifest and one key."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fcos_deploy.bundle import open_bundle, required_keys
+from fcos_deploy.bundle.signature import check_signature, generate_key
+from fcos_deploy.bundle.store import sign
+from fcos_deploy.core.errors import BundleError, ConfigError, SignatureError
+
+pytest.importorskip("cryptography")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    generate_key(tmp_path / "key.pem", public=tmp_path / "key.pub.pem")
+    return tmp_path / "key.pem", tmp_path / "key.pub.pem"
+
+
+@pytest.fixture
+def signed(make_bundle: Callable[[Path], Path], keys: tuple[Path, Path], tmp_path: Path) -> Path:
+    bundle = make_bundle(tmp_path / "cells")
+    sign(bundle, private_key=keys[0])
+    return bundle
+
+
+def test_the_private_key_is_its_owners_alone(keys: tuple[Path, Path]) -> None:
+    assert stat.S_IMODE(keys[0].stat().st_mode) == 0o600
+
+
+def test_keys_are_never_overwritten(keys: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="not overwritten"):
+        generate_key(keys[0], public=keys[1])
+
+
+def test_a_signed_bundle_opens_with_the_key(signed: Path, keys: tuple[Path, Path]) -> None:
+    bundle = open_bundle(signed, public_keys=(keys[1],))
+    assert len(bundle.signed_by) == 64
+
+
+def test_openssl_accepts_the_signature(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    """The envelope is documented, so that others can check it without this package."""
+    import base64
+    import json
+    import shutil
+    import subprocess
+
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    envelope = json.loads((signed / "SIGNATURE").read_text())
+    (tmp_path / "sig").write_bytes(base64.b64decode(envelope["signature"]))
+    message = b"fcos-deploy bundle manifest, version 1\n" + (signed / "manifest.json").read_bytes()
+    (tmp_path / "message").write_bytes(message)
+    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(keys[1]), "-rawin"]
+    command += ["-in", str(tmp_path / "message"), "-sigfile", str(tmp_path / "sig")]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_key_is_refused(signed: Path, tmp_path: Path) -> None:
+    generate_key(tmp_path / "b.pem", public=tmp_path / "b.pub.pem")
+    with pytest.raises(SignatureError, match="was signed by key"):
+        open_bundle(signed, public_keys=(tmp_path / "b.pub.pem",))
+
+
+def test_one_of_several_trusted_keys_is_enough(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    generate_key(tmp_path / "b.pem", public=tmp_path / "b.pub.pem")
+    assert open_bundle(signed, public_keys=(tmp_path / "b.pub.pem", keys[1])).signed_by
+
+
+def test_an_unsigned_bundle_is_refused_when_a_key_is_given(
+    make_bundle: Callable[[Path], Path], keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SignatureError, match="not signed"):
+        open_bundle(make_bundle(tmp_path / "plain"), public_keys=(keys[1],))
+
+
+def test_a_manifest_remade_consistently_does_not_pass(signed: Path, keys: tuple[Path, Path]) -> None:
+    """An attacker can make all hashes fit again, but not the signature."""
+    import hashlib
+
+    text = (signed / "manifest.json").read_text().replace('"name": "cells"', '"name": "cellz"')
+    (signed / "manifest.json").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (signed / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+    assert open_bundle(signed).manifest.name == "cellz"
+    with pytest.raises(SignatureError, match="does not fit the manifest"):
+        open_bundle(signed, public_keys=(keys[1],))
+
+
+def test_a_key_id_that_was_exchanged_does_not_pass(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    from fcos_deploy.bundle.signature import Envelope, check_envelope
+
+    other = generate_key(tmp_path / "b.pem", public=tmp_path / "b.pub.pem")
+    old = check_envelope(signed / "SIGNATURE")
+    draft = Envelope(algorithm="ed25519", key_id=other, signature=old.signature, sha256="")
+    forged = Envelope(algorithm="ed25519", key_id=other, signature=old.signature, sha256=draft.digest())
+    (signed / "SIGNATURE").write_text(forged.text())
+    with pytest.raises(SignatureError, match="does not fit"):
+        check_signature(signed, public_keys=(tmp_path / "b.pub.pem",))
+
+
+def test_requiring_a_signature_without_a_key_is_a_mistake_of_the_caller(keys: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="needs a key"):
+        required_keys((), required=True)
+    assert required_keys((), required=False) == ()
+    assert required_keys((keys[1],), required=True) == (keys[1],)
+
+
+@pytest.mark.parametrize("content", [b"", b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", b"\xff\0"])
+def test_a_file_that_is_no_key_is_named(signed: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.pem").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"bad\.pem"):
+        open_bundle(signed, public_keys=(tmp_path / "bad.pem",))
+    with pytest.raises(ConfigError, match=r"bad\.pem"):
+        sign(signed, private_key=tmp_path / "bad.pem")
+
+
+def test_a_private_key_of_another_kind_is_refused(signed: Path, tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (tmp_path / "ec.pem").write_bytes(pem)
+    with pytest.raises(ConfigError, match="not an Ed25519 key"):
+        sign(signed, private_key=tmp_path / "ec.pem")
+
+
+def test_a_broken_bundle_is_not_signed(
+    make_bundle: Callable[[Path], Path], keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "cells")
+    (bundle / "model.int8.engine").write_bytes(b"x")
+    with pytest.raises(BundleError):
+        sign(bundle, private_key=keys[0])
+    assert not (bundle / "SIGNATURE").exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fcos_deploy.bundle import (
     DEFAULT_GATES,
@@ -120,3 +122,62 @@ def _golden_step(folder: Path, contract: ModelContract) -> StepOutput:
     found = Detections(np.float32([[1, 2, 30, 40]]), np.float32([0.75]), np.int64([1]))
     records = make_golden(images, folder=folder, contract=contract, detect=lambda _: found)
     return StepOutput(values=to_json(records))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps compiled models out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FCOS_DEPLOY_CACHE", str(tmp_path_factory.mktemp("model-cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real FCOS of 1.6 MB, random but not silent: ResNet-18 of reduced width, three classes, 128x160 uint8 input."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from fcos_deploy.core.network import resnet_config
+    from fcos_deploy.model.fcos import Fcos
+
+    torch.manual_seed(0)
+    model = Fcos(resnet_config(18, num_classes=3, stem_channels=8, fpn_channels=32))
+    with torch.no_grad():
+        model.head.classification_head.cls_logits.weight.normal_(std=0.15)
+        model.head.classification_head.cls_logits.bias.fill_(-2.0)
+        model.head.regression_head.bbox_reg.weight.normal_(std=0.1)
+        model.head.regression_head.bbox_reg.bias.fill_(1.5)
+        model.head.regression_head.bbox_ctrness.bias.fill_(1.0)
+    metadata = {"ecosystem": "torchvision", "classes": '["red", "white", "platelet"]', "input_size": "128x160"}
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save_file(model.state_dict(), path, metadata={"fcos_deploy": json.dumps({**metadata, "score_threshold": "0.2"})})
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_checkpoint: Path) -> Path:
+    """``tiny_checkpoint`` as ONNX, raw tail, batch 1."""
+    from exporters.torch_onnx import export_onnx
+    from fcos_deploy.model.checkpoint import load_checkpoint
+
+    return export_onnx(load_checkpoint(tiny_checkpoint), tiny_checkpoint.with_name("tiny.onnx")).path
+
+
+@pytest.fixture(scope="session")
+def tiny_ir(tiny_onnx: Path) -> Path:
+    """``tiny_onnx`` as OpenVINO IR."""
+    pytest.importorskip("openvino")
+    from exporters.openvino_ir import EXPORTER
+    from fcos_deploy.core.exporter import BuildRequest
+
+    return EXPORTER.build(BuildRequest(source=tiny_onnx, output=tiny_onnx.with_suffix(".xml"))).files[0]
+
+
+@pytest.fixture(scope="session")
+def blobs() -> list[NDArray[np.uint8]]:
+    """Four pictures (h, w, 3) uint8 of different sizes, coarse colour blobs and a gradient."""
+    generator = np.random.default_rng(1)
+    sizes = [(96, 128), (128, 160), (200, 120), (64, 300)]
+    coarse = [generator.integers(0, 256, (h // 8, w // 4, 3), np.uint8) for h, w in sizes]
+    return [np.repeat(np.repeat(c, 8, axis=0), 4, axis=1) for c in coarse]

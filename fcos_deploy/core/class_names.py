@@ -4,14 +4,15 @@ from __future__ import annotations
 
 __all__ = ["COCO_80", "COCO_91", "COCO_IDS"]
 
-COCO_80: tuple[str, ...] = tuple(
+_COCO = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
     "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
     "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
     "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
     "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
-    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
 )
+COCO_80: tuple[str, ...] = tuple(_COCO.split(","))
 
 # The category ids that COCO left out when 91 planned classes became 80.
 _UNUSED_IDS = frozenset({0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83})

@@ -14,20 +14,27 @@ from torch import Tensor
 
 from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.contract import Decision, ModelContract
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import FcosConfig
-from fcos_deploy.core.preprocess_spec import InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
 from fcos_deploy.model.checkpoint_options import AUTO, CheckpointOptions
+from fcos_deploy.model.decide import decode_spec, final_rules, preprocess_spec
 from fcos_deploy.model.ecosystems import detect_ecosystem, ecosystem
 from fcos_deploy.model.ecosystems.renaming import canonical_names, canonical_tensors, refuse_unsupported
-from fcos_deploy.model.ecosystems.rules import Ecosystem, Evidence, Rules
+from fcos_deploy.model.ecosystems.rules import Ecosystem, Evidence
 from fcos_deploy.model.fcos import Fcos
 from fcos_deploy.model.safe_load import open_checkpoint
 from fcos_deploy.model.state_dict import StoredWeights, find_weights, require_finite
 from fcos_deploy.model.structure import infer_network
 
-__all__ = ["CheckpointDescription", "CheckpointOptions", "LoadedCheckpoint", "describe_checkpoint", "load_checkpoint"]
+__all__ = [
+    "CheckpointDescription",
+    "CheckpointOptions",
+    "LoadedCheckpoint",
+    "build_network",
+    "describe_checkpoint",
+    "describe_weights",
+    "load_checkpoint",
+]
 
 _METADATA_KEY = "fcos_deploy"
 
@@ -39,7 +46,7 @@ class CheckpointDescription:
     config: FcosConfig
     contract: ModelContract
     tensors: Mapping[str, Tensor]
-    reader: str
+    reader: str = "memory"
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -85,19 +92,26 @@ def describe_checkpoint(path: Path, *, options: CheckpointOptions | None = None)
     options = options or CheckpointOptions()
     file = open_checkpoint(path)
     weights = find_weights(file.content, prefer=options.weights)
-    stated = _stated(file.metadata)
+    described = describe_weights(weights, file_name=path.name, stated=_stated(file.metadata), options=options)
+    return dataclasses.replace(described, reader=file.reader)
+
+
+def describe_weights(
+    weights: StoredWeights, *, file_name: str, stated: Mapping[str, Any], options: CheckpointOptions
+) -> CheckpointDescription:
+    """The same for weights that are in memory; ``stated`` holds what the file says under the names of ``Rules``."""
     refuse_unsupported(weights.tensors)
     chosen = _ecosystem(options, stated, weights)
     tensors = canonical_tensors(weights.tensors, canonical_names(weights.tensors, chosen.renames))
     evidence = Evidence(
-        file_name=path.name,
+        file_name=file_name,
         tensors=tensors,
         source_names=frozenset(weights.tensors),
         network=infer_network(tensors),
         metadata=weights.metadata,
         variant=_variant(options, chosen),
     )
-    rules = _overridden(chosen.rules(evidence), stated=stated, options=options, network=evidence.network)
+    rules = final_rules(chosen.rules(evidence), stated=stated, options=options, network=evidence.network)
     config = dataclasses.replace(
         evidence.network,
         stride_in_1x1=rules.stride_in_1x1,
@@ -108,12 +122,12 @@ def describe_checkpoint(path: Path, *, options: CheckpointOptions | None = None)
     decisions = (*_origin(chosen, options, weights), *rules.decisions(default_source=f"rule of {chosen.name}"))
     contract = ModelContract(
         class_names=rules.class_names,
-        preprocess=_preprocess(rules, options.input_dtype),
-        decode=_decode(rules, config),
+        preprocess=preprocess_spec(rules),
+        decode=decode_spec(rules, config),
         ecosystem=chosen.name,
         decisions=decisions,
     )
-    return CheckpointDescription(config, contract, tensors, file.reader)
+    return CheckpointDescription(config, contract, tensors)
 
 
 def build_network(config: FcosConfig, tensors: Mapping[str, Tensor]) -> Fcos:
@@ -143,7 +157,7 @@ def _require_same_names(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor
             shown = ", ".join(f"'{n}'" for n in sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
             raise CheckpointError(
                 f"The checkpoint {what} {len(names)} tensors: {shown}.",
-                hint="it is of another architecture, or not complete; for a network of your own see docs/your-own-fcos.md",
+                hint="is it another architecture, or incomplete? For a network of your own see docs/your-own-fcos.md",
             )
 
 
@@ -188,76 +202,3 @@ def _origin(chosen: Ecosystem, options: CheckpointOptions, weights: StoredWeight
         rule = "rule: averaged weights are what is evaluated" if weights.has_both else "the only weights in the file"
         decisions.append(Decision("weights", weights.container, "option" if options.weights else rule))
     return tuple(decisions)
-
-
-def _overridden(rules: Rules, *, stated: Mapping[str, Any], options: CheckpointOptions, network: FcosConfig) -> Rules:
-    names = {item.name for item in dataclasses.fields(Rules)} - {"variant"}
-    given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name in names}
-    for source, values in (("the file's metadata", stated), ("option", given)):
-        values = {name: value for name, value in values.items() if name in names and value not in (None, ())}
-        if "profile" in values and "centers" not in values and values["profile"] in PROFILES:
-            rules = rules.decide(f"{source}: profile", centers=PROFILES[values["profile"]].centers)
-        rules = rules.decide(source, **values)
-        if "input_size" in values:
-            rules = dataclasses.replace(rules, shortest=None, longest=None)
-        if "shortest" in values:
-            rules = dataclasses.replace(rules, input_size=None)
-    return _with_names(rules, network)
-
-
-def _with_names(rules: Rules, network: FcosConfig) -> Rules:
-    """Class names by label: a list without the background gets one, a missing list gets numbers."""
-    count = network.num_classes + rules.label_offset
-    names = rules.class_names
-    if not names:
-        numbered = tuple(f"class_{i}" for i in range(count))
-        return rules.decide("nobody: give the names with --classes", class_names=numbered)
-    # torchvision counts the background as channel 0; tianzhi's labels begin at 1.
-    background = rules.label_offset == 1 or rules.profile == "torchvision"
-    if len(names) == count - 1 and background:
-        return dataclasses.replace(rules, class_names=("background", *names))
-    if len(names) != count:
-        raise ConfigError(
-            f"The network has {network.num_classes} class channels, but {len(names)} class names were given.",
-            hint="one name a line, in the order of the training labels",
-        )
-    return rules
-
-
-def _preprocess(rules: Rules, dtype: InputDtype | None) -> PreprocessSpec:
-    """The ecosystem's own arithmetic for float32; for uint8 pixels are resized before they are normalised."""
-    canvas = rules.input_size
-    dtype = dtype or (InputDtype.FLOAT32 if canvas is None else InputDtype.UINT8)
-    order, resize = rules.resize_order, rules.resize_filter
-    if dtype is InputDtype.UINT8:
-        order = ResizeOrder.RESIZE_FIRST
-        resize = ResizeFilter.CV2 if resize is ResizeFilter.TORCH else resize
-    return PreprocessSpec(
-        mean=rules.mean,
-        std=rules.std,
-        pixel_scale=rules.pixel_scale,
-        channel_order=rules.channel_order,
-        height=canvas[0] if canvas else None,
-        width=canvas[1] if canvas else None,
-        shortest=rules.shortest,
-        longest=rules.longest,
-        size_rule=SizeRule.LETTERBOX if canvas else rules.size_rule,
-        resize_filter=resize,
-        resize_order=order,
-        input_dtype=dtype,
-    )
-
-
-def _decode(rules: Rules, config: FcosConfig) -> DecodeSpec:
-    if rules.profile not in PROFILES:
-        raise ConfigError(f"There is no profile '{rules.profile}'.", hint=f"profiles: {', '.join(PROFILES)}")
-    offset = rules.label_offset
-    return DecodeSpec(
-        profile=dataclasses.replace(PROFILES[rules.profile], centers=rules.centers),
-        score_threshold=rules.score_threshold,
-        iou_threshold=rules.iou_threshold,
-        strides=config.strides,
-        pre_nms_top_k=rules.pre_nms_top_k,
-        max_detections=rules.max_detections,
-        label_map=tuple(range(offset, offset + config.num_classes)) if offset else (),
-    )

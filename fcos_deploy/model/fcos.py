@@ -5,22 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BodyType, FcosConfig
 from fcos_deploy.model.body import ResNetBody
+from fcos_deploy.model.dla import Dla34Body
 from fcos_deploy.model.fpn import FeaturePyramid
 from fcos_deploy.model.head import FcosHead, LevelOutput
+from fcos_deploy.model.mobilenet import MobileNetV2Body
 
 __all__ = ["Fcos", "flatten_levels"]
 
-_BODIES: dict[BodyType, type[ResNetBody]] = {BodyType.RESNET: ResNetBody}
+_BODIES: dict[BodyType, type[ResNetBody] | type[Dla34Body] | type[MobileNetV2Body]] = {
+    BodyType.RESNET: ResNetBody,
+    BodyType.DLA34: Dla34Body,
+    BodyType.MOBILENET_V2: MobileNetV2Body,
+}
 
 
 class _Backbone(nn.Module):
     def __init__(self, config: FcosConfig) -> None:
         super().__init__()
-        if config.body not in _BODIES:
-            raise ConfigError(f"Body '{config.body}' is not supported.", hint=f"supported: {sorted(_BODIES)}")
         self.body = _BODIES[config.body](config)
         self.fpn = FeaturePyramid(self.body.out_channels, channels=config.fpn_channels, num_levels=config.num_levels)
 

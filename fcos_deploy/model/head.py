@@ -78,6 +78,11 @@ class FcosHead(nn.Module):
         self.classification_head = _ClassificationHead(config)
         self.regression_head = _RegressionHead(config)
         self.shared_tower = _Tower(config.shared_convs, config=config) if config.shared_convs else None
+        # Weights on the meta device are assigned later; drawing them there imports torch._dynamo, which takes seconds.
+        if not self.regression_head.bbox_reg.weight.is_meta:
+            self._draw_weights()
+
+    def _draw_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)

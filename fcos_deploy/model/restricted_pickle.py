@@ -6,7 +6,7 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,7 +197,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     The pure-Python base is used because its memory is bounded by the file: the C one allocates what an index claims.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def __init__(self, source: _Source, *, hooks: PickleHooks | None = None) -> None:
         super().__init__(source, encoding="latin1")
@@ -338,5 +338,5 @@ def read_pickle(source: _Source | bytes, *, hooks: PickleHooks | None = None) ->
         return RestrictedUnpickler(stream, hooks=hooks).load()
     except CheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001  (a damaged pickle can fail in any way; none of them is a bug here)
+    except Exception as error:  # A damaged pickle can fail in any way; none of them is a bug here.
         raise CheckpointError(f"The pickle is damaged: {type(error).__name__}: {error}.") from error

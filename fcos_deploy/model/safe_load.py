@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -110,7 +109,7 @@ def _read_legacy(path: Path) -> CheckpointFile:
 
 
 def _weights_only(path: Path, *, mapped: bool) -> object | None:
-    """torch's own safe reader, or None where it refuses: ours then says what is wrong, or reads more kinds of data."""
+    """Use torch's own safe reader; None where it refuses: ours then says what is wrong, or reads more kinds of data."""
     try:
         content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ArithmeticError, LookupError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import os
@@ -115,13 +116,12 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: obj
     return TensorReference(storage, offset, tuple(shape), tuple(strides), storage.dtype)
 
 
-def _rebuild_tensor_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: object
-) -> TensorReference:
+def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorReference:
     reference = _rebuild_tensor(storage, offset, shape, strides)
+    dtype = rest[2] if len(rest) > 2 else None  # after requires_grad and backward hooks
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError("A tensor in the file has no dtype.")
-    return TensorReference(reference.storage, reference.offset, reference.shape, reference.strides, dtype)
+    return dataclasses.replace(reference, dtype=dtype)
 
 
 def _rebuild_parameter(data: object, *_: object) -> object:

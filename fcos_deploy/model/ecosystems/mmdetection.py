@@ -26,7 +26,7 @@ _CONFIG = "the configuration in the file"
 def _rules(evidence: Evidence) -> Rules:
     config = parse_config(_config_text(evidence))
     _refuse_other_detectors(config)
-    rules = _by_variant(_base(evidence), evidence)
+    rules = _by_variant(_base(), evidence)
     rules = _pixels_by_batch_norm(rules, evidence)
     rules = _class_names(rules, evidence)
     rules = _head_of(config, rules, evidence)
@@ -40,7 +40,7 @@ def _config_text(evidence: Evidence) -> str:
     return next((text for text in texts if isinstance(text, str)), "")
 
 
-def _base(evidence: Evidence) -> Rules:
+def _base() -> Rules:
     return Rules(
         profile="mmdetection",
         centers=CenterMode.HALF,
@@ -87,8 +87,8 @@ def _class_names(rules: Rules, evidence: Evidence) -> Rules:
         rules = rules.decide("rule of mmdetection: 80 channels are COCO's classes", class_names=COCO_80)
     meta = evidence.metadata.get("meta")
     stored = (lookup(meta, "dataset_meta", "classes"), lookup(meta, "dataset_meta", "CLASSES"), lookup(meta, "CLASSES"))
-    for names in stored:
-        names = (names,) if isinstance(names, str) else names
+    for item in stored:
+        names = (item,) if isinstance(item, str) else item
         if isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(n, str) for n in names):
             return rules.decide("the class names in the file", class_names=tuple(names))
     return rules
@@ -181,16 +181,12 @@ def _three(value: object) -> tuple[float, ...] | None:
     return tuple(v for v in numbers if v is not None) if None not in numbers else None
 
 
-def _tower(head: str) -> tuple[Rename, Rename]:
-    source = "cls" if head == "classification_head" else "reg"
+def _tower(source: str, head: str) -> tuple[Rename, Rename]:
+    """``cls_convs.2.conv`` and ``.gn`` are entries 6 and 7 of the tower."""
+    layer = rf"bbox_head\.{source}_convs\.(\d+)\."
     return (
-        Rename.of(
-            rf"bbox_head\.{source}_convs\.(\d+)\.conv\.(.+)", lambda m: f"head.{head}.conv.{3 * int(m[1])}.{m[2]}"
-        ),
-        Rename.of(
-            rf"bbox_head\.{source}_convs\.(\d+)\.(?:gn|bn)\.(.+)",
-            lambda m: f"head.{head}.conv.{3 * int(m[1]) + 1}.{m[2]}",
-        ),
+        Rename.of(layer + r"conv\.(.+)", lambda m: f"head.{head}.conv.{3 * int(m[1])}.{m[2]}"),
+        Rename.of(layer + r"(?:gn|bn)\.(.+)", lambda m: f"head.{head}.conv.{3 * int(m[1]) + 1}.{m[2]}"),
     )
 
 
@@ -205,8 +201,8 @@ ECOSYSTEM = Ecosystem(
         Rename.of(
             r"neck\.fpn_convs\.([34])\.conv\.(\w+)", lambda m: f"backbone.fpn.extra_blocks.p{int(m[1]) + 3}.{m[2]}"
         ),
-        *_tower("classification_head"),
-        *_tower("regression_head"),
+        *_tower("cls", "classification_head"),
+        *_tower("reg", "regression_head"),
         # mmdetection 1 called the predictors fcos_cls, fcos_reg and fcos_centerness.
         Rename.of(r"bbox_head\.(?:conv|fcos)_cls\.(\w+)", r"head.classification_head.cls_logits.\1"),
         Rename.of(r"bbox_head\.(?:conv|fcos)_reg\.(\w+)", r"head.regression_head.bbox_reg.\1"),

@@ -57,7 +57,7 @@ def refuse_unsupported(names: Iterable[str]) -> None:
         CheckpointError: naming the kind and the first layer.
     """
     for pattern, what in _UNSUPPORTED:
-        layers = sorted({next(g for g in m.groups() if g) for m in map(pattern.fullmatch, names) if m})
+        layers = sorted({m[1] or m[m.lastindex or 1] for m in map(pattern.fullmatch, names) if m})
         if layers:
             raise CheckpointError(
                 f"Layer '{layers[0]}' is a {what}, which is not supported ({len(layers)} such layers).",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.locations import CenterMode
 from fcos_deploy.core.network import BoxActivation, FcosConfig
-from fcos_deploy.core.preprocess_spec import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
+from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,7 @@ class Rules:
     input_size: tuple[int, int] | None = None
     shortest: int | None = 800
     longest: int | None = 1333
+    input_dtype: InputDtype | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def decide(self, source: str, **values: Any) -> Rules:  # Any: the fields have different types

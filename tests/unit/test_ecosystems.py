@@ -1,0 +1,351 @@
+"""Checkpoints of all five ecosystems, by the names and shapes of their tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fcos_deploy.core.class_names import COCO_80, COCO_91, COCO_IDS
+from fcos_deploy.core.errors import CheckpointError, ConfigError
+from fcos_deploy.core.locations import CenterMode
+from fcos_deploy.core.network import BlockType, BodyType, BoxActivation, TowerNorm
+from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
+from fcos_deploy.model.checkpoint import CheckpointDescription, CheckpointOptions, build_network, describe_weights
+from fcos_deploy.model.ecosystems import ecosystems
+from fcos_deploy.model.ecosystems.mmdet_config import UNKNOWN, parse_config
+from fcos_deploy.model.state_dict import StoredWeights
+
+KEYS = Path(__file__).parents[1] / "data" / "state_dict_keys"
+ALL = sorted(path.stem for path in KEYS.glob("*.json"))
+DCN = [name for name in ALL if "dcn" in name]
+LOADED = [name for name in ALL if "dcn" not in name]
+MSRA = (103.53, 116.28, 123.675)
+CAFFE = (102.9801, 115.9465, 122.7717)
+
+
+def _tensor(name: str, shape: list[int]) -> Tensor:
+    """Statistics of batch norm are read, as those of a converted Caffe body; nothing else needs memory."""
+    if name.endswith("num_batches_tracked"):
+        return torch.zeros((), dtype=torch.int64)
+    if name.endswith(("running_mean", "running_var")):
+        return torch.full(shape, float(name.endswith("running_var")))
+    if name.endswith(".scale"):
+        return torch.ones(shape)
+    return torch.empty(shape, device="meta")
+
+
+def _state_dict(name: str) -> dict[str, Tensor]:
+    return {key: _tensor(key, shape) for key, shape in json.loads((KEYS / f"{name}.json").read_text()).items()}
+
+
+def _weights(tensors: dict[str, Tensor], **metadata: object) -> StoredWeights:
+    return StoredWeights(tensors, metadata, container="", has_both=False)
+
+
+def _describe(name: str, *, options: CheckpointOptions | None = None, **metadata: object) -> CheckpointDescription:
+    if options is None:
+        plain = name.startswith("tianzhi") and "imprv" not in name
+        options = CheckpointOptions(variant="original" if plain else "")
+    weights = _weights(_state_dict(name), **metadata)
+    return describe_weights(weights, file_name=f"{name}.pth", stated={}, options=options)
+
+
+def _decision(described: CheckpointDescription, name: str) -> tuple[str, str]:
+    return next((d.value, d.source) for d in described.decisions if d.name == name)
+
+
+def test_there_are_44_key_lists_of_5_ecosystems() -> None:
+    assert len(ALL) == 44
+    assert len(DCN) == 6
+    assert list(ecosystems()) == ["adelaidet", "detectron2", "mmdetection", "tianzhi", "torchvision"]
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_real_keys_load_without_a_missing_or_an_unexpected_one(name: str) -> None:
+    described = _describe(name)
+    model = build_network(described.config, described.tensors)
+    stored = {n for n in model.state_dict() if not n.endswith("num_batches_tracked")}
+    assert stored == set(described.tensors)
+    assert not model.training
+    wanted = {"mmdet": "mmdetection"}.get(name.split("_", maxsplit=1)[0], name.split("_", maxsplit=1)[0])
+    assert described.contract.ecosystem == wanted
+
+
+@pytest.mark.parametrize("name", DCN)
+def test_deformable_convolutions_are_refused_by_the_name_of_the_layer(name: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"Layer '\S*(conv2|convs\.3\.conv|tower\.9)' is a deformable convolution"
+    ):
+        _describe(name)
+
+
+def test_vovnet_is_refused_by_the_name_of_the_block() -> None:
+    tensors = _state_dict("adelaidet_R_50_1x")
+    tensors["backbone.bottom_up.stage2.OSA2_1.layers.0.OSA2_1_0/conv.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"Layer 'backbone.bottom_up.stage2.OSA2_1' is a VoVNet block"):
+        describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
+
+
+def test_networks_are_what_their_names_say() -> None:
+    x101 = _describe("adelaidet_MS_X_101_32x8d_2x").config
+    assert (x101.block, x101.blocks, x101.groups, x101.width_per_group) == (BlockType.BOTTLENECK, (3, 4, 23, 3), 32, 8)
+    r18 = _describe("mmdet_fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco").config
+    assert (r18.block, r18.blocks) == (BlockType.BASIC, (2, 2, 2, 2))
+    dla = _describe("adelaidet_MS_DLA_34_4x_syncbn_shared_towers_bn_head").config
+    assert (dla.body, dla.shared_convs, dla.cls_convs, dla.reg_convs) == (BodyType.DLA34, 4, 0, 0)
+    assert (dla.tower_norm, dla.strides) == (TowerNorm.BATCH_PER_LEVEL, (8, 16, 32))
+    mobile = _describe("tianzhi_fcos_syncbn_bs32_c128_MNV2_FPN_1x").config
+    assert (mobile.body, mobile.fpn_channels, mobile.num_levels) == (BodyType.MOBILENET_V2, 128, 5)
+
+
+def test_torchvision_rules() -> None:
+    described = _describe("torchvision_frozenbn_fpn_v1_keys")
+    pre, decode = described.contract.preprocess, described.contract.decode
+    assert (pre.shortest, pre.longest, pre.size_rule) == (800, 1333, SizeRule.TORCHVISION)
+    assert (pre.resize_filter, pre.resize_order) == (ResizeFilter.TORCH, ResizeOrder.NORMALIZE_FIRST)
+    assert (pre.mean, pre.std, pre.pixel_scale) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0)
+    assert (decode.profile.centers, decode.score_threshold, decode.iou_threshold) == (CenterMode.TORCHVISION, 0.2, 0.6)
+    assert described.contract.class_names == COCO_91
+    assert not described.config.has_scales
+
+
+def test_torchvision_channels_are_category_ids() -> None:
+    assert [COCO_91[i] for i in COCO_IDS] == list(COCO_80)
+    assert (COCO_91[0], COCO_91[12], COCO_91[90], len(COCO_91)) == ("background", "N/A", "toothbrush", 91)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std", "in_1x1", "sizes"),
+    [
+        ("adelaidet_R_50_1x", MSRA, (1.0, 1.0, 1.0), True, (800, 1333)),
+        ("adelaidet_MS_X_101_32x8d_2x", MSRA, (57.375, 57.12, 58.395), False, (800, 1333)),
+        ("adelaidet_MS_X_101_64x4d_2x", MSRA, (1.0, 1.0, 1.0), False, (800, 1333)),
+        ("adelaidet_MS_R_50_4x_syncbn", MSRA, (1.0, 1.0, 1.0), True, (512, 736)),
+        ("adelaidet_MS_DLA_34_4x_syncbn", MSRA, (1.0, 1.0, 1.0), False, (512, 736)),
+        ("detectron2_fcos_R_50_FPN_1x", MSRA, (1.0, 1.0, 1.0), True, (800, 1333)),
+        ("tianzhi_fcos_imprv_R_50_FPN_1x", CAFFE, (1.0, 1.0, 1.0), True, (800, 1333)),
+        ("tianzhi_fcos_imprv_X_101_32x8d_FPN_2x", CAFFE, (1.0, 1.0, 1.0), False, (800, 1333)),
+    ],
+)
+def test_rules_of_the_caffe_family(
+    name: str, mean: tuple[float, ...], std: tuple[float, ...], in_1x1: bool, sizes: tuple[int, int]
+) -> None:
+    described = _describe(name)
+    pre = described.contract.preprocess
+    assert (pre.mean, pre.std, pre.pixel_scale, pre.channel_order) == (mean, std, 1.0, ChannelOrder.BGR)
+    assert (pre.shortest, pre.longest, pre.resize_filter) == (*sizes, ResizeFilter.PIL)
+    assert described.config.stride_in_1x1 is in_1x1
+
+
+def test_adelaidet_takes_the_pixel_values_stored_in_the_file() -> None:
+    pixels = {"pixel_mean": torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1), "pixel_std": torch.full((3, 1, 1), 2.0)}
+    described = _describe("adelaidet_R_50_1x", **pixels)
+    assert described.contract.preprocess.mean == (1.0, 2.0, 3.0)
+    assert described.contract.preprocess.std == (2.0, 2.0, 2.0)
+    assert _decision(described, "mean")[1] == "the file's pixel_mean and pixel_std"
+
+
+def test_tianzhi_variant_must_be_said() -> None:
+    with pytest.raises(ConfigError, match="which one this is cannot be seen") as caught:
+        _describe("tianzhi_fcos_R_50_FPN_1x", options=CheckpointOptions())
+    assert "--variant original" in caught.value.hint
+    original = _describe("tianzhi_fcos_R_50_FPN_1x", options=CheckpointOptions(variant="original")).config
+    assert (original.box_activation, original.centerness_on_reg) == (BoxActivation.EXP, False)
+    named = _describe("tianzhi_fcos_imprv_R_50_FPN_1x")
+    assert (named.config.box_activation, named.config.centerness_on_reg) == (BoxActivation.RELU, True)
+    assert _decision(named, "variant") == ("imprv", "the file's name")
+
+
+def test_tianzhi_labels_begin_at_one() -> None:
+    described = _describe("tianzhi_fcos_imprv_R_50_FPN_1x")
+    assert described.contract.decode.label_map == tuple(range(1, 81))
+    assert described.contract.class_names == ("background", *COCO_80)
+
+
+def test_tianzhi_frozen_batch_norm_has_no_epsilon_but_mobilenet_has() -> None:
+    assert _describe("tianzhi_fcos_imprv_R_50_FPN_1x").config.norm_eps == 0.0
+    assert _describe("tianzhi_fcos_bn_bs16_MNV2_FPN_1x").config.norm_eps == 1e-5
+
+
+def test_mmdetection_without_a_configuration() -> None:
+    plain = _describe("mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco")
+    assert (plain.config.box_activation, plain.config.centerness_on_reg) == (BoxActivation.EXP, False)
+    assert (plain.contract.decode.iou_threshold, plain.contract.preprocess.mean) == (0.5, CAFFE)
+    assert plain.config.stride_in_1x1
+    tricks = _describe("mmdet_fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco")
+    assert (tricks.config.box_activation, tricks.config.centerness_on_reg) == (BoxActivation.RELU, True)
+    assert (tricks.contract.decode.iou_threshold, tricks.contract.preprocess.mean) == (0.6, MSRA)
+    assert _decision(tricks, "variant") == ("tricks", "tower convolutions with bias")
+    x101 = _describe("mmdet_fcos_x101-64x4d_fpn_gn-head_ms-640-800-2x_coco")
+    assert x101.contract.preprocess.channel_order is ChannelOrder.RGB
+    assert not x101.config.stride_in_1x1
+
+
+def test_mmdetection_configuration_decides() -> None:
+    text = """
+norm = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], to_rgb=True)
+img_norm_cfg = norm
+model = dict(
+    type='FCOS',
+    backbone=dict(type='ResNet', depth=50, style='pytorch', frozen=print('no')),
+    bbox_head=dict(type='FCOSHead', norm_on_bbox=True, strides=[8, 16, 32, 64, 128]),
+    test_cfg=dict(nms_pre=500, score_thr=0.1, nms=dict(type='nms', iou_threshold=0.4), max_per_img=50))
+test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms=[dict(type='Resize')])]
+"""
+    meta = {"config": text, "CLASSES": tuple(f"thing {i}" for i in range(80))}
+    described = _describe("mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco", meta=meta)
+    pre, decode = described.contract.preprocess, described.contract.decode
+    assert (pre.mean, pre.std, pre.channel_order) == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), ChannelOrder.RGB)
+    assert (pre.shortest, pre.longest) == (480, 640)
+    assert (decode.pre_nms_top_k, decode.score_threshold, decode.iou_threshold, decode.max_detections) == (
+        500,
+        0.1,
+        0.4,
+        50,
+    )
+    assert described.config.box_activation is BoxActivation.RELU
+    assert not described.config.centerness_on_reg
+    assert not described.config.stride_in_1x1
+    assert described.contract.class_names[79] == "thing 79"
+    assert _decision(described, "stride_in_1x1") == ("no", "the configuration in the file")
+
+
+def test_configuration_text_is_never_evaluated() -> None:
+    config = parse_config(
+        "import os\na = os.system('false')\nb = dict(c=[1, -2.5, (3,)], d=a, e={'f': None}, **a)\ng = b"
+    )
+    assert config["a"] is UNKNOWN
+    assert config["g"] == {"c": [1, -2.5, [3]], "d": UNKNOWN, "e": {"f": None}}
+
+
+@pytest.mark.parametrize("text", ["def (", "a = " + "(" * 5000, "\0", "x" * 3_000_000, "a = " + "-" * 100_000 + "1"])
+def test_configuration_text_that_is_no_python_is_ignored(text: str) -> None:
+    assert parse_config(text) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = dict(type='ATSS')", "model.type = 'ATSS', not 'FCOS'"),
+        ("model = dict(type='FCOS', neck=dict(relu_before_extra_convs=False))", "relu_before_extra_convs"),
+        ("model = dict(type='FCOS', bbox_head=dict(strides=[4, 8, 16, 32, 64]))", "strides"),
+        ("model = dict(type='FCOS', test_cfg=dict(nms=dict(type='soft_nms')))", "soft_nms"),
+    ],
+)
+def test_configurations_of_other_detectors_are_refused(text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        _describe("mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco", meta={"cfg": text})
+
+
+def test_mmdetection_1_names_of_predictors() -> None:
+    tensors = {
+        name.replace("bbox_head.conv_", "bbox_head.fcos_"): tensor
+        for name, tensor in _state_dict("mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco").items()
+    }
+    described = describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
+    assert "head.regression_head.bbox_ctrness.weight" in described.tensors
+
+
+def test_every_decision_can_be_overridden_and_says_so() -> None:
+    options = CheckpointOptions(
+        input_size=(320, 416),
+        input_dtype=InputDtype.FLOAT32,
+        score_threshold=0.3,
+        iou_threshold=0.7,
+        max_detections=7,
+        pre_nms_top_k=9,
+        stride_in_1x1=True,
+        box_activation=BoxActivation.EXP,
+        centerness_on_reg=False,
+        norm_eps=1e-3,
+        channel_order=ChannelOrder.BGR,
+        mean=(1.0, 2.0, 3.0),
+        std=(4.0, 5.0, 6.0),
+        resize_filter=ResizeFilter.PIL,
+        profile="mmdetection",
+        class_names=tuple("abc"[i % 3] for i in range(91)),
+    )
+    described = _describe("torchvision_bn", options=options)
+    pre, decode, config = described.contract.preprocess, described.contract.decode, described.config
+    assert (pre.canvas, pre.input_dtype, pre.size_rule) == ((320, 416), InputDtype.FLOAT32, SizeRule.LETTERBOX)
+    assert (pre.mean, pre.std, pre.channel_order, pre.resize_filter) == (
+        (1.0, 2.0, 3.0),
+        (4.0, 5.0, 6.0),
+        ChannelOrder.BGR,
+        ResizeFilter.PIL,
+    )
+    assert (decode.score_threshold, decode.iou_threshold, decode.max_detections, decode.pre_nms_top_k) == (
+        0.3,
+        0.7,
+        7,
+        9,
+    )
+    assert (decode.profile.name, decode.profile.centers) == ("mmdetection", CenterMode.HALF)
+    assert (config.stride_in_1x1, config.box_activation, config.centerness_on_reg) == (True, BoxActivation.EXP, False)
+    assert config.norm_eps == 1e-3
+    for name in ("score_threshold", "stride_in_1x1", "mean", "profile", "class_names", "input_size"):
+        assert _decision(described, name)[1] == "option"
+
+
+def test_uint8_canvas_is_resized_before_it_is_normalised() -> None:
+    pre = _describe("torchvision_bn", options=CheckpointOptions(input_size=(320, 416))).contract.preprocess
+    assert (pre.input_dtype, pre.resize_order, pre.resize_filter) == (
+        InputDtype.UINT8,
+        ResizeOrder.RESIZE_FIRST,
+        ResizeFilter.CV2,
+    )
+
+
+def test_class_names_without_the_background_get_it_where_it_has_a_channel() -> None:
+    names = tuple(str(i) for i in range(90))
+    assert _describe("torchvision_bn", options=CheckpointOptions(class_names=names)).contract.class_names == (
+        "background",
+        *names,
+    )
+    with pytest.raises(ConfigError, match="91 class channels, but 3 class names"):
+        _describe("torchvision_bn", options=CheckpointOptions(class_names=("a", "b", "c")))
+    with pytest.raises(ConfigError, match="80 class channels, but 79 class names"):
+        _describe("adelaidet_R_50_1x", options=CheckpointOptions(class_names=names[:79]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (CheckpointOptions(ecosystem="yolo"), "no ecosystem 'yolo'"),
+        (CheckpointOptions(variant="imprv"), "must be left out"),
+        (CheckpointOptions(profile="nms"), "no profile 'nms'"),
+        (CheckpointOptions(input_size=(300, 400)), "not a multiple of 32"),
+    ],
+)
+def test_options_that_cannot_be_meant(options: CheckpointOptions, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _describe("torchvision_bn", options=options)
+
+
+def test_an_ecosystem_that_does_not_fit_names_what_is_missing() -> None:
+    with pytest.raises(CheckpointError, match="body is none of"):
+        _describe("adelaidet_R_50_1x", options=CheckpointOptions(ecosystem="torchvision"))
+
+
+def test_retinanet_is_told_from_fcos() -> None:
+    tensors = {n: t for n, t in _state_dict("torchvision_bn").items() if "ctrness" not in n}
+    with pytest.raises(CheckpointError, match="bbox_ctrness") as caught:
+        describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
+    assert "RetinaNet" in caught.value.hint
+
+
+def test_tensors_of_other_tasks_are_named() -> None:
+    tensors = {**_state_dict("adelaidet_R_50_1x"), "basis_module.refine.0.weight": torch.zeros(1)}
+    described = describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
+    with pytest.raises(CheckpointError, match=r"has unknown 1 tensors: 'basis_module\.refine\.0\.weight'"):
+        build_network(described.config, described.tensors)
+
+
+def test_unknown_names_are_shown() -> None:
+    weights = _weights({"encoder.layer.0.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"not an FCOS checkpoint that we know: 1 tensors, such as 'encoder"):
+        describe_weights(weights, file_name="x.pth", stated={}, options=CheckpointOptions())

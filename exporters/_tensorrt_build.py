@@ -22,7 +22,7 @@ from exporters._tensorrt_timing import read_timing_cache, save_timing_cache, tim
 from fcos_deploy.core.atomic import atomic_file, sha256_file
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import read_contract, write_sidecar
-from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.registry import backends_for
@@ -60,12 +60,12 @@ def build_engine(request: BuildRequest, *, target: EngineTarget) -> BuildResult:
 
     Raises:
         MissingDependencyError: the library is not installed.
-        BackendLoadError: the ONNX file is damaged or carries no contract.
+        BackendLoadError: the ONNX file is damaged, carries no contract, or was quantized for another runtime.
         ConfigError: an option that this library or graph does not allow.
         BuildError: with the builder's last lines.
         KeyboardInterrupt: after the builder has stopped.
     """
-    contract = checked_contract(request.source)
+    contract = checked_contract(request.source, target=target, options=request.options)
     library = load_tensorrt(target.import_name, extra=target.extra)
     generation = generation_of(library, import_name=target.import_name)
     check_options(request.options, generation=generation)
@@ -83,19 +83,23 @@ def write_engine(build: EngineBuild, *, request: BuildRequest, contract: ModelCo
     return BuildResult(files=(request.output, sidecar), record=record)
 
 
-def checked_contract(source: Path) -> ModelContract:
+def checked_contract(source: Path, *, target: EngineTarget, options: BuildOptions) -> ModelContract:
     """The ONNX file's contract.
 
     Raises:
-        ConfigError: an INT8 placement that TensorRT reads as something else.
+        BackendLoadError: the file is damaged, carries no contract, or was quantized for another runtime.
+        ConfigError: another precision was asked for than the file's.
     """
     if source.suffix != ".onnx":
         raise ConfigError(f"An engine is built from an .onnx file, got '{source.name}'.")
     contract = read_contract(source)
-    if contract.precision is Precision.INT8 and contract.placement != "portable":
+    for backend in backends_for(target.kind):
+        backend.check_placement(contract)
+    if options.precision not in (None, contract.precision):
         raise ConfigError(
-            f"'{source.name}' has the Q/DQ placement '{contract.placement}', which TensorRT would misread.",
-            hint="quantize with the placement 'portable'",
+            f"An engine has the precision of its ONNX file: '{source.name}' is {contract.precision}, "
+            f"{options.precision} was asked for.",
+            hint="fp16: export with '--precision fp16'; int8: 'fcos-deploy quantize'",
         )
     return contract
 

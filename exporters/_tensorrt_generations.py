@@ -13,7 +13,8 @@ from exporters._tensorrt_calibration import cache_only_calibrator
 from exporters._tensorrt_progress import BuildMonitor
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions
-from fcos_deploy.core.tensorrt_library import TensorRT, parse_version
+from fcos_deploy.core.tensorrt_library import TensorRT
+from fcos_deploy.core.version import parse_version
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -5,7 +5,6 @@ The bindings of all versions agree on the names in ``TensorRT``; what only some 
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fcos_deploy.core.errors import ConfigError, MissingDependencyError
 from fcos_deploy.core.require import require
+from fcos_deploy.core.version import parse_version
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["LibraryLog", "LogRecord", "TensorRT", "library_log", "load_tensorrt", "parse_version", "shape_tuple"]
+__all__ = ["LibraryLog", "LogRecord", "TensorRT", "library_log", "load_tensorrt", "shape_tuple"]
 
 OLDEST = (8, 6)  # 8.5 is JetPack 5's, whose Python 3.8 this package does not support
 
@@ -64,14 +64,6 @@ def load_tensorrt(import_name: str, *, extra: str) -> TensorRT:
             hint="build with the trtexec line that 'fcos-deploy deploy --dry-run' prints",
         )
     return library
-
-
-def parse_version(text: str) -> tuple[int, ...]:
-    """``"10.13.3.9"`` -> ``(10, 13, 3, 9)``; suffixes such as ``.post1`` or ``+cuda12`` are left out."""
-    match = re.match(r"\d+(\.\d+)*", text)
-    if match is None:
-        raise ConfigError(f"'{text}' is not a version number.")
-    return tuple(int(part) for part in match.group().split("."))
 
 
 def shape_tuple(dims: trt.Dims) -> tuple[int, ...]:

@@ -1,0 +1,162 @@
+"""What would be built for a device, and with which flags, without being on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from fcos_deploy.core.device_rules import RULES, Draft, PlanRequest, rule_name
+from fcos_deploy.core.devices import DeviceProfile
+from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.exporter import BatchRange, BuildOptions
+from fcos_deploy.core.registry import backend as backend_named
+from fcos_deploy.core.trtexec import TrtexecRequest, trtexec_command
+
+__all__ = ["Plan", "PlanRequest", "PlannedArtifact", "plan"]
+
+_SUFFIXES = {
+    ArtifactKind.TENSORRT_ENGINE: "engine",
+    ArtifactKind.TENSORRT_RTX_ENGINE: "rtx.engine",
+    ArtifactKind.OPENVINO_IR: "xml",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedArtifact:
+    """A file of the bundle: ``where`` is 'here' or 'on the device'."""
+
+    path: str
+    kind: ArtifactKind
+    precision: Precision
+    where: str
+    how: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A plan that no rule forbids. ``trtexec`` is empty for other backends; ``notes`` are for people."""
+
+    profile: DeviceProfile
+    backend: str
+    precision: Precision
+    tail: Tail
+    placement: str
+    artifacts: tuple[PlannedArtifact, ...]
+    options: BuildOptions
+    commands: tuple[str, ...]
+    trtexec: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+
+def plan(profile: DeviceProfile, request: PlanRequest | None = None) -> Plan:
+    """Decide what is made for this device.
+
+    Raises:
+        ConfigError: naming the rule that the request breaks.
+    """
+    request = request or PlanRequest()
+    draft = Draft(
+        profile=profile,
+        request=request,
+        backend=request.backend or profile.backends[0],
+        precision=request.precision or profile.precision,
+        tail=request.tail or profile.tail,
+        batch=request.batch or BatchRange(profile.batch, profile.batch, profile.batch),
+    )
+    for rule in RULES:
+        problem = rule(draft)
+        if problem:
+            raise ConfigError(
+                f"{profile.title}: {problem}", hint=f"the rule is '{rule_name(rule)}', see docs/hardware.md"
+            )
+    return _planned(draft)
+
+
+def _planned(draft: Draft) -> Plan:
+    artifacts, options = _artifacts(draft), _options(draft)
+    device_side = [a for a in artifacts if a.where != "here"]
+    return Plan(
+        profile=draft.profile,
+        backend=draft.backend,
+        precision=draft.precision,
+        tail=draft.tail,
+        placement=_placement(draft) if draft.precision is Precision.INT8 else "",
+        artifacts=artifacts,
+        options=options,
+        commands=tuple(f"fcos-deploy build BUNDLE --backend {draft.backend}" for _ in device_side)
+        if draft.profile.runs_python
+        else (),
+        trtexec=_trtexec(draft) if draft.tensorrt else "",
+        notes=(*draft.profile.notes, *_notes(draft)),
+    )
+
+
+def _placement(draft: Draft) -> str:
+    """The runtime's own placement where it has one: it is the fastest there."""
+    return draft.backend if draft.backend in backend_named(draft.backend).placements else "portable"
+
+
+def _source_onnx(draft: Draft) -> str:
+    return "model.fp32.onnx" if draft.request.calibration_cache else f"model.{draft.precision}.onnx"
+
+
+def _artifacts(draft: Draft) -> tuple[PlannedArtifact, ...]:
+    made = [PlannedArtifact("model.fp32.onnx", ArtifactKind.ONNX, Precision.FP32, "here", f"export, tail {draft.tail}")]
+    if _source_onnx(draft) != "model.fp32.onnx":
+        how = f"Q/DQ nodes, placement {_placement(draft)}" if draft.precision is Precision.INT8 else "convert to fp16"
+        made.append(PlannedArtifact(_source_onnx(draft), ArtifactKind.ONNX, draft.precision, "here", how))
+    if draft.kind in _SUFFIXES:
+        where = "on the device" if draft.tensorrt else "here"  # TensorRT builds for the GPU it runs on, and no other.
+        path = f"model.{draft.precision}.{_SUFFIXES[draft.kind]}"
+        made.append(PlannedArtifact(path, draft.kind, draft.precision, where, f"build from {_source_onnx(draft)}"))
+    return tuple(made)
+
+
+def _options(draft: Draft) -> BuildOptions:
+    nvidia, request = draft.profile.nvidia, draft.request
+    options = BuildOptions(batch=draft.batch, dla_core=request.dla_core)
+    if nvidia is None:
+        return options
+    if draft.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
+        return replace(options, compute_capabilities=(nvidia.compute_capability,))
+    cache = Path("calibration.cache") if request.calibration_cache else None
+    return replace(options, workspace_mib=request.workspace_mib or nvidia.workspace_mib, calibration_cache=cache)
+
+
+def _trtexec(draft: Draft) -> str:
+    options = _options(draft)
+    return trtexec_command(
+        TrtexecRequest(
+            onnx=PurePosixPath(_source_onnx(draft)),
+            engine=PurePosixPath(f"model.{draft.precision}.engine"),
+            version=draft.tensorrt,
+            precision=draft.precision,
+            shapes=_profile_shapes(draft),
+            workspace_mib=options.workspace_mib,
+            dla_core=options.dla_core,
+            calibration_cache=PurePosixPath("calibration.cache") if draft.request.calibration_cache else None,
+        )
+    )
+
+
+def _profile_shapes(draft: Draft) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    size, batch = draft.request.input_size, draft.batch
+    if size is None or not draft.dynamic:
+        return {}
+    minimum, optimal, maximum = ((n, 3, *size) for n in (batch.minimum, batch.optimal, batch.maximum))
+    return {"images": (minimum, optimal, maximum)}
+
+
+def _notes(draft: Draft) -> list[str]:
+    notes = []
+    if not draft.profile.runs_python:
+        notes.append(
+            f"The device has Python {draft.profile.python}, this package needs 3.10: build and run the engine with "
+            "trtexec or your own C++; 'fcos-deploy verify' cannot run there."
+        )
+    if draft.precision is Precision.INT8 and draft.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
+        notes.append("TensorRT-RTX computes int8 convolutions without fusing what follows them: compare with fp16.")
+    if not draft.profile.verified:
+        notes.append("This profile has never been run on hardware by the project (docs/hardware.md).")
+    return notes

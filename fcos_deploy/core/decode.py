@@ -63,24 +63,23 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     classes = head.cls_logits.shape[1]
     quality = sigmoid(head.centerness.reshape(-1))
     flat = passing_pairs(head.cls_logits, quality, levels=levels, spec=spec)
-    p, q = sigmoid(head.cls_logits.reshape(-1)[flat]), quality[flat // classes]
+    location, channels = np.divmod(flat, classes)
+    p, q = sigmoid(head.cls_logits[location, channels]), quality[location]
     passed = SCORE_FORMS[profile.gate](p, q) > np.float32(spec.score_threshold)
-    flat, p, q = flat[passed], p[passed], q[passed]
-    best = _best_of_levels(
-        flat, SCORE_FORMS[profile.rank](p, q), bounds=[end * classes for _, end in levels], spec=spec
-    )
-    location, channels = np.divmod(flat[best], classes)
+    location, channels, p, q = location[passed], channels[passed], p[passed], q[passed]
+    best = _best_of_levels(location, SCORE_FORMS[profile.rank](p, q), levels=levels, spec=spec)
+    location, channels = location[best], channels[best]
     scores = SCORE_FORMS[profile.score](p[best], q[best])
     centers = _centers(input_size, spec.strides, profile.centers)
     return Candidates(_boxes(location, head.distances, centers=centers), scores, channels)
 
 
 def _best_of_levels(
-    flat: NDArray[np.intp], rank: NDArray[np.float32], *, bounds: list[int], spec: DecodeSpec
+    location: NDArray[np.intp], rank: NDArray[np.float32], *, levels: tuple[tuple[int, int], ...], spec: DecodeSpec
 ) -> NDArray[np.intp]:
-    """Indices into ``flat``, levels in order, best rank first within a level; ``bounds`` are the levels' ends."""
+    """Indices into ``location``, which ascends: levels in order, best rank first within a level."""
     limit = None if spec.profile.rank_per_location else spec.pre_nms_top_k  # locations were chosen before
-    ends = np.searchsorted(flat, bounds).tolist()
+    ends = np.searchsorted(location, [end for _, end in levels]).tolist()
     starts = [0, *ends[:-1]]
     parts = [
         best_first(rank[start:end], limit=limit) + start for start, end in zip(starts, ends, strict=True) if end > start

@@ -22,6 +22,7 @@ KINDS_BY_SUFFIX: dict[str, tuple[ArtifactKind, ...]] = {
     ".engine": _ENGINES,
     ".plan": _ENGINES,
     ".trt": _ENGINES,
+    ".kserve": (ArtifactKind.REMOTE_MODEL,),
 }
 
 

@@ -29,6 +29,7 @@ class ArtifactKind(StrEnum):
     OPENVINO_IR = "openvino-ir"
     TENSORRT_ENGINE = "tensorrt-engine"
     TENSORRT_RTX_ENGINE = "tensorrt-rtx-engine"
+    REMOTE_MODEL = "remote-model"
 
 
 class Tail(StrEnum):

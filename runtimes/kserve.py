@@ -1,0 +1,133 @@
+"""A model on a remote server that speaks the Open Inference Protocol v2: Triton, OpenVINO Model Server, KServe, ...
+
+The artifact is a small JSON file, ``NAME.kserve``, with the model's address and its contract.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcos_deploy.core.atomic import write_text
+from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.errors import BackendLoadError, ConfigError
+from fcos_deploy.core.serialize import from_json, to_json
+from runtimes._kserve_grpc import GrpcClient
+from runtimes._kserve_http import HttpClient
+from runtimes._kserve_protocol import Client, ModelMetadata, parse_address
+
+__all__ = ["BACKEND", "RemoteModel", "write_remote_model"]
+
+_CLIENTS: dict[str, Callable[..., Client]] = {"http": HttpClient, "https": HttpClient, "grpc": GrpcClient}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteModel:
+    """Contents of a ``.kserve`` file. ``timeout_s`` bounds connecting and each request, in seconds."""
+
+    url: str
+    contract: ModelContract
+    timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        parse_address(self.url)
+        if not 0 < self.timeout_s <= 3600:
+            raise ConfigError(f"timeout_s must be in (0, 3600], got {self.timeout_s}.")
+
+
+def write_remote_model(path: Path, model: RemoteModel) -> None:
+    """Write the file that ``BACKEND`` opens; its name must end in ``.kserve``.
+
+    Raises:
+        ConfigError: another suffix, or a folder that cannot be written.
+    """
+    if path.suffix != ".kserve":
+        raise ConfigError(f"The description of a remote model is named '*.kserve', got '{path.name}'.")
+    write_text(path, json.dumps(to_json(model), indent=1, sort_keys=True) + "\n")
+
+
+class _RemoteSession(Session):
+    """``run`` may be called from several threads. After a lost connection the next call connects again."""
+
+    def __init__(self, client: Client, metadata: ModelMetadata, *, model: RemoteModel) -> None:
+        self._client = client
+        self.contract = model.contract
+        wanted = model.contract.outputs
+        super().__init__(
+            inputs=metadata.inputs,
+            outputs=tuple(spec for spec in metadata.outputs if spec.name in wanted),
+            description={
+                "backend": "kserve",
+                "server": metadata.server,
+                "url": model.url,
+                "platform": metadata.platform,
+                "model_versions": ", ".join(metadata.versions),
+                "device": "remote",
+            },
+        )
+
+    def _run(self, feeds: Tensors) -> Tensors:
+        return self._client.infer(feeds, outputs=self.outputs)
+
+    def _close(self) -> None:
+        self._client.close()
+
+
+class _KServe(Backend):
+    """Everything about devices, threads and precision is the server's business, so such options are refused."""
+
+    name = "kserve"
+    accepts = frozenset({ArtifactKind.REMOTE_MODEL})
+    preferred_for = frozenset({ArtifactKind.REMOTE_MODEL})
+    extra = "serving"
+    # Whose placement it is was decided when the server's model was made; the server runs what it was given.
+    placements = frozenset({"portable", "onnxruntime", "openvino"})
+
+    def open(self, path: Path, options: SessionOptions) -> Session:
+        _refuse_local_options(options)
+        model = _read_remote_model(path)
+        client = _CLIENTS[parse_address(model.url).scheme](parse_address(model.url), timeout=model.timeout_s)
+        try:
+            metadata = client.metadata()
+            missing = sorted(set(model.contract.outputs) - {spec.name for spec in metadata.outputs})
+            if missing:
+                raise BackendLoadError(
+                    f"The model at {model.url} lacks the outputs {missing}, it has "
+                    f"{[spec.name for spec in metadata.outputs]}.",
+                    hint="serve the artifact that the description was made from",
+                )
+            return _RemoteSession(client, metadata, model=model)
+        except BaseException:
+            client.close()
+            raise
+
+    def probe(self) -> BackendProbe:
+        grpc = importlib.util.find_spec("tritonclient") is not None
+        return BackendProbe(available=True, version="v2", devices=("http", "grpc") if grpc else ("http",))
+
+
+BACKEND = _KServe()
+
+
+def _refuse_local_options(options: SessionOptions) -> None:
+    given = {
+        "device": bool(options.device),
+        "compute": options.compute is not ComputeType.F32,
+        "threads": options.threads is not None,
+        "streams": options.streams is not None,
+    }
+    refused = sorted(name for name, present in given.items() if present)
+    if refused:
+        raise ConfigError(f"A remote model cannot be told {', '.join(refused)}.", hint="set it on the server")
+
+
+def _read_remote_model(path: Path) -> RemoteModel:
+    try:
+        return from_json(RemoteModel, json.loads(path.read_text(encoding="utf-8")), where=path.name)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BackendLoadError(f"Cannot read '{path}': {error}.") from error

@@ -18,8 +18,6 @@ from fcos_deploy.core.errors import FcosDeployError
 
 __all__ = ["build_app", "main"]
 
-_SUPPORT = {"app", "output", "options"}  # modules of this package that are not commands
-
 
 def build_app() -> typer.Typer:
     """A Typer application with one command for every module here that defines ``command``."""
@@ -32,8 +30,8 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     for module in sorted(pkgutil.iter_modules(fcos_deploy.cli.__path__), key=lambda m: m.name):
-        if module.name not in _SUPPORT:
-            command = importlib.import_module(f"fcos_deploy.cli.{module.name}").command
+        command = getattr(importlib.import_module(f"fcos_deploy.cli.{module.name}"), "command", None)
+        if command is not None:
             app.command(module.name.replace("_", "-"))(_guard(command))
     return app
 

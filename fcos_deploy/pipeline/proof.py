@@ -1,0 +1,120 @@
+"""Measures every variant of a bundle against the PyTorch reference: accuracy, speed, golden images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fcos_deploy.accuracy.collect import Target
+from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
+from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
+from fcos_deploy.accuracy.gate import Gate
+from fcos_deploy.bundle import AccuracyFigure, GoldenImage, StepOutput, make_golden
+from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.image_io import read_image
+from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.detector import Detector
+from fcos_deploy.model.checkpoint import LoadedCheckpoint
+from fcos_deploy.pipeline.steps import Variant, Workshop
+
+__all__ = ["REFERENCE", "ReferenceTarget", "accuracy_figures", "measure_accuracy", "write_golden"]
+
+REFERENCE = "pytorch"
+# Any drop beyond the third decimal in float is a fault, not rounding.
+FP32_MAP_DROP = 0.0005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceTarget(Target):
+    """The checkpoint as it was loaded, with the options that the user gave."""
+
+    loaded: LoadedCheckpoint
+
+    def open(self) -> Detector:
+        """The PyTorch network behind the same preprocessing as every artifact."""
+        return Detector.of_network(self.loaded.model, self.loaded.contract, options=self.options)
+
+
+def reference_target(shop: Workshop) -> ReferenceTarget:
+    """PyTorch eager in float32, post-processing on the host."""
+    loaded = replace(shop.loaded, contract=replace(shop.contract, tail=Tail.RAW))
+    return ReferenceTarget(model=shop.request.checkpoint, backend=REFERENCE, loaded=loaded)
+
+
+def evaluation_images(shop: Workshop) -> tuple[EvaluationImage, ...]:
+    """The images that prove the accuracy, in a fixed order."""
+    request = shop.request
+    if request.images is not None and request.annotations is not None:
+        return load_coco(request.annotations, images=request.images).images
+    return folder_images(request.images or request.calibration_images)
+
+
+def measure_accuracy(shop: Workshop, variants: list[Variant], *, predictions: Path) -> Evaluations:
+    """Evaluate the reference and every variant on all images; an interrupted run goes on from ``predictions``."""
+    request = shop.request
+    targets = tuple(Target(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants)
+    wanted = EvaluationRequest(
+        targets=targets,
+        images=request.images or request.calibration_images,
+        annotations=request.annotations,
+        reference=reference_target(shop),
+        gate=Gate(),
+        predictions=predictions,
+    )
+    return evaluate(wanted, progress=shop.progress)
+
+
+def max_drop(shop: Workshop, precision: Precision) -> float:
+    """The most AP that a variant of this precision may lose."""
+    return FP32_MAP_DROP if precision is Precision.FP32 else shop.request.max_map_drop
+
+
+def accuracy_figures(shop: Workshop, variants: list[Variant], found: Evaluations) -> tuple[AccuracyFigure, ...]:
+    """For the manifest: the reference first, then the variants in their order."""
+    dataset = "annotated" if shop.request.annotations else "reference detections"
+    rows = [(shop.request.checkpoint.name, Precision.FP32, found.reference)] if found.reference else []
+    rows += [(v.artifact.path, v.precision, e) for v, e in zip(variants, found.targets, strict=True)]
+    return tuple(
+        _figure(artifact, precision, evaluation, dataset=dataset)
+        for artifact, precision, evaluation in rows
+        if evaluation is not None
+    )
+
+
+def _figure(artifact: str, precision: Precision, evaluation: Evaluation, *, dataset: str) -> AccuracyFigure:
+    scores = evaluation.scores
+    metrics = {"ap": scores.ap, "ap50": scores.ap50, "ap75": scores.ap75}
+    drop = evaluation.drop
+    return AccuracyFigure(
+        artifact=artifact,
+        backend=evaluation.run.backend,
+        precision=precision,
+        dataset=dataset,
+        images=scores.images,
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        drop=drop.value if drop else None,
+        drop_interval=(drop.low, drop.high) if drop else None,
+        details=dict(evaluation.run.description),
+    )
+
+
+def write_golden(shop: Workshop) -> tuple[GoldenImage, ...]:
+    """A few evaluation images, evenly spaced, with what the reference sees in them."""
+    images = evaluation_images(shop)
+    count = min(shop.request.golden_count, len(images))
+    chosen = [images[i * len(images) // count].path for i in range(count)]
+
+    def make(folder: Path) -> StepOutput:
+        with reference_target(shop).open() as detector:
+            contract = detector.contract
+            pictures = (read_image(path) for path in chosen)
+            records = make_golden(pictures, folder=folder, contract=contract, detect=detector.detect)
+        return StepOutput(values=[to_json(record) for record in records])
+
+    inputs = {
+        "checkpoint": shop.contract.source_sha256,
+        "contract": repr(shop.contract),
+        "images": " ".join(str(path.name) for path in chosen),
+    }
+    step = shop.writer.step("golden", inputs=inputs, make=make)
+    return tuple(from_json(GoldenImage, value) for value in step.values)

@@ -1,0 +1,75 @@
+"""Times every variant of a bundle, and the PyTorch reference, in turns on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fcos_deploy.accuracy.collect import Target
+from fcos_deploy.benchmark.measure import TimingOptions
+from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkResult, BenchmarkTarget, run_benchmark
+from fcos_deploy.bundle import BenchmarkFigure
+from fcos_deploy.core.backend import PerformanceHint
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.detector import Detector
+from fcos_deploy.pipeline.proof import REFERENCE, evaluation_images, reference_target
+from fcos_deploy.pipeline.steps import Variant, Workshop
+
+__all__ = ["benchmark_figures", "measure_speed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReferenceTiming(BenchmarkTarget):
+    """The checkpoint as it was loaded, with the options that the user gave."""
+
+    target: Target
+
+    def open(self, hint: PerformanceHint) -> Detector:
+        return replace(self.target, options=replace(self.target.options, hint=hint)).open()
+
+
+def measure_speed(shop: Workshop, variants: list[Variant]) -> Benchmark:
+    """The reference first, then the variants; the artifact that was evaluated is the one that is timed."""
+    reference = _ReferenceTiming(
+        model=shop.request.checkpoint, backend=REFERENCE, precision=Precision.FP32, target=reference_target(shop)
+    )
+    targets = [
+        BenchmarkTarget(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants
+    ]
+    rounds = max(1, shop.request.benchmark_iterations // 5)
+    request = BenchmarkRequest(
+        targets=(reference, *targets),
+        image=evaluation_images(shop)[0].path,
+        timing=TimingOptions(rounds=rounds, throughput_seconds=1.0),
+        cold_start=False,
+    )
+    return run_benchmark(request, progress=shop.progress)
+
+
+def benchmark_figures(shop: Workshop, variants: list[Variant], found: Benchmark) -> tuple[BenchmarkFigure, ...]:
+    """For the manifest: the reference first, then the variants in their order."""
+    names = [(shop.request.checkpoint.name, Precision.FP32), *((v.artifact.path, v.precision) for v in variants)]
+    device = f"{found.machine.processor}, {found.machine.cores} cores"
+    return tuple(
+        _figure(artifact, precision, result, device=device)
+        for (artifact, precision), result in zip(names, found.results, strict=True)
+    )
+
+
+def _figure(artifact: str, precision: Precision, result: BenchmarkResult, *, device: str) -> BenchmarkFigure:
+    latency, stages = result.latency, result.stages
+    return BenchmarkFigure(
+        artifact=artifact,
+        backend=result.backend,
+        precision=precision,
+        device=device,
+        metrics={
+            "total_p50_ms": latency.p50,
+            "total_p90_ms": latency.p90,
+            "total_p99_ms": latency.p99,
+            "preprocess_p50_ms": stages.preprocess,
+            "infer_p50_ms": stages.infer,
+            "decode_p50_ms": stages.decode,
+            "throughput_fps": result.throughput_fps,
+        },
+        details=dict(result.session),
+    )

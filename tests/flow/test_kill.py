@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,9 @@ from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
 
 KILLS = 50
 
-MAKER = """
-import os, signal, sys
+# Forks a process per run, so that the libraries are imported once.
+MAKER = r"""
+import json, os, resource, signal, sys
 from pathlib import Path
 from fcos_deploy.bundle import *
 from fcos_deploy.core.contract import ModelContract
@@ -31,20 +34,16 @@ from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.preprocess_spec import PreprocessSpec
 
-target, version, kill_at, fill = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-count = 0
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "ctypes.dlsym"}
+CONTRACT = ModelContract(
+    class_names=("a",),
+    preprocess=PreprocessSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), height=64, width=64),
+    decode=DecodeSpec(profile=PROFILES["torchvision"], score_threshold=0.1, iou_threshold=0.5),
+)
 
-def hook(event, arguments):
-    global count
-    if event in WATCHED:
-        count += 1
-        if count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def make(index):
+def make(index, version, fill):
     def step(folder):
-        os.write(1, f"run {index}\\n".encode())
+        os.write(1, f"run {index}\n".encode())
         (folder / "part").mkdir()
         path = f"part/{index}.engine"
         (folder / path).write_bytes(f"{version} {index}".encode() * fill)
@@ -54,79 +53,134 @@ def make(index):
         return StepOutput(artifacts=(draft,), values=index)
     return step
 
-contract = ModelContract(
-    class_names=("a",),
-    preprocess=PreprocessSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), height=64, width=64),
-    decode=DecodeSpec(profile=PROFILES["torchvision"], score_threshold=0.1, iou_threshold=0.5),
-)
-sys.addaudithook(hook)
-with BundleWriter(target) as writer:
-    for index in range(5):
-        result = writer.step(f"step {index}", inputs={"version": version}, make=make(index))
-        os.write(1, f"done {index}\\n".encode())
-    writer.finish(Manifest(
-        name=version, contract=contract, target=Target(backend="tensorrt", precision=Precision.FP16),
-        provenance=Provenance(checkpoint="c.pth", checkpoint_sha256="0" * 64)))
-print("operations", count)
+def work(target, version, kill_at, fill, limit):
+    count = 0
+    def hook(event, arguments):
+        nonlocal count
+        if event in WATCHED:
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.addaudithook(hook)
+    with BundleWriter(Path(target)) as writer:
+        for index in range(5):
+            writer.step(f"step {index}", inputs={"version": version}, make=make(index, version, fill))
+            os.write(1, f"done {index}\n".encode())
+        writer.finish(Manifest(
+            name=version, contract=CONTRACT, target=Target(backend="tensorrt", precision=Precision.FP16),
+            provenance=Provenance(checkpoint="c.pth", checkpoint_sha256="0" * 64)))
+    os.write(1, f"operations {count}\n".encode())
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            work(**json.loads(line))
+        except BaseException as error:
+            os.write(1, f"error {type(error).__name__}: {error}\n".encode())
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    os.write(1, f"exit {os.waitstatus_to_exitcode(status)}\n".encode())
 """
 
 
-@pytest.fixture
-def maker(tmp_path: Path) -> Path:
-    path = tmp_path / "maker.py"
-    path.write_text(MAKER)
-    return path
+@dataclass
+class Run:
+    """Exit code of one run of the maker, and what it printed."""
+
+    code: int
+    lines: list[str]
+
+    def after(self, word: str) -> set[str]:
+        return {line.partition(" ")[2] for line in self.lines if line.startswith(word + " ")}
+
+    @property
+    def error(self) -> str:
+        return " ".join(line for line in self.lines if not line.startswith(("run ", "done ")))
+
+    @property
+    def operations(self) -> int:
+        (count,) = self.after("operations")
+        return int(count)
 
 
-def _run(
-    maker: Path, target: Path, version: str, *, kill_at: int = 0, fill: int = 100, **options: object
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(maker), str(target), version, str(kill_at), str(fill)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **options)  # type: ignore[call-overload]
+class Maker:
+    """A process that makes bundles on request, each in a child of its own."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", MAKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, target: Path, version: str, *, kill_at: int = 0, fill: int = 100, limit: int = 0) -> Run:
+        order = {"target": str(target), "version": version, "kill_at": kill_at, "fill": fill, "limit": limit}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        lines = []
+        while not (line := self._process.stdout.readline()).startswith("exit "):
+            assert line, "the maker died"
+            lines.append(line.rstrip("\n"))
+        return Run(int(line.split()[1]), lines)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
 
 
-def _lines(done: subprocess.CompletedProcess[str], word: str) -> set[str]:
-    return {line.split()[1] for line in done.stdout.splitlines() if line.startswith(word)}
+@pytest.fixture(scope="module")
+def maker() -> Iterator[Maker]:
+    process = Maker()
+    yield process
+    process.close()
 
 
-def test_killed_anywhere_the_old_bundle_stays_or_the_new_one_is_there(maker: Path, tmp_path: Path) -> None:
+def test_killed_anywhere_the_old_bundle_stays_or_the_new_one_is_there(maker: Maker, tmp_path: Path) -> None:
     target = tmp_path / "out" / "cells"
-    first = _run(maker, target, "old")
-    assert first.returncode == 0, first.stderr
-    second = _run(maker, target, "count")
-    (operations,) = _lines(second, "operations")
+    first = maker(target, "old")
+    assert first.code == 0, first.error
+    pristine = shutil.copytree(target, tmp_path / "pristine")
+    second = maker(target, "count")
     rng = np.random.default_rng(50)
     seen = {"old": 0, "new": 0}
     redone = saved = 0
-    for moment in sorted(rng.choice(np.arange(1, int(operations) + 1), KILLS, replace=False).tolist()):
-        assert _run(maker, target, "old").returncode == 0
-        killed = _run(maker, target, "new", kill_at=moment)
-        assert killed.returncode == -signal.SIGKILL, (moment, killed.stderr)
+    for moment in sorted(rng.choice(np.arange(1, second.operations + 1), KILLS, replace=False).tolist()):
+        shutil.rmtree(target)
+        shutil.copytree(pristine, target)
+        killed = maker(target, "new", kill_at=moment)
+        assert killed.code == -signal.SIGKILL, (moment, killed.error)
         name = open_bundle(target).manifest.name
         seen[name] += 1
-        again = _run(maker, target, "new")
-        assert again.returncode == 0, (moment, again.stderr)
+        again = maker(target, "new")
+        assert again.code == 0, (moment, again.error)
         assert open_bundle(target).manifest.name == "new"
         assert sorted(p.name for p in target.parent.iterdir()) == ["cells"], moment
         if name == "old":
-            redone += len(_lines(killed, "done") & _lines(again, "run"))
-            saved += len(_lines(killed, "done"))
+            redone += len(killed.after("done") & again.after("run"))
+            saved += len(killed.after("done"))
     assert redone == 0
     assert saved > KILLS  # most kills came after several finished steps, none of which ran again
     assert seen["old"] > 0
-    print(f"{KILLS} kills in {operations} file operations: {seen}, {saved} finished steps, {redone} of them redone")
 
 
-def test_a_step_whose_file_was_damaged_meanwhile_runs_again(maker: Path, tmp_path: Path) -> None:
+def test_a_step_whose_file_was_damaged_meanwhile_runs_again(maker: Maker, tmp_path: Path) -> None:
     target = tmp_path / "cells"
-    count = int(*_lines(_run(maker, tmp_path / "other", "v"), "operations"))
-    killed = _run(maker, target, "v", kill_at=count * 2 // 3)
-    assert {"0", "1"} <= _lines(killed, "done")
+    count = maker(tmp_path / "other", "v").operations
+    killed = maker(target, "v", kill_at=count * 2 // 3)
+    assert {"0", "1"} <= killed.after("done")
     damaged = tmp_path / ".cells.work" / "files" / "part" / "1.engine"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    again = _run(maker, target, "v")
-    assert "1" in _lines(again, "run")
-    assert "0" not in _lines(again, "run")
+    again = maker(target, "v")
+    assert "1" in again.after("run")
+    assert "0" not in again.after("run")
     assert open_bundle(target)
 
 
@@ -147,67 +201,62 @@ def test_a_step_with_other_inputs_runs_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("position", [0.3, 0.6])
-def test_a_torn_journal_only_costs_the_steps_behind_the_tear(maker: Path, tmp_path: Path, position: float) -> None:
+def test_a_torn_journal_only_costs_the_steps_behind_the_tear(maker: Maker, tmp_path: Path, position: float) -> None:
     target = tmp_path / "cells"
-    count = int(*_lines(_run(maker, tmp_path / "other", "v"), "operations"))
-    _run(maker, target, "v", kill_at=count * 3 // 4)
+    count = maker(tmp_path / "other", "v").operations
+    maker(target, "v", kill_at=count * 3 // 4)
     journal = tmp_path / ".cells.work" / "journal.jsonl"
     content = journal.read_bytes()
     journal.write_bytes(content[: int(len(content) * position)])
-    again = _run(maker, target, "v")
-    assert again.returncode == 0, again.stderr
+    again = maker(target, "v")
+    assert again.code == 0, again.error
     assert open_bundle(target)
 
 
-def test_a_second_process_is_sent_away_and_harms_nothing(maker: Path, tmp_path: Path) -> None:
+def test_a_second_process_is_sent_away_and_harms_nothing(maker: Maker, tmp_path: Path) -> None:
     target = tmp_path / "cells"
     with BundleWriter(target) as writer:
         writer.step("one", inputs={}, make=lambda folder: StepOutput(values=(folder / "f").write_text("x")))
-        other = _run(maker, target, "other")
-        assert other.returncode == 1
-        assert f"Process {os.getpid()} is already writing" in other.stderr
+        other = maker(target, "other")
+        assert other.code == 1
+        assert f"Process {os.getpid()} is already writing" in other.error
         assert writer.step("one", inputs={}, make=_never).skipped
-    assert _run(maker, target, "other").returncode == 0
+    assert maker(target, "other").code == 0
 
 
 def _never(folder: Path) -> StepOutput:
     raise AssertionError("this step was finished")
 
 
-def test_a_full_disk_is_told_and_finished_steps_are_kept(maker: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_and_finished_steps_are_kept(maker: Maker, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands in for the disk: writing beyond it fails as on a full one, with EFBIG for ENOSPC."""
     target = tmp_path / "cells"
-    done = _run(maker, target, "v", fill=40_000, preexec_fn=_limit_file_size)
-    assert done.returncode == 1
-    assert "BundleError: Cannot write the bundle" in done.stderr
+    done = maker(target, "v", fill=40_000, limit=100_000)
+    assert done.code == 1
+    assert "BundleError: Cannot write the bundle" in done.error
     assert not target.exists()
-    assert _run(maker, target, "v", fill=100).returncode == 0
-
-
-def _limit_file_size() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    assert maker(target, "v", fill=100).code == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="needs to mount a small tmpfs")
-def test_a_really_full_file_system_is_told_and_can_be_resumed(maker: Path, tmp_path: Path) -> None:
+def test_a_really_full_file_system_is_told_and_can_be_resumed(maker: Maker, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        done = _run(maker, small / "cells", "v", fill=10_000)
-        assert done.returncode == 1
-        assert "No space left on device" in done.stderr
-        finished = _lines(done, "done")
+        done = maker(small / "cells", "v", fill=10_000)
+        assert done.code == 1
+        assert "No space left on device" in done.error
+        finished = done.after("done")
         assert finished
         subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
-        again = _run(maker, small / "cells", "v", fill=10_000)
-        assert again.returncode == 0, again.stderr
-        assert not finished & _lines(again, "run")
+        again = maker(small / "cells", "v", fill=10_000)
+        assert again.code == 0, again.error
+        assert not finished & again.after("run")
         assert open_bundle(small / "cells")
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)
@@ -227,7 +276,7 @@ def test_a_step_that_throws_leaves_nothing_and_can_be_run_again(tmp_path: Path) 
         writer.step("build", inputs={}, make=throw)
     assert not list(tmp_path.rglob("half"))
     with BundleWriter(tmp_path / "b") as writer:
-        assert writer.step("build", inputs={}, make=lambda folder: StepOutput()).skipped is False
+        assert writer.step("build", inputs={}, make=lambda _: StepOutput()).skipped is False
 
 
 def test_no_descriptor_stays_open(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Reads and writes ONNX files that carry a contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fcos_deploy.core.atomic import atomic_file
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text
+from fcos_deploy.core.errors import ExportError
+from fcos_deploy.core.require import require
+
+__all__ = ["load_onnx", "opset_of", "save_onnx", "with_contract"]
+
+NAMES_KEY = "fcos_deploy.class_names"  # JSON list, for people and for tools that don't know the contract
+
+
+def load_onnx(path: Path) -> Any:  # Any: onnx.ModelProto, whose package ships no types
+    """The model of an ONNX file, weights included.
+
+    Raises:
+        ExportError: the file is missing, truncated, or not an ONNX model.
+    """
+    onnx = require("onnx", extra="export")
+    if not path.is_file():
+        raise ExportError(f"'{path}' is not there.")
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+    except Exception as error:  # noqa: BLE001  (protobuf, checker and external-data errors share no base class)
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"'{path}' is not a complete ONNX model: {first}", hint="export it again") from error
+    return model
+
+
+def save_onnx(model: Any, path: Path) -> None:
+    """Write a model under its final name once it is complete.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+        ExportError: the model exceeds protobuf's limit of 2 GiB.
+    """
+    try:
+        content = model.SerializeToString(deterministic=True)
+    except ValueError as error:
+        raise ExportError(f"The model is too large for one ONNX file: {error}.") from error
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, str] | None = None) -> Any:
+    """A copy of the model that carries ``contract``, its class names and how it was made."""
+    onnx = require("onnx", extra="export")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    properties = {p.key: p.value for p in model.metadata_props}
+    properties |= {METADATA_KEY: contract_to_text(contract), NAMES_KEY: json.dumps(list(contract.class_names))}
+    properties |= {f"fcos_deploy.{key}": value for key, value in (record or {}).items()}
+    onnx.helper.set_model_props(copy, dict(sorted(properties.items())))
+    return copy
+
+
+def opset_of(model: Any) -> int:
+    """Version of the standard operator set."""
+    return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))

@@ -1,0 +1,166 @@
+"""Measures that a step left the numbers alone: outputs before and after, on inputs made to provoke differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.errors import StepCheckError
+from fcos_deploy.core.require import require
+
+__all__ = ["ROW_OUTPUTS", "Feeds", "StepCheck", "compare", "onnx_runner", "provoking_feeds"]
+
+Feeds = dict[str, NDArray[Any]]
+Runner = Callable[[Feeds], Feeds]
+
+ROW_OUTPUTS = ("boxes", "scores", "labels")  # of the candidates and nms tails: rows that may swap when scores tie
+
+
+@dataclass(frozen=True, slots=True)
+class StepCheck:
+    """What a comparison found.
+
+    largest: the largest difference, as a share of what is allowed at that place (at most 1 when the check holds).
+    difference: the same, in the tensor's own unit. where: tensor and index. unmatched: rows without a partner, of all.
+    """
+
+    step: str
+    largest: float
+    difference: float
+    where: str
+    unmatched: int = 0
+    rows: int = 0
+
+    def __str__(self) -> str:
+        rows = f", {self.unmatched} of {self.rows} rows without a partner" if self.rows else ""
+        return f"{self.step}: largest difference {self.difference:.3g} at {self.where}{rows}"
+
+
+def compare(
+    expected: Runner, actual: Runner, feeds: Iterable[Feeds], *, step: str, tolerance: float, row_share: float = 0.01
+) -> StepCheck:
+    """Run both on every feed and compare all outputs.
+
+    Elements may differ by ``tolerance * (1 + |expected|)``, and by a tenth of ``tolerance`` of the tensor's largest
+    value. Rows of ready candidates are matched by label, score and box, because near-ties may swap them; up to
+    ``row_share`` of them may lack a partner.
+
+    Raises:
+        StepCheckError: with the largest difference and where it is.
+    """
+    worst = StepCheck(step, 0.0, 0.0, "none")
+    unmatched = rows = 0
+    for feed in feeds:
+        left, right = expected(feed), actual(feed)
+        found = [_compare_tensor(name, left[name], right[name], tolerance, step) for name in _elementwise(left)]
+        worst = max([worst, *found], key=lambda check: check.largest)
+        missing, total = _match_rows(left, right, tolerance=tolerance)
+        unmatched, rows = unmatched + missing, rows + total
+    result = StepCheck(step, worst.largest, worst.difference, worst.where, unmatched, rows)
+    if worst.largest > 1 or unmatched > max(1.0, row_share * rows):
+        raise StepCheckError(
+            f"The result of '{step}' differs from its source ({result}).",
+            hint="this is a bug of a step or of the runtime that checks it: please report it with the checkpoint",
+        )
+    return result
+
+
+def _elementwise(outputs: Mapping[str, Any]) -> list[str]:
+    rows = set(ROW_OUTPUTS) | {"num_detections"} if set(ROW_OUTPUTS) <= set(outputs) else set()
+    return [name for name in outputs if name not in rows]
+
+
+def _compare_tensor(name: str, expected: NDArray[Any], actual: NDArray[Any], tolerance: float, step: str) -> StepCheck:
+    if expected.shape != actual.shape:
+        raise StepCheckError(f"'{step}' changed '{name}' from shape {expected.shape} to {actual.shape}.")
+    left, right = expected.astype(np.float64), actual.astype(np.float64)
+    finite = np.isfinite(left)
+    same = np.where(finite, True, (left == right) | (np.isnan(left) & np.isnan(right)))
+    peak = float(np.abs(left[finite]).max(initial=0.0))
+    allowed = tolerance * (1.0 + np.abs(np.where(finite, left, 0.0))) + 0.1 * tolerance * min(peak, 1e3)
+    difference = np.where(finite, np.abs(left - right), np.where(same, 0.0, math.inf))
+    difference = np.where(np.isnan(difference), math.inf, difference)
+    if not difference.size:
+        return StepCheck(step, 0.0, 0.0, name)
+    ratio = difference / allowed
+    place = np.unravel_index(int(ratio.argmax()), ratio.shape)
+    where = f"{name}[{', '.join(map(str, map(int, place)))}]"
+    return StepCheck(step, float(ratio[place]), float(difference[place]), where)
+
+
+def _match_rows(expected: Feeds, actual: Feeds, *, tolerance: float) -> tuple[int, int]:
+    """(rows of ``expected`` without a partner in ``actual``, rows), over all images."""
+    if not set(ROW_OUTPUTS) <= set(expected):
+        return 0, 0
+    missing = total = 0
+    for image in range(len(expected["scores"])):
+        left, right = (_rows(outputs, image) for outputs in (expected, actual))
+        total += max(len(left), len(right))
+        missing += abs(len(left) - len(right)) + _unpartnered(left, right, tolerance=tolerance)
+    return missing, total
+
+
+def _rows(outputs: Feeds, image: int) -> NDArray[np.float64]:
+    """(r, 6): label, score and box of the rows that say something."""
+    labels, scores = outputs["labels"][image], outputs["scores"][image]
+    rows = np.concatenate([labels[:, None], scores[:, None], outputs["boxes"][image]], 1).astype(np.float64)
+    used: NDArray[np.float64] = rows[(labels >= 0) & (scores >= 0)]
+    return used
+
+
+def _unpartnered(left: NDArray[np.float64], right: NDArray[np.float64], *, tolerance: float) -> int:
+    missing = 0
+    order = np.argsort(right[:, 1])
+    sorted_scores = right[order, 1]
+    for row in left:
+        first, last = np.searchsorted(sorted_scores, [row[1] - tolerance, row[1] + tolerance])
+        near = right[order[first:last]]
+        allowed = tolerance * (1.0 + np.abs(row[2:]).max()) * 4
+        fits = (near[:, 0] == row[0]) & (np.abs(near[:, 2:] - row[2:]) <= allowed).all(1)
+        missing += not fits.any()
+    return missing
+
+
+def onnx_runner(model: Any, *, optimized: bool = False) -> Runner:
+    """Run an ``onnx.ModelProto`` in ONNX Runtime on the CPU, by default without its own graph changes."""
+    runtime = require("onnxruntime", extra="export")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 2
+    level = runtime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(feeds: Feeds) -> Feeds:
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+    return run
+
+
+def provoking_feeds(images: tuple[int, int, int, int], *, dtype: str, image_sizes: bool, seed: int = 0) -> list[Feeds]:
+    """Noise, and a picture of the extremes: flat black and white areas, stripes, and (float) values far outside.
+
+    images: (n, 3, H, W) of the input.
+    """
+    generator = np.random.default_rng(seed)
+    batch, _, height, width = images
+    if dtype == "uint8":
+        noise = generator.integers(0, 256, images, np.uint8)
+    else:
+        noise = generator.standard_normal(images, np.float32)
+    extremes = np.zeros(images, noise.dtype)
+    low, high = (0, 255) if dtype == "uint8" else (-20, 20)
+    extremes[:] = low
+    extremes[..., width // 2 :] = high
+    extremes[..., height // 2 :, ::2] = high
+    feeds: list[Feeds] = [{"images": noise}, {"images": extremes}]
+    if image_sizes:
+        sizes = np.array([[height - 1, width - 3, 2 * height, 3 * width]], np.float32).repeat(batch, 0)
+        feeds = [{**feed, "image_sizes": sizes} for feed in feeds]
+    return feeds

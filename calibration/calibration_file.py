@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from calibration.ranges import Range, RangeMethod
 from fcos_deploy.core.atomic import sha256_file, write_text
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.preprocess_spec import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, to_json
-from calibration.ranges import Range, RangeMethod
 
 __all__ = ["DEFAULT_METHOD", "Calibration", "ImageRecord", "TensorRanges", "load_calibration", "save_calibration"]
 

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,15 @@ from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.image_io import IMAGE_SUFFIXES, list_images, read_image
 
-__all__ = ["CalibrationImage", "CalibrationSet", "SampleOptions", "collect_images", "find_images", "read_picture"]
+__all__ = [
+    "Box",
+    "CalibrationImage",
+    "CalibrationSet",
+    "SampleOptions",
+    "collect_images",
+    "find_images",
+    "read_picture",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +62,16 @@ class CalibrationImage:
 
 
 @dataclass(frozen=True, slots=True)
+class Box:
+    """An annotated object: longer side in image pixels, and the image's size."""
+
+    category: int
+    longer_side: float
+    image_height: int
+    image_width: int
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationSet:
     """The chosen images in the order of their names, and how they were chosen."""
 
@@ -62,7 +79,8 @@ class CalibrationSet:
     images: tuple[CalibrationImage, ...]
     candidates: int
     seed: int
-    annotations: Mapping[str, tuple[dict[str, Any], ...]] = field(default_factory=dict, repr=False)  # COCO, by name
+    annotations: Mapping[str, tuple[Box, ...]] = field(default_factory=dict, repr=False)  # by image name
+    categories: Mapping[int, str] = field(default_factory=dict)
 
 
 def collect_images(
@@ -70,7 +88,7 @@ def collect_images(
 ) -> CalibrationSet:
     """Choose calibration images from a folder, a list file (one path a line) or a COCO json.
 
-    With annotations the choice covers the combinations of rarest class and object size, otherwise the subfolders. It
+    With annotations the choice covers the combinations of classes and of largest object, otherwise the subfolders. It
     depends on the names, the seed and the annotations only; a larger count contains the smaller one.
 
     Raises:
@@ -78,7 +96,8 @@ def collect_images(
     """
     options = options or SampleOptions()
     files = find_images(source)
-    labels = _read_coco(annotations or source) if annotations or source.suffix == ".json" else {}
+    coco = annotations or (source if source.suffix == ".json" else None)
+    labels, categories = _read_coco(coco) if coco else ({}, {})
     strata = {name: _stratum(name, labels.get(name)) for name in files}
     chosen = sorted(_stratified(strata, count=options.limit, seed=options.seed))
     if len(chosen) < options.minimum:
@@ -87,7 +106,8 @@ def collect_images(
             hint="100 to 300 images of what the detector will see are best",
         )
     images = tuple(CalibrationImage(name, files[name], _hash(files[name])) for name in chosen)
-    return CalibrationSet(source, images, len(files), options.seed, {n: labels[n] for n in chosen if n in labels})
+    boxes = {name: labels[name] for name in chosen if name in labels}
+    return CalibrationSet(source, images, len(files), options.seed, boxes, categories)
 
 
 def find_images(source: Path) -> dict[str, Path]:
@@ -133,28 +153,29 @@ def _hash(path: Path) -> str:
         raise CalibrationError(f"Cannot read the calibration image '{path}': {error.strerror}.") from error
 
 
-def _read_coco(path: Path) -> dict[str, tuple[dict[str, Any], ...]]:
-    """Annotations by image name; boxes in image pixels. The entry ``image`` of each holds its width and height."""
+def _read_coco(path: Path) -> tuple[dict[str, tuple[Box, ...]], dict[int, str]]:
+    """Objects by image name, and class names by category."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names = {entry["id"]: entry for entry in content["images"]}
-        found: dict[str, list[dict[str, Any]]] = {entry["file_name"]: [] for entry in content["images"]}
+        entries = {entry["id"]: entry for entry in content["images"]}
+        found: dict[str, list[Box]] = {entry["file_name"]: [] for entry in content["images"]}
         for item in content["annotations"]:
-            image = names[item["image_id"]]
-            size = (int(image["height"]), int(image["width"]))
-            kept = {"category": int(item["category_id"]), "bbox": [float(v) for v in item["bbox"]], "image": size}
-            found[image["file_name"]].append(kept)
+            image = entries[item["image_id"]]
+            side = float(max(item["bbox"][2:]))
+            box = Box(int(item["category_id"]), side, int(image["height"]), int(image["width"]))
+            found[image["file_name"]].append(box)
+        categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"'{path}' is not a COCO annotation file: {error!r}.") from error
-    return {name: tuple(items) for name, items in found.items()}
+    return {name: tuple(items) for name, items in found.items()}, categories
 
 
-def _stratum(name: str, items: tuple[dict[str, Any], ...] | None) -> str:
+def _stratum(name: str, items: tuple[Box, ...] | None) -> str:
     if items is None:
         return name.rpartition("/")[0]
-    classes = "+".join(str(c) for c in sorted({item["category"] for item in items}))
+    classes = "+".join(str(c) for c in sorted({item.category for item in items}))
     # Octaves of the largest object's longer side: one pyramid level each.
-    largest = max((max(item["bbox"][2:]) for item in items), default=0.0)
+    largest = max((item.longer_side for item in items), default=0.0)
     return f"{classes}@{int(np.log2(max(largest, 1.0)))}"
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibration.engines import Tensors, expose, open_engine
+from calibration.feeds import Feeder, plain_picture
+from calibration.graph import ConvGraph, load_graph
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.require import require
-from calibration.engines import Tensors, expose, open_engine
-from calibration.feeds import Feeder, plain_picture
-from calibration.graph import ConvGraph, load_graph
 
 __all__ = ["PROFILERS", "ExecutedShare", "conv_macs", "executed_share"]
 
@@ -105,7 +105,8 @@ def _int8_layers(info: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
 
     if text("layerType") != "Convolution" or text("runtimePrecision") not in {"i8", "u8", "I8", "U8"}:
         return set()
-    labels = text("originalLayersNames").split(",")
+    # OpenVINO renames a convolution whose bias it splits off.
+    labels = [label.removesuffix("/WithoutBiases") for label in text("originalLayersNames").split(",")]
     # A primitive that fused other nodes lists them too; only convolutions are in `names`.
     return {names[label] for label in labels if label in names}
 

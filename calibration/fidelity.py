@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.errors import StepCheckError
 from calibration.engines import Run, open_engine
 from calibration.feeds import Feeder, plain_picture
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.errors import StepCheckError
 
 __all__ = ["Fidelity", "SignalToNoise", "compare_models"]
 
@@ -72,7 +71,7 @@ def compare_models(
 def _open_result(engine: str, model: Any) -> Run:
     try:
         return open_engine(engine, model)
-    except Exception as error:  # noqa: BLE001  (runtimes raise types of their own)
+    except Exception as error:
         raise StepCheckError(f"The quantized graph does not open in {engine}: {error}.") from error
 
 

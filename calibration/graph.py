@@ -102,7 +102,7 @@ def load_graph(path: Path) -> ConvGraph:
         onnx.checker.check_model(model)
     except FileNotFoundError as error:
         raise CalibrationError(f"'{path}' is not there.") from error
-    except Exception as error:  # noqa: BLE001  (protobuf, checker and OS errors share no base)
+    except Exception as error:
         raise CalibrationError(f"'{path}' is not a complete ONNX model: {error}.", hint="export it again") from error
     graph = _Scan(model).result(path)
     if not graph.convs:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from calibration.graph import ConvGraph, ConvSite
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
-from calibration.graph import ConvGraph, ConvSite
 
 __all__ = [
     "PLACEMENTS",
@@ -19,6 +19,7 @@ __all__ = [
     "WeightRange",
     "placement_for",
     "plan_pairs",
+    "weight_range",
 ]
 
 
@@ -65,7 +66,8 @@ class Placement:
     name: str
     backends: tuple[str, ...]
     activations: ActivationFormat
-    weights: WeightRange = WeightRange.FULL
+    # Safe on every processor, at less than one bit's cost; a GPU would take FULL as well (docs/int8.md).
+    weights: WeightRange = WeightRange.PAIRWISE
     results: ResultRule = ResultRule.FLOAT
     adds: AddRule = AddRule.SKIP_INPUT
     keep_predictions: bool = False
@@ -83,7 +85,6 @@ PLACEMENTS: dict[str, Placement] = {
             name="onnxruntime-cpu",
             backends=("onnxruntime",),
             activations=ActivationFormat.U8_ASYMMETRIC,
-            weights=WeightRange.REDUCED,
             results=ResultRule.QUANTIZED,
             adds=AddRule.WHOLE,
             keep_predictions=True,
@@ -110,6 +111,18 @@ def placement_for(backend: str) -> Placement:
         known = sorted({b for p in PLACEMENTS.values() for b in p.backends} | set(PLACEMENTS))
         raise ConfigError(f"There is no INT8 placement for '{backend}'.", hint=f"choose one of {', '.join(known)}")
     return found[0]
+
+
+def weight_range(name: str) -> WeightRange | None:
+    """A range of weights by name; None, the placement's own, for an empty one.
+
+    Raises:
+        ConfigError: naming the ones that exist.
+    """
+    known = [str(kind) for kind in WeightRange]
+    if name and name not in known:
+        raise ConfigError(f"There is no range of weights '{name}'.", hint=f"ranges: {', '.join(known)}")
+    return WeightRange(name) if name else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.atomic import atomic_file
-from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text, read_contract
-from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import CalibrationError
-from fcos_deploy.core.require import require
 from calibration.calibration_file import Calibration, check_graph
 from calibration.fidelity import Fidelity, compare_models
 from calibration.graph import ConvGraph, ConvSite, load_graph
@@ -26,8 +21,13 @@ from calibration.quantized_values import (
     quantize_bias,
     quantize_weight,
 )
+from fcos_deploy.core.atomic import atomic_file
+from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text, read_contract
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import CalibrationError
+from fcos_deploy.core.require import require
 
-__all__ = ["QuantizedOnnx", "quantize_qdq"]
+__all__ = ["QuantizedOnnx", "quantize_qdq", "quantized_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +81,7 @@ def quantize_qdq(
         raise CalibrationError(f"'{source}' is {contract.precision}.", hint="quantize the fp32 graph")
     graph = load_graph(source)
     plan = plan_pairs(graph, policy, keep_float=keep_float)
-    if not plan.convs:
-        raise CalibrationError("Every convolution would stay float.", hint="leave the model in fp32")
-    model = _Writer(graph, plan, calibration, policy=policy, biases=biases or {}).model()
+    model = quantized_model(graph, calibration, policy=policy, keep_float=keep_float, biases=biases)
     _set_contract(model, contract_to_text(replace(contract, precision=Precision.INT8, placement=policy.name)))
     onnx = require("onnx", extra="export")
     onnx.checker.check_model(model)
@@ -95,6 +93,25 @@ def quantize_qdq(
     return QuantizedOnnx(
         path=output, placement=policy, layers=names, kept=kept, pairs=len(plan.readers), fidelity=fidelity
     )
+
+
+def quantized_model(
+    graph: ConvGraph,
+    calibration: Calibration,
+    *,
+    policy: Placement,
+    keep_float: Collection[str] = (),
+    biases: dict[str, NDArray[np.float32]] | None = None,
+) -> Any:
+    """The quantized onnx.ModelProto, under the source's contract; ``quantize_qdq`` is this with all its checks.
+
+    Raises:
+        CalibrationError: nothing would be quantized, or a range is missing.
+    """
+    plan = plan_pairs(graph, policy, keep_float=keep_float)
+    if not plan.convs:
+        raise CalibrationError("Every convolution would stay float.", hint="leave the model in fp32")
+    return _Writer(graph, plan, calibration, policy=policy, biases=biases or {}).model()
 
 
 def _set_contract(model: Any, text: str) -> None:
@@ -186,7 +203,10 @@ class _Writer:
         if tensor not in self._plan.readers:
             return []
         scale = self._scales[tensor]
-        parameters = [self._constant(f"{tensor}/scale", scale.scale), self._constant(f"{tensor}/zero", scale.zero_point)]
+        parameters = [
+            self._constant(f"{tensor}/scale", scale.scale),
+            self._constant(f"{tensor}/zero", scale.zero_point),
+        ]
         make = self._onnx.helper.make_node
         quantized, result = f"{tensor}/quantized", f"{tensor}/dequantized"
         return [

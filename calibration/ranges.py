@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.histogram import BINS, Histogram
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import CalibrationError
-from calibration.histogram import BINS, Histogram
 
 __all__ = ["PERCENTILE", "Range", "RangeMethod", "all_ranges", "find_range"]
 

@@ -9,19 +9,12 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fcos_deploy.core.atomic import atomic_file, sha256_file
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import read_contract
-from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import CalibrationError, ConfigError
-from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.serialize import to_json
 from calibration.calibration_file import DEFAULT_METHOD, Calibration, ImageRecord, TensorRanges
 from calibration.data import CalibrationImage, CalibrationSet, read_picture
 from calibration.engines import Run, Tensors, expose, open_engine, pick_engine
@@ -29,6 +22,13 @@ from calibration.feeds import Feeder
 from calibration.graph import ConvGraph, load_graph
 from calibration.histogram import Histogram
 from calibration.ranges import RangeMethod, all_ranges
+from fcos_deploy.core.atomic import atomic_file, sha256_file
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.serialize import to_json
 
 __all__ = ["StatisticsOptions", "collect_histograms", "collect_ranges", "ranges_from"]
 
@@ -55,6 +55,7 @@ class StatisticsOptions:
 
 
 Histograms = dict[str, Histogram]
+Observer = Callable[[int, Histograms], None]  # called with the number of images done
 
 
 def collect_ranges(
@@ -64,16 +65,18 @@ def collect_ranges(
     options: StatisticsOptions | None = None,
     state: Path | None = None,
     progress: ProgressFn = no_progress,
+    observer: Observer | None = None,
 ) -> Calibration:
     """Measure the ranges of a float ONNX graph on calibration images.
 
-    ``state`` is a file in which an interrupted pass keeps what it has; it goes when the pass is complete.
+    ``state`` is a file in which an interrupted pass keeps what it has; it goes when the pass is complete. ``observer``
+    sees the histograms after every image.
 
     Raises:
         CalibrationError: a graph that is not float, an unreadable image, NaN or infinity, a tensor that is always zero.
     """
     options = options or StatisticsOptions()
-    histograms = collect_histograms(source, images, options=options, state=state, progress=progress)
+    histograms = collect_histograms(source, images, options=options, state=state, progress=progress, observer=observer)
     calibration = ranges_from(histograms, source=source, images=images, options=options)
     if state is not None:
         state.unlink(missing_ok=True)
@@ -115,6 +118,7 @@ def collect_histograms(
     options: StatisticsOptions,
     state: Path | None = None,
     progress: ProgressFn = no_progress,
+    observer: Observer | None = None,
 ) -> Histograms:
     """Histograms of all quantizable tensors, by name in graph order.
 
@@ -132,6 +136,8 @@ def collect_histograms(
     for index, image in enumerate(images.images[done:], done):
         progress("calibrating", index, len(images.images))
         walk.add(image, histograms)
+        if observer is not None:
+            observer(index + 1, histograms)
         if state is not None and time.monotonic() - saved >= options.save_every:
             _save(state, key, index + 1, histograms)
             saved = time.monotonic()

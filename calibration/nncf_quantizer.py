@@ -1,0 +1,160 @@
+"""NNCF as the second quantizer, for OpenVINO only: TensorRT misreads its unsigned scales (spec 5.1).
+
+Settings follow measurements (spec 3.2): extremes of all images as ranges instead of NNCF's mean of extremes, no bias
+correction, nothing quantized after the last convolutions or around the group norms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calibration.data import CalibrationImage, CalibrationSet, read_picture
+from calibration.feeds import Feeder
+from calibration.graph import load_graph
+from fcos_deploy.core.atomic import atomic_directory
+from fcos_deploy.core.contract_io import read_contract, write_sidecar
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.require import require
+
+__all__ = ["NNCF_PLACEMENT", "NncfOptions", "QuantizedIr", "quantize_nncf"]
+
+# OpenVINO reads it and nobody else does, as with our own placement for OpenVINO.
+NNCF_PLACEMENT = "openvino"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NncfOptions:
+    """``preset``: mixed (asymmetric activations) or performance (symmetric).
+
+    ``overflow_fix``: NNCF's half range of weights, without which processors that lack VNNI saturate.
+    """
+
+    preset: str = "mixed"
+    range_estimator: str = "MINMAX"
+    bias_correction: bool = False
+    overflow_fix: str = "enable"
+
+    def __post_init__(self) -> None:
+        if self.preset not in {"mixed", "performance"}:
+            raise ConfigError(f"There is no NNCF preset '{self.preset}'.", hint="mixed or performance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedIr:
+    """What was written: the .xml, its .bin and its contract."""
+
+    files: tuple[Path, ...]
+    record: dict[str, str]
+
+
+def quantize_nncf(
+    source: Path,
+    images: CalibrationSet,
+    output: Path,
+    *,
+    options: NncfOptions | None = None,
+    progress: ProgressFn = no_progress,
+) -> QuantizedIr:
+    """Quantize a float ONNX graph to an OpenVINO IR (``output`` ends in .xml).
+
+    Raises:
+        MissingDependencyError: NNCF or OpenVINO is not installed.
+        CalibrationError: the graph is not float, or an image cannot be read.
+    """
+    options = options or NncfOptions()
+    if output.suffix != ".xml":
+        raise ConfigError(f"NNCF writes an OpenVINO IR, '{output}' must end in .xml.")
+    contract = read_contract(source)
+    if contract.precision is not Precision.FP32:
+        raise CalibrationError(f"'{source}' is {contract.precision}.", hint="quantize the fp32 graph")
+    graph = load_graph(source)
+    nncf, ov = require("nncf", extra="nncf"), require("openvino", extra="openvino")
+    feeder = Feeder(graph.model, contract)
+    positions = {image: index for index, image in enumerate(images.images)}
+
+    def feeds(image: CalibrationImage) -> dict[str, Any]:
+        progress("calibrating", positions[image] + 1, len(images.images))
+        return feeder(read_picture(image))
+
+    model = ov.convert_model(str(source))
+    with _quiet():
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(list(images.images), feeds),
+            preset=nncf.QuantizationPreset(options.preset),
+            subset_size=len(images.images),
+            fast_bias_correction=True,
+            ignored_scope=_ignored(nncf, model),
+            advanced_parameters=_advanced(nncf, options),
+        )
+    record = {
+        "quantizer": "nncf",
+        "nncf": str(nncf.__version__),
+        "preset": options.preset,
+        "range_estimator": options.range_estimator,
+        "bias_correction": str(options.bias_correction).lower(),
+        "overflow_fix": options.overflow_fix,
+        "images": str(len(images.images)),
+    }
+    contract = replace(contract, precision=Precision.INT8, placement=NNCF_PLACEMENT)
+    return QuantizedIr(files=_write(ov, quantized, output, contract=contract, record=record), record=record)
+
+
+def _write(ov: Any, model: Any, output: Path, *, contract: Any, record: dict[str, str]) -> tuple[Path, ...]:
+    with atomic_directory(output.with_name(f".{output.stem}.ir")) as folder:
+        ov.save_model(model, str(folder / output.name), compress_to_fp16=False)
+    made = output.with_name(f".{output.stem}.ir")
+    files = []
+    # The .xml, which makes the artifact visible, comes last.
+    for suffix in (".bin", ".xml"):
+        files.append((made / output.name).with_suffix(suffix).replace(output.with_suffix(suffix)))
+    made.rmdir()
+    sidecar = write_sidecar(output, contract, record)
+    return (files[1], files[0], sidecar)
+
+
+# OpenVINO's operator types of normalisation, scales, sigmoid and decoding.
+_FLOAT_TYPES = frozenset(
+    {"MVN", "GroupNormalization", "Multiply", "Subtract", "Sigmoid", "Exp", "Sqrt", "Power", "Divide"}
+)
+
+
+def _ignored(nncf: Any, model: Any) -> Any:
+    """Everything that decodes or normalises, and the additions directly after it; residual additions are not."""
+    names = []
+    for op in model.get_ordered_ops():
+        before = {value.get_node().get_type_name() for value in op.input_values()}
+        if op.get_type_name() in _FLOAT_TYPES or (op.get_type_name() == "Add" and before & _FLOAT_TYPES):
+            names.append(op.get_friendly_name())
+    return nncf.IgnoredScope(names=names, validate=False)
+
+
+def _advanced(nncf: Any, options: NncfOptions) -> Any:
+    parameters = require("nncf.quantization.advanced_parameters", extra="nncf")
+    ranges = require("nncf.quantization.range_estimator", extra="nncf")
+    estimator = getattr(ranges.RangeEstimatorParametersSet, options.range_estimator)
+    return parameters.AdvancedQuantizationParameters(
+        activations_range_estimator_params=estimator,
+        disable_bias_correction=not options.bias_correction,
+        overflow_fix=parameters.OverflowFix(options.overflow_fix),
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF draws its own bars on the terminal and logs at INFO; ours say the same."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            yield
+    finally:
+        logger.setLevel(level)

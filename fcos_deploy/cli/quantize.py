@@ -1,0 +1,60 @@
+"""``fcos-deploy quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcos_deploy.cli.output import note, print_json, progress_bar
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="Float ONNX graph.")],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="INT8 model to write: .onnx, for nncf .xml.")],
+    calibration: Annotated[Path | None, typer.Option(help="calibration.json of this graph.")] = None,
+    consumer: Annotated[str, typer.Option("--for", help="Backend, or placement, it is meant for.")] = "portable",
+    quantizer: Annotated[str, typer.Option(help="qdq, or nncf for OpenVINO.")] = "qdq",
+    method: Annotated[str, typer.Option(help="Range method, in place of the calibration's.")] = "",
+    weights: Annotated[str, typer.Option(help="Range of weights: pairwise, reduced or full.")] = "",
+    keep_float: Annotated[list[str] | None, typer.Option(help="Layer to keep in float; may be repeated.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Images to measure accuracy on; for nncf to calibrate on.")
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO json of the images; without, the float model's detections are the truth.")
+    ] = None,
+    max_map_drop: Annotated[
+        float | None, typer.Option(min=0.0, help="Largest loss of AP (0.01 is a point): reached, or exit code 4.")
+    ] = None,
+    calibration_images: Annotated[Path | None, typer.Option(help="Images for nncf, when --images are others.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime that measures.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Make an INT8 model from a float ONNX graph."""
+    from calibration.placement import weight_range
+    from calibration.quantizers import QuantizeRequest
+    from fcos_deploy.pipeline.quantize_model import accuracy_goal, quantize_model
+
+    request = QuantizeRequest(
+        source=model,
+        output=output,
+        consumer=consumer,
+        calibration=calibration,
+        images=calibration_images or images,
+        method=method,
+        weights=weight_range(weights),
+        keep_float=tuple(keep_float or ()),
+    )
+    goal = accuracy_goal(
+        max_map_drop, images=images, annotations=annotations, placement=request.placement, threads=threads
+    )
+    with progress_bar() as progress:
+        made = quantize_model(request, kind=quantizer, goal=goal, progress=progress)
+    note(f"{made.files[0]}: " + ", ".join(f"{key} {value}" for key, value in made.record.items() if value))
+    if as_json:
+        print_json({"files": [str(file) for file in made.files], "record": dict(made.record)})

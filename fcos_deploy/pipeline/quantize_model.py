@@ -1,0 +1,158 @@
+"""Quantization with an accuracy goal: joins the quantizers with the evaluator."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.mixed_precision import PrecisionGoal, search_mixed_precision
+from calibration.placement import Placement
+from calibration.quantizers import QuantizeRequest, QuantizeResult, quantizer
+from fcos_deploy.accuracy.collect import Target
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+from fcos_deploy.core.atomic import write_text
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.image_io import list_images, read_image
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.registry import backends
+from fcos_deploy.core.serialize import to_json
+
+__all__ = ["AccuracyGoal", "accuracy_goal", "quantize_model"]
+
+# Pictures that layers are ranked on: more change the order of the first ones no longer (docs/int8.md).
+_RANKING_PICTURES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyGoal:
+    """How far AP (0..1) may fall, measured on which images; without annotations the float model's detections count."""
+
+    max_map_drop: float
+    images: Path
+    annotations: Path | None = None
+    backend: str = "onnxruntime"
+    threads: int | None = None
+
+
+def accuracy_goal(
+    max_map_drop: float | None,
+    *,
+    images: Path | None,
+    annotations: Path | None,
+    placement: Placement,
+    threads: int | None = None,
+) -> AccuracyGoal | None:
+    """The goal that options ask for; the drop is measured on the placement's own backend where it runs here.
+
+    Raises:
+        ConfigError: a goal without images.
+    """
+    if max_map_drop is None:
+        return None
+    if images is None:
+        raise ConfigError("--max-map-drop needs images to measure on.", hint="--images DIR [--annotations FILE]")
+    here = [name for name in placement.backends if name in backends() and backends()[name].probe().available]
+    backend = here[0] if here else "onnxruntime"
+    return AccuracyGoal(
+        max_map_drop=max_map_drop, images=images, annotations=annotations, backend=backend, threads=threads
+    )
+
+
+def quantize_model(
+    request: QuantizeRequest,
+    *,
+    kind: str = "qdq",
+    goal: AccuracyGoal | None = None,
+    progress: ProgressFn = no_progress,
+) -> QuantizeResult:
+    """Quantize, and where there is a goal return only what reaches it.
+
+    Raises:
+        AccuracyGateError: the goal cannot be reached; nothing was written, the float graph is as it was.
+        CalibrationError, ConfigError: as the quantizer says.
+    """
+    made_by = quantizer(kind)
+    if goal is None:
+        return made_by.quantize(request, progress=progress)
+    with tempfile.TemporaryDirectory() as folder:
+        score = _Score(request.source, goal, predictions=Path(folder), progress=progress)
+        if kind != "qdq":
+            return _gated(request, kind, goal=goal, score=score, progress=progress)
+        return _mixed(request, goal, score=score, progress=progress)
+
+
+class _Score:
+    """AP of a model file on the goal's images."""
+
+    def __init__(self, source: Path, goal: AccuracyGoal, *, predictions: Path, progress: ProgressFn) -> None:
+        self._goal, self._predictions, self._progress = goal, predictions, progress
+        self._options = SessionOptions(threads=goal.threads)
+        self._reference = Target(model=source, backend=goal.backend, options=self._options)
+
+    def __call__(self, model: Path) -> float:
+        request = EvaluationRequest(
+            targets=(Target(model=model, backend=self._goal.backend, options=self._options),),
+            images=self._goal.images,
+            annotations=self._goal.annotations,
+            reference=None if self._goal.annotations else self._reference,
+            resamples=0,
+            predictions=self._predictions,
+        )
+        ap = evaluate(request, progress=self._progress).targets[0].scores.ap
+        if ap is None:
+            raise ConfigError("No annotated object in these images, so that there is no AP.", hint="other --images")
+        return ap
+
+
+def _gated(
+    request: QuantizeRequest, kind: str, *, goal: AccuracyGoal, score: _Score, progress: ProgressFn
+) -> QuantizeResult:
+    """One candidate in a temporary folder, which takes its name only when it holds."""
+    before = score(request.source)
+    made = quantizer(kind).quantize(request, progress=progress)
+    after = score(made.files[0])
+    if before - after > goal.max_map_drop + 1e-6:
+        for file in made.files:
+            file.unlink(missing_ok=True)
+        raise AccuracyGateError(
+            f"mAP {before:.4f} -> {after:.4f} (drop {before - after:.4f} > {goal.max_map_drop:.4f}) with '{kind}'.",
+            hint="--quantizer qdq keeps layers in float until the goal holds",
+        )
+    return QuantizeResult(files=made.files, record={**made.record, **_scores(before, after)})
+
+
+def _mixed(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progress: ProgressFn) -> QuantizeResult:
+    pictures = [read_image(path) for path in list_images(goal.images)[:_RANKING_PICTURES]]
+    found = search_mixed_precision(
+        request.source,
+        request.load_calibration(),
+        request.output,
+        policy=request.placement,
+        goal=PrecisionGoal(max_drop=goal.max_map_drop),
+        evaluate=score,
+        pictures=pictures,
+        state=request.output.with_name(f".{request.output.stem}.search.json"),
+        progress=progress,
+    )
+    report = request.output.with_name(f"{request.output.stem}.mixed-precision.json")
+    write_text(report, _text({"float": found.float_score, "trials": found.trials, "ranking": found.ranking}))
+    record = {
+        **found.result.record,
+        **_scores(found.float_score, found.chosen.score),
+        "int8_share": f"{found.chosen.int8_share:.4f}",
+        "kept_float_layers": ", ".join(found.chosen.kept),
+        "report": report.name,
+    }
+    return QuantizeResult(files=(found.result.path,), record=record)
+
+
+def _scores(before: float, after: float) -> dict[str, str]:
+    return {"ap_float": f"{before:.6f}", "ap_int8": f"{after:.6f}"}
+
+
+def _text(value: Any) -> str:  # Any: a JSON value has no narrower type
+    return json.dumps(to_json(value), indent=1) + "\n"

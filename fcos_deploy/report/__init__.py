@@ -1,0 +1,35 @@
+"""The report that a person reads: one HTML file that needs nothing else, and the same in Markdown."""
+
+from fcos_deploy.report.data import (
+    ChainLink,
+    ClassRow,
+    LatencyRow,
+    ParetoPoint,
+    Picture,
+    PictureBox,
+    PrecisionCurve,
+    Provenance,
+    ReportData,
+    ReportVerdict,
+    ScoreDrift,
+    SensitivityRow,
+    VariantRow,
+)
+from fcos_deploy.report.render import write_report
+
+__all__ = [
+    "ChainLink",
+    "ClassRow",
+    "LatencyRow",
+    "ParetoPoint",
+    "Picture",
+    "PictureBox",
+    "PrecisionCurve",
+    "Provenance",
+    "ReportData",
+    "ReportVerdict",
+    "ScoreDrift",
+    "SensitivityRow",
+    "VariantRow",
+    "write_report",
+]

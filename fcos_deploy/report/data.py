@@ -1,0 +1,193 @@
+"""What a report is made of: plain data, filled by whoever measured it. AP, shares and scores are in 0..1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.errors import ConfigError
+
+__all__ = [
+    "ChainLink",
+    "ClassRow",
+    "LatencyRow",
+    "ParetoPoint",
+    "Picture",
+    "PictureBox",
+    "PrecisionCurve",
+    "Provenance",
+    "ReportData",
+    "ReportVerdict",
+    "ScoreDrift",
+    "SensitivityRow",
+    "VariantRow",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportVerdict:
+    """``headline``: one sentence that can be signed; ``details``: what it rests on; ``passed`` None: nothing judged."""
+
+    passed: bool | None
+    headline: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantRow:
+    """One artifact on one backend. None is shown as a dash: it was not measured.
+
+    Latencies in milliseconds of one image, sizes in bytes and MiB; ``int8_share``: of the convolutions that really run
+    in INT8; ``drop``: AP of the reference minus this one's, with its interval.
+    """
+
+    label: str
+    backend: str
+    precision: str
+    artifact: str = ""
+    reference: bool = False
+    passed: bool | None = None
+    ap: float | None = None
+    ap_interval: tuple[float, float] | None = None
+    ap50: float | None = None
+    ap75: float | None = None
+    drop: float | None = None
+    drop_interval: tuple[float, float] | None = None
+    match_rate: float | None = None
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    p99_ms: float | None = None
+    throughput_fps: float | None = None
+    file_bytes: int | None = None
+    peak_memory_mib: float | None = None
+    int8_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassRow:
+    """AP of one class, in the order of ``ReportData.variants``."""
+
+    name: str
+    ap: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionCurve:
+    """Interpolated precision at recall 0, 0.01, ..., 1 (101 numbers), at IoU 0.5, of one class and variant."""
+
+    variant: str
+    class_name: str
+    precision: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreDrift:
+    """(reference, variant) scores of the detections that both have."""
+
+    variant: str
+    pairs: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyRow:
+    """Every time measured, and the median of each stage, in milliseconds."""
+
+    variant: str
+    samples_ms: tuple[float, ...]
+    preprocess_ms: float
+    infer_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityRow:
+    """What quantizing this layer alone does to the outputs: signal to noise in decibels, lower is worse."""
+
+    layer: str
+    sqnr_db: float
+    kept_float: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoPoint:
+    """A candidate of the mixed-precision search."""
+
+    label: str
+    ap: float
+    p50_ms: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureBox:
+    """A box xyxy in image pixels. ``partner``: whether the other detector has it too."""
+
+    box: tuple[float, float, float, float]
+    score: float
+    name: str
+    partner: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Picture:
+    """One image as the reference and a variant see it. pixels: (h, w, 3) uint8 RGB."""
+
+    name: str
+    variant: str
+    pixels: NDArray[np.uint8]
+    reference: tuple[PictureBox, ...]
+    candidate: tuple[PictureBox, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainLink:
+    """A file of the bundle: what it is, its hash, and from which it was made by what."""
+
+    path: str
+    kind: str
+    sha256: str
+    size: int
+    parent: str = ""
+    step: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where everything comes from, and how to make it again."""
+
+    created: str = ""
+    chain: tuple[ChainLink, ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+    machine: tuple[tuple[str, str], ...] = ()
+    commands: tuple[str, ...] = ()
+    decisions: tuple[tuple[str, str, str], ...] = ()  # what, value, on whose word
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """A whole report. ``data``: a sentence about the evaluation images; ``notes``: what a reader must know."""
+
+    title: str
+    verdict: ReportVerdict
+    data: str
+    variants: tuple[VariantRow, ...]
+    classes: tuple[ClassRow, ...] = ()
+    curves: tuple[PrecisionCurve, ...] = ()
+    drifts: tuple[ScoreDrift, ...] = ()
+    latencies: tuple[LatencyRow, ...] = ()
+    sensitivity: tuple[SensitivityRow, ...] = ()
+    pareto: tuple[ParetoPoint, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    provenance: Provenance = Provenance()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        labels = [row.label for row in self.variants]
+        if len(set(labels)) < len(labels):
+            raise ConfigError(f"The variants of a report need different labels, got {labels}.")
+        for row in self.classes:
+            if len(row.ap) != len(labels):
+                raise ConfigError(f"Class '{row.name}' needs {len(labels)} figures, got {len(row.ap)}.")

@@ -1,0 +1,108 @@
+"""Images side by side: what the reference sees, what the variant sees, and where they disagree."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.errors import ImageError
+from fcos_deploy.core.require import require
+from fcos_deploy.report.data import Picture, PictureBox
+from fcos_deploy.report.style import FAIL, PASS, WARN
+
+__all__ = ["DrawnBox", "DrawnPicture", "draw_pictures"]
+
+_MAX_SIDE = 520  # pixels of an embedded image: sharp in a third of the page, small in the file
+_QUALITY = 82
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnBox:
+    """A rectangle in the embedded image's pixels; the label lies above it, or inside where there is no room."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    color: str
+    dash: str
+    label: str
+    label_y: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnPicture:
+    """An embedded JPEG (base64) with three layers of boxes. ``missed`` and ``invented`` are counts."""
+
+    identifier: str
+    name: str
+    variant: str
+    note: str
+    jpeg: str
+    width: int
+    height: int
+    panels: tuple[tuple[str, tuple[DrawnBox, ...]], ...]
+    missed: int
+    invented: int
+
+
+def draw_pictures(pictures: tuple[Picture, ...]) -> list[DrawnPicture]:
+    """Shrink, encode and lay out each picture."""
+    return [_draw(picture, identifier=f"picture-{i}") for i, picture in enumerate(pictures)]
+
+
+def _draw(picture: Picture, *, identifier: str) -> DrawnPicture:
+    height, width = picture.pixels.shape[:2]
+    scale = min(1.0, _MAX_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+
+    def boxes(found: tuple[PictureBox, ...], color: str, *, label: bool, dash: str = "") -> tuple[DrawnBox, ...]:
+        return tuple(_box(one, scale, color=color, label=label, dash=dash) for one in found)
+
+    missed = tuple(b for b in picture.reference if not b.partner)
+    invented = tuple(b for b in picture.candidate if not b.partner)
+    shared = tuple(b for b in picture.candidate if b.partner)
+    difference = boxes(shared, "#ffffff", label=False, dash="2 3") + boxes(missed, FAIL, label=True)
+    return DrawnPicture(
+        identifier=identifier,
+        name=picture.name,
+        variant=picture.variant,
+        note=picture.note,
+        jpeg=_jpeg(picture.pixels, size),
+        width=size[0],
+        height=size[1],
+        panels=(
+            ("reference", boxes(picture.reference, "#0b5fbd", label=True)),
+            (picture.variant, boxes(picture.candidate, PASS, label=True)),
+            ("difference", difference + boxes(invented, WARN, label=True)),
+        ),
+        missed=len(missed),
+        invented=len(invented),
+    )
+
+
+def _box(one: PictureBox, scale: float, *, color: str, label: bool, dash: str) -> DrawnBox:
+    x1, y1, x2, y2 = (v * scale for v in one.box)
+    return DrawnBox(
+        x=round(x1, 1),
+        y=round(y1, 1),
+        width=round(max(0.0, x2 - x1), 1),
+        height=round(max(0.0, y2 - y1), 1),
+        color=color,
+        dash=dash,
+        label=f"{one.name} {one.score:.2f}" if label else "",
+        label_y=round(y1 - 3 if y1 > 14 else y1 + 11, 1),
+    )
+
+
+def _jpeg(pixels: NDArray[np.uint8], size: tuple[int, int]) -> str:
+    cv2: Any = require("cv2")
+    shrunk = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    done, data = cv2.imencode(".jpg", shrunk[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+    if not done:
+        raise ImageError("A picture of the report cannot be encoded as JPEG.")
+    return base64.b64encode(data.tobytes()).decode("ascii")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,3 +184,51 @@ def blobs() -> list[NDArray[np.uint8]]:
     sizes = [(96, 128), (128, 160), (200, 120), (64, 300)]
     coarse = [generator.integers(0, 256, (h // 8, w // 4, 3), np.uint8) for h, w in sizes]
     return [np.repeat(np.repeat(c, 8, axis=0), 4, axis=1) for c in coarse]
+
+
+@pytest.fixture(scope="session")
+def mini_fcos() -> ModuleType:
+    """``tests/mini_fcos.py``: ``write(path, seed=, spoil=)`` makes a hand-made float FCOS graph with known names."""
+    pytest.importorskip("onnx")
+    spec = importlib.util.spec_from_file_location("mini_fcos", TESTS / "mini_fcos.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def mini_onnx(mini_fcos: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph of ``mini_fcos``."""
+    return mini_fcos.write(tmp_path_factory.mktemp("mini") / "mini.onnx")
+
+
+@pytest.fixture(scope="session")
+def smooth_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve PNG files with soft discs on a gradient, in two subfolders."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("smooth")
+    rng = np.random.default_rng(5)
+    rows, columns = np.mgrid[0:80, 0:96]
+    for index in range(12):
+        picture = np.stack([rows * 2, columns * 2, (rows + columns)], 2).astype(np.float64)
+        for _ in range(4):
+            y, x, radius = rng.uniform(0, 80), rng.uniform(0, 96), rng.uniform(6, 24)
+            disc = 1 / (1 + np.exp((np.hypot(rows - y, columns - x) - radius) / 1.5))
+            picture = picture * (1 - disc[..., None]) + disc[..., None] * rng.uniform(0, 255, 3)
+        path = folder / ("a" if index % 3 else "b") / f"{index:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture.astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini_calibration(mini_onnx: Path, smooth_images: Path) -> Any:
+    """Ranges of ``mini_onnx`` on ``smooth_images``: a ``calibration.calibration_file.Calibration``."""
+    from calibration.data import collect_images
+    from calibration.statistics import StatisticsOptions, collect_ranges
+
+    options = StatisticsOptions(engine="onnxruntime", threads=1)
+    return collect_ranges(mini_onnx, collect_images(smooth_images), options=options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fcos_deploy.core.decode_spec import DecodeSpec
+from fcos_deploy.core.decode_spec import BoxClip, DecodeSpec, NmsSpace
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess_spec import PreprocessSpec
@@ -73,6 +73,13 @@ class ModelContract:
     def outputs(self) -> tuple[str, ...]:
         """Names of the graph's outputs."""
         return TAIL_OUTPUTS[self.tail]
+
+    @property
+    def needs_image_sizes(self) -> bool:
+        """Whether the graph has the second input ``image_sizes``."""
+        profile = self.decode.profile
+        in_image_pixels = profile.clip is not BoxClip.NONE or profile.nms_space is not NmsSpace.INPUT
+        return self.tail is Tail.NMS and in_image_pixels
 
     def with_preprocess(self, preprocess: PreprocessSpec) -> ModelContract:
         """The same detector behind another preprocessing."""

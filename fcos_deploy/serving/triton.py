@@ -1,0 +1,115 @@
+"""A model repository for NVIDIA Triton Inference Server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from fcos_deploy.core.contract_io import contract_to_text
+from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.tensor_spec import TensorSpec
+from fcos_deploy.serving.batching import largest_batch
+from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions
+from fcos_deploy.serving.tensors import input_specs, output_specs
+
+__all__ = ["PACKAGER", "config_text"]
+
+# Triton's backend and the file name that it looks for.
+_BACKENDS: dict[ArtifactKind, tuple[str, str]] = {
+    ArtifactKind.ONNX: ("onnxruntime", ".onnx"),
+    ArtifactKind.OPENVINO_IR: ("openvino", ".xml"),
+    ArtifactKind.TENSORRT_ENGINE: ("tensorrt", ".plan"),
+}
+_TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int32": "TYPE_INT32"}
+_LABELLED = frozenset({"cls_logits", "labels"})
+
+
+class _Triton(Packager):
+    name = "triton"
+    accepts = frozenset(_BACKENDS)
+
+    def write(self, model: ServedModel, folder: Path) -> None:
+        home = folder / model.name
+        model.copy_to(home / str(model.options.version), suffix=_BACKENDS[model.artifact.kind][1])
+        (home / "labels.txt").write_text(model.label_text, encoding="utf-8")
+        (home / "config.pbtxt").write_text(config_text(model), encoding="utf-8")
+
+
+PACKAGER = _Triton()
+
+
+def config_text(model: ServedModel) -> str:
+    """``config.pbtxt``. Requests are joined to batches only where the model takes them.
+
+    Raises:
+        ConfigError: ``max_batch`` is more than the model takes.
+    """
+    options, (backend, suffix) = model.options, _BACKENDS[model.artifact.kind]
+    limit = largest_batch(model.path, model.artifact)
+    if options.max_batch > limit or (options.max_batch and limit == 1):
+        raise ConfigError(
+            f"'{model.artifact.path}' takes batches of at most {limit}, {options.max_batch} was asked for.",
+            hint="leave --max-batch out, or make the artifact with a dynamic batch",
+        )
+    return "\n".join(
+        (
+            f"name: {_quoted(model.name)}",
+            f"backend: {_quoted(backend)}",
+            f'default_model_filename: "model{suffix}"',
+            f"max_batch_size: {options.max_batch}",
+            *_tensors("input", input_specs(model.contract), options),
+            *_tensors("output", output_specs(model.contract), options),
+            *_batching(options),
+            *_instances(options),
+            *_warm_up(input_specs(model.contract), options),
+            "version_policy { latest { num_versions: 1 } }",
+            "parameters {",
+            '  key: "fcos_deploy.contract"',
+            f"  value {{ string_value: {_quoted(contract_to_text(model.contract))} }}",
+            "}",
+            "",
+        )
+    )
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format; what JSON escapes, it reads the same, except non-ASCII."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _dims(spec: TensorSpec, options: ServingOptions) -> str:
+    """Without the batch where Triton adds it, with a batch of 1 where it does not."""
+    sizes = spec.shape[1:] if options.max_batch else (1, *spec.shape[1:])
+    return f"[{', '.join(str(size) for size in sizes)}]"
+
+
+def _tensors(kind: str, specs: Iterable[TensorSpec], options: ServingOptions) -> Iterable[str]:
+    for spec in specs:
+        label = ', label_filename: "labels.txt"' if kind == "output" and spec.name in _LABELLED else ""
+        dims = _dims(spec, options)
+        yield f"{kind} {{ name: {_quoted(spec.name)}, data_type: {_TYPES[spec.dtype]}, dims: {dims}{label} }}"
+
+
+def _batching(options: ServingOptions) -> Iterable[str]:
+    if options.max_batch > 1:
+        yield f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay_us} }}"
+
+
+def _instances(options: ServingOptions) -> Iterable[str]:
+    if options.gpus:
+        gpus = ", ".join(map(str, options.gpus))
+        yield f"instance_group {{ count: {options.instances}, kind: KIND_GPU, gpus: [{gpus}] }}"
+    else:
+        yield f"instance_group {{ count: {options.instances}, kind: KIND_CPU }}"
+
+
+def _warm_up(specs: Iterable[TensorSpec], options: ServingOptions) -> Iterable[str]:
+    """One request before the model counts as ready: kernels are chosen and memory is taken then, not on a frame."""
+    yield 'model_warmup { name: "first", batch_size: ' + f"{1 if options.max_batch else 0}"
+    for spec in specs:
+        data = "random_data: true" if spec.name == "images" else "zero_data: true"
+        value = f"data_type: {_TYPES[spec.dtype]}, dims: {_dims(spec, options)}, {data}"
+        yield f"  inputs {{ key: {_quoted(spec.name)}, value {{ {value} }} }}"
+    yield "}"

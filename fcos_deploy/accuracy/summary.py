@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fcos_deploy.accuracy.bootstrap import ApInterval
 from fcos_deploy.accuracy.evaluate import Evaluation
+from fcos_deploy.accuracy.layers import LayerFinding
 from fcos_deploy.accuracy.matching import DetectionAgreement
+from fcos_deploy.accuracy.parity import ParityReport
 from fcos_deploy.core.serialize import to_json
 
-__all__ = ["TABLE_COLUMNS", "evaluation_json", "evaluation_row"]
+__all__ = ["TABLE_COLUMNS", "evaluation_json", "evaluation_row", "parity_json"]
 
 TABLE_COLUMNS = ("backend", "precision", "AP", "AP50", "AP75", "95% interval", "drop", "agree", "images", "ms/image")
 
@@ -55,6 +58,27 @@ def _agreement_json(agreement: DetectionAgreement | None) -> dict[str, Any] | No
     content: dict[str, Any] = to_json(agreement)
     del content["score_pairs"]  # thousands of numbers, for plots only
     return content
+
+
+def parity_json(report: ParityReport, layer: LayerFinding | None = None) -> dict[str, Any]:
+    """All stages, the first that departs, what explains it, and the first layer that departs if that was asked."""
+    first = report.first
+    return {
+        "passed": report.passed,
+        "first": None if first is None else first.stage,
+        "stages": _finite([to_json(stage) for stage in report.stages]),
+        "causes": [to_json(cause) for cause in report.causes],
+        "agreement": _agreement_json(report.agreement),
+        "layer": None if layer is None else _finite(to_json(layer)),
+    }
+
+
+def _finite(value: Any) -> Any:  # Any: JSON, which has no infinity
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def evaluation_row(evaluation: Evaluation) -> tuple[str, ...]:

@@ -1,0 +1,70 @@
+"""``fcos-deploy compare``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.enums import Precision
+
+__all__ = ["command"]
+
+
+def command(
+    first: Annotated[Path, typer.Argument(help="The one to compare with: bundle, engine, ONNX file or checkpoint.")],
+    second: Annotated[Path, typer.Argument(help="The one that is compared.")],
+    *,
+    images: Annotated[Path, typer.Option(help="Folder of the images.")],
+    annotations: Annotated[Path | None, typer.Option(help="COCO annotations; without, the first is the truth.")] = None,
+    backend: Annotated[str, typer.Option(help="Runtime of both.")] = "",
+    second_backend: Annotated[str, typer.Option(help="Runtime of the second, if another.")] = "",
+    precision: Annotated[Precision | None, typer.Option(help="Of both, where they are bundles.")] = None,
+    second_precision: Annotated[Precision | None, typer.Option(help="Of the second, if another.")] = None,
+    max_map_drop: Annotated[float | None, typer.Option(help="Exit 4 when the second loses more AP.")] = None,
+    min_match_rate: Annotated[float | None, typer.Option(help="Exit 4 when fewer detections agree (0..1).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtimes.")] = None,
+    speed: Annotated[bool, typer.Option(help="Also time them in turns.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of the benchmark.")] = 10,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the comparison as an HTML report.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put two models or bundles side by side: AP with its interval, single detections, speed."""
+    from fcos_deploy.accuracy.collect import Target
+    from fcos_deploy.accuracy.gate import Gate, require_all
+    from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
+    from fcos_deploy.benchmark import summary as speeds
+    from fcos_deploy.benchmark.measure import TimingOptions
+    from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
+    from fcos_deploy.report import write_report
+
+    options = SessionOptions(threads=threads)
+    other, other_precision = second_backend or backend, second_precision or precision
+    request = ComparisonRequest(
+        reference=Target(model=first, backend=backend, precision=precision, options=options),
+        targets=(Target(model=second, backend=other, precision=other_precision, options=options),),
+        images=images,
+        annotations=annotations,
+        gate=Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate),
+        timing=TimingOptions(rounds=rounds) if speed else None,
+        limit=limit,
+    )
+    with progress_bar() as progress:
+        found = compare_models(request, progress=progress)
+    table("Accuracy", TABLE_COLUMNS, [evaluation_row(e) for e in found.all])
+    if found.benchmark is not None:
+        table("Speed", speeds.TABLE_COLUMNS, [speeds.result_row(r) for r in found.benchmark.results])
+    if as_json:
+        timed = speeds.benchmark_json(found.benchmark) if found.benchmark else None
+        print_json({"accuracy": [evaluation_json(e) for e in found.all], "speed": timed})
+    if report is not None:
+        made = shlex.join(["fcos-deploy", *sys.argv[1:]])
+        write_report(comparison_report(found, title=f"{second.name} against {first.name}", commands=[made]), report)
+        note(f"wrote {report}")
+    require_all(found.evaluations.verdicts)

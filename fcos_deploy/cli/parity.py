@@ -1,0 +1,55 @@
+"""``fcos-deploy parity``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.core.backend import ComputeType, SessionOptions
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import AccuracyGateError
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="ONNX file, engine or bundle.")],
+    *,
+    reference: Annotated[Path, typer.Option(help="The checkpoint that it was made from.")],
+    images: Annotated[Path, typer.Option(help="Folder of images.")],
+    count: Annotated[int, typer.Option(min=1, help="How many of them.")] = 4,
+    backend: Annotated[str, typer.Option(help="Runtime.")] = "",
+    precision: Annotated[Precision | None, typer.Option(help="Of a bundle.")] = None,
+    device: Annotated[str, typer.Option(help="In the runtime's own words.")] = "",
+    compute: Annotated[ComputeType, typer.Option(help="What the runtime computes in.")] = ComputeType.F32,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtimes.")] = None,
+    strict: Annotated[bool, typer.Option(help="Judge as float32, whatever the precision.")] = False,
+    layers: Annotated[bool, typer.Option(help="Also find the first layer that departs (ONNX files).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare with PyTorch stage by stage; name the first stage that departs, and why. Exit 4 when one does."""
+    from fcos_deploy.accuracy.collect import Target
+    from fcos_deploy.accuracy.summary import parity_json
+    from fcos_deploy.pipeline.diagnose import ParityRequest, check_parity, find_layer
+
+    options = SessionOptions(device=device, compute=compute, threads=threads)
+    target = Target(model=model, backend=backend, precision=precision, options=options)
+    request = ParityRequest(target=target, checkpoint=reference, images=images, count=count, strict=strict)
+    with progress_bar() as progress:
+        report = check_parity(request, progress=progress)
+        layer = find_layer(request, progress=progress) if layers else None
+    rows = [(stage.stage, "ok" if stage.passed else "DEPARTS", stage.detail) for stage in report.stages]
+    table("Parity with the reference", ("stage", "", "largest difference"), rows)
+    for cause in report.causes:
+        note(f"cause: {cause.sentence} (explains {cause.explained:.1%})")
+    if layer is not None:
+        note(f"first layer: {layer.layer} ({layer.kind}), after {layer.compared} that hold")
+        for cause in layer.causes:
+            note(f"cause: {cause.sentence}")
+    if as_json:
+        print_json(parity_json(report, layer))
+    if report.first is not None:
+        raise AccuracyGateError(f"The first stage that departs is '{report.first.stage}': {report.first.detail}.")

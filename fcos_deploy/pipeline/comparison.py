@@ -1,0 +1,145 @@
+"""Puts models beside a reference: accuracy, agreement and speed, and the report of it all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from fcos_deploy.accuracy.collect import Target
+from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
+from fcos_deploy.accuracy.gate import Gate
+from fcos_deploy.benchmark.measure import TimingOptions
+from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkTarget, model_bytes, run_benchmark
+from fcos_deploy.core.atomic import sha256_file
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.pipeline.reporting import ReportParts, Shown, machine_rows, report_parts, report_verdict
+from fcos_deploy.report import ChainLink, Provenance, ReportData
+
+__all__ = ["Comparison", "ComparisonRequest", "compare_models", "comparison_report"]
+
+_TOOLS = ("fcos-deploy", "numpy", "opencv-python-headless", "torch", "onnx", "onnxruntime", "openvino", "nncf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonRequest:
+    """``reference`` is what the targets are compared with. ``timing`` None leaves speed out."""
+
+    reference: Target
+    targets: tuple[Target, ...]
+    images: Path
+    annotations: Path | None = None
+    gate: Gate = field(default_factory=Gate)
+    timing: TimingOptions | None = None
+    limit: int | None = None
+    resamples: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What was measured; in ``benchmark`` the reference is first."""
+
+    request: ComparisonRequest
+    evaluations: Evaluations
+    benchmark: Benchmark | None
+
+    @property
+    def all(self) -> list[Evaluation]:
+        """The reference, then the targets."""
+        reference = self.evaluations.reference
+        return ([reference] if reference else []) + list(self.evaluations.targets)
+
+
+def compare_models(request: ComparisonRequest, *, progress: ProgressFn = no_progress) -> Comparison:
+    """Evaluate all on the same images, then time them in turns.
+
+    Raises:
+        FcosDeployError: as evaluating and benchmarking do.
+    """
+    wanted = EvaluationRequest(
+        targets=request.targets,
+        images=request.images,
+        annotations=request.annotations,
+        reference=request.reference,
+        gate=request.gate,
+        limit=request.limit,
+        resamples=request.resamples,
+    )
+    evaluations = evaluate(wanted, progress=progress)
+    benchmark = None
+    if request.timing is not None:
+        targets = tuple(_timed(target) for target in (request.reference, *request.targets))
+        image = evaluations.dataset.images[0].path
+        benchmark = run_benchmark(
+            BenchmarkRequest(targets=targets, image=image, timing=request.timing), progress=progress
+        )
+    return Comparison(request=request, evaluations=evaluations, benchmark=benchmark)
+
+
+def _timed(target: Target) -> BenchmarkTarget:
+    return BenchmarkTarget(
+        model=target.model, backend=target.backend, precision=target.precision, options=target.options
+    )
+
+
+def comparison_report(found: Comparison, *, title: str, commands: Sequence[str] = ()) -> ReportData:
+    """The data of a report on a comparison."""
+    speeds = found.benchmark.results if found.benchmark else (None,) * len(found.all)
+    labels = _labels(found.all)
+    shown = [
+        Shown(
+            label=label,
+            evaluation=evaluation,
+            speed=speed,
+            reference=evaluation is found.evaluations.reference,
+            passed=all(v.passed for v in evaluation.verdicts) if evaluation.verdicts else None,
+        )
+        for label, evaluation, speed in zip(labels, found.all, speeds, strict=True)
+    ]
+    parts: ReportParts = report_parts(found.evaluations.dataset, shown)
+    return ReportData(
+        title=title,
+        verdict=report_verdict(found.evaluations, found.benchmark),
+        data=parts.data,
+        variants=parts.variants,
+        classes=parts.classes,
+        curves=parts.curves,
+        drifts=parts.drifts,
+        latencies=parts.latencies,
+        pictures=parts.pictures,
+        provenance=_provenance(found, commands),
+    )
+
+
+def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Backend and precision, with the model's name where that is not enough."""
+    short = [evaluation.run.subject for evaluation in evaluations]
+    long = [f"{e.run.subject} {e.run.model}" for e in evaluations]
+    labels = [s if short.count(s) == 1 else name for s, name in zip(short, long, strict=True)]
+    return [f"{label} ({i})" if labels.index(label) != i else label for i, label in enumerate(labels)]
+
+
+def _provenance(found: Comparison, commands: Sequence[str]) -> Provenance:
+    models = dict.fromkeys(target.model for target in (found.request.reference, *found.request.targets))
+    return Provenance(
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        chain=tuple(_link(path) for path in models),
+        versions=_versions(),
+        machine=machine_rows(found.benchmark.machine) if found.benchmark else (),
+        commands=tuple(commands),
+    )
+
+
+def _link(path: Path) -> ChainLink:
+    main = path / "manifest.json" if path.is_dir() else path
+    kind = "bundle (hash of its manifest)" if path.is_dir() else path.suffix.lstrip(".")
+    return ChainLink(path=path.name, kind=kind, sha256=sha256_file(main), size=model_bytes(path))
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    installed = {
+        d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
+    }
+    return tuple((name, installed[name]) for name in _TOOLS if name in installed)

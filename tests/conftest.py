@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +54,7 @@ def bundle_contract() -> ModelContract:
     return ModelContract(
         class_names=("cell", "platelet"),
         preprocess=PreprocessSpec(
-            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), pixel_scale=1 / 255, height=64, width=96
+            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), pixel_scale=255.0, height=64, width=96
         ),
         decode=DecodeSpec(profile=PROFILES["torchvision"], score_threshold=0.2, iou_threshold=0.6),
     )
@@ -148,7 +149,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Fcos(resnet_config(18, num_classes=3, stem_channels=8, fpn_channels=32))
     with torch.no_grad():
         model.head.classification_head.cls_logits.weight.normal_(std=0.15)
-        model.head.classification_head.cls_logits.bias.fill_(-2.0)
+        model.head.classification_head.cls_logits.bias.fill_(-4.7)
         model.head.regression_head.bbox_reg.weight.normal_(std=0.1)
         model.head.regression_head.bbox_reg.bias.fill_(1.5)
         model.head.regression_head.bbox_ctrness.bias.fill_(1.0)
@@ -165,6 +166,42 @@ def tiny_onnx(tiny_checkpoint: Path) -> Path:
     from fcos_deploy.model.checkpoint import load_checkpoint
 
     return export_onnx(load_checkpoint(tiny_checkpoint), tiny_checkpoint.with_name("tiny.onnx")).path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.uint8]]) -> Path:
+    """A bundle of ``tiny_onnx`` whose golden detections PyTorch made; read-only by agreement, copy it to change it."""
+    from fcos_deploy.core.atomic import sha256_file
+    from fcos_deploy.core.contract_io import read_contract
+    from fcos_deploy.detector import Detector
+
+    contract, source = read_contract(tiny_onnx), sha256_file(tiny_checkpoint)
+
+    def export(folder: Path) -> StepOutput:
+        shutil.copyfile(tiny_onnx, folder / "model.fp32.onnx")
+        draft = ArtifactDraft(
+            path="model.fp32.onnx", kind=ArtifactKind.ONNX, precision=Precision.FP32, parent=source, backend=""
+        )
+        return StepOutput(artifacts=(draft,))
+
+    def golden(folder: Path) -> StepOutput:
+        with Detector.open(tiny_checkpoint, backend="pytorch") as reference:
+            records = make_golden(blobs, folder=folder, contract=contract, detect=reference.detect)
+        return StepOutput(values=to_json(records))
+
+    with BundleWriter(tiny_onnx.with_name("tiny-bundle")) as writer:
+        writer.step("export", inputs={}, make=export)
+        records = writer.step("golden", inputs={}, make=golden).values
+        return writer.finish(
+            Manifest(
+                name="tiny",
+                contract=contract,
+                provenance=Provenance(checkpoint="tiny.safetensors", checkpoint_sha256=source),
+                target=Target(backend="onnxruntime", precision=Precision.FP32, fallback=("openvino",)),
+                gates=DEFAULT_GATES,
+                golden=tuple(from_json(GoldenImage, value) for value in records),
+            )
+        )
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,10 @@ def command(
     bundle: Annotated[Path, typer.Argument(help="folder or .tar made by 'fcos-deploy deploy'")],
     backend: Annotated[str, typer.Option(help="runtime to verify; the bundle's own choice when not given")] = "",
     precision: Annotated[Precision | None, typer.Option(help="the bundle's own choice when not given")] = None,
+    server: Annotated[
+        str,
+        typer.Option(help="verify a served model in place of a local runtime, such as http://HOST:8000/v2/models/NAME"),
+    ] = "",
     device: Annotated[str, typer.Option(help="device in the backend's own words, such as cpu, GPU.0, cuda:0")] = "",
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="step down the bundle's declared chain of backends")
@@ -38,6 +42,7 @@ def command(
 
     options = VerifyOptions(
         backend=backend,
+        server=server,
         precision=precision,
         allow_fallback=allow_fallback,
         session=SessionOptions(device=device),

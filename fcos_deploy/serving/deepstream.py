@@ -56,7 +56,7 @@ def nvinfer_config(model: ServedModel) -> str:
     contract, options = model.contract, model.options
     images = input_specs(contract)[0]
     suffix = model.path.suffix
-    settings = {
+    settings: dict[str, object] = {
         "gpu-id": options.gpus[0] if options.gpus else 0,
         "gie-unique-id": 1,
         _MODEL_KEY[model.artifact.kind]: f"model{suffix}",
@@ -93,7 +93,7 @@ def preprocess_config(model: ServedModel) -> str:
             hint="export with uint8 input, which is normalised inside the graph",
         )
     _, channels, height, width = images.shape
-    settings = {
+    settings: dict[str, object] = {
         "enable": 1,
         "unique-id": 5,
         "gpu-id": model.options.gpus[0] if model.options.gpus else 0,
@@ -114,7 +114,7 @@ def preprocess_config(model: ServedModel) -> str:
         "custom-lib-path": "/opt/nvidia/deepstream/deepstream/lib/gst-plugins/libcustom2d_preprocess.so",
         "custom-tensor-preparation-function": "CustomTensorPreparation",
     }
-    group = {
+    group: dict[str, object] = {
         "src-ids": 0,
         "custom-input-transformation-function": "CustomAsyncTransformation",
         "process-on-roi": 0,

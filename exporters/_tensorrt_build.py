@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ __all__ = ["EngineBuild", "EngineTarget", "build_engine", "write_engine"]
 _LOGGER = logging.getLogger(__name__)
 _MIB = 1 << 20
 _OPTIMIZATION_LEVELS = range(6)
+_SIGNAL_SECONDS = 0.1  # how long a Ctrl-C may go unnoticed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,23 +240,20 @@ class _Build:
         """Build in a thread of its own, so that Ctrl-C reaches this one while the builder works."""
         monitor = BuildMonitor(self._request.progress)
         self._generation.set_monitor(config, monitor)
-        plans: list[trt.IHostMemory | None] = []
-        worker = threading.Thread(
-            target=lambda: plans.append(builder.build_serialized_network(network, config)), daemon=True
-        )
-        worker.start()
-        try:
-            while worker.is_alive():
-                worker.join(timeout=0.1)
-        except KeyboardInterrupt:
-            monitor.stop()
-            worker.join()
-            raise
+        with ThreadPoolExecutor(1, "tensorrt-build") as pool:
+            building = pool.submit(builder.build_serialized_network, network, config)
+            try:
+                while not building.done():
+                    wait([building], timeout=_SIGNAL_SECONDS)
+            except KeyboardInterrupt:
+                monitor.stop()  # Leaving the block waits for the builder, which gives up at its next step.
+                raise
         if monitor.failure is not None:
             raise monitor.failure
-        if not plans or plans[0] is None:
+        plan = building.result()
+        if plan is None:
             raise build_error(f"{self._generation.label} cannot build '{self._request.source.name}'", log=log)
-        return bytes(plans[0])  # type: ignore[call-overload, no-any-return, unused-ignore]  # a buffer, which the stubs do not say
+        return bytes(plan)  # type: ignore[call-overload, no-any-return, unused-ignore]  # a buffer, which the stubs do not say
 
     def _describe(self, log: LibraryLog, *, seconds: float) -> None:
         layers = parse_layer_list(log.layer_lists[-1]) if log.layer_lists else []

@@ -17,7 +17,7 @@ _HEADER = re.compile(r"TRT-(\d+)-(EntropyCalibration2|MinMaxCalibration)\s*")
 _ENTRY = re.compile(r".+: [0-9a-fA-F]{1,8}\s*")
 
 
-def check_calibration_cache(content: str, *, version: tuple[int, ...], path: Path) -> None:
+def check_calibration_cache(path: Path, *, version: tuple[int, ...]) -> None:
     """Refuse a cache that TensorRT would silently ignore: another version's, or one that is not in its format.
 
     Line 1 is ``TRT-<number>-EntropyCalibration2``; the number is 1000 major + 100 minor + patch up to 8, and
@@ -26,7 +26,7 @@ def check_calibration_cache(content: str, *, version: tuple[int, ...], path: Pat
     Raises:
         ConfigError: naming the line.
     """
-    lines = content.splitlines()
+    lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     header = _HEADER.fullmatch(lines[0]) if lines else None
     if header is None:
         raise ConfigError(f"'{path}' is not a TensorRT calibration cache: its first line is not 'TRT-...'.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
-from exporters._tensorrt_calibration import cache_only_calibrator
+from exporters._tensorrt_calibration import cache_only_calibrator, check_calibration_cache
 from exporters._tensorrt_progress import BuildMonitor
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions
@@ -101,6 +101,8 @@ class _WeaklyTyped(Generation):
         if has_half_tensors(self.trt, network) or options.dla_core is not None:
             config.set_flag(self.trt.BuilderFlag.FP16)  # A DLA computes fp16 and int8 only.
         if options.calibration_cache is not None:
+            version = parse_version(self.trt.__version__)
+            check_calibration_cache(options.calibration_cache, version=version)
             config.int8_calibrator = cache_only_calibrator(self.trt, options.calibration_cache)
 
 

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["read_timing_cache", "save_timing_cache", "timing_cache_file"]
 
 
-def timing_cache_file(folder: Path, *, version: str, devices: Sequence[str]) -> Path:
-    """Where the cache of this device and TensorRT lies: timings of another device or version are worthless."""
+def timing_cache_file(place: Path, *, version: str, devices: Sequence[str]) -> Path:
+    """``place`` if it names a file; in a folder the file of this device and TensorRT, to whom timings belong."""
+    if place.suffix or place.is_file():
+        return place
     device = re.sub(r"[^A-Za-z0-9.]+", "-", devices[0] if devices else "unknown-gpu").strip("-")
-    return folder / f"{device}.tensorrt-{version}.timing"
+    return place / f"{device}.tensorrt-{version}.timing"
 
 
 def read_timing_cache(path: Path) -> bytes:

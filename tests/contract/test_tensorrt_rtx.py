@@ -1,0 +1,136 @@
+"""The demo FCOS as TensorRT-RTX engines, built without a GPU for three generations of GPUs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("torch")
+pytest.importorskip("onnx")
+
+from calibration.data import SampleOptions, collect_images
+from calibration.placement import placement_for
+from calibration.qdq import quantize_qdq
+from calibration.statistics import collect_ranges
+from exporters.tensorrt_rtx_engine import EXPORTER
+from exporters.torch_onnx import ExportOptions, NmsForm, export_onnx
+from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.errors import BuildError
+from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
+from fcos_deploy.core.network import resnet_config
+from fcos_deploy.model.checkpoint import LoadedCheckpoint, load_checkpoint
+from fcos_deploy.model.checkpoint_options import CheckpointOptions
+from fcos_deploy.model.fcos import Fcos
+
+pytestmark = pytest.mark.slow
+
+DEMO = Path(__file__).parents[2] / "fcos_deploy/demo_data"
+CAPABILITIES = ("8.6", "8.9", "12.0")  # Ampere, Ada, Blackwell
+SIZE = (64, 96)
+EXPORTS = {
+    "raw": ExportOptions(),
+    "raw-dynamic": ExportOptions(batch=None),
+    "raw-fp16": ExportOptions(precision=Precision.FP16),
+    "candidates": ExportOptions(tail=Tail.CANDIDATES),
+    "candidates-dynamic": ExportOptions(tail=Tail.CANDIDATES, batch=None),
+    "nms-static-form": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.STATIC, nms_boxes=100),
+    "nms-operator": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.ONNX),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> LoadedCheckpoint:
+    return load_checkpoint(DEMO / "fcos_bccd.safetensors", options=CheckpointOptions(input_size=SIZE))
+
+
+@pytest.fixture(scope="module")
+def onnx_file(checkpoint: LoadedCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Exports on first use, once for all tests of this module."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    def get(name: str) -> Path:
+        path = folder / f"{name}.onnx"
+        if not path.is_file():
+            export_onnx(checkpoint, path, options=EXPORTS[name])
+        return path
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def int8_file(onnx_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = onnx_file("raw")
+    images = collect_images(DEMO / "calibration", options=SampleOptions(count=8))
+    ranges = collect_ranges(source, images)
+    output = tmp_path_factory.mktemp("int8") / "model.int8.onnx"
+    return quantize_qdq(source, ranges, output, policy=placement_for("tensorrt-rtx")).path
+
+
+def build(source: Path, folder: Path, *, capability: str, batch: BatchRange | None = None) -> BuildResult:
+    options = BuildOptions(compute_capabilities=(capability,), batch=batch or BatchRange())
+    return EXPORTER.build(BuildRequest(source=source, output=folder / "model.engine", options=options))
+
+
+def convolution_inputs(result: BuildResult) -> dict[str, int]:
+    """How many convolutions of the engine take which type, as the builder's own layer list says."""
+    counts: dict[str, int] = json.loads(result.record["convolution_inputs"])
+    return counts
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ["raw", "candidates", "nms-static-form"])
+def test_every_tail_builds(name: str, capability: str, onnx_file: Callable[[str], Path], tmp_path: Path) -> None:
+    result = build(onnx_file(name), tmp_path, capability=capability)
+    assert result.record["compute_capabilities"] == capability
+    assert set(convolution_inputs(result)) == {"Float"}
+    assert read_contract(result.files[0]) == read_contract(onnx_file(name))
+
+
+@pytest.mark.parametrize("name", ["raw-dynamic", "candidates-dynamic"])
+def test_an_open_batch_builds(name: str, onnx_file: Callable[[str], Path], tmp_path: Path) -> None:
+    result = build(onnx_file(name), tmp_path, capability="8.9", batch=BatchRange(1, 2, 4))
+    assert json.loads(result.record["shapes"]) == {"images": "1x3x64x96/2x3x64x96/4x3x64x96"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_convolutions_of_an_fp16_engine_take_half(
+    capability: str, onnx_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    inputs = convolution_inputs(build(onnx_file("raw-fp16"), tmp_path, capability=capability))
+    assert inputs.get("Half", 0) > 0.9 * sum(inputs.values())
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_all_convolutions_of_an_int8_engine_take_int8(
+    capability: str, onnx_file: Callable[[str], Path], int8_file: Path, tmp_path: Path
+) -> None:
+    quantized = build(int8_file, tmp_path, capability=capability)
+    float_convolutions = sum(convolution_inputs(build(onnx_file("raw"), tmp_path, capability=capability)).values())
+    assert convolution_inputs(quantized) == {"Int8": float_convolutions}
+    assert read_contract(int8_file).precision is Precision.INT8
+
+
+def test_the_nms_operator_is_refused_with_the_way_out(onnx_file: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="no runners that implement it") as caught:
+        build(onnx_file("nms-operator"), tmp_path, capability="8.6")
+    assert "--tail candidates" in caught.value.hint
+
+
+@pytest.mark.parametrize("capability", ["8.6", "12.0"])
+def test_a_resnet_50_builds(checkpoint: LoadedCheckpoint, capability: str, tmp_path: Path) -> None:
+    contract = replace(checkpoint.contract, class_names=("one", "two", "three"))
+    model = Fcos(resnet_config(50, num_classes=3)).eval()
+
+    class Loaded:
+        def __init__(self) -> None:
+            self.model, self.contract = model, contract
+
+    source = export_onnx(Loaded(), tmp_path / "r50.onnx", options=ExportOptions(tail=Tail.CANDIDATES)).path
+    result = build(source, tmp_path, capability=capability)
+    assert sum(convolution_inputs(result).values()) >= 100

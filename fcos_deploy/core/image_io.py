@@ -73,8 +73,8 @@ def _read_bytes(path: Path) -> bytes:
 def _open_header(path: Path, content: bytes) -> Any:  # Any: PIL.Image.Image, imported only when called
     pillow = require("PIL.Image")
     with _HEADER_LOCK, warnings.catch_warnings():
-        # The bound is ours and an error; Pillow warns at half of its own.
-        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
+        # Of pictures of half the bound (to us it is an error beyond, and fine below), and of unreadable metadata.
+        warnings.simplefilter("ignore")
         try:
             header = pillow.open(io.BytesIO(content))
         except pillow.DecompressionBombError as error:

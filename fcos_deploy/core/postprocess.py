@@ -63,7 +63,10 @@ def _from_candidates(outputs: Outputs, spec: DecodeSpec, _size: tuple[int, int],
 
 def _from_nms(outputs: Outputs, _spec: DecodeSpec, _size: tuple[int, int], _letterbox: Letterbox) -> Candidates:
     count = int(outputs["num_detections"].reshape(-1)[0])
-    return _float_candidates(outputs).take(np.arange(count))
+    found = _float_candidates(outputs)
+    if not 0 <= count <= len(found.scores):
+        raise TensorMismatchError(f"Output 'num_detections' must be in 0..{len(found.scores)}, got {count}.")
+    return found.take(np.arange(count))
 
 
 _TAILS: dict[Tail, Callable[[Outputs, DecodeSpec, tuple[int, int], Letterbox], Candidates]] = {

@@ -1,0 +1,255 @@
+"""From outputs of any tail to detections in image pixels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.decode import HeadOutputs, decode
+from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec, PostprocessProfile
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.errors import TensorMismatchError
+from fcos_deploy.core.locations import level_sizes
+from fcos_deploy.core.nms import Suppression, suppress
+from fcos_deploy.core.postprocess import image_sizes_row, postprocess
+from fcos_deploy.core.preprocess import Letterbox
+from fcos_deploy.core.preprocess_spec import PreprocessSpec
+
+SIZE = (64, 96)
+BOX = Letterbox(image_height=120, image_width=180, resized_height=60, resized_width=90)
+CLASSES = 5
+
+
+def contract(profile: PostprocessProfile, *, tail: Tail = Tail.RAW, **decode_options: object) -> ModelContract:
+    options = {"score_threshold": 0.2, "iou_threshold": 0.5, "max_detections": 20, **decode_options}
+    return ModelContract(
+        class_names=tuple("abcde"),
+        preprocess=PreprocessSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), height=SIZE[0], width=SIZE[1]),
+        decode=DecodeSpec(profile=profile, **options),  # type: ignore[arg-type]  # the test's own
+        tail=tail,
+    )
+
+
+def raw_outputs(*, seed: int = 0, batch: int = 2) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    count = sum(h * w for h, w in level_sizes(*SIZE, strides=(8, 16, 32, 64, 128)))
+    return {
+        "cls_logits": rng.normal(-1.0, 1.5, (batch, count, CLASSES)).astype(np.float32),
+        "distances": rng.uniform(0, 30, (batch, count, 4)).astype(np.float32),
+        "centerness": rng.normal(0.5, 1.0, (batch, count, 1)).astype(np.float32),
+    }
+
+
+def candidate_outputs(raw: dict[str, np.ndarray], spec: DecodeSpec, *, index: int) -> dict[str, np.ndarray]:
+    """What a graph with the candidates tail gives, made from the raw outputs: fixed size, -1 where nothing passed."""
+    head = HeadOutputs(*(raw[name][index] for name in ("cls_logits", "distances", "centerness")))
+    found = decode(head, spec, input_size=SIZE)
+    total = len(found.scores) + 50
+    outputs = {
+        "boxes": np.full((index + 1, total, 4), 33, np.float32),
+        "scores": np.full((index + 1, total), -1, np.float32),
+        "labels": np.zeros((index + 1, total), np.int32),
+    }
+    # The graph leaves gaps where a level has fewer passing pairs than its share.
+    places = np.sort(np.random.default_rng(1).permutation(total)[: len(found.scores)])
+    outputs["boxes"][index, places] = found.boxes
+    outputs["scores"][index, places] = found.scores
+    outputs["labels"][index, places] = found.channels
+    return outputs
+
+
+def nms_outputs(expected: Detections, *, limit: int) -> dict[str, np.ndarray]:
+    """What a graph with the nms tail gives: padded, in network-input pixels."""
+    scale = np.float32([BOX.scale_x, BOX.scale_y, BOX.scale_x, BOX.scale_y])
+    outputs = {
+        "boxes": np.zeros((1, limit, 4), np.float32),
+        "scores": np.zeros((1, limit), np.float32),
+        "labels": np.full((1, limit), -1, np.int32),
+        "num_detections": np.full((1, 1), len(expected), np.int32),
+    }
+    outputs["boxes"][0, : len(expected)] = expected.boxes * scale
+    outputs["scores"][0, : len(expected)] = expected.scores
+    outputs["labels"][0, : len(expected)] = expected.labels
+    return outputs
+
+
+def run(outputs: dict[str, np.ndarray], of: ModelContract, *, index: int = 0, letterbox: Letterbox = BOX) -> Detections:
+    return postprocess(outputs, of, index=index, input_size=SIZE, letterbox=letterbox)
+
+
+def assert_same(found: Detections, expected: Detections, *, atol: float = 0.0) -> None:
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_allclose(found.boxes, expected.boxes, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("index", [0, 1])
+def test_candidates_tail_gives_what_the_raw_tail_gives(name: str, index: int) -> None:
+    raw, of = raw_outputs(), contract(PROFILES[name])
+    expected = run(raw, of, index=index)
+    found = run(candidate_outputs(raw, of.decode, index=index), replace(of, tail=Tail.CANDIDATES), index=index)
+    assert len(expected) >= 15
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_nms_tail_gives_what_the_raw_tail_gives(name: str) -> None:
+    of = contract(PROFILES[name])
+    expected = run(raw_outputs(), of)
+    found = run(nms_outputs(expected, limit=20), replace(of, tail=Tail.NMS))
+    assert_same(found, expected, atol=1e-4)
+
+
+def test_half_precision_outputs_give_float32_detections() -> None:
+    raw = {name: array.astype(np.float16) for name, array in raw_outputs().items()}
+    of = contract(PROFILES["detectron2"])
+    widened = {name: array.astype(np.float32) for name, array in raw.items()}
+    assert_same(run(raw, of), run(widened, of))
+
+
+@pytest.mark.parametrize("tail", Tail)
+def test_detections_do_not_share_memory_with_outputs(tail: Tail) -> None:
+    """Runtimes overwrite their output buffers with the next image."""
+    of = contract(PROFILES["mmdetection"])
+    raw = raw_outputs()
+    same_size = Letterbox(*SIZE, *SIZE)
+    outputs = {
+        Tail.RAW: raw,
+        Tail.CANDIDATES: candidate_outputs(raw, of.decode, index=0),
+        Tail.NMS: nms_outputs(run(raw, of), limit=20),
+    }[tail]
+    found = run(outputs, replace(of, tail=tail), letterbox=same_size)
+    for array in (found.boxes, found.scores, found.labels):
+        assert not any(np.shares_memory(array, output) for output in outputs.values())
+
+
+def test_labels_are_mapped() -> None:
+    of = contract(PROFILES["torchvision"])
+    plain = run(raw_outputs(), of)
+    mapped = run(raw_outputs(), contract(PROFILES["torchvision"], label_map=(1, 3, 5, 7, 90)))
+    assert mapped.labels.tolist() == [(1, 3, 5, 7, 90)[label] for label in plain.labels]
+
+
+def one_box(profile: str, *, distances: tuple[float, ...], letterbox: Letterbox = BOX, **options: object) -> Detections:
+    """One candidate, at the first location, whose centre is (4, 4), or (0, 0) for torchvision."""
+    raw = raw_outputs(batch=1)
+    raw["cls_logits"][:] = -20
+    raw["cls_logits"][0, 0, 3] = 4
+    raw["distances"][0, 0] = distances
+    return run(raw, contract(PROFILES[profile], **options), letterbox=letterbox)
+
+
+def test_clips_of_each_profile() -> None:
+    """A box of 8 px around everything; the image is 120x180 and was halved to 60x90."""
+    around = (12.0, 12.0, 95.0, 70.0)  # beyond the resized image on all sides
+    assert one_box("torchvision", distances=around).boxes.tolist() == [[0, 0, 180, 120]]
+    assert one_box("mmdetection", distances=around).boxes.tolist() == [[0, 0, 180, 120]]
+    assert one_box("tianzhi", distances=around).boxes.tolist() == [[0, 0, 178, 118]]
+    assert one_box("detectron2", distances=around).boxes.tolist() == [[0, 0, 180, 120]]
+
+
+def test_torchvision_does_not_clip_after_rescaling() -> None:
+    """A factor that is not exact in float32 may leave the image by its rounding, as in the library."""
+    found = one_box("torchvision", distances=(0, 0, 95, 70), letterbox=Letterbox(457, 700, 60, 90))
+    factor = np.float32(700) / np.float32(90)
+    assert found.boxes[0, 2] == np.float32(90) * factor
+
+
+@pytest.mark.parametrize(("profile", "stays"), [("torchvision", True), ("mmdetection", False), ("detectron2", False)])
+def test_box_that_lies_on_padding(profile: str, stays: bool) -> None:
+    """torchvision keeps boxes without area; mmdetection drops them before, detectron2 after suppression."""
+    raw = raw_outputs(batch=1)
+    raw["cls_logits"][:] = -20
+    raw["cls_logits"][0, 11, 3] = 4  # centre at x = 88 or 92
+    raw["distances"][0, 11] = (0, 3, 3, 3)
+    found = run(raw, contract(PROFILES[profile]), letterbox=Letterbox(64, 80, 64, 80))
+    assert len(found) == int(stays)
+    if stays:
+        assert found.boxes[0, 0] == found.boxes[0, 2] == 80
+
+
+def test_overlaps_in_image_pixels_differ_from_those_in_input_pixels_after_clipping_only() -> None:
+    """Anisotropic scaling leaves IoU unchanged; the box filter before suppression sees the image's pixels."""
+    raw = raw_outputs(batch=1)
+    uneven = Letterbox(600, 96, 60, 96)
+    mmdet = run(raw, contract(PROFILES["mmdetection"]), letterbox=uneven)
+    as_input = replace(PROFILES["mmdetection"], nms_space=PROFILES["torchvision"].nms_space)
+    assert_same(mmdet, run(raw, contract(as_input), letterbox=uneven), atol=1e-3)
+
+
+def test_survivors_of_tianzhi_keep_their_level_order() -> None:
+    raw = raw_outputs(batch=1)
+    found = run(raw, contract(PROFILES["tianzhi"]))
+    sorted_profile = replace(PROFILES["tianzhi"], sort_by_score=True)
+    by_score = run(raw, contract(sorted_profile))
+    assert not (np.diff(found.scores) <= 0).all()
+    assert (np.diff(by_score.scores) <= 0).all()
+    assert sorted(map(tuple, found.boxes.tolist())) == sorted(map(tuple, by_score.boxes.tolist()))
+
+
+def test_limit_is_of_the_best_even_in_level_order() -> None:
+    raw = raw_outputs(batch=1)
+    many = run(raw, contract(PROFILES["tianzhi"], max_detections=1000))
+    few = run(raw, contract(PROFILES["tianzhi"], max_detections=5))
+    assert sorted(few.scores.tolist(), reverse=True) == sorted(many.scores.tolist(), reverse=True)[:5]
+
+
+def test_offset_of_the_profile_reaches_suppression() -> None:
+    raw = raw_outputs(batch=1, seed=3)
+    of = contract(PROFILES["tianzhi"], max_detections=1000)
+    head = HeadOutputs(*(raw[name][0] for name in ("cls_logits", "distances", "centerness")))
+    found = decode(head, of.decode, input_size=SIZE)
+    clipped = found.boxes.clip(0, np.float32([89, 59, 89, 59]))
+    rule = Suppression(iou_threshold=0.5, limit=1000, iou_offset=1.0, keep_ties=True)
+    kept = np.sort(suppress(clipped, found.scores, labels=found.channels, rule=rule))
+    np.testing.assert_array_equal(run(raw, of).boxes, BOX.to_image(clipped[kept]))
+
+
+def test_overflow_of_a_half_precision_engine_is_no_crash() -> None:
+    raw = raw_outputs(batch=1)
+    raw["distances"][0, :50] = np.inf
+    raw["distances"][0, 50:60] = np.nan
+    for name in PROFILES:
+        run(raw, contract(PROFILES[name]))
+
+
+def test_nothing_found() -> None:
+    raw = raw_outputs(batch=1)
+    raw["cls_logits"][:] = -30
+    for name in PROFILES:
+        found = run(raw, contract(PROFILES[name]))
+        assert found.boxes.shape == (0, 4)
+        assert found.labels.dtype == np.int64
+
+
+def test_missing_output_is_named() -> None:
+    raw = raw_outputs()
+    del raw["centerness"]
+    with pytest.raises(TensorMismatchError, match="'centerness'"):
+        run(raw, contract(PROFILES["torchvision"]))
+
+
+def test_outputs_that_do_not_belong_together_are_refused() -> None:
+    of = contract(PROFILES["torchvision"], tail=Tail.CANDIDATES)
+    outputs = {"boxes": np.zeros((1, 5, 4)), "scores": np.zeros((1, 6)), "labels": np.zeros((1, 5), np.int32)}
+    with pytest.raises(TensorMismatchError, match="boxes"):
+        run(outputs, of)
+
+
+@pytest.mark.parametrize("count", [-1, 21])
+def test_impossible_count_is_refused(count: int) -> None:
+    outputs = nms_outputs(run(raw_outputs(), contract(PROFILES["torchvision"])), limit=20)
+    outputs["num_detections"][:] = count
+    with pytest.raises(TensorMismatchError, match=r"must be in 0\.\.20"):
+        run(outputs, contract(PROFILES["torchvision"], tail=Tail.NMS))
+
+
+def test_row_of_image_sizes() -> None:
+    row = image_sizes_row(BOX)
+    assert row.dtype == np.float32
+    assert row.tolist() == [60, 90, 120, 180]

@@ -41,7 +41,7 @@ class ConvSite:
 class ResidualAdd:
     """An addition of two activations that a convolution reads later (block residuals, the pyramid's top-down path).
 
-    ``branch`` is the input that comes through more convolutions, the one whose convolution can fuse with the addition.
+    ``branch`` is the input whose convolution can fuse with the addition, ``skip`` the other.
     """
 
     name: str
@@ -172,8 +172,12 @@ class _Scan:
 
     def _add(self, node: Any) -> ResidualAdd:
         first, second = (str(name) for name in node.input)
-        branch, skip = (first, second) if self.depth[first] >= self.depth[second] else (second, first)
+        # Only a convolution directly before the addition can fuse with it; of two, the one on the longer way.
+        branch, skip = sorted((first, second), key=lambda name: (not self._made_by_conv(name), -self.depth[name]))
         return ResidualAdd(self._name(node), branch, skip, str(node.output[0]), self._after_relu(str(node.output[0])))
+
+    def _made_by_conv(self, tensor: str) -> bool:
+        return tensor in self.producers and self._is_conv(self.producers[tensor])
 
     def _after_relu(self, tensor: str) -> str:
         users = self.consumers[tensor]

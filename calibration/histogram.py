@@ -126,4 +126,5 @@ def _count_bins(values: NDArray[np.float32], reach: float) -> NDArray[np.int64]:
         return np.zeros(BINS, np.int64)
     cv2 = require("cv2", extra="onnxruntime")
     counts = cv2.calcHist([values.reshape(1, -1)], [0], None, [BINS], [0.0, reach])
-    return counts.reshape(-1).astype(np.int64)
+    whole: NDArray[np.int64] = counts.reshape(-1).astype(np.int64)
+    return whole

@@ -92,7 +92,7 @@ def quantize_nncf(
             subset_size=len(images.images),
             fast_bias_correction=True,
             ignored_scope=_ignored(nncf, model),
-            advanced_parameters=_advanced(nncf, options),
+            advanced_parameters=_advanced(options),
         )
     record = {
         "quantizer": "nncf",
@@ -136,7 +136,7 @@ def _ignored(nncf: Any, model: Any) -> Any:
     return nncf.IgnoredScope(names=names, validate=False)
 
 
-def _advanced(nncf: Any, options: NncfOptions) -> Any:
+def _advanced(options: NncfOptions) -> Any:
     parameters = require("nncf.quantization.advanced_parameters", extra="nncf")
     ranges = require("nncf.quantization.range_estimator", extra="nncf")
     estimator = getattr(ranges.RangeEstimatorParametersSet, options.range_estimator)

@@ -36,6 +36,7 @@ class QuantizedOnnx:
 
     path: Path
     placement: Placement
+    method: str
     layers: tuple[str, ...]
     kept: tuple[str, ...]
     pairs: int
@@ -49,6 +50,7 @@ class QuantizedOnnx:
             "placement": self.placement.name,
             "activations": str(self.placement.activations),
             "weights": str(self.placement.weights),
+            "method": self.method,
             "int8_convolutions": str(len(self.layers)),
             "float_convolutions": ", ".join(self.kept),
             "pairs": str(self.pairs),
@@ -91,7 +93,13 @@ def quantize_qdq(
     names = tuple(conv.name for conv in plan.convs)
     kept = tuple(conv.name for conv in graph.convs if conv.name not in set(names))
     return QuantizedOnnx(
-        path=output, placement=policy, layers=names, kept=kept, pairs=len(plan.readers), fidelity=fidelity
+        path=output,
+        placement=policy,
+        method=str(calibration.method),
+        layers=names,
+        kept=kept,
+        pairs=len(plan.readers),
+        fidelity=fidelity,
     )
 
 

@@ -71,23 +71,28 @@ def quantize_weight(weight: Floats, kind: WeightRange, *, least_scale: Floats | 
 
 
 def _full(weight: Floats) -> Floats:
-    return np.abs(weight).reshape(weight.shape[0], -1).max(1) / np.float32(127)
+    return _largest(weight) / np.float32(127)
 
 
 def _reduced(weight: Floats) -> Floats:
-    return np.abs(weight).reshape(weight.shape[0], -1).max(1) / np.float32(64)
+    return _largest(weight) / np.float32(64)
+
+
+def _largest(weight: Floats) -> Floats:
+    largest: Floats = np.abs(weight).reshape(weight.shape[0], -1).max(1)
+    return largest
 
 
 def _pairwise(weight: Floats) -> Floats:
     # Kernels walk the input channels innermost and add neighbours; which two meet depends on the kernel's blocking, so
     # both alignments of neighbours count.
     channels = np.moveaxis(weight, 1, -1).reshape(weight.shape[0], -1)
-    same_sign = np.maximum(
-        np.maximum(channels[:, :-1], 0) + np.maximum(channels[:, 1:], 0),
-        np.maximum(-channels[:, :-1], 0) + np.maximum(-channels[:, 1:], 0),
-    )
-    largest = same_sign.max(1) if same_sign.shape[1] else np.zeros(len(channels), np.float32)
-    return np.maximum(_full(weight), largest / np.float32(_PAIR_SUM - 1))
+    if channels.shape[1] < 2:
+        return _full(weight)
+    positive, negative = np.maximum(channels, 0), np.maximum(-channels, 0)
+    sums = np.maximum(positive[:, :-1] + positive[:, 1:], negative[:, :-1] + negative[:, 1:])
+    scales: Floats = np.maximum(_full(weight), sums.max(1) / np.float32(_PAIR_SUM - 1))
+    return scales
 
 
 _WEIGHT_SCALES: dict[WeightRange, Callable[[Floats], Floats]] = {

@@ -129,7 +129,8 @@ def _signed(histogram: Histogram) -> tuple[Floats, Floats]:
 
 
 def _coarse(counts: NDArray[np.int64]) -> Floats:
-    return counts.reshape(-1, _COARSE).sum(1).astype(np.float64)
+    merged: Floats = counts.reshape(-1, _COARSE).sum(1).astype(np.float64)
+    return merged
 
 
 @dataclass(frozen=True, slots=True)

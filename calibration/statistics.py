@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -194,9 +195,11 @@ def _key(source: Path, images: CalibrationSet, options: StatisticsOptions) -> st
 
 
 def _save(state: Path, key: str, done: int, histograms: Histograms) -> None:
-    arrays = {f"{name}\n{part}": value for name, h in histograms.items() for part, value in h.state().items()}
+    arrays: dict[str, Any] = {"key": np.array(key), "done": np.array(done)}
+    for name, histogram in histograms.items():
+        arrays |= {f"{name}\n{part}": value for part, value in histogram.state().items()}
     with atomic_file(state) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **{"key": np.array(key), "done": np.array(done)}, **arrays)
+        np.savez(stream, **arrays)
 
 
 def _resume(state: Path | None, key: str, names: Sequence[str]) -> tuple[int, Histograms]:
@@ -205,7 +208,7 @@ def _resume(state: Path | None, key: str, names: Sequence[str]) -> tuple[int, Hi
     if state is None or not state.is_file():
         return 0, fresh
     try:
-        with np.load(state, allow_pickle=False) as arrays:
+        with state.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return 0, fresh
             parts = ("positive", "negative", "numbers", "counts")

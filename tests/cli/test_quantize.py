@@ -1,0 +1,102 @@
+"""``fcos-deploy calibrate`` and ``fcos-deploy quantize`` as users type them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.contract_io import read_contract
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+RUN = CliRunner()
+
+
+def call(*words: object) -> object:
+    return RUN.invoke(build_app(), [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def calibration(mini_onnx: Path, smooth_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "calibration.json"
+    result = call("calibrate", mini_onnx, "--images", smooth_images, "-o", path, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["images"]["images"] == 12
+    assert report["method"] == "percentile"
+    return path
+
+
+def test_quantize_for_a_backend(mini_onnx: Path, calibration: Path, tmp_path: Path) -> None:
+    output = tmp_path / "q.onnx"
+    result = call("quantize", mini_onnx, "--calibration", calibration, "-o", output, "--for", "onnxruntime", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["record"]["placement"] == "onnxruntime-cpu"
+    assert read_contract(output).placement == "onnxruntime-cpu"
+
+
+def test_method_and_weights_can_be_replaced(mini_onnx: Path, calibration: Path, tmp_path: Path) -> None:
+    options = ("--method", "minmax", "--weights", "full", "--keep-float", "stem.weight", "--json")
+    result = call("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", *options)
+    record = json.loads(result.stdout)["record"]
+    assert record["weights"] == "full"
+    assert record["method"] == "minmax"
+    assert record["float_convolutions"] == "n_stem"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--for", "toaster"), 2, "no INT8 placement for 'toaster'"),
+        (("--method", "magic"), 2, "no range method 'magic'"),
+        (("--weights", "half"), 2, "no range of weights 'half'"),
+        (("--quantizer", "magic"), 2, "no quantizer 'magic'"),
+        (("--keep-float", "ghost"), 2, "no layer ['ghost']"),
+        (("--max-map-drop", "0.01"), 2, "--max-map-drop needs images"),
+    ],
+)
+def test_options_that_cannot_be_meant(
+    options: tuple[str, ...], code: int, message: str, mini_onnx: Path, calibration: Path, tmp_path: Path
+) -> None:
+    result = call("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", *options)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize_without_a_calibration(mini_onnx: Path, tmp_path: Path) -> None:
+    result = call("quantize", mini_onnx, "-o", tmp_path / "q.onnx")
+    assert result.exit_code == 1
+    assert "fcos-deploy calibrate" in result.stderr
+
+
+def test_calibrate_on_an_empty_folder(mini_onnx: Path, tmp_path: Path) -> None:
+    result = call("calibrate", mini_onnx, "--images", tmp_path, "-o", tmp_path / "c.json")
+    assert result.exit_code == 1
+    assert "holds no images" in result.stderr
+
+
+def test_goal_holds_by_the_float_models_own_detections(
+    mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("faster_coco_eval")
+    options = ("--images", smooth_images, "--max-map-drop", "0.9", "--for", "onnxruntime", "--threads", "1", "--json")
+    result = call("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", *options)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)["record"]
+    assert float(record["ap_float"]) - float(record["ap_int8"]) <= 0.9
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.mixed-precision.json", "q.onnx"]
+
+
+def test_missed_goal_is_exit_code_four(mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faster_coco_eval")
+    options = ("--images", smooth_images, "--max-map-drop", "0", "--for", "onnxruntime", "--threads", "1")
+    result = call("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", *options)
+    assert result.exit_code == 4
+    assert "INT8 misses the goal" in result.stderr
+    assert not (tmp_path / "q.onnx").exists()

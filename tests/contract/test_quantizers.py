@@ -1,0 +1,93 @@
+"""Every quantizer makes a complete INT8 artifact, or refuses with a reason and leaves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.calibration_file import save_calibration
+from calibration.data import collect_images, read_picture
+from calibration.feeds import Feeder
+from calibration.quantizers import QUANTIZERS, QuantizeRequest, quantizer
+from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+
+onnx = pytest.importorskip("onnx")
+NAMES = sorted(QUANTIZERS)
+NEEDS = {"qdq": "openvino", "nncf": "nncf"}
+
+
+@pytest.fixture
+def request_for(mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path) -> Any:
+    """A request that every quantizer can honour."""
+    calibration = tmp_path / "calibration.json"
+    save_calibration(mini_calibration, calibration)
+
+    def make(name: str, **changes: Any) -> QuantizeRequest:
+        pytest.importorskip(NEEDS[name])
+        output = tmp_path / "out" / f"model{QUANTIZERS[name].suffix}"
+        values = {"source": mini_onnx, "output": output, "consumer": "openvino", "calibration": calibration}
+        return QuantizeRequest(**{**values, "images": smooth_images, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract_is_the_sources_in_int8(name: str, request_for: Any, mini_fcos: ModuleType) -> None:
+    made = quantizer(name).quantize(request_for(name))
+    contract = read_contract(made.files[0])
+    assert contract.precision is Precision.INT8
+    assert contract.placement == "openvino"
+    assert contract.class_names == mini_fcos.CONTRACT.class_names
+    assert made.record["quantizer"] == name
+    assert all(file.is_file() for file in made.files)
+    assert sorted(p.name for p in made.files[0].parent.iterdir()) == sorted(file.name for file in made.files)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_openvino_runs_it_close_to_the_float_graph(
+    name: str, request_for: Any, mini_onnx: Path, mini_fcos: ModuleType, smooth_images: Path
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    made = quantizer(name).quantize(request_for(name))
+    feeds = Feeder(onnx.load(str(mini_onnx)), mini_fcos.CONTRACT)(read_picture(collect_images(smooth_images).images[0]))
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    wanted, got = (
+        openvino.Core().compile_model(str(path), "CPU", config)(feeds) for path in (mini_onnx, made.files[0])
+    )
+    for output in ("cls_logits", "distances", "centerness"):
+        noise = float(np.square(got[output] - wanted[output]).sum())
+        assert 10 * np.log10(float(np.square(wanted[output]).sum()) / noise) > 15.0, output
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_that_is_not_there(name: str, request_for: Any, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"none\.onnx"):
+        quantizer(name).quantize(request_for(name, source=tmp_path / "none.onnx"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "missing"), [("qdq", "calibration"), ("nncf", "images")])
+def test_what_it_measures_with_is_demanded(name: str, missing: str, request_for: Any) -> None:
+    with pytest.raises(CalibrationError):
+        quantizer(name).quantize(request_for(name, **{missing: None}))
+
+
+def test_nncf_is_for_openvino_only(request_for: Any) -> None:
+    with pytest.raises(ConfigError, match="NNCF model is for OpenVINO, not for 'tensorrt'"):
+        quantizer("nncf").quantize(request_for("nncf", consumer="tensorrt"))
+
+
+def test_nncf_writes_an_ir(request_for: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must end in \.xml"):
+        quantizer("nncf").quantize(request_for("nncf", output=tmp_path / "model.onnx"))
+
+
+def test_unknown_quantizer() -> None:
+    with pytest.raises(ConfigError, match="no quantizer 'magic'"):
+        quantizer("magic")

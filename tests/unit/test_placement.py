@@ -1,0 +1,101 @@
+"""Where pairs go, on a graph whose every name is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from calibration.graph import ConvGraph, load_graph
+from calibration.placement import PLACEMENTS, placement_for, plan_pairs, weight_range
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+
+PORTABLE, CPU = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"]
+
+
+@pytest.fixture(scope="module")
+def graph(mini_onnx: Path) -> ConvGraph:
+    return load_graph(mini_onnx)
+
+
+def test_convolutions_are_found_with_their_shared_layers(graph: ConvGraph) -> None:
+    assert len(graph.convs) == 17
+    assert len(graph.layers) == 13
+    assert [c.name for c in graph.convs if c.layer == "tower.weight"] == ["n_tower0", "n_tower1"]
+
+
+def test_only_the_last_convolutions_are_predictions(graph: ConvGraph) -> None:
+    assert {c.layer for c in graph.convs if c.is_prediction} == {"cls.weight", "reg.weight", "ctr.weight"}
+
+
+def test_residual_additions_and_their_skip_inputs(graph: ConvGraph) -> None:
+    assert [(a.name, a.branch, a.skip, a.result) for a in graph.adds] == [
+        ("n_sum", "b", "pool", "block"),
+        ("n_merged", "inner3", "up", "merged"),
+    ]
+
+
+def test_portable_pairs_convolution_inputs_and_skips_only(graph: ConvGraph) -> None:
+    plan = plan_pairs(graph, PORTABLE)
+    assert set(plan.readers) == {
+        "normal", "pool", "a_relu", "block", "c3", "c4", "merged", "inner4", "p3", "p4", "tower_relu0", "tower_relu1",
+        "up",
+    }  # fmt: skip
+    assert plan.readers["pool"] == {"n_a", "n_sum"}
+    assert plan.readers["inner4"] == {"n_p4"}
+
+
+def test_cpu_pairs_results_and_keeps_predictions_float(graph: ConvGraph) -> None:
+    plan = plan_pairs(graph, CPU)
+    assert {c.layer for c in plan.convs}.isdisjoint({"cls.weight", "reg.weight", "ctr.weight"})
+    assert {"b", "block", "merged", "up", "pool", "tower0", "tower1"} <= set(plan.readers)
+    assert {"cls0", "reg_relu0", "ctr0", "norm0"}.isdisjoint(plan.readers)
+    assert set(plan.readers.values()) == {None}
+
+
+def test_copies_take_their_sources_scale(graph: ConvGraph) -> None:
+    assert plan_pairs(graph, CPU).scale_of == {"pool": "stem_relu", "up": "inner4"}
+
+
+def test_kept_layer_is_float_on_every_level(graph: ConvGraph) -> None:
+    plan = plan_pairs(graph, PORTABLE, keep_float={"tower.weight", "n_a"})
+    assert {"n_tower0", "n_tower1", "n_a"}.isdisjoint({c.name for c in plan.convs})
+    assert {"p3", "p4"}.isdisjoint(plan.readers)
+
+
+def test_unknown_layer_is_an_error(graph: ConvGraph) -> None:
+    with pytest.raises(ConfigError, match="no layer \\['ghost'\\]"):
+        plan_pairs(graph, PORTABLE, keep_float={"ghost"})
+
+
+def test_placements_by_backend_and_by_name() -> None:
+    assert placement_for("tensorrt") is PORTABLE
+    assert placement_for("onnxruntime") is placement_for("onnxruntime-cpu") is CPU
+    with pytest.raises(ConfigError, match="no INT8 placement for 'toaster'"):
+        placement_for("toaster")
+
+
+def test_weight_ranges_by_name() -> None:
+    assert weight_range("") is None
+    assert str(weight_range("full")) == "full"
+    with pytest.raises(ConfigError, match="no range of weights 'half'"):
+        weight_range("half")
+
+
+def test_whole_additions_need_both_inputs(graph: ConvGraph) -> None:
+    plan = plan_pairs(graph, replace(CPU, keep_predictions=False), keep_float={"block.b.weight"})
+    # The branch of the block's addition is float, so the addition is, but its result feeds a quantized convolution.
+    assert "b" not in plan.readers
+    assert "block" in plan.readers
+
+
+def test_text_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("hello, this is not a graph")
+    with pytest.raises(CalibrationError, match=r"text\.onnx' is not a complete ONNX model"):
+        load_graph(tmp_path / "text.onnx")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="is not there"):
+        load_graph(tmp_path / "none.onnx")

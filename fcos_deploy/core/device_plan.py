@@ -93,8 +93,10 @@ def _planned(draft: Draft) -> Plan:
 
 
 def _placement(draft: Draft) -> str:
-    """The runtime's own placement where it has one: it is the fastest there."""
-    return draft.backend if draft.backend in backend_named(draft.backend).placements else "portable"
+    """The runtime's own placement where it has one: it is the fastest there. Its name begins with the runtime's."""
+    name = draft.backend
+    own = (p for p in sorted(backend_named(name).placements) if p == name or p.startswith(f"{name}-"))
+    return next(own, "portable")
 
 
 def _source_onnx(draft: Draft) -> str:

@@ -1,0 +1,220 @@
+"""Device profiles, the plans that they allow, and the trtexec line of each TensorRT."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from fcos_deploy.core.device_plan import PlanRequest, plan
+from fcos_deploy.core.device_rules import RULES, rule_name
+from fcos_deploy.core.devices import DeviceFamily, load_profile, profile_names
+from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.exporter import BatchRange
+from fcos_deploy.core.registry import exporters
+from fcos_deploy.core.trtexec import TrtexecRequest, trtexec_command
+from fcos_deploy.core.version import parse_version
+
+HARDWARE_PAGE = Path(__file__).parents[2] / "docs/hardware.md"
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_has_a_plan_and_names_real_backends(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name
+    assert set(profile.backends) <= set(exporters())
+    made = plan(profile)
+    assert made.backend == profile.backends[0]
+    assert made.artifacts[0].path == "model.fp32.onnx"
+    assert "never been run on hardware" in made.notes[-1] or profile.verified
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_is_in_the_documentation(name: str) -> None:
+    assert f"`{name}`" in HARDWARE_PAGE.read_text()
+
+
+@pytest.mark.parametrize("rule", [rule_name(rule) for rule in RULES])
+def test_every_rule_is_in_the_documentation(rule: str) -> None:
+    assert f"`{rule}`" in HARDWARE_PAGE.read_text()
+
+
+def test_jetson_engines_are_built_on_the_jetson() -> None:
+    made = plan(load_profile("jetson-orin-nano"), PlanRequest(precision=Precision.INT8))
+    engine = made.artifacts[-1]
+    assert (engine.path, engine.where) == ("model.int8.engine", "on the device")
+    assert made.placement == "portable"
+    assert made.options.workspace_mib == 1024
+    assert made.commands == ("fcos-deploy build BUNDLE --backend tensorrt",)
+    assert made.trtexec == (
+        "trtexec --onnx=model.int8.onnx --saveEngine=model.int8.engine --skipInference --noTF32 --stronglyTyped "
+        "--memPoolSize=workspace:1024M"
+    )
+
+
+def test_rtx_engines_are_built_here_for_the_gpu_of_the_profile() -> None:
+    made = plan(load_profile("gpu-ada"), PlanRequest(backend="tensorrt-rtx"))
+    assert made.artifacts[-1].where == "here"
+    assert made.options.compute_capabilities == ("8.9",)
+    assert made.options.workspace_mib is None
+    assert made.trtexec == ""
+
+
+def test_xavier_has_trtexec_and_no_python() -> None:
+    profile = load_profile("jetson-xavier")
+    made = plan(profile)
+    assert not profile.runs_python
+    assert made.commands == ()
+    assert "--buildOnly" in made.trtexec
+    assert any("Python 3.8" in note for note in made.notes)
+
+
+def test_openvino_gets_its_own_placement() -> None:
+    assert plan(load_profile("intel-core")).placement == "openvino"
+    assert plan(load_profile("intel-core"), PlanRequest(backend="onnxruntime")).placement == "onnxruntime-cpu"
+
+
+BROKEN_PLANS: list[tuple[str, dict[str, Any], str]] = [
+    ("jetson-thor", {"backend": "openvino"}, "backend-on-device"),
+    ("jetson-orin-nano", {"backend": "tensorrt-rtx"}, "backend-on-device"),
+    ("intel-npu", {"precision": Precision.FP32}, "precision-on-device"),
+    ("intel-npu", {"batch": BatchRange(1, 2, 4)}, "static-shapes"),
+    ("intel-npu", {"input_size": None}, "static-shapes"),
+    ("intel-npu", {"tail": Tail.NMS}, "nms-operator"),
+    ("gpu-ampere", {"backend": "tensorrt-rtx", "tail": Tail.NMS}, "nms-operator"),
+    ("gpu-ampere", {"pre_nms_top_k": 5000}, "top-k-limit"),
+    ("gpu-ampere", {"input_size": None}, "size-range"),
+    ("jetson-agx-orin-jp60", {"opset": 18}, "opset-of-parser"),
+    ("jetson-orin-nano", {"opset": 21}, "opset-of-parser"),
+    ("jetson-orin-nano", {"dla_core": 0}, "dla"),
+    ("jetson-agx-orin-jp7", {"dla_core": 0}, "dla"),
+    ("jetson-agx-orin", {"dla_core": 2}, "dla"),
+    ("jetson-agx-orin", {"dla_core": 0, "precision": Precision.FP32}, "dla"),
+    ("jetson-agx-orin", {"dla_core": 0, "precision": Precision.INT8}, "dla"),
+    ("jetson-agx-orin", {"dla_core": 0, "batch": BatchRange(1, 2, 2)}, "dla"),
+    ("gpu-ada", {"calibration_cache": True, "precision": Precision.INT8}, "calibrators"),
+    ("jetson-orin-nx", {"calibration_cache": True, "precision": Precision.FP16}, "calibrators"),
+    ("jetson-orin-nano", {"workspace_mib": 8192}, "workspace"),
+]
+
+
+@pytest.mark.parametrize(("name", "request_fields", "rule"), BROKEN_PLANS)
+def test_plan_that_cannot_work_is_refused_with_its_rule(name: str, request_fields: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(load_profile(name), PlanRequest(**request_fields))
+    assert f"'{rule}'" in caught.value.hint
+    assert caught.value.message.startswith(load_profile(name).title)
+
+
+def test_every_rule_has_a_plan_that_it_forbids() -> None:
+    assert {rule for _, _, rule in BROKEN_PLANS} == {rule_name(rule) for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    ("name", "request_fields"),
+    [
+        ("intel-npu", {"tail": Tail.NMS, "static_nms": True}),
+        ("gpu-ampere", {"backend": "tensorrt-rtx", "tail": Tail.NMS, "static_nms": True}),
+        ("gpu-ampere", {"tail": Tail.NMS}),
+        ("jetson-thor", {"opset": 21}),
+        ("jetson-agx-orin", {"dla_core": 1}),
+        ("jetson-agx-orin", {"dla_core": 0, "precision": Precision.INT8, "calibration_cache": True}),
+        ("jetson-orin-nano", {"batch": BatchRange(1, 2, 4)}),
+    ],
+)
+def test_plan_beside_the_rule_is_allowed(name: str, request_fields: dict[str, Any]) -> None:
+    assert plan(load_profile(name), PlanRequest(**request_fields)).profile.name == name
+
+
+def test_dynamic_batch_becomes_three_shapes() -> None:
+    request = PlanRequest(batch=BatchRange(1, 2, 4), input_size=(320, 416))
+    line = plan(load_profile("jetson-agx-orin"), request).trtexec
+    assert re.findall(r"--(...)Shapes=(\S+)", line) == [
+        ("min", "images:1x3x320x416"),
+        ("opt", "images:2x3x320x416"),
+        ("max", "images:4x3x320x416"),
+    ]
+
+
+def trtexec(version: str, precision: Precision, **options: Any) -> str:
+    files = {"onnx": PurePosixPath("m.onnx"), "engine": PurePosixPath("m.engine")}
+    return trtexec_command(TrtexecRequest(version=version, precision=precision, **files, **options))
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "flags"),
+    [
+        ("8.5.2", Precision.FP32, "--buildOnly --noTF32"),
+        ("8.5.2", Precision.FP16, "--buildOnly --noTF32 --fp16"),
+        ("8.6.2", Precision.INT8, "--skipInference --noTF32 --int8"),
+        ("10.3.0", Precision.INT8, "--skipInference --noTF32 --stronglyTyped"),
+        ("11.4.0", Precision.INT8, "--skipInference --noTF32"),
+    ],
+)
+def test_types_of_the_graph_are_kept_by_every_version(version: str, precision: Precision, flags: str) -> None:
+    assert trtexec(version, precision) == f"trtexec --onnx=m.onnx --saveEngine=m.engine {flags}"
+
+
+def test_calibration_cache_and_dla_are_weakly_typed_up_to_10() -> None:
+    cache = PurePosixPath("c.cache")
+    line = trtexec("10.3.0", Precision.FP32, calibration_cache=cache, dla_core=1)
+    assert line.endswith("--fp16 --int8 --calib=c.cache --useDLACore=1 --allowGPUFallback")
+    with pytest.raises(ConfigError, match="no calibrators"):
+        trtexec("11.4.0", Precision.FP32, calibration_cache=cache)
+
+
+def test_unknown_profile_names_the_ones_there_are() -> None:
+    with pytest.raises(ConfigError, match="no device profile 'jetson-nano'") as caught:
+        load_profile("jetson-nano")
+    assert "jetson-orin-nano" in caught.value.hint
+
+
+def test_own_profile_from_a_file(tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[2] / "fcos_deploy/devices/jetson-orin-nano.toml"
+    own = tmp_path / "board.toml"
+    own.write_text(shipped.read_text().replace("jetson-orin-nano", "my-board").replace("8192", "4096"))
+    assert load_profile(str(own)).memory_mib == 4096
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('family = "jetson"', 'family = "intel"', "needs its own table"),
+        ('precision = "fp16"', 'precision = "int4"', "precision must be one of"),
+        ("memory_mib = 8192", 'memory_mib = "8 GB"', "memory_mib must be int"),
+        ("memory_mib = 8192", "memory_gib = 8", "unknown keys"),
+        ("memory_mib = 8192", "memory_mib =", "Cannot read the device profile"),
+        ('precisions = ["fp32", "fp16", "int8"]', 'precisions = ["fp32"]', "does not list"),
+    ],
+)
+def test_wrong_profile_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    shipped = (Path(__file__).parents[2] / "fcos_deploy/devices/jetson-orin-nano.toml").read_text()
+    assert old in shipped
+    own = tmp_path / "board.toml"
+    own.write_text(shipped.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        load_profile(str(own))
+
+
+def test_jetsons_know_their_jetpack() -> None:
+    for name in profile_names():
+        profile = load_profile(name)
+        if profile.family is DeviceFamily.JETSON:
+            assert profile.nvidia is not None
+            assert profile.nvidia.jetpack
+            assert profile.nvidia.l4t
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("10.13.3.9", (10, 13, 3, 9)), ("2.13.0+cpu", (2, 13, 0)), ("8.6.1.post1", (8, 6, 1))]
+)
+def test_version_numbers(text: str, numbers: tuple[int, ...]) -> None:
+    assert parse_version(text) == numbers
+
+
+def test_what_is_no_version_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'latest' is not a version"):
+        parse_version("latest")

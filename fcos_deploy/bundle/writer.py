@@ -116,6 +116,10 @@ class BundleWriter:
     ) -> None:
         self._lock.release()
 
+    def path(self, name: str) -> Path:
+        """Where a file of the bundle lies while the bundle is being made."""
+        return self._files / name
+
     def step(self, name: str, *, inputs: Mapping[str, str], make: Callable[[Path], StepOutput]) -> StepResult:
         """Run ``make(folder)`` and adopt every file it leaves in ``folder``, unless that was done with these inputs.
 

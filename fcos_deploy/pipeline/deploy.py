@@ -10,19 +10,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
+from fcos_deploy.accuracy.gate import require_all
 from fcos_deploy.benchmark.run import Benchmark
-from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifest, Provenance, StepOutput, Target
-from fcos_deploy.core.atomic import write_text
+from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifest, Provenance, Target
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import backend as backend_named
 from fcos_deploy.core.registry import backends, exporters
 from fcos_deploy.model.checkpoint import load_checkpoint
-from fcos_deploy.pipeline.proof import accuracy_figures, max_drop, measure_accuracy, write_golden
+from fcos_deploy.pipeline.proof import accuracy_figures, measure_accuracy, with_bf16, write_golden
+from fcos_deploy.pipeline.report_step import write_report_step
 from fcos_deploy.pipeline.request import DeployRequest
 from fcos_deploy.pipeline.speed import benchmark_figures, measure_speed
-from fcos_deploy.pipeline.steps import Calibrated, Variant, Workshop, build, calibrate, export, quantize
+from fcos_deploy.pipeline.steps import Calibrated, Graph, Variant, Workshop, build, calibrate, export, quantize
+from fcos_deploy.pipeline.targets import make_for_target
 
 __all__ = ["Deployment", "deploy", "runnable_backends"]
 
@@ -38,55 +40,48 @@ class Deployment:
     seconds: float
 
     @property
-    def rows(self) -> list[tuple[str, Precision, Evaluation]]:
-        """(backend, precision, evaluation), the reference first."""
+    def rows(self) -> list[Evaluation]:
+        """The reference first, then one for each variant."""
         reference = self.evaluations.reference
-        rows = [] if reference is None else [(reference.run.backend, Precision.FP32, reference)]
-        targets = zip(self.variants, self.evaluations.targets, strict=True)
-        return rows + [(v.backend, v.precision, e) for v, e in targets]
+        return [*([] if reference is None else [reference]), *self.evaluations.targets]
 
 
 def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Deployment:
     """Make the bundle; a killed run goes on where it was when it is started again.
 
     Raises:
-        AccuracyGateError: a variant lost more AP than allowed; the bundle then holds the float artifacts only.
+        AccuracyGateError: an INT8 variant cannot hold the gate (the bundle is made, with the float artifacts only), or
+            an engine is not the same detector (no bundle is made).
         FcosDeployError: a step failed; what was finished is kept for the next run.
     """
     started = time.perf_counter()
-    names = request.backends or runnable_backends()
-    for name in names:
-        _check_buildable(name)
+    names = _measured_backends(request)
     loaded = load_checkpoint(request.checkpoint, options=request.options)
-    contract = replace(loaded.contract, tail=request.tail)
+    contract = loaded.contract
+    predictions = request.output.with_name(f".{request.output.name}.predictions")
     with BundleWriter(request.output) as writer:
         shop = Workshop(request, loaded, contract, writer, progress)
-        variants, calibrated = _make_variants(shop, names)
+        variants, calibrated, refused = _make_variants(shop, names)
         golden = write_golden(shop)
-        predictions = request.output.with_name(f".{request.output.name}.predictions")
         evaluations = measure_accuracy(shop, variants, predictions=predictions)
-        failed = _failures(shop, variants, evaluations)
-        if failed:
-            raise AccuracyGateError("; ".join(failed) + ".", hint=_WAY_OUT)
+        require_all(evaluations.verdicts)
         speed = measure_speed(shop, variants)
-        manifest = _manifest(shop, variants, calibrated=calibrated, golden=golden)
         manifest = replace(
-            manifest,
+            _manifest(shop, variants, calibrated=calibrated, golden=golden),
             accuracy=accuracy_figures(shop, variants, evaluations),
             benchmark=benchmark_figures(shop, variants, speed),
         )
-        _write_report(shop, manifest, variants=variants, evaluations=evaluations, speed=speed)
+        notes = tuple(f"No INT8: {error.message}" for error in refused)
+        write_report_step(shop, manifest, variants=variants, evaluations=evaluations, speed=speed, notes=notes)
         bundle = writer.finish(manifest)
     shutil.rmtree(predictions, ignore_errors=True)
+    if refused:
+        raise AccuracyGateError(
+            f"{refused[0].message}\nThe bundle '{bundle}' holds the float artifacts only.", hint=refused[0].hint
+        )
     moved = tuple(replace(v, path=bundle / v.artifact.path) for v in variants)
     seconds = time.perf_counter() - started
     return Deployment(bundle=bundle, variants=moved, evaluations=evaluations, benchmark=speed, seconds=seconds)
-
-
-_WAY_OUT = (
-    "the float artifacts are kept beside the output; calibrate with more images, keep more layers in float "
-    "('fcos-deploy quantize --max-map-drop'), or allow a larger --max-map-drop"
-)
 
 
 def runnable_backends() -> tuple[str, ...]:
@@ -99,45 +94,50 @@ def _runs_here(name: str) -> bool:
     return probe.available and bool(probe.devices)
 
 
-def _check_buildable(name: str) -> None:
-    if name not in exporters():
-        raise ConfigError(
-            f"Nothing can be built for backend '{name}'.", hint=f"choose from: {', '.join(sorted(exporters()))}"
-        )
-    probe = backend_named(name).probe()
-    if not probe.available:
-        raise ConfigError(f"Backend '{name}' cannot run here: {probe.problem}", hint=probe.remedy)
-
-
-def _make_variants(shop: Workshop, names: tuple[str, ...]) -> tuple[list[Variant], Calibrated]:
-    source = export(shop)
-    fp32 = source.artifacts[0], source.path("model.fp32.onnx")
-    calibrated = calibrate(shop, source)
-    variants = []
-    for name in names:
-        int8 = quantize(shop, source, calibrated=calibrated, backend=name)
-        variants += [build(shop, fp32, backend=name), build(shop, int8, backend=name)]
-    # The graph that engines are built from on other devices travels in every bundle.
-    quantize(shop, source, calibrated=calibrated, backend="portable")
-    return variants, calibrated
-
-
-def _failures(shop: Workshop, variants: list[Variant], found: Evaluations) -> list[str]:
-    reference = found.reference.scores.ap if found.reference else None
-    failed = []
-    for variant, evaluation in zip(variants, found.targets, strict=True):
-        limit = max_drop(shop, variant.precision)
-        drop = evaluation.drop.value if evaluation.drop else None
-        if drop is None or drop > limit:
-            failed.append(
-                f"{variant.backend} {variant.precision}: mAP {_three(reference)} -> {_three(evaluation.scores.ap)} "
-                f"(drop {_three(drop)} > {limit:.4f}) on {evaluation.scores.images} images"
+def _measured_backends(request: DeployRequest) -> tuple[str, ...]:
+    """Those asked for, those of the targets that run here as well, or all of this machine."""
+    for name in request.backends:
+        if name not in exporters():
+            raise ConfigError(
+                f"Nothing can be built for backend '{name}'.", hint=f"choose from: {', '.join(sorted(exporters()))}"
             )
-    return failed
+        if not _runs_here(name):
+            problem = backend_named(name).probe().problem or "it has no device"
+            raise ConfigError(
+                f"Backend '{name}' cannot run here: {problem}", hint="give --target PROFILE to build for another device"
+            )
+    if request.backends:
+        return request.backends
+    targets = tuple(dict.fromkeys(plan.backend for plan in request.plans if _runs_here(plan.backend)))
+    return targets or runnable_backends()
 
 
-def _three(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _make_variants(shop: Workshop, names: tuple[str, ...]) -> tuple[list[Variant], Calibrated, list[AccuracyGateError]]:
+    source = export(shop)
+    calibrated = calibrate(shop, source)
+    variants, refused = [], []
+    for name in names:
+        variants.append(build(shop, source, backend=name))
+        try:
+            int8 = quantize(shop, source, calibrated=calibrated, consumer=name)
+            variants.append(build(shop, int8, backend=name))
+        except AccuracyGateError as error:
+            refused.append(error)
+    refused += _make_for_elsewhere(shop, source, calibrated)
+    return with_bf16(variants), calibrated, refused
+
+
+def _make_for_elsewhere(shop: Workshop, source: Graph, calibrated: Calibrated) -> list[AccuracyGateError]:
+    """What the targets need; without targets the portable INT8 graph, from which engines are built on other devices."""
+    refused = []
+    try:
+        for wanted in shop.request.plans:
+            make_for_target(shop, wanted)
+        if not shop.request.plans:
+            quantize(shop, source, calibrated=calibrated, consumer="portable")
+    except AccuracyGateError as error:
+        refused.append(error)
+    return refused
 
 
 def _manifest(
@@ -161,18 +161,13 @@ def _manifest(
             tools={"python": platform.python_version()},
             decisions=shop.contract.decisions,
         ),
-        target=Target(backend=preferred.backend, precision=preferred.precision),
+        target=Target(
+            backend=preferred.backend,
+            precision=preferred.precision,
+            profile=", ".join(plan.profile.name for plan in request.plans),
+            fallback=tuple(dict.fromkeys(v.backend for v in variants if v.backend != preferred.backend)),
+        ),
         gates=gates,
         golden=golden,
         calibration=(calibrated.record,),
     )
-
-
-def _write_report(
-    shop: Workshop, manifest: Manifest, *, variants: list[Variant], evaluations: Evaluations, speed: Benchmark
-) -> None:
-    def make(folder: Path) -> StepOutput:
-        write_text(folder / "report.md", "")
-        return StepOutput()
-
-    shop.writer.step("report", inputs={"now": manifest.provenance.created}, make=make)

@@ -8,16 +8,28 @@ from pathlib import Path
 from fcos_deploy.accuracy.collect import Target
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
-from fcos_deploy.accuracy.gate import Gate
+from fcos_deploy.accuracy.gate import Gate, judge_drop
 from fcos_deploy.bundle import AccuracyFigure, GoldenImage, StepOutput, make_golden
+from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.image_io import read_image
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector
 from fcos_deploy.model.checkpoint import LoadedCheckpoint
 from fcos_deploy.pipeline.steps import Variant, Workshop
 
-__all__ = ["REFERENCE", "ReferenceTarget", "accuracy_figures", "measure_accuracy", "write_golden"]
+__all__ = [
+    "REFERENCE",
+    "ReferenceTarget",
+    "accuracy_figures",
+    "evaluation_images",
+    "max_drop",
+    "measure_accuracy",
+    "reference_target",
+    "with_bf16",
+    "write_golden",
+]
 
 REFERENCE = "pytorch"
 # Any drop beyond the third decimal in float is a fault, not rounding.
@@ -50,7 +62,10 @@ def evaluation_images(shop: Workshop) -> tuple[EvaluationImage, ...]:
 
 
 def measure_accuracy(shop: Workshop, variants: list[Variant], *, predictions: Path) -> Evaluations:
-    """Evaluate the reference and every variant on all images; an interrupted run goes on from ``predictions``."""
+    """Evaluate the reference and every variant on all images, and judge each one's drop.
+
+    An interrupted run goes on from ``predictions``.
+    """
     request = shop.request
     targets = tuple(Target(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants)
     wanted = EvaluationRequest(
@@ -58,15 +73,42 @@ def measure_accuracy(shop: Workshop, variants: list[Variant], *, predictions: Pa
         images=request.images or request.calibration_images,
         annotations=request.annotations,
         reference=reference_target(shop),
-        gate=Gate(),
         predictions=predictions,
     )
-    return evaluate(wanted, progress=shop.progress)
+    found = evaluate(wanted, progress=shop.progress)
+    pairs = zip(variants, found.targets, strict=True)
+    return replace(found, targets=tuple(_judged(shop, v, e, found.reference) for v, e in pairs))
 
 
-def max_drop(shop: Workshop, precision: Precision) -> float:
-    """The most AP that a variant of this precision may lose."""
-    return FP32_MAP_DROP if precision is Precision.FP32 else shop.request.max_map_drop
+def _judged(shop: Workshop, variant: Variant, evaluation: Evaluation, reference: Evaluation | None) -> Evaluation:
+    if reference is None or reference.scores.ap is None or evaluation.drop is None:
+        raise ConfigError(
+            "No object in the evaluation images, so that no accuracy can be proven.", hint="give other --images"
+        )
+    gate = Gate(max_map_drop=max_drop(shop, variant))
+    subject = f"{evaluation.run.subject} ({variant.compute})"
+    verdicts = judge_drop(gate, evaluation.drop, reference_ap=reference.scores.ap, subject=subject)
+    return replace(evaluation, verdicts=tuple(verdicts))
+
+
+def max_drop(shop: Workshop, variant: Variant) -> float:
+    """The most AP that a variant may lose."""
+    exact = variant.precision is Precision.FP32 and variant.compute is ComputeType.F32
+    return FP32_MAP_DROP if exact else shop.request.max_map_drop
+
+
+def with_bf16(variants: list[Variant]) -> list[Variant]:
+    """The variants, and again in bf16 where the backend and this processor compute in it."""
+    return [run for v in variants for run in (v, *_in_bf16(v))]
+
+
+def _in_bf16(variant: Variant) -> tuple[Variant, ...]:
+    run = replace(variant, compute=ComputeType.BF16)
+    try:
+        Detector.open(run.path, backend=run.backend, options=run.options).close()
+    except (ConfigError, DeviceError):
+        return ()
+    return (run,)
 
 
 def accuracy_figures(shop: Workshop, variants: list[Variant], found: Evaluations) -> tuple[AccuracyFigure, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,9 @@ from fcos_deploy.report import (
 )
 
 __all__ = ["ReportParts", "Shown", "machine_rows", "report_parts", "report_verdict"]
+
+_EQUAL = 0.0005  # AP: equal to three decimals
+_PICTURED = MatchOptions(min_score=0.4)  # what pictures show; lower scores would cover the image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +95,10 @@ def _agreement_sentence(evaluations: Evaluations) -> str:
     if not drops:
         return f"Measured on {count} images; there was no reference to compare with."
     worst = max(drops)
-    change = f"at most {worst:.3f} AP below" if worst > 0 else f"{-worst:.3f} AP or more above"
-    return f"All {len(drops)} variants stay {change} the reference on {count} images."
+    every = "The variant is" if len(drops) == 1 else f"All {len(drops)} variants are"
+    if worst < _EQUAL:
+        return f"{every} as accurate as the reference on {count} images."
+    return f"{every} within {worst:.3f} AP of the reference on {count} images."
 
 
 def _speed_sentence(benchmark: Benchmark | None) -> str:
@@ -111,7 +117,7 @@ def _data_sentence(dataset: Dataset, first: Evaluation) -> str:
     return (
         f"{first.scores.images} images with {first.scores.objects} objects of {len(dataset.class_names)} classes "
         f"({', '.join(dataset.class_names[:8])}{', …' if len(dataset.class_names) > 8 else ''}); "
-        f"truth: {dataset.source}."
+        f"truth: {Path(dataset.source).name}."
     )
 
 
@@ -193,7 +199,7 @@ def _pictures(dataset: Dataset, shown: Sequence[Shown], *, count: int) -> tuple[
 
 
 def _disagreement(reference: Detections, candidate: Detections) -> float:
-    match = match_detections(reference, candidate)
+    match = match_detections(reference, candidate, options=_PICTURED)
     scores = np.concatenate([reference.scores[match.missed], candidate.scores[match.invented]])
     moved = np.abs(reference.scores[match.reference] - candidate.scores[match.candidate])
     return float(scores.sum() + 0.1 * moved.sum() + 0.1 * (1 - match.iou).sum())
@@ -203,23 +209,22 @@ def _picture(dataset: Dataset, index: int, *, reference: Shown, other: Shown) ->
     image = dataset.images[index]
     mine = reference.evaluation.run.detections[image.image_id]
     theirs = other.evaluation.run.detections[image.image_id]
-    options = MatchOptions()
-    match = match_detections(mine, theirs, options=options)
+    match = match_detections(mine, theirs, options=_PICTURED)
     names = reference.evaluation.run.names
     return Picture(
         name=image.path.name,
         variant=other.label,
         pixels=read_image(image.path),
-        reference=_boxes(mine, names, alone=match.missed, least=options.min_score),
-        candidate=_boxes(theirs, names, alone=match.invented, least=options.min_score),
-        note=_note(mine, theirs, match, options),
+        reference=_boxes(mine, names, alone=match.missed, least=_PICTURED.min_score),
+        candidate=_boxes(theirs, names, alone=match.invented, least=_PICTURED.min_score),
+        note=_note(mine, theirs, match),
     )
 
 
-def _note(mine: Detections, theirs: Detections, match: DetectionMatch, options: MatchOptions) -> str:
+def _note(mine: Detections, theirs: Detections, match: DetectionMatch) -> str:
     moved = np.abs(mine.scores[match.reference] - theirs.scores[match.candidate])
     largest = float(moved.max(initial=0.0))
-    return f"Scores of pairs differ by up to {largest:.3f}. Shown: scores of at least {options.min_score}."
+    return f"Scores of pairs differ by up to {largest:.3f}. Shown: scores of at least {_PICTURED.min_score}."
 
 
 def _boxes(

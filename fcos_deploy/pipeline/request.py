@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.device_plan import Plan
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.model.checkpoint_options import CheckpointOptions
 
@@ -17,21 +17,21 @@ class DeployRequest:
     """From ``checkpoint`` to the bundle ``output``.
 
     ``backends`` to build for; empty takes every one that this machine can run. ``images`` (and ``annotations``) prove
-    the accuracy; without them the calibration images and the reference's own detections do. ``max_map_drop`` is the
-    most AP (0..1) that INT8 may lose. ``compute_capabilities`` are for engines that are built ahead for named GPUs.
+    the accuracy; without them the calibration images and the reference's own detections do. ``plans`` are devices that
+    get artifacts of their own. ``max_map_drop`` is the most AP (0..1) that INT8 may lose.
     """
 
     checkpoint: Path
     output: Path
     calibration_images: Path
     backends: tuple[str, ...] = ()
+    plans: tuple[Plan, ...] = ()
     options: CheckpointOptions = field(default_factory=CheckpointOptions)
     images: Path | None = None
     annotations: Path | None = None
     max_map_drop: float = 0.01
     calibration_count: int | None = None
     seed: int = 0
-    tail: Tail = Tail.RAW
     opset: int | None = None
     golden_count: int = 4
     benchmark_iterations: int = 30

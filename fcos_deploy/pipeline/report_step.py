@@ -1,0 +1,93 @@
+"""The report of a deployment: joins what was measured with where it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fcos_deploy.accuracy.evaluate import Evaluations
+from fcos_deploy.benchmark.run import Benchmark
+from fcos_deploy.bundle import Artifact, Manifest, StepOutput
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.pipeline.reporting import Shown, machine_rows, report_parts, report_verdict
+from fcos_deploy.pipeline.steps import Variant, Workshop
+from fcos_deploy.report import ChainLink, Provenance, ReportData, write_report
+
+__all__ = ["write_report_step"]
+
+
+def write_report_step(
+    shop: Workshop,
+    manifest: Manifest,
+    *,
+    variants: list[Variant],
+    evaluations: Evaluations,
+    speed: Benchmark,
+    notes: tuple[str, ...] = (),
+) -> None:
+    """Leave ``report.html`` and ``report.md`` in the bundle."""
+
+    def make(folder: Path) -> StepOutput:
+        shop.progress("report", 0, 1)
+        parts = report_parts(evaluations.dataset, _shown(shop, variants, evaluations, speed))
+        data = ReportData(
+            title=manifest.name,
+            verdict=report_verdict(evaluations, speed),
+            data=parts.data,
+            variants=parts.variants,
+            classes=parts.classes,
+            curves=parts.curves,
+            drifts=parts.drifts,
+            latencies=parts.latencies,
+            pictures=parts.pictures,
+            provenance=_provenance(shop, manifest, speed, artifacts=[v.artifact for v in variants]),
+            notes=notes,
+        )
+        write_report(data, folder / "report.html")
+        shop.progress("report", 1, 1)
+        return StepOutput()
+
+    shop.writer.step("report", inputs={"created": manifest.provenance.created}, make=make)
+
+
+def _shown(shop: Workshop, variants: list[Variant], evaluations: Evaluations, speed: Benchmark) -> list[Shown]:
+    reference = evaluations.reference
+    shown = []
+    if reference is not None:
+        shown.append(Shown(label="pytorch fp32", evaluation=reference, speed=speed.results[0], reference=True))
+    for variant, evaluation, timed in zip(variants, evaluations.targets, speed.results[1:], strict=True):
+        label = f"{variant.backend} {variant.precision}" + (f" {variant.compute}" if variant.extra else "")
+        passed = all(verdict.passed for verdict in evaluation.verdicts)
+        share = int8_share(shop, variant)
+        shown.append(Shown(label=label, evaluation=evaluation, speed=timed, passed=passed, int8_share=share))
+    return shown
+
+
+def int8_share(shop: Workshop, variant: Variant) -> float | None:
+    """Share of the convolutions' multiply-accumulates that the runtime executes in INT8; None: it cannot be asked."""
+    from calibration.executed import PROFILERS, executed_share
+
+    if variant.precision is not Precision.INT8 or variant.backend not in PROFILERS:
+        return None
+    return executed_share(shop.graph, variant.path, variant.backend).share
+
+
+def _provenance(shop: Workshop, manifest: Manifest, speed: Benchmark, *, artifacts: list[Artifact]) -> Provenance:
+    source = manifest.provenance
+    chain = [ChainLink(path=source.checkpoint, kind="checkpoint", sha256=source.checkpoint_sha256, size=_size(shop))]
+    unique = {artifact.path: artifact for artifact in artifacts}
+    chain += [
+        ChainLink(path=a.path, kind=str(a.kind), sha256=a.sha256, size=a.size, parent=a.parent, step=a.step.name)
+        for a in unique.values()
+    ]
+    return Provenance(
+        created=source.created,
+        chain=tuple(chain),
+        versions=tuple(sorted({item for a in unique.values() for item in a.step.tools.items()})),
+        machine=machine_rows(speed.machine),
+        commands=(source.command,) if source.command else (),
+        decisions=tuple((d.name, d.value, d.source) for d in source.decisions),
+    )
+
+
+def _size(shop: Workshop) -> int:
+    return shop.request.checkpoint.stat().st_size

@@ -45,7 +45,7 @@ def command(
     from fcos_deploy.report import write_report
 
     options = SessionOptions(threads=threads)
-    precisions: list[Precision | None] = list(precision or [None])
+    precisions: list[Precision | None] = [*(precision or [])] or [None]
     targets = tuple(
         Target(model=m, backend=b, precision=p, options=options)
         for m in [model, *(also or [])]

@@ -18,6 +18,7 @@ __all__ = ["DrawnBox", "DrawnPicture", "draw_pictures"]
 
 _MAX_SIDE = 520  # pixels of an embedded image: sharp in a third of the page, small in the file
 _QUALITY = 82
+_MAX_LABELS = 24  # boxes of a panel whose names still leave the picture to be seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ def _draw(picture: Picture, *, identifier: str) -> DrawnPicture:
     def boxes(found: tuple[PictureBox, ...], color: str, *, label: bool, dash: str = "") -> tuple[DrawnBox, ...]:
         return tuple(_box(one, scale, color=color, label=label, dash=dash) for one in found)
 
+    few = max(len(picture.reference), len(picture.candidate)) <= _MAX_LABELS
     missed = tuple(b for b in picture.reference if not b.partner)
     invented = tuple(b for b in picture.candidate if not b.partner)
     shared = tuple(b for b in picture.candidate if b.partner)
@@ -76,8 +78,8 @@ def _draw(picture: Picture, *, identifier: str) -> DrawnPicture:
         width=size[0],
         height=size[1],
         panels=(
-            ("reference", boxes(picture.reference, "#0b5fbd", label=True)),
-            (picture.variant, boxes(picture.candidate, PASS, label=True)),
+            ("reference", boxes(picture.reference, "#0b5fbd", label=few)),
+            (picture.variant, boxes(picture.candidate, PASS, label=few)),
             ("difference", difference + boxes(invented, WARN, label=True)),
         ),
         missed=len(missed),

@@ -20,7 +20,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, same suffix; it takes the name when the block ends, goes when it fails.
 
     Raises:
-        ConfigError: when the folder cannot be written.
+        ConfigError: when the file cannot be written. An OSError of the block about another file stays what it is.
     """
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
@@ -30,6 +30,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
+        if _is_of_another_file(error, path):
+            raise
         raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
@@ -38,24 +40,49 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; it takes the place of ``path`` when the block ends.
+    """Yield an empty temporary folder beside ``path``; it takes the place of the folder ``path`` when the block ends.
 
     Raises:
-        ConfigError: when the parent folder cannot be written.
+        ConfigError: when ``path`` is a file or cannot be written. An OSError of the block about another file stays what
+            it is.
     """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"'{path}' is a file, a folder was to be written.", hint="choose another name")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        _take_place(temporary, path)
     except OSError as error:
+        if _is_of_another_file(error, path):
+            raise
         raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_of_another_file(error: OSError, path: Path) -> bool:
+    """Whether the error names a file that is neither ``path``, nor its temporary, nor in or above one of them."""
+    if not isinstance(error.filename, (str, bytes, os.PathLike)):
+        return False
+    named, own = Path(os.fsdecode(error.filename)).absolute(), path.absolute()
+    # The temporary lies beside `path`, and its name begins as the name of `path` does.
+    ours = [part for part in (named, *named.parents) if part.parent == own.parent and own.stem in part.name]
+    return not ours and named not in own.parents
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

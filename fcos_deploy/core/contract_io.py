@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import mmap
 from pathlib import Path
-from typing import Any
 
 from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.errors import BackendLoadError
+from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.protobuf_wire import length_delimited_fields
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -54,10 +53,11 @@ def read_contract(path: Path) -> ModelContract:
         BackendLoadError: when the file is missing or damaged, or has no contract.
     """
     try:
-        value = json.loads(_contract_text(path))
-    except (OSError, ValueError) as error:
+        return from_json(ModelContract, json.loads(_contract_text(path)), where="contract")
+    except ConfigError as error:
+        raise BackendLoadError(f"Cannot read the contract of '{path}': {error.message}", hint=error.hint) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise BackendLoadError(f"Cannot read the contract of '{path}': {error}.") from error
-    return from_json(ModelContract, value, where="contract")
 
 
 def find_contract(path: Path) -> ModelContract | None:
@@ -85,8 +85,10 @@ def _contract_text(path: Path) -> str:
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
         raise BackendLoadError(f"'{path}' has no '{sidecar.name}' beside it.", hint="copy both files together")
-    content: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
-    return json.dumps(content.get("contract"))
+    content = json.loads(sidecar.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or "contract" not in content:
+        raise BackendLoadError(f"'{sidecar}' holds no fcos-deploy contract.", hint="copy the one of this artifact")
+    return json.dumps(content["contract"])
 
 
 def onnx_metadata(path: Path) -> dict[str, str]:
@@ -95,16 +97,22 @@ def onnx_metadata(path: Path) -> dict[str, str]:
     Raises:
         BackendLoadError: when the file is not a complete ONNX model.
     """
+    try:
+        if path.stat().st_size == 0:
+            raise BackendLoadError(f"'{path}' is empty.")
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _metadata_of(data)
+    except OSError as error:
+        raise BackendLoadError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except (IndexError, KeyError, ValueError) as error:
+        raise BackendLoadError(f"'{path}' is not a complete ONNX file.", hint="export it again") from error
+
+
+def _metadata_of(data: mmap.mmap) -> dict[str, str]:
     properties: dict[str, str] = {}
-    if path.stat().st_size == 0:
-        raise BackendLoadError(f"'{path}' is empty.")
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            for number, start, end in length_delimited_fields(data, start=0, end=len(data)):
-                if number == _METADATA_PROPS:
-                    pairs = length_delimited_fields(data, start=start, end=end)
-                    entry = {n: data[a:b].decode() for n, a, b in pairs if n in (1, 2)}
-                    properties[entry[1]] = entry.get(2, "")
-        except (IndexError, KeyError, ValueError) as error:
-            raise BackendLoadError(f"'{path}' is not a complete ONNX file.", hint="export it again") from error
+    for number, start, end in length_delimited_fields(data, start=0, end=len(data)):
+        if number == _METADATA_PROPS:
+            pairs = length_delimited_fields(data, start=start, end=end)
+            entry = {n: data[a:b].decode() for n, a, b in pairs if n in (1, 2)}
+            properties[entry[1]] = entry.get(2, "")
     return properties

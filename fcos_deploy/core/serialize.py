@@ -14,6 +14,8 @@ __all__ = ["from_json", "to_json"]
 
 T = TypeVar("T")
 
+_BEYOND_FLOAT = 10**308
+
 
 def to_json(value: Any) -> Any:  # Any: a JSON value has no narrower type
     """Dataclasses become objects, tuples arrays, enum members their text."""
@@ -57,7 +59,7 @@ def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
         if value not in [member.value for member in kind]:
             raise _mismatch(where, f"one of {', '.join(m.value for m in kind)}", value)
         return kind(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < _BEYOND_FLOAT:
         return float(value)
     if kind is Any or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
         return value

@@ -24,7 +24,10 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if not self.name:
             raise ConfigError("A tensor needs a name.")
-        np.dtype(self.dtype)
+        try:
+            np.dtype(self.dtype)
+        except TypeError as error:
+            raise ConfigError(f"Tensor '{self.name}' has the unknown dtype '{self.dtype}'.") from error
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join('?' if n is None else str(n) for n in self.shape)}]"

@@ -1,0 +1,168 @@
+"""What the benchmark says of times, machines and earlier runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcos_deploy.benchmark.machine import (
+    ClockReading,
+    MachineFacts,
+    PowerMeter,
+    PowerReading,
+    machine_facts,
+    read_clock,
+)
+from fcos_deploy.benchmark.run import Benchmark, BenchmarkResult, demo_image, model_bytes
+from fcos_deploy.benchmark.stats import LatencyStats, StageMedians
+from fcos_deploy.benchmark.summary import (
+    benchmark_json,
+    compare_with_baseline,
+    read_baseline,
+    require_no_slowdown,
+    save_benchmark,
+)
+from fcos_deploy.core.errors import ConfigError, SlowdownError
+from fcos_deploy.core.image_io import read_image
+
+
+def result(backend: str = "openvino", *, times: float = 10.0) -> BenchmarkResult:
+    return BenchmarkResult(
+        model="m.onnx",
+        backend=backend,
+        precision="int8",
+        latency=LatencyStats.of(np.array([times, times + 1, times + 2])),
+        stages=StageMedians(preprocess=1.0, infer=8.0, decode=1.0),
+        throughput_fps=90.0,
+        power=PowerReading(watts=None, problem="none"),
+        joules_per_image=None,
+        cold_start=None,
+        file_bytes=7,
+        clock=ClockReading(mhz=None, throttled=None, problem="none"),
+        session={"backend": backend},
+        samples_ms=(times, times + 1, times + 2),
+    )
+
+
+def benchmark(*results: BenchmarkResult, processor: str = "P") -> Benchmark:
+    machine = MachineFacts(processor=processor, cores=2, memory_mib=1, system="s", python="3", load=None)
+    return Benchmark(machine=machine, image="x.jpg", results=results, throttled=None)
+
+
+def test_percentiles_of_known_times() -> None:
+    stats = LatencyStats.of(np.arange(1.0, 102.0))
+    assert (stats.mean, stats.p50, stats.p90, stats.p99) == (51.0, 51.0, 91.0, 100.0)
+    assert (stats.minimum, stats.maximum, stats.count) == (1.0, 101.0, 101)
+    with pytest.raises(ConfigError, match="no times"):
+        LatencyStats.of(np.zeros(0))
+
+
+def test_host_share() -> None:
+    assert StageMedians(preprocess=1.0, infer=8.0, decode=1.0).host_share == pytest.approx(0.2)
+
+
+def test_json_has_the_keys_that_others_rely_on() -> None:
+    (entry,) = json.loads(json.dumps(benchmark_json(benchmark(result())), allow_nan=False))
+    assert (entry["backend"], entry["precision"], entry["throughput_fps"]) == ("openvino", "int8", 90.0)
+    assert {"mean", "p50", "p90", "p99"} <= set(entry["latency_ms"])
+    assert {"preprocess", "infer", "decode"} <= set(entry["stages_ms"])
+    assert entry["power"] == {"watts": None, "source": "", "problem": "none"}
+
+
+def test_slower_than_the_baseline_is_exit_4(tmp_path: Path) -> None:
+    save_benchmark(tmp_path / "b.json", benchmark(result(times=10.0)))
+    earlier = read_baseline(tmp_path / "b.json")
+    same = compare_with_baseline(benchmark(result(times=10.5)), earlier)
+    require_no_slowdown(same, tolerance=0.1)
+    slower = compare_with_baseline(benchmark(result(times=15.0)), earlier)
+    with pytest.raises(SlowdownError, match=r"openvino int8: p50 11.00 -> 16.00 ms \(1.45 times\)") as caught:
+        require_no_slowdown(slower, tolerance=0.1)
+    assert caught.value.exit_code == 4
+
+
+def test_a_slower_median_with_the_same_fastest_time_is_other_load(tmp_path: Path) -> None:
+    save_benchmark(tmp_path / "b.json", benchmark(result(times=10.0)))
+    busy = replace(result(), latency=LatencyStats.of(np.array([10.0, 30.0, 40.0])))
+    require_no_slowdown(compare_with_baseline(benchmark(busy), read_baseline(tmp_path / "b.json")), tolerance=0.1)
+
+
+def test_baselines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save_benchmark(tmp_path / "b.json", benchmark(result("openvino")))
+    earlier = read_baseline(tmp_path / "b.json")
+    with pytest.raises(ConfigError, match="none of these targets"):
+        compare_with_baseline(benchmark(result("tensorrt")), earlier)
+    with pytest.raises(ConfigError, match="measured on 'P', this machine is 'Q'"):
+        compare_with_baseline(benchmark(result("openvino"), processor="Q"), earlier)
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a benchmark"):
+        read_baseline(tmp_path / "c.json")
+    with pytest.raises(ConfigError, match="Cannot read"):
+        read_baseline(tmp_path / "gone.json")
+
+
+def write(root: Path, path: str, text: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text + "\n")
+
+
+def test_machine_that_tells_everything(tmp_path: Path) -> None:
+    write(tmp_path, "proc/cpuinfo", "model name\t: Fast CPU\ncpu MHz\t\t: 1000.0")
+    write(tmp_path, "proc/meminfo", "MemTotal:       2097152 kB")
+    write(tmp_path, "proc/loadavg", "0.50 0.4 0.3 1/2 3")
+    for core, khz in ((0, "3000000"), (1, "2000000")):
+        write(tmp_path, f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", khz)
+        write(tmp_path, f"sys/devices/system/cpu/cpu{core}/thermal_throttle/core_throttle_count", "3")
+    facts, clock = machine_facts(tmp_path), read_clock(tmp_path)
+    assert (facts.processor, facts.memory_mib, facts.load) == ("Fast CPU", 2048, 0.5)
+    assert (clock.mhz, clock.throttled, clock.problem) == (2500.0, 6, "")
+
+
+def test_machine_that_tells_nothing_says_so(tmp_path: Path) -> None:
+    clock = read_clock(tmp_path)
+    assert clock.mhz is None
+    assert clock.throttled is None
+    assert "no throttle counters" in clock.problem
+    meter = PowerMeter(tmp_path)
+    meter.start()
+    reading = meter.stop()
+    assert reading.watts is None
+    assert "RAPL" in reading.problem
+
+
+def test_power_from_rapl_survives_the_counters_wrap(tmp_path: Path) -> None:
+    folder = "sys/class/powercap/intel-rapl:0"
+    write(tmp_path, f"{folder}/energy_uj", "9000000")
+    write(tmp_path, f"{folder}/max_energy_range_uj", "10000000")
+    meter = PowerMeter(tmp_path)
+    meter.start()
+    write(tmp_path, f"{folder}/energy_uj", "1000000")
+    meter._started -= 2.0
+    reading = meter.stop()
+    assert reading.source == "RAPL packages"
+    assert reading.watts == pytest.approx(1.0, rel=0.05)  # 2 J in 2 s
+
+
+def test_power_of_a_jetson(tmp_path: Path) -> None:
+    write(tmp_path, "sys/class/hwmon/hwmon1/name", "ina3221")
+    for channel, (volts, amperes) in enumerate(((5000, 1000), (19000, 500)), start=1):
+        write(tmp_path, f"sys/class/hwmon/hwmon1/in{channel}_input", str(volts))
+        write(tmp_path, f"sys/class/hwmon/hwmon1/curr{channel}_input", str(amperes))
+    meter = PowerMeter(tmp_path)
+    meter.start()
+    reading = meter.stop()
+    assert (reading.source, reading.watts) == ("INA3221", pytest.approx(14.5))
+
+
+def test_size_counts_what_belongs_together(tmp_path: Path) -> None:
+    for name, size in (("m.xml", 3), ("m.bin", 40), ("other.bin", 500)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert model_bytes(tmp_path / "m.xml") == 43
+    assert model_bytes(tmp_path) == 543
+
+
+def test_the_image_that_comes_along_can_be_read() -> None:
+    assert read_image(demo_image()).shape[2] == 3

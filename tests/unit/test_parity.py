@@ -1,0 +1,107 @@
+"""Differences between tensors, tolerances, and which level and pixel they are in."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fcos_deploy.accuracy.causes import activation_causes, explained, level_causes, pixel_causes, shifted
+from fcos_deploy.accuracy.stages import level_slices
+from fcos_deploy.accuracy.tensors import measure_difference, tolerance_for
+from fcos_deploy.core.backend import ComputeType
+from fcos_deploy.core.enums import Precision
+
+
+def test_difference_of_known_tensors() -> None:
+    difference = measure_difference(np.array([[3.0, 4.0]]), np.array([[3.0, 4.5]]), image="x")
+    assert difference.max_abs == 0.5
+    assert difference.where == (0, 1)
+    assert difference.relative == pytest.approx(0.5 / math.sqrt(12.5))
+    assert difference.sqnr_db == pytest.approx(10 * math.log10(25 / 0.25))
+    assert difference.cosine == pytest.approx((9 + 18) / (5 * math.hypot(3, 4.5)))
+
+
+def test_equal_tensors_have_no_noise() -> None:
+    difference = measure_difference(np.ones(3), np.ones(3))
+    assert difference.sqnr_db is None
+    assert difference.bits == math.inf
+    assert tolerance_for(Precision.FP32, ComputeType.F32).holds(difference)
+
+
+def test_what_is_not_finite_departs() -> None:
+    difference = measure_difference(np.array([1.0, np.inf]), np.array([np.nan, np.inf]))
+    assert difference.max_abs == math.inf
+    assert difference.where == (0,)
+    assert not tolerance_for(Precision.INT8, ComputeType.F32).holds(difference)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, ComputeType.BF16), (11, ComputeType.F16), (24, ComputeType.F32)])
+def test_rounding_shows_its_bits_and_is_tolerated_by_its_own_type_only(bits: int, kind: ComputeType) -> None:
+    exact = np.random.default_rng(0).standard_normal(10_000)
+    mantissa, exponent = np.frexp(exact)
+    rounded = np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent)
+    difference = measure_difference(exact, rounded)
+    assert difference.bits == pytest.approx(bits + 1.2, abs=0.5)
+    assert tolerance_for(Precision.FP32, kind).holds(difference)
+    assert tolerance_for(Precision.FP32, ComputeType.F32).holds(difference) == (kind is ComputeType.F32)
+
+
+def test_levels_are_named_after_their_stride() -> None:
+    levels = level_slices((256, 320), (8, 16, 32, 64, 128))
+    assert [level.name for level in levels] == ["P3", "P4", "P5", "P6", "P7"]
+    assert (levels[1].start, levels[1].stop, levels[1].rows, levels[1].columns) == (1280, 1600, 16, 20)
+    assert levels[-1].stop == 1280 + 320 + 80 + 20 + 6
+
+
+def picture() -> np.ndarray:
+    rng = np.random.default_rng(3)
+    coarse = rng.standard_normal((3, 8, 10)).astype(np.float32)
+    smooth = np.stack([shifted(np.kron(c, np.ones((8, 8), np.float32))[None], 0.5, 0.5)[0] for c in coarse])
+    for _ in range(6):
+        smooth = (shifted(smooth, 0.5, 0.5) + shifted(smooth, -0.5, -0.5)) / 2
+    return smooth
+
+
+def test_pixel_causes_are_told_apart() -> None:
+    image = picture()
+    swapped = pixel_causes(image, np.ascontiguousarray(image[::-1]))
+    assert swapped[0].name == "channel-order"
+    assert swapped[0].explained > 0.999
+    brighter = pixel_causes(image, image + np.float32(0.2))
+    assert brighter[0].name == "normalisation"
+    moved = pixel_causes(image, shifted(image, 0.5, -0.5))
+    assert moved[0].name == "shift"
+    assert "+0.50 pixels to the right and -0.50 down" in moved[0].sentence
+
+
+def test_noise_has_no_cause() -> None:
+    image = picture()
+    assert pixel_causes(image, image + np.random.default_rng(0).normal(0, 0.1, image.shape).astype(np.float32)) == []
+
+
+def test_swapped_levels_are_found() -> None:
+    levels = level_slices((64, 64), (8, 16, 32))
+    rng = np.random.default_rng(0)
+    mine = {"cls_logits": rng.standard_normal((1, levels[-1].stop, 2))}
+    order = np.concatenate([np.arange(levels[i].start, levels[i].stop) for i in (0, 2, 1)])
+    (cause,) = level_causes(mine, {"cls_logits": mine["cls_logits"][:, order]}, levels)
+    assert cause.sentence == "the levels P5 and P4 are swapped"
+    assert level_causes(mine, {"cls_logits": rng.standard_normal((1, levels[-1].stop, 2))}, levels) == []
+
+
+def test_activation_is_found_from_distances_alone() -> None:
+    raw = np.random.default_rng(0).normal(0.5, 1, (1, 50, 4))
+    strides = np.full(50, 8, np.float32)
+    relu, exp = np.maximum(raw, 0) * 8, np.exp(raw)
+    assert activation_causes(relu, exp, strides)[0].sentence == "the box activation is exp in place of relu"
+    assert activation_causes(exp, relu, strides)[0].sentence == "the box activation is relu in place of exp"
+    assert activation_causes(relu, relu * 1.1, strides) == []
+
+
+def test_explained_share() -> None:
+    zero, two = np.zeros(4), np.full(4, 2.0)
+    assert explained(zero, two, two) == 1.0
+    assert explained(zero, two, np.ones(4)) == 0.75
+    assert explained(zero, two, -two) == -3.0

@@ -32,7 +32,7 @@ class Candidates(NamedTuple):
 
 
 _FORMS: dict[ScoreForm, Callable[[Tensor, Tensor], Tensor]] = {
-    ScoreForm.P: lambda p, q: p.expand(torch.broadcast_shapes(p.shape, q.shape)),
+    ScoreForm.P: lambda p, _q: p,
     ScoreForm.PQ: lambda p, q: p * q,
     ScoreForm.SQRT_PQ: lambda p, q: torch.sqrt(p * q),
 }
@@ -93,7 +93,7 @@ def _divide(index: Tensor, divisor: int) -> Tensor:
 
 
 @_divide.register_fake
-def _(index: Tensor, divisor: int) -> Tensor:  # noqa: ARG001  (the signature of the operator)
+def _(index: Tensor, _divisor: int) -> Tensor:
     return torch.empty_like(index)
 
 

@@ -119,7 +119,7 @@ def describe_weights(
         centerness_on_reg=rules.centerness_on_reg,
         norm_eps=rules.norm_eps,
     )
-    decisions = (*_origin(chosen, options, weights), *rules.decisions(default_source=f"rule of {chosen.name}"))
+    decisions = (*_origin(chosen, options, stated, weights), *rules.decisions(default_source=f"rule of {chosen.name}"))
     contract = ModelContract(
         class_names=rules.class_names,
         preprocess=preprocess_spec(rules),
@@ -166,7 +166,7 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
     if _METADATA_KEY not in metadata:
         return {}
     try:
-        stated = json.loads(metadata[_METADATA_KEY])
+        stated = dict(json.loads(metadata[_METADATA_KEY]))
         fields: dict[str, Any] = {"ecosystem": str(stated["ecosystem"])} if "ecosystem" in stated else {}
         if "classes" in stated:
             fields["class_names"] = tuple(str(name) for name in json.loads(stated["classes"]))
@@ -195,9 +195,11 @@ def _variant(options: CheckpointOptions, chosen: Ecosystem) -> str:
     return options.variant
 
 
-def _origin(chosen: Ecosystem, options: CheckpointOptions, weights: StoredWeights) -> tuple[Decision, ...]:
-    source = "the tensors' names" if options.ecosystem == AUTO else "option"
-    decisions = [Decision("ecosystem", chosen.name, source)]
+def _origin(
+    chosen: Ecosystem, options: CheckpointOptions, stated: Mapping[str, Any], weights: StoredWeights
+) -> tuple[Decision, ...]:
+    source = "the file's metadata" if "ecosystem" in stated else "the tensors' names"
+    decisions = [Decision("ecosystem", chosen.name, source if options.ecosystem == AUTO else "option")]
     if weights.container:
         rule = "rule: averaged weights are what is evaluated" if weights.has_both else "the only weights in the file"
         decisions.append(Decision("weights", weights.container, "option" if options.weights else rule))

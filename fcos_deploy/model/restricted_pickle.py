@@ -235,6 +235,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         for table in (self._hooks.globals, _DATA_GLOBALS):
             if (module, name) in table:
                 return table[module, name]
+        module = module.replace("__builtin__", "builtins")  # Python 2's name, which old protocols write
         raise UnsafeGlobalError(
             f"The file refers to '{module}.{name}', which is not data; it was not imported and nothing was run.",
             hint="save only the weights: torch.save(model.state_dict(), path)",

@@ -62,7 +62,7 @@ def open_checkpoint(path: Path) -> CheckpointFile:
         return _reader_for(path, head)(path)
     except CheckpointError as error:
         message = error.message if str(path) in error.message else f"'{path}': {error.message}"
-        raise CheckpointError(message, hint=error.hint) from error
+        raise type(error)(message, hint=error.hint) from error
     except OSError as error:
         raise CheckpointError(f"Cannot read '{path}': {error.strerror or error}.") from error
 

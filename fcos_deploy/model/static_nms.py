@@ -43,7 +43,7 @@ class StaticNms:
                 f"Static NMS takes 1 to {MAX_TOP_K} boxes and at least 1 round, got {self.boxes} and {self.rounds}."
             )
 
-    def __call__(self, candidates: Candidates, *, iou_threshold: float, limit: int) -> Tensor:
+    def __call__(self, candidates: Candidates, *, iou_threshold: float, limit: int) -> Tensor:  # noqa: ARG002
         """(n, K) bool."""
         return self.run(candidates, iou_threshold=iou_threshold).keep
 

@@ -125,13 +125,20 @@ def _iou(box: Tensor, others: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fcos_deploy::nms_keep", mutates_args=())
-def _nms_keep(boxes: Tensor, scores: Tensor, labels: Tensor, classes: int, iou_threshold: float, limit: int) -> Tensor:
+def _nms_keep(  # noqa: PLR0917  (operators of torch take their arguments by position)
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    classes: int,  # noqa: ARG001  (needed where it becomes ONNX NonMaxSuppression)
+    iou_threshold: float,
+    limit: int,  # noqa: ARG001  (likewise)
+) -> Tensor:
     """``greedy_keep`` as one opaque operator, which the exporter writes as ONNX NonMaxSuppression."""
     return greedy_keep(boxes, scores, labels, iou_threshold)
 
 
 @_nms_keep.register_fake
-def _(boxes: Tensor, scores: Tensor, labels: Tensor, classes: int, iou_threshold: float, limit: int) -> Tensor:
+def _(_boxes: Tensor, scores: Tensor, *_: object) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
 
 

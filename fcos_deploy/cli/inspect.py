@@ -1,0 +1,36 @@
+"""``fcos-deploy inspect``: what a checkpoint, ONNX file, engine or bundle is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcos_deploy.cli.options import with_checkpoint_options
+from fcos_deploy.model.checkpoint_options import CheckpointOptions
+
+__all__ = ["command"]
+
+
+@with_checkpoint_options
+def command(
+    file: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file, IR, engine or bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    *,
+    options: CheckpointOptions,
+) -> None:
+    """Say what a file is, and who decided what its tensors do not tell."""
+    from fcos_deploy.bundle.inspection import inspect_bundle
+    from fcos_deploy.bundle.store import is_bundle
+    from fcos_deploy.cli.output import print_json, table
+    from fcos_deploy.model.inspect import inspect_file
+
+    found = inspect_bundle(file) if is_bundle(file) else inspect_file(file, options=options)
+    if as_json:
+        print_json(found.to_json())
+        return
+    table(f"{found.path.name}: {found.kind}", ("what", "value"), found.facts)
+    if found.decisions:
+        rows = [(decision.name, decision.value, decision.source) for decision in found.decisions]
+        table("Decisions", ("what", "value", "who says so"), rows)

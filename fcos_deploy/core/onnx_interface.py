@@ -1,0 +1,116 @@
+"""Inputs, outputs and opset of an ONNX file, read from the wire format without the onnx package."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcos_deploy.core.errors import BackendLoadError
+from fcos_deploy.core.protobuf_wire import ByteSource, length_delimited_fields
+from fcos_deploy.core.tensor_spec import TensorSpec
+
+__all__ = ["OnnxInterface", "onnx_interface"]
+
+# Field numbers of onnx.proto.
+_MODEL_GRAPH, _MODEL_PRODUCER, _MODEL_OPSET = 7, 2, 8
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
+_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxInterface:
+    """What a graph takes and gives; ``opset`` is that of the standard operators, 0 when the file does not say."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    opset: int
+    producer: str
+    nodes: int
+
+
+def onnx_interface(path: Path) -> OnnxInterface:
+    """Look into an ONNX file; weights are skipped.
+
+    Raises:
+        BackendLoadError: when the file is missing, damaged or no ONNX model.
+    """
+    try:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _model(data, len(data))
+    except OSError as error:
+        raise BackendLoadError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except (IndexError, KeyError, ValueError) as error:
+        raise BackendLoadError(f"'{path}' is not a complete ONNX file.", hint="export it again") from error
+
+
+def _model(data: mmap.mmap, size: int) -> OnnxInterface:
+    parts = list(length_delimited_fields(data, start=0, end=size))
+    graph = next(((a, b) for n, a, b in parts if n == _MODEL_GRAPH), None)
+    if graph is None:
+        raise ValueError("no graph")
+    entries: dict[int, list[bytes]] = {_GRAPH_INPUT: [], _GRAPH_OUTPUT: [], _GRAPH_INITIALIZER: []}
+    nodes = 0
+    for number, start, end in length_delimited_fields(data, start=graph[0], end=graph[1]):
+        nodes += number == _GRAPH_NODE
+        if number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
+            entries[number].append(data[start:end])
+    opsets = [_opset(data[a:b]) for n, a, b in parts if n == _MODEL_OPSET]
+    return OnnxInterface(
+        inputs=tuple(map(_tensor, entries[_GRAPH_INPUT])),
+        outputs=tuple(map(_tensor, entries[_GRAPH_OUTPUT])),
+        opset=max(opsets, default=0),
+        producer=next((data[a:b].decode() for n, a, b in parts if n == _MODEL_PRODUCER), ""),
+        nodes=nodes,
+    )
+
+
+def _opset(message: bytes) -> int:
+    fields = dict(_fields(message))
+    return 0 if fields.get(1, b"") not in (b"", b"ai.onnx") else int(fields.get(2, 0))
+
+
+def _tensor(message: bytes) -> TensorSpec:
+    """onnx.ValueInfoProto: 1 name, 2 type; TypeProto: 1 tensor; Tensor: 1 element type, 2 shape."""
+    value = dict(_fields(message))
+    tensor = dict(_fields(_bytes(dict(_fields(_bytes(value[2])))[1])))
+    shape = _bytes(tensor[2]) if 2 in tensor else b""
+    dims = [dict(_fields(_bytes(dim))).get(1) for number, dim in _fields(shape) if number == 1]
+    sizes = tuple(None if dim is None else int(dim) for dim in dims)
+    return TensorSpec(_bytes(value[1]).decode(), _DTYPES[int(tensor[1])], sizes)
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("a number where a message should be")
+    return value
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of all fields that are numbers or length-delimited."""
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        if tag & 7 == 0:
+            value, position = _varint(message, position)
+            yield tag >> 3, value
+        elif tag & 7 == 2:
+            length, position = _varint(message, position)
+            if position + length > len(message):
+                raise ValueError("truncated field")
+            yield tag >> 3, message[position : position + length]
+            position += length
+        else:
+            raise ValueError(f"wire type {tag & 7}")
+
+
+def _varint(data: ByteSource, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError("varint too long")

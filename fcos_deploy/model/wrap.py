@@ -1,0 +1,163 @@
+"""An FCOS of one's own, an ``nn.Module`` of none of the ecosystems, as something to export (docs/your-own-fcos.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcos_deploy.core.contract import Decision, ModelContract
+from fcos_deploy.core.decode_spec import DecodeSpec
+from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.locations import level_sizes
+from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.model.head import LevelOutput
+
+__all__ = ["BoxOutput", "Grouping", "OutputConvention", "WrappedModule", "wrap_module"]
+
+
+class BoxOutput(StrEnum):
+    """What the box maps hold: left, top, right, bottom, and how they become network-input pixels.
+
+    ``pixels``: they are. ``strides``: times the level's stride. ``relu-strides``: ReLU, then times the stride.
+    ``exp-pixels``: their exponential is.
+    """
+
+    PIXELS = "pixels"
+    STRIDES = "strides"
+    RELU_STRIDES = "relu-strides"
+    EXP_PIXELS = "exp-pixels"
+
+
+class Grouping(StrEnum):
+    """``by-level``: one triple of maps a level. ``by-kind``: three lists of maps, one map a level each."""
+
+    BY_LEVEL = "by-level"
+    BY_KIND = "by-kind"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConvention:
+    """What ``module(images)`` returns, finest level first.
+
+    ``order`` names the three kinds in their order: class logits (n, classes, h, w), boxes (n, 4, h, w), centerness
+    logits (n, 1, h, w), before the sigmoid.
+    """
+
+    grouping: Grouping = Grouping.BY_LEVEL
+    order: tuple[str, str, str] = ("classes", "boxes", "centerness")
+    boxes: BoxOutput = BoxOutput.PIXELS
+
+    def __post_init__(self) -> None:
+        if sorted(self.order) != ["boxes", "centerness", "classes"]:
+            raise ConfigError(f"order must name 'classes', 'boxes' and 'centerness' once each, got {self.order}.")
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedModule:
+    """What ``export_onnx`` takes: a network that gives ``LevelOutput``s, and its contract."""
+
+    model: nn.Module
+    contract: ModelContract
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What was told to ``wrap_module``."""
+        return self.contract.decisions
+
+
+def wrap_module(
+    module: nn.Module,
+    *,
+    preprocess: PreprocessSpec,
+    decode: DecodeSpec,
+    class_names: Sequence[str],
+    convention: OutputConvention | None = None,
+) -> WrappedModule:
+    """Put ``module`` under the contract that every later step relies on, after trying that it keeps to it.
+
+    ``module`` takes normalised images (n, 3, H, W) float32, H and W multiples of ``preprocess.size_divisor``, and is
+    set to evaluation mode.
+
+    Raises:
+        ConfigError: its outputs are not what ``convention``, ``decode.strides`` or ``class_names`` say.
+    """
+    convention = convention or OutputConvention()
+    adapter = _Adapter(module, convention, decode.strides).eval()
+    contract = ModelContract(
+        class_names=tuple(class_names),
+        preprocess=preprocess,
+        decode=decode,
+        ecosystem="custom",
+        decisions=tuple(
+            Decision(item.name, str(getattr(convention, item.name)), "wrap_module")
+            for item in dataclasses.fields(convention)
+        ),
+    )
+    _try(adapter, contract)
+    return WrappedModule(adapter, contract)
+
+
+class _Adapter(nn.Module):
+    """``module`` with its outputs put in order."""
+
+    def __init__(self, module: nn.Module, convention: OutputConvention, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.module = module
+        self._convention = convention
+        self._strides = strides
+
+    def forward(self, images: Tensor) -> list[LevelOutput]:
+        """Normalised images (n, 3, H, W) -> one ``LevelOutput`` a level, distances in pixels."""
+        outputs: Any = self.module(images)  # Any: checked by ``_try``, which ran once before
+        if self._convention.grouping is Grouping.BY_KIND:
+            outputs = list(zip(*outputs, strict=True))
+        levels = []
+        for maps, stride in zip(outputs, self._strides, strict=True):
+            named = dict(zip(self._convention.order, maps, strict=True))
+            boxes = _to_pixels(named["boxes"], self._convention.boxes, stride)
+            levels.append(LevelOutput(named["classes"], boxes, named["centerness"]))
+        return levels
+
+
+def _to_pixels(boxes: Tensor, form: BoxOutput, stride: int) -> Tensor:
+    if form is BoxOutput.EXP_PIXELS:
+        return boxes.exp()
+    if form is BoxOutput.RELU_STRIDES:
+        boxes = boxes.relu()
+    return boxes if form is BoxOutput.PIXELS else boxes * stride
+
+
+def _try(adapter: _Adapter, contract: ModelContract) -> None:
+    """Run once on an empty image, and compare shapes with what the contract says."""
+    height, width = contract.preprocess.canvas or (4 * contract.preprocess.size_divisor,) * 2
+    try:
+        with torch.inference_mode():
+            levels = adapter(torch.zeros(1, 3, height, width))
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"The module's output is not what the convention says: {error}.",
+            hint="compare OutputConvention and decode.strides with what module(images) returns",
+        ) from error
+    channels = _class_channels(contract)
+    sizes = level_sizes(height, width, strides=contract.decode.strides)
+    for number, (level, size) in enumerate(zip(levels, sizes, strict=True)):
+        for name, tensor, depth in zip(LevelOutput._fields, level, (channels, 4, 1), strict=True):
+            wanted = (1, depth, *size)
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != wanted:
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ConfigError(
+                    f"Level {number}: {name} must have shape {wanted} for a {height}x{width} input, got {got}."
+                )
+            if not torch.isfinite(tensor).all():
+                raise ConfigError(f"Level {number}: {name} holds NaN or infinite values for an empty image.")
+
+
+def _class_channels(contract: ModelContract) -> int:
+    """One channel a name, except for names (such as a background's) that no channel maps to."""
+    return len(contract.decode.label_map) or len(contract.class_names)

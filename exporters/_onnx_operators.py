@@ -20,20 +20,20 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _divide(index: Any, divisor: int) -> Any:
-    from onnxscript import opset18 as op
-
+    op = require("onnxscript", extra="export").opset18
     return op.Div(index, op.Constant(value_int=divisor))
 
 
-def _nms_keep(boxes: Any, scores: Any, labels: Any, classes: int, iou_threshold: float, limit: int) -> Any:
+def _nms_keep(  # noqa: PLR0917  (the operator's own signature)
+    boxes: Any, scores: Any, labels: Any, classes: int, iou_threshold: float, limit: int
+) -> Any:
     """NonMaxSuppression once over (n, classes, K) scores, and its list of survivors as a mask of fixed shape.
 
     A score plane of its own for each class keeps suppression exact: the usual trick of moving classes apart by adding
     to coordinates costs their last bits.
     """
-    from onnxscript import opset18 as op
-
     onnx = require("onnx", extra="export")
+    op = require("onnxscript", extra="export").opset18
     channel = onnx.helper.make_tensor("channels", onnx.TensorProto.INT64, [1, classes, 1], list(range(classes)))
     axis = op.Constant(value_ints=[1])
     of_class = op.Equal(op.Unsqueeze(labels, axis), op.Constant(value=channel))

@@ -127,7 +127,7 @@ def _name_after_modules(model: Any) -> None:
 def _scope(recorded: str) -> str:
     """``"['', 'model', 'model.head.conv', 'conv2d_3']"`` -> ``head.conv``."""
     names = re.findall(r"'([^']*)'", recorded)
-    modules = [name for name in names[:-1] if name]
+    modules = [name for name in names[:-1] if name and not name.startswith("_empty_nn_module_stack")]
     return modules[-1].removeprefix("model").removeprefix(".") if modules else ""
 
 

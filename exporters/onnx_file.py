@@ -10,10 +10,11 @@ from typing import Any
 from fcos_deploy.core.atomic import atomic_file
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text
-from fcos_deploy.core.errors import ExportError
+from fcos_deploy.core.errors import BackendLoadError, ExportError
 from fcos_deploy.core.require import require
+from fcos_deploy.core.serialize import from_json
 
-__all__ = ["load_onnx", "opset_of", "save_onnx", "with_contract"]
+__all__ = ["contract_of", "load_onnx", "opset_of", "save_onnx", "with_contract"]
 
 NAMES_KEY = "fcos_deploy.class_names"  # JSON list, for people and for tools that don't know the contract
 
@@ -30,7 +31,7 @@ def load_onnx(path: Path) -> Any:  # Any: onnx.ModelProto, whose package ships n
     try:
         model = onnx.load(str(path))
         onnx.checker.check_model(model)
-    except Exception as error:  # noqa: BLE001  (protobuf, checker and external-data errors share no base class)
+    except Exception as error:  # (protobuf, checker and external-data errors share no base class)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"'{path}' is not a complete ONNX model: {first}", hint="export it again") from error
     return model
@@ -66,3 +67,15 @@ def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, s
 def opset_of(model: Any) -> int:
     """Version of the standard operator set."""
     return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
+
+
+def contract_of(model: Any, path: Path) -> ModelContract:
+    """The contract that a loaded model carries; ``path`` is for the message.
+
+    Raises:
+        BackendLoadError: it carries none.
+    """
+    text = next((p.value for p in model.metadata_props if p.key == METADATA_KEY), None)
+    if text is None:
+        raise BackendLoadError(f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'")
+    return from_json(ModelContract, json.loads(text), where="contract")

@@ -6,10 +6,11 @@ import copy
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from exporters._trace import OPSETS, Axes, trace
 from exporters.onnx_file import opset_of, save_onnx, with_contract
+from exporters.onnx_fp16 import half_precision
 from exporters.simplify import simplified
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner, provoking_feeds
 from fcos_deploy.core.contract import ModelContract
@@ -18,11 +19,12 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.require import require
 
-__all__ = ["DEFAULT_OPSET", "ExportOptions", "NmsForm", "OnnxExport", "export_onnx"]
+__all__ = ["DEFAULT_OPSET", "ExportOptions", "NmsForm", "OnnxExport", "export_onnx", "parse_options"]
 
 DEFAULT_OPSET = 17  # docs/export.md has the measurements
 _TOLERANCE = 1e-3  # relative; torch and ONNX Runtime sum convolutions in different orders
 _DYNAMIC_EXAMPLE = (256, 320)
+_Word = TypeVar("_Word", bound=StrEnum)
 
 
 class NmsForm(StrEnum):
@@ -66,6 +68,32 @@ class ExportOptions:
             raise ConfigError("An export is fp32 or fp16.", hint="INT8 is made by 'fcos-deploy quantize'")
 
 
+def parse_options(
+    *, opset: int | None, tail: Tail, batch: str, simplify: bool, precision: str, nms_form: str
+) -> ExportOptions:
+    """``ExportOptions`` from the command line's words; ``batch`` is a number or "dynamic".
+
+    Raises:
+        ConfigError: a word that is none of those possible.
+    """
+    if batch != "dynamic" and not batch.isdigit():
+        raise ConfigError(f"--batch must be a number or 'dynamic', got '{batch}'.")
+    return ExportOptions(
+        opset=DEFAULT_OPSET if opset is None else opset,
+        tail=tail,
+        batch=None if batch == "dynamic" else int(batch),
+        simplify=simplify,
+        precision=_word(Precision, precision, "--precision"),
+        nms_form=_word(NmsForm, nms_form, "--nms-form"),
+    )
+
+
+def _word(kind: type[_Word], text: str, option: str) -> _Word:
+    if text not in [member.value for member in kind]:
+        raise ConfigError(f"{option} must be one of {', '.join(m.value for m in kind)}, got '{text}'.")
+    return kind(text)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxExport:
     """What was written, and what was measured on the way. ``parameter_bytes``: the weights' own size, each once."""
@@ -78,6 +106,25 @@ class OnnxExport:
     parameter_bytes: int
     seconds: float
     checks: tuple[StepCheck, ...] = field(default=())
+
+    def summary(self) -> str:
+        """One line a check for people."""
+        head = f"{self.path}: opset {self.opset}, {self.nodes} nodes, {self.file_bytes / 1e6:.2f} MB"
+        return "\n".join([head, *(f"  {check}" for check in self.checks)])
+
+    def to_json(self) -> dict[str, object]:
+        """For machines."""
+        return {
+            "path": str(self.path),
+            "tail": str(self.contract.tail),
+            "precision": str(self.contract.precision),
+            "opset": self.opset,
+            "nodes": self.nodes,
+            "bytes": self.file_bytes,
+            "parameter_bytes": self.parameter_bytes,
+            "seconds": round(self.seconds, 3),
+            "checks": [str(check) for check in self.checks],
+        }
 
 
 def export_onnx(
@@ -110,12 +157,12 @@ def export_onnx(
     if options.simplify:
         model, check = simplified(model, feeds)
         checks.append(check)
-    model = _without_extra_outputs(model, contract)
     progress(label, 3, steps)
     if options.precision is Precision.FP16:
-        model, check = _half(model, feeds)
+        model, check = half_precision(model, feeds, contract=contract)
         checks.append(check)
         contract = replace(contract, precision=Precision.FP16)
+    model = _without_extra_outputs(model, contract)
     model = with_contract(model, contract, record=_record(checks))
     save_onnx(model, output)
     progress(label, steps, steps)
@@ -196,12 +243,6 @@ def _without_extra_outputs(model: Any, contract: ModelContract) -> Any:
     passes = require("onnx_ir.passes.common", extra="export")
     ir = require("onnx_ir", extra="export")
     return ir.to_proto(passes.RemoveUnusedNodesPass()(ir.from_proto(trimmed)).model)
-
-
-def _half(model: Any, feeds: list[Feeds]) -> tuple[Any, StepCheck]:
-    from exporters.onnx_fp16 import half_precision
-
-    return half_precision(model, feeds)
 
 
 def _record(checks: list[StepCheck]) -> dict[str, str]:

@@ -256,7 +256,13 @@ def _shared(array: NDArray[Any]) -> tuple[Any, NDArray[Any]]:
 
 def _spec(port: Any) -> TensorSpec:
     shape = tuple(d.get_length() if d.is_static else None for d in port.partial_shape)
-    return TensorSpec(port.any_name, port.element_type.to_dtype().name, shape)
+    return TensorSpec(_name(port), port.element_type.to_dtype().name, shape)
+
+
+def _name(port: Any) -> str:
+    """The tensor's name in the model: compiling may add those of operators that were folded into it."""
+    own = (name for name in port.names if port.node.friendly_name.startswith(f"{name}/sink_port"))
+    return str(next(own, port.any_name))
 
 
 def _reason(error: RuntimeError) -> str:

@@ -30,6 +30,7 @@ class AsyncGate:
         self._executor = ThreadPoolExecutor(workers, "fcos-deploy")
         self._semaphores: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._lock = threading.Lock()
+        self._taken = 0
 
     async def call(self, function: Callable[[], T]) -> T:
         """``function()`` in a thread.
@@ -41,21 +42,34 @@ class AsyncGate:
         semaphore = self._semaphore(loop)
         await semaphore.acquire()
 
+        self._count(1)
+
         def free(_: object) -> None:
+            self._count(-1)
             with contextlib.suppress(RuntimeError):  # The loop may have been closed meanwhile.
                 loop.call_soon_threadsafe(semaphore.release)
 
         try:
             future = self._executor.submit(function)
         except RuntimeError as error:
+            self._count(-1)
             semaphore.release()
             raise BackendError("The detector is closed.") from error
         future.add_done_callback(free)
         return await asyncio.wrap_future(future)
 
+    @property
+    def taken(self) -> int:
+        """Calls that run or wait for a thread."""
+        return self._taken
+
     def close(self) -> None:
         """Wait for the calls that run, drop those that wait; may be called twice."""
         self._executor.shutdown(cancel_futures=True)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._taken += change
 
     def _semaphore(self, loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
         with self._lock:

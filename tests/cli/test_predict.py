@@ -1,0 +1,197 @@
+"""``fcos-deploy predict``, ``build`` and ``soak``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from click.testing import Result
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from fcos_deploy import Detector
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.enums import Precision
+
+pytest.importorskip("onnxruntime")
+
+Images = list[NDArray[np.uint8]]
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, blobs: Images) -> Path:
+    """Four pictures, one of them in a subfolder."""
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "more").mkdir()
+    for name, image in zip(("a.png", "b.png", "c.png", "more/a.png"), blobs, strict=True):
+        assert cv2.imwrite(str(root / name), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return root
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven frames of 160x128 at 10 a second."""
+    path = tmp_path_factory.mktemp("videos") / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10.0, (160, 128))
+    generator = np.random.default_rng(3)
+    for _ in range(7):
+        coarse = generator.integers(0, 256, (16, 20, 3), np.uint8)
+        writer.write(np.repeat(np.repeat(coarse, 8, axis=0), 8, axis=1))
+    writer.release()
+    return path
+
+
+def test_json_is_what_the_detector_says(tiny_onnx: Path, folder: Path, blobs: Images) -> None:
+    done = _run("predict", tiny_onnx, folder / "b.png", folder / "a.png", "--json", "--threads", "1")
+    assert done.exit_code == 0, done.stderr
+    documents = json.loads(done.stdout)
+    assert [document["image"] for document in documents] == [str(folder / "b.png"), str(folder / "a.png")]
+    with Detector.open(tiny_onnx) as detector:
+        found = detector.detect(blobs[1])
+    document = documents[0]
+    assert document.keys() == {"image", "width", "height", "detections"}
+    assert (document["width"], document["height"]) == (160, 128)
+    assert [one["score"] for one in document["detections"]] == pytest.approx(found.scores.tolist(), abs=1e-6)
+    assert [one["label"] for one in document["detections"]] == found.labels.tolist()
+    assert [one["name"] for one in document["detections"]] == [detector.names[label] for label in found.labels]
+    np.testing.assert_allclose([one["box"] for one in document["detections"]], found.boxes, atol=1e-3)
+
+
+def test_backends_agree(tiny_checkpoint: Path, tiny_onnx: Path, folder: Path) -> None:
+    pytest.importorskip("openvino")
+    runs = [(tiny_checkpoint, "pytorch"), (tiny_onnx, "onnxruntime"), (tiny_onnx, "openvino")]
+    printed = [_run("predict", model, folder / "b.png", "--json", "--backend", backend) for model, backend in runs]
+    reference, *others = [json.loads(one.stdout)[0]["detections"] for one in printed]
+    for other in others:
+        assert [one["label"] for one in other] == [one["label"] for one in reference]
+        np.testing.assert_allclose([one["box"] for one in other], [one["box"] for one in reference], atol=1e-2)
+
+
+def test_folders_are_searched_and_drawn_with_their_structure(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn"
+    done = _run("predict", tiny_onnx, folder, "--draw", drawn)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == ""
+    assert "platelet" in done.stderr
+    assert sorted(str(p.relative_to(drawn)) for p in drawn.rglob("*.*")) == ["a.jpg", "b.jpg", "c.jpg", "more/a.jpg"]
+    image, copy = cv2.imread(str(folder / "b.png")), cv2.imread(str(drawn / "b.jpg"))
+    assert copy.shape == image.shape
+    assert np.abs(copy.astype(int) - image).max() > 60
+
+
+def test_a_video_becomes_an_annotated_one(tiny_onnx: Path, video: Path, tmp_path: Path) -> None:
+    done = _run("predict", tiny_onnx, video, "--draw", tmp_path, "--json")
+    assert done.exit_code == 0, done.stderr
+    documents = json.loads(done.stdout)
+    assert [document["frame"] for document in documents] == list(range(7))
+    assert any(document["detections"] for document in documents)
+    capture = cv2.VideoCapture(str(tmp_path / "clip.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10.0)
+    frames = 0
+    while capture.read()[0]:
+        frames += 1
+    assert frames == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_the_score_threshold_is_the_least_score(tiny_onnx: Path, folder: Path) -> None:
+    done = _run("predict", tiny_onnx, folder / "b.png", "--json", "--score-threshold", "0.45")
+    scores = [one["score"] for one in json.loads(done.stdout)[0]["detections"]]
+    assert scores
+    assert min(scores) >= 0.45
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("missing.onnx", "a.png"), 1, "'missing.onnx' is not there"),
+        (("MODEL", "missing.png"), 1, "missing.png"),
+        (("MODEL", "EMPTY"), 1, "holds no images"),
+        (("MODEL", "TEXT"), 1, "is not an image"),
+        (("MODEL", "CLIP"), 1, "Cannot read video"),
+        (("MODEL", "a.png", "--backend", "tensorflow"), 2, "There is no backend 'tensorflow'"),
+        (("MODEL", "a.png", "--device", "cuda:9"), 1, "no device 'cuda:9'"),
+        (("MODEL", "a.png", "--precision", "int8"), 2, "is fp32, int8 was asked for"),
+        (("MODEL", "a.png", "--compute", "bf16"), 2, "not in bf16"),
+        (("MODEL", "a.png", "--draw", "/proc/nowhere"), 2, "Cannot write"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    tiny_onnx: Path, folder: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "clip.mp4").write_text("not a video")
+    meant = {
+        "MODEL": tiny_onnx,
+        "a.png": folder / "a.png",
+        "EMPTY": tmp_path / "empty",
+        "TEXT": tmp_path / "text.jpg",
+        "CLIP": tmp_path / "clip.mp4",
+    }
+    done = _run("predict", *(meant.get(argument, argument) for argument in arguments))
+    assert done.exit_code == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_drawing_never_overwrites_its_source(tiny_onnx: Path, tmp_path: Path, blobs: Images) -> None:
+    path = tmp_path / "a.jpg"
+    cv2.imwrite(str(path), blobs[0])
+    before = path.read_bytes()
+    done = _run("predict", tiny_onnx, path, "--draw", tmp_path)
+    assert done.exit_code == 2
+    assert "would overwrite" in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_build_writes_an_ir_that_predicts(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    output = tmp_path / "half.xml"
+    done = _run("build", tiny_onnx, "--backend", "openvino", "-o", output, "--precision", "fp16", "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [Path(file).name for file in document["files"]] == ["half.xml", "half.bin", "half.json"]
+    assert document["record"]["weights"] == "fp16"
+    assert read_contract(output).precision is Precision.FP16
+    assert _run("predict", output, folder / "b.png", "--json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--backend", "coreml", "-o", "m.mlmodel"), 2, "There is no exporter 'coreml'"),
+        (("--backend", "openvino", "-o", "m.bin"), 2, "is named '*.xml'"),
+        (("--backend", "openvino", "-o", "m.xml", "--dla-core", "0"), 2, "no option 'dla_core'"),
+        (("--backend", "onnxruntime", "-o", "m.onnx", "--batch", "4,2,1"), 2, "in order"),
+        (("--backend", "onnxruntime", "-o", "m.onnx", "--batch", "many"), 2, "got 'many'"),
+        (("--backend", "openvino", "-o", "m.xml", "--precision", "int8"), 2, "does not make it INT8"),
+        (("--backend", "openvino", "-o", "m.xml", "--target", "abacus"), 2, "no device profile 'abacus'"),
+    ],
+)
+def test_build_mistakes_are_one_sentence(
+    tiny_onnx: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    placed = [str(tmp_path / one) if one.startswith("m.") else one for one in arguments]
+    done = _run("build", tiny_onnx, *placed)
+    assert done.exit_code == code, done.stderr
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_soak_succeeds_and_fails_with_an_exit_code(tiny_onnx: Path, folder: Path) -> None:
+    usual = ("soak", tiny_onnx, "--inferences", "60", "--threads", "3", "--images", folder, "--json")
+    done = _run(*usual, "--max-memory-growth", "0.5")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["inferences"], document["threads"], document["different"]) == (60, 3, 0)
+    assert document["backend"] == "onnxruntime"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,7 +51,8 @@ def _name_fault(image: NDArray[np.uint8], golden: GoldenImage, *, spec: Preproce
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         return f"the tensor must be {wanted.dtype}{list(wanted.shape)}, it is {found.dtype}{list(found.shape)}"
     other = ChannelOrder.BGR if spec.channel_order is ChannelOrder.RGB else ChannelOrder.RGB
-    if fingerprint_difference(fingerprint(tensor[::-1]), wanted, spec=spec) <= _MAX_CELL_DIFFERENCE:
-        return f"the colour channels are swapped ({other} in place of {spec.channel_order}, or the reverse)"
+    swapped, _ = preprocess(image, replace(spec, channel_order=other))
+    if fingerprint_difference(fingerprint(swapped), wanted, spec=spec) <= _MAX_CELL_DIFFERENCE:
+        return f"the colour channels are swapped: they are {spec.channel_order}, they must be {other}"
     difference = fingerprint_difference(found, wanted, spec=spec)
     return f"a region differs by {difference:.2f} of 255 levels (allowed: {_MAX_CELL_DIFFERENCE})"

@@ -1,0 +1,176 @@
+"""``verify``, ``sign``, ``verify-signature`` and ``package`` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fcos_deploy.bundle.log import read_log
+from fcos_deploy.cli.app import build_app
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy at another place: bundles can be moved."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "moved" / "cells"))
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+def _remake(bundle: Path, change: object) -> None:
+    """Change the manifest and make its digest fit, as one who is allowed to would."""
+    import hashlib
+
+    value = json.loads((bundle / "manifest.json").read_text())
+    change(value)  # type: ignore[operator]
+    text = json.dumps(value)
+    (bundle / "manifest.json").write_text(text)
+    (bundle / "manifest.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
+
+
+def test_a_moved_bundle_is_verified_and_the_record_is_kept(bundle: Path) -> None:
+    done = _run("verify", bundle, "--json")
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert (record["passed"], record["matched"], record["backend"]) == (True, 1.0, "onnxruntime")
+    assert record["preprocessing"]["exact"] == record["preprocessing"]["images"] == 4
+    assert sum(image["expected"] for image in record["images"]) > 10
+    assert record["machine"]["processor"]
+    (kept,) = read_log(bundle / "verification.jsonl")
+    assert {key: kept[key] for key in record} == record
+    assert _run("verify", bundle).exit_code == 0
+    assert len(read_log(bundle / "verification.jsonl")) == 2
+
+
+def test_another_backend_is_verified_by_name(bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    done = _run("verify", bundle, "--backend", "openvino", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["session"]["backend"] == "openvino"
+
+
+def test_detections_that_are_not_the_certified_ones_give_exit_code_4(bundle: Path) -> None:
+    def shift(manifest: dict) -> None:
+        for golden in manifest["golden"]:
+            for box in golden["detections"]["boxes"]:
+                box[0] += 20
+                box[2] += 20
+
+    _remake(bundle, shift)
+    done = _run("verify", bundle)
+    assert done.exit_code == 4
+    assert "not the certified detector" in done.stderr
+    (kept,) = read_log(bundle / "verification.jsonl")
+    assert kept["passed"] is False
+
+
+def test_a_changed_preprocessing_is_found_first_and_named(bundle: Path) -> None:
+    _remake(bundle, lambda manifest: manifest["contract"]["preprocess"].update(channel_order="bgr"))
+    done = _run("verify", bundle)
+    assert done.exit_code == 4
+    assert "preprocessing differs" in done.stderr
+    assert "channels are swapped" in done.stderr
+
+
+def test_a_damaged_bundle_is_refused_before_anything_runs(bundle: Path) -> None:
+    model = bundle / "model.fp32.onnx"
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    done = _run("verify", bundle)
+    assert done.exit_code == 1
+    assert "was changed" in done.stderr
+
+
+def test_a_read_only_bundle_prints_its_record(bundle: Path, tmp_path: Path) -> None:
+    tar = tmp_path / "cells.tar"
+    assert _run("package", bundle, "-o", tar).exit_code == 0
+    done = _run("verify", tar)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["passed"] is True
+    log = tmp_path / "elsewhere.jsonl"
+    assert _run("verify", tar, "--log", log).stdout == ""
+    assert len(read_log(log)) == 1
+
+
+def test_what_does_not_fit_is_refused_and_the_chain_is_used_only_when_allowed(bundle: Path) -> None:
+    pytest.importorskip("openvino")
+
+    def need_another(manifest: dict) -> None:
+        manifest["artifacts"][0]["backend"] = "onnxruntime"
+        manifest["artifacts"][0]["requires"].update(backend_version="0.1", rebuild="fcos-deploy deploy cells.pth")
+        manifest["artifacts"].append({**manifest["artifacts"][0], "path": "b.onnx", "backend": "openvino"})
+        manifest["artifacts"][1]["requires"] = {}
+
+    shutil.copyfile(bundle / "model.fp32.onnx", bundle / "b.onnx")
+    _remake(bundle, need_another)
+    refused = _run("verify", bundle)
+    assert refused.exit_code == 1
+    assert "the runtime's version must be 0.1" in refused.stderr
+    assert "fcos-deploy deploy cells.pth" in refused.stderr
+    allowed = _run("verify", bundle, "--allow-fallback", "--json")
+    assert allowed.exit_code == 0, allowed.output
+    record = json.loads(allowed.stdout)
+    assert record["backend"] == "openvino"
+    assert [step["backend"] for step in record["stepped_down"]] == ["onnxruntime"]
+    assert "stepped down from onnxruntime" in allowed.stderr
+
+
+def test_signing_and_the_policy(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    key, public = tmp_path / "k.pem", tmp_path / "k.pub.pem"
+    assert _run("verify", bundle, "--require-signature").exit_code == 2
+    assert _run("sign", "--generate-key", "--key", key).exit_code == 0
+    assert _run("verify", bundle, "--require-signature", "--public-key", public).exit_code == 1
+    assert _run("sign", bundle, "--key", key).exit_code == 0
+    assert _run("verify-signature", bundle, "--public-key", public).exit_code == 0
+    done = _run("verify", bundle, "--require-signature", "--public-key", public, "--json")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["signed_by"]) == 64
+
+
+def test_numpy_and_one_runtime_are_enough(bundle: Path) -> None:
+    """In a process where everything else that is heavy cannot be imported."""
+    blocked = (
+        "torch",
+        "torchvision",
+        "onnx",
+        "scipy",
+        "matplotlib",
+        "openvino",
+        "nncf",
+        "cryptography",
+        "tritonclient",
+    )
+    code = (
+        f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nfrom fcos_deploy.cli.app import main\nmain()\n"
+    )
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "verify", str(bundle), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"] is True
+
+
+@pytest.mark.parametrize("arguments", [["verify", "/nowhere"], ["sign"], ["package", "/nowhere", "-o", "x.tar"]])
+def test_a_mistake_is_one_line_and_no_traceback(arguments: list[str]) -> None:
+    done = _run(*arguments)
+    assert done.exit_code in (1, 2)
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.output

@@ -1,0 +1,121 @@
+"""What does not fit is found before an engine is opened, and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+
+import pytest
+
+from fcos_deploy.bundle import Artifact, Requirements, StepRecord, VersionRule
+from fcos_deploy.bundle.machine import MachineFacts, read_machine
+from fcos_deploy.bundle.preflight import PreflightRequest, preflight
+from fcos_deploy.core.backend import BackendProbe
+from fcos_deploy.core.enums import ArtifactKind, Precision
+
+MACHINE = MachineFacts(
+    machine="aarch64",
+    processor="ARMv8",
+    cpu_features=frozenset({"asimd", "fp16"}),
+    system="Linux",
+    gpus=(("Orin", "8.7"),),
+    driver="540.3.0",
+)
+PROBE = BackendProbe(available=True, version="10.3.0", devices=("cuda:0 Orin",))
+
+
+def _differences(
+    requires: Requirements, *, probe: BackendProbe = PROBE, request: PreflightRequest | None = None
+) -> list[str]:
+    artifact = Artifact(
+        path="m.engine",
+        kind=ArtifactKind.TENSORRT_ENGINE,
+        precision=Precision.INT8,
+        sha256="0" * 64,
+        size=1,
+        step=StepRecord(name="build"),
+        requires=requires,
+    )
+    return [str(d) for d in preflight(artifact, probe=probe, machine=MACHINE, request=request)]
+
+
+def test_what_asks_for_nothing_fits() -> None:
+    assert _differences(Requirements()) == []
+
+
+def test_what_fits_in_everything_fits() -> None:
+    requires = Requirements(
+        backend_version="10.3.0",
+        compute_capabilities=("8.6", "8.7"),
+        driver="535",
+        machine="aarch64",
+        cpu_features=("asimd",),
+        device="cuda",
+        max_batch=4,
+        input_sizes=((320, 416),),
+    )
+    assert _differences(requires, request=PreflightRequest(batch=4, input_size=(320, 416))) == []
+
+
+@pytest.mark.parametrize(
+    ("requires", "message"),
+    [
+        (Requirements(backend_version="10.3.1"), "the runtime's version must be 10.3.1, it is 10.3.0"),
+        (Requirements(backend_version="11.0", version_rule=VersionRule.SAME_MAJOR), r"11.0 (same major), it is 10.3.0"),
+        (Requirements(backend_version="10.4", version_rule=VersionRule.AT_LEAST), "10.4 or newer, it is 10.3.0"),
+        (Requirements(compute_capabilities=("8.6",)), "capability must be 8.6, it is 8.7 (Orin)"),
+        (Requirements(compute_capabilities=("9.0",), hardware_compatible=True), "9.0 or newer"),
+        (Requirements(driver="550.54"), "the NVIDIA driver must be 550.54 or newer, it is 540.3.0"),
+        (Requirements(machine="x86_64"), "architecture must be x86_64, it is aarch64"),
+        (Requirements(cpu_features=("avx512_vnni", "asimd")), "one with avx512_vnni, it is ARMv8, without"),
+        (Requirements(device="GPU"), "the device must be GPU, it is cuda:0 Orin"),
+    ],
+)
+def test_what_differs_is_named_with_both_values(requires: Requirements, message: str) -> None:
+    (found,) = _differences(requires)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    "requires",
+    [
+        Requirements(backend_version="10.0", version_rule=VersionRule.SAME_MAJOR),
+        Requirements(backend_version="9.9", version_rule=VersionRule.AT_LEAST),
+        Requirements(compute_capabilities=("8.0",), hardware_compatible=True),
+        Requirements(driver="540.3"),
+    ],
+)
+def test_newer_is_accepted_where_the_rule_says_so(requires: Requirements) -> None:
+    assert _differences(requires) == []
+
+
+def test_version_10_is_newer_than_9() -> None:
+    requires = Requirements(backend_version="9.12", version_rule=VersionRule.AT_LEAST)
+    assert _differences(requires, probe=dataclasses.replace(PROBE, version="10.1")) == []
+
+
+def test_requests_beyond_the_input_profile_are_refused() -> None:
+    requires = Requirements(max_batch=4, input_sizes=((320, 416), (640, 640)))
+    found = _differences(requires, request=PreflightRequest(batch=8, input_size=(320, 320)))
+    assert found == [
+        "the batch must be at most 4, it is 8",
+        "the input size must be 320x416 or 640x640, it is 320x320",
+    ]
+
+
+def test_everything_is_told_at_once() -> None:
+    found = _differences(Requirements(backend_version="8", machine="x86_64", compute_capabilities=("7.5",)))
+    assert len(found) == 3
+
+
+def test_a_missing_runtime_is_all_that_is_told() -> None:
+    probe = BackendProbe(available=False, problem="'tensorrt' is not installed")
+    (found,) = _differences(Requirements(machine="x86_64"), probe=probe)
+    assert "installed" in found
+
+
+def test_the_facts_of_this_machine() -> None:
+    facts = read_machine()
+    assert facts.machine == platform.machine()
+    assert facts.processor
+    assert facts.cpu_features

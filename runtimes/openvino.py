@@ -242,8 +242,11 @@ def _drain(queue: Any, feeds: Sequence[Tensors], *, names: Sequence[str]) -> lis
         results[index] = {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(names)}
 
     queue.set_callback(keep)
+    held = []  # Copies of what could not be shared: the queue does not keep them alive.
     for index, one in enumerate(feeds):
-        queue.start_async({name: _shared(array)[0] for name, array in one.items()}, index)
+        shared = {name: _shared(array) for name, array in one.items()}
+        held.append([array for _, array in shared.values()])
+        queue.start_async({name: tensor for name, (tensor, _) in shared.items()}, index)
     queue.wait_all()
     return results
 

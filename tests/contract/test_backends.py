@@ -136,6 +136,8 @@ def test_views_and_read_only_arrays_are_taken(session: Session, feeds: list[Tens
     frozen = feeds[0]["images"].copy()
     frozen.flags.writeable = False
     _assert_same(session.run({"images": frozen}), expected)
+    for found in session.run_many([{"images": flipped[..., ::-1]}, {"images": frozen}] * 4):
+        _assert_same(found, expected)
 
 
 def test_many_requests_come_back_in_order(session: Session, feeds: list[Tensors]) -> None:

@@ -11,6 +11,7 @@ from calibration.data import SampleOptions, collect_images
 from calibration.ranges import RangeMethod
 from calibration.set_report import SetReport, examine_set
 from calibration.statistics import StatisticsOptions, collect_ranges
+from calibration.trt_cache import write_trt_cache
 from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -34,6 +35,7 @@ class CalibrationRequest:
     threads: int | None = None
     convergence: bool = False
     minimum: int = 8
+    tensorrt_version: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,9 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
         observer=recorder,
     )
     save_calibration(calibration, request.output)
+    if request.tensorrt_version:
+        cache = request.output.with_suffix(".cache")
+        write_trt_cache(calibration, request.model, cache, version=request.tensorrt_version)
     return CalibrationReport(
         output=str(request.output),
         method=method,

@@ -30,6 +30,9 @@ def command(
     engine: Annotated[str, typer.Option(help="onnxruntime, openvino, or auto: the faster one.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine.")] = None,
     convergence: Annotated[bool, typer.Option(help="Report how the ranges settle with more images.")] = False,
+    tensorrt_cache: Annotated[
+        str, typer.Option(help="Also write a calibration cache (.cache) for this TensorRT version, such as 8.5.2.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure the ranges of a graph's activations on images."""
@@ -47,6 +50,7 @@ def command(
         engine=engine,
         threads=threads,
         convergence=convergence,
+        tensorrt_version=tensorrt_cache,
     )
     with progress_bar() as progress:
         report = calibrate(request, progress=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 from calibration.mixed_precision import PrecisionGoal, search_mixed_precision
 from calibration.placement import Placement
 from calibration.quantizers import QuantizeRequest, QuantizeResult, quantizer
+from calibration.score_drift import ScoreDrift, score_drift
 from fcos_deploy.accuracy.collect import Target
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.image_io import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -90,6 +94,7 @@ class _Score:
 
     def __init__(self, source: Path, goal: AccuracyGoal, *, predictions: Path, progress: ProgressFn) -> None:
         self._goal, self._predictions, self._progress = goal, predictions, progress
+        self.detections: dict[Path, Mapping[int, Detections]] = {}
         self._options = SessionOptions(threads=goal.threads)
         self._reference = Target(model=source, backend=goal.backend, options=self._options)
 
@@ -102,10 +107,24 @@ class _Score:
             resamples=0,
             predictions=self._predictions,
         )
-        ap = evaluate(request, progress=self._progress).targets[0].scores.ap
+        found = evaluate(request, progress=self._progress).targets[0]
+        ap = found.scores.ap
         if ap is None:
             raise ConfigError("No annotated object in these images, so that there is no AP.", hint="other --images")
+        self.detections[model] = found.run.detections
         return ap
+
+    def drift(self, source: Path, result: Path, class_names: tuple[str, ...]) -> ScoreDrift:
+        """How far the scores of ``result`` have moved from those of ``source``; evaluates what is not yet."""
+        for model in {source, result} - set(self.detections):
+            self(model)
+        one, other = self.detections[source], self.detections[result]
+        return score_drift(
+            [one[number] for number in sorted(one)],
+            [other[number] for number in sorted(other)],
+            class_names=class_names,
+            labels=read_contract(source).decode.label_map or None,
+        )
 
 
 def _gated(
@@ -122,7 +141,8 @@ def _gated(
             f"mAP {before:.4f} -> {after:.4f} (drop {before - after:.4f} > {goal.max_map_drop:.4f}) with '{kind}'.",
             hint="--quantizer qdq keeps layers in float until the goal holds",
         )
-    return QuantizeResult(files=made.files, record={**made.record, **_scores(before, after)})
+    drift = score.drift(request.source, made.files[0], read_contract(request.source).class_names)
+    return QuantizeResult(files=made.files, record={**made.record, **_scores(before, after), **_drift_record(drift)})
 
 
 def _mixed(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progress: ProgressFn) -> QuantizeResult:
@@ -139,10 +159,13 @@ def _mixed(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progr
         progress=progress,
     )
     report = request.output.with_name(f"{request.output.stem}.mixed-precision.json")
-    write_text(report, _text({"float": found.float_score, "trials": found.trials, "ranking": found.ranking}))
+    drift = score.drift(request.source, found.result.path, read_contract(request.source).class_names)
+    content = {"float": found.float_score, "trials": found.trials, "ranking": found.ranking, "drift": drift}
+    write_text(report, _text(content))
     record = {
         **found.result.record,
         **_scores(found.float_score, found.chosen.score),
+        **_drift_record(drift),
         "int8_share": f"{found.chosen.int8_share:.4f}",
         "kept_float_layers": ", ".join(found.chosen.kept),
         "report": report.name,
@@ -152,6 +175,11 @@ def _mixed(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progr
 
 def _scores(before: float, after: float) -> dict[str, str]:
     return {"ap_float": f"{before:.6f}", "ap_int8": f"{after:.6f}"}
+
+
+def _drift_record(drift: ScoreDrift) -> dict[str, str]:
+    shifts = {f"score_shift_{c.name}": f"{c.mean_shift:+.5f}" for c in drift.classes if c.matched}
+    return {"float_score_threshold": f"{drift.float_threshold}", "score_threshold": f"{drift.threshold}", **shifts}
 
 
 def _text(value: Any) -> str:  # Any: a JSON value has no narrower type

@@ -1,0 +1,130 @@
+"""INT8 that keeps AP can still move the scores: by how much, and which threshold gives the float model's detections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.errors import ConfigError
+
+__all__ = ["ClassDrift", "ScoreDrift", "score_drift"]
+
+_SAME_OBJECT = 0.5  # IoU from which two detections of one class are the same object
+
+
+@dataclass(frozen=True, slots=True)
+class ClassDrift:
+    """Of one class: matched detections, mean and largest |shift| of their scores, and the equivalent threshold."""
+
+    name: str
+    matched: int
+    mean_shift: float
+    largest_shift: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreDrift:
+    """``threshold``: on INT8 scores it lets as many detections pass as ``float_threshold`` on the float model's."""
+
+    float_threshold: float
+    threshold: float
+    classes: tuple[ClassDrift, ...]
+
+
+def score_drift(
+    reference: Sequence[Detections],
+    quantized: Sequence[Detections],
+    *,
+    class_names: Sequence[str],
+    labels: Sequence[int] | None = None,
+    threshold: float = 0.3,
+) -> ScoreDrift:
+    """Compare detections of the same images, which must reach well below ``threshold``.
+
+    ``labels[i]`` is the label of ``class_names[i]``, by default i.
+
+    Raises:
+        ConfigError: the numbers of images differ.
+    """
+    if len(reference) != len(quantized):
+        raise ConfigError(f"The same images are needed: {len(reference)} and {len(quantized)} were given.")
+    labels = range(len(class_names)) if labels is None else labels
+    classes = tuple(
+        _class_drift(name, label, reference, quantized, threshold)
+        for label, name in zip(labels, class_names, strict=True)
+    )
+    scores = [
+        np.concatenate([d.scores for d in found] or [np.empty(0, np.float32)]) for found in (reference, quantized)
+    ]
+    return ScoreDrift(threshold, equivalent_threshold(scores[0], scores[1], threshold=threshold), classes)
+
+
+def _class_drift(
+    name: str, label: int, reference: Sequence[Detections], quantized: Sequence[Detections], threshold: float
+) -> ClassDrift:
+    pairs = [
+        _matched_scores(_of_class(one, label), _of_class(other, label))
+        for one, other in zip(reference, quantized, strict=True)
+    ]
+    matched = np.concatenate(pairs) if pairs else np.empty((0, 2))
+    shift = (matched[:, 1] - matched[:, 0])[matched[:, 0] >= threshold]
+    scores = [
+        np.concatenate([_of_class(d, label).scores for d in found] or [np.empty(0, np.float32)])
+        for found in (reference, quantized)
+    ]
+    return ClassDrift(
+        name,
+        len(shift),
+        round(float(shift.mean()), 5) if len(shift) else 0.0,
+        round(float(np.abs(shift).max()), 5) if len(shift) else 0.0,
+        equivalent_threshold(scores[0], scores[1], threshold=threshold),
+    )
+
+
+def _of_class(found: Detections, label: int) -> Detections:
+    keep = found.labels == label
+    return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
+
+
+def _matched_scores(one: Detections, other: Detections) -> NDArray[np.float64]:
+    """(m, 2) scores of the same objects: each of ``one``, best first, takes the most overlapping one that is left."""
+    overlaps = _iou(one.boxes, other.boxes)
+    pairs = []
+    for row in range(len(overlaps)):
+        if not overlaps.shape[1]:
+            break
+        column = int(overlaps[row].argmax())
+        if overlaps[row, column] >= _SAME_OBJECT:
+            pairs.append((one.scores[row], other.scores[column]))
+            overlaps[:, column] = -1.0
+    return np.array(pairs, np.float64).reshape(-1, 2)
+
+
+def _iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inside = np.clip(high - low, 0, None).prod(2).astype(np.float64)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1).astype(np.float64) for boxes in (a, b)]
+    union = areas[0][:, None] + areas[1][None, :] - inside
+    shares: NDArray[np.float64] = inside / np.maximum(union, 1e-9)
+    return shares
+
+
+def equivalent_threshold(reference: NDArray[np.float32], quantized: NDArray[np.float32], *, threshold: float) -> float:
+    """The threshold on ``quantized`` that as many scores exceed as exceed ``threshold`` in ``reference``.
+
+    It lies halfway between the last score that passes and the first that does not, and is ``threshold`` itself where
+    that already does.
+    """
+    wanted = int((reference > threshold).sum())
+    ordered = np.sort(quantized)[::-1].astype(np.float64)
+    if int((quantized > threshold).sum()) == wanted or not len(ordered):
+        return threshold
+    if wanted >= len(ordered):
+        return round(float(ordered[-1]) * 0.999, 5)
+    above = float(ordered[wanted - 1]) if wanted else 1.0
+    return round((above + float(ordered[wanted])) / 2, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 from fcos_deploy.core.atomic import atomic_file
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text
-from fcos_deploy.core.errors import BackendLoadError, ExportError
+from fcos_deploy.core.errors import BackendLoadError, ConfigError, ExportError
 from fcos_deploy.core.require import require
 from fcos_deploy.core.serialize import from_json
 
-__all__ = ["contract_of", "load_onnx", "opset_of", "save_onnx", "with_contract"]
+__all__ = ["contract_of", "load_onnx", "opset_of", "require_writable", "save_onnx", "with_contract"]
 
 NAMES_KEY = "fcos_deploy.class_names"  # JSON list, for people and for tools that don't know the contract
 
@@ -35,6 +36,22 @@ def load_onnx(path: Path) -> Any:  # Any: onnx.ModelProto, whose package ships n
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"'{path}' is not a complete ONNX model: {first}", hint="export it again") from error
     return model
+
+
+def require_writable(path: Path) -> None:
+    """Refuse an output that cannot be written before the work is done, not after.
+
+    Raises:
+        ConfigError: naming the reason.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(path.parent, os.W_OK) else "no permission"
+        problem = "it is a folder" if path.is_dir() else problem
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise ConfigError(f"Cannot write '{path}': {problem}.", hint="choose a folder that exists and can be written")
 
 
 def save_onnx(model: Any, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from exporters._graph_inputs import feeds_of
-from exporters.onnx_file import contract_of, load_onnx, opset_of, save_onnx, with_contract
+from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx, with_contract
 from exporters.simplify import Simplification, input_shapes
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
 from fcos_deploy.core.contract import ModelContract
@@ -44,6 +44,7 @@ def convert_to_fp16(source: Path, output: Path, *, progress: ProgressFn = no_pro
     """
     started = time.perf_counter()
     progress("convert to fp16", 0, 2)
+    require_writable(output)
     model = load_onnx(source)
     contract = contract_of(model, source)
     progress("convert to fp16", 1, 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from exporters._graph_inputs import feeds_of
 from exporters.graph_passes import PASSES
-from exporters.onnx_file import contract_of, load_onnx, opset_of, save_onnx
+from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
@@ -67,6 +67,7 @@ def simplify_onnx(source: Path, output: Path, *, progress: ProgressFn = no_progr
     """
     started = time.perf_counter()
     progress("simplify", 0, 2)
+    require_writable(output)
     model = load_onnx(source)
     contract = contract_of(model, source)
     feeds = feeds_of(contract, input_shapes(model))

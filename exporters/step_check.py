@@ -79,12 +79,12 @@ def _compare_tensor(name: str, expected: NDArray[Any], actual: NDArray[Any], tol
     if expected.shape != actual.shape:
         raise StepCheckError(f"'{step}' changed '{name}' from shape {expected.shape} to {actual.shape}.")
     left, right = expected.astype(np.float64), actual.astype(np.float64)
-    finite = np.isfinite(left)
-    same = np.where(finite, True, (left == right) | (np.isnan(left) & np.isnan(right)))
+    finite = np.isfinite(left) & np.isfinite(right)
+    same = (left == right) | (np.isnan(left) & np.isnan(right))
     peak = float(np.abs(left[finite]).max(initial=0.0))
     allowed = tolerance * (1.0 + np.abs(np.where(finite, left, 0.0))) + 0.1 * tolerance * min(peak, 1e3)
-    difference = np.where(finite, np.abs(left - right), np.where(same, 0.0, math.inf))
-    difference = np.where(np.isnan(difference), math.inf, difference)
+    difference = np.where(same, 0.0, math.inf)
+    difference[finite] = np.abs(left[finite] - right[finite])
     if not difference.size:
         return StepCheck(step, 0.0, 0.0, name)
     ratio = difference / allowed

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from exporters._trace import OPSETS, Axes, trace
-from exporters.onnx_file import opset_of, save_onnx, with_contract
+from exporters.onnx_file import opset_of, require_writable, save_onnx, with_contract
 from exporters.onnx_fp16 import half_precision
 from exporters.simplify import simplified
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner, provoking_feeds
@@ -139,6 +139,7 @@ def export_onnx(
     """
     options = options or ExportOptions()
     started = time.perf_counter()
+    require_writable(output)
     contract = replace(loaded.contract, tail=options.tail, precision=Precision.FP32)
     label, steps = "export to ONNX", 4
     progress(label, 0, steps)

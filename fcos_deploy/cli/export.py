@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import CheckpointOptions, with_checkpoint_options
+from fcos_deploy.cli.options import with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.model.checkpoint_options import CheckpointOptions
 
 __all__ = ["command"]
 

@@ -1,0 +1,219 @@
+"""Simplifying: fewer nodes, the same numbers, and nothing about the interface changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+ir = pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxsim")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from exporters import simplify  # noqa: E402
+from exporters.graph_passes import PASSES  # noqa: E402
+from exporters.graph_passes.dead_code import remove_dead_code  # noqa: E402
+from exporters.graph_passes.duplicate_tensors import merge_duplicate_tensors  # noqa: E402
+from exporters.graph_passes.neutral_arithmetic import remove_neutral_arithmetic  # noqa: E402
+from exporters.graph_passes.open_reshapes import simplify_open_reshapes  # noqa: E402
+from exporters.graph_passes.same_computation import merge_same_computations  # noqa: E402
+from exporters.onnx_file import load_onnx, save_onnx  # noqa: E402
+from exporters.simplify import simplified, simplify_onnx  # noqa: E402
+from exporters.step_check import onnx_runner  # noqa: E402
+from fcos_deploy.core.contract_io import read_contract  # noqa: E402
+from fcos_deploy.core.errors import BackendLoadError, ConfigError, ExportError, StepCheckError  # noqa: E402
+
+
+def _model(nodes: list[object], *, constants: dict[str, np.ndarray], batch: object = "batch") -> object:
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, "height", "width"])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def _after(run: object, model: object) -> tuple[int, list[str]]:
+    """(what the pass returned, operators that are left); the outputs must be what they were."""
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    count = run(graph)
+    result = ir.to_proto(graph)
+    feed = {"images": np.random.default_rng(0).standard_normal((2, 3, 4, 6), np.float32)}
+    np.testing.assert_array_equal(onnx_runner(result)(feed)["out"], onnx_runner(model)(feed)["out"])
+    return count, [node.op_type for node in result.graph.node]
+
+
+def test_arithmetic_that_changes_nothing_goes() -> None:
+    constants = {"ones": np.ones((1, 3, 1, 1), np.float32), "zero": np.float32(0), "two": np.float32(2)}
+    nodes = [
+        helper.make_node("Sub", ["images", "zero"], ["a"]),
+        helper.make_node("Mul", ["ones", "a"], ["b"]),
+        helper.make_node("Mul", ["b", "two"], ["out"]),
+    ]
+    assert _after(remove_neutral_arithmetic, _model(nodes, constants=constants)) == (2, ["Mul"])
+
+
+@pytest.mark.parametrize(
+    ("operator", "left", "right", "constant"),
+    [
+        ("Mul", "images", "ones", np.ones((5, 1, 3, 1, 1), np.float32)),  # broadcasts to another shape
+        ("Sub", "zero", "images", np.zeros((), np.float32)),  # a negation
+        ("Div", "one", "images", np.ones((), np.float32)),  # a reciprocal
+        ("Add", "images", "one", np.ones((), np.float32)),
+    ],
+)
+def test_arithmetic_that_does_something_stays(operator: str, left: str, right: str, constant: np.ndarray) -> None:
+    name = right if left == "images" else left
+    model = _model([helper.make_node(operator, [left, right], ["out"])], constants={name: constant})
+    assert _after(remove_neutral_arithmetic, model) == (0, [operator])
+
+
+def _flatten(*, sizes: list[str], axis_source: str = "images") -> object:
+    """Reshape of relu(images) to sizes that are put together at run time: batch, 3, height * width."""
+    constants = {"three": np.array([3], np.int64), "wrong": np.array([0], np.int64)}
+    nodes = [
+        helper.make_node("Relu", ["images"], ["relu"]),
+        helper.make_node("Shape", [axis_source], ["batch"], start=0, end=1),
+        helper.make_node("Shape", ["images"], ["height"], start=2, end=3),
+        helper.make_node("Shape", ["images"], ["width"], start=3, end=4),
+        helper.make_node("Mul", ["height", "width"], ["area"]),
+        helper.make_node("Concat", sizes, ["shape"], axis=0),
+        helper.make_node("Reshape", ["relu", "shape"], ["out"]),
+    ]
+    return _model(nodes, constants=constants)
+
+
+def test_a_computed_shape_becomes_constant() -> None:
+    def run(graph: object) -> int:
+        return simplify_open_reshapes(graph) + 0 * remove_dead_code(graph)
+
+    assert _after(run, _flatten(sizes=["batch", "three", "area"])) == (1, ["Relu", "Reshape"])
+
+
+def test_two_unknown_sizes_stay_computed() -> None:
+    assert _after(simplify_open_reshapes, _flatten(sizes=["batch", "three", "height", "width"]))[0] == 0
+
+
+def test_a_reshape_of_something_without_the_batch_axis_stays() -> None:
+    nodes = [
+        helper.make_node("Transpose", ["images"], ["turned"], perm=[1, 0, 2, 3]),
+        helper.make_node("Shape", ["images"], ["batch"], start=0, end=1),
+        helper.make_node("Shape", ["images"], ["height"], start=2, end=3),
+        helper.make_node("Mul", ["height", "eighteen"], ["rest"]),
+        helper.make_node("Concat", ["batch", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["turned", "shape"], ["out"]),
+    ]
+    model = _model(nodes, constants={"eighteen": np.array([18], np.int64)})
+    assert _after(simplify_open_reshapes, model)[0] == 0
+
+
+def test_equal_nodes_and_equal_constants_are_merged() -> None:
+    constants = {"a": np.full((1, 3, 1, 1), 2, np.float32), "b": np.full((1, 3, 1, 1), 2, np.float32)}
+    nodes = [
+        helper.make_node("Mul", ["images", "a"], ["left"]),
+        helper.make_node("Mul", ["images", "b"], ["right"]),
+        helper.make_node("Add", ["left", "right"], ["out"]),
+    ]
+
+    def run(graph: object) -> int:
+        return merge_duplicate_tensors(graph) + 10 * merge_same_computations(graph)
+
+    assert _after(run, _model(nodes, constants=constants)) == (11, ["Mul", "Add"])
+
+
+def test_what_no_output_needs_goes() -> None:
+    nodes = [
+        helper.make_node("Identity", ["images"], ["same"]),
+        helper.make_node("Exp", ["same"], ["unused"]),
+        helper.make_node("Relu", ["same"], ["out"]),
+    ]
+    count, operators = _after(remove_dead_code, _model(nodes, constants={"left": np.float32(1)}))
+    assert (count, operators) == (3, ["Relu"])
+
+
+def test_a_simplified_file_has_the_same_interface_and_contract(tiny_onnx: Path, tmp_path: Path) -> None:
+    made = simplify_onnx(tiny_onnx, tmp_path / "s.onnx")
+    before, after = load_onnx(tiny_onnx), load_onnx(made.path)
+    assert read_contract(made.path) == read_contract(tiny_onnx)
+    assert list(before.graph.output) == list(after.graph.output)
+    assert made.nodes <= made.nodes_before
+    assert made.file_bytes <= tiny_onnx.stat().st_size
+    assert made.check.largest < 1
+
+
+def test_a_bloated_file_shrinks_and_open_axes_stay_open(tiny_onnx: Path, tmp_path: Path) -> None:
+    model = load_onnx(tiny_onnx)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    reads = next(node for node in model.graph.node if "images" in node.input)
+    model.graph.node.insert(0, helper.make_node("Identity", ["images"], ["same"], name="needless"))
+    reads.input[list(reads.input).index("images")] = "same"
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(50_000, np.float32), "unused"))
+    save_onnx(model, tmp_path / "bloated.onnx")
+    made = simplify_onnx(tmp_path / "bloated.onnx", tmp_path / "s.onnx")
+    after = load_onnx(made.path)
+    assert made.file_bytes < made.bytes_before - 200_000
+    assert "Identity" not in {node.op_type for node in after.graph.node}
+    assert {v.type.tensor_type.shape.dim[0].dim_param for v in (*after.graph.input, *after.graph.output)} == {"batch"}
+
+
+def test_a_pass_that_breaks_the_graph_is_caught(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halve_a_weight(graph: object) -> int:
+        weight = graph.graph.initializers["backbone.fpn.layer_blocks.0.0.weight"]
+        array = weight.const_value.numpy()
+        weight.const_value = ir.tensor(np.where(array > 0, array, array * np.float32(0.5)), name=weight.name)
+        return 0
+
+    monkeypatch.setattr(simplify, "PASSES", (*PASSES, halve_a_weight))
+    with pytest.raises(StepCheckError, match="'simplify' differs from its source"):
+        simplify_onnx(tiny_onnx, tmp_path / "s.onnx")
+    assert not (tmp_path / "s.onnx").exists()
+
+
+@pytest.mark.parametrize("length", [0, 100, 30_000])
+def test_a_truncated_file_is_refused(tiny_onnx: Path, tmp_path: Path, length: int) -> None:
+    (tmp_path / "cut.onnx").write_bytes(tiny_onnx.read_bytes()[:length])
+    with pytest.raises(ExportError, match=r"'.*cut\.onnx' is not a complete ONNX model"):
+        simplify_onnx(tmp_path / "cut.onnx", tmp_path / "s.onnx")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"nothing\.onnx' is not there"):
+        simplify_onnx(tmp_path / "nothing.onnx", tmp_path / "s.onnx")
+
+
+def test_a_file_without_a_contract_is_refused(tmp_path: Path) -> None:
+    model = _model([helper.make_node("Relu", ["images"], ["out"])], constants={})
+    save_onnx(model, tmp_path / "other.onnx")
+    with pytest.raises(BackendLoadError, match="carries no fcos-deploy contract"):
+        simplify_onnx(tmp_path / "other.onnx", tmp_path / "s.onnx")
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(tiny_onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="Cannot write"):
+        simplify_onnx(tiny_onnx, tmp_path / "file" / "s.onnx")
+    with pytest.raises(ConfigError, match="it is a folder"):
+        simplify_onnx(tiny_onnx, tmp_path)
+
+
+def test_what_would_grow_is_not_used(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_onnx(tiny_onnx)
+
+    def grow(source: object) -> object:
+        larger = onnx.ModelProto()
+        larger.CopyFrom(source)
+        larger.doc_string = "x" * 100_000
+        return larger
+
+    monkeypatch.setattr(simplify, "_with_onnxsim", grow)
+    feed = {"images": np.zeros((1, 3, 128, 160), np.uint8)}
+    result, _ = simplified(model, [feed])
+    assert result.ByteSize() <= model.ByteSize()

@@ -1,0 +1,74 @@
+"""A comparison that must find a planted difference, and must not be upset by a tie."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from exporters.step_check import compare, provoking_feeds
+from fcos_deploy.core.errors import StepCheckError
+
+
+def _compare(expected: dict[str, object], actual: dict[str, object], *, tolerance: float = 1e-3) -> object:
+    left, right = ({k: np.asarray(v, np.float32) for k, v in o.items()} for o in (expected, actual))
+    return compare(lambda _: left, lambda _: right, [{}], step="a step", tolerance=tolerance)
+
+
+def _rows(scores: list[float], labels: list[int]) -> dict[str, object]:
+    boxes = [[10.0 * label, 0, 10.0 * label + 5, 5] for label in labels]
+    return {"boxes": [boxes], "scores": [scores], "labels": [labels]}
+
+
+def test_equal_outputs_pass() -> None:
+    assert _compare({"a": [1, 2]}, {"a": [1, 2]}).largest == 0
+
+
+def test_the_largest_difference_is_named_with_its_place() -> None:
+    check = _compare({"a": [[1, 2], [3, 4]], "b": [0]}, {"a": [[1, 2], [3.001, 4]], "b": [0]})
+    assert check.where == "a[1, 0]"
+    assert check.difference == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_too_large_a_difference_is_an_error_that_says_where() -> None:
+    with pytest.raises(StepCheckError, match=r"'a step' differs from its source .*0\.5 at b\[2\]"):
+        _compare({"a": [1], "b": [0, 0, 0]}, {"a": [1], "b": [0, 0, 0.5]})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_became_no_number_is_an_error(value: float) -> None:
+    with pytest.raises(StepCheckError, match=r"a\[1\]"):
+        _compare({"a": [1, 2]}, {"a": [1, value]})
+
+
+def test_the_same_infinity_is_equal() -> None:
+    assert _compare({"a": [np.inf, 1]}, {"a": [np.inf, 1]}).largest == 0
+
+
+def test_a_changed_shape_is_an_error() -> None:
+    with pytest.raises(StepCheckError, match=r"from shape \(2,\) to \(3,\)"):
+        _compare({"a": [1, 2]}, {"a": [1, 2, 3]})
+
+
+def test_rows_that_swap_on_a_tie_are_equal() -> None:
+    check = _compare(_rows([0.5, 0.5, 0.1], [1, 2, 3]), _rows([0.5, 0.5, 0.1], [2, 1, 3]))
+    assert (check.unmatched, check.rows) == (0, 3)
+
+
+def test_rows_that_say_nothing_are_not_compared() -> None:
+    assert _compare(_rows([0.5, -1], [1, 2]), _rows([0.5, -1], [1, 3])).rows == 1
+
+
+def test_rows_of_other_labels_are_an_error() -> None:
+    with pytest.raises(StepCheckError, match="3 of 3 rows without a partner"):
+        _compare(_rows([0.5, 0.4, 0.3], [1, 2, 3]), _rows([0.5, 0.4, 0.3], [4, 5, 6]))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_feeds_are_the_same_each_time_and_reach_the_extremes(dtype: str) -> None:
+    first, again = (provoking_feeds((2, 3, 32, 64), dtype=dtype, image_sizes=True) for _ in range(2))
+    for left, right in zip(first, again, strict=True):
+        assert left["images"].dtype == dtype
+        assert left["images"].shape == (2, 3, 32, 64)
+        assert left["image_sizes"].shape == (2, 4)
+        assert np.array_equal(left["images"], right["images"])
+    assert {first[1]["images"].min(), first[1]["images"].max()} == ({0, 255} if dtype == "uint8" else {-20, 20})

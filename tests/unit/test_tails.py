@@ -1,0 +1,184 @@
+"""The tails in PyTorch choose what the host chooses from the raw outputs, for every ecosystem's post-processing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from fcos_deploy.core.contract import ModelContract  # noqa: E402
+from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec  # noqa: E402
+from fcos_deploy.core.detections import Detections  # noqa: E402
+from fcos_deploy.core.enums import Tail  # noqa: E402
+from fcos_deploy.core.errors import ConfigError  # noqa: E402
+from fcos_deploy.core.locations import CenterMode, level_sizes, location_centers  # noqa: E402
+from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
+from fcos_deploy.core.preprocess import Letterbox  # noqa: E402
+from fcos_deploy.core.preprocess_spec import InputDtype, PreprocessSpec, ResizeOrder, SizeRule  # noqa: E402
+from fcos_deploy.model.candidates import decode_boxes  # noqa: E402
+from fcos_deploy.model.head import LevelOutput  # noqa: E402
+from fcos_deploy.model.static_nms import StaticNms  # noqa: E402
+from fcos_deploy.model.tails import ExportableFcos, needs_image_sizes  # noqa: E402
+
+SIZE = (160, 224)  # P6 is 3x4 and P7 2x2: torchvision's grid steps are not the strides there
+STRIDES = (8, 16, 32, 64, 128)
+CLASSES = 5
+LETTERBOXES = (Letterbox(301, 517, 125, 215), Letterbox(90, 70, 160, 124))
+
+
+class _Head(torch.nn.Module):
+    """In place of a network: outputs of two images, drawn once, with scores on both sides of every threshold."""
+
+    def __init__(self, seed: int, *, confidence: float = -1.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.levels = []
+        for (rows, columns), stride in zip(level_sizes(*SIZE, strides=STRIDES), STRIDES, strict=True):
+            shape = (2, CLASSES, rows, columns)
+            cls = torch.randn(shape, generator=generator) * 2 + confidence
+            distances = torch.rand((2, 4, rows, columns), generator=generator) * 3 * stride
+            centerness = torch.randn((2, 1, rows, columns), generator=generator)
+            self.levels.append(LevelOutput(cls, distances, centerness))
+
+    def forward(self, _images: object) -> list[LevelOutput]:
+        return self.levels
+
+
+def _contract(profile: str, tail: Tail, **decode: object) -> ModelContract:
+    spec = PreprocessSpec(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), pixel_scale=255.0, height=SIZE[0], width=SIZE[1])
+    options = {"score_threshold": 0.2, "iou_threshold": 0.5, "max_detections": 40, "pre_nms_top_k": 150, **decode}
+    return ModelContract(
+        class_names=tuple("abcde"), preprocess=spec, decode=DecodeSpec(profile=PROFILES[profile], **options), tail=tail
+    )
+
+
+def _outputs(head: torch.nn.Module, contract: ModelContract, **options: object) -> dict[str, np.ndarray]:
+    module = ExportableFcos(head, contract, **options).eval()
+    feeds = [torch.zeros((2, 3, *SIZE), dtype=torch.uint8)]
+    if needs_image_sizes(contract):
+        feeds.append(torch.from_numpy(np.stack([image_sizes_row(box) for box in LETTERBOXES])))
+    with torch.no_grad():
+        return {name: t.numpy() for name, t in zip(module.output_names, module(*feeds), strict=True)}
+
+
+def _detections(outputs: dict[str, np.ndarray], contract: ModelContract) -> Iterator[Detections]:
+    for index, letterbox in enumerate(LETTERBOXES):
+        yield postprocess(outputs, contract, index=index, input_size=SIZE, letterbox=letterbox)
+
+
+def _assert_same(found: Detections, wanted: Detections) -> None:
+    assert found.labels.tolist() == wanted.labels.tolist()
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.boxes, wanted.boxes, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+@pytest.mark.parametrize(
+    ("tail", "options"),
+    [
+        (Tail.CANDIDATES, {}),
+        (Tail.NMS, {}),
+        (Tail.NMS, {"suppression": StaticNms(boxes=3000, rounds=24)}),
+    ],
+    ids=["candidates", "nms", "static-nms"],
+)
+def test_tail_selects_what_the_host_selects(profile: str, tail: Tail, options: dict[str, object], seed: int) -> None:
+    head = _Head(seed)
+    raw, contract = _contract(profile, Tail.RAW), _contract(profile, tail)
+    wanted = list(_detections(_outputs(head, raw), raw))
+    found = list(_detections(_outputs(head, contract, **options), contract))
+    assert all(len(w) >= 20 for w in wanted)
+    for left, right in zip(found, wanted, strict=True):
+        _assert_same(left, right)
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+@pytest.mark.parametrize("tail", [Tail.CANDIDATES, Tail.NMS])
+def test_tail_of_an_empty_image_is_empty(profile: str, tail: Tail) -> None:
+    contract = _contract(profile, tail)
+    assert [len(d) for d in _detections(_outputs(_Head(0, confidence=-40.0), contract), contract)] == [0, 0]
+
+
+def test_padding_of_nms_is_zeros_with_label_minus_one() -> None:
+    outputs = _outputs(_Head(0, confidence=-5.0), _contract("torchvision", Tail.NMS, score_threshold=0.5))
+    count = int(outputs["num_detections"][0, 0])
+    assert 0 < count < 40
+    assert (outputs["labels"][0, :count] >= 0).all()
+    assert (outputs["labels"][0, count:] == -1).all()
+    assert not outputs["scores"][0, count:].any()
+    assert not outputs["boxes"][0, count:].any()
+
+
+def test_candidates_have_fixed_shape_and_are_ranked_within_a_level() -> None:
+    outputs = _outputs(_Head(0), _contract("torchvision", Tail.CANDIDATES))
+    per_level = [min(150, rows * columns * CLASSES) for rows, columns in level_sizes(*SIZE, strides=STRIDES)]
+    assert outputs["boxes"].shape == (2, sum(per_level), 4)
+    assert outputs["labels"].dtype == np.int32
+    for scores in np.split(outputs["scores"][0], np.cumsum(per_level)[:-1]):
+        assert (np.diff(scores) <= 0).all()
+        assert ((scores == -1) | (scores > 0.2)).all()
+
+
+def test_detections_stop_at_the_limit_even_with_fewer_candidates_than_that() -> None:
+    few = _contract("torchvision", Tail.NMS, pre_nms_top_k=2, max_detections=60)
+    outputs = _outputs(_Head(0), few)
+    assert outputs["scores"].shape == (2, 60)
+    assert outputs["num_detections"][0, 0] <= 10
+
+
+def test_more_top_k_than_tensorrt_takes_is_limited() -> None:
+    outputs = _outputs(_Head(0), replace(_contract("torchvision", Tail.CANDIDATES, pre_nms_top_k=100_000)))
+    locations = [rows * columns for rows, columns in level_sizes(*SIZE, strides=STRIDES)]
+    assert outputs["scores"].shape[1] == sum(min(3840, n * CLASSES) for n in locations)
+
+
+@pytest.mark.parametrize("mode", list(CenterMode))
+def test_decoded_boxes_lie_on_the_locations_of_the_core(mode: CenterMode) -> None:
+    head = _Head(0)
+    boxes = torch.cat(
+        [decode_boxes(o, SIZE, stride=s, mode=mode) for o, s in zip(head.levels, STRIDES, strict=True)], 1
+    )
+    distances = torch.cat([o.distances.flatten(2) for o in head.levels], 2).transpose(1, 2).numpy()
+    centers = location_centers(*SIZE, strides=STRIDES, mode=mode)
+    wanted = np.concatenate([centers - distances[0, :, :2], centers + distances[0, :, 2:]], 1)
+    assert np.array_equal(boxes[0].numpy(), wanted)
+
+
+def test_pixels_are_normalised_in_the_graph() -> None:
+    contract = _contract("torchvision", Tail.RAW)
+    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    normalised = ExportableFcos(_Head(0), contract).normalize(pixels).flatten()
+    wanted = (np.array([0, 128, 255]) / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
+    np.testing.assert_allclose(normalised.numpy(), wanted, rtol=1e-6)
+
+
+def test_float_input_is_taken_as_it_is() -> None:
+    spec = PreprocessSpec(
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.4),
+        shortest=160,
+        longest=224,
+        size_rule=SizeRule.TORCHVISION,
+        resize_order=ResizeOrder.NORMALIZE_FIRST,
+        input_dtype=InputDtype.FLOAT32,
+    )
+    contract = _contract("torchvision", Tail.RAW).with_preprocess(spec)
+    images = torch.randn(1, 3, 4, 4)
+    assert torch.equal(ExportableFcos(_Head(0), contract).normalize(images), images)
+
+
+@pytest.mark.parametrize(("profile", "wanted"), [("torchvision", True), ("mmdetection2", True), ("detectron2", False)])
+def test_image_sizes_are_an_input_only_where_the_profile_needs_them(profile: str, wanted: bool) -> None:
+    assert needs_image_sizes(_contract(profile, Tail.NMS)) is wanted
+    assert not needs_image_sizes(_contract(profile, Tail.CANDIDATES))
+
+
+def test_nms_without_the_image_sizes_it_needs_is_refused() -> None:
+    module = ExportableFcos(_Head(0), _contract("torchvision", Tail.NMS))
+    with pytest.raises(ConfigError, match="image pixels"):
+        module(torch.zeros((2, 3, *SIZE), dtype=torch.uint8))

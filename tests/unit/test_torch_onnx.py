@@ -1,0 +1,250 @@
+"""ONNX files of a real small detector: what they hold, and that ONNX Runtime gets the host's detections from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+torch = pytest.importorskip("torch")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from exporters import torch_onnx  # noqa: E402
+from exporters.onnx_file import NAMES_KEY, load_onnx, opset_of  # noqa: E402
+from exporters.step_check import onnx_runner  # noqa: E402
+from exporters.torch_onnx import ExportOptions, NmsForm, OnnxExport, export_onnx, parse_options  # noqa: E402
+from fcos_deploy.core.contract_io import onnx_metadata, read_contract  # noqa: E402
+from fcos_deploy.core.enums import Precision, Tail  # noqa: E402
+from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
+from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
+from fcos_deploy.core.preprocess import Letterbox  # noqa: E402
+from fcos_deploy.model.checkpoint import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
+
+SIZE = (128, 160)
+LETTERBOX = Letterbox(250, 300, 124, 149)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> LoadedCheckpoint:
+    """The tiny detector, with affine parameters of the head's GroupNorm that are not one and zero."""
+    loaded = load_checkpoint(tiny_checkpoint)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in loaded.model.head.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+                module.bias.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def export(loaded: LoadedCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OnnxExport]:
+    """Exports once for each set of options."""
+    folder = tmp_path_factory.mktemp("onnx")
+    made: dict[ExportOptions, OnnxExport] = {}
+
+    def run(**options: object) -> OnnxExport:
+        chosen = ExportOptions(**options)
+        if chosen not in made:
+            made[chosen] = export_onnx(loaded, folder / f"{len(made)}.onnx", options=chosen)
+        return made[chosen]
+
+    return run
+
+
+def _feeds(model: object, *, batch: int) -> dict[str, np.ndarray]:
+    images = np.random.default_rng(5).integers(0, 256, (batch, 3, *SIZE), np.uint8)
+    names = {i.name for i in model.graph.input}
+    sizes = {"image_sizes": np.stack([image_sizes_row(LETTERBOX)] * batch)} if "image_sizes" in names else {}
+    return {"images": images, **sizes}
+
+
+def _detections(made: OnnxExport, *, batch: int, image: int) -> object:
+    model = load_onnx(made.path)
+    outputs = onnx_runner(model, optimized=True)(_feeds(model, batch=batch))
+    return postprocess(outputs, made.contract, index=image, input_size=SIZE, letterbox=LETTERBOX)
+
+
+def test_file_is_a_checked_onnx_model_with_the_contract(export: Callable[..., OnnxExport]) -> None:
+    made = export()
+    onnx.checker.check_model(onnx.load(made.path), full_check=True)
+    assert read_contract(made.path) == made.contract
+    assert onnx_metadata(made.path)[NAMES_KEY] == '["red", "white", "platelet"]'
+    assert opset_of(load_onnx(made.path)) == made.opset == 17
+
+
+def test_weights_shared_by_five_levels_are_stored_once(export: Callable[..., OnnxExport]) -> None:
+    made = export()
+    weights = [i for i in load_onnx(made.path).graph.initializer if "head.classification_head.conv.0" in i.name]
+    assert [tuple(w.dims) for w in weights] == [(32, 32, 3, 3)]
+    # Names of 350 nodes and the contract are about 90 kB beside 1.1 MB of weights.
+    assert made.parameter_bytes * 0.98 < made.file_bytes < made.parameter_bytes + 120_000
+
+
+def test_batch_norm_is_folded_and_nodes_are_named_after_modules(export: Callable[..., OnnxExport]) -> None:
+    graph = load_onnx(export().path).graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    names = [node.name for node in graph.node if node.op_type == "Conv"]
+    assert names[0] == "backbone.body.conv1/Conv"
+    assert [n for n in names if "bbox_reg" in n] == [
+        "head.regression_head.bbox_reg/Conv" + suffix for suffix in ("", "_1", "_2", "_3", "_4")
+    ]
+
+
+def test_nothing_of_the_exporting_machine_is_in_the_file(export: Callable[..., OnnxExport]) -> None:
+    content = export().path.read_bytes()
+    assert os.fsencode(Path(torch_onnx.__file__).parents[1]) not in content
+    assert b"stack_trace" not in content
+
+
+def test_checks_of_every_step_are_recorded(export: Callable[..., OnnxExport]) -> None:
+    made = export()
+    assert [check.step for check in made.checks] == ["export", "simplify"]
+    assert "largest difference" in onnx_metadata(made.path)["fcos_deploy.checks"]
+    assert all(check.largest < 1 for check in made.checks)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch"),
+    [
+        ({"tail": Tail.CANDIDATES, "batch": 2}, 2),
+        ({"tail": Tail.NMS, "batch": None}, 1),
+        ({"tail": Tail.NMS, "batch": None}, 3),
+        ({"tail": Tail.NMS, "nms_form": NmsForm.STATIC}, 1),
+    ],
+    ids=["candidates-batch-2", "nms-dynamic-1", "nms-dynamic-3", "static-nms"],
+)
+def test_tails_give_the_detections_of_the_raw_tail(
+    export: Callable[..., OnnxExport], options: dict[str, object], batch: int
+) -> None:
+    made = export(**options)
+    raw = export(tail=Tail.RAW, batch=1)
+    images = _feeds(load_onnx(raw.path), batch=batch)["images"]
+    run = onnx_runner(load_onnx(raw.path))
+    for image in range(batch):
+        outputs = run({"images": images[image : image + 1]})
+        wanted = postprocess(outputs, raw.contract, index=0, input_size=SIZE, letterbox=LETTERBOX)
+        found = _detections(made, batch=batch, image=image)
+        assert len(wanted) > 10
+        assert found.labels.tolist() == wanted.labels.tolist()
+        np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-5)
+        np.testing.assert_allclose(found.boxes, wanted.boxes, atol=1e-2)
+
+
+def test_only_asked_for_outputs_remain(export: Callable[..., OnnxExport]) -> None:
+    model = load_onnx(export(tail=Tail.NMS, batch=None).path)
+    assert [o.name for o in model.graph.output] == ["boxes", "scores", "labels", "num_detections"]
+    assert [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", 3, *SIZE]
+
+
+def test_static_nms_needs_no_nms_operator(export: Callable[..., OnnxExport]) -> None:
+    graph = load_onnx(export(tail=Tail.NMS, nms_form=NmsForm.STATIC).path).graph
+    operators = {node.op_type for node in graph.node}
+    assert not operators & {"NonMaxSuppression", "NonZero", "Loop", "If"}
+
+
+def test_group_norm_is_one_operator_where_the_opset_has_it(export: Callable[..., OnnxExport]) -> None:
+    made = export(opset=21)
+    operators = [node.op_type for node in load_onnx(made.path).graph.node]
+    assert operators.count("GroupNormalization") == 40
+    assert "InstanceNormalization" not in operators
+
+
+@pytest.mark.slow
+def test_open_sizes_stay_open(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A shortest/longest contract; P6 and P7 of the second size have torchvision's uneven grid."""
+    options = CheckpointOptions(shortest=160, longest=256)
+    loaded = load_checkpoint(tiny_checkpoint, options=options)
+    raw = export_onnx(loaded, tmp_path / "raw.onnx", options=ExportOptions(batch=None))
+    made = export_onnx(loaded, tmp_path / "nms.onnx", options=ExportOptions(tail=Tail.NMS, batch=None))
+    runs = [onnx_runner(load_onnx(path), optimized=True) for path in (raw.path, made.path)]
+    for height, width in ((160, 224), (128, 128), (224, 352)):
+        images = np.random.default_rng(1).standard_normal((2, 3, height, width), np.float32)
+        letterbox = Letterbox(2 * height, width, height - 7, width - 9)
+        sizes = np.stack([image_sizes_row(letterbox)] * 2)
+        raw_outputs, outputs = runs[0]({"images": images}), runs[1]({"images": images, "image_sizes": sizes})
+        for image in range(2):
+            same = {"index": image, "input_size": (height, width), "letterbox": letterbox}
+            wanted, found = postprocess(raw_outputs, raw.contract, **same), postprocess(outputs, made.contract, **same)
+            assert len(wanted) > 5
+            assert found.labels.tolist() == wanted.labels.tolist()
+            np.testing.assert_allclose(found.boxes, wanted.boxes, atol=2e-2)
+
+
+def test_export_in_half_precision(export: Callable[..., OnnxExport]) -> None:
+    made = export(precision=Precision.FP16)
+    assert read_contract(made.path).precision is Precision.FP16
+    assert made.file_bytes < 0.62 * export().file_bytes
+    assert [check.step for check in made.checks] == ["export", "simplify", "convert to fp16"]
+
+
+def test_a_graph_that_computes_something_else_is_refused(
+    loaded: LoadedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch_onnx.trace
+
+    def slightly_wrong(*args: object, **options: object) -> object:
+        model = original(*args, **options)
+        bias = next(i for i in model.graph.initializer if i.name.endswith("cls_logits.bias"))
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.05), bias.name))
+        return model
+
+    monkeypatch.setattr(torch_onnx, "trace", slightly_wrong)
+    with pytest.raises(StepCheckError, match=r"'export' differs from its source .*cls_logits\["):
+        export_onnx(loaded, tmp_path / "wrong.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    loaded: LoadedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(torch_onnx, "compare", pytest.fail)
+    with pytest.raises(ConfigError, match="Cannot write"):
+        export_onnx(loaded, tmp_path / "file" / "model.onnx")
+
+
+@pytest.mark.parametrize("opset", [13, 16, 24])
+def test_an_unsupported_opset_is_refused(opset: int) -> None:
+    with pytest.raises(ConfigError, match=f"Opset {opset} is not supported"):
+        ExportOptions(opset=opset)
+
+
+def test_a_size_that_is_no_multiple_of_32_is_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"130x160 is not a multiple of 32"):
+        load_checkpoint(tiny_checkpoint, options=CheckpointOptions(input_size=(130, 160)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch": "many"}, "--batch must be a number or 'dynamic', got 'many'"),
+        ({"batch": "0"}, "batch must be at least 1"),
+        ({"precision": "int8"}, "An export is fp32 or fp16"),
+        ({"precision": "half"}, "--precision must be one of fp32, fp16, int8, got 'half'"),
+        ({"nms_form": "soft"}, "--nms-form must be one of onnx, static"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_refused(wrong: dict[str, str], message: str) -> None:
+    words = {"batch": "1", "precision": "fp32", "nms_form": "onnx", **wrong}
+    with pytest.raises(ConfigError, match=message):
+        parse_options(opset=None, tail=Tail.RAW, simplify=True, **words)
+
+
+def test_a_model_that_torch_cannot_trace_is_an_export_error(loaded: LoadedCheckpoint, tmp_path: Path) -> None:
+    class Branching(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> object:
+            return [] if images.sum() > 0 else None
+
+    with pytest.raises(ExportError, match="torch cannot export this model"):
+        export_onnx(_Stand(Branching(), loaded.contract), tmp_path / "m.onnx")
+
+
+class _Stand:
+    def __init__(self, model: object, contract: object) -> None:
+        self.model, self.contract = model, replace(contract)

@@ -1,0 +1,201 @@
+"""DeepStream: the configuration follows from the contract, and the parser's source compiles and parses.
+
+DeepStream itself is not here. The parser is compiled against the few declarations of its headers that it uses, written
+down below by their public documentation, and called through ctypes.
+"""
+
+from __future__ import annotations
+
+import configparser
+import ctypes
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcos_deploy.bundle import Artifact, StepRecord, open_bundle
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype
+from fcos_deploy.serving import ServingOptions, package_bundle
+from fcos_deploy.serving.deepstream import PACKAGER
+from fcos_deploy.serving.package import ServedModel
+
+HEADER = """
+#pragma once
+#include <string>
+#include <vector>
+struct NvDsInferDims { unsigned numDims; unsigned d[8]; unsigned numElements; };
+struct NvDsInferLayerInfo {
+    int dataType; NvDsInferDims inferDims; int bindingIndex; const char* layerName; void* buffer; int isInput;
+};
+struct NvDsInferNetworkInfo { unsigned width, height, channels; };
+struct NvDsInferParseDetectionParams {
+    unsigned numClassesConfigured;
+    std::vector<float> perClassPreclusterThreshold, perClassPostclusterThreshold;
+};
+struct NvDsInferObjectDetectionInfo {
+    unsigned classId; float left, top, width, height, detectionConfidence, rotation_angle;
+};
+#define CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(name) static_assert(true, "")
+"""
+CALLER = """
+extern "C" int call(float* boxes, float* scores, int* labels, int* count, int limit, float* out) {
+    auto layer = [&](const char* name, void* data) {
+        NvDsInferLayerInfo info{};
+        info.layerName = name; info.buffer = data; info.inferDims.numElements = static_cast<unsigned>(limit);
+        return info;
+    };
+    std::vector<NvDsInferObjectDetectionInfo> found;
+    NvDsInferParseDetectionParams params{3, {0.3F, 0.3F, 0.6F}, {}};
+    if (!NvDsInferParseFcos({layer("num_detections", count), layer("labels", labels), layer("boxes", boxes),
+                             layer("scores", scores)}, {160, 128, 3}, params, found)) return -1;
+    for (size_t i = 0; i < found.size(); ++i) {
+        const auto& o = found[i];
+        const float row[6] = {o.left, o.top, o.width, o.height, o.detectionConfidence, static_cast<float>(o.classId)};
+        for (int k = 0; k < 6; ++k) out[6 * i + k] = row[k];
+    }
+    return static_cast<int>(found.size());
+}
+extern "C" bool sizes(float* rows, unsigned batch) {
+    NvDsInferLayerInfo info{};
+    info.layerName = "image_sizes"; info.buffer = rows;
+    return NvDsInferInitializeInputLayers({info}, {160, 128, 3}, batch);
+}
+"""
+
+
+def _write(contract: ModelContract, folder: Path, options: ServingOptions | None = None) -> Path:
+    (folder / "src.onnx").write_bytes(b"x")
+    artifact = Artifact(
+        path="src.onnx",
+        kind=ArtifactKind.ONNX,
+        precision=Precision.FP16,
+        sha256="0" * 64,
+        size=1,
+        step=StepRecord(name="export"),
+    )
+    model = ServedModel(
+        name="m",
+        path=folder / "src.onnx",
+        companions=(),
+        artifact=artifact,
+        contract=contract,
+        options=options or ServingOptions(),
+    )
+    (folder / "out").mkdir()
+    PACKAGER.write(model, folder / "out")
+    return folder / "out"
+
+
+def _read(path: Path) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read_string(path.read_text())
+    return parser
+
+
+@pytest.fixture
+def nms_contract(bundle_contract: ModelContract) -> ModelContract:
+    return dataclasses.replace(bundle_contract, tail=Tail.NMS)
+
+
+def test_the_configuration_follows_from_the_contract(nms_contract: ModelContract, tmp_path: Path) -> None:
+    folder = _write(nms_contract, tmp_path)
+    infer, prepare = _read(folder / "config_infer.txt"), _read(folder / "config_preprocess.txt")
+    assert infer["property"]["onnx-file"] == "model.onnx"
+    assert infer["property"]["network-mode"] == "2"
+    assert infer["property"]["cluster-mode"] == "4"
+    assert infer["property"]["infer-dims"] == "3;64;96"
+    assert infer["property"]["output-blob-names"] == "boxes;scores;labels;num_detections"
+    assert infer["class-attrs-all"]["pre-cluster-threshold"] == "0.2"
+    assert prepare["property"]["network-input-shape"] == "1;3;64;96"
+    assert prepare["property"]["tensor-data-type"] == "1"
+    assert prepare["property"]["symmetric-padding"] == "0"
+    assert prepare["user-configs"]["pixel-normalization-factor"] == "1.0"
+    assert (folder / "labels.txt").read_text() == "cell\nplatelet\n"
+
+
+def test_float_input_is_normalised_by_one_factor(nms_contract: ModelContract, tmp_path: Path) -> None:
+    spec = dataclasses.replace(
+        nms_contract.preprocess,
+        input_dtype=InputDtype.FLOAT32,
+        channel_order=ChannelOrder.BGR,
+        pixel_scale=1.0,
+        mean=(102.9801, 115.9465, 122.7717),
+        std=(2.0, 2.0, 2.0),
+    )
+    prepare = _read(_write(nms_contract.with_preprocess(spec), tmp_path) / "config_preprocess.txt")
+    assert prepare["user-configs"]["pixel-normalization-factor"] == "0.5"
+    assert prepare["user-configs"]["offsets"] == "102.9801;115.9465;122.7717"
+    assert prepare["property"]["network-color-format"] == "1"
+
+
+def test_a_deviation_per_channel_is_refused_for_float_input(nms_contract: ModelContract, tmp_path: Path) -> None:
+    spec = dataclasses.replace(nms_contract.preprocess, input_dtype=InputDtype.FLOAT32)
+    with pytest.raises(ConfigError, match="divides all channels by one number"):
+        _write(nms_contract.with_preprocess(spec), tmp_path)
+
+
+def test_another_tail_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    with open_bundle(tiny_bundle) as bundle, pytest.raises(ConfigError, match="needs the nms tail"):
+        package_bundle(bundle, server="deepstream", output=tmp_path / "m")
+
+
+@pytest.fixture
+def parser(nms_contract: ModelContract, tmp_path: Path) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    folder = _write(nms_contract, tmp_path)
+    (tmp_path / "nvdsinfer_custom_impl.h").write_text(HEADER)
+    source = folder / "nvdsinfer_fcos.cpp"
+    source.write_text(source.read_text() + CALLER)
+    library = tmp_path / "parser.so"
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fPIC", "-shared"]
+    subprocess.run([*command, f"-I{tmp_path}", "-o", str(library), str(source)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def _parse(parser: ctypes.CDLL, rows: list[tuple[float, float, float, float, float, int]], *, count: int) -> np.ndarray:
+    table = np.zeros((5, 6), np.float32)
+    table[: len(rows)] = rows
+    boxes, scores = np.ascontiguousarray(table[:, :4]), np.ascontiguousarray(table[:, 4])
+    labels, number, out = table[:, 5].astype(np.int32), np.array([count], np.int32), np.zeros((5, 6), np.float32)
+    arrays = [array.ctypes.data_as(ctypes.c_void_p) for array in (boxes, scores, labels, number)]
+    found = parser.call(*arrays, 5, out.ctypes.data_as(ctypes.c_void_p))
+    assert found >= 0
+    return out[:found]
+
+
+def test_boxes_become_objects_clipped_to_the_network_input(parser: ctypes.CDLL) -> None:
+    rows = [(10, 20, 30, 60, 0.9, 1), (-5, -5, 200, 140, 0.7, 2)]
+    found = _parse(parser, rows, count=2)
+    np.testing.assert_allclose(found, [[10, 20, 20, 40, 0.9, 1], [0, 0, 160, 128, 0.7, 2]], atol=1e-5)
+
+
+def test_padding_thresholds_and_unknown_classes_are_left_out(parser: ctypes.CDLL) -> None:
+    rows = [
+        (0, 0, 9, 9, 0.5, 2),
+        (0, 0, 9, 9, 0.2, 0),
+        (0, 0, 9, 9, 0.9, 7),
+        (0, 0, 9, 9, 0.9, -1),
+        (5, 5, 5, 9, 0.9, 0),
+    ]
+    assert len(_parse(parser, rows, count=5)) == 0
+    assert len(_parse(parser, [(0, 0, 9, 9, 0.9, 0)] * 5, count=2)) == 2
+
+
+def test_a_count_beyond_the_tensor_is_not_believed(parser: ctypes.CDLL) -> None:
+    assert len(_parse(parser, [(0, 0, 9, 9, 0.9, 0)] * 5, count=1_000_000)) == 5
+    assert len(_parse(parser, [(0, 0, 9, 9, 0.9, 0)] * 5, count=-3)) == 0
+
+
+def test_the_second_input_is_filled_with_the_canvas(parser: ctypes.CDLL) -> None:
+    rows = np.zeros((2, 4), np.float32)
+    parser.sizes.restype = ctypes.c_bool
+    assert parser.sizes(rows.ctypes.data_as(ctypes.c_void_p), 2)
+    np.testing.assert_array_equal(rows, [[128, 160, 128, 160]] * 2)

@@ -125,7 +125,7 @@ class HttpClient(Client):
             connection.close()
             if fresh:
                 raise
-            # A kept-alive connection that the server closed in the meantime: nothing was computed, ask once more.
+            # The server closed a kept-alive connection. Inference has no side effects, so ask once more.
             return self._send(connection, method, path, body=body, headers=headers or {})
         except (OSError, http.client.HTTPException):
             connection.close()

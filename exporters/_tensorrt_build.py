@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -240,13 +241,21 @@ class _Build:
         """Build in a thread of its own, so that Ctrl-C reaches this one while the builder works."""
         monitor = BuildMonitor(self._request.progress)
         self._generation.set_monitor(config, monitor)
+        watched = threading.Event()
+
+        def serialize() -> trt.IHostMemory | None:
+            watched.wait()  # An interrupt that comes while this thread starts must meet somebody who passes it on.
+            return builder.build_serialized_network(network, config)
+
         with ThreadPoolExecutor(1, "tensorrt-build") as pool:
-            building = pool.submit(builder.build_serialized_network, network, config)
             try:
+                building = pool.submit(serialize)
+                watched.set()
                 while not building.done():
                     wait([building], timeout=_SIGNAL_SECONDS)
             except KeyboardInterrupt:
                 monitor.stop()  # Leaving the block waits for the builder, which gives up at its next step.
+                watched.set()
                 raise
         if monitor.failure is not None:
             raise monitor.failure

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.decode_spec import DecodeSpec
 from fcos_deploy.core.errors import TensorMismatchError
 from fcos_deploy.core.locations import CenterMode, level_sizes, location_centers
-from fcos_deploy.core.ordering import best_first
+from fcos_deploy.core.ordering import best_of_groups
 from fcos_deploy.core.prefilter import SCORE_FORMS, passing_pairs, sigmoid
 
 __all__ = ["Candidates", "HeadOutputs", "decode"]
@@ -80,11 +80,7 @@ def _best_of_levels(
     """Indices into ``location``, which ascends: levels in order, best rank first within a level."""
     limit = None if spec.profile.rank_per_location else spec.pre_nms_top_k  # locations were chosen before
     ends = np.searchsorted(location, [end for _, end in levels]).tolist()
-    starts = [0, *ends[:-1]]
-    parts = [
-        best_first(rank[start:end], limit=limit) + start for start, end in zip(starts, ends, strict=True) if end > start
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, np.intp)
+    return best_of_groups(rank, ends, limit=limit)
 
 
 def _boxes(location: NDArray[np.intp], distances: NDArray[Any], *, centers: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -46,7 +46,7 @@ def suppress(
     A box goes when a box of its class that stays, and comes before it in that order, overlaps it by
     IoU > ``iou_threshold`` (strictly). boxes: (n, 4) float32 xyxy. scores: (n,) float32 >= 0. labels: (n,) integers.
     """
-    order = best_first(scores)
+    order, labels = best_first(scores), labels.astype(np.int32)
     kept = order[:0]
     for start in range(0, len(order), _BLOCK):
         block = order[start : start + _BLOCK]

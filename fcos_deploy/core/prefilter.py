@@ -35,8 +35,8 @@ _INVERSES: dict[ScoreForm, Callable[[float], float]] = {
 
 _MARGIN = 1e-5  # relative, far above the rounding of sigmoid, product and root in float32
 
-# Narrowing a level down pays from this many times pre_nms_top_k groups of eight that have a pair.
-_CROWDED = 2
+# Narrowing a level down means to read it once more. That pays where at least one in this many of its pairs passes.
+_CROWDED = 32
 
 
 def sigmoid(logits: NDArray[Any]) -> Floats:
@@ -85,9 +85,10 @@ class _PairMask:
         return np.flatnonzero(self._bytes.view(np.uint64) != 0)
 
     def is_crowded(self, level: Level, words: NDArray[np.intp], *, spec: DecodeSpec) -> bool:
-        """Whether a level has many more True than ``pre_nms_top_k``."""
+        """Whether so many of a level's pairs are True that it pays to look for a higher threshold."""
         first, last = np.searchsorted(words, [edge * self._classes // 8 for edge in level])
-        return bool(last - first > _CROWDED * spec.pre_nms_top_k)
+        pairs = (level[1] - level[0]) * self._classes
+        return bool(last - first > max(spec.pre_nms_top_k // 2, pairs // _CROWDED))
 
     def flat(self, words: NDArray[np.intp]) -> NDArray[np.intp]:
         """Indices of all that are True."""

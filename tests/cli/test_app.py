@@ -9,7 +9,8 @@ from fcos_deploy.cli.app import build_app
 from fcos_deploy.core import errors
 
 COMMANDS = (
-    "export simplify calibrate quantize build deploy verify predict evaluate benchmark inspect doctor demo".split()
+    *("export", "simplify", "calibrate", "quantize", "build", "deploy", "verify"),
+    *("predict", "evaluate", "benchmark", "inspect", "doctor", "demo"),
 )
 
 

@@ -1,0 +1,111 @@
+"""What ``inspect`` says of files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.contract_io import write_sidecar
+from fcos_deploy.core.errors import BackendLoadError, CheckpointError
+from fcos_deploy.core.onnx_interface import onnx_interface
+from fcos_deploy.core.tensor_spec import TensorSpec
+from fcos_deploy.model.checkpoint import load_checkpoint
+from fcos_deploy.model.inspect import inspect_file
+
+
+def test_a_checkpoint(tiny_checkpoint: Path) -> None:
+    found = inspect_file(tiny_checkpoint)
+    facts = dict(found.facts)
+    assert found.kind == "checkpoint"
+    assert facts["ecosystem"] == "torchvision"
+    assert facts["body"] == "ResNet-18, width 8/64"
+    assert facts["levels"] == "5, strides 8, 16, 32, 64, 128"
+    assert facts["class names"] == "3: red, white, platelet"
+    assert "uint8 rgb, 128x160" in facts["input"]
+    sources = {d.name: d.source for d in found.decisions}
+    assert sources["input_size"] == "the file's metadata"
+    assert sources["stride_in_1x1"] == "rule of torchvision"
+
+
+def test_an_onnx_file(tiny_onnx: Path) -> None:
+    found = inspect_file(tiny_onnx)
+    facts = dict(found.facts)
+    assert facts["inputs"] == "images uint8[1, 3, 128, 160]"
+    assert "cls_logits float32[1, 430, 3]" in facts["outputs"]
+    assert facts["tail"] == "raw"
+    assert found.contract is not None
+    assert found.contract.class_names == ("red", "white", "platelet")
+
+
+def test_the_interface_of_an_onnx_file_is_what_the_onnx_package_reads(tiny_onnx: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(tiny_onnx)
+    found = onnx_interface(tiny_onnx)
+    assert [spec.name for spec in found.outputs] == [item.name for item in model.graph.output]
+    assert found.inputs == (TensorSpec("images", "uint8", (1, 3, 128, 160)),)
+    assert found.opset == next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    assert found.nodes == len(model.graph.node)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
+def test_a_truncated_onnx_file(part: float, tiny_onnx: Path, tmp_path: Path) -> None:
+    whole = tiny_onnx.read_bytes()
+    (tmp_path / "m.onnx").write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(BackendLoadError):
+        inspect_file(tmp_path / "m.onnx")
+
+
+def test_an_engine_with_its_sidecar(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "m.engine"
+    engine.write_bytes(b"engine")
+    write_sidecar(engine, load_checkpoint(tiny_checkpoint).contract, {"tensorrt": "10.13"})
+    found = inspect_file(engine)
+    assert found.kind == "engine"
+    assert dict(found.facts)["tensorrt"] == "10.13"
+
+
+def test_what_is_none_of_these(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello world, this is text")
+    with pytest.raises(CheckpointError, match="a text file beginning"):
+        inspect_file(tmp_path / "notes.txt")
+    with pytest.raises(CheckpointError, match="not a file"):
+        inspect_file(tmp_path / "nothing")
+
+
+def test_the_command_prints_json(tiny_checkpoint: Path) -> None:
+    result = CliRunner().invoke(build_app(), ["inspect", str(tiny_checkpoint), "--json", "--score-threshold", "0.4"])
+    assert result.exit_code == 0
+    printed = json.loads(result.stdout)
+    assert printed["kind"] == "checkpoint"
+    assert printed["contract"]["decode"]["score_threshold"] == 0.4
+    assert {"name": "score_threshold", "value": "0.4", "source": "option"} in printed["decisions"]
+
+
+def test_the_command_asks_for_the_variant_it_cannot_see(tmp_path: Path, state_dict_keys_dir: Path) -> None:
+    names = json.loads((state_dict_keys_dir / "tianzhi_fcos_syncbn_bs32_c128_MNV2_FPN_1x.json").read_text())
+    small = {n: torch.zeros(s) for n, s in names.items()}
+    torch.save({"model": small}, tmp_path / "fcos.pth")
+    runner, app = CliRunner(), build_app()
+    silent = runner.invoke(app, ["inspect", str(tmp_path / "fcos.pth")])
+    assert silent.exit_code == 2
+    assert "--variant original" in silent.stderr
+    told = runner.invoke(app, ["inspect", str(tmp_path / "fcos.pth"), "--variant", "original", "--json"])
+    assert told.exit_code == 0
+    assert json.loads(told.stdout)["body"] == "mobilenet-v2"
+
+
+def test_onnx_files_are_inspected_without_torch_and_onnx(tiny_onnx: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['onnx'] = None\n"
+        "from pathlib import Path; from fcos_deploy.model.inspect import inspect_file\n"
+        f"print(inspect_file(Path({str(tiny_onnx)!r})).kind)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "onnx"

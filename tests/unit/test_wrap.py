@@ -1,0 +1,107 @@
+"""A module of one's own under the contract."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.model.wrap import BoxOutput, Grouping, OutputConvention, WrappedModule, wrap_module
+
+PREPROCESS = PreprocessSpec(height=64, width=96, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+DECODE = DecodeSpec(
+    profile=PROFILES["adelaidet"], strides=(8, 16, 32), score_threshold=0.05, iou_threshold=0.6, label_map=(1, 2)
+)
+NAMES = ("background", "cat", "dog")
+
+
+class _Constant(nn.Module):
+    """Maps full of one number a kind, boxes -0.5 and 2 alternating by side."""
+
+    def __init__(self, *, by_kind: bool = False, order: str = "cbt", **shapes: Any) -> None:
+        super().__init__()
+        self.by_kind, self.order, self.shapes = by_kind, order, shapes
+
+    def forward(self, images: Tensor) -> Any:
+        levels = []
+        for stride in self.shapes.get("strides", (8, 16, 32)):
+            height, width = images.shape[2] // stride, images.shape[3] // stride
+            box = torch.tensor([-0.5, 2.0, -0.5, 2.0]).view(1, 4, 1, 1).expand(1, 4, height, width)
+            maps = {
+                "c": torch.full((1, self.shapes.get("classes", 2), height, width), 0.25),
+                "b": box,
+                "t": torch.full((1, 1, height, width), self.shapes.get("centerness", 0.5)),
+            }
+            levels.append([maps[k] for k in self.order])
+        return [list(kind) for kind in zip(*levels, strict=True)] if self.by_kind else levels
+
+
+def _wrap(module: nn.Module, convention: OutputConvention | None = None) -> WrappedModule:
+    return wrap_module(module, preprocess=PREPROCESS, decode=DECODE, class_names=NAMES, convention=convention)
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (BoxOutput.PIXELS, [-0.5, 2.0]),
+        (BoxOutput.STRIDES, [-8.0, 32.0]),
+        (BoxOutput.RELU_STRIDES, [0.0, 32.0]),
+        (BoxOutput.EXP_PIXELS, np.exp([-0.5, 2.0]).tolist()),
+    ],
+)
+def test_boxes_become_pixels(form: BoxOutput, expected: list[float]) -> None:
+    levels = _wrap(_Constant(), OutputConvention(boxes=form)).model(torch.zeros(1, 3, 64, 96))
+    assert levels[1].distances[0, :2, 0, 0].tolist() == pytest.approx(expected)
+    assert levels[1].cls_logits[0, 0, 0, 0].item() == 0.25
+    assert levels[1].centerness[0, 0, 0, 0].item() == 0.5
+
+
+def test_outputs_by_kind_in_another_order() -> None:
+    convention = OutputConvention(grouping=Grouping.BY_KIND, order=("boxes", "centerness", "classes"))
+    wrapped = _wrap(_Constant(by_kind=True, order="btc"), convention)
+    levels = wrapped.model(torch.zeros(1, 3, 64, 96))
+    assert [tuple(level.cls_logits.shape) for level in levels] == [(1, 2, 8, 12), (1, 2, 4, 6), (1, 2, 2, 3)]
+    assert {d.name: d.value for d in wrapped.decisions}["grouping"] == "by-kind"
+    assert not wrapped.model.training
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (_Constant(classes=3), r"Level 0: cls_logits must have shape \(1, 2, 8, 12\).*got \(1, 3, 8, 12\)"),
+        (_Constant(strides=(8, 16)), "not what the convention says"),
+        (_Constant(strides=(8, 16, 64)), "Level 2: cls_logits must have shape"),
+        (_Constant(order="bct"), "Level 0: cls_logits"),
+        (_Constant(by_kind=True), "Level 0|not what the convention says"),
+        (_Constant(centerness=float("nan")), "Level 0: centerness holds NaN"),
+        (nn.Conv2d(3, 4, 1), "Level 0|not what the convention says"),
+        (nn.Linear(3, 4), "not what the convention says"),
+        (nn.Identity(), "not what the convention says|Level 0"),
+    ],
+)
+def test_a_convention_that_does_not_fit_is_an_error(module: nn.Module, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _wrap(module)
+
+
+def test_an_order_must_name_each_kind_once() -> None:
+    with pytest.raises(ConfigError, match="once each"):
+        OutputConvention(order=("boxes", "boxes", "classes"))
+
+
+def test_the_example_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    page = (Path(__file__).parents[2] / "docs" / "your-own-fcos.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/your-own-fcos.md", "exec"), {"__name__": "example"})
+    assert (tmp_path / "mine.onnx").is_file()
+    assert "detections, best: {'box'" in capsys.readouterr().out

@@ -1,0 +1,73 @@
+"""``benchmark`` on a tiny real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fcos_deploy.cli.app import build_app
+
+pytest.importorskip("onnxruntime")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), ["benchmark", *(str(a) for a in arguments)])
+
+
+FAST = ("--threads", 1, "--rounds", 2, "--warmup", 1, "--seconds", 0.1)
+
+
+def test_two_backends_in_turns(tiny_onnx: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    output = tmp_path / "baseline.json"
+    both = ("--backend", "onnxruntime", "--backend", "openvino", "--no-cold-start")
+    result = run(tiny_onnx, *FAST, *both, "--json", "--output", output)
+    assert result.exit_code == 0, result.output
+    entries = json.loads(result.stdout)
+    assert [e["backend"] for e in entries] == ["onnxruntime", "openvino"]
+    for entry in entries:
+        assert set(entry["latency_ms"]) >= {"mean", "p50", "p90", "p99"}
+        assert entry["latency_ms"]["count"] == 10
+        assert all(entry["stages_ms"][stage] > 0 for stage in ("preprocess", "infer", "decode"))
+        assert entry["throughput_fps"] > 0
+        assert entry["file_bytes"] == tiny_onnx.stat().st_size
+        assert entry["power"]["watts"] is not None or entry["power"]["problem"]
+        assert entry["cold_start"] is None
+    assert json.loads(output.read_text()) == entries
+
+
+def test_cold_start_is_a_process_of_its_own(tiny_onnx: Path) -> None:
+    result = run(tiny_onnx, *FAST, "--backend", "onnxruntime", "--json")
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads(result.stdout)
+    cold = entry["cold_start"]
+    assert 0 < cold["imported"] < cold["opened"] < cold["first_detection"] == entry["cold_start_s"]
+    assert entry["peak_memory_mib"] > 20
+
+
+def test_slower_than_the_baseline_is_exit_4(tiny_onnx: Path, tmp_path: Path) -> None:
+    baseline = tmp_path / "baseline.json"
+    same = (tiny_onnx, *FAST, "--backend", "onnxruntime", "--no-cold-start")
+    assert run(*same, "--output", baseline).exit_code == 0
+    assert run(*same, "--baseline", baseline, "--tolerance", 1000).exit_code == 0
+    entries = json.loads(baseline.read_text())
+    for entry in entries:
+        entry["latency_ms"] = {key: value / 1000 for key, value in entry["latency_ms"].items()}
+    baseline.write_text(json.dumps(entries))
+    result = run(*same, "--baseline", baseline)
+    assert result.exit_code == 4
+    assert "Slower than the baseline by more than 10%: onnxruntime fp32" in result.output
+
+
+def test_errors_are_one_screen(tiny_onnx: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "gone.onnx", *FAST).exit_code in (1, 2)
+    result = run(tiny_onnx, *FAST, "--baseline", tmp_path / "gone.json")
+    assert result.exit_code == 2
+    assert "Cannot read the baseline" in result.output
+    (tmp_path / "text.jpg").write_text("hello")
+    result = run(tiny_onnx, *FAST, "--image", tmp_path / "text.jpg")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output

@@ -1,0 +1,225 @@
+"""``evaluate``, ``parity``, ``compare`` and ``report`` on a tiny real model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from typer.testing import CliRunner, Result
+
+import fcos_deploy
+from fcos_deploy.accuracy import collect
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.detector import Detector
+
+DEMO = Path(fcos_deploy.__file__).parent / "demo_data"
+CHECKPOINT = DEMO / "fcos_bccd.safetensors"
+
+cv2 = pytest.importorskip("cv2")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("faster_coco_eval")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, blobs: list[NDArray[np.uint8]]) -> Path:
+    """Four pictures, and annotations that agree with some of what the tiny model sees in them."""
+    folder = tmp_path_factory.mktemp("data")
+    images, annotations = [], []
+    with Detector.open(tiny_onnx, backend="onnxruntime") as detector:
+        for number, pixels in enumerate(blobs, start=1):
+            name = f"{number}.png"
+            cv2.imwrite(str(folder / name), pixels[:, :, ::-1])
+            images.append({"id": number, "file_name": name})
+            found = detector.detect(pixels)
+            for box, label in list(zip(found.boxes.tolist(), found.labels.tolist(), strict=True))[::3]:
+                x1, y1, x2, y2 = box
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": 10 * label + 1,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": (x2 - x1) * (y2 - y1),
+                        "iscrowd": 0,
+                    }
+                )
+        categories = [{"id": 10 * k + 1, "name": name} for k, name in enumerate(detector.names)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained detector: an untrained one's scores nearly tie, so that rounding decides which boxes win."""
+    pytest.importorskip("torch")
+    from exporters.torch_onnx import export_onnx
+    from fcos_deploy.model.checkpoint import load_checkpoint
+
+    return export_onnx(load_checkpoint(CHECKPOINT), tmp_path_factory.mktemp("demo") / "demo.onnx").path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), [str(a) for a in arguments])
+
+
+def on(data: Path) -> tuple[object, ...]:
+    return ("--images", data, "--annotations", data / "annotations.json", "--threads", 1, "--resamples", 50)
+
+
+def test_json_has_the_keys_that_others_rely_on(tiny_onnx: Path, data: Path) -> None:
+    result = run("evaluate", tiny_onnx, *on(data), "--backend", "onnxruntime", "--json")
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)
+    assert {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "images", "backend", "precision"} <= set(scores)
+    assert (scores["images"], scores["backend"], scores["precision"]) == (4, "onnxruntime", "fp32")
+    assert 0.1 < scores["ap"] < 1.0
+    assert scores["interval"]["low"] <= scores["ap"] <= scores["interval"]["high"]
+
+
+def on_demo(count: int) -> tuple[object, ...]:
+    where = ("--images", DEMO / "evaluation", "--annotations", DEMO / "evaluation.json")
+    return (*where, "--threads", 1, "--limit", count)
+
+
+def test_several_backends_agree_with_the_checkpoint(demo_onnx: Path) -> None:
+    pytest.importorskip("openvino")
+    both = ("--backend", "onnxruntime", "--backend", "openvino", "--reference", CHECKPOINT, "--resamples", 50)
+    result = run("evaluate", demo_onnx, *on_demo(3), *both, "--max-map-drop", 0.001, "--json")
+    assert result.exit_code == 0, result.output
+    entries = json.loads(result.stdout)
+    assert [e["backend"] for e in entries] == ["onnxruntime", "openvino"]
+    assert entries[0]["ap"] == pytest.approx(entries[1]["ap"], abs=5e-4)
+    assert all(e["agreement"]["match_rate"] > 0.99 and e["verdicts"][0]["passed"] for e in entries)
+
+
+def test_a_failed_gate_is_exit_4_and_in_junit(tiny_onnx: Path, data: Path, tmp_path: Path) -> None:
+    junit = tmp_path / "junit.xml"
+    result = run("evaluate", tiny_onnx, *on(data), "--backend", "onnxruntime", "--min-ap", 0.999, "--junit", junit)
+    assert result.exit_code == 4
+    assert "onnxruntime fp32: mAP 0." in result.output
+    (suite,) = ElementTree.parse(junit).getroot()
+    assert suite.attrib["failures"] == "1"
+
+
+def test_without_annotations_the_reference_is_the_truth(demo_onnx: Path) -> None:
+    where = ("--images", DEMO / "evaluation", "--limit", 2)
+    arguments = (*where, "--reference", CHECKPOINT, "--threads", 1, "--resamples", 0, "--json")
+    result = run("evaluate", demo_onnx, *arguments, "--backend", "onnxruntime")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["ap"] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--images", "DATA"), "Accuracy needs annotations"),
+        (("--images", "DATA", "--annotations", "gone.json"), "Cannot read the annotations 'gone.json'"),
+        (("--images", "DATA", "--annotations", "DATA/annotations.json", "--max-map-drop", "0.1"), "give --reference"),
+        (("--images", "DATA", "--annotations", "DATA/annotations.json", "--backend", "x"), "There is no backend 'x'."),
+    ],
+)
+def test_what_cannot_be_meant_is_exit_2(tiny_onnx: Path, data: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run("evaluate", tiny_onnx, *(a.replace("DATA", str(data)) for a in arguments))
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_interrupted_run_goes_on(tiny_onnx: Path, data: Path, tmp_path: Path) -> None:
+    arguments = (tiny_onnx, *on(data), "--backend", "onnxruntime", "--predictions", tmp_path / "kept", "--json")
+    whole = json.loads(run("evaluate", *arguments).stdout)
+    (kept,) = (tmp_path / "kept").iterdir()
+    lines = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(lines[:2]) + lines[2][: len(lines[2]) // 2])  # killed while writing the third
+    again = json.loads(run("evaluate", *arguments).stdout)
+    assert (whole["resumed_images"], again["resumed_images"]) == (0, 2)
+    assert again["ap"] == whole["ap"]
+    assert kept.read_bytes() == b"".join(lines)
+
+
+def test_kept_predictions_are_those_of_the_same_images(tiny_onnx: Path, data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    arguments = ("--backend", "onnxruntime", "--predictions", tmp_path / "kept", "--json")
+    run("evaluate", tiny_onnx, *on(copy), *arguments)
+    cv2.imwrite(str(copy / "1.png"), np.zeros((50, 60, 3), np.uint8))
+    again = json.loads(run("evaluate", tiny_onnx, *on(copy), *arguments).stdout)
+    assert again["resumed_images"] == 0
+
+
+def test_detectors_are_closed_before_the_next_opens(
+    tiny_onnx: Path, tiny_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Detector] = []
+    original = collect.Target.open
+
+    def recording(self: collect.Target) -> Detector:
+        assert all(detector.session.closed for detector in opened)
+        opened.append(original(self))
+        return opened[-1]
+
+    monkeypatch.setattr(collect.Target, "open", recording)
+    result = run("evaluate", tiny_onnx, *on(data), "--reference", tiny_checkpoint, "--backend", "onnxruntime")
+    assert result.exit_code == 0, result.output
+    assert len(opened) == 2
+
+
+def test_evaluation_runs_without_torch_and_onnx(tiny_onnx: Path, data: Path) -> None:
+    program = (
+        "import sys\nsys.modules['torch'] = sys.modules['onnx'] = None\nfrom fcos_deploy.cli.app import main\nmain()\n"
+    )
+    arguments = ["evaluate", tiny_onnx, *on(data), "--backend", "onnxruntime", "--json"]
+    command = [sys.executable, "-c", program, *(str(a) for a in arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["images"] == 4
+
+
+def test_parity_holds_and_is_told(demo_onnx: Path) -> None:
+    arguments = ("--reference", CHECKPOINT, "--images", DEMO / "evaluation", "--count", 2, "--threads", 1)
+    result = run("parity", demo_onnx, *arguments, "--backend", "onnxruntime", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"]
+    assert found["first"] is None
+    assert len(found["stages"]) == 1 + 5 * 3 + 3
+
+
+def test_parity_that_fails_is_exit_4(tiny_onnx: Path, tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """A graph whose one weight was changed behind its contract's back."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(tiny_onnx))
+    weights = [t for t in model.graph.initializer if len(t.dims) == 4]
+    target = weights[len(weights) // 2]
+    target.CopyFrom(onnx.numpy_helper.from_array(1.05 * onnx.numpy_helper.to_array(target), target.name))
+    onnx.save(model, str(tmp_path / "spoilt.onnx"))
+    arguments = ("--reference", tiny_checkpoint, "--images", data, "--count", 1, "--threads", 1)
+    result = run("parity", tmp_path / "spoilt.onnx", *arguments, "--backend", "onnxruntime", "--layers", "--json")
+    assert result.exit_code == 4
+    found = json.loads(result.stdout)
+    assert found["first"].endswith(("class", "box", "centerness"))
+    assert found["layer"]["causes"][0]["name"] == "weights"
+    assert "by 5.00% (RMS)" in found["layer"]["causes"][0]["sentence"]
+
+
+def test_compare_writes_a_report(demo_onnx: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = tmp_path / "compare.html"
+    arguments = (*on_demo(4), "--no-speed", "--min-match-rate", 0.98, "--report", report, "--json")
+    result = run("compare", CHECKPOINT, demo_onnx, *arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [e["backend"] for e in found["accuracy"]] == ["pytorch", "onnxruntime"]
+    assert found["speed"] is None
+    page = report.read_text(encoding="utf-8")
+    assert "The variant is as accurate as the reference on 4 images." in page
+    assert page.count("<svg viewBox") == 12
+    assert report.with_suffix(".md").is_file()

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
-from fcos_deploy.core.backend import ComputeType, SessionOptions
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import ComputeType, Precision
 
 __all__ = ["command"]
 
@@ -45,13 +44,14 @@ def command(
         result_row,
         save_benchmark,
     )
+    from fcos_deploy.core.backend import SessionOptions
 
     options = SessionOptions(device=device, compute=compute, threads=threads)
     targets = tuple(
         BenchmarkTarget(model=m, backend=b, precision=p, options=options)
         for m in [model, *(also or [])]
         for b in backend or [""]
-        for p in precision or [None]
+        for p in [*(precision or []), *([] if precision else [None])]
     )
     timing = TimingOptions(rounds=rounds, warmup=warmup, throughput_seconds=seconds)
     earlier = read_baseline(baseline) if baseline else None

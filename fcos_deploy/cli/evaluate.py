@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
-from fcos_deploy.core.backend import ComputeType, SessionOptions
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import ComputeType, Precision
 
 __all__ = ["command"]
 
@@ -43,12 +42,13 @@ def command(
     from fcos_deploy.accuracy.gate import Gate, require_all
     from fcos_deploy.accuracy.junit import write_junit
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
+    from fcos_deploy.core.backend import SessionOptions
 
     options = SessionOptions(device=device, compute=compute, threads=threads)
     targets = tuple(
         Target(model=model, backend=b, precision=p, options=options)
         for b in backend or [""]
-        for p in precision or [None]
+        for p in [*(precision or []), *([] if precision else [None])]
     )
     request = EvaluationRequest(
         targets=targets,

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.locations import CenterMode
 from fcos_deploy.core.network import BoxActivation
 from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter
 from fcos_deploy.model.checkpoint_options import AUTO, CheckpointOptions

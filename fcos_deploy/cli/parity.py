@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
-from fcos_deploy.core.backend import ComputeType, SessionOptions
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import AccuracyGateError
 
 __all__ = ["command"]
@@ -33,6 +32,7 @@ def command(
     """Compare with PyTorch stage by stage; name the first stage that departs, and why. Exit 4 when one does."""
     from fcos_deploy.accuracy.collect import Target
     from fcos_deploy.accuracy.summary import parity_json
+    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.pipeline.diagnose import ParityRequest, check_parity, find_layer
 
     options = SessionOptions(device=device, compute=compute, threads=threads)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.core.backend import ComputeType, SessionOptions
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import ComputeType, Precision
 
 __all__ = ["command"]
 
@@ -30,6 +29,7 @@ def command(
 ) -> None:
     """Detect objects; boxes are x1, y1, x2, y2 in pixels of the image."""
     from fcos_deploy.cli.output import note, print_json, progress_bar, table
+    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.output import note, progress_bar, table
-from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
@@ -41,6 +40,7 @@ def command(
     from fcos_deploy.accuracy.gate import Gate
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_row
     from fcos_deploy.benchmark.measure import TimingOptions
+    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 

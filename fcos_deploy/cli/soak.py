@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.core.backend import PerformanceHint, SessionOptions
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import PerformanceHint, Precision
 
 __all__ = ["command"]
 
@@ -28,6 +27,7 @@ def command(
 ) -> None:
     """Exit 0 when every result equals the single-threaded one and neither memory nor open files grew, 1 when not."""
     from fcos_deploy.cli.output import note, print_json, progress_bar
+    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.soak import require_sound, soak, soak_images, soak_json
 

@@ -12,28 +12,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import ArtifactKind, StrEnum
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
 from fcos_deploy.core.errors import BackendError, BackendLoadError, TensorMismatchError
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = ["Backend", "BackendProbe", "ComputeType", "PerformanceHint", "Session", "SessionOptions", "Tensors"]
 
 Tensors = dict[str, NDArray[Any]]
-
-
-class ComputeType(StrEnum):
-    """The number format in which a runtime computes what the graph leaves in float."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-
-
-class PerformanceHint(StrEnum):
-    """Shortest time of one request, or most requests a second."""
-
-    LATENCY = "latency"
-    THROUGHPUT = "throughput"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

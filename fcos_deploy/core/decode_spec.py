@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.enums import CenterMode, StrEnum
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.locations import CenterMode
 
 __all__ = ["PROFILES", "BoxClip", "BoxFilter", "DecodeSpec", "NmsSpace", "PostprocessProfile", "ScoreForm"]
 

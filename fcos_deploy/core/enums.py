@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["ArtifactKind", "Precision", "StrEnum", "Tail"]
+__all__ = ["ArtifactKind", "CenterMode", "ComputeType", "PerformanceHint", "Precision", "StrEnum", "Tail"]
 
 
 class StrEnum(str, Enum):
@@ -43,3 +43,29 @@ class Tail(StrEnum):
     RAW = "raw"
     CANDIDATES = "candidates"
     NMS = "nms"
+
+
+class ComputeType(StrEnum):
+    """The number format in which a runtime computes what the graph leaves in float."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+
+
+class PerformanceHint(StrEnum):
+    """Shortest time of one request, or most requests a second."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+
+
+class CenterMode(StrEnum):
+    """How a location's column and row become a point.
+
+    ``half``: ``(i + 0.5) * stride`` (mmdetection, detectron2, AdelaiDet, tianzhi).
+    ``torchvision``: ``i * (padded size // grid size)``, which differs from the stride on P6 and P7, without an offset.
+    """
+
+    HALF = "half"
+    TORCHVISION = "torchvision"

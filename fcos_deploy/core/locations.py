@@ -5,20 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.enums import CenterMode
 
 __all__ = ["CenterMode", "level_sizes", "location_centers", "location_strides"]
-
-
-class CenterMode(StrEnum):
-    """How a location's column and row become a point.
-
-    ``half``: ``(i + 0.5) * stride`` (mmdetection, detectron2, AdelaiDet, tianzhi).
-    ``torchvision``: ``i * (padded size // grid size)``, which differs from the stride on P6 and P7, without an offset.
-    """
-
-    HALF = "half"
-    TORCHVISION = "torchvision"
 
 
 def level_sizes(height: int, width: int, *, strides: tuple[int, ...]) -> list[tuple[int, int]]:

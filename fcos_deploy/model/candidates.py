@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fcos_deploy.core.decode_spec import DecodeSpec, ScoreForm
-from fcos_deploy.core.locations import CenterMode
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.model.head import LevelOutput
 
 __all__ = ["MAX_TOP_K", "Candidates", "decode_boxes", "select_candidates"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.locations import CenterMode
 from fcos_deploy.core.network import BoxActivation
 from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter
 

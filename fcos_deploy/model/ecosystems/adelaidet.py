@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fcos_deploy.core.locations import CenterMode
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.preprocess_spec import ChannelOrder, ResizeFilter, SizeRule
 from fcos_deploy.model.ecosystems.detectron2 import (
     BACKBONE_RENAMES,

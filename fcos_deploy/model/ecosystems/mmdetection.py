@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fcos_deploy.core.class_names import COCO_80
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import CheckpointError
-from fcos_deploy.core.locations import CenterMode
 from fcos_deploy.core.network import BlockType, BoxActivation
 from fcos_deploy.core.preprocess_spec import ChannelOrder, ResizeFilter, SizeRule
 from fcos_deploy.model.ecosystems.detectron2 import MSRA_MEAN, UNIT_STD

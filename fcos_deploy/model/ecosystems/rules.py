@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fcos_deploy.core.contract import Decision
-from fcos_deploy.core.locations import CenterMode
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.network import BoxActivation, FcosConfig
 from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fcos_deploy.core.class_names import COCO_80
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.locations import CenterMode
 from fcos_deploy.core.network import BodyType, BoxActivation
 from fcos_deploy.core.preprocess_spec import ChannelOrder, ResizeFilter, SizeRule
 from fcos_deploy.model.ecosystems.detectron2 import UNIT_STD, caffe_stride

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fcos_deploy.core.class_names import COCO_91
-from fcos_deploy.core.locations import CenterMode
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.preprocess_spec import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
 from fcos_deploy.model.ecosystems.renaming import Rename
 from fcos_deploy.model.ecosystems.rules import Ecosystem, Evidence, Rules

@@ -27,7 +27,10 @@ def main() -> None:
     @batch
     def infer(**feeds: np.ndarray) -> dict[str, np.ndarray]:
         time.sleep(pause)
-        return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        # Triton joins requests; the model may have a fixed batch of one.
+        count = len(next(iter(feeds.values())))
+        single = [session.run(outputs, {name: feed[i : i + 1] for name, feed in feeds.items()}) for i in range(count)]
+        return {name: np.concatenate(parts) for name, parts in zip(outputs, zip(*single, strict=True), strict=True)}
 
     def tensors(nodes: list) -> list[Tensor]:
         return [Tensor(name=node.name, dtype=TYPES[node.type], shape=tuple(node.shape[1:])) for node in nodes]

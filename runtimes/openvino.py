@@ -5,9 +5,10 @@ The inference precision is always explicit: left alone, OpenVINO computes fp32 g
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,16 @@ class _Request:
         self._outputs = outputs
         self._arrays: dict[str, NDArray[Any]] = {}
 
-    def infer(self, feeds: Tensors) -> Tensors:
-        """The outputs as views that the next call overwrites."""
+    def start(self, feeds: Tensors) -> None:
+        """Begin; ``finish`` must follow."""
         for name, array in feeds.items():
             if self._arrays.get(name) is not array:
                 self._share(name, array)
         # Not ``infer``, which copies the outputs.
         self._request.start_async()
+
+    def finish(self) -> Tensors:
+        """Wait for what was started: the outputs as views that the next ``start`` overwrites."""
         self._request.wait()
         return {name: self._request.get_output_tensor(i).data for i, name in enumerate(self._outputs)}
 
@@ -73,36 +77,39 @@ class _OpenVinoSession(Session):
         self._names = [spec.name for spec in self.outputs]
         self._compiled = compiled
         self._requests = PerThread(partial(_Request, compiled, self._names))
-        self._queue: Any = None
-        self._queue_lock = threading.Lock()
+        self._ring: list[_Request] = []
+        self._ring_lock = threading.Lock()
 
     def _borrow(self, feeds: Tensors) -> Tensors:
         requests = self._requests
         if requests is None:
             raise BackendError("The session is closed.")
-        try:
-            return requests.get().infer(feeds)
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
+        with _telling():
+            request = requests.get()
+            request.start(feeds)
+            return request.finish()
 
     def _run(self, feeds: Tensors) -> Tensors:
-        return {name: array.copy() for name, array in self._borrow(feeds).items()}
+        return _copied(self._borrow(feeds))
 
     def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
-        with self._queue_lock:
+        """As many requests at a time as OpenVINO finds best.
+
+        Not its AsyncInferQueue: that calls back into Python, and taking it down can wait, with the interpreter's lock
+        held, for a thread that wants this lock (2026.4).
+        """
+        with self._ring_lock, _telling():
             if self._compiled is None:
                 raise BackendError("The session is closed.")
-            if self._queue is None:
-                self._queue = require("openvino", extra=BACKEND.extra).AsyncInferQueue(self._compiled)
-            try:
-                return _drain(self._queue, feeds, names=self._names)
-            except RuntimeError as error:
-                self._queue = None
-                raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
+            if not self._ring:
+                count = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+                self._ring = [_Request(self._compiled, self._names) for _ in range(count)]
+            return _through(self._ring, feeds)
 
     def _close(self) -> None:
-        with self._queue_lock:
-            self._queue = self._requests = self._compiled = None  # type: ignore[assignment]  # nobody asks afterwards
+        with self._ring_lock:
+            self._ring = []
+            self._requests = self._compiled = None  # type: ignore[assignment]  # nobody asks afterwards
 
 
 class _OpenVino(Backend):
@@ -235,20 +242,32 @@ def _fingerprint(path: Path) -> str:
     return "-".join(sha256_file(file)[:16] for file in files)
 
 
-def _drain(queue: Any, feeds: Sequence[Tensors], *, names: Sequence[str]) -> list[Tensors]:
-    results: list[Tensors] = [{} for _ in feeds]
-
-    def keep(request: Any, index: int) -> None:
-        results[index] = {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(names)}
-
-    queue.set_callback(keep)
-    held = []  # Copies of what could not be shared: the queue does not keep them alive.
-    for index, one in enumerate(feeds):
-        shared = {name: _shared(array) for name, array in one.items()}
-        held.append([array for _, array in shared.values()])
-        queue.start_async({name: tensor for name, (tensor, _) in shared.items()}, index)
-    queue.wait_all()
+def _through(ring: Sequence[_Request], feeds: Sequence[Tensors]) -> list[Tensors]:
+    """Send ``feeds`` through the requests in turn, so that results come in order."""
+    results: list[Tensors] = []
+    started = 0
+    try:
+        for one in feeds:
+            if started >= len(ring):
+                results.append(_copied(ring[started % len(ring)].finish()))
+            ring[started % len(ring)].start(one)
+            started += 1
+    finally:
+        for index in range(len(results), started):
+            results.append(_copied(ring[index % len(ring)].finish()))
     return results
+
+
+def _copied(views: Tensors) -> Tensors:
+    return {name: array.copy() for name, array in views.items()}
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
 
 
 def _shared(array: NDArray[Any]) -> tuple[Any, NDArray[Any]]:

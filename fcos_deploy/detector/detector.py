@@ -23,16 +23,16 @@ from fcos_deploy.core.errors import BackendError, ConfigError
 from fcos_deploy.core.image_io import read_image
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import Letterbox, padded_size
-from fcos_deploy.detector.async_gate import AsyncGate
 from fcos_deploy.detector.feeds import FeedMaker, Prepared
 from fcos_deploy.detector.model_source import find_model
 
 if TYPE_CHECKING:
+    from fcos_deploy.detector.async_gate import AsyncGate
     from fcos_deploy.model.fcos import Fcos
 
 __all__ = ["Detector", "Image"]
 
-Image = Union[NDArray[np.uint8], Path]  # noqa: UP007  (evaluated at run time; NDArray has no | on Python 3.10)
+Image = Union[NDArray[np.uint8], Path, str]  # noqa: UP007  (evaluated at run time; NDArray has no | on Python 3.10)
 
 _WINDOW = 16  # images that ``detect_batch`` holds in memory at a time
 
@@ -194,6 +194,8 @@ class Detector:
             if self._closing:
                 raise BackendError("The detector is closed.")
             if self._gate is None:
+                from fcos_deploy.detector.async_gate import AsyncGate  # asyncio takes a fifth of the time to start
+
                 # One more than cores, so that one prepares while the others compute; twice as many may wait.
                 workers = usable_cpus() + 1
                 self._gate = AsyncGate(workers=workers, places=2 * workers)
@@ -201,7 +203,7 @@ class Detector:
 
 
 def _pixels(image: Image) -> NDArray[np.uint8]:
-    return read_image(image) if isinstance(image, Path) else image
+    return read_image(Path(image)) if isinstance(image, (str, Path)) else image
 
 
 def _with_threshold(contract: ModelContract, score_threshold: float | None) -> ModelContract:

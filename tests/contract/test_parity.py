@@ -17,7 +17,7 @@ from fcos_deploy.core.registry import backend as backend_named
 
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a ResNet-50 is exported
 
 _NAME = "torchvision_fcos_resnet50_fpn_91"
 _TESTS = Path(__file__).parents[1]

@@ -89,6 +89,7 @@ def test_a_path_is_read(detector: Detector, blobs: Images, tmp_path: Path) -> No
     path = tmp_path / "blobs.png"
     Image.fromarray(blobs[0]).save(path)
     _assert_equal(detector.detect(path), detector.detect(blobs[0]))
+    _assert_equal(detector.detect(str(path)), detector.detect(blobs[0]))
     _assert_equal(detector.detect_batch([path])[0], detector.detect(blobs[0]))
 
 

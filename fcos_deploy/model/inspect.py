@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspection", "contract_facts", "inspect_file"]
 
-_PUBLISHED = {(2, 2, 2, 2): (18,), (3, 4, 6, 3): (34, 50), (3, 4, 23, 3): (101,), (3, 8, 36, 3): (152,)}
+_PUBLISHED: dict[tuple[int, ...], tuple[int, ...]] = {
+    (2, 2, 2, 2): (18,),
+    (3, 4, 6, 3): (34, 50),
+    (3, 4, 23, 3): (101,),
+    (3, 8, 36, 3): (152,),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,179 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.model.pickle_stubs import DATA_GLOBALS, Inert, StatefulStub, UnsafeGlobalError, checked_key
 
-__all__ = ["Inert", "PickleHooks", "PickledArray", "RestrictedUnpickler", "UnsafeGlobalError", "read_pickle"]
+__all__ = ["PickleHooks", "RestrictedUnpickler", "read_pickle"]
 
 # Real training checkpoints need tens of thousands; each costs up to 250 bytes of memory, so this bounds it.
 MAX_OPERATIONS = 3_000_000
 
 
-class UnsafeGlobalError(CheckpointError):
-    """A pickle names a class or function that is not known to be data."""
-
-
 class _Source(Protocol):
     def read(self, size: int = ..., /) -> bytes: ...
     def readline(self) -> bytes: ...
-
-
-class Inert:
-    """In place of an object whose class is not imported; its arguments and state are kept as data."""
-
-    state: object = None
-
-    def __init__(self, *arguments: object) -> None:
-        self.arguments = arguments
-
-
-class PickledArray:
-    """In place of ``numpy.ndarray``: made into one by ``resolve``, when it is wanted."""
-
-    def __init__(self, *_: object) -> None:
-        self.state: object = None
-
-    def resolve(self) -> NDArray[Any]:
-        """The array, of a dtype of plain numbers.
-
-        Raises:
-            CheckpointError: when the state is not that of such an array.
-        """
-        try:
-            _, shape, dtype, fortran, content = self.state  # type: ignore[misc]  # what it is not is caught below
-            array = np.frombuffer(_raw(content), dtype.resolve())
-            return array.reshape(tuple(shape), order="F" if fortran else "C")
-        except (AttributeError, TypeError, ValueError, UnicodeError) as error:
-            raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
-
-
-class _Dtype:
-    """In place of ``numpy.dtype``."""
-
-    def __init__(self, text: object = "", *_: object) -> None:
-        self.text = text
-        self.state: object = None
-
-    def resolve(self) -> np.dtype[Any]:
-        big = isinstance(self.state, tuple) and self.state[1:2] in ((">",), (b">",))
-        dtype = np.dtype((">" if big else "<") + str(self.text).lstrip("<>|="))
-        if dtype.kind not in "fiub":
-            raise ValueError(f"dtype '{dtype}' is not a number")
-        return dtype
-
-
-class _Encoded:
-    """The call ``_codecs.encode(text, 'latin1')``, with which Python 3 writes bytes in old protocols; made lazily."""
-
-    def __init__(self, text: object = "", *_: object) -> None:
-        self.text = text
-
-
-def _raw(content: object) -> bytes:
-    if isinstance(content, _Encoded):
-        content = content.text
-    if isinstance(content, bytes):
-        return content
-    if isinstance(content, str):
-        return content.encode("latin1")
-    raise TypeError(f"a {type(content).__name__} is not bytes")
-
-
-# The functions below never copy what they are given: a pickle may call them with the same large object many times.
-
-
-def _from_buffer(content: object = b"", dtype: object = None, shape: object = (), order: object = "C") -> PickledArray:
-    array = PickledArray()
-    array.state = (1, shape, dtype, order == "F", content)
-    return array
-
-
-def _scalar(dtype: object = None, content: object = b"") -> Any:  # Any: int, float or bool
-    if len(_raw(content)) > 16:
-        raise UnsafeGlobalError("A NumPy scalar of more than 16 bytes is not a number.")
-    return _from_buffer(content, dtype).resolve().item()
-
-
-def _array(*_: object) -> PickledArray:
-    return PickledArray()
-
-
-def _dict(items: object = None, *_: object) -> dict[Any, Any]:
-    if isinstance(items, dict):
-        return items
-    result: dict[Any, Any] = {}
-    if isinstance(items, list):  # Python 2 writes an OrderedDict as a list of pairs.
-        for key, value in items:
-            result[_checked_key(key)] = value
-        items.clear()
-    return result
-
-
-def _list(items: object = None, *_: object) -> list[Any]:
-    return items if isinstance(items, list) else []
-
-
-def _reconstruct(kind: object = None, *_: object) -> object:
-    return {} if kind is _dict else Inert()
-
-
-def _table() -> dict[tuple[str, str], Any]:
-    table: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): _dict,
-        ("collections", "Counter"): _dict,
-        ("collections", "defaultdict"): Inert,
-        ("collections", "deque"): _list,
-        ("_codecs", "encode"): _Encoded,
-        ("numpy", "ndarray"): PickledArray,
-        ("numpy", "dtype"): _Dtype,
-    }
-    for module in ("numpy.core", "numpy._core"):
-        table[f"{module}.multiarray", "_reconstruct"] = _array
-        table[f"{module}.multiarray", "scalar"] = _scalar
-        table[f"{module}.numeric", "_frombuffer"] = _from_buffer
-    for module in ("copyreg", "copy_reg"):
-        table[module, "_reconstructor"] = _reconstruct
-    for module in ("builtins", "__builtin__"):
-        for name in _BUILTINS:
-            table[module, name] = Inert
-    table.update(dict.fromkeys(_INERT, Inert))
-    table.update(dict.fromkeys(_DICTS, _dict))
-    return table
-
-
-_BUILTINS = ("object", "list", "dict", "tuple", "set", "frozenset", "int", "float", "bool", "str", "unicode", "long")
-_BUILTINS += ("complex", "slice", "bytes", "bytearray", "type", "range")
-_INERT = (
-    ("argparse", "Namespace"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib._local", "PosixPath"),
-    ("datetime", "datetime"),
-    ("datetime", "timedelta"),
-    ("types", "SimpleNamespace"),
-    ("mmengine.logging.history_buffer", "HistoryBuffer"),
-)
-_DICTS = (
-    ("mmengine.config.config", "ConfigDict"),
-    ("mmengine.config.config", "Config"),
-    ("mmcv.utils.config", "ConfigDict"),
-    ("mmcv.utils.config", "Config"),
-    ("addict.addict", "Dict"),
-    ("yacs.config", "CfgNode"),
-    ("fvcore.common.config", "CfgNode"),
-    ("detectron2.config.config", "CfgNode"),
-)
-_DATA_GLOBALS = _table()
-
-
-def _checked_key(key: object) -> str | int | float | bytes | None:
-    # Only these: hashing a deeply nested tuple overflows the C stack.
-    if key is None or isinstance(key, (str, int, float, bytes)):
-        return key
-    raise UnsafeGlobalError(f"The pickle uses a {type(key).__name__} as a key.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +30,13 @@ class PickleHooks:
     persistent: Callable[[object], object] | None = None
 
 
-class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # the Python one: its memo is a dict
+class RestrictedUnpickler(pickle._Unpickler):
     """An unpickler that knows a fixed table of harmless names and refuses every other by name.
 
     The pure-Python base is used because its memory is bounded by the file: the C one allocates what an index claims.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, source: _Source, *, hooks: PickleHooks | None = None) -> None:
         super().__init__(source, encoding="latin1")
@@ -232,9 +71,11 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         Raises:
             UnsafeGlobalError: when it is not in the table.
         """
-        for table in (self._hooks.globals, _DATA_GLOBALS):
+        for table in (self._hooks.globals, DATA_GLOBALS):
             if (module, name) in table:
                 return table[module, name]
+        if DATA_GLOBALS.get((module, name.partition(".")[0])) is Inert:
+            return Inert  # A method of a class that is not imported.
         module = module.replace("__builtin__", "builtins")  # Python 2's name, which old protocols write
         raise UnsafeGlobalError(
             f"The file refers to '{module}.{name}', which is not data; it was not imported and nothing was run.",
@@ -250,7 +91,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     def _call(self) -> None:
         arguments = self.stack.pop()
         function = self.stack[-1]
-        if not any(function is known for known in (*_DATA_GLOBALS.values(), *self._hooks.globals.values())):
+        if not any(function is known for known in (*DATA_GLOBALS.values(), *self._hooks.globals.values())):
             raise UnsafeGlobalError("The pickle calls something that is not in the table of known names.")
         self.stack[-1] = function(*arguments)
 
@@ -268,20 +109,26 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     def _build(self) -> None:
         state = self.stack.pop()
         instance = self.stack[-1]
-        if isinstance(instance, (Inert, PickledArray, _Dtype)):
+        if isinstance(instance, StatefulStub):
             instance.state = state
         elif not isinstance(instance, dict):  # An OrderedDict's own state (torch's _metadata) is of no use.
             raise UnsafeGlobalError(f"The pickle sets the state of a {type(instance).__name__}.")
+
+    def _items(self) -> list[Any]:
+        items = self.stack
+        self.stack = self.metastack.pop()
+        self.append = self.stack.append
+        return items
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._store([key, value])
 
     def _set_items(self) -> None:
-        self._store(self.pop_mark())
+        self._store(self._items())
 
     def _dict(self) -> None:
-        items = self.pop_mark()
+        items = self._items()
         self.append({})
         self._store(items)
 
@@ -290,19 +137,19 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         if not isinstance(target, dict):
             raise UnsafeGlobalError(f"The pickle stores an item in a {type(target).__name__}.")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_checked_key(key)] = value
+            target[checked_key(key)] = value
 
     def _set(self) -> None:
         self.append([])  # A set's members are kept in a list: nothing here needs hashing.
 
     def _add_items(self) -> None:
-        items = self.pop_mark()
+        items = self._items()
         if not isinstance(self.stack[-1], list):
             raise UnsafeGlobalError("The pickle adds members to something that is not a set.")
         self.stack[-1].extend(items)
 
     def _frozen_set(self) -> None:
-        self.append(self.pop_mark())
+        self.append(self._items())
 
     def _bytes8(self) -> None:
         self.append(self.read(int.from_bytes(self.read(8), "little")))

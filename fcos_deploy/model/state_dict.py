@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fcos_deploy.core.errors import CheckpointError, ConfigError
-from fcos_deploy.model.restricted_pickle import PickledArray
+from fcos_deploy.model.pickle_stubs import PickledArray
 from fcos_deploy.model.torch_archive import TensorReference
 
 __all__ = ["StoredWeights", "find_weights", "require_finite"]
@@ -54,8 +54,10 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
     container, stored, has_both = _choose(content, prefer)
     names = _without_prefixes(stored)
     tensors = {name: _tensor(name, value) for name, value in names.items()}
-    stored_pixels = {n: tensors[n] for n in ("pixel_mean", "pixel_std") if n in tensors}
-    metadata = {k: v for k, v in content.items() if k not in (*_CONTAINERS, *_EMA_CONTAINERS)} if container else {}
+    stored_pixels: dict[str, Any] = {n: tensors[n] for n in ("pixel_mean", "pixel_std") if n in tensors}
+    metadata: dict[str, Any] = (
+        {k: v for k, v in content.items() if k not in (*_CONTAINERS, *_EMA_CONTAINERS)} if container else {}
+    )
     return StoredWeights(tensors, {**metadata, **stored_pixels}, container, has_both)
 
 

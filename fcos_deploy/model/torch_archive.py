@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fcos_deploy.core.errors import CheckpointError
-from fcos_deploy.model.restricted_pickle import PickleHooks, UnsafeGlobalError, read_pickle
+from fcos_deploy.model.pickle_stubs import UnsafeGlobalError
+from fcos_deploy.model.restricted_pickle import PickleHooks, read_pickle
 
-__all__ = ["LEGACY_MAGIC", "TensorReference", "check_zip", "read_legacy_archive", "read_zip_archive"]
+__all__ = ["LEGACY_MAGIC", "TensorReference", "read_legacy_archive", "read_zip_archive"]
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LARGEST_PICKLE = 256 << 20  # bytes; a checkpoint's structure takes less than 20 MB, its tensors are outside
@@ -166,7 +167,7 @@ def _storage(pid: Any, archive: _Archive) -> _Storage:  # Any: a tuple, if the f
     return storage
 
 
-def check_zip(path: Path) -> dict[str, zipfile.ZipInfo]:
+def _checked_entries(path: Path) -> dict[str, zipfile.ZipInfo]:
     """The entries of a torch zip file by name without its folder; nothing in it is compressed.
 
     Raises:
@@ -196,7 +197,7 @@ def read_zip_archive(path: Path) -> Any:  # Any: whatever was saved
     Raises:
         CheckpointError: when it is damaged or names what is not data.
     """
-    entries = check_zip(path)
+    entries = _checked_entries(path)
     archive = _Archive(path)
     with path.open("rb") as stream:
         for name, entry in entries.items():

@@ -83,12 +83,12 @@ def _save_old_numpy_pickle(weights: dict[str, Tensor], path: Path) -> None:
     ("save", "name", "reader"),
     [
         (_save_safetensors, "m.safetensors", "safetensors"),
-        (_save_bare, "m.pth", "torch, weights only"),
-        (_save_legacy, "m.pth", "torch before 1.6, restricted"),
-        (_save_training, "m.pth", "torch, restricted"),
-        (_save_data_parallel, "m.ckpt", "torch, weights only"),
-        (_save_numpy_pickle, "m.pkl", "pickle, restricted"),
-        (_save_old_numpy_pickle, "m.pkl", "pickle, restricted"),
+        (_save_bare, "m.pth", "torch"),
+        (_save_legacy, "m.pth", "torch before 1.6"),
+        (_save_training, "m.pth", "torch"),
+        (_save_data_parallel, "m.ckpt", "torch"),
+        (_save_numpy_pickle, "m.pkl", "pickle"),
+        (_save_old_numpy_pickle, "m.pkl", "pickle"),
     ],
 )
 def test_every_format_gives_the_same_network(

@@ -1,13 +1,13 @@
-"""What a model file is, by its name."""
+"""What a model file is, by its name; and what the files of a bundle are called."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["KINDS_BY_SUFFIX", "kinds_of"]
+__all__ = ["KINDS_BY_SUFFIX", "engine_file", "graph_file", "kinds_of"]
 
 _ENGINES = (ArtifactKind.TENSORRT_ENGINE, ArtifactKind.TENSORRT_RTX_ENGINE)
 
@@ -39,3 +39,15 @@ def kinds_of(path: Path) -> tuple[ArtifactKind, ...]:
             hint=f"give a bundle, or a file that ends in {', '.join(KINDS_BY_SUFFIX)}",
         )
     return kinds
+
+
+def graph_file(precision: Precision, *, tail: Tail, placement: str = "") -> str:
+    """A graph in a bundle: ``model.fp32.onnx``, ``model.int8.portable.onnx``, ``model.fp16.candidates.onnx``."""
+    parts = (str(precision), placement, "" if tail is Tail.RAW else str(tail))
+    return ".".join(["model", *filter(None, parts), "onnx"])
+
+
+def engine_file(precision: Precision, *, backend: str, kind: ArtifactKind) -> str:
+    """What a backend's builder makes: ``model.int8.openvino.xml``, ``model.fp16.tensorrt.engine``."""
+    suffix = next(suffix for suffix, kinds in KINDS_BY_SUFFIX.items() if kind in kinds)
+    return f"model.{precision}.{backend}{suffix}"

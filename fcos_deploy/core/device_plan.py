@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from fcos_deploy.core.artifact_files import engine_file, graph_file
 from fcos_deploy.core.device_rules import RULES, Draft, PlanRequest, rule_name
 from fcos_deploy.core.devices import DeviceProfile
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
@@ -14,12 +15,6 @@ from fcos_deploy.core.registry import backend as backend_named
 from fcos_deploy.core.trtexec import TrtexecRequest, trtexec_command
 
 __all__ = ["Plan", "PlanRequest", "PlannedArtifact", "plan"]
-
-_SUFFIXES = {
-    ArtifactKind.TENSORRT_ENGINE: "engine",
-    ArtifactKind.TENSORRT_RTX_ENGINE: "rtx.engine",
-    ArtifactKind.OPENVINO_IR: "xml",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +95,26 @@ def _placement(draft: Draft) -> str:
 
 
 def _source_onnx(draft: Draft) -> str:
-    return "model.fp32.onnx" if draft.request.calibration_cache else f"model.{draft.precision}.onnx"
+    precision = Precision.FP32 if draft.request.calibration_cache else draft.precision
+    placement = _placement(draft) if precision is Precision.INT8 else ""
+    return graph_file(precision, tail=draft.tail, placement=placement)
+
+
+def _engine(draft: Draft) -> str:
+    return engine_file(draft.precision, backend=draft.backend, kind=draft.kind)
 
 
 def _artifacts(draft: Draft) -> tuple[PlannedArtifact, ...]:
-    made = [PlannedArtifact("model.fp32.onnx", ArtifactKind.ONNX, Precision.FP32, "here", f"export, tail {draft.tail}")]
-    if _source_onnx(draft) != "model.fp32.onnx":
+    first = graph_file(Precision.FP32, tail=draft.tail)
+    made = [PlannedArtifact(first, ArtifactKind.ONNX, Precision.FP32, "here", f"export, tail {draft.tail}")]
+    if _source_onnx(draft) != first:
         how = f"Q/DQ nodes, placement {_placement(draft)}" if draft.precision is Precision.INT8 else "convert to fp16"
         made.append(PlannedArtifact(_source_onnx(draft), ArtifactKind.ONNX, draft.precision, "here", how))
-    if draft.kind in _SUFFIXES:
+    if draft.kind is not ArtifactKind.ONNX:
         where = "on the device" if draft.tensorrt else "here"  # TensorRT builds for the GPU it runs on, and no other.
-        path = f"model.{draft.precision}.{_SUFFIXES[draft.kind]}"
-        made.append(PlannedArtifact(path, draft.kind, draft.precision, where, f"build from {_source_onnx(draft)}"))
+        made.append(
+            PlannedArtifact(_engine(draft), draft.kind, draft.precision, where, f"build from {_source_onnx(draft)}")
+        )
     return tuple(made)
 
 
@@ -131,7 +134,7 @@ def _trtexec(draft: Draft) -> str:
     return trtexec_command(
         TrtexecRequest(
             onnx=PurePosixPath(_source_onnx(draft)),
-            engine=PurePosixPath(f"model.{draft.precision}.engine"),
+            engine=PurePosixPath(_engine(draft)),
             version=draft.tensorrt,
             precision=draft.precision,
             shapes=_profile_shapes(draft),

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fcos_deploy.bundle import Artifact, ArtifactDraft, BundleWriter, CalibrationRecord, StepOutput
+from fcos_deploy.bundle import (
+    Artifact,
+    ArtifactDraft,
+    BundleWriter,
+    CalibrationRecord,
+    Requirements,
+    StepOutput,
+    VersionRule,
+)
+from fcos_deploy.core.artifact_files import engine_file, graph_file
 from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.backend import ComputeType, SessionOptions
 from fcos_deploy.core.contract import ModelContract
@@ -24,13 +35,13 @@ from fcos_deploy.pipeline.request import DeployRequest
 if TYPE_CHECKING:
     from fcos_deploy.model.checkpoint import LoadedCheckpoint
 
-__all__ = ["Calibrated", "Graph", "Variant", "Workshop", "build", "calibrate", "export", "quantize", "suffix_of"]
+__all__ = ["Calibrated", "Graph", "Variant", "Workshop", "build", "calibrate", "export", "quantize"]
 
-_SUFFIXES: dict[ArtifactKind, str] = {
-    ArtifactKind.ONNX: ".onnx",
-    ArtifactKind.OPENVINO_IR: ".xml",
-    ArtifactKind.TENSORRT_ENGINE: ".engine",
-    ArtifactKind.TENSORRT_RTX_ENGINE: ".engine",
+# An IR is read by every later OpenVINO; an engine is the builder's own version's.
+_VERSION_RULES: dict[ArtifactKind, VersionRule] = {
+    ArtifactKind.OPENVINO_IR: VersionRule.AT_LEAST,
+    ArtifactKind.TENSORRT_ENGINE: VersionRule.EXACT,
+    ArtifactKind.TENSORRT_RTX_ENGINE: VersionRule.EXACT,
 }
 
 
@@ -91,17 +102,12 @@ class Calibrated:
     record: CalibrationRecord
 
 
-def suffix_of(kind: ArtifactKind) -> str:
-    """File suffix of an artifact's main file."""
-    return _SUFFIXES[kind]
-
-
 def export(shop: Workshop, *, tail: Tail = Tail.RAW, precision: Precision = Precision.FP32) -> Graph:
     """The checkpoint as a simplified float ONNX graph, compared with PyTorch."""
     from exporters.torch_onnx import DEFAULT_OPSET, ExportOptions, export_onnx
 
     opset = shop.request.opset or DEFAULT_OPSET
-    name = _graph_name(str(precision), tail)
+    name = graph_file(precision, tail=tail)
 
     def make(folder: Path) -> StepOutput:
         options = ExportOptions(tail=tail, opset=opset, precision=precision)
@@ -125,11 +131,6 @@ def export(shop: Workshop, *, tail: Tail = Tail.RAW, precision: Precision = Prec
     }
     step = shop.writer.step(f"export-{precision}-{tail}", inputs=inputs, make=make)
     return Graph(step.artifacts[0], step.path(name), tail)
-
-
-def _graph_name(kind: str, tail: Tail) -> str:
-    """``model.fp32.onnx`` with the raw tail, ``model.fp32.candidates.onnx`` with another."""
-    return f"model.{kind}.onnx" if tail is Tail.RAW else f"model.{kind}.{tail}.onnx"
 
 
 def calibrate(shop: Workshop, source: Graph) -> Calibrated:
@@ -170,7 +171,7 @@ def quantize(shop: Workshop, source: Graph, *, calibrated: Calibrated, consumer:
     from calibration.quantizers import QuantizeRequest
 
     policy, request = placement_for(consumer), shop.request
-    name = _graph_name(f"int8.{policy.name}", source.tail)
+    name = graph_file(Precision.INT8, tail=source.tail, placement=policy.name)
     goal = accuracy_goal(
         request.max_map_drop,
         images=request.images or request.calibration_images,
@@ -214,7 +215,7 @@ def build(shop: Workshop, graph: Graph, *, backend: str, options: BuildOptions |
     exporter = exporter_to(backend)
     if exporter.target is source.kind:
         return Variant(backend, source.precision, source, graph.path)
-    name = f"model.{source.precision}.{backend}{suffix_of(exporter.target)}"
+    name = engine_file(source.precision, backend=backend, kind=exporter.target)
 
     def make(folder: Path) -> StepOutput:
         label = f"build {backend} {source.precision}"
@@ -231,6 +232,7 @@ def build(shop: Workshop, graph: Graph, *, backend: str, options: BuildOptions |
             backend=backend,
             placement=source.placement,
             companions=tuple(file.name for file in made.files if file.name != name),
+            requires=_requirements(exporter.target, backend, graph=graph, record=made.record),
             config=dict(made.record),
             tools={backend: backend_named(backend).probe().version},
         )
@@ -244,6 +246,19 @@ def build(shop: Workshop, graph: Graph, *, backend: str, options: BuildOptions |
     }
     step = shop.writer.step(f"build-{backend}-{source.precision}", inputs=inputs, make=make)
     return Variant(backend, source.precision, step.artifacts[0], step.path(name))
+
+
+def _requirements(kind: ArtifactKind, backend: str, *, graph: Graph, record: Mapping[str, str]) -> Requirements:
+    """What a machine must have to open the engine: checked before it is given to a runtime."""
+    if kind not in _VERSION_RULES:
+        return Requirements()
+    name = engine_file(graph.artifact.precision, backend=backend, kind=kind)
+    return Requirements(
+        backend_version=backend_named(backend).probe().version,
+        version_rule=_VERSION_RULES[kind],
+        compute_capabilities=tuple(re.findall(r"\d+\.\d", record.get("compute_capabilities", ""))),
+        rebuild=f"fcos-deploy build {graph.path.name} --backend {backend} -o {name}",
+    )
 
 
 def _versions(*distributions: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fcos_deploy.core.artifact_files import graph_file
 from fcos_deploy.core.device_plan import PlanRequest, plan
 from fcos_deploy.core.device_rules import RULES, rule_name
 from fcos_deploy.core.devices import DeviceFamily, load_profile, profile_names
@@ -28,7 +29,7 @@ def test_every_profile_has_a_plan_and_names_real_backends(name: str) -> None:
     assert set(profile.backends) <= set(exporters())
     made = plan(profile)
     assert made.backend == profile.backends[0]
-    assert made.artifacts[0].path == "model.fp32.onnx"
+    assert made.artifacts[0].path == graph_file(Precision.FP32, tail=made.tail)
     assert "never been run on hardware" in made.notes[-1] or profile.verified
 
 
@@ -45,13 +46,13 @@ def test_every_rule_is_in_the_documentation(rule: str) -> None:
 def test_jetson_engines_are_built_on_the_jetson() -> None:
     made = plan(load_profile("jetson-orin-nano"), PlanRequest(precision=Precision.INT8))
     engine = made.artifacts[-1]
-    assert (engine.path, engine.where) == ("model.int8.engine", "on the device")
+    assert (engine.path, engine.where) == ("model.int8.tensorrt.engine", "on the device")
     assert made.placement == "portable"
     assert made.options.workspace_mib == 1024
     assert made.commands == ("fcos-deploy build BUNDLE --backend tensorrt",)
     assert made.trtexec == (
-        "trtexec --onnx=model.int8.onnx --saveEngine=model.int8.engine --skipInference --noTF32 --stronglyTyped "
-        "--memPoolSize=workspace:1024M"
+        "trtexec --onnx=model.int8.portable.candidates.onnx --saveEngine=model.int8.tensorrt.engine --skipInference "
+        "--noTF32 --stronglyTyped --memPoolSize=workspace:1024M"
     )
 
 

@@ -107,12 +107,11 @@ def test_convolutions_of_an_fp16_engine_take_half(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_all_convolutions_of_an_int8_engine_take_int8(
-    capability: str, onnx_file: Callable[[str], Path], int8_file: Path, tmp_path: Path
-) -> None:
-    quantized = build(int8_file, tmp_path, capability=capability)
-    float_convolutions = sum(convolution_inputs(build(onnx_file("raw"), tmp_path, capability=capability)).values())
-    assert convolution_inputs(quantized) == {"Int8": float_convolutions}
+def test_all_convolutions_of_an_int8_engine_take_int8(capability: str, int8_file: Path, tmp_path: Path) -> None:
+    """As many as the graph has: the builder merges the two predictions of a level in float, and not in int8."""
+    onnx = pytest.importorskip("onnx")
+    nodes = [node.op_type for node in onnx.load(int8_file).graph.node]
+    assert convolution_inputs(build(int8_file, tmp_path, capability=capability)) == {"Int8": nodes.count("Conv")}
     assert read_contract(int8_file).precision is Precision.INT8
 
 

@@ -50,6 +50,7 @@ class Variant:
 
     @property
     def key(self) -> str:
+        """Name in the results."""
         return f"{self.placement} {self.method} {self.backend}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.errors import ConfigError, MissingDependencyError
 from fcos_deploy.core.require import require
 
-__all__ = ["ENGINES", "Tensors", "expose", "open_engine", "pick_engine"]
+__all__ = ["ENGINES", "Tensors", "expose", "memory_groups", "open_engine", "pick_engine"]
 
 Tensors = Mapping[str, NDArray[Any]]
 Run = Callable[[Tensors], dict[str, NDArray[Any]]]
@@ -27,6 +28,26 @@ def expose(model: Any, names: Sequence[str]) -> Any:  # onnx.ModelProto, untyped
     del copy.graph.output[:]
     copy.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
     return copy
+
+
+def memory_groups(model: Any, names: Sequence[str], *, memory: int) -> list[list[str]]:
+    """The names in order, cut where their float32 tensors together would exceed ``memory`` bytes.
+
+    A group has at least one. A tensor whose shape is dynamic counts as an eighth of the memory.
+    """
+    onnx = require("onnx", extra="export")
+    shapes = {v.name: v.type.tensor_type.shape for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    groups: list[list[str]] = []
+    used = budget = float(memory)
+    for name in names:
+        sizes = [dim.dim_value for dim in shapes[name].dim] if name in shapes else [0]
+        need = 4.0 * math.prod(sizes) if all(sizes) else budget / 8
+        if used + need > budget or not groups:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(name)
+        used += need
+    return groups
 
 
 def _onnxruntime(model: Any, *, threads: int | None) -> Run:

@@ -10,7 +10,7 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from calibration.calibration_file import DEFAULT_METHOD, Calibration, ImageRecord, TensorRanges
 from calibration.data import CalibrationImage, CalibrationSet, read_picture
-from calibration.engines import Run, Tensors, expose, open_engine, pick_engine
+from calibration.engines import Run, Tensors, expose, memory_groups, open_engine, pick_engine
 from calibration.feeds import Feeder
 from calibration.graph import ConvGraph, load_graph
 from calibration.histogram import Histogram
@@ -38,7 +38,7 @@ __all__ = ["StatisticsOptions", "collect_histograms", "collect_ranges", "ranges_
 class StatisticsOptions:
     """How the pass runs.
 
-    ``tensors_at_once``: intermediate tensors that one inference hands out; fewer need less memory and more inferences.
+    ``memory``: bytes of intermediate tensors that one inference hands out; less memory means more inferences an image.
     ``samples``: values of one tensor of one image that enter its histogram, evenly spaced; extremes are always exact.
     ``save_every``: seconds between two saved states.
     """
@@ -46,14 +46,16 @@ class StatisticsOptions:
     method: RangeMethod = DEFAULT_METHOD
     engine: str = "auto"
     threads: int | None = None
-    tensors_at_once: int = 256
+    memory: int = 512 << 20
     samples: int = 1 << 17
     save_every: float = 15.0
 
     def __post_init__(self) -> None:
-        if self.tensors_at_once < 1 or self.samples < 1 or self.save_every < 0:
-            raise ConfigError("tensors_at_once and samples must be at least 1, save_every at least 0.")
+        if self.memory < 1 or self.samples < 1 or self.save_every < 0:
+            raise ConfigError("memory and samples must be at least 1, save_every at least 0.")
 
+
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 Histograms = dict[str, Histogram]
 Observer = Callable[[int, Histograms], None]  # called with the number of images done
@@ -76,7 +78,7 @@ def collect_ranges(
     Raises:
         CalibrationError: a graph that is not float, an unreadable image, NaN or infinity, a tensor that is always zero.
     """
-    options = options or StatisticsOptions()
+    options = _with_engine(source, images, options or StatisticsOptions(), state=state)
     histograms = collect_histograms(source, images, options=options, state=state, progress=progress, observer=observer)
     calibration = ranges_from(histograms, source=source, images=images, options=options)
     if state is not None:
@@ -126,11 +128,9 @@ def collect_histograms(
     Raises:
         CalibrationError: as ``collect_ranges``.
     """
-    contract = read_contract(source)
-    if contract.precision is not Precision.FP32:
-        raise CalibrationError(f"'{source}' is {contract.precision}.", hint="calibrate the fp32 graph")
+    options = _with_engine(source, images, options, state=state)
     graph = load_graph(source)
-    walk = _Pass(graph, contract, options=options, first=images.images[0])
+    walk = _Pass(graph, _float_contract(source), options=options)
     key = _key(source, images, options)
     done, histograms = _resume(state, key, graph.activations())
     saved = time.monotonic()
@@ -140,29 +140,46 @@ def collect_histograms(
         if observer is not None:
             observer(index + 1, histograms)
         if state is not None and time.monotonic() - saved >= options.save_every:
-            _save(state, key, index + 1, histograms)
+            _save(state, key, options.engine, done=index + 1, histograms=histograms)
             saved = time.monotonic()
     progress("calibrating", len(images.images), len(images.images))
     return histograms
 
 
+def _float_contract(source: Path) -> ModelContract:
+    contract = read_contract(source)
+    if contract.precision is not Precision.FP32:
+        raise CalibrationError(f"'{source}' is {contract.precision}.", hint="calibrate the fp32 graph")
+    return contract
+
+
+def _with_engine(
+    source: Path, images: CalibrationSet, options: StatisticsOptions, *, state: Path | None
+) -> StatisticsOptions:
+    """``auto`` becomes the engine of the pass that is to be resumed, otherwise the fastest on the first image."""
+    if options.engine != "auto":
+        return options
+    engine = _saved_engine(state)
+    if not engine:
+        graph, contract = load_graph(source), _float_contract(source)
+        feeds = Feeder(graph.model, contract)(read_picture(images.images[0]))
+        engine = pick_engine(expose(graph.model, graph.outputs), feeds, threads=options.threads)
+    return replace(options, engine=engine)
+
+
 class _Pass:
     """The graph, opened once for each group of tensors."""
 
-    def __init__(
-        self, graph: ConvGraph, contract: ModelContract, *, options: StatisticsOptions, first: CalibrationImage
-    ) -> None:
+    def __init__(self, graph: ConvGraph, contract: ModelContract, *, options: StatisticsOptions) -> None:
         self._feeder = Feeder(graph.model, contract)
         self._samples = options.samples
         inputs = {value.name for value in graph.model.graph.input}
         self._inputs = [name for name in graph.activations() if name in inputs]
         names = [name for name in graph.activations() if name not in inputs]
-        groups = [names[i : i + options.tensors_at_once] for i in range(0, len(names), options.tensors_at_once)]
-        models = [expose(graph.model, group) for group in groups]
-        engine = options.engine
-        if engine == "auto":
-            engine = pick_engine(models[0], self._feeder(read_picture(first)), threads=options.threads)
-        self._runs: Sequence[Run] = [open_engine(engine, model, threads=options.threads) for model in models]
+        groups = memory_groups(graph.model, names, memory=options.memory)
+        self._runs: Sequence[Run] = [
+            open_engine(options.engine, expose(graph.model, group), threads=options.threads) for group in groups
+        ]
 
     def add(self, image: CalibrationImage, histograms: Histograms) -> None:
         feeds = self._feeder(read_picture(image))
@@ -194,12 +211,22 @@ def _key(source: Path, images: CalibrationSet, options: StatisticsOptions) -> st
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _save(state: Path, key: str, done: int, histograms: Histograms) -> None:
-    arrays: dict[str, Any] = {"key": np.array(key), "done": np.array(done)}
+def _save(state: Path, key: str, engine: str, *, done: int, histograms: Histograms) -> None:
+    arrays: dict[str, Any] = {"key": np.array(key), "done": np.array(done), "engine": np.array(engine)}
     for name, histogram in histograms.items():
         arrays |= {f"{name}\n{part}": value for part, value in histogram.state().items()}
     with atomic_file(state) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)
+
+
+def _saved_engine(state: Path | None) -> str:
+    if state is None or not state.is_file():
+        return ""
+    try:
+        with state.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return str(arrays["engine"])
+    except _DAMAGED:
+        return ""
 
 
 def _resume(state: Path | None, key: str, names: Sequence[str]) -> tuple[int, Histograms]:
@@ -214,5 +241,5 @@ def _resume(state: Path | None, key: str, names: Sequence[str]) -> tuple[int, Hi
             parts = ("positive", "negative", "numbers", "counts")
             found = {n: Histogram.from_state({p: arrays[f"{n}\n{p}"] for p in parts}) for n in names}
             return int(arrays["done"]), found
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except _DAMAGED:
         return 0, fresh

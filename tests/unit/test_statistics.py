@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calibration.data import CalibrationSet, SampleOptions, collect_images, read_picture
-from calibration.engines import expose, open_engine
+from calibration.engines import expose, memory_groups, open_engine
 from calibration.feeds import Feeder
 from calibration.graph import load_graph
 from calibration.run import CalibrationRequest, calibrate
@@ -50,12 +50,37 @@ def test_levels_that_share_a_head_have_ranges_of_their_own(mini_calibration: Any
 def test_groups_of_tensors_give_the_same_histograms(mini_onnx: Path, images: CalibrationSet) -> None:
     whole = collect_histograms(mini_onnx, images, options=OPTIONS)
     parts = collect_histograms(
-        mini_onnx, images, options=StatisticsOptions(engine="onnxruntime", threads=1, tensors_at_once=5)
+        mini_onnx, images, options=StatisticsOptions(engine="onnxruntime", threads=1, memory=100_000)
     )
     # Exposing other tensors changes what the runtime fuses, and with it the last bits.
     for name, histogram in whole.items():
         assert parts[name].amax == pytest.approx(histogram.amax, rel=1e-5)
         assert parts[name].elements == histogram.elements
+
+
+def test_groups_stay_within_memory(mini_onnx: Path) -> None:
+    graph = load_graph(mini_onnx)
+    names = [name for name in graph.activations() if name != "images"]
+    one, many = (memory_groups(graph.model, names, memory=m) for m in (1 << 30, 100_000))
+    assert one == [names]
+    assert 2 < len(many) < len(names)
+    assert [name for group in many for name in group] == names
+
+
+def test_a_tensor_larger_than_the_memory_is_alone() -> None:
+    value = onnx.helper.make_tensor_value_info
+    big = [1, 1024, 1024]
+    nodes = [onnx.helper.make_node("Relu", [a], [b]) for a, b in (("x", "y"), ("y", "z"), ("z", "out"))]
+    graph = onnx.helper.make_graph(nodes, "g", [value("x", 1, big)], [value("out", 1, big)])
+    assert memory_groups(onnx.helper.make_model(graph), ["y", "z"], memory=1 << 20) == [["y"], ["z"]]
+
+
+def test_resumed_pass_keeps_its_engine(mini_onnx: Path, images: CalibrationSet, tmp_path: Path) -> None:
+    state = tmp_path / "state.npz"
+    options = StatisticsOptions(engine="onnxruntime", threads=1, save_every=0.0)
+    collect_histograms(mini_onnx, images, options=options, state=state)
+    found = collect_ranges(mini_onnx, images, options=StatisticsOptions(threads=1), state=state)
+    assert found.engine == "onnxruntime"
 
 
 def test_engines_agree(mini_onnx: Path, images: CalibrationSet) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from fcos_deploy.benchmark.cold_start import ColdStartTask, measure_cold_start
+from fcos_deploy.benchmark.run import demo_image
 from fcos_deploy.cli.app import build_app
 
 pytest.importorskip("onnxruntime")
@@ -46,6 +49,13 @@ def test_cold_start_is_a_process_of_its_own(tiny_onnx: Path) -> None:
     cold = entry["cold_start"]
     assert 0 < cold["imported"] < cold["opened"] < cold["first_detection"] == entry["cold_start_s"]
     assert entry["peak_memory_mib"] > 20
+
+
+def test_peak_memory_is_not_that_of_the_process_that_asks(tiny_onnx: Path) -> None:
+    ballast = np.ones(150_000_000)  # 1.1 GiB, more than the small model's process needs
+    task = ColdStartTask(model=str(tiny_onnx), image=str(demo_image()), backend="onnxruntime", threads=1)
+    peak = measure_cold_start(task).peak_memory_mib
+    assert peak < ballast.nbytes / 2**20
 
 
 def test_slower_than_the_baseline_is_exit_4(tiny_onnx: Path, tmp_path: Path) -> None:

@@ -62,15 +62,20 @@ def _default(model: Path, *, kinds: tuple[ArtifactKind, ...]) -> Backend:
         ConfigError: none is installed, or several and none is meant more than the others.
     """
     able = [backend for kind in kinds for backend in backends_for(kind)]
-    installed = [backend for backend in able if backend.probe().available]
-    preferred = [backend for backend in installed if not backend.preferred_for.isdisjoint(kinds)]
-    choice = preferred or installed
-    if len(choice) == 1:
-        return choice[0]
-    problem = "Several backends open" if choice else "No backend is installed that opens"
+    meant = [backend for backend in able if not backend.preferred_for.isdisjoint(kinds)]
+    others = [backend for backend in able if backend not in meant]
+    # One after the other: probing imports the runtime, which the start of a program should not pay for in vain.
+    installed = _installed(meant) or _installed(others)
+    if len(installed) == 1:
+        return installed[0]
+    if installed:
+        names = ", ".join(backend.name for backend in installed)
+        raise ConfigError(f"Several backends open '{model.name}'.", hint=f"name one with --backend: {names}")
     raise ConfigError(
-        f"{problem} '{model.name}'.",
-        hint=f"name one with --backend: {', '.join(b.name for b in choice)}"
-        if choice
-        else " or ".join(f"pip install 'fcos-deploy[{b.extra}]'" for b in able),
+        f"No backend is installed that opens '{model.name}'.",
+        hint=" or ".join(f"pip install 'fcos-deploy[{backend.extra}]'" for backend in able),
     )
+
+
+def _installed(candidates: list[Backend]) -> list[Backend]:
+    return [backend for backend in candidates if backend.probe().available]

@@ -189,6 +189,29 @@ def test_a_backend_that_does_not_open_the_file(tiny_checkpoint: Path, tiny_onnx:
         Detector.open(tiny_onnx, backend="tensorflow")
 
 
+def test_opening_one_runtime_does_not_import_the_others(tiny_onnx: Path) -> None:
+    code = (
+        "import sys; from fcos_deploy import Detector; Detector.open(sys.argv[1]).close();"
+        "print(sorted({'torch', 'openvino', 'onnx', 'tensorrt', 'asyncio'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_onnx)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_file_without_an_installed_runtime_says_what_to_install(tmp_path: Path) -> None:
+    for suffix, extra in ((".engine", "tensorrt"), (".onnx", "onnxruntime")):
+        blocked = (
+            "import sys; sys.modules.update({m: None for m in "
+            "('onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'tensorrt_libs')});"
+            "from fcos_deploy import Detector; Detector.open(sys.argv[1])"
+        )
+        model = tmp_path / f"model{suffix}"
+        model.write_bytes(b"x")
+        done = subprocess.run([sys.executable, "-c", blocked, str(model)], capture_output=True, text=True, check=False)
+        assert "No backend is installed that opens" in done.stderr
+        assert f"pip install 'fcos-deploy[{extra}]'" in done.stderr
+
+
 def test_what_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(BackendLoadError, match="is not there"):
         Detector.open(tmp_path / "missing.onnx")

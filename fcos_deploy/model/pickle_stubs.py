@@ -26,13 +26,13 @@ class Inert:
 
 
 class PickledArray:
-    """In place of ``numpy.ndarray``: made into one by ``resolve``, when it is wanted."""
+    """In place of ``numpy.ndarray``: made into one by ``take``, when it is wanted."""
 
     def __init__(self, *_: object) -> None:
         self.state: object = None
 
-    def resolve(self) -> NDArray[Any]:
-        """The array, of a dtype of plain numbers.
+    def take(self) -> NDArray[Any]:
+        """A copy as an array of plain numbers; the pickled bytes are let go, so that memory holds them only once.
 
         Raises:
             CheckpointError: when the state is not that of such an array.
@@ -41,7 +41,8 @@ class PickledArray:
             state: Any = self.state  # Any: what it is not is caught below
             _, shape, dtype, fortran, content = state
             array = np.frombuffer(_raw(content), dtype.resolve())
-            return array.reshape(tuple(shape), order="F" if fortran else "C")
+            self.state = None
+            return array.reshape(tuple(shape), order="F" if fortran else "C").copy()
         except (AttributeError, TypeError, ValueError, UnicodeError) as error:
             raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
 
@@ -90,7 +91,7 @@ def _from_buffer(content: object = b"", dtype: object = None, shape: object = ()
 def _scalar(dtype: object = None, content: object = b"") -> Any:  # Any: int, float or bool
     if len(_raw(content)) > 16:
         raise UnsafeGlobalError("A NumPy scalar of more than 16 bytes is not a number.")
-    return _from_buffer(content, dtype).resolve().item()
+    return _from_buffer(content, dtype).take().item()
 
 
 def _array(*_: object) -> PickledArray:

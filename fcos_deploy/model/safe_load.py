@@ -7,10 +7,10 @@ scalars are refused, files from before torch 1.6 are not memory-mapped, and memo
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from fcos_deploy.core.errors import CheckpointError
 from fcos_deploy.core.require import require
@@ -103,5 +103,17 @@ def _read_legacy(path: Path) -> CheckpointFile:
 
 def _read_plain_pickle(path: Path) -> CheckpointFile:
     """detectron2's model zoo: ``{'model': {name: ndarray}, '__author__': ...}``."""
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return CheckpointFile(read_pickle(data, hooks=PickleHooks({})), "pickle")
+    with path.open("rb") as stream:
+        return CheckpointFile(read_pickle(_Bounded(stream, path.stat().st_size), hooks=PickleHooks({})), "pickle")
+
+
+class _Bounded:
+    """A stream that never allocates more for a read than the file holds, whatever length a pickle claims."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream, self._size = stream, size
+        self.readline = stream.readline
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes."""
+        return self._stream.read(size if 0 <= size < 4096 else min(size, self._size))

@@ -116,8 +116,8 @@ def _resolved(value: _Stored) -> Tensor:
     if isinstance(value, TensorReference):
         return value.resolve()
     if isinstance(value, PickledArray):
-        array = value.resolve()
-        native = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+        array = value.take()
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
         return torch.from_numpy(np.ascontiguousarray(native))
     return value
 

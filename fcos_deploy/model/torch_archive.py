@@ -66,18 +66,25 @@ class _Archive:
         self._bytes: Tensor | None = None
 
     def elements(self, storage: _Storage) -> Tensor:
-        """The storage as a vector over the mapped file."""
+        """The storage as a vector, over the mapped file where it is aligned."""
         start = self.offsets.get(storage.key)
         size = storage.count * storage.dtype.itemsize
-        if self._bytes is None:
-            self._bytes = torch.from_file(
-                str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8
-            )
-        if start is None or storage.count < 0 or start + size > len(self._bytes):
+        file_size = self.path.stat().st_size
+        if start is None or storage.count < 0 or start + size > file_size:
             raise CheckpointError(f"'{self.path}' lacks the data of tensor storage '{storage.key}'.", hint=_TRUNCATED)
-        run = self._bytes[start : start + size]
-        aligned = run.clone() if start % storage.dtype.itemsize else run
-        return aligned.view(storage.dtype)
+        if start % storage.dtype.itemsize:  # Old files do not align; a copy of mapped pages would count twice.
+            return self._read(start, size).view(storage.dtype)
+        if self._bytes is None:
+            self._bytes = torch.from_file(str(self.path), shared=False, size=file_size, dtype=torch.uint8)
+        return self._bytes[start : start + size].view(storage.dtype)
+
+    def _read(self, start: int, size: int) -> Tensor:
+        content = torch.empty(size, dtype=torch.uint8)
+        with self.path.open("rb") as stream:
+            stream.seek(start)
+            if stream.readinto(memoryview(content.numpy())) != size:
+                raise CheckpointError(f"'{self.path}' became shorter while it was read.", hint=_TRUNCATED)
+        return content
 
 
 _TRUNCATED = "was the file copied completely?"

@@ -209,7 +209,13 @@ print(status('VmHWM') - before)
     torch.manual_seed(0)
     small = Fcos(resnet_config(18, num_classes=3, stem_channels=8, fpn_channels=32)).state_dict()
     momentum = {"state": {i: torch.ones(1000, 1000) for i in range(20)}}  # 80 MB that nobody needs
-    for save, name in ((_save_legacy, "legacy.pth"), (_save_numpy_pickle, "n.pkl"), (None, "zip.pth")):
+    files = (
+        (_save_legacy, "legacy.pth"),
+        (_save_numpy_pickle, "n.pkl"),
+        (_save_old_numpy_pickle, "n2.pkl"),
+        (None, "zip.pth"),
+    )
+    for save, name in files:
         big = tmp_path / name
         if save is None:
             torch.save({"model": model.state_dict(), "optimizer": momentum}, big)

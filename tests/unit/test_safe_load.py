@@ -200,14 +200,14 @@ def test_numpy_arrays_of_every_protocol(protocol: int, dtype: str) -> None:
     for stored in (array, np.asfortranarray(array)):
         found = read_pickle(pickle.dumps(stored, protocol=protocol))
         assert isinstance(found, PickledArray)
-        np.testing.assert_array_equal(found.resolve(), stored)
+        np.testing.assert_array_equal(found.take(), stored)
     assert read_pickle(pickle.dumps(np.float32(2.5), protocol=protocol)) == 2.5
 
 
 def test_arrays_of_objects_are_refused() -> None:
     found = read_pickle(pickle.dumps(np.array([{}, []], dtype=object)))
     with pytest.raises(CheckpointError, match="damaged"):
-        found.resolve()
+        found.take()
 
 
 @pytest.mark.parametrize(

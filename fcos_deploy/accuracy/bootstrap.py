@@ -18,7 +18,16 @@ from fcos_deploy.accuracy.overlap import pairwise_iou
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["ApInterval", "ClassMatches", "ap_interval", "match_dataset", "paired_ap_drop", "weighted_ap"]
+__all__ = [
+    "ApInterval",
+    "ApSamples",
+    "ClassMatches",
+    "ap_interval",
+    "match_dataset",
+    "paired_ap_drop",
+    "sample_ap",
+    "weighted_ap",
+]
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _CHUNK = 4_000_000  # elements of one array of resamples x detections: 16 MB
@@ -37,6 +46,18 @@ class ClassMatches:
     correct: NDArray[np.bool_]
     ignored: NDArray[np.bool_]
     positives: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ApSamples:
+    """values: (1 + resamples,) float64, AP of the data as it is and of each resample; NaN where no object was drawn.
+
+    positives: (classes, images) int64, how many objects there are; together with ``seed`` it says what was resampled.
+    """
+
+    values: NDArray[np.float64]
+    positives: NDArray[np.int64]
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +152,10 @@ def _class_ap_chunk(matches: ClassMatches, weights: NDArray[np.float32]) -> NDAr
     total = np.zeros(len(weights))
     if len(matches.scores):
         drawn, needed = weights[:, matches.image], _needed_hits(objects)
+        all_seen = np.cumsum(drawn, axis=1, dtype=np.float32)
         for right, outside in zip(matches.correct, matches.ignored, strict=True):
-            total += _threshold_ap(drawn, right, outside, needed=needed)
+            seen = np.cumsum(drawn * ~outside, axis=1, dtype=np.float32) if outside.any() else all_seen
+            total += _threshold_ap(drawn[:, right], seen[:, right], needed=needed)
     return np.where(objects > 0, total / len(matches.correct), np.nan)
 
 
@@ -147,15 +170,17 @@ def _needed_hits(objects: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _threshold_ap(
-    drawn: NDArray[np.float32], right: NDArray[np.bool_], outside: NDArray[np.bool_], *, needed: NDArray[np.int64]
+    drawn: NDArray[np.float32], seen: NDArray[np.float32], *, needed: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Mean interpolated precision at 101 recalls, (r, d) weights of the detections -> (r,)."""
-    hits = np.cumsum(drawn * right, axis=1, dtype=np.float32)[:, right]
-    rows, width = hits.shape
+    """Mean interpolated precision at 101 recalls -> (r,).
+
+    drawn, seen: (r, t) of the t right detections, best first: how often each counts, and how many detections count up
+    to it. Precision changes for the better only where a detection is right, so the others are not needed.
+    """
+    rows, width = drawn.shape
     if not width:
         return np.zeros(rows)
-    # Precision changes for the better only where a detection is right, so the other columns are not needed.
-    seen = np.cumsum(drawn * ~outside, axis=1, dtype=np.float32)[:, right]
+    hits = np.cumsum(drawn, axis=1, dtype=np.float32)
     precision = hits / np.maximum(seen, 1.0).astype(np.float64)
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     # One sorted sequence of integers for all rows, so that one search serves them all.
@@ -169,36 +194,35 @@ def _threshold_ap(
     return summed / len(RECALL_POINTS)
 
 
-def ap_interval(
-    matches: list[ClassMatches], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
-) -> ApInterval:
-    """The AP of one run with its bootstrap interval."""
-    weights = _weights(len(matches[0].positives), resamples=resamples, seed=seed)
-    return _interval(weighted_ap(matches, weights), images=weights.shape[1], confidence=confidence)
+def sample_ap(matches: list[ClassMatches], *, resamples: int = 1000, seed: int = 0) -> ApSamples:
+    """AP of the data and of each resample; runs with the same ``seed`` and images are resampled alike."""
+    positives = np.stack([m.positives for m in matches])
+    weights = _weights(positives.shape[1], resamples=resamples, seed=seed)
+    return ApSamples(weighted_ap(matches, weights), positives, seed)
 
 
-def paired_ap_drop(
-    reference: list[ClassMatches],
-    candidate: list[ClassMatches],
-    *,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> ApInterval:
+def ap_interval(samples: ApSamples, *, confidence: float = 0.95) -> ApInterval:
+    """The AP of one run with its bootstrap interval.
+
+    Raises:
+        ConfigError: the data has no object.
+    """
+    return _interval(samples.values, images=samples.positives.shape[1], confidence=confidence)
+
+
+def paired_ap_drop(reference: ApSamples, candidate: ApSamples, *, confidence: float = 0.95) -> ApInterval:
     """AP of the reference minus AP of the candidate on the same images: positive when the candidate is worse.
 
     Both are resampled with the same images, so that what is hard about an image cancels.
 
     Raises:
-        ConfigError: the two were not evaluated on the same images.
+        ConfigError: the two were not evaluated on the same images, or not resampled alike.
     """
-    if len(reference) != len(candidate) or any(
-        not np.array_equal(a.positives, b.positives) for a, b in zip(reference, candidate, strict=True)
-    ):
-        raise ConfigError("A paired interval needs two runs on the same images and annotations.")
-    weights = _weights(len(reference[0].positives), resamples=resamples, seed=seed)
-    drop = weighted_ap(reference, weights) - weighted_ap(candidate, weights)
-    return _interval(drop, images=weights.shape[1], confidence=confidence)
+    alike = len(reference.values) == len(candidate.values) and reference.seed == candidate.seed
+    if not alike or not np.array_equal(reference.positives, candidate.positives):
+        raise ConfigError("A paired interval needs two runs on the same images and annotations, resampled alike.")
+    drop = reference.values - candidate.values
+    return _interval(drop, images=reference.positives.shape[1], confidence=confidence)
 
 
 def _weights(images: int, *, resamples: int, seed: int) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fcos_deploy.accuracy.bootstrap import ApInterval, ClassMatches, ap_interval, match_dataset, paired_ap_drop
+from fcos_deploy.accuracy.bootstrap import ApInterval, ApSamples, ap_interval, match_dataset, paired_ap_drop, sample_ap
 from fcos_deploy.accuracy.coco import CocoScores, coco_scores
 from fcos_deploy.accuracy.collect import DetectionRun, Target, collect_detections
 from fcos_deploy.accuracy.dataset import Dataset, folder_images, label_index, load_coco, truth_from_detections
@@ -58,7 +58,10 @@ class EvaluationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One model on one backend: its scores and, where there is a reference, how it compares."""
+    """One model on one backend: its scores and, where there is a reference, how it compares.
+
+    ``samples``: its AP in each resample, for further intervals.
+    """
 
     run: DetectionRun
     scores: CocoScores
@@ -66,6 +69,7 @@ class Evaluation:
     drop: ApInterval | None = None
     agreement: DetectionAgreement | None = None
     verdicts: tuple[Verdict, ...] = ()
+    samples: ApSamples | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,32 +127,32 @@ def evaluate_run(
     """Score detections that were collected already."""
     found = run.relabelled(label_index(run.names, dataset))
     scores = coco_scores(dataset, found)
-    matches = match_dataset(dataset, found) if request.resamples else []
-    interval = drop = agreement = None
-    if matches and scores.ap is not None:
-        interval = ap_interval(matches, resamples=request.resamples, seed=request.seed)
+    samples = None
+    if request.resamples and scores.ap is not None:
+        samples = sample_ap(match_dataset(dataset, found), resamples=request.resamples, seed=request.seed)
+    drop = agreement = None
     if reference is not None:
         theirs = reference.run.relabelled(label_index(reference.run.names, dataset))
         agreement = compare_detections(theirs, found, options=request.matching)
-        drop = _drop(reference.scores, scores, pair=(match_dataset(dataset, theirs), matches), request=request)
+        drop = _drop(reference, scores, samples)
     verdicts = _judge(request.gate, run, scores, drop=drop, agreement=agreement, reference=reference)
     return Evaluation(
-        run=run, scores=scores, interval=interval, drop=drop, agreement=agreement, verdicts=tuple(verdicts)
+        run=run,
+        scores=scores,
+        interval=ap_interval(samples) if samples else None,
+        drop=drop,
+        agreement=agreement,
+        verdicts=tuple(verdicts),
+        samples=samples,
     )
 
 
-def _drop(
-    reference: CocoScores,
-    candidate: CocoScores,
-    *,
-    pair: tuple[list[ClassMatches], list[ClassMatches]],
-    request: EvaluationRequest,
-) -> ApInterval | None:
-    if reference.ap is None or candidate.ap is None:
+def _drop(reference: Evaluation, candidate: CocoScores, samples: ApSamples | None) -> ApInterval | None:
+    if reference.samples is not None and samples is not None:
+        return paired_ap_drop(reference.samples, samples)
+    if reference.scores.ap is None or candidate.ap is None:
         return None
-    if request.resamples:
-        return paired_ap_drop(*pair, resamples=request.resamples, seed=request.seed)
-    value = reference.ap - candidate.ap
+    value = reference.scores.ap - candidate.ap
     return ApInterval(
         value=value, low=value, high=value, standard_error=0.0, confidence=0.0, resamples=0, images=candidate.images
     )

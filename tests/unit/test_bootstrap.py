@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.bootstrap import ap_interval, match_dataset, paired_ap_drop, weighted_ap
+from fcos_deploy.accuracy.bootstrap import ap_interval, match_dataset, paired_ap_drop, sample_ap, weighted_ap
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, Truth
 from fcos_deploy.core.detections import Detections
@@ -71,17 +71,17 @@ def test_a_resample_equals_evaluating_the_resampled_images() -> None:
 
 def test_the_same_run_drops_by_exactly_nothing() -> None:
     data, found = random_data(3, images=20, noise=4.0)
-    matches = match_dataset(data, found)
-    drop = paired_ap_drop(matches, matches, resamples=50)
+    samples = sample_ap(match_dataset(data, found), resamples=50)
+    drop = paired_ap_drop(samples, samples)
     assert (drop.value, drop.low, drop.high) == (0.0, 0.0, 0.0)
 
 
 def test_pairing_makes_the_interval_narrower() -> None:
     data, good = random_data(3, images=40, noise=2.0)
     _, worse = random_data(3, images=40, noise=2.4)
-    a, b = match_dataset(data, good), match_dataset(data, worse)
-    drop = paired_ap_drop(a, b, resamples=300)
-    alone = ap_interval(a, resamples=300).standard_error, ap_interval(b, resamples=300).standard_error
+    a, b = (sample_ap(match_dataset(data, found), resamples=300) for found in (good, worse))
+    drop = paired_ap_drop(a, b)
+    alone = ap_interval(a).standard_error, ap_interval(b).standard_error
     assert drop.low < drop.value < drop.high
     assert drop.standard_error < np.hypot(*alone)
     assert drop.value == pytest.approx(coco_scores(data, good).ap - coco_scores(data, worse).ap, abs=1e-9)
@@ -90,7 +90,7 @@ def test_pairing_makes_the_interval_narrower() -> None:
 def test_interval_is_repeatable_and_named() -> None:
     data, found = random_data(3, images=10, noise=2.0)
     matches = match_dataset(data, found)
-    first, second = (ap_interval(matches, resamples=40, seed=7) for _ in range(2))
+    first, second = (ap_interval(sample_ap(matches, resamples=40, seed=7)) for _ in range(2))
     assert first == second
     assert (first.resamples, first.confidence, first.images) == (40, 0.95, 10)
 
@@ -98,8 +98,11 @@ def test_interval_is_repeatable_and_named() -> None:
 def test_other_annotations_cannot_be_paired() -> None:
     data, found = random_data(3, images=10, noise=2.0)
     other, other_found = random_data(4, images=10, noise=2.0)
+    first = sample_ap(match_dataset(data, found), resamples=5)
     with pytest.raises(ConfigError, match="same images"):
-        paired_ap_drop(match_dataset(data, found), match_dataset(other, other_found))
+        paired_ap_drop(first, sample_ap(match_dataset(other, other_found), resamples=5))
+    with pytest.raises(ConfigError, match="resampled alike"):
+        paired_ap_drop(first, sample_ap(match_dataset(data, found), resamples=5, seed=1))
 
 
 def test_no_objects_have_no_ap() -> None:
@@ -107,4 +110,4 @@ def test_no_objects_have_no_ap() -> None:
     empty = Truth(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.bool_))
     blank = Dataset(data.images, {1: empty, 2: empty}, data.class_names, "blank")
     with pytest.raises(ConfigError, match="at least one annotated object"):
-        ap_interval(match_dataset(blank, found))
+        ap_interval(sample_ap(match_dataset(blank, found), resamples=5))

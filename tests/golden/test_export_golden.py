@@ -103,7 +103,7 @@ def test_detections_are_those_of_the_library(
         found = postprocess(outputs, made.contract, index=0, input_size=(height, width), letterbox=letterbox)
         if made.contract.decode.profile.box_filter is BoxFilter.AFTER_FINAL_CLIP:
             # Recorded before the library's own final clip.
-            wanted = Detections(wanted.boxes.clip(0, [320, 256, 320, 256]), wanted.scores, wanted.labels)  # noqa: PLW2901
+            wanted = Detections(wanted.boxes.clip(0, np.float32([320, 256, 320, 256])), wanted.scores, wanted.labels)  # noqa: PLW2901
         score, pixels = _largest_differences(found, wanted)
         record_property(f"{reference['ecosystem']} {reference['config']}", f"score {score:.1e}, box {pixels:.1e} px")
         assert len(wanted) >= 50

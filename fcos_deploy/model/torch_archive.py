@@ -82,7 +82,7 @@ class _Archive:
         content = torch.empty(size, dtype=torch.uint8)
         with self.path.open("rb") as stream:
             stream.seek(start)
-            if stream.readinto(memoryview(content.numpy())) != size:
+            if stream.readinto(content.numpy().data) != size:
                 raise CheckpointError(f"'{self.path}' became shorter while it was read.", hint=_TRUNCATED)
         return content
 

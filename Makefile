@@ -7,11 +7,11 @@ STAMP = $(VENV)/.installed
 
 install: $(STAMP)
 
+# The stubs' metadata asks for TensorRT itself, which type checking does not need.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev,tensorrt-rtx]'
-	# Its metadata asks for TensorRT itself, which type checking does not need.
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps tensorrt-stubs
 	touch $@
 

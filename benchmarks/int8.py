@@ -80,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train-annotations", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for models and detections")
+    parser.add_argument("--methods", nargs="+", default=[str(method) for method in RangeMethod])
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
@@ -99,7 +100,7 @@ def make_variants(options: argparse.Namespace) -> list[Variant]:
     calibration = load_calibration(file, graph=options.model)
     variants = [Variant(options.model, name, "float", "fp32") for name in ("onnxruntime", "openvino")]
     for name, policy in PLACEMENTS.items():
-        for method in RangeMethod:
+        for method in map(RangeMethod, options.methods):
             path = options.work / f"{name}.{method}.onnx"
             if not path.is_file():
                 quantize_qdq(options.model, calibration.with_method(method), path, policy=policy)

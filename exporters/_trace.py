@@ -115,13 +115,19 @@ def _name_after_modules(model: Any) -> None:
         initializer.name = initializer.name.removeprefix("model.")
     seen: collections.Counter[str] = collections.Counter()
     for node in model.graph:
-        scope = _scope(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        scope = _weight_owner(node) or _scope(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
         base = f"{scope}/{node.op_type}" if scope else node.op_type
         node.name = f"{base}_{seen[base]}" if seen[base] else base
         seen[base] += 1
         for position, value in enumerate(node.outputs):
             if id(value) not in outputs:
                 value.name = node.name + "_output" + (str(position) if position else "")
+
+
+def _weight_owner(node: Any) -> str:
+    """The convolution's module, by its weight: one that a BatchNorm was folded into was recorded under the latter."""
+    weight = node.inputs[1] if node.op_type == "Conv" else None
+    return weight.name.rpartition(".weight")[0] if weight is not None and weight.name else ""
 
 
 def _scope(recorded: str) -> str:

@@ -20,7 +20,7 @@ from exporters.simplify import Simplification, input_shapes
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import ConfigError, ExportError
+from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.require import require
 
@@ -29,6 +29,7 @@ __all__ = ["FP16_ROW_SHARE", "FP16_TOLERANCE", "convert_to_fp16", "half_precisio
 FP16_TOLERANCE = 3e-2  # relative; half precision keeps 11 bits, and some hundred layers add up their roundings
 FP16_ROW_SHARE = 0.1  # of candidates that change places, or cross the gate or another box's overlap, with that
 _LARGEST = 65504.0
+_TENSORS_AT_ONCE = 32  # that are looked at in one run: bounds the memory
 # The weights of these are half, but only these inputs: the others are sizes, scales and limits.
 _FLOAT_INPUTS = {"Resize": (0,), "Clip": (0, 1, 2)}
 _READ_NO_VALUES = {"Shape", "Size"}
@@ -80,7 +81,9 @@ def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -
     ir = require("onnx_ir", extra="export")
     graph = ir.from_proto(require("onnx.shape_inference", extra="export").infer_shapes(model))
     half = _half_nodes(graph)
+    names = [v.name for node in graph.graph if node in half for v in node.outputs if _is_float(v)]
     _Halving(graph, half).run()
+    _require_in_range(model, names, feeds)
     result = ir.to_proto(graph)
     del result.graph.value_info[:]
     del result.graph.output[:]
@@ -94,6 +97,35 @@ def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -
         row_share=FP16_ROW_SHARE,
     )
     return result, check
+
+
+def _is_float(value: Any) -> bool:
+    return value.dtype is not None and value.dtype.name == "FLOAT"
+
+
+def _require_in_range(model: Any, names: list[str], feeds: list[Feeds]) -> None:
+    """Look at the float32 values themselves: a runtime may compute half nodes in float32 and never show an overflow.
+
+    Raises:
+        StepCheckError: a tensor that becomes half leaves its range.
+    """
+    onnx = require("onnx", extra="export")
+    for start in range(0, len(names), _TENSORS_AT_ONCE):
+        shown = onnx.ModelProto()
+        shown.CopyFrom(model)
+        del shown.graph.output[:]
+        group = names[start : start + _TENSORS_AT_ONCE]
+        shown.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in group)
+        run = onnx_runner(shown)
+        for feed in feeds:
+            for name, array in run(feed).items():
+                reach = float(np.abs(array).max(initial=0.0))
+                if not reach <= _LARGEST:
+                    raise StepCheckError(
+                        f"Step 'convert to fp16': tensor '{name}' reaches {reach:.3g}, half precision ends at "
+                        f"{_LARGEST:g}.",
+                        hint="use --precision fp32",
+                    )
 
 
 def _half_nodes(model: Any) -> set[Any]:

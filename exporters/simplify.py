@@ -94,6 +94,8 @@ def simplified(model: Any, feeds: list[Feeds], *, precision: Precision = Precisi
     """
     smaller = _with_own_passes(_with_onnxsim(model))
     result = smaller if smaller.ByteSize() <= model.ByteSize() else _with_own_passes(model)
+    for value, declared in zip(result.graph.output, model.graph.output, strict=True):
+        value.type.CopyFrom(declared.type)  # onnxsim writes the sizes that it inferred over open axes.
     _require_same_interface(model, result)
     check = compare(onnx_runner(model), onnx_runner(result), feeds, step="simplify", tolerance=_TOLERANCES[precision])
     return result, check

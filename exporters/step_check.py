@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.errors import StepCheckError
+from fcos_deploy.core.errors import ExportError, StepCheckError
 from fcos_deploy.core.require import require
 
 __all__ = ["ROW_OUTPUTS", "Feeds", "StepCheck", "compare", "onnx_runner", "provoking_feeds"]
@@ -127,14 +127,22 @@ def _unpartnered(left: NDArray[np.float64], right: NDArray[np.float64], *, toler
 
 
 def onnx_runner(model: Any, *, optimized: bool = False) -> Runner:
-    """Run an ``onnx.ModelProto`` in ONNX Runtime on the CPU, by default without its own graph changes."""
+    """Run an ``onnx.ModelProto`` in ONNX Runtime on the CPU, by default without its own graph changes.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the graph.
+    """
     runtime = require("onnxruntime", extra="export")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 2
     level = runtime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"ONNX Runtime cannot load this graph: {lines[-1]}") from error
     names = [output.name for output in session.get_outputs()]
 
     def run(feeds: Feeds) -> Feeds:

@@ -31,6 +31,7 @@ def simplify_open_reshapes(model: Any) -> int:  # Any: onnx_ir.Model
             shape = _constant_shape(node.inputs[1].producer())
             if shape is not None and _has_batch_axis(node.inputs[0]):
                 node.replace_input_with(1, _initializer(model, shape))
+                node.attributes.pop("allowzero", None)  # With it, 0 would mean no elements.
                 changed += 1
     return changed
 

@@ -83,8 +83,9 @@ def test_a_weight_beyond_half_precision_is_refused(tiny_onnx: Path, tmp_path: Pa
 def test_activations_that_overflow_are_found(tiny_onnx: Path, tmp_path: Path) -> None:
     """What users meet as boxes of zeros or infinities: a feature beyond 65504, and nothing told them."""
     model = load_onnx(tiny_onnx)
-    weight = next(i for i in model.graph.initializer if i.name == "backbone.fpn.layer_blocks.0.0.weight")
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(6e4), weight.name))
+    for name in ("backbone.fpn.inner_blocks.0.0.weight", "backbone.fpn.layer_blocks.0.0.weight"):
+        weight = next(i for i in model.graph.initializer if i.name == name)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1e4), name))
     save_onnx(model, tmp_path / "hot.onnx")
     with pytest.raises(StepCheckError, match="convert to fp16"):
         convert_to_fp16(tmp_path / "hot.onnx", tmp_path / "h.onnx")

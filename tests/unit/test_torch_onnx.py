@@ -139,7 +139,12 @@ def test_tails_give_the_detections_of_the_raw_tail(
 def test_only_asked_for_outputs_remain(export: Callable[..., OnnxExport]) -> None:
     model = load_onnx(export(tail=Tail.NMS, batch=None).path)
     assert [o.name for o in model.graph.output] == ["boxes", "scores", "labels", "num_detections"]
-    assert [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", 3, *SIZE]
+    assert _axes(model.graph.input[0]) == ["batch", 3, *SIZE]
+    assert _axes(model.graph.output[0]) == ["batch", 100, 4]
+
+
+def _axes(value: object) -> list[object]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
 def test_static_nms_needs_no_nms_operator(export: Callable[..., OnnxExport]) -> None:

@@ -53,7 +53,8 @@ class MergedFirst(nn.Module):
         head = self.model.head
         outputs = []
         for index, feature in enumerate(self.model.backbone(images)):
-            cls, reg = torch.relu(self.norm(self.conv(feature))).chunk(2, 1)
+            both, half = torch.relu(self.norm(self.conv(feature))), feature.shape[1]
+            cls, reg = both[:, :half], both[:, half:]
             for layer in head.classification_head.conv[3:]:
                 cls = layer(cls)
             for layer in head.regression_head.conv[3:]:
@@ -111,7 +112,7 @@ class SmallLevelsTogether(nn.Module):
         height = levels[0].shape[2]
         for conv, norm in zip(layers[0::3], layers[1::3], strict=True):
             # One column of zeros between neighbours is the padding that each convolution sees alone.
-            padded = [nn.functional.pad(x, (0, 1, 0, height - x.shape[2])) for x in levels]
+            padded = [_with_margin(x, height) for x in levels]
             together = conv(torch.cat(padded, 3))
             starts = np.cumsum([0] + [x.shape[3] for x in padded]).tolist()
             levels = [
@@ -119,6 +120,13 @@ class SmallLevelsTogether(nn.Module):
                 for x, s in zip(levels, starts[:-1], strict=True)
             ]
         return levels
+
+
+def _with_margin(level: Tensor, height: int) -> Tensor:
+    """Zeros below up to ``height``, and one column of them on the right."""
+    count, channels, rows, columns = level.shape
+    taller = torch.cat((level, level.new_zeros(count, channels, height - rows, columns)), 2) if rows < height else level
+    return torch.cat((taller, level.new_zeros(count, channels, height, 1)), 3)
 
 
 class ClassesFirst(nn.Module):

@@ -9,17 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fcos_deploy.core.backend import ComputeType, PerformanceHint, Session, SessionOptions
+    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.core.backend import Session, SessionOptions
     from fcos_deploy.core.contract import ModelContract
     from fcos_deploy.core.detections import Detections
-    from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+    from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint, Precision, Tail
     from fcos_deploy.core.errors import FcosDeployError
     from fcos_deploy.core.image_io import read_image
     from fcos_deploy.detector import Detector
+    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.model.checkpoint_options import CheckpointOptions
+    from fcos_deploy.model.wrap import wrap_module
+    from fcos_deploy.pipeline import DeployRequest, deploy
+    from fcos_deploy.verification import verify_bundle
 
 __all__ = [
     "ArtifactKind",
+    "CheckpointOptions",
     "ComputeType",
+    "DeployRequest",
     "Detections",
     "Detector",
     "FcosDeployError",
@@ -29,22 +37,34 @@ __all__ = [
     "Session",
     "SessionOptions",
     "Tail",
+    "deploy",
+    "load_checkpoint",
+    "open_bundle",
     "read_image",
+    "verify_bundle",
+    "wrap_module",
 ]
 
 _HOMES = {
     "ArtifactKind": "fcos_deploy.core.enums",
-    "ComputeType": "fcos_deploy.core.backend",
+    "CheckpointOptions": "fcos_deploy.model.checkpoint_options",
+    "ComputeType": "fcos_deploy.core.enums",
+    "DeployRequest": "fcos_deploy.pipeline",
     "Detections": "fcos_deploy.core.detections",
     "Detector": "fcos_deploy.detector",
     "FcosDeployError": "fcos_deploy.core.errors",
     "ModelContract": "fcos_deploy.core.contract",
-    "PerformanceHint": "fcos_deploy.core.backend",
+    "PerformanceHint": "fcos_deploy.core.enums",
     "Precision": "fcos_deploy.core.enums",
     "Session": "fcos_deploy.core.backend",
     "SessionOptions": "fcos_deploy.core.backend",
     "Tail": "fcos_deploy.core.enums",
+    "deploy": "fcos_deploy.pipeline",
+    "load_checkpoint": "fcos_deploy.model.checkpoint",
+    "open_bundle": "fcos_deploy.bundle",
     "read_image": "fcos_deploy.core.image_io",
+    "verify_bundle": "fcos_deploy.verification",
+    "wrap_module": "fcos_deploy.model.wrap",
 }
 
 

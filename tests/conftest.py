@@ -205,13 +205,13 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.u
 
 
 @pytest.fixture(scope="session")
-def tiny_ir(tiny_onnx: Path) -> Path:
-    """``tiny_onnx`` as OpenVINO IR."""
+def tiny_ir(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_onnx`` as OpenVINO IR, in a folder of its own."""
     pytest.importorskip("openvino")
     from exporters.openvino_ir import EXPORTER
     from fcos_deploy.core.exporter import BuildRequest
 
-    return EXPORTER.build(BuildRequest(source=tiny_onnx, output=tiny_onnx.with_suffix(".xml"))).files[0]
+    return EXPORTER.build(BuildRequest(source=tiny_onnx, output=tmp_path_factory.mktemp("ir") / "tiny.xml")).files[0]
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fcos_deploy.core.artifact_files import KINDS_BY_SUFFIX
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.contract_io import read_contract, sidecar_path
+from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
 from fcos_deploy.core.network import BlockType, BodyType, FcosConfig
 from fcos_deploy.core.onnx_interface import onnx_interface
@@ -27,6 +29,14 @@ _PUBLISHED: dict[tuple[int, ...], tuple[int, ...]] = {
     (3, 4, 23, 3): (101,),
     (3, 8, 36, 3): (152,),
 }
+
+
+# Another file's sidecar may lie beside these: ``model.json`` of ``model.xml`` beside ``model.onnx``.
+_WITHOUT_SIDECAR = frozenset(
+    suffix
+    for suffix, kinds in KINDS_BY_SUFFIX.items()
+    if {ArtifactKind.CHECKPOINT, ArtifactKind.ONNX}.intersection(kinds)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,7 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
         raise CheckpointError(f"'{path}' is not a file.", hint="give a checkpoint, an ONNX file, an engine or a bundle")
     if path.suffix == ".onnx":
         return _inspect_onnx(path)
-    if path.suffix == ".xml" or sidecar_path(path).is_file():
+    if path.suffix == ".xml" or (path.suffix not in _WITHOUT_SIDECAR and sidecar_path(path).is_file()):
         return _inspect_engine(path)
     from fcos_deploy.model.checkpoint import describe_checkpoint
 

@@ -48,7 +48,7 @@ class SampleOptions:
         return DEFAULT_COUNT if self.count is None else self.count
 
 
-# The ranges of the demo detector no longer move after about 100 images (docs/int8.md, convergence).
+# From 64 to 128 images the demo detector's ranges still move by 1 % in the median (docs/int8.md).
 DEFAULT_COUNT = 128
 
 

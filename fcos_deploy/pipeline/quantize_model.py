@@ -27,7 +27,7 @@ from fcos_deploy.core.serialize import to_json
 
 __all__ = ["AccuracyGoal", "accuracy_goal", "quantize_model"]
 
-# Pictures that layers are ranked on: more change the order of the first ones no longer (docs/int8.md).
+# Pictures that layers are ranked on: each costs one inference per layer.
 _RANKING_PICTURES = 8
 
 

@@ -34,6 +34,18 @@ from fcos_deploy.core.preprocess_spec import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, to_json
 
 TESTS = Path(__file__).parent
+# Folders and files that export, build or run whole models: left out of the quick loop.
+_SLOW = (
+    *("contract", "flow", "golden", "test_torch_onnx", "test_tails", "test_detector", "test_ecosystems"),
+    *("test_simplify", "test_onnx_fp16", "test_wrap"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what the quick loop leaves out."""
+    for item in items:
+        if set(_SLOW) & {*item.path.parent.parts, item.path.stem}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

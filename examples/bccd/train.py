@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +25,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fcos_deploy.core.locations import CenterMode, location_centers, location_strides
-from fcos_deploy.core.network import resnet_config
+from fcos_deploy.core.network import FcosConfig, resnet_config
 from fcos_deploy.model.fcos import Fcos, flatten_levels
 from fcos_deploy.model.losses import fcos_losses
 from fcos_deploy.model.targets import Targets, assign_targets
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CANVAS = (320, 416)  # height, width: BCCD's 480 x 640 at 0.65, padded to a multiple of 32
+BODIES: dict[str, Callable[[int], FcosConfig]] = {
+    "demo": lambda classes: resnet_config(18, num_classes=classes, stem_channels=32, fpn_channels=96),
+    "resnet50": lambda classes: resnet_config(50, num_classes=classes),
+}
 
 
 class Sample(NamedTuple):
@@ -133,9 +138,10 @@ def learning_rate(progress: float, *, peak: float) -> float:
     return peak * min(progress / 0.03, 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def epoch_canvas(epoch: int, epochs: int) -> tuple[int, int]:
-    """A reduced size for the first 60 % of the epochs, then the deployed one."""
-    return (192, 256) if epoch < 0.6 * epochs else CANVAS
+def epoch_canvas(epoch: int, options: argparse.Namespace) -> tuple[int, int]:
+    """The reduced size for the first epochs, then the deployed one."""
+    reduced = epoch < (1 - options.full_size_share) * options.epochs
+    return tuple(options.reduced_size) if reduced else CANVAS
 
 
 def save(model: nn.Module, classes: list[str], path: Path) -> None:
@@ -157,8 +163,8 @@ def train(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
     samples, classes = load_samples(options.data, "train")
-    config = resnet_config(18, num_classes=len(classes), stem_channels=32, fpn_channels=96)
-    model = Fcos(config).to(device)
+    config = BODIES[options.body](len(classes))
+    model = Fcos(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = Ema(model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -176,7 +182,7 @@ def train(options: argparse.Namespace) -> None:
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=options.epochs * steps, completed=first * steps)
         for epoch in range(first, options.epochs):
-            canvas, rng = epoch_canvas(epoch, options.epochs), np.random.default_rng([options.seed, epoch])
+            canvas, rng = epoch_canvas(epoch, options), np.random.default_rng([options.seed, epoch])
             order = rng.permutation(len(samples))
             total = 0.0
             for step in range(steps):
@@ -209,7 +215,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument(
+        "--body", choices=sorted(BODIES), default="demo", help="resnet50: torchvision's, for benchmarks"
+    )
     parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--reduced-size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--full-size-share", type=float, default=0.4, help="share of the epochs at the deployed size")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

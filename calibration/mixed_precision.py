@@ -27,7 +27,7 @@ from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
 
-__all__ = ["MixedPrecision", "PrecisionGoal", "Trial", "search_mixed_precision"]
+__all__ = ["MixedPrecision", "PrecisionGoal", "Trial", "pareto_front", "search_mixed_precision"]
 
 Evaluate = Callable[[Path], float]
 
@@ -85,10 +85,14 @@ def search_mixed_precision(
     goal: PrecisionGoal,
     evaluate: Evaluate,
     pictures: Sequence[NDArray[np.uint8]],
+    measured_on: str = "",
     state: Path | None = None,
     progress: ProgressFn = no_progress,
 ) -> MixedPrecision:
     """Find the graph; ``evaluate`` scores a model file, higher is better.
+
+    An interrupted search goes on from ``state``, provided that the files and ``measured_on``, which stands for the data
+    behind ``evaluate``, are the same. Refusal and success remove it.
 
     All layers in INT8 are tried first. If they miss the goal, layers return to float in the order of their effect on
     detections: first doubling their number, then halving the interval, then offering single layers back to INT8.
@@ -96,13 +100,23 @@ def search_mixed_precision(
     Raises:
         AccuracyGateError: no candidate reached the goal; the message holds the trade-offs. ``output`` is not written.
     """
-    search = _Search(source, calibration, output, policy=policy, evaluate=evaluate, state=state, progress=progress)
+    search = _Search(
+        source,
+        calibration,
+        output,
+        policy=policy,
+        evaluate=evaluate,
+        measured_on=measured_on,
+        state=state,
+        progress=progress,
+    )
     search.begin(goal)
     if not search.holds(()):
         search.rank(pictures)
         search.narrow()
     chosen = search.best()
     if chosen is None:
+        search.finish()
         message = f"INT8 misses the goal: float {search.float_score:.4f}, allowed drop {goal.max_drop:.4f}."
         raise AccuracyGateError(
             f"{message}\n{search.table()}",
@@ -119,6 +133,15 @@ def search_mixed_precision(
     )
 
 
+def pareto_front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Those that no other beats in both share and score, most INT8 first."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda t: (-t.int8_share, -t.score)):
+        if not front or trial.score > front[-1].score:
+            front.append(trial)
+    return tuple(front)
+
+
 class _Search:
     """The candidates of one search, evaluated at most once each."""
 
@@ -130,11 +153,13 @@ class _Search:
         *,
         policy: Placement,
         evaluate: Evaluate,
+        measured_on: str,
         state: Path | None,
         progress: ProgressFn,
     ) -> None:
         self._source, self._calibration, self._output = source, calibration, output
-        self._policy, self._evaluate, self._state, self._progress = policy, evaluate, state, progress
+        self._policy, self._evaluate, self._measured_on = policy, evaluate, measured_on
+        self._state, self._progress = state, progress
         self._graph, self._contract = load_graph(source), read_contract(source)
         self._macs = conv_macs(self._graph, self._contract)
         self._trials: dict[tuple[str, ...], Trial] = {}
@@ -229,7 +254,12 @@ class _Search:
         return "\n".join(["    INT8  float  score", *rows, f"{0:8.1%}    all  {self.float_score:.4f}"])
 
     def _key(self) -> str:
-        parts: list[Any] = [sha256_file(self._source), to_json(self._calibration), to_json(self._policy)]
+        parts: list[Any] = [
+            sha256_file(self._source),
+            to_json(self._calibration),
+            to_json(self._policy),
+            self._measured_on,
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _load(self) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from calibration.mixed_precision import PrecisionGoal, search_mixed_precision
+from calibration.mixed_precision import MixedPrecision, PrecisionGoal, Trial, pareto_front, search_mixed_precision
 from calibration.placement import Placement
+from calibration.qdq import quantize_qdq
 from calibration.quantizers import QuantizeRequest, QuantizeResult, quantizer
-from calibration.score_drift import ScoreDrift, score_drift
 from fcos_deploy.accuracy.collect import Target
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
-from fcos_deploy.core.atomic import write_text
+from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.detections import Detections
@@ -23,7 +22,8 @@ from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.image_io import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import backends
-from fcos_deploy.core.serialize import to_json
+from fcos_deploy.core.score_drift import ScoreDrift, score_drift
+from fcos_deploy.pipeline.trade_offs import TimedTrial, TradeOffs, time_trials, write_trade_offs
 
 __all__ = ["AccuracyGoal", "accuracy_goal", "quantize_model"]
 
@@ -71,9 +71,12 @@ def quantize_model(
     *,
     kind: str = "qdq",
     goal: AccuracyGoal | None = None,
+    state: Path | None = None,
     progress: ProgressFn = no_progress,
 ) -> QuantizeResult:
     """Quantize, and where there is a goal return only what reaches it.
+
+    ``state``: file from which an interrupted search goes on; hidden beside the output by default.
 
     Raises:
         AccuracyGateError: the goal cannot be reached; nothing was written, the float graph is as it was.
@@ -83,10 +86,12 @@ def quantize_model(
     if goal is None:
         return made_by.quantize(request, progress=progress)
     with tempfile.TemporaryDirectory() as folder:
-        score = _Score(request.source, goal, predictions=Path(folder), progress=progress)
+        scratch = Path(folder)
+        score = _Score(request.source, goal, predictions=scratch, progress=progress)
         if kind != "qdq":
             return _gated(request, kind, goal=goal, score=score, progress=progress)
-        return _mixed(request, goal, score=score, progress=progress)
+        state = state or request.output.with_name(f".{request.output.stem}.search.json")
+        return _mixed(request, goal, score=score, state=state, folder=scratch, progress=progress)
 
 
 class _Score:
@@ -114,7 +119,15 @@ class _Score:
         self.detections[model] = found.run.detections
         return ap
 
-    def drift(self, source: Path, result: Path, class_names: tuple[str, ...]) -> ScoreDrift:
+    @property
+    def identity(self) -> str:
+        """Stands for everything that scores depend on beside the model."""
+        goal = self._goal
+        parts = [goal.backend, *(sha256_file(path) for path in list_images(goal.images))]
+        parts += [sha256_file(goal.annotations)] if goal.annotations else []
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def drift(self, source: Path, result: Path) -> ScoreDrift:
         """How far the scores of ``result`` have moved from those of ``source``; evaluates what is not yet."""
         for model in {source, result} - set(self.detections):
             self(model)
@@ -122,8 +135,7 @@ class _Score:
         return score_drift(
             [one[number] for number in sorted(one)],
             [other[number] for number in sorted(other)],
-            class_names=class_names,
-            labels=read_contract(source).decode.label_map or None,
+            class_names=read_contract(source).class_names,
         )
 
 
@@ -141,11 +153,13 @@ def _gated(
             f"mAP {before:.4f} -> {after:.4f} (drop {before - after:.4f} > {goal.max_map_drop:.4f}) with '{kind}'.",
             hint="--quantizer qdq keeps layers in float until the goal holds",
         )
-    drift = score.drift(request.source, made.files[0], read_contract(request.source).class_names)
+    drift = score.drift(request.source, made.files[0])
     return QuantizeResult(files=made.files, record={**made.record, **_scores(before, after), **_drift_record(drift)})
 
 
-def _mixed(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progress: ProgressFn) -> QuantizeResult:
+def _mixed(
+    request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, state: Path, folder: Path, progress: ProgressFn
+) -> QuantizeResult:
     pictures = [read_image(path) for path in list_images(goal.images)[:_RANKING_PICTURES]]
     found = search_mixed_precision(
         request.source,
@@ -155,13 +169,14 @@ def _mixed(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progr
         goal=PrecisionGoal(max_drop=goal.max_map_drop),
         evaluate=score,
         pictures=pictures,
-        state=request.output.with_name(f".{request.output.stem}.search.json"),
+        measured_on=score.identity,
+        state=state,
         progress=progress,
     )
-    report = request.output.with_name(f"{request.output.stem}.mixed-precision.json")
-    drift = score.drift(request.source, found.result.path, read_contract(request.source).class_names)
-    content = {"float": found.float_score, "trials": found.trials, "ranking": found.ranking, "drift": drift}
-    write_text(report, _text(content))
+    drift = score.drift(request.source, found.result.path)
+    report = write_trade_offs(
+        _trade_offs(request, goal, found, drift=drift, folder=folder, progress=progress), request.output
+    )
     record = {
         **found.result.record,
         **_scores(found.float_score, found.chosen.score),
@@ -170,7 +185,48 @@ def _mixed(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progr
         "kept_float_layers": ", ".join(found.chosen.kept),
         "report": report.name,
     }
-    return QuantizeResult(files=(found.result.path,), record=record)
+    return QuantizeResult(files=(found.result.path, report), record=record)
+
+
+def _trade_offs(
+    request: QuantizeRequest,
+    goal: AccuracyGoal,
+    found: MixedPrecision,
+    *,
+    drift: ScoreDrift,
+    folder: Path,
+    progress: ProgressFn,
+) -> TradeOffs:
+    """With the speed of the candidates that are worth having, where there was a choice."""
+    calibration = request.load_calibration()
+
+    def make(trial: Trial, path: Path) -> None:
+        quantize_qdq(request.source, calibration, path, policy=request.placement, keep_float=trial.kept)
+
+    float_ms: float | None = None
+    times: dict[Trial, float] = {}
+    if len(found.trials) > 1:
+        float_ms, times = time_trials(
+            request.source,
+            pareto_front(found.trials),
+            make=make,
+            folder=folder,
+            backend=goal.backend,
+            options=SessionOptions(threads=goal.threads),
+            image=list_images(goal.images)[0],
+            progress=progress,
+        )
+    return TradeOffs(
+        placement=request.placement.name,
+        backend=goal.backend,
+        max_drop=goal.max_map_drop,
+        float_score=found.float_score,
+        float_p50_ms=float_ms,
+        kept=found.chosen.kept,
+        trials=tuple(TimedTrial(trial, times.get(trial)) for trial in found.trials),
+        ranking=found.ranking,
+        drift=drift,
+    )
 
 
 def _scores(before: float, after: float) -> dict[str, str]:
@@ -180,7 +236,3 @@ def _scores(before: float, after: float) -> dict[str, str]:
 def _drift_record(drift: ScoreDrift) -> dict[str, str]:
     shifts = {f"score_shift_{c.name}": f"{c.mean_shift:+.5f}" for c in drift.classes if c.matched}
     return {"float_score_threshold": f"{drift.float_threshold}", "score_threshold": f"{drift.threshold}", **shifts}
-
-
-def _text(value: Any) -> str:  # Any: a JSON value has no narrower type
-    return json.dumps(to_json(value), indent=1) + "\n"

@@ -187,7 +187,8 @@ def quantize(shop: Workshop, source: Graph, *, calibrated: Calibrated, consumer:
             calibration=calibrated.path,
             seed=request.seed,
         )
-        made = quantize_model(wanted, goal=goal, progress=shop.progress)
+        state = request.output.with_name(f".{request.output.name}.{name}.search")
+        made = quantize_model(wanted, goal=goal, state=state, progress=shop.progress)
         draft = ArtifactDraft(
             path=name,
             kind=ArtifactKind.ONNX,

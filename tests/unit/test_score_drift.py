@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibration.score_drift import equivalent_threshold, score_drift
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.score_drift import equivalent_threshold, score_drift
 
 
 def found(*items: tuple[float, float, int]) -> Detections:
@@ -35,6 +35,12 @@ def test_each_object_is_matched_once() -> None:
     assert drift.classes[0].matched == 1
 
 
+def test_names_are_by_label_and_unseen_classes_are_left_out() -> None:
+    names = ("background", "red", "unused", "white")
+    drift = score_drift([found((0, 0.9, 1))], [found((0, 0.8, 1), (50, 0.7, 3))], class_names=names)
+    assert [c.name for c in drift.classes] == ["red", "white"]
+
+
 def test_threshold_lets_as_many_pass() -> None:
     reference = np.float32([0.9, 0.7, 0.35, 0.25, 0.1])
     quantized = reference - np.float32(0.1)
@@ -48,9 +54,21 @@ def test_unmoved_scores_keep_the_threshold() -> None:
     assert equivalent_threshold(scores, scores + np.float32(0.001), threshold=0.3) == 0.3
 
 
+def test_equivalents_are_given_where_detections_decide_them() -> None:
+    scores = np.linspace(0.1, 0.62, 53)
+    places = range(0, 53 * 20, 20)
+    reference = found(*((x, float(s), 0) for x, s in zip(places, scores, strict=True)))
+    quantized = found(*((x, float(s) - 0.105, 0) for x, s in zip(places, scores, strict=True)))
+    drift = score_drift([reference], [quantized], class_names=("red",))
+    assert [t for t, _ in drift.equivalents] == [0.2, 0.3, 0.4, 0.5]  # 3 detections exceed 0.6
+    for threshold, equivalent in drift.equivalents:
+        assert equivalent == pytest.approx(threshold - 0.1, abs=0.011)
+        assert (quantized.scores > equivalent).sum() == (reference.scores > threshold).sum()
+
+
 def test_no_detections_at_all() -> None:
     drift = score_drift([found()], [found()], class_names=("red",))
-    assert (drift.threshold, drift.classes[0].matched) == (0.3, 0)
+    assert (drift.threshold, drift.classes, drift.equivalents) == (0.3, (), ())
 
 
 def test_numbers_of_images_must_agree() -> None:

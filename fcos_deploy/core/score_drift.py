@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["ClassDrift", "ScoreDrift", "score_drift"]
+__all__ = ["ClassDrift", "ScoreDrift", "equivalent_threshold", "score_drift"]
 
 _SAME_OBJECT = 0.5  # IoU from which two detections of one class are the same object
+_THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # at which applications operate
+_FEW = 10  # detections above a threshold, below which where they lie is chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,15 @@ class ClassDrift:
 
 @dataclass(frozen=True, slots=True)
 class ScoreDrift:
-    """``threshold``: on INT8 scores it lets as many detections pass as ``float_threshold`` on the float model's."""
+    """``threshold``: on INT8 scores it lets as many detections pass as ``float_threshold`` on the float model's.
+
+    ``equivalents``: the same for other thresholds, as pairs (on float scores, on INT8 scores).
+    """
 
     float_threshold: float
     threshold: float
     classes: tuple[ClassDrift, ...]
+    equivalents: tuple[tuple[float, float], ...] = ()
 
 
 def score_drift(
@@ -41,27 +47,30 @@ def score_drift(
     quantized: Sequence[Detections],
     *,
     class_names: Sequence[str],
-    labels: Sequence[int] | None = None,
     threshold: float = 0.3,
 ) -> ScoreDrift:
     """Compare detections of the same images, which must reach well below ``threshold``.
 
-    ``labels[i]`` is the label of ``class_names[i]``, by default i.
+    ``class_names`` by label; classes of which neither has a detection are left out.
 
     Raises:
         ConfigError: the numbers of images differ.
     """
     if len(reference) != len(quantized):
         raise ConfigError(f"The same images are needed: {len(reference)} and {len(quantized)} were given.")
-    labels = range(len(class_names)) if labels is None else labels
-    classes = tuple(
-        _class_drift(name, label, reference, quantized, threshold)
-        for label, name in zip(labels, class_names, strict=True)
+    seen = sorted({int(label) for found in (*reference, *quantized) for label in found.labels})
+    classes = tuple(_class_drift(class_names[label], label, reference, quantized, threshold) for label in seen)
+    mine, theirs = _all_scores(reference), _all_scores(quantized)
+    return ScoreDrift(
+        threshold,
+        equivalent_threshold(mine, theirs, threshold=threshold),
+        classes,
+        tuple((t, equivalent_threshold(mine, theirs, threshold=t)) for t in _THRESHOLDS if (mine > t).sum() >= _FEW),
     )
-    scores = [
-        np.concatenate([d.scores for d in found] or [np.empty(0, np.float32)]) for found in (reference, quantized)
-    ]
-    return ScoreDrift(threshold, equivalent_threshold(scores[0], scores[1], threshold=threshold), classes)
+
+
+def _all_scores(found: Sequence[Detections]) -> NDArray[np.float32]:
+    return np.concatenate([np.empty(0, np.float32), *(d.scores for d in found)])
 
 
 def _class_drift(
@@ -73,16 +82,13 @@ def _class_drift(
     ]
     matched = np.concatenate(pairs) if pairs else np.empty((0, 2))
     shift = (matched[:, 1] - matched[:, 0])[matched[:, 0] >= threshold]
-    scores = [
-        np.concatenate([_of_class(d, label).scores for d in found] or [np.empty(0, np.float32)])
-        for found in (reference, quantized)
-    ]
+    mine, theirs = (_all_scores([_of_class(d, label) for d in found]) for found in (reference, quantized))
     return ClassDrift(
         name,
         len(shift),
         round(float(shift.mean()), 5) if len(shift) else 0.0,
         round(float(np.abs(shift).max()), 5) if len(shift) else 0.0,
-        equivalent_threshold(scores[0], scores[1], threshold=threshold),
+        equivalent_threshold(mine, theirs, threshold=threshold),
     )
 
 

@@ -1,0 +1,110 @@
+"""What a search for mixed precision found, kept beside its result: the trade-offs, their speed, the ranking."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from calibration.mixed_precision import Trial
+from calibration.sensitivity import LayerSensitivity
+from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
+from fcos_deploy.core.atomic import write_text
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.image_io import read_image
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.score_drift import ScoreDrift
+from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.detector import Detector
+
+__all__ = ["SUFFIX", "TimedTrial", "TradeOffs", "find_trade_offs", "read_trade_offs", "time_trials", "write_trade_offs"]
+
+SUFFIX = ".mixed-precision.json"
+_TIMING = TimingOptions(rounds=6, block=4, warmup=2)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedTrial:
+    """A candidate, and the median milliseconds of one image; None: it is not on the Pareto front and was not timed."""
+
+    trial: Trial
+    p50_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TradeOffs:
+    """One search. Scores are AP (0..1) on ``backend``; ``trials`` most INT8 first; ``kept``: layers left in float.
+
+    ``ranking`` is empty where all layers in INT8 reached the goal at once, so that nothing had to be ranked.
+    """
+
+    placement: str
+    backend: str
+    max_drop: float
+    float_score: float
+    float_p50_ms: float | None
+    kept: tuple[str, ...]
+    trials: tuple[TimedTrial, ...]
+    ranking: tuple[LayerSensitivity, ...]
+    drift: ScoreDrift
+    schema_version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.schema_version != 1:
+            raise ConfigError(f"Trade-offs of schema version {self.schema_version}, this fcos-deploy reads 1.")
+
+
+def write_trade_offs(found: TradeOffs, model: Path) -> Path:
+    """Write them beside ``model``."""
+    path = model.with_name(model.stem + SUFFIX)
+    write_text(path, json.dumps(to_json(found), indent=1) + "\n")
+    return path
+
+
+def read_trade_offs(path: Path) -> TradeOffs:
+    """The inverse.
+
+    Raises:
+        ConfigError: not such a file.
+    """
+    try:
+        return from_json(TradeOffs, json.loads(path.read_text(encoding="utf-8")), where=path.name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read the trade-offs '{path}': {error}.") from error
+
+
+def find_trade_offs(models: Sequence[Path]) -> tuple[TradeOffs, ...]:
+    """Those that lie beside these models, or in these bundles."""
+    found: dict[Path, None] = {}
+    for model in models:
+        beside = sorted(model.glob("*" + SUFFIX)) if model.is_dir() else [model.with_name(model.stem + SUFFIX)]
+        found.update(dict.fromkeys(path for path in beside if path.is_file()))
+    return tuple(read_trade_offs(path) for path in found)
+
+
+def time_trials(
+    source: Path,
+    trials: Sequence[Trial],
+    *,
+    make: Callable[[Trial, Path], None],
+    folder: Path,
+    backend: str,
+    options: SessionOptions,
+    image: Path,
+    progress: ProgressFn = no_progress,
+) -> tuple[float, dict[Trial, float]]:
+    """Median milliseconds of the float graph, and of each candidate as ``make`` writes it, timed in turns."""
+    paths = [source]
+    for index, trial in enumerate(trials):
+        paths.append(folder / f"trial-{index}.onnx")
+        make(trial, paths[-1])
+    with contextlib.ExitStack() as stack:
+        detectors = [stack.enter_context(Detector.open(p, backend=backend, options=options)) for p in paths]
+        timings = time_in_turns(detectors, read_image(image), options=_TIMING, progress=progress)
+    first, *others = (round(float(np.median(timing.whole)), 3) for timing in timings)
+    return first, dict(zip(trials, others, strict=True))

@@ -129,9 +129,9 @@ def _create(runtime: ModuleType, path: Path, *, provider: tuple[str, dict[str, s
     settings = runtime.SessionOptions()
     settings.log_severity_level = _ERRORS_ONLY_FATAL
     settings.intra_op_num_threads = threads
-    if threads:
-        # Who counts threads shares the machine: waiting workers must not burn the time of others.
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Workers spin between the operators of a run, which is up to a seventh faster, and sleep as soon as it is over:
+    # left alone they burn a core for milliseconds more, the time of decoding and of other programs.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return runtime.InferenceSession(str(path), settings, providers=[provider], enable_fallback=0)
     except _errors(runtime) as error:

@@ -37,11 +37,11 @@ def test_a_web_service_is_not_a_device(tiny_onnx: Path) -> None:
         _RUNTIME.open(tiny_onnx, SessionOptions(device="azure"))
 
 
-def test_threads_are_as_asked_and_do_not_spin(tiny_onnx: Path) -> None:
+def test_threads_are_as_asked_and_stop_spinning_after_a_run(tiny_onnx: Path) -> None:
     with _RUNTIME.open(tiny_onnx, SessionOptions(threads=2)) as opened:
         used = opened._session.get_session_options()  # type: ignore[attr-defined]
         assert used.intra_op_num_threads == 2
-        assert used.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert used.get_session_config_entry("session.force_spinning_stop") == "1"
     with _RUNTIME.open(tiny_onnx, SessionOptions()) as opened:
         assert opened.description["threads"] == "all cores"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fcos_deploy.bundle import open_bundle
     from fcos_deploy.core.backend import Session, SessionOptions
+    from fcos_deploy.core.checkpoint_options import CheckpointOptions
     from fcos_deploy.core.contract import ModelContract
     from fcos_deploy.core.detections import Detections
     from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint, Precision, Tail
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from fcos_deploy.core.image_io import read_image
     from fcos_deploy.detector import Detector
     from fcos_deploy.model.checkpoint import load_checkpoint
-    from fcos_deploy.model.checkpoint_options import CheckpointOptions
     from fcos_deploy.model.wrap import wrap_module
     from fcos_deploy.pipeline import DeployRequest, deploy
     from fcos_deploy.verification import verify_bundle
@@ -47,7 +47,7 @@ __all__ = [
 
 _HOMES = {
     "ArtifactKind": "fcos_deploy.core.enums",
-    "CheckpointOptions": "fcos_deploy.model.checkpoint_options",
+    "CheckpointOptions": "fcos_deploy.core.checkpoint_options",
     "ComputeType": "fcos_deploy.core.enums",
     "DeployRequest": "fcos_deploy.pipeline",
     "Detections": "fcos_deploy.core.detections",

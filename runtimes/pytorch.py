@@ -68,7 +68,7 @@ class _PyTorchSession(Session):
             with torch.inference_mode(), _computing_in(self._compute, self._device):
                 values = network(*arguments)
             return {spec.name: _array(value, spec) for spec, value in zip(self.outputs, values, strict=True)}
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise BackendError(f"PyTorch failed: {str(error).splitlines()[0]}") from error
 
     def _close(self) -> None:
@@ -87,7 +87,7 @@ class _PyTorch(Backend):
         require("torch", extra=self.extra)
         from fcos_deploy.model.checkpoint import load_checkpoint
 
-        loaded = load_checkpoint(path)
+        loaded = load_checkpoint(path, options=options.checkpoint)
         return open_model(loaded.model, contract=options.contract or loaded.contract, options=options)
 
     def probe(self) -> BackendProbe:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.options import with_checkpoint_options
-from fcos_deploy.model.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 
 __all__ = ["command"]
 

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BoxActivation
 from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter
-from fcos_deploy.model.checkpoint_options import AUTO, CheckpointOptions
 
 __all__ = ["checkpoint_options", "parse_size", "parse_triple", "read_class_names", "with_checkpoint_options"]
 

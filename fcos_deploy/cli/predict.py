@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import with_checkpoint_options
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 
 __all__ = ["command"]
 
 
+@with_checkpoint_options
 def command(
     model: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file, IR, engine or bundle.")],
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images, videos.")],
@@ -26,6 +29,8 @@ def command(
     ] = None,
     draw: Annotated[Path | None, typer.Option(help="Folder for annotated copies (.jpg, .mp4).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    *,
+    options: CheckpointOptions,
 ) -> None:
     """Detect objects; boxes are x1, y1, x2, y2 in pixels of the image."""
     from fcos_deploy.cli.output import note, print_json, progress_bar, table
@@ -33,9 +38,9 @@ def command(
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
 
-    options = SessionOptions(device=device, compute=compute, threads=threads, cache_dir=cache)
+    session = SessionOptions(device=device, compute=compute, threads=threads, cache_dir=cache, checkpoint=options)
     opened = Detector.open(
-        model, backend=backend, precision=precision, options=options, score_threshold=score_threshold
+        model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
     )
     with opened as detector, progress_bar() as progress:
         found = list(predict(detector, images, draw=draw, progress=progress))

@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
 from fcos_deploy.core.errors import BackendError, BackendLoadError, TensorMismatchError
@@ -26,7 +27,8 @@ class SessionOptions:
     """How a session runs. Empty and ``None`` mean the backend's own default, which ``Session.description`` then names.
 
     ``device`` is in the backend's own words (``cpu``, ``GPU.0``, ``cuda:0``); ``cache_dir`` holds compiled models;
-    ``contract`` is needed where the artifact does not carry one, or is to be replaced.
+    ``contract`` is needed where the artifact does not carry one, or is to be replaced. ``checkpoint`` says how a
+    checkpoint is read; None leaves that to its ecosystem.
     """
 
     device: str = ""
@@ -36,6 +38,7 @@ class SessionOptions:
     streams: int | None = None
     cache_dir: Path | None = None
     contract: ModelContract | None = None
+    checkpoint: CheckpointOptions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,17 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.backend import Session, SessionOptions, Tensors
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.cpu import usable_cpus
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import BackendError, ConfigError
 from fcos_deploy.core.image_io import read_image
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import Letterbox, padded_size
 from fcos_deploy.detector.feeds import FeedMaker, Prepared
-from fcos_deploy.detector.model_source import find_model
+from fcos_deploy.detector.model_source import ModelSource, find_model
 
 if TYPE_CHECKING:
     from fcos_deploy.detector.async_gate import AsyncGate
@@ -84,6 +85,7 @@ class Detector:
         """
         options = options or SessionOptions()
         source = find_model(Path(model), backend=backend, precision=precision)
+        _check_checkpoint_options(source, options)
         session = source.backend.open(source.path, options)
         with _closing_on_error(session):
             contract = options.contract or session.contract or read_contract(source.path)
@@ -204,6 +206,20 @@ class Detector:
 
 def _pixels(image: Image) -> NDArray[np.uint8]:
     return read_image(Path(image)) if isinstance(image, (str, Path)) else image
+
+
+def _check_checkpoint_options(source: ModelSource, options: SessionOptions) -> None:
+    """Refuse to read as one pleases what carries a contract of its own.
+
+    Raises:
+        ConfigError: options for a checkpoint, and the model is none.
+    """
+    if options.checkpoint in (None, CheckpointOptions()) or ArtifactKind.CHECKPOINT in source.backend.accepts:
+        return
+    raise ConfigError(
+        f"'{source.path.name}' carries its own contract; options such as --input-size say how a checkpoint is read.",
+        hint="give them to 'fcos-deploy export'",
+    )
 
 
 def _with_threshold(contract: ModelContract, score_threshold: float | None) -> ModelContract:

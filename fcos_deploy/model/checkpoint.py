@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fcos_deploy.core.atomic import sha256_file
+from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import FcosConfig
-from fcos_deploy.model.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.model.decide import decode_spec, final_rules, preprocess_spec
 from fcos_deploy.model.ecosystems import detect_ecosystem, ecosystem
 from fcos_deploy.model.ecosystems.renaming import canonical_names, canonical_tensors, refuse_unsupported

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import FcosConfig
 from fcos_deploy.core.preprocess_spec import InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
-from fcos_deploy.model.checkpoint_options import CheckpointOptions
 from fcos_deploy.model.ecosystems.rules import Rules
 
 __all__ = ["decode_spec", "final_rules", "preprocess_spec"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fcos_deploy.core.artifact_files import KINDS_BY_SUFFIX
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.contract_io import read_contract, sidecar_path
 from fcos_deploy.core.enums import ArtifactKind
@@ -16,7 +17,6 @@ from fcos_deploy.core.network import BlockType, BodyType, FcosConfig
 from fcos_deploy.core.onnx_interface import onnx_interface
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.tensor_spec import TensorSpec
-from fcos_deploy.model.checkpoint_options import CheckpointOptions
 
 if TYPE_CHECKING:
     from fcos_deploy.model.checkpoint import CheckpointDescription

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.device_plan import Plan
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.model.checkpoint_options import CheckpointOptions
 
 __all__ = ["DeployRequest"]
 

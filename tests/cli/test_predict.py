@@ -109,6 +109,16 @@ def test_the_score_threshold_is_the_least_score(tiny_onnx: Path, folder: Path) -
     assert min(scores) >= 0.45
 
 
+def test_a_checkpoint_is_read_as_its_options_say(tiny_checkpoint: Path, tiny_onnx: Path, folder: Path) -> None:
+    options = ("--input-size", "128x192", "--max-detections", "2")
+    done = _run("predict", tiny_checkpoint, folder / "b.png", "--json", *options)
+    assert done.exit_code == 0, done.stderr
+    assert len(json.loads(done.stdout)[0]["detections"]) == 2
+    refused = _run("predict", tiny_onnx, folder / "b.png", *options)
+    assert refused.exit_code == 2
+    assert "carries its own contract" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -1,4 +1,4 @@
-"""What a user may say about a checkpoint; free of torch, so that the command line can be parsed without it."""
+"""What a user may say about a checkpoint."""
 
 from __future__ import annotations
 

@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 from exporters._tensorrt_calibration import cache_only_calibrator, check_calibration_cache
+from exporters._tensorrt_network import has_half_tensors, has_quantize_layers, keep_plugins_float
 from exporters._tensorrt_progress import BuildMonitor
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions
-from fcos_deploy.core.tensorrt_library import TensorRT
+from fcos_deploy.core.tensorrt_library import TensorRT, register_plugins
 from fcos_deploy.core.version import parse_version
 
 if TYPE_CHECKING:
@@ -50,6 +51,24 @@ class Generation(ABC):
     @abstractmethod
     def network_flags(self, *, typed: bool) -> int:
         """The argument of ``Builder.create_network``."""
+
+    def require_plugin(self, builder: trt.Builder, logger: trt.ILogger, *, name: str) -> None:
+        """Make a plug-in known to the parser.
+
+        Raises:
+            ConfigError: this library does not have it.
+        """
+        register_plugins(self.trt, logger)
+        if self.plugin_creator(builder.get_plugin_registry(), name) is None:
+            raise ConfigError(
+                f"{self.label} {self.trt.__version__} has no plug-in '{name}'.",
+                hint="export with '--tail candidates', or '--nms-form onnx' (TensorRT-RTX: static)",
+            )
+
+    def plugin_creator(self, registry: trt.IPluginRegistry, name: str) -> object | None:
+        """What makes a plug-in, None where it is not known."""
+        creator: object | None = registry.get_creator(name, "1", "")
+        return creator
 
     def prepare_parser(self, parser: trt.OnnxParser) -> None:
         """Set the parser flags that the portable graph needs."""
@@ -100,6 +119,7 @@ class _WeaklyTyped(Generation):
             config.set_flag(self.trt.BuilderFlag.INT8)
         if has_half_tensors(self.trt, network) or options.dla_core is not None:
             config.set_flag(self.trt.BuilderFlag.FP16)  # A DLA computes fp16 and int8 only.
+            keep_plugins_float(self.trt, config, network)
         if options.calibration_cache is not None:
             version = parse_version(self.trt.__version__)
             check_calibration_cache(options.calibration_cache, version=version)
@@ -120,6 +140,11 @@ class Tensorrt8(_WeaklyTyped):
         """Explicit batch, which the ONNX parser needs before 10."""
         del typed
         return 1 << int(self.trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+
+    def plugin_creator(self, registry: trt.IPluginRegistry, name: str) -> object | None:
+        """By the name that the call has until 10."""
+        creator: object | None = registry.get_plugin_creator(name, "1", "")
+        return creator
 
     def prepare_parser(self, parser: trt.OnnxParser) -> None:
         """The plug-in InstanceNormalization of 8.6 cannot be used in version-compatible engines; the native one can."""
@@ -252,18 +277,6 @@ def refuse_calibration_cache(label: str, options: BuildOptions) -> None:
             f"{label} has no calibrators, INT8 must be in the ONNX file as Q/DQ nodes.",
             hint="run 'fcos-deploy quantize' and build its ONNX file without a calibration cache",
         )
-
-
-def has_quantize_layers(library: TensorRT, network: trt.INetworkDefinition) -> bool:
-    """Whether the parsed network has Q or DQ layers."""
-    wanted = (library.LayerType.QUANTIZE, library.LayerType.DEQUANTIZE)
-    return any(network.get_layer(index).type in wanted for index in range(network.num_layers))
-
-
-def has_half_tensors(library: TensorRT, network: trt.INetworkDefinition) -> bool:
-    """Whether any tensor of the parsed network is fp16."""
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    return any(layer.get_output(i).dtype == library.DataType.HALF for layer in layers for i in range(layer.num_outputs))
 
 
 def generation_of(library: TensorRT, *, import_name: str) -> Generation:

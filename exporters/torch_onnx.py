@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from exporters._trace import OPSETS, Axes, trace
+from exporters.efficient_nms import check_servable, with_efficient_nms
 from exporters.onnx_file import opset_of, require_writable, save_onnx, with_contract
 from exporters.onnx_fp16 import half_precision
 from exporters.simplify import simplified
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner, provoking_feeds
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import Precision, StrEnum, Tail
+from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.require import require
@@ -25,13 +26,6 @@ DEFAULT_OPSET = 17  # docs/export.md has the measurements
 _TOLERANCE = 1e-3  # relative; torch and ONNX Runtime sum convolutions in different orders
 _DYNAMIC_EXAMPLE = (256, 320)
 _Word = TypeVar("_Word", bound=StrEnum)
-
-
-class NmsForm(StrEnum):
-    """How the nms tail suppresses: the ONNX operator, or a fixed number of plain tensor operators."""
-
-    ONNX = "onnx"
-    STATIC = "static"
 
 
 class HasModel(Protocol):
@@ -141,6 +135,8 @@ def export_onnx(
     started = time.perf_counter()
     require_writable(output)
     contract = replace(loaded.contract, tail=options.tail, precision=Precision.FP32)
+    if options.nms_form is NmsForm.PLUGIN:
+        check_servable(contract)
     label, steps = "export to ONNX", 4
     progress(label, 0, steps)
     module = _exportable(loaded.model, contract, options)
@@ -164,6 +160,9 @@ def export_onnx(
         checks.append(check)
         contract = replace(contract, precision=Precision.FP16)
     model = _without_extra_outputs(model, contract)
+    if options.nms_form is NmsForm.PLUGIN:
+        model, check = with_efficient_nms(model, feeds, contract=contract)
+        checks.append(check)
     model = with_contract(model, contract, record=_record(checks))
     save_onnx(model, output)
     progress(label, steps, steps)

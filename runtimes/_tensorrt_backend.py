@@ -19,7 +19,7 @@ from fcos_deploy.core.errors import (
     FcosDeployError,
     MissingDependencyError,
 )
-from fcos_deploy.core.tensorrt_library import LibraryLog, TensorRT, library_log
+from fcos_deploy.core.tensorrt_library import LibraryLog, TensorRT, library_log, register_plugins
 from runtimes._cuda import Cuda, CudaDevice, load_cuda
 from runtimes._tensorrt_lane import Lane, LaneOptions, engine_tensors
 from runtimes._tensorrt_session import TensorrtSession
@@ -84,6 +84,7 @@ class TensorrtFamily(Backend):
         self, library: TensorRT, path: Path, *, record: Mapping[str, str], device: CudaDevice
     ) -> trt.ICudaEngine:
         with library_log(library) as (logger, log):
+            register_plugins(library, logger)
             runtime = library.Runtime(logger)
             if "version_compatible" in record.get("options", ""):
                 runtime.engine_host_code_allowed = True  # A version-compatible engine brings its own lean runtime.

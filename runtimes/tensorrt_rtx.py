@@ -33,8 +33,8 @@ class _TensorrtRtx(TensorrtFamily):
         self, library: TensorRT, engine: trt.ICudaEngine, *, path: Path, options: SessionOptions
     ) -> ContextFactory:
         rtx = cast(Any, library)  # Any: names of RTX that the stubs of TensorRT lack
-        config = cast(Any, engine.create_runtime_config())
-        config.cuda_graph_strategy = rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        config = engine.create_runtime_config()
+        cast(Any, config).cuda_graph_strategy = rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         folder = options.cache_dir or model_cache_dir(self.name, key=sha256_file(path)[:16])
         cache = _RuntimeCache(config, folder / "runtime.cache" if folder else None)
         return ContextFactory(
@@ -48,14 +48,15 @@ class _TensorrtRtx(TensorrtFamily):
 class _RuntimeCache:
     """What TensorRT-RTX compiled for this GPU, between processes."""
 
-    def __init__(self, config: Any, path: Path | None) -> None:  # Any: IRuntimeConfig with RTX's own members
-        self._cache = config.create_runtime_cache()
+    def __init__(self, config: trt.IRuntimeConfig, path: Path | None) -> None:
+        rtx_config = cast(Any, config)  # Any: members of RTX that the stubs of TensorRT lack
+        self._cache = rtx_config.create_runtime_cache()
         self._path = path
         self.state = "off" if path is None else "new"
         if path is not None and path.is_file():
             # A cache of another driver or version is refused, and written anew when the session closes.
             self.state = "loaded" if self._cache.deserialize(path.read_bytes()) else "refused, will be written anew"
-        config.set_runtime_cache(self._cache)
+        rtx_config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         if self._path is not None:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from fcos_deploy.core.artifact_files import engine_file, graph_file
 from fcos_deploy.core.device_rules import RULES, Draft, PlanRequest, rule_name
 from fcos_deploy.core.devices import DeviceProfile
-from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions
 from fcos_deploy.core.registry import backend as backend_named
@@ -30,12 +30,16 @@ class PlannedArtifact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A plan that no rule forbids. ``trtexec`` is empty for other backends; ``notes`` are for people."""
+    """A plan that no rule forbids. ``trtexec`` is empty for other backends; ``notes`` are for people.
+
+    ``nms_form`` is how the nms tail suppresses, and says nothing about the other tails.
+    """
 
     profile: DeviceProfile
     backend: str
     precision: Precision
     tail: Tail
+    nms_form: NmsForm
     placement: str
     artifacts: tuple[PlannedArtifact, ...]
     options: BuildOptions
@@ -76,6 +80,7 @@ def _planned(draft: Draft) -> Plan:
         backend=draft.backend,
         precision=draft.precision,
         tail=draft.tail,
+        nms_form=draft.nms_form,
         placement=_placement(draft) if draft.precision is Precision.INT8 else "",
         artifacts=artifacts,
         options=options,
@@ -106,7 +111,7 @@ def _engine(draft: Draft) -> str:
 
 def _artifacts(draft: Draft) -> tuple[PlannedArtifact, ...]:
     first = graph_file(Precision.FP32, tail=draft.tail)
-    made = [PlannedArtifact(first, ArtifactKind.ONNX, Precision.FP32, "here", f"export, tail {draft.tail}")]
+    made = [PlannedArtifact(first, ArtifactKind.ONNX, Precision.FP32, "here", f"export, {_tail_in_words(draft)}")]
     if _source_onnx(draft) != first:
         how = f"Q/DQ nodes, placement {_placement(draft)}" if draft.precision is Precision.INT8 else "convert to fp16"
         made.append(PlannedArtifact(_source_onnx(draft), ArtifactKind.ONNX, draft.precision, "here", how))
@@ -116,6 +121,11 @@ def _artifacts(draft: Draft) -> tuple[PlannedArtifact, ...]:
             PlannedArtifact(_engine(draft), draft.kind, draft.precision, where, f"build from {_source_onnx(draft)}")
         )
     return tuple(made)
+
+
+def _tail_in_words(draft: Draft) -> str:
+    form = f" in its {draft.nms_form} form" if draft.tail is Tail.NMS else ""
+    return f"tail {draft.tail}{form}"
 
 
 def _options(draft: Draft) -> BuildOptions:

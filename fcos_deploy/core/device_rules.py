@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fcos_deploy.core.devices import DeviceProfile
-from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.exporter import BatchRange
 from fcos_deploy.core.registry import exporter_to
 from fcos_deploy.core.version import parse_version
@@ -14,13 +14,14 @@ from fcos_deploy.core.version import parse_version
 __all__ = ["RULES", "Draft", "PlanRequest", "rule_name"]
 
 _MOST_TOP_K = 3840  # of TensorRT's TopK
+_WITHOUT_PLUGIN = (11,)  # EfficientNMS_TRT is deprecated from 10.12 on, and not to be relied on after 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
     """What is wanted; None and empty leave the choice to the profile. ``batch`` equal in all three is a fixed one.
 
-    ``input_size`` (height, width) None: sizes follow the image. ``static_nms``: the nms tail without an NMS operator.
+    ``input_size`` (height, width) None: sizes follow the image. ``nms_form`` is that of the nms tail.
     """
 
     backend: str = ""
@@ -28,7 +29,7 @@ class PlanRequest:
     tail: Tail | None = None
     batch: BatchRange | None = None
     input_size: tuple[int, int] | None = (800, 1344)
-    static_nms: bool = False
+    nms_form: NmsForm | None = None
     opset: int = 17
     pre_nms_top_k: int = 1000
     dla_core: int | None = None
@@ -69,6 +70,37 @@ class Draft:
         return nvidia.tensorrt if nvidia is not None and self.kind is ArtifactKind.TENSORRT_ENGINE else ""
 
     @property
+    def nms_form(self) -> NmsForm:
+        """How the nms tail suppresses: as asked for, or as suits the target."""
+        if self.request.nms_form is not None:
+            return self.request.nms_form
+        if not self._has_nms_operator:
+            return NmsForm.STATIC
+        # The plug-in's outputs have fixed sizes, the operator's have not. Only float graphs: ONNX Runtime, which
+        # collects the ranges for int8, has no such plug-in.
+        return NmsForm.PLUGIN if self._has_plugin and self.precision is not Precision.INT8 else NmsForm.ONNX
+
+    @property
+    def _has_nms_operator(self) -> bool:
+        intel = self.profile.intel
+        return self.kind is not ArtifactKind.TENSORRT_RTX_ENGINE and (intel is None or not intel.static_shapes)
+
+    @property
+    def _has_plugin(self) -> bool:
+        return bool(self.version) and self.version < _WITHOUT_PLUGIN
+
+    @property
+    def nms_problem(self) -> str:
+        """Why this target has not the form of NMS; empty where it has."""
+        if self.nms_form is NmsForm.PLUGIN and not self._has_plugin:
+            return "EfficientNMS_TRT is a plug-in of TensorRT up to 10; take another form of the nms tail."
+        if self.nms_form is not NmsForm.ONNX or self._has_nms_operator:
+            return ""
+        if self.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
+            return "TensorRT-RTX has no NMS operator; take the tail 'candidates', or the nms tail in its static form."
+        return "NMS gives outputs of unknown size, which this device cannot compile; take the tail 'raw' or static NMS."
+
+    @property
     def version(self) -> tuple[int, ...]:
         """``tensorrt`` as numbers."""
         return parse_version(self.tensorrt) if self.tensorrt else ()
@@ -99,13 +131,7 @@ def _opset_of_parser(draft: Draft) -> str:
 
 
 def _nms_operator(draft: Draft) -> str:
-    if draft.tail is not Tail.NMS or draft.request.static_nms:
-        return ""
-    if draft.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
-        return "TensorRT-RTX has no NMS operator; take the tail 'candidates', or the nms tail in its static form."
-    if draft.profile.intel is not None and draft.profile.intel.static_shapes:
-        return "NMS gives outputs of unknown size, which this device cannot compile; take the tail 'raw' or static NMS."
-    return ""
+    return draft.nms_problem if draft.tail is Tail.NMS else ""
 
 
 def _top_k_limit(draft: Draft) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["ArtifactKind", "CenterMode", "ComputeType", "PerformanceHint", "Precision", "StrEnum", "Tail"]
+__all__ = ["ArtifactKind", "CenterMode", "ComputeType", "NmsForm", "PerformanceHint", "Precision", "StrEnum", "Tail"]
 
 
 class StrEnum(str, Enum):
@@ -43,6 +43,18 @@ class Tail(StrEnum):
     RAW = "raw"
     CANDIDATES = "candidates"
     NMS = "nms"
+
+
+class NmsForm(StrEnum):
+    """How the nms tail suppresses, none of which changes the contract.
+
+    ``onnx``: the operator NonMaxSuppression. ``static``: a fixed number of plain tensor operators. ``plugin``:
+    EfficientNMS_TRT, which TensorRT up to 10 brings.
+    """
+
+    ONNX = "onnx"
+    STATIC = "static"
+    PLUGIN = "plugin"
 
 
 class ComputeType(StrEnum):

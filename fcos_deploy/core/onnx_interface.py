@@ -7,27 +7,42 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fcos_deploy.core.enums import NmsForm
 from fcos_deploy.core.errors import BackendLoadError
 from fcos_deploy.core.protobuf_wire import ByteSource, length_delimited_fields
 from fcos_deploy.core.tensor_spec import TensorSpec
 
-__all__ = ["OnnxInterface", "onnx_interface"]
+__all__ = ["EFFICIENT_NMS", "OnnxInterface", "onnx_interface"]
+
+EFFICIENT_NMS = "EfficientNMS_TRT"  # TensorRT's plug-in
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_PRODUCER, _MODEL_OPSET = 7, 2, 8
+_NODE_OPERATOR = 4
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64"}
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxInterface:
-    """What a graph takes and gives; ``opset`` is that of the standard operators, 0 when the file does not say."""
+    """What a graph takes and gives; ``opset`` is that of the standard operators, 0 when the file does not say.
+
+    ``operators``: the types of its nodes.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     opset: int
     producer: str
     nodes: int
+    operators: frozenset[str] = frozenset()
+
+    @property
+    def nms_form(self) -> NmsForm:
+        """How a graph with the nms tail suppresses."""
+        if EFFICIENT_NMS in self.operators:
+            return NmsForm.PLUGIN
+        return NmsForm.ONNX if "NonMaxSuppression" in self.operators else NmsForm.STATIC
 
 
 def onnx_interface(path: Path) -> OnnxInterface:
@@ -51,9 +66,11 @@ def _model(data: mmap.mmap, size: int) -> OnnxInterface:
     if graph is None:
         raise ValueError("no graph")
     entries: dict[int, list[bytes]] = {_GRAPH_INPUT: [], _GRAPH_OUTPUT: [], _GRAPH_INITIALIZER: []}
-    nodes = 0
+    nodes, operators = 0, set()
     for number, start, end in length_delimited_fields(data, start=graph[0], end=graph[1]):
-        nodes += number == _GRAPH_NODE
+        if number == _GRAPH_NODE:
+            nodes += 1
+            operators.add(_operator(data, start, end))
         if number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
             entries[number].append(data[start:end])
     opsets = [_opset(data[a:b]) for n, a, b in parts if n == _MODEL_OPSET]
@@ -63,7 +80,13 @@ def _model(data: mmap.mmap, size: int) -> OnnxInterface:
         opset=max(opsets, default=0),
         producer=next((data[a:b].decode() for n, a, b in parts if n == _MODEL_PRODUCER), ""),
         nodes=nodes,
+        operators=frozenset(operators),
     )
+
+
+def _operator(data: mmap.mmap, start: int, end: int) -> str:
+    fields = length_delimited_fields(data, start=start, end=end)
+    return next((data[a:b].decode() for number, a, b in fields if number == _NODE_OPERATOR), "")
 
 
 def _opset(message: bytes) -> int:

@@ -19,7 +19,15 @@ from fcos_deploy.core.version import parse_version
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["LibraryLog", "LogRecord", "TensorRT", "library_log", "load_tensorrt", "shape_tuple"]
+__all__ = [
+    "LibraryLog",
+    "LogRecord",
+    "TensorRT",
+    "library_log",
+    "load_tensorrt",
+    "register_plugins",
+    "shape_tuple",
+]
 
 OLDEST = (8, 6)  # 8.5 is JetPack 5's, whose Python 3.8 this package does not support
 
@@ -64,6 +72,13 @@ def load_tensorrt(import_name: str, *, extra: str) -> TensorRT:
             hint="build with the trtexec line that 'fcos-deploy deploy --dry-run' prints",
         )
     return library
+
+
+def register_plugins(library: TensorRT, logger: trt.ILogger) -> None:
+    """Make the library's own plug-ins known to parsers and to engines that are loaded; the lean runtime has none."""
+    register = getattr(library, "init_libnvinfer_plugins", None)
+    if register is not None:
+        register(logger, "")
 
 
 def shape_tuple(dims: trt.Dims) -> tuple[int, ...]:

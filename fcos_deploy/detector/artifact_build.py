@@ -13,6 +13,7 @@ from fcos_deploy.core.devices import load_profile
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
+from fcos_deploy.core.onnx_interface import onnx_interface
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import backend as backend_named
 from fcos_deploy.core.registry import exporter_to
@@ -42,7 +43,7 @@ def build_artifact(request: ArtifactRequest, *, progress: ProgressFn = no_progre
     exporter = exporter_to(request.backend)
     source = _onnx_of(request) if request.source.is_dir() or request.source.suffix == ".tar" else request.source
     contract = read_contract(source)
-    options = _with_profile(request, contract) if request.target else request.options
+    options = _with_profile(request, contract, source) if request.target else request.options
     if options.precision is contract.precision:
         options = replace(options, precision=None)  # Nothing to convert.
     return exporter.build(BuildRequest(source=source, output=request.output, options=options, progress=progress))
@@ -67,7 +68,7 @@ def _onnx_of(request: ArtifactRequest) -> Path:
     )
 
 
-def _with_profile(request: ArtifactRequest, contract: ModelContract) -> BuildOptions:
+def _with_profile(request: ArtifactRequest, contract: ModelContract, source: Path) -> BuildOptions:
     """The profile's build options, overruled by those that were given."""
     own, default = request.options, BuildOptions()
     given: dict[str, Any] = {  # Any: the fields' own types
@@ -81,6 +82,8 @@ def _with_profile(request: ArtifactRequest, contract: ModelContract) -> BuildOpt
             backend=request.backend,
             precision=contract.precision,
             tail=contract.tail,
+            nms_form=onnx_interface(source).nms_form,
+            opset=onnx_interface(source).opset,
             batch=given.get("batch"),
             input_size=contract.preprocess.canvas,
             pre_nms_top_k=contract.decode.pre_nms_top_k,

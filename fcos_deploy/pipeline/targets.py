@@ -30,7 +30,7 @@ def make_for_target(shop: Workshop, wanted: Plan) -> list[Artifact]:
         AccuracyGateError: INT8 cannot hold the accuracy goal.
     """
     float_precision = wanted.precision if wanted.precision is not Precision.INT8 else Precision.FP32
-    graph = export(shop, tail=wanted.tail, precision=float_precision)
+    graph = export(shop, tail=wanted.tail, precision=float_precision, nms_form=wanted.nms_form)
     if wanted.precision is Precision.INT8:
         calibrated = calibrate(shop, graph)
         graph = quantize(shop, graph, calibrated=calibrated, consumer=wanted.placement)

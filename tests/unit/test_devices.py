@@ -12,7 +12,7 @@ from fcos_deploy.core.artifact_files import graph_file
 from fcos_deploy.core.device_plan import PlanRequest, plan
 from fcos_deploy.core.device_rules import RULES, rule_name
 from fcos_deploy.core.devices import DeviceFamily, load_profile, profile_names
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BatchRange
 from fcos_deploy.core.registry import exporters
@@ -84,8 +84,10 @@ BROKEN_PLANS: list[tuple[str, dict[str, Any], str]] = [
     ("intel-npu", {"precision": Precision.FP32}, "precision-on-device"),
     ("intel-npu", {"batch": BatchRange(1, 2, 4)}, "static-shapes"),
     ("intel-npu", {"input_size": None}, "static-shapes"),
-    ("intel-npu", {"tail": Tail.NMS}, "nms-operator"),
-    ("gpu-ampere", {"backend": "tensorrt-rtx", "tail": Tail.NMS}, "nms-operator"),
+    ("intel-npu", {"tail": Tail.NMS, "nms_form": NmsForm.ONNX}, "nms-operator"),
+    ("gpu-ampere", {"backend": "tensorrt-rtx", "tail": Tail.NMS, "nms_form": NmsForm.ONNX}, "nms-operator"),
+    ("gpu-ampere", {"tail": Tail.NMS, "nms_form": NmsForm.PLUGIN}, "nms-operator"),
+    ("intel-core", {"tail": Tail.NMS, "nms_form": NmsForm.PLUGIN}, "nms-operator"),
     ("gpu-ampere", {"pre_nms_top_k": 5000}, "top-k-limit"),
     ("gpu-ampere", {"input_size": None}, "size-range"),
     ("jetson-agx-orin-jp60", {"opset": 18}, "opset-of-parser"),
@@ -117,9 +119,8 @@ def test_every_rule_has_a_plan_that_it_forbids() -> None:
 @pytest.mark.parametrize(
     ("name", "request_fields"),
     [
-        ("intel-npu", {"tail": Tail.NMS, "static_nms": True}),
-        ("gpu-ampere", {"backend": "tensorrt-rtx", "tail": Tail.NMS, "static_nms": True}),
-        ("gpu-ampere", {"tail": Tail.NMS}),
+        ("jetson-orin-nano", {"tail": Tail.NMS, "nms_form": NmsForm.PLUGIN}),
+        ("gpu-ampere", {"tail": Tail.NMS, "nms_form": NmsForm.STATIC}),
         ("jetson-thor", {"opset": 21}),
         ("jetson-agx-orin", {"dla_core": 1}),
         ("jetson-agx-orin", {"dla_core": 0, "precision": Precision.INT8, "calibration_cache": True}),
@@ -128,6 +129,25 @@ def test_every_rule_has_a_plan_that_it_forbids() -> None:
 )
 def test_plan_beside_the_rule_is_allowed(name: str, request_fields: dict[str, Any]) -> None:
     assert plan(load_profile(name), PlanRequest(**request_fields)).profile.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "request_fields", "form"),
+    [
+        ("jetson-agx-orin-jp60", {}, NmsForm.PLUGIN),
+        ("jetson-orin-nano", {}, NmsForm.PLUGIN),
+        ("jetson-thor", {"precision": Precision.FP32}, NmsForm.PLUGIN),
+        ("jetson-thor", {"precision": Precision.INT8}, NmsForm.ONNX),
+        ("gpu-ada", {}, NmsForm.ONNX),
+        ("gpu-ada", {"backend": "tensorrt-rtx"}, NmsForm.STATIC),
+        ("intel-npu", {}, NmsForm.STATIC),
+        ("intel-core", {}, NmsForm.ONNX),
+    ],
+)
+def test_nms_tail_has_the_form_that_suits_the_target(name: str, request_fields: dict[str, Any], form: NmsForm) -> None:
+    made = plan(load_profile(name), PlanRequest(tail=Tail.NMS, **request_fields))
+    assert made.nms_form is form
+    assert made.artifacts[0].how == f"export, tail nms in its {form} form"
 
 
 def test_dynamic_batch_becomes_three_shapes() -> None:

@@ -21,6 +21,7 @@ import exporters._tensorrt_build
 import exporters._tensorrt_calibration
 import exporters._tensorrt_dla
 import exporters._tensorrt_generations as generations
+import exporters._tensorrt_network
 import exporters._tensorrt_progress
 import exporters._tensorrt_timing
 import fcos_deploy.core.tensorrt_library
@@ -44,6 +45,7 @@ MODULES = [
     (exporters._tensorrt_build, ALL),
     (exporters._tensorrt_calibration, [*EIGHT, *TEN]),
     (exporters._tensorrt_dla, [*EIGHT, *TEN, *ELEVEN]),
+    (exporters._tensorrt_network, [*EIGHT, *TEN]),
     (exporters._tensorrt_progress, [*TEN, *ELEVEN, *RTX]),
     (exporters._tensorrt_timing, [*EIGHT, *TEN, *ELEVEN]),
     (runtimes._tensorrt_backend, ALL),
@@ -82,6 +84,7 @@ class Reader(ast.NodeVisitor):
     attributes: dict[str, Kind] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     checked: int = 0
+    resolved: set[str] = field(default_factory=set)  # expressions whose owner's class is known
 
     def kind(self, node: ast.expr) -> Kind | None:
         if isinstance(node, ast.Name):
@@ -103,6 +106,7 @@ class Reader(ast.NodeVisitor):
         if owner is None or owner.form == "method" or node.attr in ("__members__", "__name__", "__version__"):
             return None
         self.checked += 1
+        self.resolved.add(ast.unparse(node))
         if owner.form == "module":
             return Kind("class", node.attr) if self._known(node.attr in self.table, node.attr) else None
         entry = self.table[owner.name]
@@ -232,10 +236,38 @@ def test_names_of_a_generation_exist(owner: type, version: str) -> None:
             assert read(source, version).problems == [], f"{owner.__name__}.{name}"
 
 
-@pytest.mark.parametrize("version", ALL)
-def test_names_of_helpers_shared_by_generations_exist(version: str) -> None:
-    for helper in (generations.has_half_tensors, generations.has_quantize_layers):
-        assert read(inspect.getsource(helper), version).problems == []
+# Members that words of Python and of ours share with the bindings: only of these may an occurrence be somebody else's.
+COMMON_WORDS = {"name", "type", "shape", "close", "dtype", "reset", "serialize", "deserialize", "log", "report"}
+
+
+# What else such words hang on: annotations (read as types elsewhere), and objects of ours.
+OURS = {
+    *("trt", "super()", "self", "recorder", "monitor"),
+    *("options", "contract", "self._contract", "self._generation"),
+}
+
+
+def library_words(table: dict[str, Any]) -> set[str]:
+    """Every name in a table: classes, members of enumerations and of classes."""
+    members = {word for entry in table.values() for word in entry.get("enum", entry.get("members"))}
+    return {*table, *members} - COMMON_WORDS
+
+
+@pytest.mark.parametrize("module", [module for module, _ in MODULES] + [generations], ids=lambda m: m.__name__)
+def test_no_use_of_the_bindings_escapes_the_reading(module: ModuleType) -> None:
+    """A word of the bindings behind a dot was looked up in the tables, or what it hangs on is none of theirs."""
+    words = {word for table in TABLES.values() for word in library_words(table)}
+    source = inspect.getsource(module)
+    resolved = set().union(*(read(source, version).resolved for version in ALL))
+    escaped = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and node.attr in words
+        and ast.unparse(node) not in resolved
+        and ast.unparse(node.value) not in OURS
+    }
+    assert escaped == set()
 
 
 def test_reading_finds_what_there_is_to_check() -> None:

@@ -2,8 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# NVIDIA Triton, for the tests of served models. Its Python backend loads the system's libpython.
+SERVER ?= .venv-server
+SERVER_PYTHON ?= /usr/bin/python3
+SERVER_STAMP = $(SERVER)/.installed
 
-.PHONY: install demo test test-fast check fix
+.PHONY: install server-env demo test test-fast check fix
 
 install: $(STAMP)
 
@@ -11,15 +15,24 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev,tensorrt-rtx]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev,serving,tensorrt-rtx]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps tensorrt-stubs
+	touch $@
+
+server-env: $(SERVER_STAMP)
+
+$(SERVER_STAMP): tests/data/serving/requirements.txt
+	$(SERVER_PYTHON) -m venv $(SERVER)
+	$(SERVER)/bin/pip install --quiet --no-deps -r $<
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/fcos-deploy demo -o runs/demo
 
 test: $(STAMP)
-	FCOS_DEPLOY_REQUIRE=pytorch,onnxruntime,openvino $(BIN)/python -m pytest -n 2 --dist loadfile
+	FCOS_DEPLOY_REQUIRE=pytorch,onnxruntime,openvino \
+	FCOS_DEPLOY_TRITON_PYTHON=$(wildcard $(abspath $(SERVER))/bin/python) \
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' -q

@@ -69,7 +69,10 @@ class GrpcClient(Client):
             )
         except self._failure as error:
             raise self._translated(error) from error
-        found = {spec.name: answer.as_numpy(spec.name) for spec in outputs}
+        try:
+            found = {spec.name: answer.as_numpy(spec.name) for spec in outputs}
+        except ValueError as error:
+            raise BackendError(f"The answer of {self._address} is not understood: {error}.") from error
         missing = sorted(name for name, array in found.items() if array is None)
         if missing:
             raise BackendError(f"The answer of {self._address} lacks {missing}.")

@@ -72,7 +72,10 @@ class _RemoteSession(Session):
         )
 
     def _run(self, feeds: Tensors) -> Tensors:
-        return self._client.infer(feeds, outputs=self.outputs)
+        found = self._client.infer(feeds, outputs=self.outputs)
+        for spec in self.outputs:
+            spec.check(found[spec.name])
+        return found
 
     def _close(self) -> None:
         self._client.close()

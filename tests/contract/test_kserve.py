@@ -1,31 +1,36 @@
 """A served model gives the detections of a local one; the server is NVIDIA Triton itself.
 
-``FCOS_DEPLOY_TRITON_PYTHON`` names the Python of an environment with nvidia-pytriton and onnxruntime
-(docs/serving.md says how to make one). Without it, only what needs no server is tested.
+It serves the repository that ``package --for triton`` writes, as it is written. ``FCOS_DEPLOY_TRITON_PYTHON`` names
+the Python of the server's environment (``make server-env``). Without it, only what needs no server is tested.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from typer.testing import CliRunner, Result
 
 from fcos_deploy.bundle import open_bundle
+from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.detector import Detector
+from fcos_deploy.serving import package_bundle
 from fcos_deploy.verification import VerifyOptions, verify_bundle
 from runtimes._kserve_protocol import parse_address
 from runtimes.kserve import BACKEND, RemoteModel, write_remote_model
@@ -45,21 +50,22 @@ def _free_port() -> int:
 class Server:
     """A Triton server in a process group of its own."""
 
-    def __init__(self, model: Path, *, pause: float = 0.0) -> None:
-        self.model, self.pause = model, pause
+    def __init__(self, repository: Path, folder: Path) -> None:
+        self.repository, self.folder = repository, folder
+        self.log = folder / "log"
         self.http, self.grpc = _free_port(), _free_port()
         self.start()
 
     def start(self) -> None:
-        command = [PYTHON, str(SCRIPT), str(self.model), ANY_NAME, str(self.http), str(self.grpc), str(self.pause)]
-        self.process = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        command = [PYTHON, str(SCRIPT), str(self.repository), str(self.http), str(self.grpc), str(self.folder)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=subprocess.STDOUT)
         end = time.monotonic() + 120
         while not self._ready():
-            assert self.process.poll() is None, "the server ended"
-            assert time.monotonic() < end, "the server is not ready after two minutes"
-            time.sleep(0.2)
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                pytest.fail("The server is not ready:\n" + self.log.read_text(errors="replace")[-3000:])
+            time.sleep(0.1)
 
     def _ready(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=5)
@@ -71,17 +77,33 @@ class Server:
         finally:
             connection.close()
 
+    @contextlib.contextmanager
+    def pausing(self, seconds: float) -> Iterator[None]:
+        """Each inference waits meanwhile."""
+        (self.folder / "pause").write_text(str(seconds))
+        try:
+            yield
+        finally:
+            (self.folder / "pause").unlink()
+
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """With everything that it started; may be called twice."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        for region in Path("/dev/shm").glob(f"{self.folder.name}*"):
+            region.unlink(missing_ok=True)  # a killed server leaves its shared memory
 
     def url(self, scheme: str) -> str:
         return f"{scheme}://127.0.0.1:{self.http if scheme == 'http' else self.grpc}/v2/models/{ANY_NAME}"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_onnx: Path) -> Iterator[Server]:
-    running = Server(tiny_onnx)
+def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    repository = tmp_path_factory.mktemp("repository") / "models"
+    with open_bundle(tiny_bundle) as bundle:
+        package_bundle(bundle, server="triton", output=repository)
+    running = Server(repository, tmp_path_factory.mktemp(f"triton-{os.getpid()}-"))
     yield running
     running.kill()
 
@@ -136,27 +158,23 @@ def test_eight_threads_share_a_session(
 @needs_server
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 def test_killed_in_the_middle_it_is_a_clear_error_and_resumes_after_a_restart(
-    scheme: str, tiny_onnx: Path, blobs: list[NDArray[np.uint8]], tmp_path: Path
+    scheme: str, server: Server, tiny_onnx: Path, blobs: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     if scheme == "grpc":
         pytest.importorskip("tritonclient")
-    server = Server(tiny_onnx, pause=1.0)
-    try:
-        with Detector.open(_description(tmp_path, server.url(scheme), tiny_onnx)) as remote:
-            before = remote.detect(blobs[0])
+    with Detector.open(_description(tmp_path, server.url(scheme), tiny_onnx)) as remote:
+        before = remote.detect(blobs[0])
+        with server.pausing(5.0):
             killer = threading.Timer(0.3, server.kill)
             killer.start()
             with pytest.raises(BackendError, match="lost"):
                 remote.detect(blobs[0])
             killer.join()
-            with pytest.raises(BackendError, match="lost"):
-                remote.detect(blobs[0])
-            server.start()
-            after = _patiently(remote, blobs[0])
-            np.testing.assert_array_equal(after.boxes, before.boxes)
-    finally:
-        if server.process.poll() is None:
-            server.kill()
+        with pytest.raises(BackendError, match="lost"):
+            remote.detect(blobs[0])
+        server.start()
+        after = _patiently(remote, blobs[0])
+        np.testing.assert_array_equal(after.boxes, before.boxes)
 
 
 def _patiently(remote: Detector, image: NDArray[np.uint8]):
@@ -169,20 +187,87 @@ def _patiently(remote: Detector, image: NDArray[np.uint8]):
     return remote.detect(image)
 
 
+def _when(condition: Callable[[], bool], action: Callable[[], None]) -> threading.Thread:
+    def watch() -> None:
+        end = time.monotonic() + 120
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.005)
+        action()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
 @needs_server
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
-def test_an_answer_that_takes_too_long_is_a_timeout(
-    scheme: str, tiny_onnx: Path, blobs: list[NDArray[np.uint8]], tmp_path: Path
+def test_an_evaluation_whose_server_dies_goes_on_after_a_restart_and_holds_the_gate(
+    scheme: str, server: Server, tiny_onnx: Path, smooth_images: Path, tmp_path: Path
 ) -> None:
     if scheme == "grpc":
         pytest.importorskip("tritonclient")
-    server = Server(tiny_onnx, pause=4.0)
-    try:
-        path = _description(tmp_path, server.url(scheme), tiny_onnx, timeout_s=2.0)
-        with Detector.open(path) as remote, pytest.raises(BackendError, match="within 2 s"):
-            remote.detect(blobs[0])
-    finally:
-        server.kill()
+    images, kept = tmp_path / "images", tmp_path / "kept"
+    images.mkdir()
+    for path in smooth_images.rglob("*.png"):
+        (images / path.name).write_bytes(path.read_bytes())
+    gate = ("--max-map-drop", "0", "--reference", tiny_onnx, "--resamples", "0", "--json")
+    description = _description(tmp_path, server.url(scheme), tiny_onnx)
+
+    def run() -> Result:
+        arguments = ("evaluate", description, "--images", images, "--predictions", kept, *gate)
+        return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+    def remote_lines() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in kept.glob("*.jsonl"))
+
+    with server.pausing(0.2):  # the reference is done first, without the server
+        killer = _when(lambda: remote_lines() >= 12 + 3, server.kill)
+        failed = run()
+        killer.join()
+    assert failed.exit_code == 1, failed.stderr
+    assert "127.0.0.1" in failed.stderr
+    assert "was lost" in failed.stderr
+    before = remote_lines()
+    assert 12 + 3 <= before < 12 + 12
+    server.start()
+    done = run()
+    assert done.exit_code == 0, done.stderr
+    assert "pass" in done.stderr
+    assert remote_lines() == 24
+    assert '"resumed_images": ' + str(before - 12) in done.stdout, done.stdout
+    here, there = (sorted(map(json.loads, path.read_text().splitlines()), key=_image) for path in kept.glob("*.jsonl"))
+    for one, other in zip(here, there, strict=True):
+        assert one["labels"] == other["labels"]
+        np.testing.assert_allclose(one["boxes"], other["boxes"], atol=1e-3)
+
+
+def _image(record: dict[str, int]) -> int:
+    return record["image_id"]
+
+
+@needs_server
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_an_answer_that_takes_too_long_is_a_timeout(
+    scheme: str, server: Server, tiny_onnx: Path, blobs: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    if scheme == "grpc":
+        pytest.importorskip("tritonclient")
+    path = _description(tmp_path, server.url(scheme), tiny_onnx, timeout_s=1.0)
+    with server.pausing(2.5), Detector.open(path) as remote, pytest.raises(BackendError, match="within 1 s"):
+        remote.detect(blobs[0])
+
+
+@needs_server
+def test_triton_took_the_repository_as_it_was_packaged(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=30)
+    connection.request("GET", f"/v2/models/{ANY_NAME}/config")
+    config = json.loads(connection.getresponse().read())
+    connection.close()
+    assert (config["backend"], config["max_batch_size"]) == ("onnxruntime", 0)
+    assert config["output"][0]["label_filename"] == "labels.txt"
+    assert config["model_warmup"][0]["inputs"]["images"]["random_data"] is True
+    assert json.loads(config["parameters"]["fcos_deploy.contract"]["string_value"])["class_names"][0] == "red"
+    assert "successfully loaded 'tiny'" in server.log.read_text()
 
 
 @needs_server

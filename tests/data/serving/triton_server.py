@@ -1,50 +1,55 @@
-"""Serves an ONNX file with NVIDIA Triton (through nvidia-pytriton) until it is killed.
+"""Becomes NVIDIA Triton (the core that nvidia-pytriton ships), serving a model repository on loopback until killed.
 
-Usage: triton_server.py MODEL.onnx NAME HTTP_PORT GRPC_PORT [SECONDS_TO_SLEEP_PER_REQUEST]
-Runs in an environment of its own, with nvidia-pytriton and onnxruntime; nothing of fcos-deploy is needed there.
+Usage: triton_server.py REPOSITORY HTTP_PORT GRPC_PORT FOLDER
+Runs in an environment of its own (requirements.txt); nothing of fcos-deploy is needed there. FOLDER is for Triton's
+backends; ``FOLDER/pause``, if there, holds the seconds that each inference waits. Shared memory is named after FOLDER.
 """
 
+import importlib.util
+import os
+import shutil
 import sys
-import time
+from pathlib import Path
 
-import numpy as np
-import onnxruntime
-from pytriton.decorators import batch
-from pytriton.model_config import ModelConfig, Tensor
-from pytriton.triton import Triton, TritonConfig
+BACKEND = Path(__file__).with_name("onnxruntime_backend.py")
 
-TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(int32)": np.int32}
+
+def backends(triton: Path, folder: Path) -> Path:
+    """Triton's Python backend with the stub for this interpreter, and on top of it one named onnxruntime."""
+    made = folder / "backends"
+    if not made.exists():
+        shutil.copytree(triton / "backends" / "python", made / "python", ignore=shutil.ignore_patterns("__pycache__"))
+        stub = triton / "python_backend_stubs" / f"{sys.version_info[0]}.{sys.version_info[1]}"
+        shutil.copy2(stub / "triton_python_backend_stub", made / "python")
+        (made / "onnxruntime").mkdir()
+        shutil.copyfile(BACKEND, made / "onnxruntime" / "model.py")
+    return made
 
 
 def main() -> None:
-    path, name, http_port, grpc_port = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    pause = float(sys.argv[5]) if len(sys.argv) > 5 else 0.0
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    outputs = [output.name for output in session.get_outputs()]
-
-    @batch
-    def infer(**feeds: np.ndarray) -> dict[str, np.ndarray]:
-        time.sleep(pause)
-        # Triton joins requests; the model may have a fixed batch of one.
-        count = len(next(iter(feeds.values())))
-        single = [session.run(outputs, {name: feed[i : i + 1] for name, feed in feeds.items()}) for i in range(count)]
-        return {name: np.concatenate(parts) for name, parts in zip(outputs, zip(*single, strict=True), strict=True)}
-
-    def tensors(nodes: list) -> list[Tensor]:
-        return [Tensor(name=node.name, dtype=TYPES[node.type], shape=tuple(node.shape[1:])) for node in nodes]
-
-    config = TritonConfig(http_port=http_port, grpc_port=grpc_port, allow_metrics=False, http_address="127.0.0.1")
-    with Triton(config=config) as triton:
-        triton.bind(
-            model_name=name,
-            infer_func=infer,
-            inputs=tensors(session.get_inputs()),
-            outputs=tensors(session.get_outputs()),
-            config=ModelConfig(max_batch_size=4),
-        )
-        triton.serve()
+    repository, http_port, grpc_port, folder = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
+    spec = importlib.util.find_spec("pytriton")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    os.environ["LD_LIBRARY_PATH"] = str(package.parent / "nvidia_pytriton.libs")
+    os.environ["PYTHONPATH"] = str(package.parent)
+    # The Python inside Triton takes its environment from the first python3 on the path.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    os.environ["PAUSE_FILE"] = str(folder / "pause")
+    triton = package / "tritonserver"
+    options = {
+        "model-repository": repository,
+        "backend-directory": backends(triton, folder),
+        "http-address": "127.0.0.1",
+        "http-port": http_port,
+        "grpc-address": "127.0.0.1",
+        "grpc-port": grpc_port,
+        "allow-metrics": "false",
+        "backend-config": f"python,shm-region-prefix-name={folder.name}",
+    }
+    program = str(triton / "bin" / "tritonserver")
+    os.execv(program, [program, *(f"--{name}={value}" for name, value in options.items())])
 
 
 main()

@@ -23,7 +23,7 @@ from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.backend import ComputeType, SessionOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import contract_to_text
-from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import backend as backend_named
@@ -102,7 +102,13 @@ class Calibrated:
     record: CalibrationRecord
 
 
-def export(shop: Workshop, *, tail: Tail = Tail.RAW, precision: Precision = Precision.FP32) -> Graph:
+def export(
+    shop: Workshop,
+    *,
+    tail: Tail = Tail.RAW,
+    precision: Precision = Precision.FP32,
+    nms_form: NmsForm = NmsForm.ONNX,
+) -> Graph:
     """The checkpoint as a simplified float ONNX graph, compared with PyTorch."""
     from exporters.torch_onnx import DEFAULT_OPSET, ExportOptions, export_onnx
 
@@ -110,7 +116,7 @@ def export(shop: Workshop, *, tail: Tail = Tail.RAW, precision: Precision = Prec
     name = graph_file(precision, tail=tail)
 
     def make(folder: Path) -> StepOutput:
-        options = ExportOptions(tail=tail, opset=opset, precision=precision)
+        options = ExportOptions(tail=tail, opset=opset, precision=precision, nms_form=nms_form)
         made = export_onnx(shop.loaded, folder / name, options=options, progress=shop.progress)
         checks = {check.step: str(check) for check in made.checks}
         draft = ArtifactDraft(
@@ -127,6 +133,7 @@ def export(shop: Workshop, *, tail: Tail = Tail.RAW, precision: Precision = Prec
         "checkpoint": shop.contract.source_sha256,
         "contract": contract_to_text(shop.contract),
         "opset": str(opset),
+        "nms_form": str(nms_form),
         **_versions("torch", "onnx", "onnxsim"),
     }
     step = shop.writer.step(f"export-{precision}-{tail}", inputs=inputs, make=make)

@@ -10,6 +10,7 @@ import pytest
 from calibration.graph import ConvGraph, load_graph
 from calibration.placement import PLACEMENTS, placement_for, plan_pairs, weight_range
 from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.registry import backends
 
 PORTABLE, CPU = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"]
 
@@ -99,3 +100,8 @@ def test_text_is_no_graph(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="is not there"):
         load_graph(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize("name", sorted(backends()))
+def test_placements_that_runtimes_read_are_ones_that_there_are(name: str) -> None:
+    assert backends()[name].placements <= set(PLACEMENTS)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.accuracy.matching import assign
 from fcos_deploy.accuracy.stages import LevelSlice
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
@@ -19,20 +20,26 @@ from fcos_deploy.core.contract import ModelContract
 __all__ = [
     "Cause",
     "activation_causes",
+    "class_causes",
     "contract_causes",
     "explained",
     "level_causes",
     "outputs_explained",
+    "picture_place_causes",
     "pixel_causes",
     "shifted",
 ]
 
+_FAR = 4  # pixels from which on a picture is elsewhere, rather than shifted
 _BORDER = 4  # pixels at the edges that a shifted image cannot tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """A mistake by name, in a sentence, and how much of the squared difference it explains (1 is all of it)."""
+    """A mistake by name, in a sentence, and how much of the squared difference it explains (1 is all of it).
+
+    Rounding cannot be repeated number by number: there ``explained`` is the ratio of its power to what is expected.
+    """
 
     name: str
     sentence: str
@@ -125,6 +132,23 @@ def _normalisation_words(reference: NDArray[np.float32], candidate: NDArray[np.f
     return f"mean or std differ: channels are scaled by {scales} and moved by {offsets} standard deviations"
 
 
+def picture_place_causes(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> list[Cause]:
+    """Whether the whole picture lies elsewhere on the canvas (3, H, W), as when it is padded on another side."""
+    spectra = [np.fft.rfft2(image.mean(0) - image.mean()) for image in (reference, candidate)]
+    cross = spectra[1] * np.conj(spectra[0])
+    size = reference.shape[1:]
+    peak = np.fft.irfft2(cross / np.maximum(np.abs(cross), 1e-9), s=size).argmax()
+    down, right = (
+        int(at - length if at > length // 2 else at)
+        for at, length in zip(np.unravel_index(peak, size), size, strict=True)
+    )
+    if max(abs(down), abs(right)) < _FAR:
+        return []
+    share = explained(reference, candidate, shifted(reference, right, down))
+    text = f"the picture lies {right:+d} pixels to the right and {down:+d} down: it is padded on another side"
+    return [Cause(name="padding", sentence=text, explained=share)] if share > 0.5 else []
+
+
 def _estimate_shift(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> tuple[float, float]:
     """Move (right, down) in pixels by least squares on the image's slopes, refined twice."""
     dx = dy = 0.0
@@ -165,10 +189,30 @@ def level_causes(reference: Tensors, candidate: Tensors, levels: Sequence[LevelS
     return sorted((c for c in causes if c.explained > 0.9), key=lambda c: -c.explained)[:1]
 
 
+def class_causes(reference: NDArray[Any], candidate: NDArray[Any], names: Sequence[str]) -> list[Cause]:
+    """Whether the candidate's class logits (n, L, C) are the reference's with the classes in another order."""
+    mine, theirs = (logits.reshape(-1, len(names)).astype(np.float64) for logits in (reference, candidate))
+    # Squared distance of every pair of columns.
+    distance = (mine * mine).sum(0)[:, None] + (theirs * theirs).sum(0)[None] - 2 * mine.T @ theirs
+    rows, columns = assign(distance.max() - distance + 1e-12)
+    order = rows[np.argsort(columns)]
+    if len(order) < len(names) or np.array_equal(order, np.arange(len(names))):
+        return []
+    share = explained(mine, theirs, mine[:, order])
+    moved = [f"'{names[mine_at]}' in place of '{names[at]}'" for at, mine_at in enumerate(order) if at != mine_at]
+    some = ", ".join(moved[:4]) + (" ..." if len(moved) > 4 else "")
+    text = f"the classes are in another order: the channels give {some}"
+    return [Cause(name="classes", sentence=text, explained=share)] if share > 0.9 else []
+
+
 _ACTIVATIONS: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]] = {
     # From one activation's distances and the stride to what the other would have given, where that can be known.
     "exp in place of relu": lambda distances, stride: np.exp(distances / stride),
+    "exp in place of relu (times the stride)": lambda distances, stride: np.exp(distances / stride) * stride,
     "relu in place of exp": lambda distances, stride: np.maximum(np.log(np.maximum(distances, 1e-9)), 0) * stride,
+    "relu in place of exp (without the stride)": lambda distances, _: np.maximum(
+        np.log(np.maximum(distances, 1e-9)), 0
+    ),
 }
 
 

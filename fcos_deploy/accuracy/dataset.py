@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.image_io import list_images
+from fcos_deploy.core.serialize import parse_json
 
 __all__ = ["Dataset", "EvaluationImage", "Truth", "folder_images", "label_index", "load_coco", "truth_from_detections"]
 
@@ -76,7 +77,7 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
         entries = sorted(content["images"], key=lambda entry: int(entry["id"]))
         records = tuple(EvaluationImage(int(e["id"]), images / str(e["file_name"])) for e in entries)
         truth = _collect_truth(content["annotations"], records, names=names)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"'{annotations}' is not a complete file of COCO annotations: {type(error).__name__} {error}.",
             hint="it needs 'images' (id, file_name), 'annotations' (image_id, category_id, bbox) and 'categories'",
@@ -151,7 +152,7 @@ def _some(names: Iterable[str]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the annotations '{path}': {error}.") from error
     if not isinstance(content, dict):
@@ -178,6 +179,8 @@ def _collect_truth(
         area = float(annotation.get("area", width * height))
         crowd = bool(annotation.get("iscrowd", 0))
         box = [x, y, x + width, y + height]
+        if not all(map(math.isfinite, (*box, area))) or width < 0 or height < 0:
+            raise ValueError(f"the bbox {annotation['bbox']} with area {area} is none (x, y, width, height)")
         rows[int(annotation["image_id"])].append((box, position[int(annotation["category_id"])], area, crowd))
     return {image_id: _truth(found) for image_id, found in rows.items()}
 
@@ -200,9 +203,16 @@ def _detections_truth(found: Detections) -> Truth:
 def _check_images(images: Sequence[EvaluationImage], *, annotations: Path, folder: Path) -> None:
     if not images:
         raise ConfigError(f"'{annotations}' has no images.")
-    missing = [image.path.name for image in images if not image.path.is_file()]
+    missing = [image.path.name for image in images if not _is_there(image.path)]
     if missing:
         raise ConfigError(
             f"{len(missing)} of the {len(images)} images of '{annotations}' are not in '{folder}': {_some(missing)}.",
             hint="give the folder that holds them with --images",
         )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # A name that no file can have.
+        return False

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,54 +10,27 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.causes import (
     Cause,
     activation_causes,
+    class_causes,
     contract_causes,
+    explained,
     level_causes,
     outputs_explained,
+    picture_place_causes,
     pixel_causes,
-    shifted,
 )
 from fcos_deploy.accuracy.matching import MatchOptions, compare_detections
-from fcos_deploy.accuracy.stages import level_slices, network_input
-from fcos_deploy.core.backend import SessionOptions, Tensors
+from fcos_deploy.accuracy.stages import level_slices, network_input, split_levels
+from fcos_deploy.accuracy.trials import Evidence, rounded_networks, tried_mistakes, tried_resizing
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.locations import location_strides
-from fcos_deploy.core.network import BoxActivation
 from fcos_deploy.core.postprocess import postprocess
-from fcos_deploy.core.preprocess import Letterbox
-from fcos_deploy.core.preprocess_spec import InputDtype
-from fcos_deploy.detector import Detector
-
-if TYPE_CHECKING:
-    from fcos_deploy.model.fcos import Fcos
 
 __all__ = ["Evidence", "find_causes"]
 
 _CONVINCING = 0.9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Evidence:
-    """One image as both detectors saw it, and the reference itself, to try mistakes on.
-
-    ``network``: the reference's PyTorch network, where there is one; with it mistakes inside the network can be tried.
-    """
-
-    reference: Detector
-    candidate: Detector
-    reference_feeds: Tensors
-    candidate_feeds: Tensors
-    reference_outputs: Tensors
-    candidate_outputs: Tensors
-    letterbox: Letterbox
-    candidate_found: Detections
-    network: Fcos | None = None
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """Padded (H, W)."""
-        height, width = self.reference_feeds["images"].shape[2:]
-        return int(height), int(width)
+# Least ratio of two powers of rounding noise: in the median 3 dB, in each output 10 dB.
+_SAME_NOISE, _SIMILAR_NOISE = 0.5, 0.1
 
 
 def find_causes(stage: str, evidence: Evidence) -> list[Cause]:
@@ -70,37 +41,49 @@ def find_causes(stage: str, evidence: Evidence) -> list[Cause]:
 
 
 def _preprocess_causes(evidence: Evidence) -> list[Cause]:
-    mine, theirs = evidence.reference.contract, evidence.candidate.contract
-    causes = contract_causes(mine, theirs, part="preprocess")
-    first = network_input(evidence.reference_feeds["images"], mine.preprocess)[0]
-    second = network_input(evidence.candidate_feeds["images"], theirs.preprocess)[0]
+    causes = contract_causes(evidence.reference.contract, evidence.candidate.contract, part="preprocess")
+    mine, theirs = evidence.reference.contract.preprocess, evidence.candidate.contract.preprocess
+    first = network_input(evidence.reference_feeds["images"], mine)[0]
+    second = network_input(evidence.candidate_feeds["images"], theirs)[0]
     if first.shape != second.shape:
         return causes
     # Padding is not part of the picture, and follows another rule.
     height, width = evidence.letterbox.resized_height, evidence.letterbox.resized_width
-    return causes + pixel_causes(first[:, :height, :width], second[:, :height, :width])
+    mine_seen, theirs_seen = first[:, :height, :width], second[:, :height, :width]
+    causes += pixel_causes(mine_seen, theirs_seen) + picture_place_causes(first, second)
+    for name, sentence, tensor in tried_resizing(evidence):
+        share = explained(mine_seen, theirs_seen, network_input(tensor[None], mine)[0, :, :height, :width])
+        if share > _CONVINCING:
+            causes.append(Cause(name=name, sentence=sentence, explained=share))
+    return causes
 
 
 def _contract_decode(evidence: Evidence) -> list[Cause]:
-    return contract_causes(evidence.reference.contract, evidence.candidate.contract, part="decode")
+    mine, theirs = evidence.reference.contract, evidence.candidate.contract
+    causes = contract_causes(mine, theirs, part="decode")
+    if mine.class_names != theirs.class_names:
+        text = f"the class names are {', '.join(theirs.class_names)} in place of {', '.join(mine.class_names)}"
+        causes.append(Cause(name="class_names", sentence=text, explained=1.0))
+    return causes
 
 
 def _head_causes(evidence: Evidence) -> list[Cause]:
     mine, theirs = evidence.reference_outputs, evidence.candidate_outputs
     strides = evidence.reference.contract.decode.strides
-    causes = _compute_causes(evidence)
+    causes = _declared_compute(evidence)
     if mine["cls_logits"].shape == theirs["cls_logits"].shape:
         causes += level_causes(mine, theirs, level_slices(evidence.input_size, strides))
         per_location = location_strides(*evidence.input_size, strides=strides)
         causes += activation_causes(mine["distances"], theirs["distances"], per_location)
-        for name, sentence, outputs in _tried(evidence):
+        causes += class_causes(mine["cls_logits"], theirs["cls_logits"], evidence.reference.contract.class_names)
+        for name, sentence, outputs in tried_mistakes(evidence):
             share = outputs_explained(mine, theirs, outputs)
             if share > _CONVINCING:
                 causes.append(Cause(name=name, sentence=sentence, explained=share))
-    return causes
+    return causes or _rounding_causes(evidence)
 
 
-def _compute_causes(evidence: Evidence) -> list[Cause]:
+def _declared_compute(evidence: Evidence) -> list[Cause]:
     mine = evidence.reference.session.description.get("compute", "")
     theirs = evidence.candidate.session.description.get("compute", "")
     if not theirs or mine == theirs:
@@ -114,59 +97,37 @@ def _compute_causes(evidence: Evidence) -> list[Cause]:
     ]
 
 
-def _tried(evidence: Evidence) -> Iterator[tuple[str, str, Tensors]]:
-    """Mistakes made in the reference, and what it then gives."""
-    images = evidence.reference_feeds["images"]
-    run = evidence.reference.infer
-    swapped = np.ascontiguousarray(images[:, ::-1])
-    yield "channel-order", "the graph swaps the colour channels (RGB/BGR)", run({"images": swapped})
-    for dx, dy in ((0.5, 0.5), (-0.5, -0.5)):
-        moved = _moved(images, dx, dy)
-        text = f"the graph shifts the image by {dx:+.1f} pixels to the right and {dy:+.1f} down"
-        yield "shift", text, run({"images": moved})
-    if evidence.network is not None:
-        yield from _network_variants(evidence.network, evidence)
+def _rounding_causes(evidence: Evidence) -> list[Cause]:
+    """Whether the differences are as large, in every level and output, as those of a smaller float type."""
+    noise = _noise(evidence, evidence.candidate_outputs)
+    causes = []
+    for compute, outputs in rounded_networks(evidence):
+        expected = _noise(evidence, outputs)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.nan_to_num(np.minimum(noise / expected, expected / noise))
+        if ratio.min() >= _SIMILAR_NOISE and np.median(ratio) >= _SAME_NOISE:
+            text = (
+                f"the differences are as large as those of rounding to {compute} in place of f32: "
+                f"{_decibels(noise)} dB below the values in the median, {_decibels(expected)} dB with {compute}"
+            )
+            causes.append(Cause(name="compute-type", sentence=text, explained=float(np.median(ratio))))
+    return causes
 
 
-def _moved(images: NDArray[np.generic], dx: float, dy: float) -> NDArray[np.generic]:
-    moved = np.stack([shifted(image.astype(np.float32), dx, dy) for image in images])
-    return moved.round().astype(images.dtype) if images.dtype == np.dtype(InputDtype.UINT8.value) else moved
+def _noise(evidence: Evidence, outputs: Tensors) -> NDArray[np.float64]:
+    """Power of the difference over that of the reference, of each level and output."""
+    levels = level_slices(evidence.input_size, evidence.reference.contract.decode.strides)
+    pairs = zip(split_levels(evidence.reference_outputs, levels), split_levels(outputs, levels), strict=True)
+    powers = []
+    for (_, name, mine), (_, _, theirs) in pairs:
+        whole = float((evidence.reference_outputs[name].astype(np.float64) ** 2).mean())
+        difference = mine.astype(np.float64) - theirs
+        powers.append(float((difference * difference).mean()) / max(whole, 1e-30))
+    return np.array(powers)
 
 
-def _network_variants(network: Fcos, evidence: Evidence) -> Iterator[tuple[str, str, Tensors]]:
-    """The reference's weights in networks that load them as well, and are silently wrong."""
-    from fcos_deploy.model.fcos import Fcos
-
-    config = network.config
-    other = BoxActivation.EXP if config.box_activation is BoxActivation.RELU else BoxActivation.RELU
-    places = {True: "first 1x1", False: "3x3"}
-    variants = (
-        (
-            "stride-placement",
-            f"the bottlenecks' stride is on the {places[not config.stride_in_1x1]} convolution (stride_in_1x1 differs)",
-            replace(config, stride_in_1x1=not config.stride_in_1x1),
-        ),
-        (
-            "activation",
-            f"the box activation is {other} in place of {config.box_activation}",
-            replace(config, box_activation=other),
-        ),
-        (
-            "centerness-branch",
-            "the centerness comes from the other tower",
-            replace(config, centerness_on_reg=not config.centerness_on_reg),
-        ),
-    )
-    for name, text, changed in variants:
-        variant = Fcos(changed)
-        variant.load_state_dict(network.state_dict())
-        with Detector.of_network(variant.eval(), evidence.reference.contract, options=_options(evidence)) as detector:
-            yield name, text, detector.infer(evidence.reference_feeds)
-
-
-def _options(evidence: Evidence) -> SessionOptions:
-    threads = evidence.reference.session.description.get("threads", "")
-    return SessionOptions(threads=int(threads) if threads.isdigit() else None)
+def _decibels(noise: NDArray[np.float64]) -> str:
+    return f"{-10 * np.log10(max(float(np.median(noise)), 1e-30)):.0f}"
 
 
 def _final_causes(evidence: Evidence) -> list[Cause]:

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import AccuracyGateError
 
 __all__ = ["command"]
 
 
+@with_checkpoint_options
 def command(
     model: Annotated[Path, typer.Argument(help="ONNX file, engine or bundle.")],
     *,
@@ -28,16 +31,22 @@ def command(
     strict: Annotated[bool, typer.Option(help="Judge as float32, whatever the precision.")] = False,
     layers: Annotated[bool, typer.Option(help="Also find the first layer that departs (ONNX files).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    options: CheckpointOptions,
 ) -> None:
-    """Compare with PyTorch stage by stage; name the first stage that departs, and why. Exit 4 when one does."""
+    """Compare with PyTorch stage by stage; name the first stage that departs, and why. Exit 4 when one does.
+
+    The options of 'export' say how the checkpoint is read where its own rules are not meant.
+    """
     from fcos_deploy.accuracy.collect import Target
     from fcos_deploy.accuracy.summary import parity_json
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.pipeline.diagnose import ParityRequest, check_parity, find_layer
 
-    options = SessionOptions(device=device, compute=compute, threads=threads)
-    target = Target(model=model, backend=backend, precision=precision, options=options)
-    request = ParityRequest(target=target, checkpoint=reference, images=images, count=count, strict=strict)
+    session = SessionOptions(device=device, compute=compute, threads=threads)
+    target = Target(model=model, backend=backend, precision=precision, options=session)
+    request = ParityRequest(
+        target=target, checkpoint=reference, images=images, count=count, strict=strict, options=options
+    )
     with progress_bar() as progress:
         report = check_parity(request, progress=progress)
         layer = find_layer(request, progress=progress) if layers else None
@@ -52,4 +61,8 @@ def command(
     if as_json:
         print_json(parity_json(report, layer))
     if report.first is not None:
-        raise AccuracyGateError(f"The first stage that departs is '{report.first.stage}': {report.first.detail}.")
+        known = report.causes or layer is not None
+        raise AccuracyGateError(
+            f"The first stage that departs is '{report.first.stage}': {report.first.detail}.",
+            hint="" if known else "no known mistake explains it; --layers names the layer of an ONNX file",
+        )

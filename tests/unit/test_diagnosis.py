@@ -1,0 +1,282 @@
+"""What departs is named, with PyTorch on both sides: mistakes that an ONNX file cannot have, and other tails."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from fcos_deploy.accuracy.causes import shifted  # noqa: E402
+from fcos_deploy.accuracy.layer_sources import TorchLayers  # noqa: E402
+from fcos_deploy.accuracy.layers import first_departing_layer  # noqa: E402
+from fcos_deploy.accuracy.parity import ParityImage, ParityOptions, ParityReport, compare_stages  # noqa: E402
+from fcos_deploy.accuracy.stages import network_input  # noqa: E402
+from fcos_deploy.accuracy.tensors import tolerance_for  # noqa: E402
+from fcos_deploy.core.backend import ComputeType, SessionOptions, Tensors  # noqa: E402
+from fcos_deploy.core.contract import ModelContract  # noqa: E402
+from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec  # noqa: E402
+from fcos_deploy.core.enums import Precision, Tail  # noqa: E402
+from fcos_deploy.core.image_io import read_image  # noqa: E402
+from fcos_deploy.core.network import BoxActivation, FcosConfig  # noqa: E402
+from fcos_deploy.core.preprocess_spec import ChannelOrder, PreprocessSpec  # noqa: E402
+from fcos_deploy.detector import Detector  # noqa: E402
+from fcos_deploy.model.fcos import Fcos  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+CONFIG = FcosConfig(
+    num_classes=3,
+    blocks=(1, 1, 1, 1),
+    stem_channels=8,
+    width_per_group=8,
+    fpn_channels=32,
+    cls_convs=2,
+    reg_convs=2,
+)
+CONTRACT = ModelContract(
+    class_names=("a", "b", "c"),
+    preprocess=PreprocessSpec(
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), pixel_scale=255.0, height=256, width=320
+    ),
+    decode=DecodeSpec(profile=PROFILES["torchvision"], score_threshold=0.2, iou_threshold=0.6),
+)
+OPTIONS = SessionOptions(threads=1)
+
+
+def fill() -> Any:
+    path = ROOT / "tests/golden/_fill_weights.py"
+    spec = importlib.util.spec_from_file_location("_fill_weights", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fill
+
+
+def network(**changes: Any) -> Fcos:
+    """The tiny network with its deterministic weights, in another configuration if told."""
+    model = Fcos(replace(CONFIG, **changes)).eval()
+    filler = fill()
+    model.load_state_dict(
+        {k: torch.from_numpy(np.array(filler(k, tuple(v.shape)))) for k, v in model.state_dict().items()}
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def images() -> Sequence[ParityImage]:
+    paths = sorted((ROOT / "fcos_deploy/demo_data/evaluation").glob("*.jpg"))[:2]
+    return [ParityImage(path.name, read_image(path)) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Detector:
+    return Detector.of_network(network(), CONTRACT, options=OPTIONS)
+
+
+def parity(reference: Detector, candidate: Detector, images: Sequence[ParityImage], **changes: Any) -> ParityReport:
+    with candidate:
+        return compare_stages(reference, candidate, images, network=network(), **changes)
+
+
+def named(report: ParityReport, *, stage: str, cause: str) -> str:
+    """The sentence of the first cause, after checking where and what it is."""
+    assert report.first is not None
+    assert report.first.stage == stage, [(s.stage, s.passed, s.detail) for s in report.stages]
+    assert report.causes, report.first
+    assert report.causes[0].name == cause, report.causes
+    return report.causes[0].sentence
+
+
+def test_channels_swapped_in_preprocessing(reference: Detector, images: Sequence[ParityImage]) -> None:
+    contract = CONTRACT.with_preprocess(replace(CONTRACT.preprocess, channel_order=ChannelOrder.BGR))
+    report = parity(reference, Detector.of_network(network(), contract, options=OPTIONS), images)
+    assert "BGR in place of RGB" in named(report, stage="preprocess", cause="preprocess.channel_order")
+
+
+class _Tampered(Detector):
+    """A detector whose input tensor is spoilt behind its contract's back."""
+
+    def prepare(self, images: Any) -> Any:
+        feeds, letterboxes = super().prepare(images)
+        return {**feeds, "images": self.spoil(feeds["images"])}, letterboxes
+
+    def spoil(self, tensor: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Swapped(_Tampered):
+    def spoil(self, tensor: Any) -> Any:
+        return np.ascontiguousarray(tensor[:, ::-1])
+
+
+class _HalfPixel(_Tampered):
+    def spoil(self, tensor: Any) -> Any:
+        return np.stack([shifted(image.astype(np.float32), 0.5, 0.5).round().astype(np.uint8) for image in tensor])
+
+
+def tampered(kind: type[Detector]) -> Detector:
+    plain = Detector.of_network(network(), CONTRACT, options=OPTIONS)
+    return kind(plain.session, plain.contract)
+
+
+def test_channels_swapped_behind_the_contract(reference: Detector, images: Sequence[ParityImage]) -> None:
+    report = parity(reference, tampered(_Swapped), images)
+    assert "RGB/BGR" in named(report, stage="preprocess", cause="channel-order")
+
+
+def test_half_pixel_shift(reference: Detector, images: Sequence[ParityImage]) -> None:
+    report = parity(reference, tampered(_HalfPixel), images)
+    sentence = named(report, stage="preprocess", cause="shift")
+    assert "+0.5" in sentence
+    assert "right" in sentence
+
+
+def test_channels_swapped_in_the_graph(reference: Detector, images: Sequence[ParityImage], tmp_path: Path) -> None:
+    class Swapping(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+            self.config = self.inner.config
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x[:, [2, 1, 0]])
+
+    normalized = replace(CONTRACT.preprocess, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    contract = CONTRACT.with_preprocess(normalized)
+    mine = Detector.of_network(network(), contract, options=OPTIONS)
+    candidate = Detector.of_network(Swapping().eval(), contract, options=OPTIONS)
+    report = parity(mine, candidate, images)
+    assert "channels" in named(report, stage="P3 class", cause="channel-order")
+
+
+def test_wrong_mean(reference: Detector, images: Sequence[ParityImage]) -> None:
+    contract = CONTRACT.with_preprocess(replace(CONTRACT.preprocess, mean=(0.485, 0.456, 0.5)))
+    report = parity(reference, Detector.of_network(network(), contract, options=OPTIONS), images)
+    sentence = named(report, stage="preprocess", cause="preprocess.mean")
+    assert "(0.485, 0.456, 0.5) in place of (0.485, 0.456, 0.406)" in sentence
+    # The pixels alone tell it too: -0.094 / 0.225 standard deviations in the third channel.
+    pixels = next(c for c in report.causes if c.name == "normalisation")
+    assert "-0.418" in pixels.sentence
+    assert pixels.explained > 0.999
+
+
+def test_stride_moved(reference: Detector, images: Sequence[ParityImage]) -> None:
+    wrong = network(stride_in_1x1=True)
+    report = parity(reference, Detector.of_network(wrong, CONTRACT, options=OPTIONS), images)
+    assert "first 1x1" in named(report, stage="P3 class", cause="stride-placement")
+    feeds = normalized_feeds(images)
+    tolerance = tolerance_for(Precision.FP32, ComputeType.F32)
+    finding = first_departing_layer(TorchLayers(network()), TorchLayers(wrong), (feeds, feeds), tolerance=tolerance)
+    assert finding is not None
+    assert finding.layer == "backbone.body.layer2.0.conv1"
+    assert finding.causes[0].sentence.endswith("stride is (2, 2) in place of (1, 1)")
+
+
+def normalized_feeds(images: Sequence[ParityImage]) -> Tensors:
+    with Detector.of_network(network(), CONTRACT, options=OPTIONS) as detector:
+        feeds, _ = detector.prepare([images[0].pixels])
+    return {"images": network_input(feeds["images"], CONTRACT.preprocess)}
+
+
+def test_exp_for_relu(reference: Detector, images: Sequence[ParityImage]) -> None:
+    wrong = network(box_activation=BoxActivation.EXP)
+    report = parity(reference, Detector.of_network(wrong, CONTRACT, options=OPTIONS), images)
+    assert "exp in place of relu" in named(report, stage="P3 box", cause="activation")
+
+
+def test_relu_for_exp(images: Sequence[ParityImage]) -> None:
+    right = network(box_activation=BoxActivation.EXP)
+    mine = Detector.of_network(right, CONTRACT, options=OPTIONS)
+    with Detector.of_network(network(), CONTRACT, options=OPTIONS) as candidate:
+        report = compare_stages(mine, candidate, images)
+    assert "relu in place of exp" in named(report, stage="P3 box", cause="activation")
+
+
+def test_two_levels_swapped(reference: Detector, images: Sequence[ParityImage]) -> None:
+    class Swapping(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+            self.config = self.inner.config
+
+        def forward(self, x: Any) -> Any:
+            p3, p4, p5, p6, p7 = self.inner(x)
+            return [p3, p5, p4, p6, p7]
+
+    report = parity(reference, Detector.of_network(Swapping().eval(), CONTRACT, options=OPTIONS), images)
+    assert named(report, stage="P4 class", cause="levels") == "the levels P5 and P4 are swapped"
+
+
+def test_nms_threshold_in_the_contract(reference: Detector, images: Sequence[ParityImage]) -> None:
+    contract = replace(CONTRACT, decode=replace(CONTRACT.decode, iou_threshold=0.4))
+    report = parity(reference, Detector.of_network(network(), contract, options=OPTIONS), images)
+    sentence = named(report, stage="nms", cause="decode.iou_threshold")
+    assert sentence == "the IoU threshold is 0.4 in place of 0.6"
+
+
+def test_nms_threshold_in_the_graph(reference: Detector, images: Sequence[ParityImage]) -> None:
+    claims = replace(CONTRACT, tail=Tail.NMS)
+    does = replace(claims, decode=replace(CONTRACT.decode, iou_threshold=0.4))
+    session = Detector.of_network(network(), does, options=OPTIONS).session
+    report = parity(reference, Detector(session, claims), images)
+    sentence = named(report, stage="detections", cause="decode.iou_threshold")
+    assert "IoU threshold of 0.4," in sentence
+
+
+def test_score_threshold(reference: Detector, images: Sequence[ParityImage]) -> None:
+    contract = replace(CONTRACT, decode=replace(CONTRACT.decode, score_threshold=0.3))
+    report = parity(reference, Detector.of_network(network(), contract, options=OPTIONS), images)
+    assert "0.3 in place of 0.2" in named(report, stage="decode", cause="decode.score_threshold")
+
+
+PERTURBED = "backbone.body.layer3.0.conv2.weight"
+
+
+def perturbed() -> Fcos:
+    wrong = network()
+    with torch.no_grad():
+        wrong.state_dict()[PERTURBED].mul_(1.01)
+    return wrong
+
+
+def test_weights_of_one_convolution_in_pytorch(reference: Detector, images: Sequence[ParityImage]) -> None:
+    report = parity(reference, Detector.of_network(perturbed(), CONTRACT, options=OPTIONS), images)
+    assert report.first is not None
+    assert report.first.stage == "P3 class"
+    feeds = normalized_feeds(images)
+    tolerance = tolerance_for(Precision.FP32, ComputeType.F32)
+    finding = first_departing_layer(
+        TorchLayers(network()), TorchLayers(perturbed()), (feeds, feeds), tolerance=tolerance
+    )
+    assert finding is not None
+    assert finding.layer == "backbone.body.layer3.0.conv2"
+    assert finding.causes[0].sentence.endswith("the weights differ from the reference's by 1.00% (RMS)")
+
+
+def test_bf16_in_place_of_f32(reference: Detector, images: Sequence[ParityImage]) -> None:
+    options = SessionOptions(threads=1, compute=ComputeType.BF16)
+    wanted = ParityOptions(tolerance=tolerance_for(Precision.FP32, ComputeType.F32))
+    report = parity(reference, Detector.of_network(network(), CONTRACT, options=options), images, options=wanted)
+    assert "bf16 in place of f32" in named(report, stage="P3 class", cause="compute-type")
+    feeds = normalized_feeds(images)
+    finding = first_departing_layer(
+        TorchLayers(network()), TorchLayers(network(), options=options), (feeds, feeds), tolerance=wanted.tolerance
+    )
+    assert finding is not None
+    assert finding.layer == "backbone.body.conv1"
+    assert finding.causes[0].name == "compute-type"
+    assert "(bf16)" in finding.causes[0].sentence
+
+
+def test_bf16_is_within_its_own_tolerance(reference: Detector, images: Sequence[ParityImage]) -> None:
+    options = SessionOptions(threads=1, compute=ComputeType.BF16)
+    report = parity(reference, Detector.of_network(network(), CONTRACT, options=options), images)
+    heads = [s for s in report.stages if s.difference is not None]
+    assert all(s.passed for s in heads), [(s.stage, s.detail) for s in heads if not s.passed]

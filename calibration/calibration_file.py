@@ -10,7 +10,7 @@ from calibration.ranges import Range, RangeMethod
 from fcos_deploy.core.atomic import sha256_file, write_text
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.preprocess_spec import PreprocessSpec
-from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.serialize import from_json, parse_json, to_json
 
 __all__ = ["DEFAULT_METHOD", "Calibration", "ImageRecord", "TensorRanges", "load_calibration", "save_calibration"]
 
@@ -81,7 +81,7 @@ def load_calibration(path: Path, *, graph: Path | None = None) -> Calibration:
         CalibrationError: not a calibration file, of a newer version, or of another graph.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CalibrationError(f"'{path}' is not a calibration file: {error}.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.image_io import IMAGE_SUFFIXES, list_images, read_image
+from fcos_deploy.core.serialize import parse_json
 
 __all__ = [
     "Box",
@@ -140,7 +141,7 @@ def _listed(source: Path) -> list[str]:
     try:
         text = source.read_text(encoding="utf-8")
         if source.suffix == ".json":
-            return [str(entry["file_name"]) for entry in json.loads(text)["images"]]
+            return [str(entry["file_name"]) for entry in parse_json(text)["images"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -149,23 +150,26 @@ def _listed(source: Path) -> list[str]:
 def _hash(path: Path) -> str:
     try:
         return sha256_file(path)
-    except OSError as error:
-        raise CalibrationError(f"Cannot read the calibration image '{path}': {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+        reason = getattr(error, "strerror", None) or error
+        raise CalibrationError(f"Cannot read the calibration image '{path}': {reason}.") from error
 
 
 def _read_coco(path: Path) -> tuple[dict[str, tuple[Box, ...]], dict[int, str]]:
     """Objects by image name, and class names by category."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         entries = {entry["id"]: entry for entry in content["images"]}
         found: dict[str, list[Box]] = {entry["file_name"]: [] for entry in content["images"]}
         for item in content["annotations"]:
             image = entries[item["image_id"]]
             side = float(max(item["bbox"][2:]))
+            if not math.isfinite(side):
+                raise ValueError(f"the bbox {item['bbox']}")
             box = Box(int(item["category_id"]), side, int(image["height"]), int(image["width"]))
             found[image["file_name"]].append(box)
         categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CalibrationError(f"'{path}' is not a COCO annotation file: {error!r}.") from error
     return {name: tuple(items) for name, items in found.items()}, categories
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.errors import BackendError, BackendLoadError, DeviceError
+from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.core.tensor_spec import TensorSpec
 from runtimes._kserve_protocol import DATATYPES, Client, ModelAddress, ModelMetadata, tensor_specs
 
@@ -110,7 +111,7 @@ class HttpClient(Client):
     def _json(self, method: str, path: str) -> dict[str, Any]:
         content, _ = self._exchange(method, path)
         try:
-            value = json.loads(content or b"{}")
+            value = parse_json(content or b"{}")
         except ValueError as error:
             raise _Answer(200, f"'{path}' is not JSON, so this is not a server of the protocol v2") from error
         return value if isinstance(value, dict) else {}
@@ -168,7 +169,7 @@ def _reason(error: Exception) -> str:
 
 def _error_text(content: bytes) -> str:
     try:
-        value = json.loads(content)
+        value = parse_json(content)
         return str(value.get("error", value))[:500]
     except (ValueError, AttributeError):
         return content[:200].decode(errors="replace")
@@ -178,7 +179,7 @@ def _read_outputs(content: bytes, headers: Mapping[str, str], outputs: Sequence[
     head_size = int(headers.get(_HEADER_LENGTH.lower(), len(content)))
     position = head_size
     found: Tensors = {}
-    for tensor in json.loads(content[:head_size])["outputs"]:
+    for tensor in parse_json(content[:head_size])["outputs"]:
         dtype = np.dtype(DATATYPES[tensor["datatype"]])
         shape = tuple(int(size) for size in tensor["shape"])
         size = tensor.get("parameters", {}).get("binary_data_size")

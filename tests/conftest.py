@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from fcos_deploy.bundle import (
@@ -42,10 +44,16 @@ _SLOW = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what the quick loop leaves out."""
+    """Mark what the quick loop leaves out; ``FCOS_DEPLOY_FUZZ=N`` takes N times the examples of property tests."""
+    factor = int(os.environ.get("FCOS_DEPLOY_FUZZ", "1"))
     for item in items:
         if set(_SLOW) & {*item.path.parent.parts, item.path.stem}:
             item.add_marker(pytest.mark.slow)
+        test = getattr(item, "obj", None)
+        if factor > 1 and getattr(test, "is_hypothesis_test", False):
+            chosen = test._hypothesis_internal_use_settings
+            longer = settings(chosen, max_examples=factor * chosen.max_examples, derandomize=False)
+            test._hypothesis_internal_use_settings = longer
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkResult
 from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.errors import ConfigError, SlowdownError
-from fcos_deploy.core.serialize import to_json
+from fcos_deploy.core.serialize import parse_json, to_json
 
 __all__ = [
     "TABLE_COLUMNS",
@@ -112,7 +112,7 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
         ConfigError: the file is missing or is not one.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the baseline '{path}': {error}.") from error
     if not isinstance(content, list) or not all(isinstance(c, dict) and "latency_ms" in c for c in content):

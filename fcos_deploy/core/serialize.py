@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from enum import Enum
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["from_json", "to_json"]
+__all__ = ["from_json", "parse_json", "to_json"]
 
 T = TypeVar("T")
 
@@ -28,6 +29,18 @@ def to_json(value: Any) -> Any:  # Any: a JSON value has no narrower type
     if isinstance(value, dict):
         return {str(k): to_json(v) for k, v in value.items()}
     return value
+
+
+def parse_json(text: str | bytes) -> Any:  # Any: a JSON value has no narrower type
+    """``json.loads`` for text of any origin.
+
+    Raises:
+        ValueError: not JSON, or nested deeper than Python goes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def from_json(kind: type[T], value: Any, *, where: str = "") -> T:

@@ -38,6 +38,9 @@ _MARGIN = 1e-5  # relative, far above the rounding of sigmoid, product and root 
 # Narrowing a level down means to read it once more. That pays where at least one in this many of its pairs passes.
 _CROWDED = 32
 
+# So many times top-k pairs are ranked to find a level's floor: more make the floor higher, and take longer themselves.
+_LOOKED_AT = 8
+
 
 def sigmoid(logits: NDArray[Any]) -> Floats:
     """1 / (1 + exp(-x)) in float32."""
@@ -148,7 +151,7 @@ def _rank_floor(cls_logits: NDArray[Any], quality: Floats, *, best: Floats, spec
     pairs of the best locations, a good one where q does. ``best``: (l,) the rank of each location's best pair.
     """
     k = spec.pre_nms_top_k
-    few = best_first(best, limit=-(-2 * k // cls_logits.shape[1]))
+    few = best_first(best, limit=-(-_LOOKED_AT * k // cls_logits.shape[1]))
     of_few = _passing_ranks(cls_logits[few], quality[few, None], spec=spec)
     return max(_kth_best(ranks, k) for ranks in (best, of_few.ravel()))
 

@@ -34,13 +34,14 @@ def command(
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="For newer runtimes too.")] = False,
     hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="For newer GPUs too.")] = False,
     calibration_cache: Annotated[Path | None, typer.Option(help="Ranges for builders without Q/DQ.")] = None,
+    trtexec: Annotated[bool, typer.Option("--trtexec", help="Print the trtexec line instead, build nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the build's record as JSON on stdout.")] = False,
 ) -> None:
     """Build an engine, an IR or an optimised model, and check it against its source."""
     from fcos_deploy.cli.output import note, print_json, progress_bar
     from fcos_deploy.core.exporter import BatchRange, BuildOptions
     from fcos_deploy.core.size_range import optional_range, size_range
-    from fcos_deploy.detector.artifact_build import ArtifactRequest, build_artifact
+    from fcos_deploy.detector.artifact_build import ArtifactRequest, build_artifact, equivalent_trtexec
 
     options = BuildOptions(
         batch=BatchRange(*size_range(batch)),
@@ -60,6 +61,9 @@ def command(
         precision=precision,
     )
     request = ArtifactRequest(source=source, output=output, backend=backend, target=target, options=options)
+    if trtexec:
+        typer.echo(equivalent_trtexec(request))
+        return
     with progress_bar() as progress:
         result = build_artifact(request, progress=progress)
     if as_json:

@@ -140,7 +140,6 @@ def _options(draft: Draft) -> BuildOptions:
 
 
 def _trtexec(draft: Draft) -> str:
-    options = _options(draft)
     return trtexec_command(
         TrtexecRequest(
             onnx=PurePosixPath(_source_onnx(draft)),
@@ -148,9 +147,7 @@ def _trtexec(draft: Draft) -> str:
             version=draft.tensorrt,
             precision=draft.precision,
             shapes=_profile_shapes(draft),
-            workspace_mib=options.workspace_mib,
-            dla_core=options.dla_core,
-            calibration_cache=PurePosixPath("calibration.cache") if draft.request.calibration_cache else None,
+            options=_options(draft),
         )
     )
 

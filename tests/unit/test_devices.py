@@ -14,7 +14,7 @@ from fcos_deploy.core.device_rules import RULES, rule_name
 from fcos_deploy.core.devices import DeviceFamily, load_profile, profile_names
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BatchRange
+from fcos_deploy.core.exporter import BatchRange, BuildOptions
 from fcos_deploy.core.registry import exporters
 from fcos_deploy.core.trtexec import TrtexecRequest, trtexec_command
 from fcos_deploy.core.version import parse_version
@@ -52,7 +52,7 @@ def test_jetson_engines_are_built_on_the_jetson() -> None:
     assert made.commands == ("fcos-deploy build BUNDLE --backend tensorrt",)
     assert made.trtexec == (
         "trtexec --onnx=model.int8.portable.candidates.onnx --saveEngine=model.int8.tensorrt.engine --skipInference "
-        "--noTF32 --stronglyTyped --memPoolSize=workspace:1024M"
+        "--stronglyTyped --noTF32 --memPoolSize=workspace:1024M"
     )
 
 
@@ -169,9 +169,9 @@ def trtexec(version: str, precision: Precision, **options: Any) -> str:
     ("version", "precision", "flags"),
     [
         ("8.5.2", Precision.FP32, "--buildOnly --noTF32"),
-        ("8.5.2", Precision.FP16, "--buildOnly --noTF32 --fp16"),
-        ("8.6.2", Precision.INT8, "--skipInference --noTF32 --int8"),
-        ("10.3.0", Precision.INT8, "--skipInference --noTF32 --stronglyTyped"),
+        ("8.5.2", Precision.FP16, "--buildOnly --fp16 --noTF32"),
+        ("8.6.2", Precision.INT8, "--skipInference --int8 --noTF32"),
+        ("10.3.0", Precision.INT8, "--skipInference --stronglyTyped --noTF32"),
         ("11.4.0", Precision.INT8, "--skipInference --noTF32"),
     ],
 )
@@ -180,11 +180,33 @@ def test_types_of_the_graph_are_kept_by_every_version(version: str, precision: P
 
 
 def test_calibration_cache_and_dla_are_weakly_typed_up_to_10() -> None:
-    cache = PurePosixPath("c.cache")
-    line = trtexec("10.3.0", Precision.FP32, calibration_cache=cache, dla_core=1)
-    assert line.endswith("--fp16 --int8 --calib=c.cache --useDLACore=1 --allowGPUFallback")
+    options = BuildOptions(calibration_cache=Path("c.cache"), dla_core=1)
+    line = trtexec("10.3.0", Precision.FP32, options=options)
+    assert line.endswith("--fp16 --int8 --calib=c.cache --noTF32 --useDLACore=1 --allowGPUFallback")
     with pytest.raises(ConfigError, match="no calibrators"):
-        trtexec("11.4.0", Precision.FP32, calibration_cache=cache)
+        trtexec("11.4.0", Precision.FP32, options=options)
+
+
+def test_every_build_option_that_trtexec_has_is_on_its_line() -> None:
+    options = BuildOptions(
+        tf32=True,
+        workspace_mib=512,
+        optimization_level=4,
+        timing_cache=Path("t.cache"),
+        dla_core=0,
+        dla_strict=True,
+        version_compatible=True,
+        hardware_compatible=True,
+    )
+    assert trtexec("10.3.0", Precision.FP16, options=options).split()[4:] == [
+        "--fp16",
+        "--memPoolSize=workspace:512M",
+        "--builderOptimizationLevel=4",
+        "--timingCacheFile=t.cache",
+        "--useDLACore=0",
+        "--versionCompatible",
+        "--hardwareCompatibilityLevel=ampere+",
+    ]
 
 
 def test_unknown_profile_names_the_ones_there_are() -> None:

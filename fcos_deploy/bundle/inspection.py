@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fcos_deploy.bundle.manifest import Manifest
 from fcos_deploy.bundle.store import open_bundle
+from fcos_deploy.core.enums import Precision
 from fcos_deploy.model.inspect import Inspection, contract_facts
 
 __all__ = ["inspect_bundle"]
@@ -30,5 +32,18 @@ def inspect_bundle(path: Path) -> Inspection:
             ("signed by", bundle.signed_by or "not asked"),
             *contract_facts(manifest.contract),
             *artifacts,
+            *_thresholds(manifest),
         )
         return Inspection(path, "bundle", facts, manifest.contract.decisions, manifest.contract)
+
+
+def _thresholds(manifest: Manifest) -> tuple[tuple[str, str], ...]:
+    """Which score threshold each INT8 variant needs for the float model's operating point."""
+    return tuple(
+        (
+            f"threshold, {figure.backend} {figure.precision}",
+            f"{figure.score_drift.threshold:.4g} is as {figure.score_drift.float_threshold:.4g} of the float model",
+        )
+        for figure in manifest.accuracy
+        if figure.precision is Precision.INT8 and figure.score_drift is not None
+    )

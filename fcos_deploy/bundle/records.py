@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError
+from fcos_deploy.core.score_drift import ScoreDrift
 
 __all__ = ["DEFAULT_GATES", "AccuracyFigure", "BenchmarkFigure", "CalibrationRecord", "Gate", "Provenance", "Target"]
 
@@ -55,7 +56,8 @@ class CalibrationRecord:
 class AccuracyFigure:
     """Accuracy of one artifact on one backend. Metrics are fractions (0..1), such as ``ap`` and ``ap50``.
 
-    ``drop`` is reference AP minus this AP, ``drop_interval`` its 95 % confidence interval.
+    ``drop`` is reference AP minus this AP, ``drop_interval`` its 95 % confidence interval. ``score_drift``: how the
+    scores moved, and the thresholds that keep the reference's operating points; None for the reference itself.
     """
 
     artifact: str
@@ -66,6 +68,7 @@ class AccuracyFigure:
     metrics: dict[str, float]
     drop: float | None = None
     drop_interval: tuple[float, float] | None = None
+    score_drift: ScoreDrift | None = None
     details: dict[str, str] = field(default_factory=dict)
 
 

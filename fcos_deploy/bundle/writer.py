@@ -120,6 +120,11 @@ class BundleWriter:
         """Where a file of the bundle lies while the bundle is being made."""
         return self._files / name
 
+    @property
+    def finished(self) -> tuple[FinishedStep, ...]:
+        """The steps of this run so far, those of an earlier one that were still valid included."""
+        return tuple(step for name, step in self._journal.steps.items() if name in self._used)
+
     def step(self, name: str, *, inputs: Mapping[str, str], make: Callable[[Path], StepOutput]) -> StepResult:
         """Run ``make(folder)`` and adopt every file it leaves in ``folder``, unless that was done with these inputs.
 

@@ -15,7 +15,9 @@ from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkTarget, model_bytes, run_benchmark
 from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.pipeline.reporting import ReportParts, Shown, machine_rows, report_parts, report_verdict
+from fcos_deploy.pipeline.report_pictures import Shown
+from fcos_deploy.pipeline.reporting import ReportParts, machine_rows, report_parts, report_verdict
+from fcos_deploy.pipeline.trade_offs import find_trade_offs, report_part
 from fcos_deploy.report import ChainLink, Provenance, ReportData
 
 __all__ = ["Comparison", "ComparisonRequest", "compare_models", "comparison_report"]
@@ -101,7 +103,8 @@ def comparison_report(found: Comparison, *, title: str, commands: Sequence[str] 
     parts: ReportParts = report_parts(found.evaluations.dataset, shown)
     return ReportData(
         title=title,
-        verdict=report_verdict(found.evaluations, found.benchmark),
+        verdict=report_verdict(found.evaluations),
+        figures=parts.figures,
         data=parts.data,
         variants=parts.variants,
         classes=parts.classes,
@@ -109,6 +112,7 @@ def comparison_report(found: Comparison, *, title: str, commands: Sequence[str] 
         drifts=parts.drifts,
         latencies=parts.latencies,
         pictures=parts.pictures,
+        mixed=tuple(report_part(one) for one in find_trade_offs([t.model for t in found.request.targets])),
         provenance=_provenance(found, commands),
     )
 

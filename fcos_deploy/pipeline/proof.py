@@ -17,6 +17,7 @@ from fcos_deploy.core.image_io import read_image
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector
 from fcos_deploy.model.checkpoint import LoadedCheckpoint
+from fcos_deploy.pipeline.reporting import moved_scores
 from fcos_deploy.pipeline.steps import Variant, Workshop
 
 __all__ = [
@@ -117,13 +118,15 @@ def accuracy_figures(shop: Workshop, variants: list[Variant], found: Evaluations
     rows = [(shop.request.checkpoint.name, Precision.FP32, found.reference)] if found.reference else []
     rows += [(v.artifact.path, v.precision, e) for v, e in zip(variants, found.targets, strict=True)]
     return tuple(
-        _figure(artifact, precision, evaluation, dataset=dataset)
+        _figure(artifact, precision, evaluation, dataset=dataset, reference=found.reference)
         for artifact, precision, evaluation in rows
         if evaluation is not None
     )
 
 
-def _figure(artifact: str, precision: Precision, evaluation: Evaluation, *, dataset: str) -> AccuracyFigure:
+def _figure(
+    artifact: str, precision: Precision, evaluation: Evaluation, *, dataset: str, reference: Evaluation | None
+) -> AccuracyFigure:
     scores = evaluation.scores
     metrics = {"ap": scores.ap, "ap50": scores.ap50, "ap75": scores.ap75}
     drop = evaluation.drop
@@ -136,6 +139,7 @@ def _figure(artifact: str, precision: Precision, evaluation: Evaluation, *, data
         metrics={name: value for name, value in metrics.items() if value is not None},
         drop=drop.value if drop else None,
         drop_interval=(drop.low, drop.high) if drop else None,
+        score_drift=moved_scores(reference, evaluation) if reference and evaluation is not reference else None,
         details=dict(evaluation.run.description),
     )
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from fcos_deploy.accuracy.evaluate import Evaluations
 from fcos_deploy.benchmark.run import Benchmark
 from fcos_deploy.bundle import Artifact, Manifest, StepOutput
+from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.pipeline.reporting import Shown, machine_rows, report_parts, report_verdict
+from fcos_deploy.pipeline.report_pictures import Shown
+from fcos_deploy.pipeline.reporting import machine_rows, report_parts, report_verdict
 from fcos_deploy.pipeline.steps import Variant, Workshop
+from fcos_deploy.pipeline.trade_offs import SUFFIX, TradeOffs, read_trade_offs, report_part
 from fcos_deploy.report import ChainLink, Provenance, ReportData, write_report
 
 __all__ = ["write_report_step"]
@@ -31,15 +34,17 @@ def write_report_step(
         parts = report_parts(evaluations.dataset, _shown(shop, variants, evaluations, speed))
         data = ReportData(
             title=manifest.name,
-            verdict=report_verdict(evaluations, speed),
+            verdict=report_verdict(evaluations),
             data=parts.data,
             variants=parts.variants,
+            figures=parts.figures,
             classes=parts.classes,
             curves=parts.curves,
             drifts=parts.drifts,
             latencies=parts.latencies,
             pictures=parts.pictures,
-            provenance=_provenance(shop, manifest, speed, artifacts=[v.artifact for v in variants]),
+            mixed=tuple(report_part(found) for found in _searches(shop)),
+            provenance=_provenance(shop, manifest, speed),
             notes=notes,
         )
         write_report(data, folder / "report.html")
@@ -71,22 +76,46 @@ def int8_share(shop: Workshop, variant: Variant) -> float | None:
     return executed_share(shop.graph, variant.path, variant.backend).share
 
 
-def _provenance(shop: Workshop, manifest: Manifest, speed: Benchmark, *, artifacts: list[Artifact]) -> Provenance:
+def _searches(shop: Workshop) -> list[TradeOffs]:
+    """What the searches for mixed precision of this deployment found."""
+    names = (record.path for step in shop.writer.finished for record in step.files)
+    return [read_trade_offs(shop.writer.path(name)) for name in names if name.endswith(SUFFIX)]
+
+
+def _provenance(shop: Workshop, manifest: Manifest, speed: Benchmark) -> Provenance:
     source = manifest.provenance
-    chain = [ChainLink(path=source.checkpoint, kind="checkpoint", sha256=source.checkpoint_sha256, size=_size(shop))]
-    unique = {artifact.path: artifact for artifact in artifacts}
-    chain += [
-        ChainLink(path=a.path, kind=str(a.kind), sha256=a.sha256, size=a.size, parent=a.parent, step=a.step.name)
-        for a in unique.values()
-    ]
+    artifacts = [artifact for step in shop.writer.finished for artifact in step.artifacts]
     return Provenance(
-        created=source.created,
-        chain=tuple(chain),
-        versions=tuple(sorted({item for a in unique.values() for item in a.step.tools.items()})),
+        created=source.created.replace("T", " ").replace("+00:00", " UTC"),
+        chain=_chain(shop, manifest, artifacts),
+        versions=tuple(sorted({item for a in artifacts for item in a.step.tools.items()})),
         machine=machine_rows(speed.machine),
         commands=(source.command,) if source.command else (),
         decisions=tuple((d.name, d.value, d.source) for d in source.decisions),
     )
+
+
+def _chain(shop: Workshop, manifest: Manifest, artifacts: list[Artifact]) -> tuple[ChainLink, ...]:
+    """The checkpoint, what was made from it step by step, and the calibration that went into the INT8 files."""
+    source = manifest.provenance
+    names = {source.checkpoint_sha256: source.checkpoint, **{a.sha256: a.path for a in artifacts}}
+    links = [ChainLink(path=source.checkpoint, kind="checkpoint", sha256=source.checkpoint_sha256, size=_size(shop))]
+    for record in manifest.calibration:
+        path = shop.writer.path(record.path)
+        kind = f"ranges over {len(record.images)} images"
+        links.append(ChainLink(path=record.path, kind=kind, sha256=sha256_file(path), size=path.stat().st_size))
+    links += [
+        ChainLink(
+            path=a.path,
+            kind=str(a.kind),
+            sha256=a.sha256,
+            size=a.size,
+            parent=names.get(a.parent, a.parent[:12]),
+            step=a.step.name,
+        )
+        for a in artifacts
+    ]
+    return tuple(links)
 
 
 def _size(shop: Workshop) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fcos_deploy.accuracy.collect import Target
+from fcos_deploy.benchmark.cold_start import ColdStartTask, measure_cold_start
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkResult, BenchmarkTarget, run_benchmark
 from fcos_deploy.bundle import BenchmarkFigure
 from fcos_deploy.core.backend import PerformanceHint
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.detector import Detector
 from fcos_deploy.pipeline.proof import REFERENCE, evaluation_images, reference_target
@@ -42,7 +44,35 @@ def measure_speed(shop: Workshop, variants: list[Variant]) -> Benchmark:
         timing=TimingOptions(rounds=rounds, throughput_seconds=1.0),
         cold_start=False,
     )
-    return run_benchmark(request, progress=shop.progress)
+    found = run_benchmark(request, progress=shop.progress)
+    return replace(found, results=_with_memory(shop, found.results, variants))
+
+
+def _with_memory(
+    shop: Workshop, results: tuple[BenchmarkResult, ...], variants: list[Variant]
+) -> tuple[BenchmarkResult, ...]:
+    """The results with the memory that a process of its own takes, the reference first.
+
+    The reference is left out where the user gave options for it, which that process would not know.
+    """
+    image = str(evaluation_images(shop)[0].path)
+    tasks: list[ColdStartTask | None] = [
+        None
+        if shop.request.options != CheckpointOptions()
+        else ColdStartTask(model=str(shop.request.checkpoint), image=image, backend=REFERENCE)
+    ]
+    tasks += [
+        ColdStartTask(
+            model=str(v.path), image=image, backend=v.backend, precision=str(v.precision), compute=str(v.compute)
+        )
+        for v in variants
+    ]
+    measured = []
+    for index, (task, result) in enumerate(zip(tasks, results, strict=True)):
+        shop.progress("memory", index, len(tasks))
+        measured.append(replace(result, cold_start=measure_cold_start(task) if task else None))
+    shop.progress("memory", len(tasks), len(tasks))
+    return tuple(measured)
 
 
 def benchmark_figures(shop: Workshop, variants: list[Variant], found: Benchmark) -> tuple[BenchmarkFigure, ...]:
@@ -70,6 +100,7 @@ def _figure(artifact: str, precision: Precision, result: BenchmarkResult, *, dev
             "infer_p50_ms": stages.infer,
             "decode_p50_ms": stages.decode,
             "throughput_fps": result.throughput_fps,
+            **({"peak_memory_mib": result.cold_start.peak_memory_mib} if result.cold_start else {}),
         },
         details=dict(result.session),
     )

@@ -21,8 +21,18 @@ from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.score_drift import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector
+from fcos_deploy.report import LayerRow, MixedPrecisionPart, TrialPoint
 
-__all__ = ["SUFFIX", "TimedTrial", "TradeOffs", "find_trade_offs", "read_trade_offs", "time_trials", "write_trade_offs"]
+__all__ = [
+    "SUFFIX",
+    "TimedTrial",
+    "TradeOffs",
+    "find_trade_offs",
+    "read_trade_offs",
+    "report_part",
+    "time_trials",
+    "write_trade_offs",
+]
 
 SUFFIX = ".mixed-precision.json"
 _TIMING = TimingOptions(rounds=6, block=4, warmup=2)
@@ -85,6 +95,39 @@ def find_trade_offs(models: Sequence[Path]) -> tuple[TradeOffs, ...]:
         beside = sorted(model.glob("*" + SUFFIX)) if model.is_dir() else [model.with_name(model.stem + SUFFIX)]
         found.update(dict.fromkeys(path for path in beside if path.is_file()))
     return tuple(read_trade_offs(path) for path in found)
+
+
+def report_part(found: TradeOffs) -> MixedPrecisionPart:
+    """What a report shows of them."""
+    trials = tuple(
+        TrialPoint(
+            float_layers=len(timed.trial.kept),
+            int8_share=timed.trial.int8_share,
+            ap=timed.trial.score,
+            p50_ms=timed.p50_ms,
+            chosen=timed.trial.kept == found.kept,
+        )
+        for timed in found.trials
+    )
+    layers = tuple(
+        LayerRow(
+            layer=item.layer,
+            classes=item.effect.classes,
+            boxes=item.effect.boxes,
+            centerness=item.effect.centerness,
+            kept_float=item.layer in found.kept,
+        )
+        for item in found.ranking
+    )
+    return MixedPrecisionPart(
+        placement=found.placement,
+        backend=found.backend,
+        max_drop=found.max_drop,
+        float_ap=found.float_score,
+        float_p50_ms=found.float_p50_ms,
+        trials=trials,
+        layers=layers,
+    )
 
 
 def time_trials(

@@ -3,8 +3,10 @@
 from fcos_deploy.report.data import (
     ChainLink,
     ClassRow,
+    KeyFigure,
     LatencyRow,
-    ParetoPoint,
+    LayerRow,
+    MixedPrecisionPart,
     Picture,
     PictureBox,
     PrecisionCurve,
@@ -12,7 +14,7 @@ from fcos_deploy.report.data import (
     ReportData,
     ReportVerdict,
     ScoreDrift,
-    SensitivityRow,
+    TrialPoint,
     VariantRow,
 )
 from fcos_deploy.report.render import write_report
@@ -20,8 +22,10 @@ from fcos_deploy.report.render import write_report
 __all__ = [
     "ChainLink",
     "ClassRow",
+    "KeyFigure",
     "LatencyRow",
-    "ParetoPoint",
+    "LayerRow",
+    "MixedPrecisionPart",
     "Picture",
     "PictureBox",
     "PrecisionCurve",
@@ -29,7 +33,7 @@ __all__ = [
     "ReportData",
     "ReportVerdict",
     "ScoreDrift",
-    "SensitivityRow",
+    "TrialPoint",
     "VariantRow",
     "write_report",
 ]

@@ -8,12 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.score_drift import ScoreDrift as MovedScores
 
 __all__ = [
     "ChainLink",
     "ClassRow",
+    "KeyFigure",
     "LatencyRow",
-    "ParetoPoint",
+    "LayerRow",
+    "MixedPrecisionPart",
     "Picture",
     "PictureBox",
     "PrecisionCurve",
@@ -21,7 +24,7 @@ __all__ = [
     "ReportData",
     "ReportVerdict",
     "ScoreDrift",
-    "SensitivityRow",
+    "TrialPoint",
     "VariantRow",
 ]
 
@@ -33,6 +36,14 @@ class ReportVerdict:
     passed: bool | None
     headline: str
     details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFigure:
+    """A number with its unit that belongs beside the verdict, and what it is."""
+
+    value: str
+    meaning: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +95,11 @@ class PrecisionCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreDrift:
-    """(reference, variant) scores of the detections that both have."""
+    """(reference, variant) scores of the detections that both have, and the thresholds that follow; None: not known."""
 
     variant: str
     pairs: tuple[tuple[float, float], ...]
+    moved: MovedScores | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,32 +114,56 @@ class LatencyRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SensitivityRow:
-    """What quantizing this layer alone does to the outputs: signal to noise in decibels, lower is worse."""
+class LayerRow:
+    """What quantizing this layer alone does where an object is seen: root mean square errors.
+
+    ``classes``, ``centerness``: of probabilities. ``boxes``: of sides, as a share of the box. ``kept_float``: the
+    chosen model leaves it in float.
+    """
 
     layer: str
-    sqnr_db: float
+    classes: float
+    boxes: float
+    centerness: float
     kept_float: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParetoPoint:
-    """A candidate of the mixed-precision search."""
+class TrialPoint:
+    """A candidate of the search; ``p50_ms`` None: another one beats it in INT8 share and in AP, it was not timed."""
 
-    label: str
+    float_layers: int
+    int8_share: float
     ap: float
-    p50_ms: float
+    p50_ms: float | None = None
     chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixedPrecisionPart:
+    """One search, whose goal was to lose at most ``max_drop`` of ``float_ap``: candidates, and layers worst first."""
+
+    placement: str
+    backend: str
+    max_drop: float
+    float_ap: float
+    float_p50_ms: float | None
+    trials: tuple[TrialPoint, ...]
+    layers: tuple[LayerRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PictureBox:
-    """A box xyxy in image pixels. ``partner``: whether the other detector has it too."""
+    """A box xyxy in image pixels.
+
+    ``partner``: whether the other detector has it too; ``moved``: by how much it scores more than that one.
+    """
 
     box: tuple[float, float, float, float]
     score: float
     name: str
     partner: bool = True
+    moved: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,7 +180,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainLink:
-    """A file of the bundle: what it is, its hash, and from which it was made by what."""
+    """A file of the bundle: what it is, its hash, its size in bytes, and from which file it was made by which step."""
 
     path: str
     kind: str
@@ -174,12 +210,12 @@ class ReportData:
     verdict: ReportVerdict
     data: str
     variants: tuple[VariantRow, ...]
+    figures: tuple[KeyFigure, ...] = ()
     classes: tuple[ClassRow, ...] = ()
     curves: tuple[PrecisionCurve, ...] = ()
     drifts: tuple[ScoreDrift, ...] = ()
     latencies: tuple[LatencyRow, ...] = ()
-    sensitivity: tuple[SensitivityRow, ...] = ()
-    pareto: tuple[ParetoPoint, ...] = ()
+    mixed: tuple[MixedPrecisionPart, ...] = ()
     pictures: tuple[Picture, ...] = ()
     provenance: Provenance = Provenance()
     notes: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from fcos_deploy.core.errors import ImageError
 from fcos_deploy.core.require import require
 from fcos_deploy.report.data import Picture, PictureBox
-from fcos_deploy.report.style import FAIL, PASS, WARN
+from fcos_deploy.report.style import FAIL, MOVED, PASS, WARN
 
 __all__ = ["DrawnBox", "DrawnPicture", "draw_pictures"]
 
 _MAX_SIDE = 520  # pixels of an embedded image: sharp in a third of the page, small in the file
 _QUALITY = 82
-_MAX_LABELS = 24  # boxes of a panel whose names still leave the picture to be seen
+_MAX_LABELS = 10  # boxes of a panel whose names still leave the picture to be seen
+_MOVED = 0.03  # change of a score from which it is shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,9 @@ def _draw(picture: Picture, *, identifier: str) -> DrawnPicture:
     missed = tuple(b for b in picture.reference if not b.partner)
     invented = tuple(b for b in picture.candidate if not b.partner)
     shared = tuple(b for b in picture.candidate if b.partner)
-    difference = boxes(shared, "#ffffff", label=False, dash="2 3") + boxes(missed, FAIL, label=True)
+    still = tuple(b for b in shared if abs(b.moved) < _MOVED)
+    moved = tuple(_shift(b, scale) for b in shared if abs(b.moved) >= _MOVED)
+    difference = boxes(still, "#ffffff", label=False, dash="2 3") + moved + boxes(missed, FAIL, label=True)
     return DrawnPicture(
         identifier=identifier,
         name=picture.name,
@@ -97,8 +100,14 @@ def _box(one: PictureBox, scale: float, *, color: str, label: bool, dash: str) -
         color=color,
         dash=dash,
         label=f"{one.name} {one.score:.2f}" if label else "",
-        label_y=round(y1 - 3 if y1 > 14 else y1 + 11, 1),
+        label_y=round(y1 - 4 if y1 > 20 else y1 + 16, 1),
     )
+
+
+def _shift(one: PictureBox, scale: float) -> DrawnBox:
+    """A box that both have, labelled with the change of its score."""
+    box = _box(one, scale, color=MOVED, label=True, dash="")
+    return replace(box, label=f"{one.moved:+.2f}")
 
 
 def _jpeg(pixels: NDArray[np.uint8], size: tuple[int, int]) -> str:

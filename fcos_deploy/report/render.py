@@ -34,16 +34,39 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
 def render_html(data: ReportData) -> str:
     """The report as one HTML document."""
     charts = [
-        {"title": c.title, "text": c.text, "source": base64.b64encode(c.svg.encode()).decode("ascii")}
+        {
+            "section": c.section,
+            "title": c.title,
+            "text": c.text,
+            "source": base64.b64encode(c.svg.encode()).decode("ascii"),
+        }
         for c in make_charts(data)
     ]
     css = _template_text("report.css")
-    return _fill("report.html.j2", data=data, charts=charts, pictures=draw_pictures(data.pictures), css=css)
+    pictures = draw_pictures(data.pictures)
+    return _fill("report.html.j2", data=data, charts=charts, pictures=pictures, css=css, **_score_tables(data))
 
 
 def render_markdown(data: ReportData) -> str:
     """The report in Markdown, without charts and pictures."""
-    return _fill("report.md.j2", data=data)
+    return _fill("report.md.j2", data=data, **_score_tables(data))
+
+
+def _score_tables(data: ReportData) -> dict[str, Any]:  # Any: rows for a template
+    """The thresholds and the classes of all drifts, row by row: a value for each variant, None where it has none."""
+    moved = [drift.moved for drift in data.drifts if drift.moved is not None]
+    by_threshold = [dict(one.equivalents) for one in moved]
+    by_class = [{c.name: c for c in one.classes} for one in moved]
+    return {
+        "thresholds": [
+            {"threshold": t, "cells": [one.get(t) for one in by_threshold]}
+            for t in sorted({t for one in by_threshold for t in one})
+        ],
+        "shifts": [
+            {"name": name, "cells": [one.get(name) for one in by_class]}
+            for name in dict.fromkeys(name for one in by_class for name in one)
+        ],
+    }
 
 
 def _fill(name: str, **values: Any) -> str:  # Any: what a template is given
@@ -69,11 +92,23 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _signed(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:+.{digits}f}"  # noqa: RUF001
+    if value is None:
+        return "–"  # noqa: RUF001
+    # Nothing lost is neither plus nor minus nothing.
+    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 
-def _interval(value: tuple[float, float] | None, sign: str = "") -> str:
-    return "" if value is None else f"{value[0]:{sign}.3f} to {value[1]:{sign}.3f}"
+def _interval(value: tuple[float, float] | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value[0]:.{digits}f} to {value[1]:.{digits}f}"
+
+
+def _signed_interval(value: tuple[float, float] | None, digits: int = 3) -> str:
+    return "" if value is None else f"{_signed(value[0], digits)} to {_signed(value[1], digits)}"
+
+
+def _typeset(text: str) -> str:
+    """Arrows and comparisons as signs."""
+    return text.replace(" -> ", " → ").replace(" <= ", " ≤ ").replace(" >= ", " ≥ ")
 
 
 def _mebibytes(value: int | None) -> str:
@@ -88,6 +123,8 @@ _FILTERS = {
     "number": _number,
     "signed": _signed,
     "interval": _interval,
+    "signed_interval": _signed_interval,
+    "typeset": _typeset,
     "mebibytes": _mebibytes,
     "percent": _percent,
 }

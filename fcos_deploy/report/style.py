@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CHART_SETTINGS", "FAIL", "GRID", "INK", "MUTED", "PASS", "WARN", "line_colors"]
+__all__ = ["CHART_SETTINGS", "FAIL", "GRID", "INK", "MOVED", "MUTED", "PARTS", "PASS", "WARN", "line_colors"]
 
 INK, MUTED, GRID = "#1b2430", "#5b6675", "#e3e7ec"
-PASS, FAIL, WARN = "#1a7f4b", "#b3261e", "#b26a00"
+PASS, FAIL, WARN, MOVED = "#1a7f4b", "#b3261e", "#b26a00", "#6d28d9"
 # Okabe and Ito's colours, which people with any colour vision can tell apart; the reference is ink.
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
 
+# Errors of a layer in INT8, by what they are of; also told apart without colour by their order.
+PARTS = {"classes": "#24507a", "boxes": "#8fb8de", "centerness": "#e0a458"}
+
 CHART_SETTINGS: dict[str, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
     "axes.grid": True,
     "axes.labelcolor": INK,

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.score_drift import ClassDrift
+from fcos_deploy.core.score_drift import ScoreDrift as MovedScores
 from fcos_deploy.report import (
     ChainLink,
     ClassRow,
+    KeyFigure,
     LatencyRow,
-    ParetoPoint,
+    LayerRow,
+    MixedPrecisionPart,
     Picture,
     PictureBox,
     PrecisionCurve,
@@ -24,7 +28,7 @@ from fcos_deploy.report import (
     ReportData,
     ReportVerdict,
     ScoreDrift,
-    SensitivityRow,
+    TrialPoint,
     VariantRow,
     write_report,
 )
@@ -35,6 +39,30 @@ pytest.importorskip("jinja2")
 NAMES = ("pytorch fp32", "openvino int8")
 
 
+def search(placement: str, *, trials: int) -> MixedPrecisionPart:
+    return MixedPrecisionPart(
+        placement=placement,
+        backend="openvino",
+        max_drop=0.01,
+        float_ap=0.6,
+        float_p50_ms=12.3,
+        trials=tuple(
+            TrialPoint(
+                float_layers=i,
+                int8_share=1 - i / 10,
+                ap=0.55 + i / 50,
+                p50_ms=5.0 + i if i != 1 else None,
+                chosen=i == trials - 1,
+            )
+            for i in range(trials)
+        ),
+        layers=tuple(
+            LayerRow(layer=f"layer{i}", classes=0.3 / (i + 1), boxes=0.02, centerness=0.01, kept_float=i < 3)
+            for i in range(30 if trials > 1 else 0)
+        ),
+    )
+
+
 def full_report() -> ReportData:
     rng = np.random.default_rng(0)
     box = PictureBox(box=(5, 5, 30, 40), score=0.9, name="cell <b>")
@@ -43,6 +71,7 @@ def full_report() -> ReportData:
         title="Cells & <script>alert(1)</script>",
         verdict=ReportVerdict(passed=True, headline="All variants hold.", details=("drop 0.001 <= 0.010",)),
         data="40 images.",
+        figures=(KeyFigure("4.8 times", "as fast as pytorch"),),
         variants=(
             VariantRow(
                 label=NAMES[0],
@@ -71,13 +100,18 @@ def full_report() -> ReportData:
         ),
         classes=(ClassRow(name="cell", ap=(0.6, None)),),
         curves=tuple(PrecisionCurve(variant=n, class_name="cell", precision=(0.9,) * 101) for n in NAMES),
-        drifts=(ScoreDrift(variant=NAMES[1], pairs=tuple((v, v - 0.01) for v in rng.uniform(0.1, 1, 50))),),
+        drifts=(
+            ScoreDrift(
+                variant=NAMES[1],
+                pairs=tuple((v, v - 0.01) for v in rng.uniform(0.1, 1, 50)),
+                moved=MovedScores(0.3, 0.291, (ClassDrift("cell", 40, -0.0123, 0.05, 0.288),), ((0.5, 0.487),)),
+            ),
+        ),
         latencies=tuple(
             LatencyRow(variant=n, samples_ms=tuple(rng.uniform(8, 9, 40)), preprocess_ms=0.5, infer_ms=7, decode_ms=0.5)
             for n in NAMES
         ),
-        sensitivity=tuple(SensitivityRow(layer=f"layer{i}", sqnr_db=20.0 + i, kept_float=i < 2) for i in range(30)),
-        pareto=tuple(ParetoPoint(label=f"{i}", ap=0.5 + i / 100, p50_ms=5 + i, chosen=i == 2) for i in range(4)),
+        mixed=(search("portable", trials=4), search("openvino", trials=1)),
         pictures=(
             Picture(
                 name="a.jpg",
@@ -143,7 +177,18 @@ def test_page_is_whole_and_needs_nothing_else(page: str) -> None:
 
 def test_verdict_comes_first_and_figures_are_there(page: str) -> None:
     assert page.index("All variants hold.") < page.index("<table>")
-    for text in ("0.598", "+0.002", "-0.001 to +0.004", "98.7", "8.2", "3.0", "90.0", "A note.", "ab" * 32):
+    for text in (
+        "0.598",
+        "+0.002",
+        "-0.001 to +0.004",
+        "4.8 times",
+        "98.7",
+        "8.2",
+        "3.0",
+        "90.0",
+        "A note.",
+        "ab" * 32,
+    ):
         assert text in page, text
 
 
@@ -152,6 +197,21 @@ def test_all_charts_are_there_and_are_svg(page: str) -> None:
     assert len(charts) == 7
     for chart in charts:
         assert ElementTree.fromstring(base64.b64decode(chart)).tag.endswith("svg")
+
+
+def test_thresholds_and_shifts_are_given(page: str) -> None:
+    assert "<tr><td>0.50</td><td>0.487</td></tr>" in page
+    assert "<tr><td>cell</td><td>-0.012; 0.288</td></tr>" in page
+
+
+def test_search_is_shown_with_its_choice_and_its_ranking(page: str) -> None:
+    assert (
+        '<td>3</td><td>70.0</td><td>0.6100</td><td>-0.0100</td><td>8.0</td><td class="text"><b>chosen</b></td>' in page
+    )
+    assert '<td>0</td><td>100.0</td><td>0.5500</td><td>+0.0500</td><td>5.0</td><td class="text">misses the goal' in page
+    first = '<td>layer0</td><td>30.00</td><td>2.00</td><td>1.00</td><td class="text">float</td>'
+    assert page.index(first) < page.index("<td>layer3</td>")
+    assert "no layer had to stay in float" in page
 
 
 def test_names_cannot_break_out(page: str) -> None:
@@ -169,6 +229,9 @@ def test_markdown_has_the_table(tmp_path: Path) -> None:
     rows = [line for line in lines if line.startswith("| openvino int8")]
     header = next(line for line in lines if line.startswith("| Variant"))
     assert rows[0].count("|") == header.count("|")
+    assert "| 0.50 | 0.487 |" in lines
+    assert "| 3 | 70.0 | 0.6100 | -0.0100 | 8.0 | chosen |" in lines
+    assert "| layer29 | 1.00 | 2.00 | 1.00 | INT8 |" in lines
     assert "| 0.598 |" in rows[0]
     assert "| cell | 0.600 | – |" in lines  # noqa: RUF001
     separator = lines[lines.index("| Class | pytorch fp32 | openvino int8 |") + 1]

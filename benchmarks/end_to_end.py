@@ -1,316 +1,102 @@
 """From pixels to detections: fcos-deploy against what one would use instead, on the same weights, image and machine.
 
-    python benchmarks/end_to_end.py --model demo -o end_to_end_demo.md
-    python benchmarks/end_to_end.py --model resnet50 --size 640x640 -o end_to_end_resnet50.md
+    python benchmarks/end_to_end.py --work runs/end_to_end --build     # once; takes long
+    python benchmarks/end_to_end.py --work runs/end_to_end -o end_to_end.md
 
-All contestants are timed in turns, a few detections of each in every round, in rotating order; the table has medians
-and the ratio to PyTorch eager, which is the median of the ratios of the rounds. What cannot be built or run is a row
-with the reason.
+Runs the demo detector and a ResNet-50 FCOS of random weights at 640x640 with 80 classes and at 800x1344 with 91
+(``--only demo`` for one). Artifacts, AP and every finished round are kept in ``--work``: a stopped run goes on,
+and building does not disturb timing. All contestants are timed in turns, a few detections of each in every round, in
+rotating order; the table has medians, and the ratio to PyTorch eager, which is the median of the ratios of the rounds.
+What cannot be built or run is a row with the reason; what takes five times as long as PyTorch eager is timed once.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
+import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+from contestants import BASE, CONTESTANTS, Detect, Image, Subject, demo_subject, resnet_subject
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.coco import coco_scores
-from fcos_deploy.accuracy.dataset import Dataset, label_index, load_coco
+from fcos_deploy.accuracy.dataset import label_index, load_coco
 from fcos_deploy.benchmark.machine import machine_facts
-from fcos_deploy.core.backend import ComputeType, SessionOptions
-from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import FcosDeployError
 from fcos_deploy.core.image_io import list_images, read_image
-from fcos_deploy.core.preprocess_spec import InputDtype
-from fcos_deploy.core.resized_size import resized_size
-from fcos_deploy.detector import Detector
 
-DEMO = Path(__file__).parents[1] / "fcos_deploy" / "demo_data"
-Image = NDArray[np.uint8]
-Detect = Callable[[Image], Detections]
+HOPELESS = 5  # times PyTorch eager
+FAILURES = (FcosDeployError, RuntimeError, ValueError, TypeError, KeyError, NotImplementedError)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The network and the images that everybody gets."""
+class Case:
+    """A subject and how often it is timed: a round takes seconds where an inference takes one."""
 
-    loaded: Any
-    calibration: Path
-    images: Path
-    annotations: Path | None
-    threads: int
-
-    @property
-    def contract(self) -> ModelContract:
-        """What surrounds the network."""
-        return self.loaded.contract
-
-    def options(self, **changes: Any) -> SessionOptions:
-        """The same number of threads for all."""
-        return SessionOptions(threads=self.threads, **changes)
+    title: str
+    make: Callable[[int], Subject]
+    rounds: int
+    block: int
 
 
-def demo_subject(threads: int) -> Subject:
-    """The trained blood-cell detector, with annotated images."""
-    from fcos_deploy.model.checkpoint import load_checkpoint
-
-    loaded = load_checkpoint(DEMO / "fcos_bccd.safetensors")
-    return Subject(loaded, DEMO / "calibration", DEMO / "evaluation", DEMO / "evaluation.json", threads)
-
-
-def resnet50_subject(threads: int, *, size: tuple[int, int], classes: int) -> Subject:
-    """A ResNet-50 FCOS with random weights, biased so that a few hundred candidates pass, as on a busy photograph."""
-    import torch
-
-    from fcos_deploy.core.network import resnet_config
-    from fcos_deploy.model.checkpoint import LoadedCheckpoint
-    from fcos_deploy.model.fcos import Fcos
-
-    torch.manual_seed(0)
-    config = resnet_config(50, num_classes=classes)
-    model = Fcos(config).eval()
-    with torch.no_grad():
-        model.head.classification_head.cls_logits.weight.normal_(std=0.03)
-        model.head.classification_head.cls_logits.bias.fill_(-5.0)
-        model.head.regression_head.bbox_reg.bias.fill_(2.0)
-    contract = demo_subject(threads).contract
-    spec = replace(contract.preprocess, height=size[0], width=size[1])
-    names = tuple(f"class{i}" for i in range(classes))
-    decode = replace(contract.decode, score_threshold=0.2)
-    contract = replace(contract, class_names=names, preprocess=spec, decode=decode)
-    return Subject(LoadedCheckpoint(model, contract, config), DEMO / "calibration", DEMO / "evaluation", None, threads)
-
-
-class PlainHost:
-    """The host code of most deployment examples: resize, normalise, transpose, pad; the graph does the rest."""
-
-    def __init__(self, contract: ModelContract, run: Callable[[dict[str, Any]], list[Any]]) -> None:
-        self.contract, self.run = contract, run
-
-    def __call__(self, image: Image) -> Detections:
-        """Detections of (h, w, 3) uint8 RGB, in its pixels."""
-        feeds = self.feeds(image)
-        boxes, scores, labels, count = self.run(feeds)
-        n = int(count.reshape(-1)[0])
-        scale = image.shape[1] / feeds["image_sizes"][0, 1], image.shape[0] / feeds["image_sizes"][0, 0]
-        factors = np.array([scale[0], scale[1]] * 2, np.float32)
-        return Detections(
-            (boxes[0, :n] * factors).astype(np.float32),
-            scores[0, :n].astype(np.float32),
-            labels[0, :n].astype(np.int64),
-        )
-
-    def feeds(self, image: Image) -> dict[str, Any]:
-        """Inputs of the plain export."""
-        spec = self.contract.preprocess
-        height, width = resized_size(*image.shape[:2], spec)
-        pixels = cv2.resize(image, (width, height)).astype(np.float32) / spec.pixel_scale
-        pixels = (pixels - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
-        tensor = np.zeros((1, 3, *spec.canvas), np.float32)
-        tensor[0, :, :height, :width] = pixels.transpose(2, 0, 1)
-        sizes = np.array([[height, width, image.shape[0], image.shape[1]]], np.float32)
-        return {"images": tensor, "image_sizes": sizes}
-
-
-def plain_export(subject: Subject, folder: Path) -> tuple[Path, ModelContract]:
-    """``torch.onnx.export`` with float input, decoding and NMS in the graph, and nothing after it."""
-    from exporters.torch_onnx import ExportOptions, export_onnx
-
-    spec = replace(subject.contract.preprocess, input_dtype=InputDtype.FLOAT32)
-    contract = subject.contract.with_preprocess(spec)
-    path = folder / "plain.onnx"
-    if not path.exists():
-        export_onnx(
-            replace(subject.loaded, contract=contract), path, options=ExportOptions(tail=Tail.NMS, simplify=False)
-        )
-    return path, contract
-
-
-def ours_export(subject: Subject, folder: Path) -> Path:
-    """What ``fcos-deploy export`` writes."""
-    from exporters.torch_onnx import export_onnx
-
-    path = folder / "ours.onnx"
-    if not path.exists():
-        export_onnx(subject.loaded, path)
-    return path
-
-
-def torch_eager(compute: ComputeType) -> Callable[[Subject, Path], Detect]:
-    """With our host code, which flatters it."""
-
-    def build(subject: Subject, _: Path) -> Detect:
-        options = subject.options(compute=compute)
-        return Detector.of_network(subject.loaded.model, subject.contract, options=options).detect
-
-    return build
-
-
-def plain_onnxruntime(subject: Subject, folder: Path) -> Detect:
-    """ONNX Runtime as its documentation shows it."""
-    path, contract = plain_export(subject, folder)
-    return PlainHost(contract, _onnxruntime(path, subject.threads))
-
-
-def static_onnxruntime(subject: Subject, folder: Path) -> Detect:
-    """``quantize_static`` as its documentation shows it."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    path, contract = plain_export(subject, folder)
-    host = PlainHost(contract, lambda _: [])
-    inputs = {i.name for i in __import__("onnxruntime").InferenceSession(str(path)).get_inputs()}
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.feeds = iter([{k: v for k, v in f.items() if k in inputs} for f in _calibration_feeds(subject, host)])
-
-        def get_next(self) -> Any:
-            return next(self.feeds, None)
-
-    quantize_static(str(path), str(folder / "static.onnx"), Reader())
-    return PlainHost(contract, _onnxruntime(folder / "static.onnx", subject.threads))
-
-
-def _onnxruntime(path: Path, threads: int) -> Callable[[dict[str, Any]], list[Any]]:
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    wanted = {i.name for i in session.get_inputs()}
-    return lambda feeds: session.run(None, {k: v for k, v in feeds.items() if k in wanted})
-
-
-def plain_openvino(subject: Subject, folder: Path) -> Detect:
-    """OpenVINO's converter and its own default precision: bf16 where the processor has it."""
-    import openvino
-
-    path, contract = plain_export(subject, folder)
-    return PlainHost(contract, _openvino(openvino.convert_model(str(path)), subject.threads))
-
-
-def nncf_openvino(subject: Subject, folder: Path) -> Detect:
-    """``nncf.quantize`` with its defaults."""
-    import nncf
-    import openvino
-
-    path, contract = plain_export(subject, folder)
-    model = openvino.convert_model(str(path))
-    host = PlainHost(contract, lambda _: [])
-    wanted = {port.any_name for port in model.inputs}
-    feeds = [{k: v for k, v in f.items() if k in wanted} for f in _calibration_feeds(subject, host)]
-    return PlainHost(contract, _openvino(nncf.quantize(model, nncf.Dataset(feeds)), subject.threads))
-
-
-def _openvino(model: Any, threads: int) -> Callable[[dict[str, Any]], list[Any]]:
-    import openvino
-
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
-    wanted = {port.any_name for port in compiled.inputs}
-
-    def run(feeds: dict[str, Any]) -> list[Any]:
-        found = compiled({k: v for k, v in feeds.items() if k in wanted})
-        return [found[i] for i in range(4)]
-
-    return run
-
-
-def _calibration_feeds(subject: Subject, host: PlainHost) -> Iterator[dict[str, Any]]:
-    return (host.feeds(read_image(path)) for path in list_images(subject.calibration))
-
-
-def ours(backend: str, precision: Precision) -> Callable[[Subject, Path], Detect]:
-    """``fcos-deploy`` on a backend."""
-
-    def build(subject: Subject, folder: Path) -> Detect:
-        path = ours_export(subject, folder)
-        if precision is Precision.INT8:
-            path = _ours_int8(subject, path, folder / f"ours.int8.{backend}.onnx", backend=backend)
-        return Detector.open(path, backend=backend, options=subject.options()).detect
-
-    return build
-
-
-def _ours_int8(subject: Subject, source: Path, output: Path, *, backend: str) -> Path:
-    from typer.testing import CliRunner
-
-    from fcos_deploy.cli.app import build_app
-
-    calibration = output.with_name("calibration.json")
-    commands = [
-        ["calibrate", source, "--images", subject.calibration, "-o", calibration],
-        ["quantize", source, "--calibration", calibration, "--for", backend, "-o", output],
-    ]
-    for command in commands[calibration.exists() :]:
-        result = CliRunner().invoke(build_app(), [str(part) for part in command])
-        if result.exit_code:
-            raise RuntimeError(result.output.strip().splitlines()[-1])
-    return output
-
-
-BASE = "PyTorch eager fp32"
-CONTESTANTS: dict[str, Callable[[Subject, Path], Detect]] = {
-    BASE: torch_eager(ComputeType.F32),
-    "PyTorch eager bf16": torch_eager(ComputeType.BF16),
-    "torch.onnx, NMS in the graph, ONNX Runtime": plain_onnxruntime,
-    "torch.onnx, NMS in the graph, OpenVINO's defaults": plain_openvino,
-    "quantize_static defaults, ONNX Runtime": static_onnxruntime,
-    "NNCF defaults, OpenVINO": nncf_openvino,
-    "**fcos-deploy fp32, ONNX Runtime**": ours("onnxruntime", Precision.FP32),
-    "**fcos-deploy int8, ONNX Runtime**": ours("onnxruntime", Precision.INT8),
-    "**fcos-deploy fp32, OpenVINO**": ours("openvino", Precision.FP32),
-    "**fcos-deploy int8, OpenVINO**": ours("openvino", Precision.INT8),
+CASES = {
+    "demo": Case("The demo detector, 320x416, 3 classes", demo_subject, 12, 3),
+    "resnet50-640": Case(
+        "ResNet-50, 640x640, 80 classes", lambda t: resnet_subject(t, size=(640, 640), classes=80), 5, 1
+    ),
+    "resnet50-800": Case(
+        "ResNet-50, 800x1344, 91 classes", lambda t: resnet_subject(t, size=(800, 1344), classes=91), 3, 1
+    ),
 }
 
 
-def build_all(subject: Subject, folder: Path) -> tuple[dict[str, Detect], dict[str, str]]:
-    """Whoever can run, and why the others cannot."""
+class State:
+    """What is known of a case, in a file that is replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def update(self, name: str, **facts: Any) -> None:
+        """Add facts of a contestant and save."""
+        self.found.setdefault(name, {}).update(facts)
+        write_text(self._path, json.dumps(self.found, indent=1))
+
+    def runs(self) -> list[str]:
+        """Who takes part in the rounds."""
+        limit = HOPELESS * self.found[BASE]["first_ms"]
+        return [n for n in CONTESTANTS if self.found[n].get("first_ms", float("inf")) <= limit]
+
+
+def build_all(subject: Subject, folder: Path, state: State) -> None:
+    """Artifacts, the duration of one detection, and AP where there are annotations."""
     image = read_image(list_images(subject.images)[0])
-    ready, failed = {}, {}
     for name, build in CONTESTANTS.items():
+        if name in state.found:
+            continue
         started = time.perf_counter()
         try:
             detect = build(subject, folder)
             detect(image)
-            ready[name] = detect
-        except (FcosDeployError, RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
-            failed[name] = str(error).strip().splitlines()[0][:120]
-        print(f"{name}: {failed.get(name, 'ready')} ({time.perf_counter() - started:.0f} s)", flush=True)
-    return ready, failed
+            first = _milliseconds(detect, image)
+            state.update(name, first_ms=first, ap=accuracy(subject, detect, first_ms=first))
+        except FAILURES as error:
+            state.update(name, failed=str(error).strip().splitlines()[0][:120])
+        print(f"{name}: {state.found[name]} ({time.perf_counter() - started:.0f} s)", flush=True)
 
 
-def time_all(ready: dict[str, Detect], image: Image, *, rounds: int, block: int) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds (rounds, block) of each."""
-    times: dict[str, list[list[float]]] = {name: [] for name in ready}
-    names = list(ready)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            detect = ready[name]
-            detect(image)  # caches and spinning threads are still another contestant's
-            row = []
-            for _ in range(block):
-                started = time.perf_counter()
-                detect(image)
-                row.append(1000 * (time.perf_counter() - started))
-            times[name].append(row)
-    return {name: np.array(rows) for name, rows in times.items()}
-
-
-def accuracy(subject: Subject, detect: Detect, dataset: Dataset) -> float | None:
-    """AP on all images of ``dataset``."""
+def accuracy(subject: Subject, detect: Detect, *, first_ms: float) -> float | None:
+    """AP on all images; None without annotations, or where that would take too long."""
+    if subject.annotations is None or first_ms > 5000:
+        return None
+    dataset = load_coco(subject.annotations, images=subject.images)
     index = np.append(label_index(subject.contract.class_names, dataset), -1)
     found = {}
     for image in dataset.images:
@@ -319,58 +105,82 @@ def accuracy(subject: Subject, detect: Detect, dataset: Dataset) -> float | None
     return coco_scores(dataset, found).ap
 
 
-def table(times: dict[str, NDArray[np.float64]], failed: dict[str, str], scores: dict[str, float | None]) -> str:
+def time_all(subject: Subject, folder: Path, state: State, *, rounds: int, block: int) -> None:
+    """Add rounds until every contestant has ``rounds`` of them."""
+    names = state.runs()
+    done = min(len(state.found[name].get("times", [])) for name in names)
+    if done >= rounds:
+        return
+    image = read_image(list_images(subject.images)[0])
+    ready = {name: CONTESTANTS[name](subject, folder) for name in names}
+    for name in names:
+        ready[name](image)
+    for turn in range(done, rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            ready[name](image)  # caches and spinning threads are still another contestant's
+            row = [_milliseconds(ready[name], image) for _ in range(block)]
+            state.update(name, times=[*state.found[name].get("times", [])[:turn], row])
+        print(f"round {turn + 1} of {rounds}", flush=True)
+
+
+def _milliseconds(detect: Detect, image: Image) -> float:
+    started = time.perf_counter()
+    detect(image)
+    return 1000 * (time.perf_counter() - started)
+
+
+def table(state: State) -> str:
     """Markdown, a row for every contestant."""
-    base = np.median(times[BASE], axis=1)
+    base = np.array(state.found[BASE]["times"])
     lines = ["| | median ms | fastest ms | times PyTorch fp32 | AP |", "|---|---:|---:|---:|---:|"]
     for name in CONTESTANTS:
-        if name in failed:
-            lines.append(f"| {name} | fails: {failed[name]} | | | |")
-            continue
-        rows = times[name]
-        ratio = float(np.median(base / np.median(rows, axis=1)))
-        ap = scores.get(name)
-        lines.append(
-            f"| {name} | {np.median(rows):.1f} | {rows.min():.1f} | {ratio:.2f} | {'' if ap is None else f'{ap:.3f}'} |"
-        )
+        facts = state.found[name]
+        ap = "" if facts.get("ap") is None else f"{facts['ap']:.3f}"
+        if "failed" in facts:
+            lines.append(f"| {name} | fails: {facts['failed']} | | | |")
+        elif "times" not in facts:
+            lines.append(f"| {name} | {facts['first_ms']:.0f} (one detection) | | | {ap} |")
+        else:
+            lines.append(f"| {name} | {_figures(np.array(facts['times']), base)} | {ap} |")
     return "\n".join(lines) + "\n"
 
 
+def _figures(rows: NDArray[np.float64], base: NDArray[np.float64]) -> str:
+    ratio = float(np.median(np.median(base, axis=1) / np.median(rows, axis=1)))
+    return f"{np.median(rows):.1f} | {rows.min():.1f} | {ratio:.2f}"
+
+
 def main() -> None:
-    """Parse, build, time, write."""
+    """Build, or time and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("demo", "resnet50"), default="demo")
-    parser.add_argument("--size", default="640x640", help="of resnet50, height x width")
-    parser.add_argument("--classes", type=int, default=80, help="of resnet50")
+    parser.add_argument("--work", type=Path, required=True, help="where artifacts and finished rounds are kept")
+    parser.add_argument("--only", choices=CASES, help="one of the models")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--block", type=int, default=3)
-    parser.add_argument("--images", type=int, default=None, help="evaluate on the first images only; 0 for none")
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, help="instead of each model's own number")
+    parser.add_argument("--build", action="store_true", help="build what is missing and stop")
+    parser.add_argument("--again", action="store_true", help="forget earlier rounds")
+    parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    height, width = (int(v) for v in options.size.split("x"))
-    if options.model == "demo":
-        subject = demo_subject(options.threads)
-    else:
-        subject = resnet50_subject(options.threads, size=(height, width), classes=options.classes)
-    scores: dict[str, float | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        ready, failed = build_all(subject, Path(folder))
-        image = read_image(list_images(subject.images)[0])
-        times = time_all(ready, image, rounds=options.rounds, block=options.block)
-        if subject.annotations is not None and options.images != 0:
-            dataset = load_coco(subject.annotations, images=subject.images).first(options.images)
-            scores = {name: accuracy(subject, detect, dataset) for name, detect in ready.items()}
     facts = machine_facts()
-    head = (
-        f"{options.model}, input {'x'.join(map(str, subject.contract.preprocess.canvas or ()))}, {facts.processor}, "
-        f"{options.threads} threads, {options.rounds} rounds in turns, load {facts.load}\n\n"
-    )
-    text = head + table(times, failed, scores)
-    with suppress(OSError):
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text, encoding="utf-8")
-    print(text)
+    text = f"{facts.processor}, {facts.cores} cores, {options.threads} threads, load before {facts.load}.\n"
+    for name in [options.only] if options.only else CASES:
+        case, folder = CASES[name], options.work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        subject = case.make(options.threads)
+        state = State(folder / f"state.{options.threads}.json")
+        build_all(subject, folder, state)
+        if options.build:
+            continue
+        if options.again:
+            for facts_of in state.found.values():
+                facts_of.pop("times", None)
+        rounds = options.rounds or case.rounds
+        time_all(subject, folder, state, rounds=rounds, block=case.block)
+        text += f"\n{case.title}; {rounds} rounds in turns.\n\n{table(state)}"
+    if not options.build:
+        print(text)
+    if options.output:
+        write_text(options.output, text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from fcos_deploy.core.errors import BackendError
 from fcos_deploy.core.serialize import from_json, to_json
 
-__all__ = ["ColdStart", "ColdStartTask", "measure_cold_start"]
+__all__ = ["ColdStart", "ColdStartTask", "measure_cold_start", "peak_memory_mib"]
 
 _TIMEOUT = 600.0  # seconds; opening a large model may compile it
 _REPEATS = 5  # detections before the peak memory is read
@@ -34,6 +34,8 @@ class ColdStartTask:
     device: str = ""
     compute: str = "f32"
     threads: int | None = None
+    public_keys: tuple[str, ...] = ()
+    allow_fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,13 @@ def _run(task: ColdStartTask) -> dict[str, float]:
     from fcos_deploy.detector import Detector
 
     marks: dict[str, float] = {"imported": time.monotonic_ns()}
-    options = SessionOptions(device=task.device, compute=ComputeType(task.compute), threads=task.threads)
+    options = SessionOptions(
+        device=task.device,
+        compute=ComputeType(task.compute),
+        threads=task.threads,
+        public_keys=task.public_keys,
+        allow_fallback=task.allow_fallback,
+    )
     precision = Precision(task.precision) if task.precision else None
     with Detector.open(Path(task.model), backend=task.backend, precision=precision, options=options) as detector:
         marks["opened"] = time.monotonic_ns()
@@ -86,12 +94,12 @@ def _run(task: ColdStartTask) -> dict[str, float]:
         marks["first_detection"] = time.monotonic_ns()
         for _ in range(_REPEATS):
             detector.detect(image)
-    marks["peak_memory_mib"] = _peak_memory_mib()
+    marks["peak_memory_mib"] = peak_memory_mib()
     return marks
 
 
-def _peak_memory_mib() -> float:
-    """Largest resident memory of this process.
+def peak_memory_mib() -> float:
+    """Largest resident memory of this process, in 1024 ** 2 bytes.
 
     Not ``ru_maxrss`` where it can be avoided: Linux keeps that one across exec, so that a child of a large process
     would report its parent's.

@@ -16,7 +16,7 @@ from fcos_deploy.core.registry import backends
 from fcos_deploy.core.system_facts import SystemFacts, system_facts
 from fcos_deploy.core.version import parse_version
 
-__all__ = ["Difference", "Examination", "Finding", "Health", "compare", "examine", "lines"]
+__all__ = ["Difference", "Examination", "Finding", "Health", "compare", "difference_lines", "examine", "lines"]
 
 _OWN_PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
 _DISTRIBUTION = "fcos-deploy"
@@ -46,11 +46,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where this machine is not what a profile says."""
+    """Where this machine is not what a profile says; ``remedy`` is what would make it so."""
 
     name: str
     wanted: str
     found: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,13 @@ def lines(findings: Iterable[Finding]) -> Iterator[str]:
         yield f"{finding.health:8}{f'{finding.area}: {finding.name}':24}{finding.detail}"
         if finding.remedy:
             yield f"{'':32}{finding.remedy}"
+
+
+def difference_lines(differences: Iterable[Difference]) -> Iterator[str]:
+    """As ``lines``."""
+    for difference in differences:
+        yield f"{'differs':8}{difference.name:24}'{difference.wanted}' wanted, '{difference.found}' found"
+        yield f"{'':32}{difference.remedy}"
 
 
 def _machine(facts: SystemFacts) -> Iterator[Finding]:
@@ -185,15 +193,18 @@ def compare(examination: Examination, profile: DeviceProfile) -> tuple[Differenc
 
 def _common(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
     if platform.machine() != profile.machine:
-        yield Difference("architecture", profile.machine, platform.machine())
+        remedy = "run this on the device; from here, plan for it: fcos-deploy deploy --dry-run"
+        yield Difference("architecture", profile.machine, platform.machine(), remedy)
     if sys.version_info[:2] < parse_version(profile.python)[:2]:
-        yield Difference("Python", f"{profile.python} or later", platform.python_version())
+        remedy = "make an environment of that Python: python3 -m venv"
+        yield Difference("Python", f"{profile.python} or later", platform.python_version(), remedy)
     if examination.facts.memory_mib < profile.memory_mib * _MEMORY_TOLERANCE:
-        yield Difference("memory", f"{profile.memory_mib} MiB", f"{examination.facts.memory_mib} MiB")
+        remedy = "lower --workspace-mib, and add swap for builds: sudo fallocate -l 8G /swapfile"
+        yield Difference("memory", f"{profile.memory_mib} MiB", f"{examination.facts.memory_mib} MiB", remedy)
     name = profile.backends[0]
     probe = examination.probes.get(name, BackendProbe(available=False, problem="not registered"))
     if not probe.available:
-        yield Difference(f"runtime {name}", "works", probe.problem)
+        yield Difference(f"runtime {name}", "works", probe.problem, probe.remedy or "see the findings above")
 
 
 def _gpu(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
@@ -201,21 +212,25 @@ def _gpu(examination: Examination, profile: DeviceProfile) -> Iterator[Differenc
     if wanted is None or probe is None:
         return
     if probe.version and not _begins(probe.version, wanted.tensorrt):
-        yield Difference("TensorRT", wanted.tensorrt, probe.version)
+        remedy = "take the profile of this version, or a file of your own: --target ./board.toml"
+        yield Difference("TensorRT", wanted.tensorrt, probe.version, remedy)
     marker = f"sm_{wanted.compute_capability.replace('.', '')}"
     if not any(marker in device for device in probe.devices):
-        yield Difference("GPU", marker, ", ".join(probe.devices) or "none")
+        remedy = "see what the driver sees: nvidia-smi; in a container: --gpus all (Jetson: --runtime nvidia)"
+        yield Difference("GPU", marker, ", ".join(probe.devices) or "none", remedy)
     jetson = examination.facts.jetson
     if wanted.l4t and (jetson is None or not _begins(jetson.l4t, wanted.l4t)):
         found = jetson.l4t if jetson is not None else "no Jetson"
-        yield Difference("JetPack", f"{wanted.jetpack} (L4T {wanted.l4t})", found)
+        remedy = "take the profile of this JetPack, or update: sudo apt install nvidia-jetpack"
+        yield Difference("JetPack", f"{wanted.jetpack} (L4T {wanted.l4t})", found, remedy)
 
 
 def _intel(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
     wanted = profile.intel
     devices = [d for probe in examination.probes.values() for d in probe.devices]
     if wanted is not None and not any(device.startswith(wanted.device) for device in devices):
-        yield Difference("device", wanted.device, ", ".join(devices) or "none")
+        remedy = "install Intel's driver of the device, and join its group: sudo usermod -aG render $USER"
+        yield Difference("device", wanted.device, ", ".join(devices) or "none", remedy)
 
 
 def _begins(found: str, wanted: str) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ from fcos_deploy.core.enums import ArtifactKind, Tail
 from fcos_deploy.core.errors import BackendError, DeviceError, MissingDependencyError
 from fcos_deploy.core.locations import level_sizes
 from fcos_deploy.core.require import require
+from fcos_deploy.core.system_facts import system_facts
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -91,6 +95,10 @@ class _PyTorch(Backend):
         return open_model(loaded.model, contract=options.contract or loaded.contract, options=options)
 
     def probe(self) -> BackendProbe:
+        seen = None if "torch" in sys.modules else _probe_files()
+        return seen or self._probe_library()
+
+    def _probe_library(self) -> BackendProbe:
         try:
             torch = require("torch", extra=self.extra)
         except MissingDependencyError as error:
@@ -101,6 +109,26 @@ class _PyTorch(Backend):
 
 
 BACKEND = _PyTorch()
+
+
+def _probe_files() -> BackendProbe | None:
+    """What the installed files say, because importing torch takes 2 s; None where only torch itself knows.
+
+    That is where it is missing or incomplete, and where it may find a GPU.
+    """
+    try:
+        found = importlib.util.find_spec("torch")
+        version = importlib.metadata.version("torch")
+    except (ImportError, ValueError):
+        return None
+    folder = Path(found.origin).parent if found is not None and found.origin else None
+    if folder is None or not list(folder.glob("_C.*")) or sys.platform == "darwin":
+        return None
+    facts = system_facts()
+    gpu = bool(facts.nvidia_driver) or facts.jetson is not None
+    if gpu and not version.endswith("+cpu"):
+        return None
+    return BackendProbe(available=True, version=version, devices=("cpu",))
 
 
 def open_model(network: Fcos, *, contract: ModelContract, options: SessionOptions | None = None) -> Session:

@@ -18,7 +18,7 @@ def command(
     from fcos_deploy.core.devices import load_profile
     from fcos_deploy.core.errors import DeviceError
     from fcos_deploy.core.serialize import to_json
-    from fcos_deploy.doctor import compare, examine, lines
+    from fcos_deploy.doctor import compare, difference_lines, examine, lines
 
     profile = load_profile(target) if target else None
     examination = examine()
@@ -27,6 +27,7 @@ def command(
         print_json({"findings": to_json(examination.findings), "differences": to_json(differences)})
     for line in lines(examination.findings):
         note(line)
+    for line in difference_lines(differences):
+        note(line)
     if differences:
-        told = "; ".join(f"{d.name}: '{d.wanted}' wanted, '{d.found}' found" for d in differences)
-        raise DeviceError(f"This machine is not a '{target}'. {told}.", hint="plan for it: 'deploy --dry-run'")
+        raise DeviceError(f"This machine is not a '{target}': {', '.join(d.name for d in differences)}.")

@@ -17,7 +17,7 @@ from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.devices import load_profile
 from fcos_deploy.core.registry import backends
 from fcos_deploy.core.system_facts import SystemFacts, system_facts
-from fcos_deploy.doctor import Examination, Health, compare, examine, lines
+from fcos_deploy.doctor import Examination, Health, compare, difference_lines, examine, lines
 
 ORIN_RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
 XEON = "model name\t: Intel(R) Xeon(R) Platinum 8480+\nflags\t\t: fpu sse4_2 avx2 avx512_vnni amx_bf16 amx_int8\n"
@@ -212,3 +212,39 @@ def test_onnxruntime_too_old_for_its_tensorrt_is_found() -> None:
 def test_own_distribution_is_the_only_owner_here() -> None:
     owners = importlib.metadata.packages_distributions()
     assert {name.lower() for name in owners["runtimes"]} == {"fcos-deploy"}
+
+
+def test_every_difference_says_what_would_mend_it(orin_facts: SystemFacts) -> None:
+    examination = orin_nano(replace(orin_facts, memory_mib=3900, jetson=None))
+    examination = replace(examination, probes={"tensorrt": replace(examination.probes["tensorrt"], available=False)})
+    found = compare(examination, load_profile("jetson-thor"))
+    assert {"memory", "runtime tensorrt", "TensorRT", "GPU", "JetPack"} <= {difference.name for difference in found}
+    told = list(difference_lines(found))
+    assert len(told) == 2 * len(found)
+    assert all(line.strip() for line in told)
+
+
+def test_the_doctor_does_not_import_torch() -> None:
+    """It takes two seconds of CPU; a build for the CPU, or a machine without a GPU, is known from files."""
+    pytest.importorskip("torch")
+    version = importlib.metadata.version("torch")
+    if system_facts().nvidia_driver and not version.endswith("+cpu"):
+        pytest.skip("with a GPU, torch itself is asked")
+    code = (
+        "import sys, json; from fcos_deploy.core.registry import backend; p = backend('pytorch').probe();"
+        "print(json.dumps([p.available, p.version, p.devices, 'torch' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [True, version, ["cpu"], False]
+
+
+def test_torch_that_cannot_be_imported_is_not_said_to_work(tmp_path: Path) -> None:
+    """A folder of that name without the compiled part, as an interrupted installation leaves it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('libtorch.so is missing')\n")
+    code = (
+        "from fcos_deploy.core.registry import backend; p = backend('pytorch').probe(); print(p.available, p.problem)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "False libtorch.so is missing\n", done.stderr

@@ -6,20 +6,20 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calibration.engines import Tensors, expose, open_engine
 from calibration.feeds import Feeder, plain_picture
-from calibration.graph import ConvGraph, load_graph
+from calibration.graph import ConvGraph, ConvSite, load_graph
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.require import require
 
-__all__ = ["PROFILERS", "ExecutedShare", "conv_macs", "executed_share"]
+__all__ = ["PROFILERS", "ExecutedShare", "conv_macs", "executed_share", "int8_convolutions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,12 @@ def _openvino(result: Path, feeds: Tensors, graph: ConvGraph) -> set[str]:
     del feeds  # Compiling is enough: the compiled model names its primitives.
     ov = require("openvino", extra="openvino")
     config = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.Core().compile_model(str(result), "CPU", config)
-    names = {label: conv.name for conv in graph.convs for label in (conv.name, conv.output)}
+    return int8_convolutions(ov.Core().compile_model(str(result), "CPU", config), graph.convs)
+
+
+def int8_convolutions(compiled: Any, convs: Sequence[ConvSite]) -> set[str]:
+    """Names of the convolutions that a compiled OpenVINO model computes in eight bits."""
+    names = {label: conv.name for conv in convs for label in (conv.name, conv.output)}
     found: set[str] = set()
     for node in compiled.get_runtime_model().get_ops():
         found |= _int8_layers(node.get_rt_info(), names)

@@ -25,7 +25,7 @@ class Histogram:
     result does not depend on the order in which values arrive. Exact zeros, which ReLU makes by the million and every
     quantizer represents exactly, are counted apart.
 
-    positive, negative: (BINS,) int64; entry i counts values with magnitude in [i, i + 1) * width.
+    positive, negative: (BINS,) int64; entry i counts values from i to i + 1 widths away from zero.
     """
 
     def __init__(self) -> None:
@@ -93,9 +93,12 @@ class Histogram:
         reach = BINS * self.width
         for start in range(0, flat.size, _CHUNK):
             chunk = flat[start : start + _CHUNK]
-            self.positive += _count_bins(chunk, reach)
-            if negative:
-                self.negative += _count_bins(-chunk[chunk < 0], reach)
+            if not negative:
+                self.positive += _count_bins(chunk, 0.0, reach, bins=BINS)
+                continue
+            counts = _count_bins(chunk, -reach, reach, bins=2 * BINS)
+            self.positive += counts[BINS:]
+            self.negative += counts[BINS - 1 :: -1]
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything, as arrays that an npz file can hold."""
@@ -120,11 +123,9 @@ def _merge_pairs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return merged
 
 
-def _count_bins(values: NDArray[np.float32], reach: float) -> NDArray[np.int64]:
-    """(BINS,) counts of the values in [0, reach)."""
-    if not values.size:
-        return np.zeros(BINS, np.int64)
+def _count_bins(values: NDArray[np.float32], low: float, high: float, *, bins: int) -> NDArray[np.int64]:
+    """(bins,) counts of the values in [low, high)."""
     cv2 = require("cv2", extra="onnxruntime")
-    counts = cv2.calcHist([values.reshape(1, -1)], [0], None, [BINS], [0.0, reach])
+    counts = cv2.calcHist([values.reshape(1, -1)], [0], None, [bins], [low, high])
     whole: NDArray[np.int64] = counts.reshape(-1).astype(np.int64)
     return whole

@@ -15,15 +15,25 @@ from typing import Any
 
 from calibration.data import CalibrationImage, CalibrationSet, read_picture
 from calibration.feeds import Feeder
-from calibration.graph import load_graph
+from calibration.graph import ConvSite, load_graph
 from fcos_deploy.core.atomic import atomic_directory
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import read_contract, write_sidecar
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.require import require
 
-__all__ = ["NNCF_PLACEMENT", "NncfOptions", "QuantizedIr", "quantize_nncf"]
+__all__ = [
+    "NNCF_PLACEMENT",
+    "NncfOptions",
+    "PreparedNncf",
+    "QuantizedIr",
+    "prepare_nncf",
+    "quantize_nncf",
+    "quiet_nncf",
+    "write_ir",
+]
 
 # OpenVINO reads it and nobody else does, as with our own placement for OpenVINO.
 NNCF_PLACEMENT = "openvino"
@@ -68,7 +78,30 @@ def quantize_nncf(
         MissingDependencyError: NNCF or OpenVINO is not installed.
         CalibrationError: the graph is not float, or an image cannot be read.
     """
-    options = options or NncfOptions()
+    prepared = prepare_nncf(source, images, output, options=options or NncfOptions(), progress=progress)
+    nncf = require("nncf", extra="nncf")
+    with quiet_nncf():
+        model = nncf.quantize(prepared.model, advanced_parameters=prepared.advanced, **prepared.arguments)
+    return write_ir(prepared, model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedNncf:
+    """A float model and what NNCF's functions are called with; ``convolutions`` names those of the source."""
+
+    output: Path
+    contract: ModelContract
+    convolutions: tuple[ConvSite, ...]
+    model: Any  # openvino.Model; neither library has types that hold without it
+    arguments: dict[str, Any]
+    advanced: Any
+    record: dict[str, str]
+
+
+def prepare_nncf(
+    source: Path, images: CalibrationSet, output: Path, *, options: NncfOptions, progress: ProgressFn = no_progress
+) -> PreparedNncf:
+    """Check the request and convert the model; raises as ``quantize_nncf``."""
     if output.suffix != ".xml":
         raise ConfigError(f"NNCF writes an OpenVINO IR, '{output}' must end in .xml.")
     contract = read_contract(source)
@@ -84,16 +117,13 @@ def quantize_nncf(
         return feeder(read_picture(image))
 
     model = ov.convert_model(str(source))
-    with _quiet():
-        quantized = nncf.quantize(
-            model,
-            nncf.Dataset(list(images.images), feeds),
-            preset=nncf.QuantizationPreset(options.preset),
-            subset_size=len(images.images),
-            fast_bias_correction=True,
-            ignored_scope=_ignored(nncf, model),
-            advanced_parameters=_advanced(options),
-        )
+    arguments = {
+        "calibration_dataset": nncf.Dataset(list(images.images), feeds),
+        "preset": nncf.QuantizationPreset(options.preset),
+        "subset_size": len(images.images),
+        "fast_bias_correction": True,
+        "ignored_scope": _ignored(nncf, model),
+    }
     record = {
         "quantizer": "nncf",
         "nncf": str(nncf.__version__),
@@ -103,21 +133,31 @@ def quantize_nncf(
         "overflow_fix": options.overflow_fix,
         "images": str(len(images.images)),
     }
-    contract = replace(contract, precision=Precision.INT8, placement=NNCF_PLACEMENT)
-    return QuantizedIr(files=_write(ov, quantized, output, contract=contract, record=record), record=record)
+    return PreparedNncf(
+        output=output,
+        contract=contract,
+        convolutions=graph.convs,
+        model=model,
+        arguments=arguments,
+        advanced=_advanced(options),
+        record=record,
+    )
 
 
-def _write(ov: Any, model: Any, output: Path, *, contract: Any, record: dict[str, str]) -> tuple[Path, ...]:
-    with atomic_directory(output.with_name(f".{output.stem}.ir")) as folder:
-        ov.save_model(model, str(folder / output.name), compress_to_fp16=False)
+def write_ir(prepared: PreparedNncf, model: Any) -> QuantizedIr:
+    """Save what NNCF made, with its contract."""
+    ov, output = require("openvino", extra="openvino"), prepared.output
     made = output.with_name(f".{output.stem}.ir")
+    with atomic_directory(made) as folder:
+        ov.save_model(model, str(folder / output.name), compress_to_fp16=False)
     files = []
     # The .xml, which makes the artifact visible, comes last.
     for suffix in (".bin", ".xml"):
         files.append((made / output.name).with_suffix(suffix).replace(output.with_suffix(suffix)))
     made.rmdir()
-    sidecar = write_sidecar(output, contract, record)
-    return (files[1], files[0], sidecar)
+    contract = replace(prepared.contract, precision=Precision.INT8, placement=NNCF_PLACEMENT)
+    sidecar = write_sidecar(output, contract, prepared.record)
+    return QuantizedIr(files=(files[1], files[0], sidecar), record=prepared.record)
 
 
 # OpenVINO's operator types of normalisation, scales, sigmoid and decoding.
@@ -148,7 +188,7 @@ def _advanced(options: NncfOptions) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_nncf() -> Iterator[None]:
     """NNCF draws its own bars on the terminal and logs at INFO; ours say the same."""
     logger = logging.getLogger("nncf")
     level = logger.level

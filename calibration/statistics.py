@@ -10,6 +10,8 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from calibration.ranges import RangeMethod, all_ranges
 from fcos_deploy.core.atomic import atomic_file, sha256_file
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.cpu import usable_cpus
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -130,18 +133,18 @@ def collect_histograms(
     """
     options = _with_engine(source, images, options, state=state)
     graph = load_graph(source)
-    walk = _Pass(graph, _float_contract(source), options=options)
     key = _key(source, images, options)
     done, histograms = _resume(state, key, graph.activations())
     saved = time.monotonic()
-    for index, image in enumerate(images.images[done:], done):
-        progress("calibrating", index, len(images.images))
-        walk.add(image, histograms)
-        if observer is not None:
-            observer(index + 1, histograms)
-        if state is not None and time.monotonic() - saved >= options.save_every:
-            _save(state, key, options.engine, done=index + 1, histograms=histograms)
-            saved = time.monotonic()
+    with closing(_Pass(graph, _float_contract(source), options=options)) as walk:
+        for index, image in enumerate(images.images[done:], done):
+            progress("calibrating", index, len(images.images))
+            walk.add(image, histograms)
+            if observer is not None:
+                observer(index + 1, histograms)
+            if state is not None and time.monotonic() - saved >= options.save_every:
+                _save(state, key, options.engine, done=index + 1, histograms=histograms)
+                saved = time.monotonic()
     progress("calibrating", len(images.images), len(images.images))
     return histograms
 
@@ -163,7 +166,8 @@ def _with_engine(
     if not engine:
         graph, contract = load_graph(source), _float_contract(source)
         feeds = Feeder(graph.model, contract)(read_picture(images.images[0]))
-        engine = pick_engine(expose(graph.model, graph.outputs), feeds, threads=options.threads)
+        first = expose(graph.model, _groups(graph, options)[0])
+        engine = pick_engine(first, feeds, images=len(images.images), threads=options.threads)
     return replace(options, engine=engine)
 
 
@@ -175,11 +179,14 @@ class _Pass:
         self._samples = options.samples
         inputs = {value.name for value in graph.model.graph.input}
         self._inputs = [name for name in graph.activations() if name in inputs]
-        names = [name for name in graph.activations() if name not in inputs]
-        groups = memory_groups(graph.model, names, memory=options.memory)
         self._runs: Sequence[Run] = [
-            open_engine(options.engine, expose(graph.model, group), threads=options.threads) for group in groups
+            open_engine(options.engine, expose(graph.model, group), threads=options.threads)
+            for group in _groups(graph, options)
         ]
+        self._pool = ThreadPoolExecutor(options.threads or usable_cpus(), "histograms")
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
     def add(self, image: CalibrationImage, histograms: Histograms) -> None:
         feeds = self._feeder(read_picture(image))
@@ -188,14 +195,25 @@ class _Pass:
             self._count(run(feeds), image, histograms)
 
     def _count(self, tensors: Tensors, image: CalibrationImage, histograms: Histograms) -> None:
-        for name, values in tensors.items():
+        def count(name: str) -> None:
             try:
-                histograms[name].add(values, samples=self._samples)
+                histograms[name].add(tensors[name], samples=self._samples)
             except CalibrationError as error:
                 raise CalibrationError(
                     f"Tensor '{name}' for the image '{image.path}': {error.message}.",
                     hint="does the float model work on this image?",
                 ) from error
+
+        # Counting releases the interpreter's lock; every tensor has a histogram of its own.
+        for _ in self._pool.map(count, tensors):
+            pass
+
+
+def _groups(graph: ConvGraph, options: StatisticsOptions) -> list[list[str]]:
+    """Tensors that one inference hands out together; the graph's inputs are known without one."""
+    inputs = {value.name for value in graph.model.graph.input}
+    names = [name for name in graph.activations() if name not in inputs]
+    return memory_groups(graph.model, names, memory=options.memory)
 
 
 def _key(source: Path, images: CalibrationSet, options: StatisticsOptions) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 
 from calibration.data import CalibrationSet, SampleOptions, collect_images, read_picture
-from calibration.engines import expose, memory_groups, open_engine
+from calibration.engines import ENGINES, expose, memory_groups, open_engine, pick_engine
 from calibration.feeds import Feeder
 from calibration.graph import load_graph
 from calibration.run import CalibrationRequest, calibrate
 from calibration.statistics import StatisticsOptions, collect_histograms, collect_ranges
+from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 
 onnx = pytest.importorskip("onnx")
@@ -56,6 +59,37 @@ def test_groups_of_tensors_give_the_same_histograms(mini_onnx: Path, images: Cal
     for name, histogram in whole.items():
         assert parts[name].amax == pytest.approx(histogram.amax, rel=1e-5)
         assert parts[name].elements == histogram.elements
+
+
+def test_memory_does_not_grow_with_the_number_of_images(mini_onnx: Path, images: CalibrationSet) -> None:
+    def peak(some: CalibrationSet) -> int:
+        tracemalloc.start()
+        try:
+            collect_histograms(mini_onnx, some, options=OPTIONS)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(images)  # What is imported on first use is not of the pass.
+    assert peak(replace(images, images=images.images * 8)) < 1.05 * peak(images)
+
+
+def test_a_short_pass_takes_the_first_engine_and_a_long_one_the_fastest(
+    mini_onnx: Path, images: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = load_graph(mini_onnx)
+    feeds = Feeder(graph.model, read_contract(mini_onnx))(read_picture(images.images[0]))
+    opened = []
+
+    def watched(name: str, model: Any, *, threads: int | None = None) -> Any:
+        opened.append(name)
+        return open_engine(name, model, threads=threads)
+
+    monkeypatch.setattr("calibration.engines.open_engine", watched)
+    assert pick_engine(graph.model, feeds, images=1, threads=1) == "onnxruntime"
+    assert opened == ["onnxruntime"]
+    pick_engine(graph.model, feeds, images=10**9, threads=1)
+    assert opened == ["onnxruntime", *ENGINES]
 
 
 def test_groups_stay_within_memory(mini_onnx: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fcos_deploy.core.artifact_files import kinds_of
 from fcos_deploy.core.backend import Backend
 from fcos_deploy.core.enums import ArtifactKind, Precision
-from fcos_deploy.core.errors import BackendLoadError, ConfigError
+from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.core.registry import backend as backend_named
 from fcos_deploy.core.registry import backends, backends_for
 
@@ -71,6 +71,10 @@ def _default(model: Path, *, kinds: tuple[ArtifactKind, ...]) -> Backend:
     if installed:
         names = ", ".join(backend.name for backend in installed)
         raise ConfigError(f"Several backends open '{model.name}'.", hint=f"name one with --backend: {names}")
+    for backend in able:
+        probe = backend.probe()
+        if probe.version:  # installed, but unable to run: that is what the user wants to know
+            raise DeviceError(f"'{model.name}' cannot run here. {backend.name}: {probe.problem}", hint=probe.remedy)
     raise ConfigError(
         f"No backend is installed that opens '{model.name}'.",
         hint=" or ".join(f"pip install 'fcos-deploy[{backend.extra}]'" for backend in able),

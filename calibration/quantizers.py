@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.calibration_file import Calibration, load_calibration
-from calibration.data import SampleOptions, collect_images
+from calibration.data import CalibrationSet, SampleOptions, collect_images
 from calibration.nncf_quantizer import NncfOptions, quantize_nncf
 from calibration.placement import Placement, WeightRange, placement_for
 from calibration.qdq import quantize_qdq
@@ -16,7 +16,7 @@ from calibration.run import range_method
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "quantizer"]
+__all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "nncf_images", "quantizer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,19 +105,28 @@ class _Nncf(Quantizer):
     name, suffix, extra = "nncf", ".xml", "nncf"
 
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
-        if "openvino" not in request.placement.backends:
-            raise ConfigError(
-                f"An NNCF model is for OpenVINO, not for '{request.consumer}'.",
-                hint="--for openvino, or --quantizer qdq",
-            )
-        if request.keep_float:
-            raise ConfigError("NNCF cannot be told layers to keep in float here.", hint="--quantizer qdq")
-        if request.images is None:
-            raise CalibrationError("NNCF measures on images itself.", hint="--images DIR")
-        sample = SampleOptions(count=request.count, seed=request.seed)
-        images = collect_images(request.images, options=sample)
+        images = nncf_images(request)
         made = quantize_nncf(request.source, images, request.output, options=NncfOptions(), progress=progress)
         return QuantizeResult(files=made.files, record=made.record)
+
+
+def nncf_images(request: QuantizeRequest) -> CalibrationSet:
+    """The images that NNCF shall measure on, when it can do what is asked for.
+
+    Raises:
+        ConfigError: another consumer than OpenVINO, or layers to keep in float.
+        CalibrationError: no images, or too few.
+    """
+    if "openvino" not in request.placement.backends:
+        raise ConfigError(
+            f"An NNCF model is for OpenVINO, not for '{request.consumer}'.",
+            hint="--for openvino, or --quantizer qdq",
+        )
+    if request.keep_float:
+        raise ConfigError("NNCF cannot be told layers to keep in float here.", hint="--quantizer qdq")
+    if request.images is None:
+        raise CalibrationError("NNCF measures on images itself.", hint="--images DIR")
+    return collect_images(request.images, options=SampleOptions(count=request.count, seed=request.seed))
 
 
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in (_Qdq(), _Nncf())}

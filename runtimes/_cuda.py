@@ -18,7 +18,7 @@ from fcos_deploy.core.require import require
 
 __all__ = ["Cuda", "CudaDevice", "load_cuda"]
 
-_NO_DRIVER = "No NVIDIA driver is installed"
+_NO_DRIVER = "No working NVIDIA driver is installed"
 # Errors with which the first CUDA call answers on a machine that cannot compute: what it is, and what mends it.
 _DEVICE_PROBLEMS: dict[str, tuple[str, str]] = {
     "cudaErrorInsufficientDriver": (

@@ -48,7 +48,7 @@ def engine(tmp_path: Path, bundle_contract: ModelContract) -> Path:
 def test_without_a_driver_the_first_cuda_call_says_so(cuda: Cuda) -> None:
     with pytest.raises(DeviceError) as caught:
         cuda.devices()
-    assert caught.value.message == "No NVIDIA driver is installed (cudaErrorInsufficientDriver)."
+    assert caught.value.message == "No working NVIDIA driver is installed (cudaErrorInsufficientDriver)."
     assert "install the NVIDIA driver" in caught.value.hint
     assert cuda.versions()[0] == 0
 
@@ -75,7 +75,7 @@ def test_rtx_probe_names_version_and_problem(cuda: Cuda) -> None:
     probe = RTX.probe()
     assert not probe.available
     assert probe.version == library.__version__
-    assert probe.problem.startswith("No NVIDIA driver is installed")
+    assert probe.problem.startswith("No working NVIDIA driver is installed")
 
 
 def test_opening_an_engine_without_a_gpu_is_one_sentence(cuda: Cuda, engine: Path) -> None:

@@ -105,7 +105,11 @@ def _convert(
             written.replace(binary)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise BuildError(f"OpenVINO cannot convert '{request.source}': {lines[-1]}") from error
+            full = "iostream error" in str(error)
+            raise BuildError(
+                f"OpenVINO cannot convert '{request.source}': {lines[-1]}",
+                hint=f"is there room in '{request.output.parent}'?" if full else "",
+            ) from error
         finally:
             written.unlink(missing_ok=True)
     return weights, check

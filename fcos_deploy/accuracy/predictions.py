@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import IO, Any
@@ -39,14 +40,30 @@ class PredictionStore:
             store._stream.truncate(kept)
         except OSError as error:
             raise ConfigError(f"Cannot keep predictions in '{folder}': {error.strerror}.") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"'{path}' is damaged: {error!r}.", hint="delete it, and the images run again") from error
         return store
 
     def add(self, image_id: int, found: Detections) -> None:
-        """Remember an image's detections, on disk before this returns."""
+        """Remember an image's detections, on disk before this returns.
+
+        Raises:
+            ConfigError: the disk is full or was removed; what was kept before stays.
+        """
         self.found[image_id] = found
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        try:
             self._stream.write(_line(image_id, found))
             self._stream.flush()
+        except OSError as error:
+            stream, self._stream = self._stream, None
+            with contextlib.suppress(OSError):
+                stream.close()  # which tries to write once more
+            raise ConfigError(
+                f"Cannot keep predictions in '{stream.name}': {error.strerror}.",
+                hint="make room and run the command again: it goes on where it was",
+            ) from error
 
     def __enter__(self) -> PredictionStore:
         return self

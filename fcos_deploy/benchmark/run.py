@@ -173,6 +173,8 @@ def _cold_task(target: BenchmarkTarget, image: Path) -> ColdStartTask:
         device=target.options.device,
         compute=str(target.options.compute),
         threads=target.options.threads,
+        public_keys=tuple(map(str, target.options.public_keys)),
+        allow_fallback=target.options.allow_fallback,
     )
 
 

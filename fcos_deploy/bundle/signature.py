@@ -103,14 +103,17 @@ def sign_bundle(root: Path, *, private_key: Path) -> Envelope:
     return envelope
 
 
-def required_keys(public_keys: tuple[Path, ...], *, required: bool) -> tuple[Path, ...]:
+def required_keys(public_keys: tuple[Path | str, ...], *, required: bool) -> tuple[Path | str, ...]:
     """The keys of which one must have signed a bundle: those given; none given asks for no signature.
 
     Raises:
         ConfigError: when a signature is required and there is no key to check it with.
     """
     if required and not public_keys:
-        raise ConfigError("A required signature needs a key to check it with.", hint="--public-key KEY.pem")
+        raise ConfigError(
+            "A required signature needs a key to check it with.",
+            hint="give the signer's public key: --public-key KEY.pub.pem",
+        )
     return public_keys
 
 
@@ -132,7 +135,7 @@ def check_envelope(path: Path) -> Envelope:
     return envelope
 
 
-def check_signature(root: Path, *, public_keys: tuple[Path, ...]) -> str:
+def check_signature(root: Path, *, public_keys: tuple[Path | str, ...]) -> str:
     """Require that one of ``public_keys`` signed the manifest in ``root``; returns the key's id.
 
     Raises:
@@ -182,13 +185,20 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     return cast("Ed25519PrivateKey", key)
 
 
-def _public_key(path: Path) -> Ed25519PublicKey:
+def _public_key(source: Path | str) -> Ed25519PublicKey:
+    """From a file in PEM form, or from such text."""
     serialization = require("cryptography.hazmat.primitives.serialization", extra="sign")
     ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
+    is_text = isinstance(source, str) and source.lstrip().startswith("-----BEGIN")
+    name = "The given text" if is_text else f"'{source}'"
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
+        content = str(source).strip().encode() if is_text else Path(source).read_bytes()
+        key = serialization.load_pem_public_key(content)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"'{path}' is not a public key in PEM form: {error}.") from error
+        raise ConfigError(
+            f"{name} is not a public key in PEM form: {error}.",
+            hint="'fcos-deploy sign --generate-key' writes one as *.pub.pem",
+        ) from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise ConfigError(f"'{path}' is not an Ed25519 key.", hint="make one with 'fcos-deploy sign --generate-key'")
+        raise ConfigError(f"{name} is not an Ed25519 key.", hint="make one with 'fcos-deploy sign --generate-key'")
     return cast("Ed25519PublicKey", key)

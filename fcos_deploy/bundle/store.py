@@ -117,8 +117,10 @@ def is_bundle(path: Path) -> bool:
     return is_archive(path) or (path / MANIFEST_NAME).is_file()
 
 
-def open_bundle(path: Path, *, public_keys: tuple[Path, ...] = ()) -> Bundle:
+def open_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> Bundle:
     """Open a folder or .tar and check every file of it; with ``public_keys`` one of them must have signed it.
+
+    A key is a file in PEM form, or such text itself.
 
     Raises:
         BundleError: when it is missing or incomplete, or has files that do not belong to it.
@@ -135,7 +137,7 @@ def open_bundle(path: Path, *, public_keys: tuple[Path, ...] = ()) -> Bundle:
     return Bundle(path, manifest, source=path, signed_by=signer)
 
 
-def _checked(root: Path, public_keys: tuple[Path, ...]) -> tuple[Manifest, str]:
+def _checked(root: Path, public_keys: tuple[Path | str, ...]) -> tuple[Manifest, str]:
     try:
         signer = check_signature(root, public_keys=public_keys) if public_keys else ""
         manifest = read_manifest(root)
@@ -145,7 +147,7 @@ def _checked(root: Path, public_keys: tuple[Path, ...]) -> tuple[Manifest, str]:
     return manifest, signer
 
 
-def _open_archive(path: Path, public_keys: tuple[Path, ...]) -> Bundle:
+def _open_archive(path: Path, public_keys: tuple[Path | str, ...]) -> Bundle:
     folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
     try:
         unpack(path, folder)
@@ -158,7 +160,7 @@ def _open_archive(path: Path, public_keys: tuple[Path, ...]) -> Bundle:
     return bundle
 
 
-def pack(bundle: Path, tar: Path) -> None:
+def pack(bundle: Path, tar: Path, *, public_keys: tuple[Path | str, ...] = ()) -> None:
     """Write the bundle in the folder ``bundle`` to one uncompressed .tar, after checking it.
 
     Raises:
@@ -166,7 +168,7 @@ def pack(bundle: Path, tar: Path) -> None:
     """
     if tar.suffix != ".tar":
         raise ConfigError(f"A bundle's archive is named '*.tar', got '{tar}'.")
-    with open_bundle(bundle) as opened:
+    with open_bundle(bundle, public_keys=public_keys) as opened:
         extra = [name for name in UNLISTED if (opened.root / name).is_file()]
         pack_files(opened.root, names=[*opened.manifest.all_files, *extra], output=tar)
 

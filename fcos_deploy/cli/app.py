@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import fcos_deploy.cli
 from fcos_deploy.core.errors import FcosDeployError
 
 __all__ = ["build_app", "main"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def build_app() -> typer.Typer:
@@ -49,6 +52,10 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise typer.Exit(0) from None
+        except OSError as error:  # A disk, a device or a permission that went away in the middle.
+            _LOG.debug("%s", error, exc_info=True)
+            _show(FcosDeployError(f"{error}.", hint="check the free space, the permissions and the device"))
+            raise typer.Exit(1) from None
 
     return guarded
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import ComputeType, Precision
 
 __all__ = ["command"]
@@ -27,6 +28,8 @@ def command(
     warmup: Annotated[int, typer.Option(min=0, help="Detections before the first is timed.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long throughput is measured.")] = 3.0,
     cold_start: Annotated[bool, typer.Option(help="Also time a new process, and read its peak memory.")] = True,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     output: Annotated[Path | None, typer.Option(help="Save the JSON, as a baseline for later.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Compare with an earlier run; exit 4 when slower.")] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Slow-down that is let pass (0.1 is 10 %).")] = 0.1,
@@ -46,7 +49,8 @@ def command(
     )
     from fcos_deploy.core.backend import SessionOptions
 
-    options = SessionOptions(device=device, compute=compute, threads=threads)
+    keys = trusted_keys(public_key, required=require_signature)
+    options = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
     targets = tuple(
         BenchmarkTarget(model=m, backend=b, precision=p, options=options)
         for m in [model, *(also or [])]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
@@ -31,6 +32,8 @@ def command(
     speed: Annotated[bool, typer.Option(help="Also time them in turns.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of the benchmark.")] = 10,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     report: Annotated[Path | None, typer.Option(help="Write the comparison as an HTML report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -44,7 +47,8 @@ def command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    options = SessionOptions(threads=threads)
+    keys = trusted_keys(public_key, required=require_signature)
+    options = SessionOptions(threads=threads, public_keys=keys)
     other, other_precision = second_backend or backend, second_precision or precision
     request = ComparisonRequest(
         reference=Target(model=first, backend=backend, precision=precision, options=options),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import ComputeType, Precision
 
 __all__ = ["command"]
@@ -31,6 +32,8 @@ def command(
     compute: Annotated[ComputeType, typer.Option(help="What the runtime computes in.")] = ComputeType.F32,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     resamples: Annotated[int, typer.Option(min=0, help="Of the bootstrap; 0 for no intervals.")] = 1000,
     predictions: Annotated[Path | None, typer.Option(help="Folder to keep detections in; a rerun goes on.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the verdicts as JUnit XML.")] = None,
@@ -44,7 +47,8 @@ def command(
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.core.backend import SessionOptions
 
-    options = SessionOptions(device=device, compute=compute, threads=threads)
+    keys = trusted_keys(public_key, required=require_signature)
+    options = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
     targets = tuple(
         Target(model=model, backend=b, precision=p, options=options)
         for b in backend or [""]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
@@ -25,15 +26,17 @@ def command(
     queue_delay_us: Annotated[int, typer.Option(help="longest wait for a batch to fill, in microseconds")] = 2000,
     instances: Annotated[int, typer.Option(help="copies of the model that run side by side")] = 1,
     gpu: Annotated[list[int] | None, typer.Option(help="GPU to serve on; may be given several times")] = None,
-    public_key: Annotated[list[Path] | None, typer.Option(help="refuse a bundle that none of these signed")] = None,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
 ) -> None:
     """Write what a serving engine reads, from a checked bundle; without --for, pack the bundle into one .tar."""
     from fcos_deploy.bundle import open_bundle, pack
     from fcos_deploy.cli.output import note
     from fcos_deploy.serving import ServingOptions, package_bundle
 
+    keys = trusted_keys(public_key, required=require_signature)
     if not server:
-        pack(bundle, output)
+        pack(bundle, output, public_keys=keys)
         note(f"packed '{bundle}' into '{output}'")
         return
     options = ServingOptions(
@@ -47,6 +50,6 @@ def command(
         instances=instances,
         gpus=tuple(gpu or ()),
     )
-    with open_bundle(bundle, public_keys=tuple(public_key or ())) as opened:
+    with open_bundle(bundle, public_keys=keys) as opened:
         model = package_bundle(opened, server=server, output=output, options=options)
     note(f"wrote '{output}' for {server}: model '{model.name}' from {model.artifact.path} ({model.artifact.precision})")

@@ -9,6 +9,7 @@ import typer
 
 from fcos_deploy.cli.options import with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import AccuracyGateError
@@ -30,6 +31,8 @@ def command(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtimes.")] = None,
     strict: Annotated[bool, typer.Option(help="Judge as float32, whatever the precision.")] = False,
     layers: Annotated[bool, typer.Option(help="Also find the first layer that departs (ONNX files).")] = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     options: CheckpointOptions,
 ) -> None:
@@ -42,7 +45,12 @@ def command(
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.pipeline.diagnose import ParityRequest, check_parity, find_layer
 
-    session = SessionOptions(device=device, compute=compute, threads=threads)
+    session = SessionOptions(
+        device=device,
+        compute=compute,
+        threads=threads,
+        public_keys=trusted_keys(public_key, required=require_signature),
+    )
     target = Target(model=model, backend=backend, precision=precision, options=session)
     request = ParityRequest(
         target=target, checkpoint=reference, images=images, count=count, strict=strict, options=options

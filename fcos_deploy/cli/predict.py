@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.options import with_checkpoint_options
+from fcos_deploy.cli.trust import AllowFallback, PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 
@@ -27,6 +28,9 @@ def command(
     score_threshold: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Least score; the model's own when not given.")
     ] = None,
+    allow_fallback: AllowFallback = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     draw: Annotated[Path | None, typer.Option(help="Folder for annotated copies (.jpg, .mp4).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     *,
@@ -38,12 +42,23 @@ def command(
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
 
-    session = SessionOptions(device=device, compute=compute, threads=threads, cache_dir=cache, checkpoint=options)
+    session = SessionOptions(
+        device=device,
+        compute=compute,
+        threads=threads,
+        cache_dir=cache,
+        checkpoint=options,
+        public_keys=trusted_keys(public_key, required=require_signature),
+        allow_fallback=allow_fallback,
+    )
     opened = Detector.open(
         model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
     )
     with opened as detector, progress_bar() as progress:
+        stepped_down = detector.session.description.get("stepped_down")
         found = list(predict(detector, images, draw=draw, progress=progress))
+    if stepped_down:
+        note(f"stepped down from {stepped_down}")
     if as_json:
         print_json([prediction_json(one, detector.names) for one in found])
     else:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.output import note, progress_bar, table
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
@@ -33,6 +34,8 @@ def command(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtimes.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of the benchmark.")] = 20,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     title: Annotated[str, typer.Option(help="Of the report.")] = "",
 ) -> None:
     """Measure a model against its reference, and write the report that a person signs."""
@@ -44,7 +47,8 @@ def command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    options = SessionOptions(threads=threads)
+    keys = trusted_keys(public_key, required=require_signature)
+    options = SessionOptions(threads=threads, public_keys=keys)
     precisions: list[Precision | None] = [*(precision or [])] or [None]
     targets = tuple(
         Target(model=m, backend=b, precision=p, options=options)
@@ -53,7 +57,7 @@ def command(
         for p in precisions
     )
     request = ComparisonRequest(
-        reference=Target(model=reference, options=options),
+        reference=Target(model=reference, options=SessionOptions(threads=threads)),
         targets=targets,
         images=images,
         annotations=annotations,

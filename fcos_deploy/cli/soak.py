@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import PerformanceHint, Precision
 
 __all__ = ["command"]
@@ -23,6 +24,8 @@ def command(
     hint: Annotated[PerformanceHint, typer.Option(help="What the runtime is tuned for.")] = PerformanceHint.LATENCY,
     runtime_threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime itself.")] = None,
     max_memory_growth: Annotated[float, typer.Option(min=0.0, help="As a share, after the warm-up.")] = 0.02,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Exit 0 when every result equals the single-threaded one and neither memory nor open files grew, 1 when not."""
@@ -31,7 +34,8 @@ def command(
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.soak import require_sound, soak, soak_images, soak_json
 
-    options = SessionOptions(device=device, hint=hint, threads=runtime_threads)
+    keys = trusted_keys(public_key, required=require_signature)
+    options = SessionOptions(device=device, hint=hint, threads=runtime_threads, public_keys=keys)
     opened = Detector.open(model, backend=backend, precision=precision, options=options)
     with opened as detector, progress_bar() as progress:
         report = soak(detector, soak_images(images), inferences=inferences, threads=threads, progress=progress)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.trust import AllowFallback, PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
@@ -21,20 +22,14 @@ def command(
         typer.Option(help="verify a served model in place of a local runtime, such as http://HOST:8000/v2/models/NAME"),
     ] = "",
     device: Annotated[str, typer.Option(help="device in the backend's own words, such as cpu, GPU.0, cuda:0")] = "",
-    allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="step down the bundle's declared chain of backends")
-    ] = False,
-    require_signature: Annotated[
-        bool, typer.Option("--require-signature", help="refuse a bundle that none of --public-key signed")
-    ] = False,
-    public_key: Annotated[
-        list[Path] | None, typer.Option(help="PEM file of a trusted key; may be given several times")
-    ] = None,
+    allow_fallback: AllowFallback = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     log: Annotated[Path | None, typer.Option(help="append the record here, not to the bundle's own log")] = None,
     json: Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")] = False,
 ) -> None:
     """Replay the bundle's golden images on this machine; exit 0 when the certified detections come out, 4 when not."""
-    from fcos_deploy.bundle import open_bundle, required_keys
+    from fcos_deploy.bundle import open_bundle
     from fcos_deploy.cli.output import note, print_json, progress_bar
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.serialize import to_json
@@ -47,7 +42,7 @@ def command(
         allow_fallback=allow_fallback,
         session=SessionOptions(device=device),
     )
-    keys = required_keys(tuple(public_key or ()), required=require_signature)
+    keys = trusted_keys(public_key, required=require_signature)
     with open_bundle(bundle, public_keys=keys) as opened, progress_bar() as progress:
         record = verify_bundle(opened, options=options, signed_by=opened.signed_by, progress=progress)
         written = write_record(record, bundle=opened, log=log)

@@ -12,7 +12,9 @@ __all__ = ["command"]
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="folder or .tar made by 'fcos-deploy deploy'")],
-    public_key: Annotated[list[Path], typer.Option(help="PEM file of a trusted key; may be given several times")],
+    public_key: Annotated[
+        list[str], typer.Option(metavar="PEM", help="trusted key, a file or its text; may be repeated")
+    ],
     json: Annotated[bool, typer.Option("--json", help="print the key's id as JSON on stdout")] = False,
 ) -> None:
     """Check that one of the keys signed the bundle and that no file changed since; runs nothing."""

@@ -76,13 +76,15 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 
 def _is_of_another_file(error: OSError, path: Path) -> bool:
-    """Whether the error names a file that is neither ``path``, nor its temporary, nor in or above one of them."""
-    if not isinstance(error.filename, (str, bytes, os.PathLike)):
-        return False
-    named, own = Path(os.fsdecode(error.filename)).absolute(), path.absolute()
-    # The temporary lies beside `path`, and its name begins as the name of `path` does.
-    ours = [part for part in (named, *named.parents) if part.parent == own.parent and own.stem in part.name]
-    return not ours and named not in own.parents
+    """Whether the error names files, none of which is ``path``, its temporary, or in or above one of them."""
+    names = [n for n in (error.filename, error.filename2) if isinstance(n, (str, bytes, os.PathLike))]
+    return bool(names) and not any(_is_near(Path(os.fsdecode(name)).absolute(), path.absolute()) for name in names)
+
+
+def _is_near(named: Path, own: Path) -> bool:
+    # The temporary lies beside `own`, and its name begins as that of `own` does.
+    inside = any(part.parent == own.parent and own.stem in part.name for part in (named, *named.parents))
+    return inside or named in own.parents
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

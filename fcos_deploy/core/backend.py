@@ -29,6 +29,9 @@ class SessionOptions:
     ``device`` is in the backend's own words (``cpu``, ``GPU.0``, ``cuda:0``); ``cache_dir`` holds compiled models;
     ``contract`` is needed where the artifact does not carry one, or is to be replaced. ``checkpoint`` says how a
     checkpoint is read; None leaves that to its ecosystem.
+
+    Of bundles: ``public_keys`` (PEM texts, or files of them) opens only one that the owner of one of them signed;
+    ``allow_fallback`` steps down the chain of backends that it declares when its own does not fit this machine.
     """
 
     device: str = ""
@@ -39,6 +42,8 @@ class SessionOptions:
     cache_dir: Path | None = None
     contract: ModelContract | None = None
     checkpoint: CheckpointOptions | None = None
+    public_keys: tuple[str | Path, ...] = ()
+    allow_fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,13 +80,16 @@ class Detector:
         Raises:
             ConfigError: an unknown backend, one that does not open such files, or a precision that the model is not in.
             BackendLoadError, CheckpointError, BundleError: a model that is missing, damaged or of a wrong kind.
+            SignatureError: ``options.public_keys`` are given, and their owners did not sign the model.
             DeviceError: the device is not there; never another one in its place.
             MissingDependencyError: the runtime is not installed.
         """
         options = options or SessionOptions()
-        source = find_model(Path(model), backend=backend, precision=precision)
+        source = find_model(Path(model), backend=backend, precision=precision, options=options)
         _check_checkpoint_options(source, options)
         session = source.backend.open(source.path, options)
+        if source.stepped_down:
+            session.description["stepped_down"] = "; ".join(f"{s.backend}: {s.reason}" for s in source.stepped_down)
         with _closing_on_error(session):
             contract = options.contract or session.contract or read_contract(source.path)
             source.backend.check_placement(contract)

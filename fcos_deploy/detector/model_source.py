@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fcos_deploy.core.artifact_files import kinds_of
-from fcos_deploy.core.backend import Backend
+from fcos_deploy.core.backend import Backend, SessionOptions
 from fcos_deploy.core.enums import ArtifactKind, Precision
-from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
+from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError, SignatureError
 from fcos_deploy.core.registry import backend as backend_named
 from fcos_deploy.core.registry import backends, backends_for
 
+if TYPE_CHECKING:
+    from fcos_deploy.bundle.preflight import StepDown
+
 __all__ = ["ModelSource", "find_model"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model file and the runtime that is to open it."""
+    """A model file, the runtime that is to open it, and those of the bundle that were passed over for it."""
 
     path: Path
     backend: Backend
+    stepped_down: tuple[StepDown, ...] = ()
 
 
-def find_model(model: Path, *, backend: str = "", precision: Precision | None = None) -> ModelSource:
+def find_model(
+    model: Path, *, backend: str = "", precision: Precision | None = None, options: SessionOptions | None = None
+) -> ModelSource:
     """A checkpoint, ONNX file, IR or engine as it is; of a bundle the artifact for this backend and precision.
 
     Raises:
         ConfigError: no such backend, or one that does not open this kind of file, or a bundle without such an artifact.
         BackendLoadError: nothing is there.
         BundleError: the bundle is damaged.
+        SignatureError: a signature is asked for, and this is not a bundle that one of the keys signed.
+        DeviceError: the bundle's artifact does not fit this machine.
     """
+    options = options or SessionOptions()
     if not model.exists():
         raise BackendLoadError(
             f"'{model}' is not there.", hint="give a checkpoint, an ONNX file, an engine or a bundle"
         )
     if model.is_dir() or model.suffix == ".tar":
-        from fcos_deploy.bundle import select_artifact
-
-        path, name = select_artifact(model, backend=backend, precision=precision)
-        return ModelSource(path, backend_named(name))
+        return _of_bundle(model, backend=backend, precision=precision, options=options)
+    if options.public_keys:
+        raise SignatureError(
+            f"'{model}' is not a bundle, so nobody has signed it.", hint="give the signed bundle that it belongs to"
+        )
     kinds = kinds_of(model)
     return ModelSource(model, _named(backend, model, kinds=kinds) if backend else _default(model, kinds=kinds))
+
+
+def _of_bundle(model: Path, *, backend: str, precision: Precision | None, options: SessionOptions) -> ModelSource:
+    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.bundle.preflight import choose
+
+    bundle = open_bundle(model, public_keys=options.public_keys)
+    selection, passed = choose(bundle, backend=backend, precision=precision, allow_fallback=options.allow_fallback)
+    for step in passed:
+        _LOG.warning("'%s' steps down from '%s': %s", model, step.backend, step.reason)
+    return ModelSource(bundle.path(selection.artifact.path), backend_named(selection.backend), passed)
 
 
 def _named(name: str, model: Path, *, kinds: tuple[ArtifactKind, ...]) -> Backend:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from fcos_deploy import Detector, SessionOptions
 from fcos_deploy.bundle.log import read_log
 from fcos_deploy.cli.app import build_app
 
@@ -125,6 +126,12 @@ def test_what_does_not_fit_is_refused_and_the_chain_is_used_only_when_allowed(bu
     assert record["backend"] == "openvino"
     assert [step["backend"] for step in record["stepped_down"]] == ["onnxruntime"]
     assert "stepped down from onnxruntime" in allowed.stderr
+    picture = next((bundle / "golden").glob("*.png"))
+    assert _run("predict", bundle, picture).exit_code == 1
+    assert "stepped down from onnxruntime" in _run("predict", bundle, picture, "--allow-fallback").stderr
+    with Detector.open(bundle, options=SessionOptions(allow_fallback=True)) as detector:
+        assert detector.session.description["backend"] == "openvino"
+        assert detector.session.description["stepped_down"].startswith("onnxruntime: ")
 
 
 def test_signing_and_the_policy(bundle: Path, tmp_path: Path) -> None:

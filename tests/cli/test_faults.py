@@ -1,0 +1,150 @@
+"""Disks that fill up, places that cannot be written, runtimes that fail in the middle: one sentence, nothing half-made.
+
+``RLIMIT_FSIZE`` stands in for a full disk: writing beyond it fails as on one, with EFBIG for ENOSPC.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.errors import BackendError, BackendLoadError
+from fcos_deploy.core.registry import backend
+from fcos_deploy.detector import Detector
+
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.slow
+
+PROGRAM = "from fcos_deploy.cli.app import main; main()"
+
+
+def _on_a_small_disk(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process that can write no file beyond ``size`` bytes."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    environment = {**os.environ, "FCOS_DEPLOY_CACHE": "/dev/null"}
+    return subprocess.run(command, preexec_fn=limit, env=environment, capture_output=True, text=True, check=False)
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+def _refused(done: subprocess.CompletedProcess[str] | Result, word: str) -> None:
+    code = done.returncode if isinstance(done, subprocess.CompletedProcess) else done.exit_code
+    assert code in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert word in done.stderr
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    onnx = tiny_bundle / "model.fp32.onnx"
+    _refused(_on_a_small_disk(100_000, "package", tiny_bundle, "-o", tmp_path / "b.tar"), "File too large")
+    _refused(
+        _on_a_small_disk(100_000, "package", tiny_bundle, "--for", "triton", "-o", tmp_path / "models"),
+        f"Cannot write '{tmp_path}/models'",
+    )
+    pytest.importorskip("openvino")
+    built = _on_a_small_disk(100_000, "build", onnx, "--backend", "openvino", "-o", tmp_path / "m.xml")
+    _refused(built, f"is there room in '{tmp_path}'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_on_a_full_disk_goes_on_when_there_is_room(
+    tiny_onnx: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    arguments = ("evaluate", tiny_onnx, "--reference", tiny_onnx, "--images", smooth_images, "--limit", 4)
+    arguments = (*arguments, "--resamples", 0, "--predictions", tmp_path / "kept", "--json")
+    _refused(_on_a_small_disk(20_000, *arguments), "make room and run the command again")
+    (kept,) = (tmp_path / "kept").iterdir()
+    whole = kept.read_bytes().count(b"\n")
+    assert 0 < whole < 4
+    done = _run(*arguments)
+    assert done.exit_code == 0, done.stderr
+    assert kept.read_bytes().count(b"\n") == 4
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/x", "/dev/null/x"])
+def test_a_place_that_cannot_be_written_is_named(place: str, tiny_bundle: Path, tiny_onnx: Path) -> None:
+    _refused(_run("package", tiny_bundle, "-o", f"{place}.tar"), place)
+    _refused(_run("package", tiny_bundle, "--for", "ovms", "-o", place), place)
+    _refused(_run("sign", "--generate-key", "--key", f"{place}.pem"), place)
+    _refused(_run("verify", tiny_bundle, "--log", f"{place}.jsonl"), place)
+    short = ("--rounds", 1, "--seconds", 0.1, "--warmup", 0, "--no-cold-start")
+    _refused(_run("benchmark", tiny_onnx, *short, "--output", f"{place}.json"), place)
+
+
+def test_files_that_are_gone_while_a_command_runs_are_no_traceback(tiny_bundle: Path, tmp_path: Path) -> None:
+    """``/proc/self/mem`` opens and then refuses to be read, as a dying disk does."""
+    (tmp_path / "m.onnx").symlink_to("/proc/self/mem")
+    for command in ("predict", "inspect"):
+        more = ("x.png",) if command == "predict" else ()
+        _refused(_run(command, tmp_path / "m.onnx", *more), "m.onnx")
+
+
+def test_weights_that_were_cut_off_are_refused_by_the_runtime_and_told(tiny_ir: Path, tmp_path: Path) -> None:
+    for suffix in (".xml", ".bin", ".json"):
+        content = tiny_ir.with_suffix(suffix).read_bytes()
+        (tmp_path / f"m{suffix}").write_bytes(content[: len(content) // 2] if suffix == ".bin" else content)
+    with pytest.raises(BackendLoadError, match=r"m\.xml"):
+        Detector.open(tmp_path / "m.xml")
+    assert _run("predict", tmp_path / "m.xml", "x.png").exit_code == 1
+
+
+def test_a_runtime_that_throws_in_the_middle_is_an_error_of_that_request_only(
+    bundle_contract: ModelContract, tmp_path: Path
+) -> None:
+    """A real graph that fails for some inputs: it looks a pixel's value up in a table of four."""
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    table = onnx.numpy_helper.from_array(np.arange(4, dtype=np.float32), "table")
+    nodes = [
+        helper.make_node("Cast", ["images"], ["index"], to=onnx.TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["out"]),
+    ]
+    shape = [1, 3, 64, 96]
+    graph = helper.make_graph(
+        nodes,
+        "lookup",
+        [helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, shape)],
+        [table],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    options = SessionOptions(threads=1, contract=bundle_contract)
+    with backend("onnxruntime").open(tmp_path / "m.onnx", options) as session:
+        good, bad = np.full(shape, 3, np.uint8), np.full(shape, 200, np.uint8)
+        assert session.run({"images": good})["out"].max() == 3.0
+        with pytest.raises(BackendError):
+            session.run({"images": bad})
+        assert session.run({"images": good})["out"].max() == 3.0
+
+
+def test_a_damaged_store_of_predictions_is_not_a_traceback(
+    tiny_onnx: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    arguments = ("evaluate", tiny_onnx, "--reference", tiny_onnx, "--images", smooth_images, "--limit", 2)
+    arguments = (*arguments, "--resamples", 0, "--predictions", tmp_path)
+    assert _run(*arguments).exit_code == 0
+    (kept,) = tmp_path.iterdir()
+    kept.write_text(json.dumps({"image_id": 1}) + "\nnot json\n")
+    done = _run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert kept.name in done.stderr

@@ -1,0 +1,88 @@
+"""One policy for every command that opens a bundle: with ``--require-signature`` only a signed one is opened."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from typer.testing import CliRunner, Result
+
+from fcos_deploy import Detector, SessionOptions
+from fcos_deploy.bundle.signature import generate_key
+from fcos_deploy.bundle.store import sign
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.errors import SignatureError
+
+pytest.importorskip("cryptography")
+pytest.importorskip("onnxruntime")
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def home(tiny_bundle: Path, tiny_onnx: Path, smooth_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``signed`` by ``key``, ``unsigned``, ``other`` (signed by another key), and pictures."""
+    folder = tmp_path_factory.mktemp("policy")
+    for name in ("key", "stranger"):
+        generate_key(folder / f"{name}.pem", public=folder / f"{name}.pub.pem")
+    for name in ("signed", "unsigned", "other"):
+        shutil.copytree(tiny_bundle, folder / name)
+    sign(folder / "signed", private_key=folder / "key.pem")
+    sign(folder / "other", private_key=folder / "stranger.pem")
+    shutil.copytree(smooth_images, folder / "images")
+    shutil.copyfile(tiny_onnx, folder / "model.onnx")
+    return folder
+
+
+def _command(name: str, model: Path, home: Path) -> list[object]:
+    """A short use of each command; ``parity`` and ``compare`` take ``model`` twice."""
+    images, twice = home / "images", [model, "--reference", model]
+    return {
+        "predict": ["predict", model, images / "b" / "00.png"],
+        "evaluate": ["evaluate", *twice, "--images", images, "--limit", 2, "--resamples", 0],
+        "benchmark": ["benchmark", model, "--rounds", 1, "--seconds", 0.1, "--warmup", 0, "--no-cold-start"],
+        "soak": ["soak", model, "--inferences", 20, "--threads", 2, "--max-memory-growth", 1],
+        "compare": ["compare", model, model, "--images", images, "--no-speed", "--limit", 2],
+        "verify": ["verify", model, "--log", home / "log"],
+        "package": ["package", model, "-o", home / f"{model.name}.tar"],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["predict", "evaluate", "benchmark", "soak", "compare", "verify", "package"])
+def test_only_what_a_trusted_key_signed_is_opened(name: str, home: Path) -> None:
+    policy = ("--require-signature", "--public-key", home / "key.pub.pem")
+    for model, words in {
+        "unsigned": ("is not signed", "fcos-deploy sign"),
+        "other": ("was signed by key", "use the public key"),
+    }.items():
+        refused = _run(*_command(name, home / model, home), *policy)
+        assert refused.exit_code == 1, refused.output
+        assert all(word in refused.stderr for word in words), refused.stderr
+    keyless = _run(*_command(name, home / "signed", home), "--require-signature")
+    assert keyless.exit_code == 2
+    assert "--public-key" in keyless.stderr
+    allowed = _run(*_command(name, home / "signed", home), *policy)
+    assert allowed.exit_code == 0, allowed.output
+
+
+def test_a_bare_file_has_no_signature(home: Path) -> None:
+    refused = _run("predict", home / "model.onnx", home / "images", "--public-key", home / "key.pub.pem")
+    assert refused.exit_code == 1
+    assert "is not a bundle" in refused.stderr
+
+
+def test_the_key_may_be_given_as_text(home: Path, blobs: list[NDArray[np.uint8]]) -> None:
+    text = (home / "key.pub.pem").read_text()
+    assert _run("verify-signature", home / "signed", "--public-key", text).exit_code == 0
+    with Detector.open(home / "signed", options=SessionOptions(public_keys=(text,), threads=1)) as detector:
+        assert len(detector.detect(blobs[0])) > 0
+    with pytest.raises(SignatureError):
+        Detector.open(home / "other", options=SessionOptions(public_keys=(text,)))
+    broken = _run("verify-signature", home / "signed", "--public-key", text.replace("A", "?"))
+    assert broken.exit_code == 2
+    assert "is not a public key" in broken.stderr

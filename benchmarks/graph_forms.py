@@ -1,6 +1,6 @@
 """Which form of the FCOS graph is the fastest: each change against the exported graph, interleaved.
 
-    python benchmarks/graph_forms.py --depth 18 --size 320x320 --rounds 30
+    python benchmarks/graph_forms.py --work runs/graph_forms --depth 18 --size 320x320 --rounds 30
 
 Every variant is compared with the exported graph's outputs before it is timed. Prints medians, minima and ratios (above
 1: faster than the exported graph) for ONNX Runtime and OpenVINO (float32) as a Markdown table.
@@ -9,18 +9,18 @@ Every variant is compared with the exported graph's outputs before it is timed. 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from exporters._trace import Axes, trace
-from exporters.onnx_file import save_onnx
+from exporters.onnx_file import load_onnx, save_onnx
 from exporters.simplify import simplified
 from exporters.step_check import compare, onnx_runner, provoking_feeds
 from fcos_deploy.core.contract import ModelContract
@@ -171,27 +171,47 @@ def _export(module: nn.Module, contract: ModelContract, *, opset: int = 17) -> o
     return simplified(model, feeds)[0]
 
 
-def _variants(model: Fcos, contract: ModelContract) -> dict[str, object]:
+class CopiedHead(nn.Module):
+    """A head of its own for every level, as exporters write it that do not see that weights are shared."""
+
+    def __init__(self, model: Fcos) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.heads = nn.ModuleList(copy.deepcopy(model.head) for _ in model.config.strides)
+        with torch.no_grad():  # Equal copies would be found and stored once.
+            for index, head in enumerate(self.heads):
+                for parameter in head.parameters():
+                    parameter.mul_(1 + index * 1e-6)
+
+    def forward(self, images: Tensor) -> list[LevelOutput]:
+        """(n, 3, H, W) float32 -> one output a level."""
+        features = self.backbone(images)
+        return [head._level(feature, i) for i, (head, feature) in enumerate(zip(self.heads, features, strict=True))]
+
+
+BASE = "as exported"
+
+
+def _variants(model: Fcos, contract: ModelContract) -> dict[str, Callable[[], object]]:
     return {
-        "as exported": _export(model, contract),
-        "native GroupNormalization (opset 21)": _export(model, contract, opset=21),
-        "first tower convolutions merged": _export(MergedFirst(model), contract),
-        "stride folded into the box convolution": _export(FoldedStride(model), contract),
-        "P5 to P7 side by side": _export(SmallLevelsTogether(model), contract),
-        "outputs (n, C, L)": _export(ClassesFirst(ExportableFcos(model, contract)), contract),
+        BASE: lambda: _export(model, contract),
+        "native GroupNormalization (opset 21)": lambda: _export(model, contract, opset=21),
+        "first tower convolutions merged": lambda: _export(MergedFirst(model), contract),
+        "stride folded into the box convolution": lambda: _export(FoldedStride(model), contract),
+        "P5 to P7 side by side": lambda: _export(SmallLevelsTogether(model), contract),
+        "outputs (n, C, L)": lambda: _export(ClassesFirst(ExportableFcos(model, contract)), contract),
+        "head weights stored for every level": lambda: _export(CopiedHead(model), contract),
     }
 
 
-def _require_equal(variants: dict[str, object], feeds: list[dict[str, np.ndarray]]) -> None:
-    reference = onnx_runner(variants["as exported"])
-    for name, model in variants.items():
-        run = onnx_runner(model)
+def _require_equal(name: str, path: Path, reference: Path, feeds: list[dict[str, np.ndarray]]) -> None:
+    expected, run = (onnx_runner(load_onnx(p)) for p in (reference, path))
 
-        def turned(feed: dict[str, np.ndarray], run: Callable[..., dict[str, np.ndarray]] = run) -> object:
-            wanted = reference(feed)
-            return {k: a if a.shape == wanted[k].shape else a.transpose(0, 2, 1) for k, a in run(feed).items()}
+    def turned(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        wanted = expected(feed)
+        return {k: a if a.shape == wanted[k].shape else a.transpose(0, 2, 1) for k, a in run(feed).items()}
 
-        print(f"# {compare(reference, turned, feeds, step=name, tolerance=1e-3)}", flush=True)
+    print(f"# {compare(expected, turned, feeds, step=name, tolerance=1e-3)}", flush=True)
 
 
 def _onnxruntime(path: Path, threads: int) -> Callable[[dict[str, np.ndarray]], object]:
@@ -229,6 +249,8 @@ def _time(runs: dict[str, Callable[[object], object]], feed: object, rounds: int
 def main() -> None:
     """Export, compare, time, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="where graphs are kept")
+    parser.add_argument("--build", action="store_true", help="export and compare what is missing, and stop")
     parser.add_argument("--depth", type=int, default=18)
     parser.add_argument("--size", default="320x320")
     parser.add_argument("--classes", type=int, default=80)
@@ -245,19 +267,22 @@ def main() -> None:
         tail=Tail.RAW,
     )
     feeds = provoking_feeds((1, 3, height, width), dtype="uint8", image_sizes=False)
-    variants = _variants(_network(arguments.depth, arguments.classes), contract)
-    _require_equal(variants, feeds)
-    with TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / f"{i}.onnx" for i, name in enumerate(variants)}
-        for name, path in paths.items():
-            save_onnx(variants[name], path)
-        for runtime, opened in RUNTIMES.items():
-            runs = {name: opened(path, arguments.threads) for name, path in paths.items()}
-            _print(runtime, _time(runs, feeds[0], arguments.rounds), paths)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for index, (name, build) in enumerate(_variants(_network(arguments.depth, arguments.classes), contract).items()):
+        paths[name] = arguments.work / f"{index}.onnx"
+        if not paths[name].exists():
+            save_onnx(build(), paths[name])
+            _require_equal(name, paths[name], paths[BASE], feeds)
+    if arguments.build:
+        return
+    for runtime, opened in RUNTIMES.items():
+        runs = {name: opened(path, arguments.threads) for name, path in paths.items()}
+        _print(runtime, _time(runs, feeds[0], arguments.rounds), paths)
 
 
 def _print(runtime: str, taken: dict[str, list[float]], paths: dict[str, Path]) -> None:
-    base = taken["as exported"]
+    base = taken[BASE]
     print(f"\n| {runtime} | median ms | min ms | ratio of medians | ratio of minima | MB |\n|---|---|---|---|---|---|")
     for name, times in taken.items():
         ratio = statistics.median(b / t for b, t in zip(base, times, strict=True))

@@ -3,13 +3,13 @@
     python benchmarks/startup.py [BUNDLE ...]
 
 Each command is run several times in a process of its own; medians and minima in seconds. The first run of each fills
-caches (bytecode, compiled models) and is not counted. A bundle is opened on every backend that it holds an artifact for
-and that is installed.
+caches (bytecode, compiled models) and is not counted. A bundle is opened on both runtimes, in both precisions.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fcos_deploy.benchmark.cold_start import ColdStart, ColdStartTask, measure_cold_start
+from fcos_deploy.core.errors import FcosDeployError
 from fcos_deploy.core.image_io import list_images
 
 IMAGES = Path(__file__).parents[1] / "fcos_deploy" / "demo_data" / "evaluation"
@@ -34,13 +35,13 @@ def process(*arguments: str) -> Callable[[], float]:
     return run
 
 
-def cold_start(bundle: Path, backend: str, parts: list[ColdStart]) -> Callable[[], float]:
+def cold_start(bundle: Path, backend: str, precision: str, parts: list[ColdStart]) -> Callable[[], float]:
     """Seconds from the start of a process to its first detection."""
 
     def run() -> float:
-        parts.append(
-            measure_cold_start(ColdStartTask(model=str(bundle), image=str(list_images(IMAGES)[0]), backend=backend))
-        )
+        image = str(list_images(IMAGES)[0])
+        task = ColdStartTask(model=str(bundle), image=image, backend=backend, precision=precision)
+        parts.append(measure_cold_start(task))
         return parts[-1].first_detection
 
     return run
@@ -57,7 +58,6 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="*")
-    parser.add_argument("--backend", action="append", help="default: onnxruntime and openvino")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     print("| | median s | fastest s |\n|---|---:|---:|")
@@ -67,10 +67,14 @@ def main() -> None:
     for words in (("--help",), ("deploy", "--help")):
         measure(f"`fcos-deploy {' '.join(words)}`", process("-c", app, *words), rounds=options.rounds)
     for bundle in options.bundles:
-        for backend in options.backend or ("onnxruntime", "openvino"):
+        for backend, precision in itertools.product(("onnxruntime", "openvino"), ("fp32", "int8")):
             parts: list[ColdStart] = []
-            run = cold_start(bundle, backend, parts)
-            measure(f"first detection, {bundle.name}, {backend}", run, rounds=options.rounds)
+            run = cold_start(bundle, backend, precision, parts)
+            try:
+                measure(f"first detection, {backend} {precision}", run, rounds=options.rounds)
+            except FcosDeployError as error:
+                print(f"# {error}", file=sys.stderr)
+                continue
             last = min(parts, key=lambda part: part.first_detection)
             print(
                 f"#   imported after {last.imported:.2f} s, open after {last.opened:.2f} s,"

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fcos_deploy.core.errors import BackendError
+from fcos_deploy.core.errors import BackendError, FcosDeployError
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = ["ColdStart", "ColdStartTask", "measure_cold_start", "peak_memory_mib"]
@@ -113,4 +113,7 @@ def peak_memory_mib() -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_run(from_json(ColdStartTask, json.loads(sys.argv[1])))) + "\n")
+    try:
+        sys.stdout.write(json.dumps(_run(from_json(ColdStartTask, json.loads(sys.argv[1])))) + "\n")
+    except FcosDeployError as error:
+        sys.exit(f"{error.message} {error.hint}")

@@ -11,7 +11,9 @@ import pytest
 
 from calibration.graph import load_graph
 from calibration.trt_cache import cache_lines, write_trt_cache
+from exporters._tensorrt_calibration import check_calibration_cache
 from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.version import parse_version
 
 pytest.importorskip("onnx")
 
@@ -49,6 +51,21 @@ def test_spec_example() -> None:
     from calibration.trt_cache import _hex
 
     assert _hex(struct.unpack("!f", bytes.fromhex("3caa54fc"))[0]) == "3caa54fc"
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.3.0", "10.13.3.9"])
+def test_the_builder_takes_the_cache_of_its_version_and_no_other(
+    version: str, mini_onnx: Path, mini_calibration: Any, tmp_path: Path
+) -> None:
+    """Everything but the build itself, which needs TensorRT: real ranges, the file, and the builder's look at it."""
+    write_trt_cache(mini_calibration, mini_onnx, tmp_path / "c.cache", version=version)
+    check_calibration_cache(tmp_path / "c.cache", version=parse_version(version))
+    entries = dict(line.split(": ") for line in (tmp_path / "c.cache").read_text().splitlines()[1:])
+    assert {conv.input for conv in load_graph(mini_onnx).convs} <= set(entries)
+    scales = [struct.unpack("!f", bytes.fromhex(entry))[0] for entry in entries.values()]
+    assert all(0 < scale < 1e4 for scale in scales)
+    with pytest.raises(ConfigError, match="would ignore it"):
+        check_calibration_cache(tmp_path / "c.cache", version=(10, 4, 0))
 
 
 @pytest.mark.parametrize("version", ["11.0.0", "6.0", "ten", ""])

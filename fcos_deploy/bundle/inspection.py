@@ -12,13 +12,14 @@ from fcos_deploy.model.inspect import Inspection, contract_facts
 __all__ = ["inspect_bundle"]
 
 
-def inspect_bundle(path: Path) -> Inspection:
-    """Open a bundle, which checks every file of it, and say what is in it.
+def inspect_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> Inspection:
+    """Open a bundle, which checks every file of it and, with keys, its signature, and say what is in it.
 
     Raises:
         BundleError: when it is incomplete or was changed.
+        SignatureError: when none of the keys signed it.
     """
-    with open_bundle(path) as bundle:
+    with open_bundle(path, public_keys=public_keys) as bundle:
         manifest = bundle.manifest
         artifacts = tuple(
             (artifact.path, f"{artifact.kind}, {artifact.precision}, {artifact.size:,} bytes, by {artifact.step.name}")

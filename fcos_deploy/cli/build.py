@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
@@ -35,6 +36,8 @@ def command(
     hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="For newer GPUs too.")] = False,
     calibration_cache: Annotated[Path | None, typer.Option(help="Ranges for builders without Q/DQ.")] = None,
     trtexec: Annotated[bool, typer.Option("--trtexec", help="Print the trtexec line instead, build nothing.")] = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the build's record as JSON on stdout.")] = False,
 ) -> None:
     """Build an engine, an IR or an optimised model, and check it against its source."""
@@ -43,6 +46,7 @@ def command(
     from fcos_deploy.core.size_range import optional_range, size_range
     from fcos_deploy.detector.artifact_build import ArtifactRequest, build_artifact, equivalent_trtexec
 
+    keys = trusted_keys(public_key, required=require_signature)
     options = BuildOptions(
         batch=BatchRange(*size_range(batch)),
         workspace_mib=workspace_mib,
@@ -60,7 +64,9 @@ def command(
         width_range=optional_range(widths),
         precision=precision,
     )
-    request = ArtifactRequest(source=source, output=output, backend=backend, target=target, options=options)
+    request = ArtifactRequest(
+        source=source, output=output, backend=backend, target=target, options=options, public_keys=keys
+    )
     if trtexec:
         typer.echo(equivalent_trtexec(request))
         return

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli.options import with_checkpoint_options
+from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 
 __all__ = ["command"]
@@ -16,6 +17,8 @@ __all__ = ["command"]
 @with_checkpoint_options
 def command(
     file: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file, IR, engine or bundle.")],
+    require_signature: RequireSignature = False,
+    public_key: PublicKeys = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     *,
     options: CheckpointOptions,
@@ -26,7 +29,8 @@ def command(
     from fcos_deploy.cli.output import print_json, table
     from fcos_deploy.model.inspect import inspect_file
 
-    found = inspect_bundle(file) if is_bundle(file) else inspect_file(file, options=options)
+    keys = trusted_keys(public_key, required=require_signature)
+    found = inspect_bundle(file, public_keys=keys) if keys or is_bundle(file) else inspect_file(file, options=options)
     if as_json:
         print_json(found.to_json())
         return

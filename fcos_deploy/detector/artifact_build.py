@@ -25,13 +25,17 @@ __all__ = ["ArtifactRequest", "build_artifact", "equivalent_trtexec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactRequest:
-    """``source`` is an ONNX file or a bundle; ``target`` a device profile for what ``options`` leaves open."""
+    """``source`` is an ONNX file or a bundle; ``target`` a device profile for what ``options`` leaves open.
+
+    With ``public_keys`` it is a bundle that the owner of one of them signed.
+    """
 
     source: Path
     output: Path
     backend: str
     target: str = ""
     options: BuildOptions = field(default_factory=BuildOptions)
+    public_keys: tuple[Path | str, ...] = ()
 
 
 def build_artifact(request: ArtifactRequest, *, progress: ProgressFn = no_progress) -> BuildResult:
@@ -85,7 +89,8 @@ def _tensorrt_version(request: ArtifactRequest) -> str:
 
 def _resolved(request: ArtifactRequest) -> tuple[Path, ModelContract, BuildOptions]:
     """The ONNX file, its contract, and the options with the profile's choices."""
-    source = _onnx_of(request) if request.source.is_dir() or request.source.suffix == ".tar" else request.source
+    bundle = request.public_keys or request.source.is_dir() or request.source.suffix == ".tar"
+    source = _onnx_of(request) if bundle else request.source
     contract = read_contract(source)
     options = _with_profile(request, contract, source) if request.target else request.options
     if options.precision is contract.precision:
@@ -97,7 +102,7 @@ def _onnx_of(request: ArtifactRequest) -> Path:
     """The bundle's ONNX file that this backend reads as meant, of the precision asked for or the bundle's own."""
     from fcos_deploy.bundle import open_bundle
 
-    bundle = open_bundle(request.source)
+    bundle = open_bundle(request.source, public_keys=request.public_keys)
     placements = {"", *backend_named(request.backend).placements}
     fitting = [a for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX and a.placement in placements]
     wanted = _precisions(request, own=bundle.manifest.target.precision)

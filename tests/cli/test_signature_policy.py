@@ -49,11 +49,15 @@ def _command(name: str, model: Path, home: Path) -> list[object]:
         "soak": ["soak", model, "--inferences", 20, "--threads", 2, "--max-memory-growth", 1],
         "compare": ["compare", model, model, "--images", images, "--no-speed", "--limit", 2],
         "verify": ["verify", model, "--log", home / "log"],
+        "inspect": ["inspect", model],
+        "build": ["build", model, "--backend", "onnxruntime", "-o", home / f"{model.name}.onnx"],
         "package": ["package", model, "-o", home / f"{model.name}.tar"],
     }[name]
 
 
-@pytest.mark.parametrize("name", ["predict", "evaluate", "benchmark", "soak", "compare", "verify", "package"])
+@pytest.mark.parametrize(
+    "name", ["predict", "evaluate", "benchmark", "soak", "compare", "verify", "inspect", "build", "package"]
+)
 def test_only_what_a_trusted_key_signed_is_opened(name: str, home: Path) -> None:
     policy = ("--require-signature", "--public-key", home / "key.pub.pem")
     for model, words in {
@@ -71,9 +75,14 @@ def test_only_what_a_trusted_key_signed_is_opened(name: str, home: Path) -> None
 
 
 def test_a_bare_file_has_no_signature(home: Path) -> None:
-    refused = _run("predict", home / "model.onnx", home / "images", "--public-key", home / "key.pub.pem")
+    key = ("--public-key", home / "key.pub.pem")
+    refused = _run("predict", home / "model.onnx", home / "images", *key)
     assert refused.exit_code == 1
     assert "is not a bundle" in refused.stderr
+    for command in (["inspect"], ["build", "--backend", "onnxruntime", "-o", home / "x.onnx"]):
+        refused = _run(*command, home / "model.onnx", *key)
+        assert refused.exit_code == 1
+        assert "There is no bundle" in refused.stderr
 
 
 def test_the_key_may_be_given_as_text(home: Path, blobs: list[NDArray[np.uint8]]) -> None:

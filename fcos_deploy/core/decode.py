@@ -37,7 +37,9 @@ class HeadOutputs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
-    """Pairs of location and class that may become detections, levels in order, best rank first within a level.
+    """Pairs of location and class that may become detections, levels in order.
+
+    Within a level the best rank comes first, or, where the profile does not sort by score, the first position.
 
     boxes: (n, 4) float32 xyxy, network-input pixels, not clipped. scores: (n,) float32. channels: (n,) integers.
     """
@@ -68,6 +70,7 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     passed = SCORE_FORMS[profile.gate](p, q) > np.float32(spec.score_threshold)
     location, channels, p, q = location[passed], channels[passed], p[passed], q[passed]
     best = _best_of_levels(location, SCORE_FORMS[profile.rank](p, q), levels=levels, spec=spec)
+    best = best if profile.sort_by_score else np.sort(best)
     location, channels = location[best], channels[best]
     scores = SCORE_FORMS[profile.score](p[best], q[best])
     centers = _centers(input_size, spec.strides, profile.centers)

@@ -48,7 +48,7 @@ class PostprocessProfile:
     A candidate is a pair of location and class with ``gate`` > the score threshold (strictly); of each level the
     ``pre_nms_top_k`` best by ``rank`` remain; ``score`` is what the detection gets. ``iou_offset`` is added to widths
     and heights in the overlap (1 in tianzhi's). ``keep_ties``: detections that tie with the last one allowed stay.
-    ``sort_by_score``: False leaves survivors in candidate order, level by level (tianzhi).
+    ``sort_by_score``: False leaves survivors level by level, by location and then class (tianzhi).
     ``rank_per_location``: rank locations by their best class instead of pairs (mmdetection 2).
     """
 

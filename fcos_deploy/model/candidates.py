@@ -18,8 +18,9 @@ MAX_TOP_K = 3840  # TensorRT refuses a larger K in TopK.
 
 
 class Candidates(NamedTuple):
-    """The pairs that may become detections, K of them, levels in order, best rank first within a level.
+    """The pairs that may become detections, K of them, levels in order.
 
+    Within a level the best rank comes first, or, where the profile does not sort by score, the first position.
     boxes: (n, K, 4) float32 xyxy, network-input pixels, not clipped.
     scores: (n, K) float32, -1 where the gate did not pass.
     labels: (n, K) int64 class channels. classes: how many channels there are.
@@ -61,6 +62,7 @@ def _select_level(level: LevelOutput, input_size: tuple[int, int], *, stride: in
         pairs = min(MAX_TOP_K, min(spec.pre_nms_top_k, locations) * classes)
     ranked = torch.where(passed, rank, -1.0).flatten(1)
     values, flat = torch.topk(ranked, min(pairs, MAX_TOP_K), dim=1)
+    values, flat = (values, flat) if profile.sort_by_score else _by_position(values, flat)
     location, label = _unravel(flat, classes)
     scores = values if profile.score is profile.rank else _scores(p, q, flat, location, values, form=profile.score)
     boxes = decode_boxes(level, input_size, stride=stride, mode=profile.centers)
@@ -78,6 +80,13 @@ def _best_locations(rank: Tensor, *, count: int) -> Tensor:
     chosen = torch.topk(best, count, dim=1).indices
     mask = torch.zeros_like(best).scatter(1, chosen, 1.0)
     return (mask > 0.5).unsqueeze(2)
+
+
+def _by_position(values: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (n, K) in the order of ``flat``."""
+    # As float32, which every runtime sorts; exact to 2^24 pairs, those of a level of 13 million pixels and 80 classes.
+    order = torch.topk(-flat.to(torch.float32), flat.shape[1], dim=1).indices
+    return torch.gather(values, 1, order), torch.gather(flat, 1, order)
 
 
 def _unravel(flat: Tensor, classes: int) -> tuple[Tensor, Tensor]:

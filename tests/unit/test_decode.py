@@ -42,7 +42,8 @@ def plain_decode(head: HeadOutputs, spec: DecodeSpec, size: tuple[int, int]) -> 
             (i, c) for i, c in np.ndindex(*p.shape) if gate[i, c] > np.float32(spec.score_threshold) and allowed[i]
         ]
         pairs.sort(key=lambda pair: (-rank[pair], pair))
-        for i, c in pairs if profile.rank_per_location else pairs[:k]:
+        kept = pairs if profile.rank_per_location else pairs[:k]
+        for i, c in kept if profile.sort_by_score else sorted(kept):
             x, y = centers[start + i]
             left, top, right, bottom = head.distances[start + i].astype(np.float32)
             rows.append((x - left, y - top, x + right, y + bottom, score[i, c], c))

@@ -192,6 +192,19 @@ def test_survivors_of_tianzhi_keep_their_level_order() -> None:
     assert sorted(map(tuple, found.boxes.tolist())) == sorted(map(tuple, by_score.boxes.tolist()))
 
 
+def test_survivors_of_tianzhi_come_by_location_and_then_class() -> None:
+    """As its ``nonzero`` lists them, whatever their scores."""
+    cls_logits = np.full((48, 2), -9.0, np.float32)
+    cls_logits[[5, 5, 20], [1, 0, 0]] = [2.0, 1.0, 3.0]
+    distances = np.full((48, 4), 3.0, np.float32)
+    raw = {"cls_logits": cls_logits[None], "distances": distances[None], "centerness": np.ones((1, 48, 1), np.float32)}
+    decode = DecodeSpec(profile=PROFILES["tianzhi"], strides=(8,), score_threshold=0.05, iou_threshold=0.6)
+    tianzhi = replace(contract(PROFILES["tianzhi"]), decode=decode)
+    found = postprocess(raw, tianzhi, index=0, input_size=(48, 64), letterbox=Letterbox(48, 64, 48, 64))
+    assert found.labels.tolist() == [0, 1, 0]
+    assert found.boxes[:, 0].tolist() == [41.0, 41.0, 33.0]
+
+
 def test_limit_is_of_the_best_even_in_level_order() -> None:
     raw = raw_outputs(batch=1)
     many = run(raw, contract(PROFILES["tianzhi"], max_detections=1000))

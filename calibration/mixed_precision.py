@@ -27,23 +27,27 @@ from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
 
-__all__ = ["MixedPrecision", "PrecisionGoal", "Trial", "pareto_front", "search_mixed_precision"]
+__all__ = ["DEFAULT_EVALUATIONS", "MixedPrecision", "PrecisionGoal", "Trial", "pareto_front", "search_mixed_precision"]
 
 Evaluate = Callable[[Path], float]
+DEFAULT_EVALUATIONS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionGoal:
-    """``max_drop``: how much the score (0..1) may fall. ``evaluations``: how many candidates may be evaluated."""
+    """``max_drop``: how much the score (0..1) may fall. ``evaluations``: how many candidates may be evaluated.
+
+    One evaluation is all layers in INT8 or nothing.
+    """
 
     max_drop: float
-    evaluations: int = 16
+    evaluations: int = DEFAULT_EVALUATIONS
 
     def __post_init__(self) -> None:
         if self.max_drop < 0:
             raise ConfigError(f"The allowed drop must not be negative, got {self.max_drop}.")
-        if self.evaluations < 2:
-            raise ConfigError("The search needs at least 2 evaluations.")
+        if self.evaluations < 1:
+            raise ConfigError(f"At least 1 candidate must be evaluated, got {self.evaluations}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ def search_mixed_precision(
         progress=progress,
     )
     search.begin(goal)
-    if not search.holds(()):
+    if not search.holds(()) and goal.evaluations > 1:
         search.rank(pictures)
         search.narrow()
     chosen = search.best()
@@ -120,7 +124,7 @@ def search_mixed_precision(
         message = f"INT8 misses the goal: float {search.float_score:.4f}, allowed drop {goal.max_drop:.4f}."
         raise AccuracyGateError(
             f"{message}\n{search.table()}",
-            hint=f"allow a larger drop, calibrate on other images, or use the float model '{source}'",
+            hint=f"allow a larger drop or more evaluations, calibrate on other images, or use the float '{source}'",
         )
     result = quantize_qdq(source, calibration, output, policy=policy, keep_float=chosen.kept, pictures=pictures)
     search.finish()

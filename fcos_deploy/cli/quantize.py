@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.output import note, print_json, progress_bar
+from fcos_deploy.cli.output import note, print_json, progress_bar, table
 
 __all__ = ["command"]
 
@@ -31,6 +32,9 @@ def command(
     max_map_drop: Annotated[
         float | None, typer.Option(min=0.0, help="Largest loss of AP (0.01 is a point): reached, or exit code 4.")
     ] = None,
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="Most mixtures of INT8 and float to evaluate; 1: all layers in INT8 or nothing.")
+    ] = 16,
     calibration_images: Annotated[Path | None, typer.Option(help="Images for nncf, when --images are others.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime that measures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
@@ -39,6 +43,7 @@ def command(
     from calibration.placement import weight_range
     from calibration.quantizers import QuantizeRequest
     from fcos_deploy.pipeline.quantize_model import accuracy_goal, quantize_model
+    from fcos_deploy.pipeline.trade_offs import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
 
     request = QuantizeRequest(
         source=model,
@@ -51,10 +56,19 @@ def command(
         keep_float=tuple(keep_float or ()),
     )
     goal = accuracy_goal(
-        max_map_drop, images=images, annotations=annotations, placement=request.placement, threads=threads
+        max_map_drop,
+        images=images,
+        annotations=annotations,
+        placement=request.placement,
+        threads=threads,
+        evaluations=evaluations,
     )
     with progress_bar() as progress:
         made = quantize_model(request, kind=quantizer, goal=goal, progress=progress)
-    note(f"{made.files[0]}: " + ", ".join(f"{key} {value}" for key, value in made.record.items() if value))
+    rows = [(key.replace("_", " "), shorten(value, 90, placeholder=" ...")) for key, value in made.record.items()]
+    table(made.files[0].name, ("what", "value"), [row for row in rows if row[1]])
+    for found in find_trade_offs(made.files[:1]):
+        table("Trade-offs, most INT8 first", TRADE_OFF_COLUMNS, trade_off_rows(found))
+    note(f"wrote {', '.join(str(file) for file in made.files)}")
     if as_json:
         print_json({"files": [str(file) for file in made.files], "record": dict(made.record)})

@@ -25,16 +25,19 @@ from fcos_deploy.report import LayerRow, MixedPrecisionPart, TrialPoint
 
 __all__ = [
     "SUFFIX",
+    "TRADE_OFF_COLUMNS",
     "TimedTrial",
     "TradeOffs",
     "find_trade_offs",
     "read_trade_offs",
     "report_part",
     "time_trials",
+    "trade_off_rows",
     "write_trade_offs",
 ]
 
 SUFFIX = ".mixed-precision.json"
+TRADE_OFF_COLUMNS = ("layers in float", "in INT8, %", "AP", "drop", "p50 ms", "")
 _TIMING = TimingOptions(rounds=6, block=4, warmup=2)
 
 
@@ -97,6 +100,26 @@ def find_trade_offs(models: Sequence[Path]) -> tuple[TradeOffs, ...]:
     return tuple(read_trade_offs(path) for path in found)
 
 
+def trade_off_rows(found: TradeOffs) -> list[tuple[str, ...]]:
+    """For ``TRADE_OFF_COLUMNS``."""
+    rows = [
+        (
+            str(len(timed.trial.kept)),
+            f"{100 * timed.trial.int8_share:.1f}",
+            f"{timed.trial.score:.4f}",
+            f"{found.float_score - timed.trial.score:.4f}",
+            _milliseconds(timed.p50_ms),
+            "chosen" if timed.trial.kept == found.kept else "",
+        )
+        for timed in found.trials
+    ]
+    return [*rows, ("all", "0.0", f"{found.float_score:.4f}", "-", _milliseconds(found.float_p50_ms), "float")]
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
 def report_part(found: TradeOffs) -> MixedPrecisionPart:
     """What a report shows of them."""
     trials = tuple(
@@ -111,7 +134,7 @@ def report_part(found: TradeOffs) -> MixedPrecisionPart:
     )
     layers = tuple(
         LayerRow(
-            layer=item.layer,
+            layer=item.layer.removesuffix(".weight"),
             classes=item.effect.classes,
             boxes=item.effect.boxes,
             centerness=item.effect.centerness,

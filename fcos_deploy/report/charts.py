@@ -121,6 +121,7 @@ def _latency_histogram(data: ReportData) -> Chart | None:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_ylabel(row.variant, rotation=0, ha="right", va="center")
+    panels[-1, 0].set_xlim(left=0)
     panels[-1, 0].set_xlabel("latency of one image (ms)")
     text = (
         "How often each latency occurred (height: share of the samples of that row), up to the 99th percentile of all."

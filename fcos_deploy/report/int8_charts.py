@@ -32,6 +32,7 @@ def _trade_offs(part: MixedPrecisionPart) -> Chart:
     _draw(right, part, timed, float_at=part.float_p50_ms)
     left.set(xlabel="multiply-accumulates in INT8 (%)", ylabel="AP (IoU 0.50 to 0.95)", xlim=(-4, 104))
     right.set(xlabel="median latency of one image (ms)")
+    right.margins(x=0.08)
     right.set_xlim(left=0)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4)
     text = (

@@ -1,7 +1,7 @@
 """kill -9 at seeded moments of the commands themselves: the old state or the finished one, and the rerun completes.
 
 ``FCOS_DEPLOY_KILLS=50`` kills each command 50 times (``-s`` shows what was counted), ``FCOS_DEPLOY_KILLS_SEED`` chooses
-other moments; without them, a few times. Half of the moments are file operations
+other moments; without them, twice each. Half of the moments are file operations
 below the output's folder, counted by an audit hook; the others are points in time, anywhere in the computation.
 """
 
@@ -23,7 +23,7 @@ import pytest
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.bundle.resume import Journal
 
-KILLS = int(os.environ.get("FCOS_DEPLOY_KILLS", "4"))
+KILLS = int(os.environ.get("FCOS_DEPLOY_KILLS", "2"))
 SEED = int(os.environ.get("FCOS_DEPLOY_KILLS_SEED", "50"))
 
 # Runs commands in children of its own, so that the frameworks are imported once.

@@ -235,14 +235,15 @@ RUNTIMES = {"ONNX Runtime": _onnxruntime, "OpenVINO": _openvino}
 
 
 def _time(runs: dict[str, Callable[[object], object]], feed: object, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds; one inference of every variant a round, so that all of them meet the same other load."""
+    """Milliseconds; one inference of every variant a round, in rotating order, so that all meet the same other load."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 2):
-        for name, run in runs.items():
+    names = list(runs)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            runs[name](feed)  # caches are still another variant's
             started = time.perf_counter()
-            run(feed)
-            if round_ >= 2:
-                taken[name].append((time.perf_counter() - started) * 1e3)
+            runs[name](feed)
+            taken[name].append((time.perf_counter() - started) * 1e3)
     return taken
 
 

@@ -174,7 +174,10 @@ def _controlled(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, 
             images,
             Path(folder) / request.output.name,
             goal=NncfGoal(
-                max_drop=goal.max_map_drop, images=len(run_score), score=run_score, iterations=goal.evaluations
+                max_drop=goal.max_map_drop,
+                images=len(run_score),
+                score=run_score,
+                iterations=max(1, goal.evaluations - 1),
             ),
             progress=progress,
         )

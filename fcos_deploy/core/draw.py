@@ -18,6 +18,7 @@ __all__ = ["DrawOptions", "class_color", "draw_detections"]
 
 Color = tuple[int, int, int]  # red, green, blue
 
+_SMALLEST_WITH_TEXT = 80  # pixels of the shorter side: below, the smallest legible label hides the picture
 _GOLDEN_RATIO = 0.618033988749895
 
 
@@ -51,7 +52,10 @@ def draw_detections(
     *,
     options: DrawOptions | None = None,
 ) -> NDArray[np.uint8]:
-    """A copy of ``image`` (h, w, 3) uint8 RGB with boxes and labels; boxes are in its pixels, the best on top."""
+    """A copy of ``image`` (h, w, 3) uint8 RGB with boxes and labels; boxes are in its pixels, the best on top.
+
+    An image too small for legible text gets thin boxes alone.
+    """
     options = options or DrawOptions()
     canvas = np.ascontiguousarray(image).copy()
     pen = _Pen.for_image(canvas.shape[:2], width=options.line_width)
@@ -60,7 +64,7 @@ def draw_detections(
     items.sort(key=lambda item: item[1])
     for box, _, label in items:
         _draw_box(canvas, box, color=class_color(label), pen=pen)
-    if options.show_labels:
+    if options.show_labels and pen.outline:
         labels = [
             _Label(_text(score, label, names=names, options=options), box, class_color(label))
             for box, score, label in items
@@ -83,9 +87,10 @@ class _Label:
 
 @dataclass(frozen=True, slots=True)
 class _Pen:
-    """Sizes in pixels that fit an image: line width, text scale and thickness, margin around text."""
+    """Sizes in pixels that fit an image: line width and its dark outline, text scale and thickness, margin of text."""
 
     width: int
+    outline: int
     scale: float
     thickness: int
     margin: int
@@ -96,6 +101,7 @@ class _Pen:
         scale = min(max(shorter / 1100, 0.38), 4.0)
         return cls(
             width=width or max(1, round(shorter / 320)),
+            outline=2 if shorter >= _SMALLEST_WITH_TEXT else 0,
             scale=scale,
             thickness=max(1, round(scale * 1.6)),
             margin=max(2, round(scale * 5)),
@@ -125,8 +131,8 @@ def _draw_box(canvas: NDArray[np.uint8], box: Sequence[float], *, color: Color, 
     left, top, right, bottom = (
         round(min(max(value, 0), limit - 1)) for value, limit in zip(box, (width, height, width, height), strict=True)
     )
-    # A thin dark line around the coloured one separates it from any background.
-    cv2.rectangle(canvas, (left, top), (right, bottom), (16, 16, 16), pen.width + 2)
+    if pen.outline:  # A thin dark line around the coloured one separates it from any background.
+        cv2.rectangle(canvas, (left, top), (right, bottom), (16, 16, 16), pen.width + pen.outline)
     cv2.rectangle(canvas, (left, top), (right, bottom), color, pen.width)
 
 

@@ -109,6 +109,13 @@ def test_tiny_images(shape: tuple[int, int]) -> None:
     assert draw_detections(image, detections((0, 0, 2, 2)), ["a long name"]).shape == image.shape
 
 
+def test_a_label_does_not_hide_a_small_picture() -> None:
+    small = np.full((48, 64, 3), 128, np.uint8)
+    drawn = (draw_detections(small, detections((5, 5, 30, 30)), ["cell"]) != small).any(axis=2)
+    assert drawn[5, 5:31].all()
+    assert drawn.sum() == 4 * 25
+
+
 def test_class_without_a_name_and_boxes_that_are_not_finite() -> None:
     found = detections((np.nan, 0, 10, 10), (np.inf, 0, 10, 10), (5, 5, 50, 50), labels=(7, -1, 3))
     assert changed(draw_detections(GRAY, found, ["only one"])).any()

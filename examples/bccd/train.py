@@ -31,7 +31,6 @@ from fcos_deploy.model.losses import fcos_losses
 from fcos_deploy.model.targets import Targets, assign_targets
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CANVAS = (320, 416)  # height, width: BCCD's 480 x 640 at 0.65, padded to a multiple of 32
 BODIES: dict[str, Callable[[int], FcosConfig]] = {
     "demo": lambda classes: resnet_config(18, num_classes=classes, stem_channels=32, fpn_channels=96),
     "resnet50": lambda classes: resnet_config(50, num_classes=classes),
@@ -141,16 +140,16 @@ def learning_rate(progress: float, *, peak: float) -> float:
 def epoch_canvas(epoch: int, options: argparse.Namespace) -> tuple[int, int]:
     """The reduced size for the first epochs, then the deployed one."""
     reduced = epoch < (1 - options.full_size_share) * options.epochs
-    return tuple(options.reduced_size) if reduced else CANVAS
+    return tuple(options.reduced_size if reduced else options.size)
 
 
-def save(model: nn.Module, classes: list[str], path: Path) -> None:
+def save(model: nn.Module, classes: list[str], path: Path, *, size: tuple[int, int]) -> None:
     """fp16 safetensors, with what shapes do not tell in the metadata."""
     tensors = {k: v.half().cpu().contiguous() for k, v in model.state_dict().items() if v.is_floating_point()}
     metadata = {
         "ecosystem": "torchvision",
         "classes": json.dumps(classes),
-        "input_size": f"{CANVAS[0]}x{CANVAS[1]}",
+        "input_size": f"{size[0]}x{size[1]}",
         "score_threshold": "0.05",
     }
     temporary = path.with_suffix(".partial")
@@ -207,7 +206,7 @@ def train(options: argparse.Namespace) -> None:
             state = {"model": model.state_dict(), "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**state, "epoch": epoch + 1, "updates": ema.updates}, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").replace(state_path)
-            save(ema.model, classes, options.output)
+            save(ema.model, classes, options.output, size=options.size)
 
 
 def main() -> None:
@@ -219,6 +218,8 @@ def main() -> None:
         "--body", choices=sorted(BODIES), default="demo", help="resnet50: torchvision's, for benchmarks"
     )
     parser.add_argument("--epochs", type=int, default=100)
+    size_help = "height and width; the default is BCCD's 480 x 640 at 0.65, padded to a multiple of 32"
+    parser.add_argument("--size", type=int, nargs=2, default=(320, 416), metavar=("HEIGHT", "WIDTH"), help=size_help)
     parser.add_argument("--reduced-size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--full-size-share", type=float, default=0.4, help="share of the epochs at the deployed size")
     parser.add_argument("--batch", type=int, default=8)

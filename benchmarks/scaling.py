@@ -39,6 +39,7 @@ SIZES = (160, 224, 320, 448, 640)
 CLASSES = (1, 20, 80, 320, 1000)
 DEPTHS = (18, 34, 50, 101)
 STEPS = ("export", "simplify", "calibrate")
+WHOLE = "export-and-simplify"  # as the command does it, comparing once less
 
 
 def image() -> np.ndarray:
@@ -156,6 +157,8 @@ def work_step(work: Path, *, step: str, depth: int, size: int) -> str:
     if step == "export":
         subject = resnet_subject(2, size=(size, size), classes=80, depth=depth)
         export_onnx(subject.loaded, plain, options=ExportOptions(simplify=False))
+    elif step == WHOLE:
+        export_onnx(resnet_subject(2, size=(size, size), classes=80, depth=depth).loaded, plain)
     elif step == "simplify":
         simplify_onnx(plain, simple)
     else:
@@ -194,7 +197,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--plots", type=Path, help="folder for one SVG")
     parser.add_argument("-o", "--output", type=Path, help="the tables as Markdown")
-    parser.add_argument("--worker", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*STEPS, WHOLE), help=argparse.SUPPRESS)
     parser.add_argument("--depth", type=int, default=50, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=320, help=argparse.SUPPRESS)
     options = parser.parse_args()

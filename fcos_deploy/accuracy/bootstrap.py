@@ -6,8 +6,10 @@ about as much as one more evaluation.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,13 +129,16 @@ def _match_image(iou: NDArray[np.float64], crowd: NDArray[np.bool_]) -> tuple[ND
     return correct, ignored
 
 
-def weighted_ap(matches: list[ClassMatches], weights: NDArray[np.float32]) -> NDArray[np.float64]:
+def weighted_ap(
+    matches: list[ClassMatches], weights: NDArray[np.float32], *, dtype: type[np.floating[Any]] = np.float64
+) -> NDArray[np.float64]:
     """AP when image ``i`` counts ``weights[r, i]`` times: (resamples, images) -> (resamples,) float64.
 
     With all weights 1 it is COCO's AP; NaN where no object remains. Detections of one image that tie in score keep
     their order when the image counts several times, while copies of the image would alternate.
+    ``dtype`` of the precisions: float32 is good to seven digits and takes half the time.
     """
-    per_class = np.stack([_class_ap(m, weights) for m in matches])
+    per_class = np.stack([_class_ap(m, weights, dtype) for m in matches])
     defined = np.isfinite(per_class)
     total = np.where(defined, per_class, 0.0).sum(0)
     count = defined.sum(0)
@@ -141,56 +146,70 @@ def weighted_ap(matches: list[ClassMatches], weights: NDArray[np.float32]) -> ND
     return means
 
 
-def _class_ap(matches: ClassMatches, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+def _class_ap(
+    matches: ClassMatches, weights: NDArray[np.float32], dtype: type[np.floating[Any]]
+) -> NDArray[np.float64]:
     step = max(1, _CHUNK // max(1, len(matches.scores)))
-    parts = [_class_ap_chunk(matches, weights[i : i + step]) for i in range(0, len(weights), step)]
+    parts = [_class_ap_chunk(matches, weights[i : i + step], dtype) for i in range(0, len(weights), step)]
     return np.concatenate(parts)
 
 
-def _class_ap_chunk(matches: ClassMatches, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+# Below, resamples are the last axis: what is done for all of them at a time is then contiguous in memory.
+
+
+def _class_ap_chunk(
+    matches: ClassMatches, weights: NDArray[np.float32], dtype: type[np.floating[Any]]
+) -> NDArray[np.float64]:
     objects = (weights @ matches.positives.astype(np.float32)).astype(np.int64)
     total = np.zeros(len(weights))
     if len(matches.scores):
-        drawn, needed = weights[:, matches.image], _needed_hits(objects)
-        all_seen = np.cumsum(drawn, axis=1, dtype=np.float32)
+        drawn, points = np.ascontiguousarray(weights.T)[matches.image], _RecallPoints(objects)
+        all_seen = _running(np.add, drawn)
         for right, outside in zip(matches.correct, matches.ignored, strict=True):
-            seen = np.cumsum(drawn * ~outside, axis=1, dtype=np.float32) if outside.any() else all_seen
-            total += _threshold_ap(drawn[:, right], seen[:, right], needed=needed)
+            seen = _running(np.add, drawn * ~outside[:, None]) if outside.any() else all_seen
+            total += _threshold_ap(drawn[right], seen[right].astype(dtype, copy=False), points=points)
     return np.where(objects > 0, total / len(matches.correct), np.nan)
 
 
-def _needed_hits(objects: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many objects must be found to reach each recall: (r,) -> (r, 101), with COCO's own rounding."""
-    count = np.maximum(objects, 1)[:, None]
-    points = np.array(RECALL_POINTS)
-    least: NDArray[np.int64] = np.maximum(np.floor(points * count).astype(np.int64) - 1, 0)
-    for _ in range(2):
-        least += least / count < points
-    return least
+def _running(operation: np.ufunc, rows: NDArray[Any]) -> NDArray[Any]:
+    """``operation.accumulate`` along the first axis, three times as fast for long rows."""
+    done = rows.copy()
+    for above, row in itertools.pairwise(done):
+        operation(above, row, out=row)
+    return done
 
 
-def _threshold_ap(
-    drawn: NDArray[np.float32], seen: NDArray[np.float32], *, needed: NDArray[np.int64]
-) -> NDArray[np.float64]:
+class _RecallPoints:
+    """How many of COCO's 101 recalls are reached with so many objects found, for resamples with ``objects`` (r,)."""
+
+    def __init__(self, objects: NDArray[np.int64]) -> None:
+        counts, kind = np.unique(objects, return_inverse=True)
+        found = np.arange(int(counts.max(initial=0)) + 1)
+        recall = np.minimum(found[None] / np.maximum(counts, 1)[:, None], 1.0)
+        self._table = np.searchsorted(np.array(RECALL_POINTS), recall, side="right").astype(np.float32).ravel()
+        self._start = (kind * len(found)).astype(np.int32)
+
+    def reached(self, hits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """hits: (t, r) objects found -> (t, r) recalls."""
+        return self._table.take(hits.astype(np.int32) + self._start)
+
+
+def _threshold_ap(drawn: NDArray[np.float32], seen: NDArray[Any], *, points: _RecallPoints) -> NDArray[np.float64]:
     """Mean interpolated precision at 101 recalls -> (r,).
 
-    drawn, seen: (r, t) of the t right detections, best first: how often each counts, and how many detections count up
-    to it. Precision changes for the better only where a detection is right, so the others are not needed.
+    drawn, seen: (t, r) of the t right detections, best first: how often each counts, and how many detections count up
+    to it, which is of the type that precision is computed in. Precision changes for the better only where a detection
+    is right, so the others are not needed.
     """
-    rows, width = drawn.shape
-    if not width:
-        return np.zeros(rows)
-    hits = np.cumsum(drawn, axis=1, dtype=np.float32)
-    precision = hits / np.maximum(seen, 1.0).astype(np.float64)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    # One sorted sequence of integers for all rows, so that one search serves them all.
-    offset = np.arange(rows)[:, None]
-    step = int(max(hits.max(), needed.max())) + 1
-    position = np.searchsorted((hits.astype(np.int64) + offset * step).ravel(), (needed + offset * step).ravel())
-    position = position.reshape(needed.shape) - offset * width
-    reached = position < width
-    found = np.take_along_axis(envelope, np.minimum(position, width - 1), axis=1)
-    summed: NDArray[np.float64] = np.where(reached, found, 0.0).sum(1)
+    if not len(drawn):
+        return np.zeros(drawn.shape[1])
+    hits = _running(np.add, drawn)
+    precision = hits / np.maximum(seen, seen.dtype.type(1))
+    envelope = _running(np.maximum, precision[::-1])[::-1]
+    # Each right detection answers for the recalls that are reached with it and were not before.
+    new = points.reached(hits)
+    new[1:] -= new[:-1].copy()
+    summed: NDArray[np.float64] = np.einsum("tr,tr->r", envelope, new).astype(np.float64)
     return summed / len(RECALL_POINTS)
 
 
@@ -198,7 +217,8 @@ def sample_ap(matches: list[ClassMatches], *, resamples: int = 1000, seed: int =
     """AP of the data and of each resample; runs with the same ``seed`` and images are resampled alike."""
     positives = np.stack([m.positives for m in matches])
     weights = _weights(positives.shape[1], resamples=resamples, seed=seed)
-    return ApSamples(weighted_ap(matches, weights), positives, seed)
+    exact, resampled = weighted_ap(matches, weights[:1]), weighted_ap(matches, weights[1:], dtype=np.float32)
+    return ApSamples(np.concatenate([exact, resampled]), positives, seed)
 
 
 def ap_interval(samples: ApSamples, *, confidence: float = 0.95) -> ApInterval:

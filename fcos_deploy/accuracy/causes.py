@@ -144,7 +144,8 @@ def picture_place_causes(reference: NDArray[np.float32], candidate: NDArray[np.f
     )
     if max(abs(down), abs(right)) < _FAR:
         return []
-    share = explained(reference, candidate, shifted(reference, right, down))
+    # What leaves the canvas on one side is padding, and comes back on the other.
+    share = explained(reference, candidate, np.roll(reference, (down, right), axis=(1, 2)))
     text = f"the picture lies {right:+d} pixels to the right and {down:+d} down: it is padded on another side"
     return [Cause(name="padding", sentence=text, explained=share)] if share > 0.5 else []
 

@@ -113,14 +113,15 @@ def _truth_json(dataset: Dataset) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for image in dataset.images:
         truth = dataset.truth[image.image_id]
-        for box, category, area, crowd in zip(truth.boxes, truth.classes, truth.areas, truth.crowd, strict=True):
+        rows = _xywh(truth.boxes), truth.classes.tolist(), truth.areas.tolist(), truth.crowd.tolist()
+        for box, category, area, crowd in zip(*rows, strict=True):
             annotations.append(
                 {
                     "id": len(annotations) + 1,  # COCO's matching takes 0 for "no match".
                     "image_id": image.image_id,
-                    "category_id": int(category) + 1,
-                    "bbox": _xywh(box),
-                    "area": float(area),
+                    "category_id": category + 1,
+                    "bbox": box,
+                    "area": area,
                     "iscrowd": int(crowd),
                 }
             )
@@ -134,17 +135,20 @@ def _truth_json(dataset: Dataset) -> dict[str, Any]:
 def _detections_json(dataset: Dataset, detections: Mapping[int, Detections]) -> list[dict[str, Any]]:
     known = range(len(dataset.class_names))
     return [
-        {"image_id": image.image_id, "category_id": int(label) + 1, "bbox": _xywh(box), "score": float(score)}
+        {"image_id": image.image_id, "category_id": label + 1, "bbox": box, "score": score}
         for image in dataset.images
         for box, score, label in zip(*_columns(detections[image.image_id]), strict=True)
-        if int(label) in known
+        if label in known
     ]
 
 
-def _columns(found: Detections) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    return found.boxes, found.scores, found.labels
+def _columns(found: Detections) -> tuple[list[list[float]], list[float], list[int]]:
+    return _xywh(found.boxes), found.scores.tolist(), found.labels.tolist()
 
 
-def _xywh(box: NDArray[Any]) -> list[float]:
-    x1, y1, x2, y2 = (float(v) for v in box)
-    return [x1, y1, x2 - x1, y2 - y1]
+def _xywh(boxes: NDArray[Any]) -> list[list[float]]:
+    """(n, 4) xyxy to n lists of x, y, width, height; in float64, as the evaluator computes."""
+    exact = boxes.astype(np.float64)
+    exact[:, 2:] -= exact[:, :2]
+    listed: list[list[float]] = exact.tolist()
+    return listed

@@ -170,19 +170,31 @@ def assign(weights: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.
 
     weights: (n, m), not negative; pairs of weight 0 are left out. Rows ascend in the result.
     """
-    if not weights.any():
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    # Only rows and columns with a choice take part; the solver needs at least as many columns as rows.
-    rows, columns = np.flatnonzero(weights.any(1)), np.flatnonzero(weights.any(0))
+    possible = weights > 0
+    # Most have one partner, which has no other: they need no solver.
+    alone = possible & (possible.sum(1) == 1)[:, None] & (possible.sum(0) == 1)
+    settled = np.argwhere(alone)
+    rows, columns = np.flatnonzero(possible.any(1) & ~alone.any(1)), np.flatnonzero(possible.any(0) & ~alone.any(0))
+    contested = _assign_contested(weights, rows, columns)
+    pairs = np.concatenate([settled, contested]) if len(contested) else settled
+    pairs = pairs[np.argsort(pairs[:, 0])]
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _assign_contested(
+    weights: NDArray[np.float64], rows: NDArray[np.int64], columns: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Pairs (m, 2) among some rows and columns."""
+    if not len(rows):
+        return np.zeros((0, 2), np.int64)
     part = weights[np.ix_(rows, columns)]
-    if len(rows) > len(columns):
+    if len(rows) > len(columns):  # The solver needs at least as many columns as rows.
         column_rows = _solve(-part.T)
         pairs = np.stack([column_rows, np.arange(len(columns))], 1)
     else:
         pairs = np.stack([np.arange(len(rows)), _solve(-part)], 1)
     pairs = pairs[part[pairs[:, 0], pairs[:, 1]] > 0]
-    pairs = pairs[np.argsort(pairs[:, 0])]
-    return rows[pairs[:, 0]], columns[pairs[:, 1]]
+    return np.stack([rows[pairs[:, 0]], columns[pairs[:, 1]]], 1)
 
 
 def _solve(cost: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -44,7 +44,6 @@ class ParityOptions:
 
     tolerance: Tolerance | None = None
     matching: MatchOptions = field(default_factory=MatchOptions)
-    min_match_rate: float = 0.98
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,7 @@ def compare_stages(
         {i: image.candidate_found for i, image in enumerate(seen)},
         options=options.matching,
     )
-    stages.append(_final_stage(agreement, options))
+    stages.append(_final_stage(agreement, tolerance))
     report = ParityReport(stages=tuple(stages), agreement=agreement)
     if report.first is None:
         return report
@@ -172,10 +171,10 @@ def _finish(detector: Detector, outputs: Tensors, letterbox: Letterbox, *, strid
     return postprocess(outputs, contract, index=0, input_size=size, letterbox=letterbox)
 
 
-def _final_stage(agreement: DetectionAgreement, options: ParityOptions) -> StageResult:
+def _final_stage(agreement: DetectionAgreement, tolerance: Tolerance) -> StageResult:
     detail = (
         f"{agreement.match_rate:.1%} agree ({agreement.missed} missed, {agreement.invented} invented of "
         f"{agreement.reference}), boxes within {agreement.box_delta_px.max_abs:.3g} pixels, "
         f"scores within {agreement.score_delta.max_abs:.3g}"
     )
-    return StageResult(stage="detections", passed=agreement.match_rate >= options.min_match_rate, detail=detail)
+    return StageResult(stage="detections", passed=agreement.match_rate >= tolerance.min_match_rate, detail=detail)

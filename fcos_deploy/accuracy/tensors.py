@@ -39,10 +39,15 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """What rounding alone may do to a tensor: largest difference over RMS, and least signal to difference in dB."""
+    """What rounding alone may do: to a tensor, and to the detections.
+
+    ``relative``: largest difference over RMS. ``min_sqnr_db``: least signal to difference. ``min_match_rate``: least
+    share of detections that agree, in 0..1.
+    """
 
     relative: float
     min_sqnr_db: float
+    min_match_rate: float = 0.98
 
     def holds(self, difference: TensorDifference) -> bool:
         """Whether the difference can be rounding."""
@@ -53,13 +58,13 @@ class Tolerance:
 # Rounding to k mantissa bits leaves about 6.02 k + 5 dB; a network of fifty layers loses some 10 dB of it.
 _BY_COMPUTE: dict[ComputeType, Tolerance] = {
     ComputeType.F32: Tolerance(relative=1e-3, min_sqnr_db=80.0),
-    ComputeType.F16: Tolerance(relative=0.1, min_sqnr_db=40.0),
-    ComputeType.BF16: Tolerance(relative=0.5, min_sqnr_db=22.0),
+    ComputeType.F16: Tolerance(relative=0.1, min_sqnr_db=40.0, min_match_rate=0.97),
+    ComputeType.BF16: Tolerance(relative=0.5, min_sqnr_db=22.0, min_match_rate=0.95),
 }
 _BY_PRECISION: dict[Precision, Tolerance] = {
-    Precision.FP32: Tolerance(relative=0.0, min_sqnr_db=math.inf),
+    Precision.FP32: Tolerance(relative=0.0, min_sqnr_db=math.inf, min_match_rate=1.0),
     Precision.FP16: _BY_COMPUTE[ComputeType.F16],
-    Precision.INT8: Tolerance(relative=4.0, min_sqnr_db=10.0),
+    Precision.INT8: Tolerance(relative=4.0, min_sqnr_db=10.0, min_match_rate=0.9),
 }
 
 
@@ -69,6 +74,7 @@ def tolerance_for(precision: Precision, compute: ComputeType) -> Tolerance:
     return Tolerance(
         relative=max(by_precision.relative, by_compute.relative),
         min_sqnr_db=min(by_precision.min_sqnr_db, by_compute.min_sqnr_db),
+        min_match_rate=min(by_precision.min_match_rate, by_compute.min_match_rate),
     )
 
 

@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.causes import activation_causes, explained, level_causes, pixel_causes, shifted
+from fcos_deploy.accuracy.causes import (
+    activation_causes,
+    class_causes,
+    explained,
+    level_causes,
+    picture_place_causes,
+    pixel_causes,
+    shifted,
+)
+from fcos_deploy.accuracy.layers import Layer, layer_causes
 from fcos_deploy.accuracy.stages import level_slices
 from fcos_deploy.accuracy.tensors import measure_difference, tolerance_for
 from fcos_deploy.core.backend import ComputeType
@@ -89,6 +98,53 @@ def test_swapped_levels_are_found() -> None:
     (cause,) = level_causes(mine, {"cls_logits": mine["cls_logits"][:, order]}, levels)
     assert cause.sentence == "the levels P5 and P4 are swapped"
     assert level_causes(mine, {"cls_logits": rng.standard_normal((1, levels[-1].stop, 2))}, levels) == []
+
+
+def test_a_picture_on_another_side_of_its_canvas() -> None:
+    canvas = np.zeros((3, 96, 128), np.float32)
+    mine, theirs = canvas.copy(), canvas.copy()
+    mine[:, :64, :80] = picture()
+    theirs[:, 32:, 24:104] = picture()
+    (cause,) = picture_place_causes(mine, theirs)
+    assert cause.sentence == "the picture lies +24 pixels to the right and +32 down: it is padded on another side"
+    assert cause.explained > 0.99
+    assert picture_place_causes(mine, mine) == []
+
+
+def test_classes_in_another_order() -> None:
+    logits = np.random.default_rng(0).standard_normal((1, 200, 4))
+    names = ["a", "b", "c", "d"]
+    (cause,) = class_causes(logits, logits[..., [2, 1, 0, 3]] + 1e-3, names)
+    assert cause.sentence.endswith("the channels give 'c' in place of 'a', 'a' in place of 'c'")
+    assert class_causes(logits, logits * 1.1, names) == []
+    assert class_causes(logits, np.random.default_rng(1).standard_normal((1, 200, 4)), names) == []
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "sentence"),
+    [
+        (Layer("x", "Relu"), Layer("x", "Exp"), "x: the operator is Exp in place of Relu"),
+        (Layer("x", "Conv", {"pads": "1"}), Layer("x", "Conv", {"pads": "0"}), "x: pads is 0 in place of 1"),
+        (
+            Layer("x", "Mul", {}, {"constant": np.array([8.0])}),
+            Layer("x", "Mul", {}, {"constant": np.array([16.0])}),
+            "x: the constant is 16 in place of 8",
+        ),
+        (
+            Layer("x", "Conv", {}, {"weights": np.ones(9), "bias": np.ones(8)}),
+            Layer("x", "Conv", {}, {"weights": np.ones(9)}),
+            "x: the bias of the reference is missing",
+        ),
+    ],
+)
+def test_a_layer_says_what_differs(mine: Layer, theirs: Layer, sentence: str) -> None:
+    assert layer_causes(mine, theirs, measure_difference(np.ones(3), np.zeros(3)))[0].sentence == sentence
+
+
+def test_weights_that_the_graph_computes_are_not_missing() -> None:
+    mine = Layer("x", "Conv", {}, {"weights": np.ones(9)})
+    (cause,) = layer_causes(mine, Layer("x", "Conv", {}, {"weights": None}), measure_difference(np.ones(3), np.ones(3)))
+    assert cause.name == "arithmetic"
 
 
 def test_activation_is_found_from_distances_alone() -> None:

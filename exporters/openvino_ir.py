@@ -103,7 +103,7 @@ def _convert(
             openvino.save_model(model, str(xml), compress_to_fp16=half)
             check = _check(core, model, xml, contract=contract, half=half)
             written.replace(binary)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             full = "iostream error" in str(error)
             raise BuildError(

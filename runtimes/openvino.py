@@ -165,7 +165,7 @@ def _compile(core: Any, path: Path, *, device: str, settings: Mapping[str, str])
         raise BackendLoadError(f"'{path}' has no '{path.stem}.bin' beside it.", hint="copy both files together")
     try:
         compiled = core.compile_model(str(path), device, dict(settings))
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # its message quotes the file's bytes, whatever they are
         raise BackendLoadError(f"OpenVINO cannot open '{path}' on {device}: {_reason(error)}") from error
     chosen = compiled.get_property("EXECUTION_DEVICES")
     if chosen not in ([device], device):  # Some plug-ins answer with a list.
@@ -287,8 +287,9 @@ def _name(port: Any) -> str:
     return str(next(own, port.any_name))
 
 
-def _reason(error: RuntimeError) -> str:
-    """OpenVINO's text without the places in its sources."""
-    lines = [line.strip() for line in str(error).splitlines()]
+def _reason(error: RuntimeError | UnicodeDecodeError) -> str:
+    """OpenVINO's text without the places in its sources; it may hold bytes that are no text."""
+    text = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
+    lines = [line.strip() for line in text.splitlines()]
     told = [line for line in lines if line and not re.match(r"(Exception from|Check .* failed at) ", line)]
-    return (" ".join(told)[:300] or str(error)[:300]).rstrip(". ") + "."
+    return (" ".join(told)[:300] or text[:300]).rstrip(". ") + "."

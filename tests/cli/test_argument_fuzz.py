@@ -103,7 +103,7 @@ def _command_lines(draw: st.DrawFn) -> list[str]:
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(arguments=_command_lines())
 def test_any_arguments(arguments: list[str], place: Path) -> None:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from fcos_deploy.bundle.integrity import check_external_data
 from fcos_deploy.core.contract_io import find_contract
-from fcos_deploy.core.errors import FcosDeployError
+from fcos_deploy.core.errors import BackendLoadError, FcosDeployError
 from fcos_deploy.core.onnx_interface import onnx_interface
+from fcos_deploy.detector import Detector
 
 pytest.importorskip("onnx")
 
@@ -77,3 +78,14 @@ def test_runtimes_refuse_or_run_and_their_process_lives(backend: str, tiny_onnx:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split().count("refused") > 0
     assert len(done.stdout.split()) == count
+
+
+def test_bytes_that_are_no_text_in_a_runtimes_message(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Found by the test above: the runtimes quote the operator's name, which is not UTF-8."""
+    content = tiny_onnx.read_bytes()
+    place = content.index(b"\x22\x04Conv")  # NodeProto.op_type
+    (tmp_path / "m.onnx").write_bytes(content[:place] + b"\x22\x04Co\xadv" + content[place + 6 :])
+    for backend in ("onnxruntime", "openvino"):
+        pytest.importorskip(backend)
+        with pytest.raises(BackendLoadError, match=r"Co.v|utf-8"):
+            Detector.open(tmp_path / "m.onnx", backend=backend)

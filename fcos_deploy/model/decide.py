@@ -57,6 +57,11 @@ def _with_names(rules: Rules, network: FcosConfig) -> Rules:
 
 def _with_input(rules: Rules) -> Rules:
     """float32 keeps the ecosystem's own arithmetic; pixels that stay uint8 are resized before they are normalised."""
+    if rules.input_size is None and rules.shortest is None:
+        raise ConfigError(
+            "The configuration in the file resizes without keeping the ratio (keep_ratio=False), which we do not.",
+            hint="give --input-size HxW, or --shortest and --longest; both keep the ratio, so compare the accuracy",
+        )
     default = InputDtype.FLOAT32 if rules.input_size is None else InputDtype.UINT8
     dtype = rules.input_dtype or default
     if rules.input_dtype is None:

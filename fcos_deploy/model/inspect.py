@@ -14,12 +14,12 @@ from fcos_deploy.core.contract_io import read_contract, sidecar_path
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
 from fcos_deploy.core.network import BlockType, BodyType, FcosConfig
-from fcos_deploy.core.onnx_interface import onnx_interface
 from fcos_deploy.core.serialize import to_json
-from fcos_deploy.core.tensor_spec import TensorSpec
+from fcos_deploy.model.describe import CheckpointDescription, describe_checkpoint
+from fcos_deploy.model.stored_tensor import count_of
 
 if TYPE_CHECKING:
-    from fcos_deploy.model.checkpoint import CheckpointDescription
+    from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = ["Inspection", "contract_facts", "inspect_file"]
 
@@ -74,8 +74,6 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
         return _inspect_onnx(path)
     if path.suffix == ".xml" or (path.suffix not in _WITHOUT_SIDECAR and sidecar_path(path).is_file()):
         return _inspect_engine(path)
-    from fcos_deploy.model.checkpoint import describe_checkpoint
-
     described = describe_checkpoint(path, options=options)
     facts = (*_network_facts(described), *contract_facts(described.contract))
     return Inspection(path, "checkpoint", facts, described.decisions, described.contract)
@@ -115,7 +113,7 @@ def _network_facts(described: CheckpointDescription) -> tuple[tuple[str, str], .
         ("towers", towers + (f" after {config.shared_convs} shared" if config.shared_convs else "")),
         ("norms", f"body: batch norm, eps {config.norm_eps:g}; towers: {config.tower_norm}"),
         ("scales", "one a level" if config.has_scales else "none"),
-        ("weights", f"{sum(t.numel() for t in weights):,} numbers, {', '.join(dtypes)}"),
+        ("weights", f"{sum(map(count_of, weights)):,} numbers, {', '.join(dtypes)}"),
         ("read by", described.reader),
     )
 
@@ -131,6 +129,8 @@ def _body(config: FcosConfig) -> str:
 
 
 def _inspect_onnx(path: Path) -> Inspection:
+    from fcos_deploy.core.onnx_interface import onnx_interface  # with NumPy, which a checkpoint does without
+
     graph = onnx_interface(path)
     facts = [
         ("opset", str(graph.opset)),

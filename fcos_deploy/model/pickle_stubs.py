@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+import math
+from typing import TYPE_CHECKING, Any
 
 from fcos_deploy.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["DATA_GLOBALS", "Inert", "PickledArray", "StatefulStub", "UnsafeGlobalError", "checked_key"]
 
@@ -31,19 +33,54 @@ class PickledArray:
     def __init__(self, *_: object) -> None:
         self.state: object = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return self._facts()[0]
+
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of it."""
+        return self._facts()[1]
+
+    def check(self) -> None:
+        """Raise CheckpointError when the state is not that of an array of plain numbers."""
+        self._facts()
+
     def take(self) -> NDArray[Any]:
         """A copy as an array of plain numbers; the pickled bytes are let go, so that memory holds them only once.
 
         Raises:
             CheckpointError: when the state is not that of such an array.
         """
+        array = self._view()
+        self.state = None
+        return array.copy()
+
+    def tolist(self) -> Any:  # Any: nested lists
+        """The numbers."""
+        return self._view().tolist()
+
+    def _facts(self) -> tuple[tuple[int, ...], str]:
         try:
             state: Any = self.state  # Any: what it is not is caught below
-            _, shape, dtype, fortran, content = state
-            array = np.frombuffer(_raw(content), dtype.resolve())
-            self.state = None
-            return array.reshape(tuple(shape), order="F" if fortran else "C").copy()
+            _, shape, dtype, _, content = state
+            found, size = dtype.name, _length(content)
+            axes = tuple(shape)
+            if not all(type(n) is int and n >= 0 for n in axes) or math.prod(axes) * dtype.itemsize != size:
+                raise ValueError(f"{size} bytes are not of shape {axes}")
         except (AttributeError, TypeError, ValueError, UnicodeError) as error:
+            raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
+        return axes, found
+
+    def _view(self) -> NDArray[Any]:
+        import numpy as np
+
+        shape, _ = self._facts()
+        try:
+            state: Any = self.state  # Any: what it is not was found by ``_facts``
+            return np.frombuffer(_raw(state[4]), state[2].resolve()).reshape(shape, order="F" if state[3] else "C")
+        except (TypeError, ValueError, UnicodeError) as error:
             raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
 
 
@@ -54,12 +91,36 @@ class _Dtype:
         self.text = text
         self.state: object = None
 
+    @property
+    def _code(self) -> str:
+        code = str(self.text).lstrip("<>|=")
+        if code not in _NUMBERS:
+            raise ValueError(f"dtype '{code[:16]}' is not a number")
+        return code
+
+    @property
+    def name(self) -> str:
+        """NumPy's name of it."""
+        return _NUMBERS[self._code]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return int(self._code[1:])
+
     def resolve(self) -> np.dtype[Any]:
+        import numpy as np
+
         big = isinstance(self.state, tuple) and self.state[1:2] in ((">",), (b">",))
-        dtype = np.dtype((">" if big else "<") + str(self.text).lstrip("<>|="))
-        if dtype.kind not in "fiub":
-            raise ValueError(f"dtype '{dtype}' is not a number")
-        return dtype
+        return np.dtype((">" if big else "<") + self._code)
+
+
+# NumPy's codes of numbers, kind and bytes, and its names.
+_NUMBERS = {
+    "b1": "bool",
+    **{f"f{size}": f"float{8 * size}" for size in (2, 4, 8)},
+    **{f"{kind[0]}{size}": f"{kind}{8 * size}" for kind in ("int", "uint") for size in (1, 2, 4, 8)},
+}
 
 
 class _Encoded:
@@ -70,13 +131,19 @@ class _Encoded:
 
 
 def _raw(content: object) -> bytes:
-    if isinstance(content, _Encoded):
-        content = content.text
-    if isinstance(content, bytes):
-        return content
-    if isinstance(content, str):
-        return content.encode("latin1")
-    raise TypeError(f"a {type(content).__name__} is not bytes")
+    text = _text(content)
+    return text if isinstance(text, bytes) else text.encode("latin1")
+
+
+def _length(content: object) -> int:
+    return len(_text(content))
+
+
+def _text(content: object) -> bytes | str:
+    text = content.text if isinstance(content, _Encoded) else content
+    if isinstance(text, (bytes, str)):
+        return text
+    raise TypeError(f"a {type(text).__name__} is not bytes")
 
 
 # The functions below never copy what they are given: a pickle may call them with the same large object many times.

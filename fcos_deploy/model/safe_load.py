@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fcos_deploy.core.errors import CheckpointError
-from fcos_deploy.core.require import require
 from fcos_deploy.model.restricted_pickle import PickleHooks, read_pickle
+from fcos_deploy.model.safetensors_file import read_safetensors
 from fcos_deploy.model.torch_archive import LEGACY_MAGIC, read_legacy_archive, read_zip_archive
 
 __all__ = ["CheckpointFile", "open_checkpoint"]
@@ -37,7 +37,7 @@ _OTHER_FORMATS = (
 class CheckpointFile:
     """What a file holds. ``reader`` says how it was read; ``metadata`` is that of a safetensors file.
 
-    Tensors in ``content`` are ``torch.Tensor``, ``TensorReference`` or ``PickledArray``.
+    Tensors in ``content`` are ``StoredTensor`` or ``PickledArray``.
     """
 
     content: object
@@ -83,13 +83,7 @@ def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
-    safetensors = require("safetensors", extra="export")
-    try:
-        with safetensors.safe_open(path, framework="pt") as archive:
-            metadata = dict(archive.metadata() or {})
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  (not a dict)
-    except (safetensors.SafetensorError, ValueError, RuntimeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"'{path}' is a damaged safetensors file: {error}.") from error
+    tensors, metadata = read_safetensors(path)
     return CheckpointFile(tensors, "safetensors", metadata)
 
 

@@ -1,4 +1,4 @@
-"""Finds the weights in what a training script saved, and makes them tensors (spec 8)."""
+"""Finds the weights in what a training script saved (spec 8)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.model.pickle_stubs import PickledArray
-from fcos_deploy.model.torch_archive import TensorReference
+from fcos_deploy.model.stored_tensor import StoredTensor, TensorFacts
 
-__all__ = ["StoredWeights", "find_weights", "require_finite"]
+__all__ = ["StoredWeights", "find_weights"]
 
-_Stored = Tensor | TensorReference | PickledArray
+_Stored = StoredTensor | PickledArray
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
 _EMA_CONTAINERS = ("model_ema", "ema_model", "ema")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "detector.")
@@ -30,7 +26,7 @@ class StoredWeights:
     ``metadata`` is all that the file holds beside them; ``container`` is the key they were under, or ''.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, TensorFacts]
     metadata: dict[str, Any]  # Any: whatever a training script stored
     container: str
     has_both: bool  # averaged and plain weights
@@ -52,8 +48,7 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
             hint="save the weights: torch.save(model.state_dict(), path)",
         )
     container, stored, has_both = _choose(content, prefer)
-    names = _without_prefixes(stored)
-    tensors = {name: _tensor(name, value) for name, value in names.items()}
+    tensors = _checked(_without_prefixes(stored))
     stored_pixels: dict[str, Any] = {n: tensors[n] for n in ("pixel_mean", "pixel_std") if n in tensors}
     metadata: dict[str, Any] = (
         {k: v for k, v in content.items() if k not in (*_CONTAINERS, *_EMA_CONTAINERS)} if container else {}
@@ -99,35 +94,10 @@ def _without_prefixes(stored: dict[str, _Stored]) -> dict[str, _Stored]:
     return names
 
 
-def _tensor(name: str, value: _Stored) -> Tensor:
-    try:
-        tensor = _resolved(value)
-    except CheckpointError as error:
-        raise CheckpointError(f"Tensor '{name}': {error.message}", hint=error.hint) from error
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise CheckpointError(f"Tensor '{name}' must be an ordinary dense tensor, got {tensor.layout}.")
-    # A tensor that repeats or claims elements: reading it would take memory that the file does not have.
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"Tensor '{name}' claims {tensor.numel()} elements, more than are stored.")
-    return tensor.detach()
-
-
-def _resolved(value: _Stored) -> Tensor:
-    if isinstance(value, TensorReference):
-        return value.resolve()
-    if isinstance(value, PickledArray):
-        array = value.take()
-        native = array.astype(array.dtype.newbyteorder("="), copy=False)
-        return torch.from_numpy(np.ascontiguousarray(native))
-    return value
-
-
-def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError naming the first tensor that holds a NaN or an infinity."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor)  # Propagates NaN, and needs no memory of the tensor's size.
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise CheckpointError(
-                    f"Tensor '{name}' holds NaN or infinite values.", hint="did the training diverge?"
-                )
+def _checked(names: dict[str, _Stored]) -> dict[str, _Stored]:
+    for name, value in names.items():
+        try:
+            value.check()
+        except CheckpointError as error:
+            raise CheckpointError(f"Tensor '{name}': {error.message}", hint=error.hint) from error
+    return names

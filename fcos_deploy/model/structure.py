@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fcos_deploy.core.errors import CheckpointError, FcosDeployError
 from fcos_deploy.core.network import BlockType, BodyType, FcosConfig, TowerNorm
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fcos_deploy.model.stored_tensor import TensorFacts
 
 __all__ = ["infer_network"]
 
@@ -24,7 +22,7 @@ _BODY_MARKS = {
 }
 
 
-def infer_network(tensors: Mapping[str, Tensor]) -> FcosConfig:
+def infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
     """The configuration that fits the tensors; what shapes do not tell has its default.
 
     Raises:
@@ -44,7 +42,7 @@ def infer_network(tensors: Mapping[str, Tensor]) -> FcosConfig:
             reg_convs=shapes.tower_convs(_REG),
             shared_convs=shapes.tower_convs(_SHARED),
             tower_norm=shapes.tower_norm(),
-            has_scales=f"{_REG}.scales" in tensors,
+            has_scales=any(name in tensors for name in (f"{_REG}.scales", f"{_REG}.scales.0")),
             **(shapes.resnet() if body is BodyType.RESNET else {}),
         )
     except FcosDeployError as error:
@@ -54,7 +52,7 @@ def infer_network(tensors: Mapping[str, Tensor]) -> FcosConfig:
 class _Shapes:
     """Questions about names and shapes."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorFacts]) -> None:
         self._tensors = tensors
 
     def of(self, name: str, ndim: int) -> tuple[int, ...]:
@@ -93,7 +91,7 @@ class _Shapes:
 
     def tower_convs(self, head: str) -> int:
         pattern = re.compile(re.escape(head) + r"\.conv\.(\d+)\.weight")
-        return sum(1 for n, t in self._tensors.items() if pattern.fullmatch(n) and t.ndim == 4)
+        return sum(1 for n, t in self._tensors.items() if pattern.fullmatch(n) and len(t.shape) == 4)
 
     def tower_norm(self) -> TowerNorm:
         towers = [head for head in (_CLS, _SHARED, _REG) if self.tower_convs(head)]

@@ -83,7 +83,7 @@ def test_reference_thresholds_are_what_the_rules_say(name: str, tmp_path: Path) 
     test = reference.get("FCOS") or reference.get("test_cfg") or reference
     if name.startswith("torchvision"):
         pytest.skip("this model was built with thresholds of its own")
-    from fcos_deploy.model.checkpoint import describe_weights
+    from fcos_deploy.model.describe import describe_weights
     from fcos_deploy.model.state_dict import StoredWeights
 
     weights = {

@@ -14,9 +14,11 @@ from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.locations import CenterMode
 from fcos_deploy.core.network import BlockType, BodyType, BoxActivation, TowerNorm
 from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
-from fcos_deploy.model.checkpoint import CheckpointDescription, CheckpointOptions, build_network, describe_weights
+from fcos_deploy.model.checkpoint import CheckpointOptions, build_network
+from fcos_deploy.model.describe import CheckpointDescription, describe_weights
 from fcos_deploy.model.ecosystems import ecosystems
 from fcos_deploy.model.ecosystems.mmdet_config import UNKNOWN, parse_config
+from fcos_deploy.model.materialize import assembled, to_tensors
 from fcos_deploy.model.state_dict import StoredWeights
 
 KEYS = Path(__file__).parents[1] / "data" / "state_dict_keys"
@@ -24,6 +26,7 @@ ALL = sorted(path.stem for path in KEYS.glob("*.json"))
 DCN = [name for name in ALL if "dcn" in name]
 LOADED = [name for name in ALL if "dcn" not in name]
 MSRA = (103.53, 116.28, 123.675)
+AUGMENTED = "dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms=[dict(type='Resize', %s)])"
 CAFFE = (102.9801, 115.9465, 122.7717)
 
 
@@ -69,7 +72,7 @@ def test_real_keys_load_without_a_missing_or_an_unexpected_one(name: str) -> Non
     described = _describe(name)
     model = build_network(described.config, described.tensors)
     stored = {n for n in model.state_dict() if not n.endswith("num_batches_tracked")}
-    assert stored == set(described.tensors)
+    assert stored == set(assembled(to_tensors(described.tensors)))
     assert not model.training
     wanted = {"mmdet": "mmdetection"}.get(name.split("_", maxsplit=1)[0], name.split("_", maxsplit=1)[0])
     assert described.contract.ecosystem == wanted
@@ -212,6 +215,32 @@ test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms
     assert not described.config.stride_in_1x1
     assert described.contract.class_names[79] == "thing 79"
     assert _decision(described, "stride_in_1x1") == ("no", "the configuration in the file")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "keeps"),
+    [
+        ("dict(type='Resize', scale=(640, 480), keep_ratio=True)", True),
+        ("dict(type='Resize', scale=(640, 480), keep_ratio=False)", False),
+        ("dict(type='Resize', scale=(640, 480))", False),  # mmdetection 3's default
+        ("dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms=[dict(type='Resize')])", True),
+        (
+            "dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms=[dict(type='Resize', keep_ratio=False)])",
+            False,
+        ),
+    ],
+)
+def test_a_resize_that_does_not_keep_the_ratio_needs_an_option(pipeline: str, keeps: bool) -> None:
+    name, meta = "mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco", {"cfg": f"test_pipeline = [{pipeline}]"}
+    if keeps:
+        pre = _describe(name, meta=meta).contract.preprocess
+        assert (pre.shortest, pre.longest) == (480, 640)
+        return
+    with pytest.raises(ConfigError, match="keep_ratio=False") as caught:
+        _describe(name, meta=meta)
+    assert "--input-size" in caught.value.hint
+    chosen = CheckpointOptions(input_size=(480, 640))
+    assert _describe(name, options=chosen, meta=meta).contract.preprocess.canvas == (480, 640)
 
 
 def test_configuration_text_is_never_evaluated() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fcos_deploy.cli.app import build_app
@@ -18,6 +20,8 @@ from fcos_deploy.core.onnx_interface import onnx_interface
 from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.model.checkpoint import load_checkpoint
 from fcos_deploy.model.inspect import inspect_file
+
+MMDET = "mmdet_fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco"
 
 
 def test_a_checkpoint(tiny_checkpoint: Path) -> None:
@@ -109,3 +113,28 @@ def test_onnx_files_are_inspected_without_torch_and_onnx(tiny_onnx: Path) -> Non
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "onnx"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy", "pickle"])
+def test_checkpoints_are_inspected_without_torch(form: str, tmp_path: Path, state_dict_keys_dir: Path) -> None:
+    """Values that the decisions need, here the statistics of batch norm, are read without it as well."""
+    names = json.loads((state_dict_keys_dir / f"{MMDET}.json").read_text())
+    tensors = {n: torch.full(s, float(n.endswith("running_var"))) for n, s in names.items()}
+    path = tmp_path / "m.bin"
+    if form == "safetensors":
+        save_file(tensors, path)
+    elif form == "pickle":
+        path.write_bytes(pickle.dumps({"model": {n: t.numpy() for n, t in tensors.items()}}))
+    else:
+        torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=form == "zip")
+    code = (
+        "import sys, fcos_deploy.cli.app as cli\n"
+        f"sys.argv = ['fcos-deploy', 'inspect', {str(path)!r}, '--json']\n"
+        "try:\n    cli.main()\nfinally:\n"
+        "    assert not {'torch', 'onnx', 'safetensors'} & set(sys.modules), 'imported'\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    printed = json.loads(run.stdout)
+    assert printed["body"] == "ResNet-18"
+    sources = {d["name"]: d["source"] for d in printed["decisions"]}
+    assert sources["stride_in_1x1"] == "the body's batch norm statistics are not 0 and 1"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fcos_deploy.core.class_names import COCO_80
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import CheckpointError
@@ -11,9 +9,7 @@ from fcos_deploy.core.network import BlockType, BodyType
 from fcos_deploy.core.preprocess_spec import ChannelOrder, ResizeFilter, SizeRule
 from fcos_deploy.model.ecosystems.renaming import Rename
 from fcos_deploy.model.ecosystems.rules import Ecosystem, Evidence, Rules
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fcos_deploy.model.stored_tensor import TensorFacts, count_of, flat_values
 
 __all__ = ["BACKBONE_RENAMES", "ECOSYSTEM", "MSRA_MEAN", "UNIT_STD", "caffe_stride", "coco_names", "stored_pixels"]
 
@@ -68,10 +64,10 @@ def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
     return rules.decide("the file's pixel_mean and pixel_std", **values)
 
 
-def _triple(name: str, tensor: Tensor) -> tuple[float, ...]:
-    if tensor.numel() != 3:
+def _triple(name: str, tensor: TensorFacts) -> tuple[float, ...]:
+    if count_of(tensor) != 3:
         raise CheckpointError(f"'{name}' must have 3 values, got shape {list(tensor.shape)}.")
-    return tuple(float(v) for v in tensor.reshape(3))
+    return tuple(flat_values(tensor))
 
 
 def _rules(evidence: Evidence) -> Rules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from fcos_deploy.core.class_names import COCO_80
@@ -144,8 +145,17 @@ def _size_of(config: dict[str, Any], rules: Rules) -> Rules:
         for step in find_dicts(pipeline, kind):
             scale = step.get(key)
             if isinstance(scale, list) and len(scale) == 2 and all(_whole(v) for v in scale):
+                if not _keeps_ratio(step, pipeline):
+                    return dataclasses.replace(rules, shortest=None, longest=None)  # An option has to say.
                 return rules.decide(_CONFIG, shortest=min(scale), longest=max(scale))
     return rules
+
+
+def _keeps_ratio(step: dict[str, Any], pipeline: Any) -> bool:  # Any: configurations are untyped
+    """Whether the step that names the size keeps the ratio; unless it says so, v3's does not and v2's does."""
+    if step.get("type") == "Resize":
+        return step.get("keep_ratio") is True
+    return all(inner.get("keep_ratio") is not False for inner in find_dicts(pipeline, "Resize"))
 
 
 def _pixels_of(config: dict[str, Any], rules: Rules) -> Rules:

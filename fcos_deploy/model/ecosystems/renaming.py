@@ -5,19 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.model.stored_tensor import TensorFacts, count_of
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["Rename", "canonical_names", "canonical_tensors", "refuse_unsupported"]
+__all__ = ["Rename", "canonical", "canonical_names", "refuse_unsupported"]
 
 _DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
-_TOWER_CONV = re.compile(r"(head\.(?:classification_head|regression_head|shared_tower)\.conv\.\d+)\.weight")
 _SCALE = re.compile(r"head\.regression_head\.scales\.(\d+)")
-_SCALES = "head.regression_head.scales"
 
 # What this network does not have, by parts of names; each with what to call it.
 _UNSUPPORTED = (
@@ -84,18 +79,14 @@ def canonical_names(names: Iterable[str], renames: tuple[Rename, ...]) -> dict[s
     return mapping
 
 
-def canonical_tensors(tensors: Mapping[str, Tensor], mapping: Mapping[str, str]) -> dict[str, Tensor]:
-    """Rename, gather the per-level scales into one vector, give bias-free tower convolutions a bias of zeros."""
-    import torch
+def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -> dict[str, TensorFacts]:
+    """The tensors that inference needs, under canonical names; each level's scale is one of its own.
 
-    renamed = {target: tensors[source] for source, target in mapping.items()}
-    scales = {int(m.group(1)): renamed.pop(n) for n in list(renamed) if (m := _SCALE.fullmatch(n))}
-    if scales:
-        if sorted(scales) != list(range(len(scales))) or any(t.numel() != 1 for t in scales.values()):
-            raise CheckpointError(f"Expected one scale for each level, got levels {sorted(scales)}.")
-        renamed[_SCALES] = torch.cat([scales[i].reshape(1) for i in range(len(scales))])
-    for name in list(renamed):
-        match = _TOWER_CONV.fullmatch(name)
-        if match and renamed[name].ndim == 4:
-            renamed.setdefault(f"{match.group(1)}.bias", torch.zeros(renamed[name].shape[0]))
-    return renamed
+    Raises:
+        CheckpointError: when two names become one, or the levels' scales do not fit each other.
+    """
+    found = {target: tensors[source] for source, target in canonical_names(tensors, renames).items()}
+    scales = {int(m.group(1)): t for n, t in found.items() if (m := _SCALE.fullmatch(n))}
+    if sorted(scales) != list(range(len(scales))) or any(count_of(t) != 1 for t in scales.values()):
+        raise CheckpointError(f"Expected one scale for each level, got levels {sorted(scales)}.")
+    return found

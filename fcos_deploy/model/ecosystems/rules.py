@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.network import BoxActivation, FcosConfig
 from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fcos_deploy.model.ecosystems.renaming import Rename
+from fcos_deploy.model.ecosystems.renaming import Rename
+from fcos_deploy.model.stored_tensor import TensorFacts, flat_values
 
 __all__ = ["Ecosystem", "Evidence", "Rules"]
 
@@ -87,7 +84,7 @@ class Evidence:
     """
 
     file_name: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, TensorFacts]
     source_names: frozenset[str]
     network: FcosConfig
     metadata: Mapping[str, Any]  # Any: whatever a training script stored
@@ -95,11 +92,12 @@ class Evidence:
 
     def merged_batch_norm(self) -> bool:
         """Whether the body's statistics are 0 and 1, as converted Caffe (MSRA) bodies have them (spec 8.5)."""
-        means = [t for n, t in self.tensors.items() if n.startswith("backbone.body.") and n.endswith(".running_mean")]
-        variances = [
-            t for n, t in self.tensors.items() if n.startswith("backbone.body.") and n.endswith(".running_var")
-        ]
-        return all(bool((t == 0).all()) for t in means) and all(bool(((t - 1).abs() < 2e-5).all()) for t in variances)
+        return self._all_near(".running_mean", 0.0, within=0.0) and self._all_near(".running_var", 1.0, within=2e-5)
+
+    def _all_near(self, ending: str, value: float, *, within: float) -> bool:
+        """Whether all numbers of the body's tensors with this ending are near ``value``."""
+        vectors = (t for n, t in self.tensors.items() if n.startswith("backbone.body.") and n.endswith(ending))
+        return all(abs(number - value) <= within for vector in vectors for number in flat_values(vector))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.overlap import pairwise_iou
+from fcos_deploy.accuracy.overlap import detection_iou
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 
@@ -110,7 +110,7 @@ def match_detections(
 ) -> DetectionMatch:
     """Pair the detections of one image so that as many as possible are matched, and those overlap most."""
     options = options or MatchOptions()
-    iou = pairwise_iou(reference.boxes, candidate.boxes)
+    iou = detection_iou(reference.boxes, candidate.boxes)
     allowed = (iou >= options.iou_threshold) & (reference.labels[:, None] == candidate.labels[None])
     rows, columns = assign(np.where(allowed, 1.0 + iou, 0.0))
     unpaired_rows = np.setdiff1d(np.flatnonzero(reference.scores >= options.min_score), rows)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.matching import assign
-from fcos_deploy.accuracy.overlap import pairwise_iou
+from fcos_deploy.accuracy.overlap import detection_iou
 from fcos_deploy.bundle.records import Gate
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.verification.records import GoldenResult
 
 __all__ = ["compare_golden"]
-
-
-# In image pixels. The overlap of boxes that are thinner than a pixel, or were clipped to a line, says nothing.
-_SAME_EDGE = 0.1
 
 
 def compare_golden(wanted: Detections, found: Detections, *, gate: Gate, floor: float, path: str = "") -> GoldenResult:
@@ -24,7 +19,7 @@ def compare_golden(wanted: Detections, found: Detections, *, gate: Gate, floor: 
     Those with at least ``floor`` must have a counterpart of the same label on the other side (which may score less)
     within the gate's overlap and score difference; each is counterpart once, best overlap first.
     """
-    iou = np.maximum(pairwise_iou(wanted.boxes, found.boxes), _same_edges(wanted, found))
+    iou = detection_iou(wanted.boxes, found.boxes)
     score = np.abs(wanted.scores[:, None] - found.scores[None])
     fits = (iou >= gate.min_iou) & (score <= gate.max_score_difference)
     fits &= wanted.labels[:, None] == found.labels[None]
@@ -42,9 +37,3 @@ def compare_golden(wanted: Detections, found: Detections, *, gate: Gate, floor: 
         lowest_iou=round(float(iou[rows, columns][counted].min(initial=1.0)), 6),
         largest_score_difference=round(float(score[rows, columns][counted].max(initial=0.0)), 6),
     )
-
-
-def _same_edges(wanted: Detections, found: Detections) -> NDArray[np.bool_]:
-    """(n, m): whether all four edges agree."""
-    difference = np.abs(wanted.boxes[:, None] - found.boxes[None]).max(2, initial=0.0)
-    return np.asarray(difference <= _SAME_EDGE)

@@ -62,6 +62,13 @@ def test_identical_detections_all_match() -> None:
     assert not len(match.invented)
 
 
+def test_boxes_that_were_clipped_to_a_line_match_themselves() -> None:
+    lines = np.array([[0, 5, 0, 9], [3, 12, 8, 12]], np.float32)
+    both = Detections(lines, np.array([0.9, 0.8], np.float32), np.array([1, 2]))
+    match = match_detections(both, both)
+    assert match.iou.tolist() == [1.0, 1.0]
+
+
 def test_another_label_is_a_miss_and_an_invention() -> None:
     reference = detections([([0, 0, 10, 10], 0.9, 1)])
     candidate = detections([([0, 0, 10, 10], 0.9, 2)])

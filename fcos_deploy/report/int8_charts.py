@@ -30,6 +30,8 @@ def _trade_offs(part: MixedPrecisionPart) -> Chart:
     _draw(left, part, [(100 * t.int8_share, t) for t in part.trials], float_at=0.0)
     timed = [(t.p50_ms, t) for t in part.trials if t.p50_ms is not None]
     _draw(right, part, timed, float_at=part.float_p50_ms)
+    front = sorted([(0.0, part.float_ap), *((100 * t.int8_share, t.ap) for t in part.trials if t.p50_ms is not None)])
+    left.plot(*np.array(front).T, color="#9fb6cc", linewidth=1.2, zorder=1)
     left.set(xlabel="multiply-accumulates in INT8 (%)", ylabel="AP (IoU 0.50 to 0.95)", xlim=(-4, 104))
     right.set(xlabel="median latency of one image (ms)")
     right.margins(x=0.08)
@@ -37,7 +39,7 @@ def _trade_offs(part: MixedPrecisionPart) -> Chart:
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4)
     text = (
         f"Every mixture of INT8 and float layers that the search for {part.placement} measured on {part.backend}; "
-        "the line joins those that no other beats in both, and only these were timed."
+        "the line joins those that no other beats in share and AP, and only these were timed."
     )
     return Chart(section=part.placement, title="AP against INT8 share and latency", text=text, svg=svg_text(figure))
 
@@ -45,11 +47,8 @@ def _trade_offs(part: MixedPrecisionPart) -> Chart:
 def _draw(axes: Any, part: MixedPrecisionPart, points: list[tuple[Any, TrialPoint]], *, float_at: float | None) -> None:
     """The candidates at their places along one axis; Any: matplotlib has no types here, places are float."""
     axes.axhline(part.float_ap - part.max_drop, color=FAIL, linewidth=1.1, linestyle=(0, (4, 3)), label="gate")
-    front = sorted((x, t.ap) for x, t in points if t.p50_ms is not None)
     if float_at is not None:
-        front = sorted([*front, (float_at, part.float_ap)])
         axes.plot([float_at], [part.float_ap], "D", color=MUTED, ms=6, label="all in float", zorder=4)
-    axes.plot(*np.array(front).reshape(-1, 2).T, color="#9fb6cc", linewidth=1.2)
     axes.plot([x for x, _ in points], [t.ap for _, t in points], "o", color="#24507a", ms=5, label="candidate")
     chosen = [(x, t.ap) for x, t in points if t.chosen]
     axes.plot(*np.array(chosen).reshape(-1, 2).T, "o", ms=12, mfc="none", mec=PASS, mew=2, label="chosen")

@@ -70,6 +70,12 @@ def _save_data_parallel(weights: dict[str, Tensor], path: Path) -> None:
     torch.save({"state_dict": {f"module.model.{n}": t for n, t in weights.items()}}, path)
 
 
+def _save_lightning(weights: dict[str, Tensor], path: Path) -> None:
+    content = {"state_dict": {f"model.{n}": t for n, t in weights.items()}, "pytorch-lightning_version": "2.4.0"}
+    loops = {"fit_loop": {"epoch_progress": {"total": {"ready": 1}}}}
+    torch.save({**content, "epoch": 1, "loops": loops, "hyper_parameters": {"lr": 0.1}, "optimizer_states": []}, path)
+
+
 def _save_numpy_pickle(weights: dict[str, Tensor], path: Path) -> None:
     """As detectron2's model zoo."""
     content = {"model": {n: t.numpy() for n, t in weights.items()}, "__author__": "x", "matching_heuristics": True}
@@ -89,6 +95,7 @@ def _save_old_numpy_pickle(weights: dict[str, Tensor], path: Path) -> None:
         (_save_legacy, "m.pth", "torch before 1.6"),
         (_save_training, "m.pth", "torch"),
         (_save_data_parallel, "m.ckpt", "torch"),
+        (_save_lightning, "m.ckpt", "torch"),
         (_save_numpy_pickle, "m.pkl", "pickle"),
         (_save_old_numpy_pickle, "m.pkl", "pickle"),
     ],

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from fcos_deploy.bundle.inspection import inspect_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.contract_io import write_sidecar
-from fcos_deploy.core.errors import BackendLoadError, CheckpointError
+from fcos_deploy.core.errors import BackendLoadError, CheckpointError, ChecksumError
 from fcos_deploy.core.onnx_interface import onnx_interface
 from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.model.checkpoint import load_checkpoint
@@ -73,6 +75,25 @@ def test_an_engine_with_its_sidecar(tiny_checkpoint: Path, tmp_path: Path) -> No
     found = inspect_file(engine)
     assert found.kind == "engine"
     assert dict(found.facts)["tensorrt"] == "10.13"
+
+
+def test_a_bundle(make_bundle: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "cells")
+    found = inspect_bundle(path)
+    facts = dict(found.facts)
+    assert found.kind == "bundle"
+    assert facts["name"] == "cells"
+    assert facts["checkpoint"] == "cells.pth " + "ab" * 6
+    assert facts["target"] == "onnxruntime, int8"
+    assert facts["model.fp32.onnx"].startswith("onnx, fp32, ")
+    assert facts["model.int8.engine"] == "tensorrt-engine, int8, 2,048 bytes, by quantize"
+    assert found.contract is not None
+    assert found.contract.class_names == ("cell", "platelet")
+    printed = CliRunner().invoke(build_app(), ["inspect", str(path), "--json"])
+    assert json.loads(printed.stdout)["target"] == "onnxruntime, int8"
+    (path / "model.int8.json").write_text("{}")
+    with pytest.raises(ChecksumError):
+        inspect_bundle(path)
 
 
 def test_what_is_none_of_these(tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ import pytest
 import torch
 
 from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.model.materialize import to_tensors
 from fcos_deploy.model.pickle_stubs import PickledArray, UnsafeGlobalError
 from fcos_deploy.model.restricted_pickle import read_pickle
 from fcos_deploy.model.safe_load import open_checkpoint
+from fcos_deploy.model.safetensors_file import read_safetensors
 from fcos_deploy.model.state_dict import find_weights
+from fcos_deploy.model.stored_tensor import ITEM_SIZES
 
 
 class _Runs:
@@ -191,6 +194,45 @@ def test_strided_and_offset_tensors_are_read_from_the_mapped_file(tmp_path: Path
     opened = open_checkpoint(tmp_path / "m.pth")
     assert opened.reader == "torch"
     assert find_weights(opened.content).tensors["w"].tolist() == [[1, 3], [2, 4]]
+
+
+@pytest.mark.parametrize("dtype", sorted(ITEM_SIZES))
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_are_read_without_torch_as_torch_reads_them(dtype: str, zipped: bool, tmp_path: Path) -> None:
+    whole = torch.arange(24).view(4, 6).to(getattr(torch, dtype))
+    views = {"whole": whole, "part": whole[1:3, ::2].t(), "one": whole[2, 3], "none": whole[:, :0]}
+    torch.save(views, tmp_path / "m.pth", _use_new_zipfile_serialization=zipped)
+    found = find_weights(open_checkpoint(tmp_path / "m.pth").content).tensors
+    made = to_tensors(found)
+    for name, tensor in views.items():
+        assert found[name].tolist() == tensor.tolist()
+        assert torch.equal(made[name], tensor)
+        assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), dtype)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "does not lie in bytes 0 to 4"),
+        ('{"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}', "does not lie in bytes"),
+        ('{"w": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}', "impossible"),
+        ('{"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "impossible"),
+        ('{"w": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', "impossible"),
+        ('{"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}', "F8_E4M3, which is not read"),
+        ('{"w": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}', "damaged"),
+        ('{"w": 1}', "damaged"),
+        ('{"__metadata__": {}, "__metadata__": {}}', "occurs twice"),
+        ('{"__metadata__": [1]}', "damaged"),
+        ('{"w": ' + "[" * 100_000, "damaged"),
+    ],
+)
+def test_safetensors_headers_that_do_not_fit_the_file(header: str, message: str, tmp_path: Path) -> None:
+    content = header.encode()
+    (tmp_path / "m.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + bytes(8))
+    with pytest.raises(CheckpointError, match=message):
+        read_safetensors(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])

@@ -41,6 +41,8 @@ def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: b
             f"Opset {opset} is not supported.", hint=f"choose {OPSETS.start} to {OPSETS.stop - 1}; see docs/export.md"
         )
     program = _program(module, example, opset=max(opset, _TRACED_OPSET), dynamic_batch=dynamic_batch, size=size)
+    # What torch does with optimize=True, but once: its second round takes as long and finds nothing in an FCOS.
+    require("onnxscript.optimizer", extra="export").optimize_ir(program.model, num_iterations=1)
     _name_after_modules(program.model)
     _shorten_dimensions(program.model)
     _drop_metadata(program.model)
@@ -69,6 +71,7 @@ def _program(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch
                 output_names=list(module.output_names),
                 dynamic_shapes=shapes,
                 custom_translation_table=translations(),
+                optimize=False,
                 verbose=False,
             )
     except Exception as error:  # torch wraps every failure of a traced model in types of its own

@@ -10,7 +10,7 @@ from typing import Any
 from exporters._graph_inputs import feeds_of
 from exporters.graph_passes import PASSES
 from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx
-from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
+from exporters.step_check import Feeds, Runner, StepCheck, compare, onnx_runner
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -87,17 +87,21 @@ def simplify_onnx(source: Path, output: Path, *, progress: ProgressFn = no_progr
     )
 
 
-def simplified(model: Any, feeds: list[Feeds], *, precision: Precision = Precision.FP32) -> tuple[Any, StepCheck]:
+def simplified(
+    model: Any, feeds: list[Feeds], *, precision: Precision = Precision.FP32, run: Runner | None = None
+) -> tuple[Any, StepCheck]:
     """A smaller graph with the same outputs on ``feeds``; ``model`` (onnx.ModelProto) is left as it is.
 
-    What would be larger than its source is not used. Raises as ``simplify_onnx`` does.
+    What would be larger than its source is not used. ``run`` gives the outputs of ``model``, where somebody has them.
+    Raises as ``simplify_onnx`` does.
     """
     smaller = _with_own_passes(_with_onnxsim(model))
     result = smaller if smaller.ByteSize() <= model.ByteSize() else _with_own_passes(model)
     for value, declared in zip(result.graph.output, model.graph.output, strict=True):
         value.type.CopyFrom(declared.type)  # onnxsim writes the sizes that it inferred over open axes.
     _require_same_interface(model, result)
-    check = compare(onnx_runner(model), onnx_runner(result), feeds, step="simplify", tolerance=_TOLERANCES[precision])
+    tolerance = _TOLERANCES[precision]
+    check = compare(run or onnx_runner(model), onnx_runner(result), feeds, step="simplify", tolerance=tolerance)
     return result, check
 
 

@@ -13,7 +13,7 @@ from exporters.efficient_nms import check_servable, with_efficient_nms
 from exporters.onnx_file import opset_of, require_writable, save_onnx, with_contract
 from exporters.onnx_fp16 import half_precision
 from exporters.simplify import simplified
-from exporters.step_check import Feeds, StepCheck, compare, onnx_runner, provoking_feeds
+from exporters.step_check import Feeds, StepCheck, compare, onnx_runner, provoking_feeds, remembering
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError
@@ -149,10 +149,11 @@ def export_onnx(
     )
     progress(label, 1, steps)
     feeds = _feeds(module, contract, options)
-    checks = [compare(_torch_runner(module), onnx_runner(model), feeds, step="export", tolerance=_TOLERANCE)]
+    run = remembering(onnx_runner(model))
+    checks = [compare(_torch_runner(module), run, feeds, step="export", tolerance=_TOLERANCE)]
     progress(label, 2, steps)
     if options.simplify:
-        model, check = simplified(model, feeds)
+        model, check = simplified(model, feeds, run=run)
         checks.append(check)
     progress(label, 3, steps)
     if options.precision is Precision.FP16:

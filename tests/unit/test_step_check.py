@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from exporters.step_check import compare, provoking_feeds
+from exporters.step_check import compare, provoking_feeds, remembering
 from fcos_deploy.core.errors import StepCheckError
 
 
@@ -72,3 +72,16 @@ def test_feeds_are_the_same_each_time_and_reach_the_extremes(dtype: str) -> None
         assert left["image_sizes"].shape == (2, 4)
         assert np.array_equal(left["images"], right["images"])
     assert {first[1]["images"].min(), first[1]["images"].max()} == ({0, 255} if dtype == "uint8" else {-20, 20})
+
+
+def test_a_remembering_runner_runs_once_on_each_feed() -> None:
+    runs: list[float] = []
+
+    def run(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        runs.append(float(feed["x"][0]))
+        return {"y": feed["x"] * 2}
+
+    remembered, feeds = remembering(run), [{"x": np.array([1.0])}, {"x": np.array([1.0])}]
+    for _ in range(2):
+        assert [remembered(feed)["y"][0] for feed in feeds] == [2.0, 2.0]
+    assert runs == [1.0, 1.0]

@@ -1,10 +1,12 @@
-"""The demo FCOS as TensorRT-RTX engines, built without a GPU for three generations of GPUs."""
+"""The demo FCOS and a ResNet-50 as TensorRT-RTX engines, built without a GPU for three generations of GPUs.
+
+All combinations: ``benchmarks/tensorrt_matrix.py``.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,13 @@ from calibration.data import SampleOptions, collect_images
 from calibration.placement import placement_for
 from calibration.qdq import quantize_qdq
 from calibration.statistics import collect_ranges
+from exporters.onnx_fp16 import convert_to_fp16
 from exporters.tensorrt_rtx_engine import EXPORTER
 from exporters.torch_onnx import ExportOptions, NmsForm, export_onnx
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.enums import Precision, Tail
-from fcos_deploy.core.errors import BuildError
+from fcos_deploy.core.errors import BuildError, ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.network import resnet_config
 from fcos_deploy.model.checkpoint import LoadedCheckpoint, load_checkpoint
@@ -40,6 +43,7 @@ EXPORTS = {
     "candidates": ExportOptions(tail=Tail.CANDIDATES),
     "candidates-dynamic": ExportOptions(tail=Tail.CANDIDATES, batch=None),
     "nms-static-form": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.STATIC, nms_boxes=100),
+    "nms-plugin": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.PLUGIN),
     "nms-operator": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.ONNX),
 }
 
@@ -63,13 +67,23 @@ def onnx_file(checkpoint: LoadedCheckpoint, tmp_path_factory: pytest.TempPathFac
     return get
 
 
+def quantized(source: Path, output: Path) -> Path:
+    images = collect_images(DEMO / "calibration", options=SampleOptions(count=8))
+    return quantize_qdq(source, collect_ranges(source, images), output, policy=placement_for("tensorrt-rtx")).path
+
+
 @pytest.fixture(scope="module")
 def int8_file(onnx_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = onnx_file("raw")
-    images = collect_images(DEMO / "calibration", options=SampleOptions(count=8))
-    ranges = collect_ranges(source, images)
-    output = tmp_path_factory.mktemp("int8") / "model.int8.onnx"
-    return quantize_qdq(source, ranges, output, policy=placement_for("tensorrt-rtx")).path
+    return quantized(onnx_file("raw"), tmp_path_factory.mktemp("int8") / "model.int8.onnx")
+
+
+@pytest.fixture(scope="module")
+def resnet50_file(checkpoint: LoadedCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    class Loaded:
+        model, contract = Fcos(resnet_config(50, num_classes=3)).eval(), checkpoint.contract
+
+    path = tmp_path_factory.mktemp("r50") / "r50.onnx"
+    return export_onnx(Loaded(), path, options=ExportOptions(tail=Tail.CANDIDATES)).path
 
 
 def build(source: Path, folder: Path, *, capability: str, batch: BatchRange | None = None) -> BuildResult:
@@ -121,15 +135,39 @@ def test_the_nms_operator_is_refused_with_the_way_out(onnx_file: Callable[[str],
     assert "--tail candidates" in caught.value.hint
 
 
-@pytest.mark.parametrize("capability", ["8.6", "12.0"])
-def test_a_resnet_50_builds(checkpoint: LoadedCheckpoint, capability: str, tmp_path: Path) -> None:
-    contract = replace(checkpoint.contract, class_names=("one", "two", "three"))
-    model = Fcos(resnet_config(50, num_classes=3)).eval()
+def test_the_plugin_is_refused_with_the_way_out(onnx_file: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"TensorRT-RTX .* has no plug-in 'EfficientNMS_TRT'") as caught:
+        build(onnx_file("nms-plugin"), tmp_path, capability="8.6")
+    assert "static" in caught.value.hint
+    assert not list(tmp_path.iterdir())
 
-    class Loaded:
-        def __init__(self) -> None:
-            self.model, self.contract = model, contract
 
-    source = export_onnx(Loaded(), tmp_path / "r50.onnx", options=ExportOptions(tail=Tail.CANDIDATES)).path
-    result = build(source, tmp_path, capability=capability)
-    assert sum(convolution_inputs(result).values()) >= 100
+@pytest.mark.parametrize(
+    ("name", "capability", "batch"),
+    [
+        ("candidates", "8.9", BatchRange()),
+        ("nms-static-form", "12.0", BatchRange()),
+        ("raw-dynamic", "8.6", BatchRange(1, 2, 4)),
+    ],
+)
+def test_convolutions_take_the_graphs_type_in_every_tail(
+    name: str, capability: str, batch: BatchRange, onnx_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    int8 = quantized(onnx_file(name), tmp_path / "int8.onnx")
+    half = convert_to_fp16(onnx_file(name), tmp_path / "fp16.onnx").path
+    assert set(convolution_inputs(build(int8, tmp_path, capability=capability, batch=batch))) == {"Int8"}
+    assert convolution_inputs(build(half, tmp_path, capability=capability, batch=batch))["Half"] > 50
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_resnet_50_builds(resnet50_file: Path, capability: str, tmp_path: Path) -> None:
+    inputs = convolution_inputs(build(resnet50_file, tmp_path, capability=capability))
+    assert set(inputs) == {"Float"}
+    assert inputs["Float"] >= 100
+
+
+def test_a_resnet_50_in_int8(resnet50_file: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    source = quantized(resnet50_file, tmp_path / "int8.onnx")
+    nodes = [node.op_type for node in onnx.load(source).graph.node]
+    assert convolution_inputs(build(source, tmp_path, capability="8.9")) == {"Int8": nodes.count("Conv")}

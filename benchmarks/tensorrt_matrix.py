@@ -3,8 +3,8 @@
     python benchmarks/tensorrt_matrix.py > table.md
 
 The bundled demo detector and a ResNet-50 FCOS of random weights, at 128x160: each tail (nms in its static form), fp32,
-fp16 and Q/DQ int8 (ranges of eight images), fixed and open batch, for SM86, SM89 and SM120. Prints a table, and fails if
-the engines for the three GPUs take other types, or convolutions of an int8 engine take anything but int8.
+fp16 and Q/DQ int8 (ranges of eight images), fixed and open batch, for SM86, SM89 and SM120. Prints a table, and fails
+if the engines for the three GPUs take other types, or convolutions of an int8 engine take anything but int8.
 """
 
 from __future__ import annotations

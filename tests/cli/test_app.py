@@ -21,6 +21,15 @@ def test_every_documented_command_exists() -> None:
     assert set(COMMANDS) <= listed
 
 
+def test_a_named_command_is_loaded_alone_and_works_the_same() -> None:
+    alone, everything = (build_app(only=word) for word in ("verify-signature", "verify-signatures"))
+    assert [item.name for item in alone.registered_commands] == ["verify-signature"]
+    assert len(everything.registered_commands) == len(build_app().registered_commands)
+    asked = [CliRunner().invoke(app, ["verify-signature", "--help"]).stdout for app in (alone, everything)]
+    assert asked[0] == asked[1]
+    assert "did you mean" in CliRunner().invoke(everything, ["verify-signatures"]).stderr.lower()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(build_app(), [command, "--help"])

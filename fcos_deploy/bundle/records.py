@@ -34,10 +34,11 @@ class Gate:
 
 
 # fp32: rounding only. fp16: 11 bits of mantissa through some sixty convolutions. int8: 8 bits. The detections of the
-# golden images are held to these; AP over a data set is held to `max_map_drop`.
+# golden images are held to these; AP over a data set is held to `max_map_drop`. What a detector really shows is in
+# docs/accuracy.md: in fp16 boxes hardly move, but where two nearly tie in score the other one may survive.
 DEFAULT_GATES: tuple[Gate, ...] = (
     Gate(precision=Precision.FP32, max_map_drop=0.001, min_iou=0.99, max_score_difference=0.005, min_matched=1.0),
-    Gate(precision=Precision.FP16, max_map_drop=0.005, min_iou=0.95, max_score_difference=0.02, min_matched=0.99),
+    Gate(precision=Precision.FP16, max_map_drop=0.005, min_iou=0.95, max_score_difference=0.02, min_matched=0.97),
     Gate(precision=Precision.INT8, max_map_drop=0.01, min_iou=0.75, max_score_difference=0.15, min_matched=0.9),
 )
 

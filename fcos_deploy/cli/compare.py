@@ -5,13 +5,18 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fcos_deploy.accuracy.collect import Target
+    from fcos_deploy.accuracy.gate import Gate
 
 __all__ = ["command"]
 
@@ -20,7 +25,9 @@ def command(
     first: Annotated[Path, typer.Argument(help="The one to compare with: bundle, engine, ONNX file or checkpoint.")],
     second: Annotated[Path, typer.Argument(help="The one that is compared.")],
     *,
-    images: Annotated[Path, typer.Option(help="Folder of the images.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images; without, two bundles are compared by what they record.")
+    ] = None,
     annotations: Annotated[Path | None, typer.Option(help="COCO annotations; without, the first is the truth.")] = None,
     backend: Annotated[str, typer.Option(help="Runtime of both.")] = "",
     second_backend: Annotated[str, typer.Option(help="Runtime of the second, if another.")] = "",
@@ -37,7 +44,10 @@ def command(
     report: Annotated[Path | None, typer.Option(help="Write the comparison as an HTML report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Put two models or bundles side by side: AP with its interval, single detections, speed."""
+    """Put two models or bundles side by side: AP with its interval, single detections, speed.
+
+    Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
+    """
     from fcos_deploy.accuracy.collect import Target
     from fcos_deploy.accuracy.gate import Gate, require_all
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
@@ -50,12 +60,20 @@ def command(
     keys = trusted_keys(public_key, required=require_signature)
     options = SessionOptions(threads=threads, public_keys=keys)
     other, other_precision = second_backend or backend, second_precision or precision
+    reference = Target(model=first, backend=backend, precision=precision, options=options)
+    candidate = Target(model=second, backend=other, precision=other_precision, options=options)
+    gate = Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate)
+    if images is None:
+        if annotations is not None or report is not None:
+            raise ConfigError("--annotations and --report need images.", hint="give --images DIR")
+        _show_bundles(reference, candidate, gate=gate, as_json=as_json)
+        return
     request = ComparisonRequest(
-        reference=Target(model=first, backend=backend, precision=precision, options=options),
-        targets=(Target(model=second, backend=other, precision=other_precision, options=options),),
+        reference=reference,
+        targets=(candidate,),
         images=images,
         annotations=annotations,
-        gate=Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate),
+        gate=gate,
         timing=TimingOptions(rounds=rounds) if speed else None,
         limit=limit,
     )
@@ -72,3 +90,25 @@ def command(
         write_report(comparison_report(found, title=f"{second.name} against {first.name}", commands=[made]), report)
         note(f"wrote {report}")
     require_all(found.evaluations.verdicts)
+
+
+def _show_bundles(first: Target, second: Target, *, gate: Gate, as_json: bool) -> None:
+    from fcos_deploy.accuracy.gate import require_all
+    from fcos_deploy.verification.bundle_summary import FIGURE_COLUMNS, bundles_json, fact_rows, figure_rows
+    from fcos_deploy.verification.bundles import BundleComparisonRequest, compare_bundles
+
+    request = BundleComparisonRequest(first=first, second=second, gate=gate)
+    with progress_bar() as progress:
+        found = compare_bundles(request, progress=progress)
+    table("Bundles", ("", "first", "second"), fact_rows(found))
+    table("Recorded figures", FIGURE_COLUMNS, figure_rows(found))
+    for sentence in found.contract:
+        note(f"contract: {sentence}")
+    agreement = found.agreement
+    note(
+        f"golden images ({agreement.images}), {found.subjects[0]} against {found.subjects[1]}, run here: "
+        f"{agreement.match_rate:.1%} of the detections agree, {agreement.missed} missed, {agreement.invented} invented"
+    )
+    if as_json:
+        print_json(bundles_json(found))
+    require_all(found.verdicts)

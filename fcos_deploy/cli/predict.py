@@ -11,8 +11,12 @@ from fcos_deploy.cli.options import with_checkpoint_options
 from fcos_deploy.cli.trust import AllowFallback, PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.errors import ImageError
 
 __all__ = ["command"]
+
+_DRAWN = 0.3  # least score that is drawn: what scores less hides what matters
+_SHOWN = 200  # rows of the table
 
 
 @with_checkpoint_options
@@ -32,13 +36,21 @@ def command(
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
     draw: Annotated[Path | None, typer.Option(help="Folder for annotated copies (.jpg, .mp4).")] = None,
+    draw_threshold: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Least score that is drawn: --score-threshold, or else 0.3."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     *,
     options: CheckpointOptions,
 ) -> None:
-    """Detect objects; boxes are x1, y1, x2, y2 in pixels of the image."""
+    """Detect objects; boxes are x1, y1, x2, y2 in pixels of the image.
+
+    Images that cannot be read do not stop the others; the exit code is then 1.
+    """
     from fcos_deploy.cli.output import note, print_json, progress_bar, table
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.core.draw import DrawOptions
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
 
@@ -54,14 +66,26 @@ def command(
     opened = Detector.open(
         model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
     )
+    least = next(t for t in (draw_threshold, score_threshold, _DRAWN) if t is not None)
+    found, unread = [], None
     with opened as detector, progress_bar() as progress:
         stepped_down = detector.session.description.get("stepped_down")
-        found = list(predict(detector, images, draw=draw, progress=progress))
+        try:
+            drawing = DrawOptions(score_threshold=least)
+            for one in predict(detector, images, draw=draw, options=drawing, progress=progress):
+                found.append(one)
+        except ImageError as error:
+            unread = error
     if stepped_down:
         note(f"stepped down from {stepped_down}")
-    if as_json:
+    rows = [row for one in found for row in prediction_rows(one, detector.names)]
+    if as_json and (found or unread is None):
         print_json([prediction_json(one, detector.names) for one in found])
-    else:
-        table("Detections", TABLE_COLUMNS, [row for one in found for row in prediction_rows(one, detector.names)])
-    if draw is not None:
-        note(f"annotated copies are in '{draw}'")
+    elif rows and not as_json:
+        table("Detections", TABLE_COLUMNS, rows[:_SHOWN])
+    if len(rows) > _SHOWN and not as_json:
+        note(f"and {len(rows) - _SHOWN} more; --json prints all")
+    if draw is not None and found:
+        note(f"annotated copies are in '{draw}' (scores of at least {least:g})")
+    if unread is not None:
+        raise unread

@@ -26,14 +26,22 @@ def command(
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
     log: Annotated[Path | None, typer.Option(help="append the record here, not to the bundle's own log")] = None,
+    junit: Annotated[Path | None, typer.Option(help="write the verdicts as JUnit XML")] = None,
     json: Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")] = False,
 ) -> None:
     """Replay the bundle's golden images on this machine; exit 0 when the certified detections come out, 4 when not."""
+    from fcos_deploy.accuracy.junit import write_junit
     from fcos_deploy.bundle import open_bundle
     from fcos_deploy.cli.output import note, print_json, progress_bar
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.serialize import to_json
-    from fcos_deploy.verification import VerifyOptions, require_verified, verify_bundle, write_record
+    from fcos_deploy.verification import (
+        VerifyOptions,
+        record_verdicts,
+        require_verified,
+        verify_bundle,
+        write_record,
+    )
 
     options = VerifyOptions(
         backend=backend,
@@ -48,6 +56,8 @@ def command(
         written = write_record(record, bundle=opened, log=log)
     if json or written is None:
         print_json(to_json(record))
+    if junit is not None:
+        write_junit(junit, record_verdicts(record), suite="fcos-deploy verify")
     for step in record.stepped_down:
         note(f"stepped down from {step.backend}: {step.reason}")
     require_verified(record)

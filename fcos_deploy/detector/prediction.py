@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.atomic import atomic_file
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.draw import draw_detections
+from fcos_deploy.core.draw import DrawOptions, draw_detections
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.image_io import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -40,21 +40,30 @@ class Prediction:
 
 
 def predict(
-    detector: Detector, sources: Sequence[Path], *, draw: Path | None = None, progress: ProgressFn = no_progress
+    detector: Detector,
+    sources: Sequence[Path],
+    *,
+    draw: Path | None = None,
+    options: DrawOptions | None = None,
+    progress: ProgressFn = no_progress,
 ) -> Iterator[Prediction]:
     """Detections of every image, of the images in every folder, and of every frame of every video, in order.
 
-    ``draw``: a folder for annotated copies, images as .jpg and videos as .mp4.
+    ``draw``: a folder for annotated copies, images as .jpg and videos as .mp4; what lies in it is no source.
 
     Raises:
-        ImageError: a source that is missing, empty or unreadable.
+        ImageError: a source that is missing or empty, or, when all others are done, images that cannot be read.
         ConfigError: ``draw`` cannot be written.
     """
-    images, videos = _sorted_out(sources)
-    targets = _Targets(draw, [*images, *videos])
-    yield from _predict_images(detector, images, targets=targets, progress=progress)
+    images, videos = _sorted_out(sources, without=draw)
+    targets = _Targets(draw, [*images, *videos], options or DrawOptions())
+    unread: list[ImageError] = []
+    yield from _predict_images(detector, images, targets=targets, unread=unread, progress=progress)
     for video in videos:
         yield from _predict_video(detector, video, targets=targets, progress=progress)
+    if unread:
+        more = f" And {len(unread) - 1} more." if len(unread) > 1 else ""
+        raise ImageError(f"{unread[0].message}{more}", hint=unread[0].hint) from unread[0]
 
 
 def prediction_json(prediction: Prediction, names: tuple[str, ...]) -> dict[str, Any]:
@@ -78,13 +87,14 @@ def prediction_rows(prediction: Prediction, names: tuple[str, ...]) -> list[list
     return rows or [[place, "nothing", *[""] * 5]]
 
 
-def _sorted_out(sources: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Images, those in folders included, and videos."""
+def _sorted_out(sources: Sequence[Path], *, without: Path | None) -> tuple[list[Path], list[Path]]:
+    """Images, those in folders included, and videos; nothing below ``without``."""
     images: list[Path] = []
     videos: list[Path] = []
     for source in sources:
         if source.is_dir():
-            images += list_images(source)
+            found = list_images(source)
+            images += [path for path in found if without is None or not _is_below(path, without)]
         elif source.suffix.lower() in VIDEO_SUFFIXES:
             videos.append(source)
         else:
@@ -92,11 +102,16 @@ def _sorted_out(sources: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return images, videos
 
 
-class _Targets:
-    """Where annotated copies go: the sources' paths below what they have in common."""
+def _is_below(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
-    def __init__(self, folder: Path | None, sources: Sequence[Path]) -> None:
+
+class _Targets:
+    """Where annotated copies go, the sources' paths below what they have in common, and how they are drawn."""
+
+    def __init__(self, folder: Path | None, sources: Sequence[Path], options: DrawOptions) -> None:
         self.folder = folder
+        self.options = options
         parents = [source.resolve().parent for source in sources]
         self._common = Path(os.path.commonpath(parents)) if parents else Path()
 
@@ -110,15 +125,27 @@ class _Targets:
 
 
 def _predict_images(
-    detector: Detector, paths: Sequence[Path], *, targets: _Targets, progress: ProgressFn
+    detector: Detector,
+    paths: Sequence[Path],
+    *,
+    targets: _Targets,
+    unread: list[ImageError],
+    progress: ProgressFn,
 ) -> Iterator[Prediction]:
+    """What cannot be read is put into ``unread``."""
     for start in range(0, len(paths), _AT_A_TIME):
         window = paths[start : start + _AT_A_TIME]
-        images = [read_image(path) for path in window]
-        for path, image, found in zip(window, images, detector.detect_batch(images), strict=True):
+        pictures = []
+        for path in window:
+            try:
+                pictures.append((path, read_image(path)))
+            except ImageError as error:
+                unread.append(error)
+        results = detector.detect_batch([image for _, image in pictures])
+        for (path, image), found in zip(pictures, results, strict=True):
             target = targets.of(path, ".jpg")
             if target is not None:
-                _write_jpeg(draw_detections(image, found, detector.names), target)
+                _write_jpeg(draw_detections(image, found, detector.names, options=targets.options), target)
             yield Prediction(source=path, width=image.shape[1], height=image.shape[0], detections=found)
         progress("detect", start + len(window), len(paths))
 
@@ -129,7 +156,7 @@ def _predict_video(detector: Detector, path: Path, *, targets: _Targets, progres
         for index, image in enumerate(read_frames(path)):
             found = detector.detect(image)
             if target is not None:
-                writer.write(draw_detections(image, found, detector.names))
+                writer.write(draw_detections(image, found, detector.names, options=targets.options))
             yield Prediction(source=path, frame=index, width=image.shape[1], height=image.shape[0], detections=found)
             progress(path.name, index + 1, max(total, index + 1) if total else 0)
 

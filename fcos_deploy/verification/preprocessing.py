@@ -41,6 +41,7 @@ def check_preprocessing(bundle: Bundle) -> PreprocessingResult:
         difference=round(min(largest, 1e9), 4),
         passed=passed,
         problem="" if passed else problem,
+        allowed=_MAX_CELL_DIFFERENCE,
     )
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.bundle.preflight import StepDown
 from fcos_deploy.bundle.records import Gate
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError
 
-__all__ = ["GoldenResult", "PreprocessingResult", "VerificationRecord", "VerifyOptions", "require_verified"]
+__all__ = [
+    "GoldenResult",
+    "PreprocessingResult",
+    "VerificationRecord",
+    "VerifyOptions",
+    "record_verdicts",
+    "require_verified",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +45,7 @@ class PreprocessingResult:
     difference: float
     passed: bool
     problem: str = ""
+    allowed: float = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +96,31 @@ class VerificationRecord:
         )
 
 
+def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
+    """The judgements behind ``record.passed``: on preprocessing, and on the golden detections."""
+    subject, prepared = f"{record.backend} {record.precision}", record.preprocessing
+    seen = f"{prepared.exact} of {prepared.images} golden images give the same bytes, the others the same picture"
+    replay = record.summary if prepared.passed else "the golden images were not run: preprocessing differs"
+    return (
+        Verdict(
+            name="preprocessing",
+            subject=subject,
+            passed=prepared.passed,
+            value=prepared.difference,
+            limit=prepared.allowed,
+            message=prepared.problem or seen,
+        ),
+        Verdict(
+            name="min_matched",
+            subject=subject,
+            passed=prepared.passed and record.matched >= record.gate.min_matched,
+            value=record.matched,
+            limit=record.gate.min_matched,
+            message=replay,
+        ),
+    )
+
+
 def require_verified(record: VerificationRecord) -> None:
     """Raise when the machine does not give the certified detections.
 
@@ -96,5 +130,5 @@ def require_verified(record: VerificationRecord) -> None:
     if not record.passed:
         raise AccuracyGateError(
             f"'{record.artifact}' on '{record.backend}' is not the certified detector: {record.summary}.",
-            hint="see which stage departs with 'fcos-deploy inspect', or make the bundle for this machine",
+            hint="see which stage departs with 'fcos-deploy parity', or make the bundle for this machine",
         )

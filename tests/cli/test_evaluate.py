@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -143,6 +145,34 @@ def test_an_interrupted_run_goes_on(tiny_onnx: Path, data: Path, tmp_path: Path)
     assert (whole["resumed_images"], again["resumed_images"]) == (0, 2)
     assert again["ap"] == whole["ap"]
     assert kept.read_bytes() == b"".join(lines)
+
+
+def test_a_run_that_was_killed_goes_on(tiny_onnx: Path, data: Path, tmp_path: Path) -> None:
+    """SIGKILL while the first of two backends runs; what it had found is not computed again."""
+    pytest.importorskip("openvino")
+    many, kept = tmp_path / "many", tmp_path / "kept"
+    many.mkdir()
+    content = json.loads((data / "annotations.json").read_text())
+    content["images"] = [{"id": n, "file_name": f"{n}.png"} for n in range(1, 61)]
+    (many / "annotations.json").write_text(json.dumps(content))
+    for number in range(60):
+        shutil.copyfile(data / f"{number % 4 + 1}.png", many / f"{number + 1}.png")
+    backends = ("--backend", "onnxruntime", "--backend", "openvino", "--json")
+    arguments = [str(a) for a in (tiny_onnx, *on(many), *backends, "--predictions", kept)]
+    program = [sys.executable, "-c", "from fcos_deploy.cli.app import main; main()", "evaluate", *arguments]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        while running.poll() is None and not any(path.read_bytes().count(b"\n") >= 3 for path in kept.glob("*")):
+            time.sleep(0.001)
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    (file,) = kept.iterdir()
+    lines = file.read_bytes().count(b"\n")
+    assert 3 <= lines < 60
+    again = json.loads(run("evaluate", *arguments).stdout)
+    assert [e["resumed_images"] for e in again] == [lines, 0]
+    fresh = json.loads(run("evaluate", tiny_onnx, *on(many), *backends).stdout)
+    assert [e["ap"] for e in again] == [e["ap"] for e in fresh]
+    assert [e["resumed_images"] for e in json.loads(run("evaluate", *arguments).stdout)] == [60, 60]
 
 
 def test_kept_predictions_are_those_of_the_same_images(tiny_onnx: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -85,6 +86,28 @@ def test_folders_are_searched_and_drawn_with_their_structure(tiny_onnx: Path, fo
     image, copy = cv2.imread(str(folder / "b.png")), cv2.imread(str(drawn / "b.jpg"))
     assert copy.shape == image.shape
     assert np.abs(copy.astype(int) - image).max() > 60
+
+
+def test_an_image_that_cannot_be_read_does_not_stop_the_others(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    drawn = folder / "drawn"
+    done = _run("predict", tiny_onnx, tmp_path / "broken.png", folder, "--draw", drawn, "--json")
+    assert done.exit_code == 1
+    assert "broken.png" in done.stderr
+    assert len(json.loads(done.stdout)) == 4
+    again = _run("predict", tiny_onnx, folder, "--draw", drawn, "--json")
+    assert len(json.loads(again.stdout)) == 4  # its own drawings are no sources
+    shutil.rmtree(drawn)
+
+
+def test_only_likely_objects_are_drawn(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:
+    for name, options in (("few", ["--draw-threshold", "0.99"]), ("all", ["--score-threshold", "0.2"])):
+        assert _run("predict", tiny_onnx, folder / "b.png", "--draw", tmp_path / name, *options).exit_code == 0
+    few, every = (cv2.imread(str(tmp_path / name / "b.jpg")) for name in ("few", "all"))
+    _, coded = cv2.imencode(".jpg", cv2.imread(str(folder / "b.png")))
+    plain = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+    np.testing.assert_array_equal(few, plain)
+    assert (every != plain).any(axis=2).sum() > 500
 
 
 def test_a_video_becomes_an_annotated_one(tiny_onnx: Path, video: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``verify``, ``sign``, ``verify-signature`` and ``package`` as a user types them."""
+"""``verify``, ``compare``, ``sign``, ``verify-signature`` and ``package`` of bundles as a user types them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,13 @@ def _remake(bundle: Path, change: object) -> None:
 
 
 def test_a_moved_bundle_is_verified_and_the_record_is_kept(bundle: Path) -> None:
-    done = _run("verify", bundle, "--json")
+    junit = bundle.parent / "junit.xml"
+    done = _run("verify", bundle, "--json", "--junit", junit)
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
+    (suite,) = ElementTree.parse(junit).getroot()
+    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("2", "0")
+    assert [case.attrib["name"] for case in suite] == ["preprocessing", "min_matched"]
     assert (record["passed"], record["matched"], record["backend"]) == (True, 1.0, "onnxruntime")
     assert record["preprocessing"]["exact"] == record["preprocessing"]["images"] == 4
     assert sum(image["expected"] for image in record["images"]) > 10
@@ -52,6 +57,46 @@ def test_a_moved_bundle_is_verified_and_the_record_is_kept(bundle: Path) -> None
     assert {key: kept[key] for key in record} == record
     assert _run("verify", bundle).exit_code == 0
     assert len(read_log(bundle / "verification.jsonl")) == 2
+
+
+def _record(manifest: dict, *, ap: float, milliseconds: float) -> None:
+    figure = {"artifact": "model.fp32.onnx", "backend": "onnxruntime", "precision": "fp32"}
+    data = {"dataset": "annotated", "images": 40, "metrics": {"ap": ap, "ap50": 0.8}}
+    manifest["accuracy"] = [{**figure, **data}]
+    manifest["benchmark"] = [{**figure, "device": "a laptop", "metrics": {"total_p50_ms": milliseconds}}]
+
+
+def test_two_bundles_are_compared_by_what_they_record(bundle: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+
+    def change(manifest: dict) -> None:
+        _record(manifest, ap=0.59, milliseconds=40.0)
+        manifest["contract"]["decode"]["iou_threshold"] = 0.5
+
+    _remake(bundle, lambda manifest: _record(manifest, ap=0.6, milliseconds=50.0))
+    _remake(other, change)
+    done = _run("compare", bundle, other, "--json", "--min-match-rate", 1, "--max-map-drop", 0.02)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    figures = {figure["name"]: figure for figure in found["figures"]}
+    assert figures["AP"]["difference"] == pytest.approx(-0.01)
+    assert (figures["p50"]["first"], figures["p50"]["second"]) == (50.0, 40.0)
+    assert figures["size"]["difference"] == 0
+    assert found["contract"] == ["the IoU threshold is 0.5 in place of 0.6"]
+    assert found["golden"]["images"] == 4  # the same pictures in both
+    assert (found["golden"]["missed"], found["golden"]["invented"]) == (0, 0)
+    assert "-10.0 (x 0.80)" in done.stderr
+    assert _run("compare", bundle, other, "--max-map-drop", 0.005).exit_code == 4
+
+
+def test_what_cannot_be_compared_is_said(bundle: Path, tiny_onnx: Path) -> None:
+    no_bundle = _run("compare", bundle, tiny_onnx)
+    assert no_bundle.exit_code == 2
+    assert "is not a bundle" in no_bundle.stderr
+    assert "--images" in no_bundle.stderr
+    no_record = _run("compare", bundle, bundle, "--max-map-drop", 0.01)
+    assert no_record.exit_code == 2
+    assert "record no AP" in no_record.stderr
 
 
 def test_another_backend_is_verified_by_name(bundle: Path) -> None:
@@ -76,12 +121,17 @@ def test_detections_that_are_not_the_certified_ones_give_exit_code_4(bundle: Pat
     assert kept["passed"] is False
 
 
-def test_a_changed_preprocessing_is_found_first_and_named(bundle: Path) -> None:
+def test_a_changed_preprocessing_is_found_first_and_named(bundle: Path, tmp_path: Path) -> None:
     _remake(bundle, lambda manifest: manifest["contract"]["preprocess"].update(channel_order="bgr"))
-    done = _run("verify", bundle)
+    done = _run("verify", bundle, "--junit", tmp_path / "junit.xml")
     assert done.exit_code == 4
     assert "preprocessing differs" in done.stderr
     assert "channels are swapped" in done.stderr
+    (suite,) = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("2", "2")
+    first = suite[0].find("failure")
+    assert first is not None
+    assert "channels are swapped" in first.attrib["message"]
 
 
 def test_a_damaged_bundle_is_refused_before_anything_runs(bundle: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,15 +55,10 @@ def count_of(tensor: TensorFacts) -> int:
 
 def flat_values(tensor: TensorFacts) -> list[float]:
     """Its numbers row by row; for small tensors."""
-    return list(_flat(tensor.tolist()))
-
-
-def _flat(nested: Any) -> Iterator[float]:  # Any: a number, or lists of them
-    if not isinstance(nested, list):
-        yield float(nested)
-        return
-    for item in nested:
-        yield from _flat(item)
+    numbers = tensor.tolist()
+    for _ in tensor.shape[1:]:
+        numbers = [number for row in numbers for number in row]
+    return [float(number) for number in numbers] if tensor.shape else [float(numbers)]
 
 
 @dataclass(slots=True, eq=False)
@@ -158,5 +153,8 @@ def _nested(
 ) -> Any:  # Any: nested lists
     if not shape:
         return numbers[offset]
-    places = range(offset, offset + shape[0] * strides[0], strides[0]) if strides[0] else [offset] * shape[0]
-    return [_nested(numbers, place, shape=shape[1:], strides=strides[1:]) for place in places]
+    if len(shape) == 1 and strides[0]:
+        return list(numbers[offset : offset + shape[0] * strides[0] : strides[0]])
+    return [
+        _nested(numbers, offset + place * strides[0], shape=shape[1:], strides=strides[1:]) for place in range(shape[0])
+    ]

@@ -97,7 +97,8 @@ class Evidence:
     def _all_near(self, ending: str, value: float, *, within: float) -> bool:
         """Whether all numbers of the body's tensors with this ending are near ``value``."""
         vectors = (t for n, t in self.tensors.items() if n.startswith("backbone.body.") and n.endswith(ending))
-        return all(abs(number - value) <= within for vector in vectors for number in flat_values(vector))
+        found = (numbers for numbers in map(flat_values, vectors) if numbers)
+        return all(value - within <= min(numbers) and max(numbers) <= value + within for numbers in found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

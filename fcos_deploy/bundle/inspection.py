@@ -43,7 +43,7 @@ def _thresholds(manifest: Manifest) -> tuple[tuple[str, str], ...]:
     return tuple(
         (
             f"threshold, {figure.backend} {figure.precision}",
-            f"{figure.score_drift.threshold:.4g} is as {figure.score_drift.float_threshold:.4g} of the float model",
+            f"{figure.score_drift.threshold:.4g} where the float model has {figure.score_drift.float_threshold:.4g}",
         )
         for figure in manifest.accuracy
         if figure.precision is Precision.INT8 and figure.score_drift is not None

@@ -172,7 +172,7 @@ def _score_drift(data: ReportData) -> Chart | None:
         mine, theirs = np.array(drift.pairs).T
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8)
         axes.scatter(mine, theirs, s=9, alpha=0.4, linewidths=0, zorder=3, color=_colors(data).get(drift.variant, INK))
-        moved = float(np.mean(theirs - mine))
+        moved = round(float(np.mean(theirs - mine)), 4) + 0.0  # no minus before nothing
         axes.set(title=drift.variant, xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.text(0.04, 0.93, f"mean shift {moved:+.4f}", va="top", fontsize=8.5)
     for axes in panels.flat[len(drifts) :]:

@@ -59,7 +59,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state[f"{conv}.weight"][:, 0] /= _FACTOR
     with safe_open(source, "pt") as file:
         save_file(state, folder / "hard.safetensors", metadata=file.metadata())
-    loaded = load_checkpoint(folder / "hard.safetensors", options=CheckpointOptions(input_size=(160, 208)))
+    loaded = load_checkpoint(folder / "hard.safetensors", options=CheckpointOptions(input_size=(160, 224)))
     model = export_onnx(loaded, folder / "model.onnx").path
     _write_images(folder)
     calibrate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +88,7 @@ class Evaluations:
 
 
 def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) -> Evaluations:
-    """Evaluate every target on all images, one model in memory at a time.
+    """Evaluate every target on all images, one model in memory at a time; what it found is scored while the next runs.
 
     Raises:
         ConfigError: images, annotations and models do not fit together.
@@ -103,9 +104,18 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
 
     reference_run = collect(request.reference) if request.reference else None
     dataset = annotated or _reference_truth(request, reference_run)
-    reference = evaluate_run(dataset, reference_run, request=request) if reference_run else None
-    targets = [evaluate_run(dataset, collect(t), request=request, reference=reference) for t in request.targets]
-    return Evaluations(dataset=dataset, reference=reference, targets=tuple(targets))
+    with ThreadPoolExecutor(1) as scoring:  # one thread, so that the reference is scored before its targets
+        reference = scoring.submit(evaluate_run, dataset, reference_run, request=request) if reference_run else None
+
+        def score(run: DetectionRun) -> Evaluation:
+            return evaluate_run(dataset, run, request=request, reference=reference.result() if reference else None)
+
+        targets = [scoring.submit(score, collect(target)) for target in request.targets]
+        return Evaluations(
+            dataset=dataset,
+            reference=reference.result() if reference else None,
+            targets=tuple(target.result() for target in targets),
+        )
 
 
 def _reference_truth(request: EvaluationRequest, run: DetectionRun | None) -> Dataset:

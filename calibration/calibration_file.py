@@ -6,6 +6,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from calibration.ranges import Range, RangeMethod
 from fcos_deploy.core.atomic import sha256_file, write_text
 from fcos_deploy.core.errors import CalibrationError, ConfigError
@@ -29,12 +32,30 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class TensorRanges:
-    """What was seen of a tensor, and what each method makes of it."""
+    """What was seen of a tensor, and what each method makes of it.
+
+    ``channel_means``: numbers in one text, so that the file stays readable; empty where they are not known.
+    """
 
     minimum: float
     maximum: float
     zero_share: float
     ranges: dict[str, Range]
+    channel_means: str = ""
+
+    def means(self) -> NDArray[np.float32]:
+        """(channels,), or (0,) when they are not known.
+
+        Raises:
+            CalibrationError: the text is not one of finite numbers.
+        """
+        try:
+            means = np.array(self.channel_means.split(), np.float32)
+        except ValueError as error:
+            raise CalibrationError("The calibration's channel means are damaged.", hint="calibrate again") from error
+        if not np.isfinite(means).all():
+            raise CalibrationError("The calibration's channel means are not finite.", hint="calibrate again")
+        return means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

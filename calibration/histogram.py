@@ -26,6 +26,7 @@ class Histogram:
     quantizer represents exactly, are counted apart.
 
     positive, negative: (BINS,) int64; entry i counts values from i to i + 1 widths away from zero.
+    channel_sums: (channels,) float64, the means of the channels of ``additions`` arrays (n, channels, h, w).
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,13 @@ class Histogram:
         self.elements = 0
         self.minimum = math.inf
         self.maximum = -math.inf
+        self.channel_sums = np.zeros(0, np.float64)
+        self.additions = 0
+
+    @property
+    def channel_means(self) -> NDArray[np.float64]:
+        """(channels,), empty for a tensor that has none."""
+        return self.channel_sums / max(self.additions, 1)
 
     @property
     def amax(self) -> float:
@@ -68,6 +76,10 @@ class Histogram:
             bad = flat[~np.isfinite(flat)]
             raise CalibrationError(f"{bad.size} of {flat.size} values are not finite, the first is {bad[0]}")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        if values.ndim == 4:
+            means = values.reshape(*values.shape[:2], -1).mean(2).mean(0)
+            self.channel_sums = means + (self.channel_sums if self.additions else 0.0)
+            self.additions += 1
         # An odd step does not beat against the even widths of feature maps.
         step = -(-flat.size // samples)
         flat = np.ascontiguousarray(flat[:: step | 1]) if step > 1 else flat
@@ -103,8 +115,10 @@ class Histogram:
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything, as arrays that an npz file can hold."""
         numbers = np.array([self.minimum, self.maximum], np.float64)
-        counts = np.array([self.elements, self.zeros, -9999 if self.exponent is None else self.exponent], np.int64)
-        return {"positive": self.positive, "negative": self.negative, "numbers": numbers, "counts": counts}
+        exponent = -9999 if self.exponent is None else self.exponent
+        counts = np.array([self.elements, self.zeros, exponent, self.additions], np.int64)
+        bins = {"positive": self.positive, "negative": self.negative}
+        return {**bins, "channels": self.channel_sums, "numbers": numbers, "counts": counts}
 
     @classmethod
     def from_state(cls, state: dict[str, NDArray[Any]]) -> Histogram:
@@ -112,7 +126,8 @@ class Histogram:
         histogram = cls()
         histogram.positive, histogram.negative = state["positive"].copy(), state["negative"].copy()
         histogram.minimum, histogram.maximum = (float(v) for v in state["numbers"])
-        histogram.elements, histogram.zeros, exponent = (int(v) for v in state["counts"])
+        histogram.channel_sums = state["channels"].copy()
+        histogram.elements, histogram.zeros, exponent, histogram.additions = (int(v) for v in state["counts"])
         histogram.exponent = None if exponent == -9999 else exponent
         return histogram
 

@@ -18,6 +18,7 @@ from calibration.quantized_values import (
     ActivationScale,
     WeightValues,
     activation_scale,
+    bias_correction,
     quantize_bias,
     quantize_weight,
 )
@@ -65,12 +66,11 @@ def quantize_qdq(
     *,
     policy: Placement,
     keep_float: Collection[str] = (),
-    biases: dict[str, NDArray[np.float32]] | None = None,
     pictures: Sequence[NDArray[np.uint8]] = (),
 ) -> QuantizedOnnx:
     """Quantize the convolutions of ``source``; ``keep_float`` names layers or nodes that stay float.
 
-    ``biases`` replaces biases by the name of the convolution node. The result is run beside its source on ``pictures``,
+    Biases take back what the rounding of the weights shifts. The result is run beside its source on ``pictures``,
     (h, w, 3) uint8 RGB each, before it takes its name.
 
     Raises:
@@ -83,7 +83,7 @@ def quantize_qdq(
         raise CalibrationError(f"'{source}' is {contract.precision}.", hint="quantize the fp32 graph")
     graph = load_graph(source)
     plan = plan_pairs(graph, policy, keep_float=keep_float)
-    model = quantized_model(graph, calibration, policy=policy, keep_float=keep_float, biases=biases)
+    model = quantized_model(graph, calibration, policy=policy, keep_float=keep_float)
     _set_contract(model, contract_to_text(replace(contract, precision=Precision.INT8, placement=policy.name)))
     onnx = require("onnx", extra="export")
     onnx.checker.check_model(model)
@@ -109,7 +109,6 @@ def quantized_model(
     *,
     policy: Placement,
     keep_float: Collection[str] = (),
-    biases: dict[str, NDArray[np.float32]] | None = None,
 ) -> Any:
     """The quantized onnx.ModelProto, under the source's contract; ``quantize_qdq`` is this with all its checks.
 
@@ -119,7 +118,7 @@ def quantized_model(
     plan = plan_pairs(graph, policy, keep_float=keep_float)
     if not plan.convs:
         raise CalibrationError("Every convolution would stay float.", hint="leave the model in fp32")
-    return _Writer(graph, plan, calibration, policy=policy, biases=biases or {}).model()
+    return _Writer(graph, plan, calibration, policy=policy).model()
 
 
 def _set_contract(model: Any, text: str) -> None:
@@ -138,10 +137,9 @@ class _Writer:
         calibration: Calibration,
         *,
         policy: Placement,
-        biases: dict[str, NDArray[np.float32]],
     ) -> None:
         self._onnx = require("onnx", extra="export")
-        self._graph, self._plan, self._policy, self._biases = graph, plan, policy, biases
+        self._graph, self._plan, self._policy, self._calibration = graph, plan, policy, calibration
         self._convs = {conv.name: conv for conv in plan.convs}
         self._scales = {name: self._scale(name, calibration) for name in plan.readers}
         self._weights = self._quantized_weights()
@@ -165,7 +163,7 @@ class _Writer:
         """A bias is stored in 32 bits in units of input times weight scale: the weight scale must not be too small."""
         if self._policy.results is ResultRule.FLOAT:
             return 0.0
-        needed = [np.abs(self._bias(c)) / (self._scales[c.input].scale * 2.0**30) for c in convs if c.bias]
+        needed = [np.abs(self._array(c.bias)) / (self._scales[c.input].scale * 2.0**30) for c in convs if c.bias]
         return np.max(needed, axis=0).astype(np.float32) if needed else 0.0
 
     def _array(self, name: str) -> NDArray[np.float32]:
@@ -173,7 +171,10 @@ class _Writer:
         return array
 
     def _bias(self, conv: ConvSite) -> NDArray[np.float32]:
-        return self._biases[conv.name] if conv.name in self._biases else self._array(conv.bias)
+        means = self._calibration.tensors[conv.input].means()
+        return self._array(conv.bias) + bias_correction(
+            self._array(conv.weight), self._weights[conv.weight], means=means
+        )
 
     def model(self) -> Any:
         model = self._onnx.ModelProto()
@@ -226,11 +227,13 @@ class _Writer:
         """Weight, and bias where the placement stores it in 32 bits, behind a DequantizeLinear of their own."""
         weight = self._weights[conv.weight]
         nodes = [self._dequantize(node, 1, conv.weight, values=weight.values, scales=weight.scales)]
-        if self._policy.results is ResultRule.QUANTIZED and conv.bias:
+        if not conv.bias:
+            return nodes
+        if self._policy.results is ResultRule.QUANTIZED:
             input_scale = self._scales[conv.input].scale
             values, scales = quantize_bias(self._bias(conv), input_scale=input_scale, weight_scales=weight.scales)
             nodes.append(self._dequantize(node, 2, f"{conv.name}/bias", values=values, scales=scales))
-        elif conv.name in self._biases:
+        else:
             node.input[2] = self._constant(f"{conv.name}/bias", self._bias(conv))
         return nodes
 

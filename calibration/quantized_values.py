@@ -10,8 +10,16 @@ from numpy.typing import NDArray
 
 from calibration.placement import ActivationFormat, WeightRange
 from calibration.ranges import Range
+from fcos_deploy.core.errors import CalibrationError
 
-__all__ = ["ActivationScale", "WeightValues", "activation_scale", "quantize_bias", "quantize_weight"]
+__all__ = [
+    "ActivationScale",
+    "WeightValues",
+    "activation_scale",
+    "bias_correction",
+    "quantize_bias",
+    "quantize_weight",
+]
 
 Floats = NDArray[np.float32]
 # Smallest scale: a channel of zeros must not divide by zero.
@@ -100,6 +108,28 @@ _WEIGHT_SCALES: dict[WeightRange, Callable[[Floats], Floats]] = {
     WeightRange.REDUCED: _reduced,
     WeightRange.PAIRWISE: _pairwise,
 }
+
+
+def bias_correction(weight: Floats, values: WeightValues, *, means: Floats) -> Floats:
+    """(out,) what the rounding of the weights takes from the mean of each output channel.
+
+    ``means``: (in,) of the input's channels; without any there is nothing to correct. Padding is left out of account.
+
+    Raises:
+        CalibrationError: other means than the convolution has input channels.
+    """
+    out, per_group = weight.shape[:2]
+    lost = (weight - values.dequantized()).reshape(out, per_group, -1).sum(2)
+    if not means.size:
+        return np.zeros(out, np.float32)
+    if means.size % per_group or out % (means.size // per_group):
+        raise CalibrationError(
+            f"The calibration has the means of {means.size} channels for weights of shape {weight.shape}.",
+            hint="calibrate again",
+        )
+    groups = means.reshape(-1, per_group)
+    correction: Floats = (lost * np.repeat(groups, out // len(groups), axis=0)).sum(1)
+    return correction
 
 
 def quantize_bias(bias: Floats, *, input_scale: np.float32, weight_scales: Floats) -> tuple[NDArray[np.int32], Floats]:

@@ -104,7 +104,8 @@ def ranges_from(
                 hint="is the checkpoint trained, and do the images fit it?",
             ) from error
         share = round(histogram.zeros / histogram.elements, 6)
-        tensors[name] = TensorRanges(histogram.minimum, histogram.maximum, share, ranges)
+        means = " ".join(f"{mean:.6g}" for mean in histogram.channel_means)
+        tensors[name] = TensorRanges(histogram.minimum, histogram.maximum, share, ranges, means)
     return Calibration(
         graph_sha256=sha256_file(source),
         method=options.method,
@@ -224,7 +225,7 @@ def _key(source: Path, images: CalibrationSet, options: StatisticsOptions) -> st
         "images": [image.sha256 for image in images.images],
         "preprocess": to_json(read_contract(source).preprocess),
         "settings": settings,
-        "version": 1,
+        "version": 2,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -256,7 +257,7 @@ def _resume(state: Path | None, key: str, names: Sequence[str]) -> tuple[int, Hi
         with state.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return 0, fresh
-            parts = ("positive", "negative", "numbers", "counts")
+            parts = ("positive", "negative", "channels", "numbers", "counts")
             found = {n: Histogram.from_state({p: arrays[f"{n}\n{p}"] for p in parts}) for n in names}
             return int(arrays["done"]), found
     except _DAMAGED:

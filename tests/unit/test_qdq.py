@@ -14,7 +14,13 @@ from calibration.data import collect_images, read_picture
 from calibration.executed import executed_share
 from calibration.placement import PLACEMENTS, ActivationFormat, WeightRange
 from calibration.qdq import quantize_qdq
-from calibration.quantized_values import activation_scale, quantize_bias, quantize_weight
+from calibration.quantized_values import (
+    WeightValues,
+    activation_scale,
+    bias_correction,
+    quantize_bias,
+    quantize_weight,
+)
 from calibration.ranges import Range
 from fcos_deploy.core.contract_io import read_contract
 from fcos_deploy.core.enums import Precision
@@ -81,7 +87,7 @@ def test_portable_has_no_pairs_on_biases_outputs_or_zero_points(
         assert constants[node.input[2]] == 0
         assert constants[node.input[2]].dtype == np.int8
     assert not any(value.dtype == np.int32 for value in constants.values())
-    assert all(node.input[2].endswith(".bias") for node in nodes(tmp_path / "q.onnx", "Conv"))
+    assert all(constants[node.input[2]].dtype == np.float32 for node in nodes(tmp_path / "q.onnx", "Conv"))
 
 
 def test_scale_is_the_ranges(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
@@ -182,6 +188,49 @@ def test_pairwise_keeps_more_bits_than_reduced() -> None:
         for kind in (WeightRange.FULL, WeightRange.PAIRWISE, WeightRange.REDUCED)
     ]
     assert errors[0] < errors[1] < errors[2]
+
+
+def test_bias_correction_by_hand() -> None:
+    weight = np.float32([[[[0.5, 0.25]], [[2.0, 0.0]]]])  # one output, two inputs, a kernel of 1 x 2
+    values = WeightValues(np.int8([[[[1, 0]], [[4, 0]]]]), np.float32([0.4]))
+    # Lost of the first input 0.5 - 0.4 + 0.25, of the second 2.0 - 1.6.
+    found = bias_correction(weight, values, means=np.float32([2.0, 10.0]))
+    assert found == pytest.approx([0.35 * 2.0 + 0.4 * 10.0], rel=1e-6)
+
+
+def test_bias_correction_of_groups_by_hand() -> None:
+    weight = np.float32([0.5, 1.5]).reshape(2, 1, 1, 1)  # depthwise
+    values = WeightValues(np.int8([1, 1]).reshape(2, 1, 1, 1), np.float32([0.4, 1.0]))
+    assert bias_correction(weight, values, means=np.float32([3.0, 5.0])) == pytest.approx([0.3, 2.5], rel=1e-6)
+
+
+def test_bias_correction_refuses_means_of_another_tensor() -> None:
+    weight = np.ones((2, 4, 1, 1), np.float32)
+    with pytest.raises(CalibrationError, match=r"means of 6 channels for weights of shape \(2, 4, 1, 1\)"):
+        bias_correction(weight, quantize_weight(weight, WeightRange.FULL), means=np.ones(6, np.float32))
+
+
+def test_biases_take_back_the_shift_of_rounded_weights(
+    mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path
+) -> None:
+    """The mean of each channel behind the first convolution, over the calibration images, against the float graph's."""
+    from calibration.engines import expose, open_engine
+    from calibration.feeds import Feeder
+
+    without = {name: replace(tensor, channel_means="") for name, tensor in mini_calibration.tensors.items()}
+    policy = replace(PLACEMENTS["portable"], weights=WeightRange.REDUCED)
+    feeder = Feeder(onnx.load(str(mini_onnx)), read_contract(mini_onnx))
+    feeds = [feeder(read_picture(image)) for image in collect_images(smooth_images).images]
+
+    def means(path: Path) -> Any:
+        run = open_engine("onnxruntime", expose(onnx.load(str(path)), ["stem"]), threads=1)
+        return np.mean([run(feed)["stem"].mean((0, 2, 3)) for feed in feeds], axis=0)
+
+    shifts = []
+    for calibration in (replace(mini_calibration, tensors=without), mini_calibration):
+        quantize_qdq(mini_onnx, calibration, tmp_path / "q.onnx", policy=policy)
+        shifts.append(float(np.abs(means(tmp_path / "q.onnx") - means(mini_onnx)).mean()))
+    assert shifts[1] < 0.5 * shifts[0]
 
 
 def test_bias_by_hand() -> None:

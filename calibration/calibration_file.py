@@ -18,7 +18,7 @@ from fcos_deploy.core.serialize import from_json, parse_json, to_json
 __all__ = ["DEFAULT_METHOD", "Calibration", "ImageRecord", "TensorRanges", "load_calibration", "save_calibration"]
 
 SCHEMA_VERSION = 1
-# The winner over the models and placements of docs/int8.md.
+# Shares the lead over the models and placements of docs/int8.md.
 DEFAULT_METHOD = RangeMethod.PERCENTILE
 
 

@@ -99,7 +99,7 @@ def test_a_plain_path_is_accepted(path: str) -> None:
 
 
 def test_the_gate_of_a_precision_without_one_is_an_error(manifest: Manifest) -> None:
-    assert manifest.gate(Precision.FP16).min_matched == 0.99
+    assert manifest.gate(Precision.FP16).precision is Precision.FP16
     only = Gate(precision=Precision.FP32, max_map_drop=0.0, min_iou=0.9, max_score_difference=0.1, min_matched=1.0)
     with pytest.raises(BundleError, match="no accuracy gate for 'int8'"):
         dataclasses.replace(manifest, gates=(only,)).gate(Precision.INT8)

@@ -15,7 +15,6 @@ source the node is defined by standard operators (``runnable``).
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from exporters._efficient_nms_definition import DOMAIN, EFFICIENT_NMS, runnable
-from exporters._graph_inputs import feeds_of
-from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx, with_contract
-from exporters.simplify import Simplification, input_shapes
+from exporters.onnx_file import opset_of, with_contract
+from exporters.simplify import Simplification, rewrite_onnx
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode_spec import NmsSpace
@@ -51,24 +49,12 @@ def convert_to_efficient_nms(source: Path, output: Path, *, progress: ProgressFn
             written.
         StepCheckError: the result gives other detections.
     """
-    started = time.perf_counter()
-    progress("EfficientNMS", 0, 1)
-    require_writable(output)
-    model = load_onnx(source)
-    contract = contract_of(model, source)
-    result, check = with_efficient_nms(model, feeds_of(contract, input_shapes(model)), contract=contract)
-    save_onnx(with_contract(result, contract), output)
-    progress("EfficientNMS", 1, 1)
-    return Simplification(
-        path=output,
-        nodes_before=len(model.graph.node),
-        nodes=len(result.graph.node),
-        bytes_before=model.ByteSize(),
-        file_bytes=output.stat().st_size,
-        opset=opset_of(result),
-        seconds=time.perf_counter() - started,
-        check=check,
-    )
+
+    def rewrite(model: Any, contract: ModelContract, feeds: list[Feeds]) -> tuple[Any, StepCheck]:
+        result, check = with_efficient_nms(model, feeds, contract=contract)
+        return with_contract(result, contract), check
+
+    return rewrite_onnx(source, output, step="EfficientNMS", rewrite=rewrite, progress=progress)
 
 
 def with_efficient_nms(model: Any, feeds: list[Feeds], *, contract: ModelContract) -> tuple[Any, StepCheck]:

@@ -7,16 +7,14 @@ which costs decoded boxes a quarter of a pixel (docs/export.md).
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from exporters._graph_inputs import feeds_of
-from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx, with_contract
-from exporters.simplify import Simplification, input_shapes
+from exporters.onnx_file import with_contract
+from exporters.simplify import Simplification, rewrite_onnx
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
@@ -43,30 +41,12 @@ def convert_to_fp16(source: Path, output: Path, *, progress: ProgressFn = no_pro
         ConfigError: ``source`` is not fp32, or ``output`` cannot be written.
         StepCheckError: the result is further from its source than half precision explains.
     """
-    started = time.perf_counter()
-    progress("convert to fp16", 0, 2)
-    require_writable(output)
-    model = load_onnx(source)
-    contract = contract_of(model, source)
-    progress("convert to fp16", 1, 2)
-    result, check = half_precision(model, feeds_of(contract, input_shapes(model)), contract=contract)
-    result = with_contract(result, _half_contract(contract))
-    save_onnx(result, output)
-    progress("convert to fp16", 2, 2)
-    return Simplification(
-        path=output,
-        nodes_before=len(model.graph.node),
-        nodes=len(result.graph.node),
-        bytes_before=model.ByteSize(),
-        file_bytes=output.stat().st_size,
-        opset=opset_of(result),
-        seconds=time.perf_counter() - started,
-        check=check,
-    )
 
+    def rewrite(model: Any, contract: ModelContract, feeds: list[Feeds]) -> tuple[Any, StepCheck]:
+        result, check = half_precision(model, feeds, contract=contract)
+        return with_contract(result, replace(contract, precision=Precision.FP16)), check
 
-def _half_contract(contract: ModelContract) -> ModelContract:
-    return replace(contract, precision=Precision.FP16)
+    return rewrite_onnx(source, output, step="convert to fp16", rewrite=rewrite, progress=progress)
 
 
 def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -> tuple[Any, StepCheck]:

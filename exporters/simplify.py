@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from exporters._graph_inputs import feeds_of
 from exporters.graph_passes import PASSES
 from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx
 from exporters.step_check import Feeds, Runner, StepCheck, compare, onnx_runner
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.require import require
 
-__all__ = ["Simplification", "input_shapes", "simplified", "simplify_onnx"]
+__all__ = ["Simplification", "input_shapes", "rewrite_onnx", "simplified", "simplify_onnx"]
+
+# The model (onnx.ModelProto), its contract and inputs -> the new model, and what the comparison of both found.
+Rewrite = Callable[[Any, ModelContract, list[Feeds]], tuple[Any, StepCheck]]
 
 # Folding constants changes the order of a few float32 operations; a rounding in front of a quantizer may then move a
 # value by one step of its scale.
@@ -65,16 +70,33 @@ def simplify_onnx(source: Path, output: Path, *, progress: ProgressFn = no_progr
         ConfigError: ``output`` cannot be written.
         StepCheckError: the result does not compute what its source does.
     """
+
+    def rewrite(model: Any, contract: ModelContract, feeds: list[Feeds]) -> tuple[Any, StepCheck]:
+        return simplified(model, feeds, precision=contract.precision)
+
+    return rewrite_onnx(source, output, step="simplify", rewrite=rewrite, progress=progress)
+
+
+def rewrite_onnx(
+    source: Path, output: Path, *, step: str, rewrite: Rewrite, progress: ProgressFn = no_progress
+) -> Simplification:
+    """Write what ``rewrite`` makes of the graph of ``source``; inputs that provoke differences are drawn for it.
+
+    Raises:
+        ExportError: ``source`` is not a complete ONNX model.
+        BackendLoadError: ``source`` carries no contract.
+        ConfigError: ``output`` cannot be written.
+    """
     started = time.perf_counter()
-    progress("simplify", 0, 2)
+    progress(step, 0, 2)
     require_writable(output)
     model = load_onnx(source)
     contract = contract_of(model, source)
     feeds = feeds_of(contract, input_shapes(model))
-    progress("simplify", 1, 2)
-    result, check = simplified(model, feeds, precision=contract.precision)
+    progress(step, 1, 2)
+    result, check = rewrite(model, contract, feeds)
     save_onnx(result, output)
-    progress("simplify", 2, 2)
+    progress(step, 2, 2)
     return Simplification(
         path=output,
         nodes_before=len(model.graph.node),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.bundle import AccuracyFigure, FileRecord, Gate, open_bundle
+from fcos_deploy.bundle import DEFAULT_GATES, AccuracyFigure, FileRecord, Gate, open_bundle
 from fcos_deploy.bundle.artifact import check_relative_path
 from fcos_deploy.bundle.manifest import Manifest, manifest_text, parse_manifest
 from fcos_deploy.core.enums import Precision
@@ -99,7 +99,7 @@ def test_a_plain_path_is_accepted(path: str) -> None:
 
 
 def test_the_gate_of_a_precision_without_one_is_an_error(manifest: Manifest) -> None:
-    assert manifest.gate(Precision.FP16).precision is Precision.FP16
+    assert manifest.gate(Precision.FP16) == next(gate for gate in DEFAULT_GATES if gate.precision is Precision.FP16)
     only = Gate(precision=Precision.FP32, max_map_drop=0.0, min_iou=0.9, max_score_difference=0.1, min_matched=1.0)
     with pytest.raises(BundleError, match="no accuracy gate for 'int8'"):
         dataclasses.replace(manifest, gates=(only,)).gate(Precision.INT8)

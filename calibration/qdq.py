@@ -45,7 +45,8 @@ class QuantizedOnnx:
 
     @property
     def record(self) -> dict[str, str]:
-        """For manifests."""
+        """For manifests. Noise is that of real pictures or not told: on anything else ranges do not fit."""
+        noise = self.fidelity.sqnr_db if self.fidelity.images else {}
         return {
             "quantizer": "qdq",
             "placement": self.placement.name,
@@ -55,7 +56,7 @@ class QuantizedOnnx:
             "int8_convolutions": str(len(self.layers)),
             "float_convolutions": ", ".join(self.kept),
             "pairs": str(self.pairs),
-            **{f"sqnr_db_{name}": f"{value:.2f}" for name, value in self.fidelity.sqnr_db.items()},
+            **{f"sqnr_db_{name}": f"{value:.2f}" for name, value in noise.items()},
         }
 
 

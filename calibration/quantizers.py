@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from calibration.calibration_file import Calibration, load_calibration
-from calibration.data import CalibrationSet, SampleOptions, collect_images
+from calibration.data import CalibrationSet, SampleOptions, collect_images, read_picture
 from calibration.nncf_quantizer import NncfOptions, quantize_nncf
 from calibration.placement import Placement, WeightRange, placement_for
 from calibration.qdq import quantize_qdq
@@ -18,13 +21,16 @@ from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "nncf_images", "quantizer"]
 
+_COMPARED = 4  # images: two inferences each
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeRequest:
     """One graph to quantize for one consumer.
 
-    ``calibration`` is what the Q/DQ quantizer reads, ``images`` what NNCF measures on. ``method`` and ``weights``
-    replace the calibration's method and the placement's range of weights when given.
+    ``calibration`` is what the Q/DQ quantizer reads, ``images`` what NNCF measures on; the Q/DQ quantizer compares its
+    result with its source on a few of them. ``method`` and ``weights`` replace the calibration's method and the
+    placement's range of weights when given.
     """
 
     source: Path
@@ -96,9 +102,17 @@ class _Qdq(Quantizer):
             request.output,
             policy=request.placement,
             keep_float=request.keep_float,
+            pictures=_pictures(request),
         )
         progress("quantizing", 1, 1)
         return QuantizeResult(files=(made.path,), record=made.record)
+
+
+def _pictures(request: QuantizeRequest) -> list[NDArray[np.uint8]]:
+    if request.images is None:
+        return []
+    options = SampleOptions(count=_COMPARED, seed=request.seed, minimum=1)
+    return [read_picture(image) for image in collect_images(request.images, options=options).images]
 
 
 class _Nncf(Quantizer):

@@ -24,7 +24,7 @@ def command(
     weights: Annotated[str, typer.Option(help="Range of weights: pairwise, reduced or full.")] = "",
     keep_float: Annotated[list[str] | None, typer.Option(help="Layer to keep in float; may be repeated.")] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Images to measure accuracy on; for nncf to calibrate on.")
+        Path | None, typer.Option(help="Images to measure accuracy or noise on; for nncf to calibrate on.")
     ] = None,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json of the images; without, the float model's detections are the truth.")

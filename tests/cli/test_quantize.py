@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -50,6 +51,17 @@ def test_method_and_weights_can_be_replaced(mini_onnx: Path, calibration: Path, 
     assert record["weights"] == "full"
     assert record["method"] == "minmax"
     assert record["float_convolutions"] == "n_stem"
+
+
+def test_noise_is_that_of_pictures_or_not_told(
+    mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    def noise(*options: Any) -> set[str]:
+        made = call("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", "--json", *options)
+        return {key for key in json.loads(made.stdout)["record"] if key.startswith("sqnr")}
+
+    assert noise() == set()
+    assert len(noise("--images", smooth_images)) == 3
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,14 @@ def train(options: argparse.Namespace) -> None:
             save(ema.model, classes, options.output, size=options.size)
 
 
+def deployable(text: str) -> int:
+    """An edge that the deployed network can have: its strides divide it."""
+    edge = int(text)
+    if edge < 32 or edge % 32:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 32, got {edge}")
+    return edge
+
+
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,8 +226,10 @@ def main() -> None:
         "--body", choices=sorted(BODIES), default="demo", help="resnet50: torchvision's, for benchmarks"
     )
     parser.add_argument("--epochs", type=int, default=100)
-    size_help = "height and width; the default is BCCD's 480 x 640 at 0.65, padded to a multiple of 32"
-    parser.add_argument("--size", type=int, nargs=2, default=(320, 416), metavar=("HEIGHT", "WIDTH"), help=size_help)
+    size_help = "multiples of 32; the default is BCCD's 480 x 640 at 0.65, padded to them"
+    parser.add_argument(
+        "--size", type=deployable, nargs=2, default=(320, 416), metavar=("HEIGHT", "WIDTH"), help=size_help
+    )
     parser.add_argument("--reduced-size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--full-size-share", type=float, default=0.4, help="share of the epochs at the deployed size")
     parser.add_argument("--batch", type=int, default=8)

@@ -1,6 +1,6 @@
 """The first detection of a new process: what a user waits for, and what memory it takes.
 
-Run as ``python -m fcos_deploy.benchmark.cold_start`` it is that process.
+Run as ``python -m fcos_deploy.benchmark.cold_start`` it is that process; it reads its task from stdin.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.errors import BackendError, FcosDeployError
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -25,7 +26,7 @@ _REPEATS = 5  # detections before the peak memory is read
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColdStartTask:
-    """What the process does; paths as text, empty for the detector's own choice."""
+    """What the process does; paths as text, empty and None for the detector's own choice."""
 
     model: str
     image: str
@@ -36,6 +37,7 @@ class ColdStartTask:
     threads: int | None = None
     public_keys: tuple[str, ...] = ()
     allow_fallback: bool = False
+    checkpoint: CheckpointOptions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +59,14 @@ def measure_cold_start(task: ColdStartTask) -> ColdStart:
     Raises:
         BackendError: the process failed; the message has the last line of what it printed.
     """
-    command = [sys.executable, "-m", "fcos_deploy.benchmark.cold_start", json.dumps(to_json(task))]
+    command = [sys.executable, "-m", "fcos_deploy.benchmark.cold_start"]
+    asked = json.dumps(to_json(task))  # By stdin: class names may be longer than an argument can be.
     started = time.monotonic_ns()  # One clock for all processes of the machine.
     try:
         # S603: the command is this interpreter and this module; the task is data.
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)  # noqa: S603
+        result = subprocess.run(  # noqa: S603
+            command, input=asked, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise BackendError(f"The first detection of '{task.model}' took more than {_TIMEOUT:.0f} s.") from error
     if result.returncode != 0:
@@ -85,6 +90,7 @@ def _run(task: ColdStartTask) -> dict[str, float]:
         threads=task.threads,
         public_keys=task.public_keys,
         allow_fallback=task.allow_fallback,
+        checkpoint=task.checkpoint,
     )
     precision = Precision(task.precision) if task.precision else None
     with Detector.open(Path(task.model), backend=task.backend, precision=precision, options=options) as detector:
@@ -114,6 +120,6 @@ def peak_memory_mib() -> float:
 
 if __name__ == "__main__":
     try:
-        sys.stdout.write(json.dumps(_run(from_json(ColdStartTask, json.loads(sys.argv[1])))) + "\n")
+        sys.stdout.write(json.dumps(_run(from_json(ColdStartTask, json.load(sys.stdin)))) + "\n")
     except FcosDeployError as error:
         sys.exit(f"{error.message} {error.hint}")

@@ -175,6 +175,7 @@ def _cold_task(target: BenchmarkTarget, image: Path) -> ColdStartTask:
         threads=target.options.threads,
         public_keys=tuple(map(str, target.options.public_keys)),
         allow_fallback=target.options.allow_fallback,
+        checkpoint=target.options.checkpoint,
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import for_checkpoints, with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 
 __all__ = ["command"]
 
 
+@with_checkpoint_options
 def command(
     model: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file, engine or bundle.")],
     *,
@@ -34,8 +38,12 @@ def command(
     baseline: Annotated[Path | None, typer.Option(help="Compare with an earlier run; exit 4 when slower.")] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Slow-down that is let pass (0.1 is 10 %).")] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, an object for each backend.")] = False,
+    options: CheckpointOptions,
 ) -> None:
-    """Latency by stage, throughput, cold start and memory; several backends are timed in turns."""
+    """Latency by stage, throughput, cold start and memory; several backends are timed in turns.
+
+    The options of 'export' say how MODEL and --also are read where they are checkpoints.
+    """
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.benchmark.run import BenchmarkRequest, BenchmarkTarget, run_benchmark
     from fcos_deploy.benchmark.summary import (
@@ -50,10 +58,12 @@ def command(
     from fcos_deploy.core.backend import SessionOptions
 
     keys = trusted_keys(public_key, required=require_signature)
-    options = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
+    models = [model, *(also or [])]
+    checkpoint = for_checkpoints(options, models)
+    session = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
     targets = tuple(
-        BenchmarkTarget(model=m, backend=b, precision=p, options=options)
-        for m in [model, *(also or [])]
+        BenchmarkTarget(model=m, backend=b, precision=p, options=replace(session, checkpoint=checkpoint[m]))
+        for m in models
         for b in backend or [""]
         for p in [*(precision or []), *([] if precision else [None])]
     )

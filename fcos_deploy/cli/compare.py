@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fcos_deploy.cli.options import for_checkpoints, with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+@with_checkpoint_options
 def command(
     first: Annotated[Path, typer.Argument(help="The one to compare with: bundle, engine, ONNX file or checkpoint.")],
     second: Annotated[Path, typer.Argument(help="The one that is compared.")],
@@ -43,10 +47,12 @@ def command(
     public_key: PublicKeys = None,
     report: Annotated[Path | None, typer.Option(help="Write the comparison as an HTML report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    options: CheckpointOptions,
 ) -> None:
     """Put two models or bundles side by side: AP with its interval, single detections, speed.
 
     Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
+    The options of 'export' say how the models are read where they are checkpoints.
     """
     from fcos_deploy.accuracy.collect import Target
     from fcos_deploy.accuracy.gate import Gate, require_all
@@ -58,10 +64,15 @@ def command(
     from fcos_deploy.report import write_report
 
     keys = trusted_keys(public_key, required=require_signature)
-    options = SessionOptions(threads=threads, public_keys=keys)
+    checkpoint = for_checkpoints(options, [first, second])
+    session = SessionOptions(threads=threads, public_keys=keys)
     other, other_precision = second_backend or backend, second_precision or precision
-    reference = Target(model=first, backend=backend, precision=precision, options=options)
-    candidate = Target(model=second, backend=other, precision=other_precision, options=options)
+    reference = Target(
+        model=first, backend=backend, precision=precision, options=replace(session, checkpoint=checkpoint[first])
+    )
+    candidate = Target(
+        model=second, backend=other, precision=other_precision, options=replace(session, checkpoint=checkpoint[second])
+    )
     gate = Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate)
     if images is None:
         if annotations is not None or report is not None:

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import for_checkpoints, with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 
 __all__ = ["command"]
 
 
+@with_checkpoint_options
 def command(
     model: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file, engine or bundle.")],
     *,
@@ -38,8 +41,12 @@ def command(
     predictions: Annotated[Path | None, typer.Option(help="Folder to keep detections in; a rerun goes on.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the verdicts as JUnit XML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list of several.")] = False,
+    options: CheckpointOptions,
 ) -> None:
-    """COCO AP of a model on one or more backends, with its uncertainty and a gate."""
+    """COCO AP of a model on one or more backends, with its uncertainty and a gate.
+
+    The options of 'export' say how MODEL and --reference are read where they are checkpoints.
+    """
     from fcos_deploy.accuracy.collect import Target
     from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
     from fcos_deploy.accuracy.gate import Gate, require_all
@@ -48,9 +55,12 @@ def command(
     from fcos_deploy.core.backend import SessionOptions
 
     keys = trusted_keys(public_key, required=require_signature)
-    options = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
+    checkpoint = for_checkpoints(options, [model, *([reference] if reference else [])])
+    session = SessionOptions(
+        device=device, compute=compute, threads=threads, public_keys=keys, checkpoint=checkpoint[model]
+    )
     targets = tuple(
-        Target(model=model, backend=b, precision=p, options=options)
+        Target(model=model, backend=b, precision=p, options=session)
         for b in backend or [""]
         for p in [*(precision or []), *([] if precision else [None])]
     )
@@ -58,7 +68,9 @@ def command(
         targets=targets,
         images=images,
         annotations=annotations,
-        reference=Target(model=reference, options=SessionOptions(threads=threads)) if reference else None,
+        reference=Target(model=reference, options=SessionOptions(threads=threads, checkpoint=checkpoint[reference]))
+        if reference
+        else None,
         gate=Gate(max_map_drop=max_map_drop, min_ap=min_ap, min_match_rate=min_match_rate, certain=certain),
         resamples=resamples,
         limit=limit,

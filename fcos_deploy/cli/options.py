@@ -5,19 +5,27 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fcos_deploy.core.artifact_files import KINDS_BY_SUFFIX
 from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
-from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.core.enums import ArtifactKind, CenterMode
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BoxActivation
 from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter
 
-__all__ = ["checkpoint_options", "parse_size", "parse_triple", "read_class_names", "with_checkpoint_options"]
+__all__ = [
+    "checkpoint_options",
+    "for_checkpoints",
+    "parse_size",
+    "parse_triple",
+    "read_class_names",
+    "with_checkpoint_options",
+]
 
 _LONGEST_NAMES_FILE = 1 << 20  # bytes
 
@@ -109,6 +117,19 @@ def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]
     merged.__annotations__ = {item.name: item.annotation for item in parameters}
     del merged.__wrapped__
     return merged
+
+
+def for_checkpoints(options: CheckpointOptions, models: Sequence[Path]) -> dict[Path, CheckpointOptions | None]:
+    """The options of each model where a command takes several: its checkpoints get them, the others carry a contract.
+
+    Where none is a checkpoint all get them, so that opening one refuses them.
+    """
+    checkpoints = {model for model in models if _is_checkpoint(model)}
+    return {model: options if model in checkpoints or not checkpoints else None for model in models}
+
+
+def _is_checkpoint(model: Path) -> bool:
+    return ArtifactKind.CHECKPOINT in KINDS_BY_SUFFIX.get(model.suffix.lower(), ())
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import for_checkpoints, with_checkpoint_options
 from fcos_deploy.cli.output import note, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
 
 
+@with_checkpoint_options
 def command(
     model: Annotated[Path, typer.Argument(help="ONNX file, engine or bundle.")],
     *,
@@ -37,8 +41,12 @@ def command(
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
     title: Annotated[str, typer.Option(help="Of the report.")] = "",
+    options: CheckpointOptions,
 ) -> None:
-    """Measure a model against its reference, and write the report that a person signs."""
+    """Measure a model against its reference, and write the report that a person signs.
+
+    The options of 'export' say how the models are read where they are checkpoints.
+    """
     from fcos_deploy.accuracy.collect import Target
     from fcos_deploy.accuracy.gate import Gate
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_row
@@ -48,16 +56,18 @@ def command(
     from fcos_deploy.report import write_report
 
     keys = trusted_keys(public_key, required=require_signature)
-    options = SessionOptions(threads=threads, public_keys=keys)
+    models = [model, *(also or [])]
+    checkpoint = for_checkpoints(options, [*models, reference])
+    session = SessionOptions(threads=threads, public_keys=keys)
     precisions: list[Precision | None] = [*(precision or [])] or [None]
     targets = tuple(
-        Target(model=m, backend=b, precision=p, options=options)
-        for m in [model, *(also or [])]
+        Target(model=m, backend=b, precision=p, options=replace(session, checkpoint=checkpoint[m]))
+        for m in models
         for b in backend or [""]
         for p in precisions
     )
     request = ComparisonRequest(
-        reference=Target(model=reference, options=SessionOptions(threads=threads)),
+        reference=Target(model=reference, options=SessionOptions(threads=threads, checkpoint=checkpoint[reference])),
         targets=targets,
         images=images,
         annotations=annotations,

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import with_checkpoint_options
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import PerformanceHint, Precision
 
 __all__ = ["command"]
 
 
+@with_checkpoint_options
 def command(
     model: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file, IR, engine or bundle.")],
     inferences: Annotated[int, typer.Option(min=1, help="How many, over all threads.")] = 20_000,
@@ -27,6 +30,8 @@ def command(
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    *,
+    options: CheckpointOptions,
 ) -> None:
     """Exit 0 when every result equals the single-threaded one and neither memory nor open files grew, 1 when not."""
     from fcos_deploy.cli.output import note, print_json, progress_bar
@@ -35,8 +40,8 @@ def command(
     from fcos_deploy.detector.soak import require_sound, soak, soak_images, soak_json
 
     keys = trusted_keys(public_key, required=require_signature)
-    options = SessionOptions(device=device, hint=hint, threads=runtime_threads, public_keys=keys)
-    opened = Detector.open(model, backend=backend, precision=precision, options=options)
+    session = SessionOptions(device=device, hint=hint, threads=runtime_threads, public_keys=keys, checkpoint=options)
+    opened = Detector.open(model, backend=backend, precision=precision, options=session)
     with opened as detector, progress_bar() as progress:
         report = soak(detector, soak_images(images), inferences=inferences, threads=threads, progress=progress)
     if as_json:

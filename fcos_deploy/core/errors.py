@@ -16,6 +16,7 @@ __all__ = [
     "ExportError",
     "FcosDeployError",
     "ImageError",
+    "InputSizeError",
     "ManifestVersionError",
     "MissingDependencyError",
     "SignatureError",
@@ -43,6 +44,10 @@ class ConfigError(FcosDeployError):
     """An option or a combination of options that cannot be meant."""
 
     exit_code = 2
+
+
+class InputSizeError(ConfigError):
+    """A fixed input size that the network's strides do not divide."""
 
 
 class MissingDependencyError(FcosDeployError):

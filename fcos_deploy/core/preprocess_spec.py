@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fcos_deploy.core.enums import StrEnum
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, InputSizeError
 
 __all__ = ["ChannelOrder", "InputDtype", "PreprocessSpec", "ResizeFilter", "ResizeOrder", "SizeRule"]
 
@@ -91,7 +91,7 @@ class PreprocessSpec:
             raise ConfigError(f"Size rule '{self.size_rule}' does not go with {'a canvas' if canvas else 'edges'}.")
         for size in (self.height, self.width):
             if size is not None and (size < self.size_divisor or size % self.size_divisor):
-                raise ConfigError(
+                raise InputSizeError(
                     f"Input size {self.height}x{self.width} is not a multiple of {self.size_divisor}.",
                     hint=f"the nearest is {self._round(self.height)}x{self._round(self.width)}",
                 )

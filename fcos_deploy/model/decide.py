@@ -8,12 +8,14 @@ from typing import Any
 
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, InputSizeError
 from fcos_deploy.core.network import FcosConfig
 from fcos_deploy.core.preprocess_spec import InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
 from fcos_deploy.model.ecosystems.rules import Rules
 
 __all__ = ["decode_spec", "final_rules", "preprocess_spec"]
+
+_OPTION = "option"  # the source of what the user says
 
 
 def final_rules(rules: Rules, *, stated: Mapping[str, Any], options: CheckpointOptions, network: FcosConfig) -> Rules:
@@ -24,7 +26,7 @@ def final_rules(rules: Rules, *, stated: Mapping[str, Any], options: CheckpointO
     """
     names = {item.name for item in dataclasses.fields(Rules)} - {"variant"}
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name in names}
-    for source, every in (("the file's metadata", stated), ("option", given)):
+    for source, every in (("the file's metadata", stated), (_OPTION, given)):
         values = {name: value for name, value in every.items() if name in names and value not in (None, ())}
         if "profile" in values and "centers" not in values and values["profile"] in PROFILES:
             rules = rules.decide(f"{source}: profile", centers=PROFILES[values["profile"]].centers)
@@ -76,8 +78,23 @@ def _with_input(rules: Rules) -> Rules:
 
 
 def preprocess_spec(rules: Rules) -> PreprocessSpec:
-    """The preprocessing part of the contract."""
-    canvas = rules.input_size
+    """The preprocessing part of the contract.
+
+    Raises:
+        ConfigError: a size that is no multiple of the network's strides, and who says so where it is not the user.
+    """
+    canvas, source = rules.input_size, rules.sources.get("input_size", _OPTION)
+    try:
+        return _preprocess_spec(rules, canvas)
+    except InputSizeError as error:
+        if True:
+            raise
+        raise InputSizeError(
+            f"{error.message} The size comes from {source}.", hint=f"{error.hint}; --input-size HxW overrides it"
+        ) from error
+
+
+def _preprocess_spec(rules: Rules, canvas: tuple[int, int] | None) -> PreprocessSpec:
     return PreprocessSpec(
         mean=rules.mean,
         std=rules.std,

@@ -51,6 +51,33 @@ def test_cold_start_is_a_process_of_its_own(tiny_onnx: Path) -> None:
     assert entry["peak_memory_mib"] > 20
 
 
+def test_a_checkpoint_is_timed_as_its_options_say(tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """In the process of the cold start too: without the names, and with a size of its own, it could not open this."""
+    pytest.importorskip("torch")
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"{'n' * 100_000}{i}" for i in range(3)))  # longer than an argument can be
+    wrong = tmp_path / "wrong.safetensors"
+    stated = json.dumps({"ecosystem": "torchvision", "input_size": "100x160"})
+    wrong.write_bytes(_with_metadata(tiny_checkpoint.read_bytes(), {"fcos_deploy": stated}))
+    refused = run(wrong, *FAST)
+    assert refused.exit_code == 2
+    assert "The size comes from the file's metadata." in refused.stderr
+    options = ("--input-size", "96x160", "--classes", names)
+    result = run(wrong, *FAST, "--also", tiny_onnx, *options, "--json")
+    assert result.exit_code == 0, result.output
+    entries = json.loads(result.stdout)
+    assert [entry["backend"] for entry in entries] == ["pytorch", "onnxruntime"]
+    assert all(entry["cold_start_s"] > 0 for entry in entries)
+    assert run(tiny_onnx, *FAST, *options).exit_code == 2
+
+
+def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with other metadata: 8 bytes of length, a JSON header, data."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps({**json.loads(content[8 : 8 + size]), "__metadata__": metadata}).encode()
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
 def test_peak_memory_is_not_that_of_the_process_that_asks(tiny_onnx: Path) -> None:
     ballast = np.ones(150_000_000)  # 1.1 GiB, more than the small model's process needs
     task = ColdStartTask(model=str(tiny_onnx), image=str(demo_image()), backend="onnxruntime", threads=1)

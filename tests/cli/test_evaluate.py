@@ -185,6 +185,65 @@ def test_kept_predictions_are_those_of_the_same_images(tiny_onnx: Path, data: Pa
     assert again["resumed_images"] == 0
 
 
+WIDER = ("--input-size", "160x192")
+
+
+def test_a_checkpoint_is_read_as_its_options_say(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Also as the reference; and what was kept of one reading is not taken for another's."""
+    kept = ("--predictions", tmp_path / "kept", "--json")
+    own = json.loads(run("evaluate", tiny_checkpoint, *on(data), *kept).stdout)
+    wider = json.loads(run("evaluate", tiny_checkpoint, *on(data), *kept, *WIDER).stdout)
+    assert (own["resumed_images"], wider["resumed_images"]) == (0, 0)
+    assert own["ap"] != wider["ap"]
+    for option in (("--norm-eps", 1e-4), ("--stride-in-1x1",), ("--iou-threshold", 0.5), ("--centerness-on-cls",)):
+        other = run("evaluate", tiny_checkpoint, *on(data), *kept, *option)
+        assert json.loads(other.stdout)["resumed_images"] == 0, option
+    arguments = (tiny_checkpoint, "--reference", tiny_checkpoint, *on(data), *kept, *WIDER)
+    both = json.loads(run("evaluate", *arguments, "--min-match-rate", 1.0).stdout)
+    assert (both["resumed_images"], both["ap"]) == (4, wider["ap"])
+
+
+def test_options_are_the_checkpoints_where_the_other_model_has_a_contract(
+    tiny_onnx: Path, tiny_checkpoint: Path, data: Path
+) -> None:
+    where = ("--images", data, "--threads", 1, "--limit", 2)
+    for arguments in (
+        ("evaluate", tiny_onnx, "--reference", tiny_checkpoint, *where, "--resamples", 0, "--json"),
+        ("compare", tiny_checkpoint, tiny_onnx, *where, "--no-speed", "--json"),
+    ):
+        rates = []
+        for options in ((), WIDER):
+            done = run(*arguments, *options)
+            assert done.exit_code == 0, done.output
+            found = json.loads(done.stdout)
+            one = found["accuracy"][1] if "accuracy" in found else found
+            rates.append(one["agreement"]["match_rate"])
+        assert rates[0] == 1.0 > rates[1]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "report"])
+def test_options_without_a_checkpoint_are_refused(command: str, tiny_onnx: Path, data: Path, tmp_path: Path) -> None:
+    other = (tiny_onnx,) if command == "compare" else ("--reference", tiny_onnx)
+    output = ("-o", tmp_path / "r.html") if command == "report" else ()
+    done = run(command, tiny_onnx, *other, "--images", data, *output, *WIDER)
+    assert done.exit_code == 2, done.output
+    assert "carries its own contract" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_is_about_the_checkpoint_as_its_options_say(
+    tiny_onnx: Path, tiny_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    where = ("--reference", tiny_checkpoint, "--images", data, "--limit", 2, "--rounds", 1, "--threads", 1)
+    refused = run("report", tiny_onnx, *where, "-o", tmp_path / "r.html", "--input-size", "100x160")
+    assert refused.exit_code == 2
+    assert "100x160 is not a multiple of 32" in refused.stderr
+    done = run("report", tiny_onnx, *where, "-o", tmp_path / "r.html", *WIDER)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "r.md").is_file()
+
+
 def test_detectors_are_closed_before_the_next_opens(
     tiny_onnx: Path, tiny_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,3 +228,12 @@ def test_soak_succeeds_and_fails_with_an_exit_code(tiny_onnx: Path, folder: Path
     document = json.loads(done.stdout)
     assert (document["inferences"], document["threads"], document["different"]) == (60, 3, 0)
     assert document["backend"] == "onnxruntime"
+
+
+def test_soak_reads_a_checkpoint_as_its_options_say(tiny_checkpoint: Path, folder: Path) -> None:
+    usual = ("--inferences", "6", "--threads", "2", "--images", folder, "--max-memory-growth", "1", "--json")
+    refused = _run("soak", tiny_checkpoint, *usual, "--input-size", "100x160")
+    assert refused.exit_code == 2
+    assert "not a multiple of 32" in refused.stderr
+    done = _run("soak", tiny_checkpoint, *usual, "--input-size", "96x160")
+    assert done.exit_code == 0, done.stderr

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcos_deploy.core.errors import CheckpointError, ConfigError
+from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError
 from fcos_deploy.core.network import resnet_config
 from fcos_deploy.model.checkpoint import CheckpointOptions, load_checkpoint
 from fcos_deploy.model.describe import describe_checkpoint
@@ -146,6 +146,22 @@ def test_what_a_safetensors_file_says_of_itself(tiny_checkpoint: Path) -> None:
     assert contract.decode.score_threshold == 0.2
     sources = {d.name: d.source for d in contract.decisions}
     assert sources["class_names"] == sources["score_threshold"] == sources["ecosystem"] == "the file's metadata"
+
+
+def test_a_size_that_a_file_states_wrongly_is_told_as_the_files_and_can_be_overridden(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file(weights, path, metadata={"fcos_deploy": json.dumps({"input_size": "160x208"})})
+    with pytest.raises(InputSizeError, match="160x208 is not a multiple of 32") as stated:
+        describe_checkpoint(path)
+    assert "The size comes from the file's metadata." in stated.value.message
+    assert "160x192; --input-size HxW overrides it" in stated.value.hint
+    described = describe_checkpoint(path, options=CheckpointOptions(input_size=(160, 192)))
+    assert described.contract.preprocess.canvas == (160, 192)
+    with pytest.raises(InputSizeError) as asked:
+        describe_checkpoint(path, options=CheckpointOptions(input_size=(100, 192)))
+    assert "comes from" not in asked.value.message
 
 
 @pytest.mark.parametrize(

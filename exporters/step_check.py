@@ -164,21 +164,22 @@ def remembering(run: Runner) -> Runner:
 
 
 def provoking_feeds(images: tuple[int, int, int, int], *, dtype: str, image_sizes: bool, seed: int = 0) -> list[Feeds]:
-    """Noise, and a picture of the extremes: flat black and white areas, stripes, and (float) values far outside.
+    """Noise, and a picture of the extremes: black and white areas, stripes, and (float) values far outside.
 
-    images: (n, 3, H, W) of the input.
+    The areas are not quite flat: on flat ones neighbouring locations score the same to the last digit, and which of
+    their boxes suppresses which is then left to rounding. images: (n, 3, H, W) of the input.
     """
     generator = np.random.default_rng(seed)
     batch, _, height, width = images
     if dtype == "uint8":
         noise = generator.integers(0, 256, images, np.uint8)
+        low, high = noise % 8, 255 - noise % 8
     else:
         noise = generator.standard_normal(images, np.float32)
-    extremes = np.zeros(images, noise.dtype)
-    low, high = (0, 255) if dtype == "uint8" else (-20, 20)
-    extremes[:] = low
-    extremes[..., width // 2 :] = high
-    extremes[..., height // 2 :, ::2] = high
+        low, high = noise - 20, noise + 20
+    extremes = low
+    extremes[..., width // 2 :] = high[..., width // 2 :]
+    extremes[..., height // 2 :, ::2] = high[..., height // 2 :, ::2]
     feeds: list[Feeds] = [{"images": noise}, {"images": extremes}]
     if image_sizes:
         sizes = np.array([[height - 1, width - 3, 2 * height, 3 * width]], np.float32).repeat(batch, 0)

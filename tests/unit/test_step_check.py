@@ -71,7 +71,11 @@ def test_feeds_are_the_same_each_time_and_reach_the_extremes(dtype: str) -> None
         assert left["images"].shape == (2, 3, 32, 64)
         assert left["image_sizes"].shape == (2, 4)
         assert np.array_equal(left["images"], right["images"])
-    assert {first[1]["images"].min(), first[1]["images"].max()} == ({0, 255} if dtype == "uint8" else {-20, 20})
+    low, high = (0, 255) if dtype == "uint8" else (-20, 20)
+    extremes = first[1]["images"]
+    assert (extremes.min() <= low) & (extremes.max() >= high)
+    assert np.isclose(extremes, low, atol=7).any()
+    assert len(np.unique(extremes[0, 0])) > 8, "flat areas would leave ties to rounding"
 
 
 def test_a_remembering_runner_runs_once_on_each_feed() -> None:

@@ -121,6 +121,14 @@ class BundleWriter:
         return self._files / name
 
     @property
+    def scratch(self) -> Path:
+        """A folder for what an unfinished step goes on from in the next run; gone with ``finish``."""
+        folder = self._work / "scratch"
+        with _writing(self.target):
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    @property
     def finished(self) -> tuple[FinishedStep, ...]:
         """The steps of this run so far, those of an earlier one that were still valid included."""
         return tuple(step for name, step in self._journal.steps.items() if name in self._used)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -12,7 +11,7 @@ from pathlib import Path
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
 from fcos_deploy.accuracy.gate import require_all
 from fcos_deploy.benchmark.run import Benchmark
-from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifest, Provenance, Target
+from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifest, Provenance, StepOutput, Target
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -58,12 +57,11 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
     names = _measured_backends(request)
     loaded = load_checkpoint(request.checkpoint, options=request.options)
     contract = loaded.contract
-    predictions = request.output.with_name(f".{request.output.name}.predictions")
     with BundleWriter(request.output) as writer:
         shop = Workshop(request, loaded, contract, writer, progress)
         variants, calibrated, refused = _make_variants(shop, names)
         golden = write_golden(shop)
-        evaluations = measure_accuracy(shop, variants, predictions=predictions)
+        evaluations = measure_accuracy(shop, variants)
         require_all(evaluations.verdicts)
         speed = measure_speed(shop, variants)
         manifest = replace(
@@ -74,7 +72,6 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         notes = tuple(f"No INT8: {error.message}" for error in refused)
         write_report_step(shop, manifest, variants=variants, evaluations=evaluations, speed=speed, notes=notes)
         bundle = writer.finish(manifest)
-    shutil.rmtree(predictions, ignore_errors=True)
     if refused:
         raise AccuracyGateError(
             f"{refused[0].message}\nThe bundle '{bundle}' holds the float artifacts only.", hint=refused[0].hint
@@ -155,7 +152,7 @@ def _manifest(
         provenance=Provenance(
             checkpoint=request.checkpoint.name,
             checkpoint_sha256=shop.contract.source_sha256,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=_created(shop),
             command=request.command,
             platform=platform.platform(),
             tools={"python": platform.python_version()},
@@ -171,3 +168,13 @@ def _manifest(
         golden=golden,
         calibration=(calibrated.record,),
     )
+
+
+def _created(shop: Workshop) -> str:
+    """When this bundle was begun; a run that goes on after an interruption keeps the moment."""
+
+    def make(_: Path) -> StepOutput:
+        return StepOutput(values=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    inputs = {"checkpoint": shop.contract.source_sha256, "command": shop.request.command}
+    return str(shop.writer.step("created", inputs=inputs, make=make).values)

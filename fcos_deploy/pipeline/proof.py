@@ -62,10 +62,10 @@ def evaluation_images(shop: Workshop) -> tuple[EvaluationImage, ...]:
     return folder_images(request.images or request.calibration_images)
 
 
-def measure_accuracy(shop: Workshop, variants: list[Variant], *, predictions: Path) -> Evaluations:
+def measure_accuracy(shop: Workshop, variants: list[Variant]) -> Evaluations:
     """Evaluate the reference and every variant on all images, and judge each one's drop.
 
-    An interrupted run goes on from ``predictions``.
+    An interrupted run goes on where it was.
     """
     request = shop.request
     targets = tuple(Target(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants)
@@ -74,7 +74,7 @@ def measure_accuracy(shop: Workshop, variants: list[Variant], *, predictions: Pa
         images=request.images or request.calibration_images,
         annotations=request.annotations,
         reference=reference_target(shop),
-        predictions=predictions,
+        predictions=shop.writer.scratch / "predictions",
     )
     found = evaluate(wanted, progress=shop.progress)
     pairs = zip(variants, found.targets, strict=True)

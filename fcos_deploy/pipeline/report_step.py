@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from fcos_deploy.accuracy.evaluate import Evaluations
@@ -9,6 +10,7 @@ from fcos_deploy.benchmark.run import Benchmark
 from fcos_deploy.bundle import Artifact, Manifest, StepOutput
 from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.serialize import to_json
 from fcos_deploy.pipeline.report_pictures import Shown
 from fcos_deploy.pipeline.reporting import machine_rows, report_parts, report_verdict
 from fcos_deploy.pipeline.steps import Variant, Workshop
@@ -51,7 +53,13 @@ def write_report_step(
         shop.progress("report", 1, 1)
         return StepOutput()
 
-    shop.writer.step("report", inputs={"created": manifest.provenance.created}, make=make)
+    inputs = {
+        "manifest": json.dumps(to_json(manifest)),
+        "files": " ".join(record.sha256 for step in shop.writer.finished for record in step.files),
+        "images": f"{shop.request.images} {shop.request.annotations}",
+        "notes": " ".join(notes),
+    }
+    shop.writer.step("report", inputs=inputs, make=make)
 
 
 def _shown(shop: Workshop, variants: list[Variant], evaluations: Evaluations, speed: Benchmark) -> list[Shown]:

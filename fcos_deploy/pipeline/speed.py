@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fcos_deploy.accuracy.collect import Target
 from fcos_deploy.benchmark.cold_start import ColdStartTask, measure_cold_start
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkResult, BenchmarkTarget, run_benchmark
-from fcos_deploy.bundle import BenchmarkFigure
+from fcos_deploy.bundle import BenchmarkFigure, StepOutput
+from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.backend import PerformanceHint
-from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector
 from fcos_deploy.pipeline.proof import REFERENCE, evaluation_images, reference_target
 from fcos_deploy.pipeline.steps import Variant, Workshop
@@ -30,7 +32,24 @@ class _ReferenceTiming(BenchmarkTarget):
 
 
 def measure_speed(shop: Workshop, variants: list[Variant]) -> Benchmark:
-    """The reference first, then the variants; the artifact that was evaluated is the one that is timed."""
+    """The reference first, then the variants; the artifact that was evaluated is the one that is timed.
+
+    A run that goes on after an interruption takes what was measured before it.
+    """
+
+    def make(_: Path) -> StepOutput:
+        return StepOutput(values=to_json(_measured(shop, variants)))
+
+    inputs = {
+        "checkpoint": shop.contract.source_sha256,
+        "variants": " ".join(f"{v.backend} {v.compute} {v.artifact.sha256}" for v in variants),
+        "image": sha256_file(evaluation_images(shop)[0].path),
+        "iterations": str(shop.request.benchmark_iterations),
+    }
+    return from_json(Benchmark, shop.writer.step("speed", inputs=inputs, make=make).values)
+
+
+def _measured(shop: Workshop, variants: list[Variant]) -> Benchmark:
     reference = _ReferenceTiming(
         model=shop.request.checkpoint, backend=REFERENCE, precision=Precision.FP32, target=reference_target(shop)
     )
@@ -51,26 +70,22 @@ def measure_speed(shop: Workshop, variants: list[Variant]) -> Benchmark:
 def _with_memory(
     shop: Workshop, results: tuple[BenchmarkResult, ...], variants: list[Variant]
 ) -> tuple[BenchmarkResult, ...]:
-    """The results with the memory that a process of its own takes, the reference first.
-
-    The reference is left out where the user gave options for it, which that process would not know.
-    """
+    """The results with the memory that a process of its own takes, the reference first."""
     image = str(evaluation_images(shop)[0].path)
-    tasks: list[ColdStartTask | None] = [
-        None
-        if shop.request.options != CheckpointOptions()
-        else ColdStartTask(model=str(shop.request.checkpoint), image=image, backend=REFERENCE)
-    ]
-    tasks += [
-        ColdStartTask(
-            model=str(v.path), image=image, backend=v.backend, precision=str(v.precision), compute=str(v.compute)
-        )
-        for v in variants
+    checkpoint, options = str(shop.request.checkpoint), shop.request.options
+    tasks = [
+        ColdStartTask(model=checkpoint, image=image, backend=REFERENCE, checkpoint=options),
+        *(
+            ColdStartTask(
+                model=str(v.path), image=image, backend=v.backend, precision=str(v.precision), compute=str(v.compute)
+            )
+            for v in variants
+        ),
     ]
     measured = []
     for index, (task, result) in enumerate(zip(tasks, results, strict=True)):
         shop.progress("memory", index, len(tasks))
-        measured.append(replace(result, cold_start=measure_cold_start(task) if task else None))
+        measured.append(replace(result, cold_start=measure_cold_start(task)))
     shop.progress("memory", len(tasks), len(tasks))
     return tuple(measured)
 

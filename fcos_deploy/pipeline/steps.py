@@ -153,7 +153,7 @@ def calibrate(shop: Workshop, source: Graph) -> Calibrated:
     name = "calibration.json" if source.tail is Tail.RAW else f"calibration.{source.tail}.json"
 
     def make(folder: Path) -> StepOutput:
-        state = request.output.with_name(f".{request.output.name}.{name}.state")
+        state = shop.writer.scratch / f"{name}.state"
         ranges = collect_ranges(source.path, images, state=state, progress=shop.progress)
         save_calibration(ranges, folder / name)
         return StepOutput()
@@ -194,7 +194,7 @@ def quantize(shop: Workshop, source: Graph, *, calibrated: Calibrated, consumer:
             calibration=calibrated.path,
             seed=request.seed,
         )
-        state = request.output.with_name(f".{request.output.name}.{name}.search")
+        state = shop.writer.scratch / f"{name}.search"
         made = quantize_model(wanted, goal=goal, state=state, progress=shop.progress)
         draft = ArtifactDraft(
             path=name,

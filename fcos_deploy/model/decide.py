@@ -87,7 +87,7 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
     try:
         return _preprocess_spec(rules, canvas)
     except InputSizeError as error:
-        if True:
+        if source == _OPTION:
             raise
         raise InputSizeError(
             f"{error.message} The size comes from {source}.", hint=f"{error.hint}; --input-size HxW overrides it"

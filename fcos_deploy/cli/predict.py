@@ -69,18 +69,17 @@ def command(
     least = next(t for t in (draw_threshold, score_threshold, _DRAWN) if t is not None)
     found, unread = [], None
     with opened as detector, progress_bar() as progress:
-        stepped_down = detector.session.description.get("stepped_down")
         try:
             drawing = DrawOptions(score_threshold=least)
             for one in predict(detector, images, draw=draw, options=drawing, progress=progress):
                 found.append(one)
         except ImageError as error:
             unread = error
-    if stepped_down:
-        note(f"stepped down from {stepped_down}")
+    for step in detector.stepped_down:
+        note(f"stepped down from {step.backend}: {step.reason}")
     rows = [row for one in found for row in prediction_rows(one, detector.names)]
     if as_json and (found or unread is None):
-        print_json([prediction_json(one, detector.names) for one in found])
+        print_json([prediction_json(one, detector) for one in found])
     elif rows and not as_json:
         table("Detections", TABLE_COLUMNS, rows[:_SHOWN])
     if len(rows) > _SHOWN and not as_json:

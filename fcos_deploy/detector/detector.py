@@ -28,6 +28,7 @@ from fcos_deploy.detector.feeds import FeedMaker, Prepared
 from fcos_deploy.detector.model_source import ModelSource, find_model
 
 if TYPE_CHECKING:
+    from fcos_deploy.bundle.preflight import StepDown
     from fcos_deploy.detector.async_gate import AsyncGate
     from fcos_deploy.model.fcos import Fcos
 
@@ -45,10 +46,18 @@ class Detector:
     a runtime that is not made for that is used by one thread after the other.
     """
 
-    def __init__(self, session: Session, contract: ModelContract, *, score_threshold: float | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        contract: ModelContract,
+        *,
+        score_threshold: float | None = None,
+        stepped_down: tuple[StepDown, ...] = (),
+    ) -> None:
         """Take over an open session; ``open`` is the usual way.
 
         ``score_threshold``: only detections with at least this score; None leaves the model's own choice.
+        ``stepped_down``: the backends of the bundle that were passed over for this session.
 
         Raises:
             ConfigError: a score threshold below the one that the model's tail has built in.
@@ -56,6 +65,7 @@ class Detector:
         """
         self.session = session
         self.contract = _with_threshold(contract, score_threshold)
+        self.stepped_down = stepped_down
         self._least_score = score_threshold
         self._feeds = FeedMaker(session, contract)
         self._turn = contextlib.nullcontext() if session.thread_safe else threading.Lock()
@@ -95,7 +105,7 @@ class Detector:
             source.backend.check_placement(contract)
             if precision is not None and contract.precision is not precision:
                 raise ConfigError(f"'{source.path.name}' is {contract.precision}, {precision} was asked for.")
-            return cls(session, contract, score_threshold=score_threshold)
+            return cls(session, contract, score_threshold=score_threshold, stepped_down=source.stepped_down)
 
     @classmethod
     def of_network(cls, network: Fcos, contract: ModelContract, *, options: SessionOptions | None = None) -> Detector:

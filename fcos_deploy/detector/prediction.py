@@ -18,6 +18,7 @@ from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.image_io import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.require import require
+from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector.detector import Detector
 from fcos_deploy.detector.video import VIDEO_SUFFIXES, VideoWriter, frame_count, read_frames
 
@@ -66,14 +67,21 @@ def predict(
         raise ImageError(f"{unread[0].message}{more}", hint=unread[0].hint) from unread[0]
 
 
-def prediction_json(prediction: Prediction, names: tuple[str, ...]) -> dict[str, Any]:
-    """``{"image", "width", "height", "detections": [...]}``, and ``"frame"`` for a video's."""
+def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any]:
+    """``{"image", "width", "height", "backend", "precision", "detections": [...]}``, and ``"frame"`` for a video's.
+
+    ``"stepped_down"``, as verification records it, where a bundle's own backend was passed over for this one.
+    """
     document: dict[str, Any] = {
         "image": str(prediction.source),
         "width": prediction.width,
         "height": prediction.height,
-        "detections": prediction.detections.to_list(names),
+        "backend": detector.session.description["backend"],
+        "precision": str(detector.contract.precision),
+        "detections": prediction.detections.to_list(detector.names),
     }
+    if detector.stepped_down:
+        document["stepped_down"] = to_json(detector.stepped_down)
     return document if prediction.frame is None else {**document, "frame": prediction.frame}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_json_is_what_the_detector_says(tiny_onnx: Path, folder: Path, blobs: Im
     with Detector.open(tiny_onnx) as detector:
         found = detector.detect(blobs[1])
     document = documents[0]
-    assert document.keys() == {"image", "width", "height", "detections"}
+    assert document.keys() == {"image", "width", "height", "backend", "precision", "detections"}
+    assert (document["backend"], document["precision"]) == ("onnxruntime", "fp32")
     assert (document["width"], document["height"]) == (160, 128)
     assert [one["score"] for one in document["detections"]] == pytest.approx(found.scores.tolist(), abs=1e-6)
     assert [one["label"] for one in document["detections"]] == found.labels.tolist()
@@ -74,6 +76,40 @@ def test_backends_agree(tiny_checkpoint: Path, tiny_onnx: Path, folder: Path) ->
     for other in others:
         assert [one["label"] for one in other] == [one["label"] for one in reference]
         np.testing.assert_allclose([one["box"] for one in other], [one["box"] for one in reference], atol=1e-2)
+
+
+@pytest.fixture
+def chained_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """For a version of ONNX Runtime that nobody has; the chain goes on to OpenVINO, which runs it."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "chained"))
+    shutil.copyfile(bundle / "model.fp32.onnx", bundle / "b.onnx")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    first = {**manifest["artifacts"][0], "backend": "onnxruntime"}
+    asks = {**first["requires"], "backend_version": "0.1"}
+    second = {**first, "path": "b.onnx", "backend": "openvino", "requires": {}}
+    text = json.dumps({**manifest, "artifacts": [{**first, "requires": asks}, second]})
+    (bundle / "manifest.json").write_text(text)
+    (bundle / "manifest.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
+    return bundle
+
+
+def test_a_step_down_is_in_every_prediction_as_verification_records_it(chained_bundle: Path, folder: Path) -> None:
+    pytest.importorskip("openvino")
+    images = (folder / "a.png", folder / "b.png")
+    refused = _run("predict", chained_bundle, *images, "--json")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    done = _run("predict", chained_bundle, *images, "--json", "--allow-fallback")
+    assert done.exit_code == 0, done.stderr
+    record = json.loads(_run("verify", chained_bundle, "--allow-fallback", "--json").stdout)
+    for document in json.loads(done.stdout):
+        assert {key: document[key] for key in ("backend", "precision", "stepped_down")} == {
+            key: record[key] for key in ("backend", "precision", "stepped_down")
+        }
+        assert document["backend"] == "openvino"
+        ((passed_over, reason),) = [(step["backend"], step["reason"]) for step in document["stepped_down"]]
+        assert passed_over == "onnxruntime"
+        assert "the runtime's version must be 0.1" in reason
+    assert "stepped down from onnxruntime: " in done.stderr
 
 
 def test_folders_are_searched_and_drawn_with_their_structure(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
@@ -25,8 +26,14 @@ def _run(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def home(tiny_bundle: Path, tiny_onnx: Path, smooth_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``signed`` by ``key``, ``unsigned``, ``other`` (signed by another key), and pictures."""
+def home(
+    tiny_bundle: Path,
+    tiny_onnx: Path,
+    tiny_checkpoint: Path,
+    smooth_images: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """``signed`` by ``key``, ``unsigned``, ``other`` (signed by another key), their checkpoint, and pictures."""
     folder = tmp_path_factory.mktemp("policy")
     for name in ("key", "stranger"):
         generate_key(folder / f"{name}.pem", public=folder / f"{name}.pub.pem")
@@ -36,17 +43,21 @@ def home(tiny_bundle: Path, tiny_onnx: Path, smooth_images: Path, tmp_path_facto
     sign(folder / "other", private_key=folder / "stranger.pem")
     shutil.copytree(smooth_images, folder / "images")
     shutil.copyfile(tiny_onnx, folder / "model.onnx")
+    shutil.copyfile(tiny_checkpoint, folder / "model.safetensors")
     return folder
 
 
 def _command(name: str, model: Path, home: Path) -> list[object]:
-    """A short use of each command; ``parity`` and ``compare`` take ``model`` twice."""
+    """A short use of each command; ``evaluate`` and ``compare`` take ``model`` twice."""
     images, twice = home / "images", [model, "--reference", model]
+    against = [model, "--reference", home / "model.safetensors", "--images", images]
     return {
         "predict": ["predict", model, images / "b" / "00.png"],
         "evaluate": ["evaluate", *twice, "--images", images, "--limit", 2, "--resamples", 0],
         "benchmark": ["benchmark", model, "--rounds", 1, "--seconds", 0.1, "--warmup", 0, "--no-cold-start"],
         "soak": ["soak", model, "--inferences", 20, "--threads", 2, "--max-memory-growth", 1],
+        "parity": ["parity", *against, "--count", 1],
+        "report": ["report", *against, "--limit", 2, "--rounds", 1, "-o", home / f"{model.name}.html"],
         "compare": ["compare", model, model, "--images", images, "--no-speed", "--limit", 2],
         "verify": ["verify", model, "--log", home / "log"],
         "inspect": ["inspect", model],
@@ -55,9 +66,14 @@ def _command(name: str, model: Path, home: Path) -> list[object]:
     }[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["predict", "evaluate", "benchmark", "soak", "compare", "verify", "inspect", "build", "package"]
-)
+def _with_the_policy() -> list[str]:
+    """Every command of the application that has the option: a new one without a use above is a failure."""
+    application = typer.main.get_group(build_app())
+    takes = {name: [one for p in command.params for one in p.opts] for name, command in application.commands.items()}
+    return sorted(name for name, options in takes.items() if "--require-signature" in options)
+
+
+@pytest.mark.parametrize("name", _with_the_policy())
 def test_only_what_a_trusted_key_signed_is_opened(name: str, home: Path) -> None:
     policy = ("--require-signature", "--public-key", home / "key.pub.pem")
     for model, words in {
@@ -72,6 +88,11 @@ def test_only_what_a_trusted_key_signed_is_opened(name: str, home: Path) -> None
     assert "--public-key" in keyless.stderr
     allowed = _run(*_command(name, home / "signed", home), *policy)
     assert allowed.exit_code == 0, allowed.output
+
+
+def test_every_command_that_runs_a_model_has_the_policy() -> None:
+    runs = {"benchmark", "build", "compare", "evaluate", "inspect", "package", "parity", "predict", "report", "soak"}
+    assert set(_with_the_policy()) >= {*runs, "verify"}
 
 
 def test_a_bare_file_has_no_signature(home: Path) -> None:

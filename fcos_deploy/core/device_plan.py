@@ -156,8 +156,11 @@ def _profile_shapes(draft: Draft) -> dict[str, tuple[tuple[int, ...], tuple[int,
     size, batch = draft.request.input_size, draft.batch
     if size is None or not draft.dynamic:
         return {}
-    minimum, optimal, maximum = ((n, 3, *size) for n in (batch.minimum, batch.optimal, batch.maximum))
-    return {"images": (minimum, optimal, maximum)}
+    inputs: dict[str, tuple[int, ...]] = {"images": (3, *size)}
+    if draft.tail is Tail.NMS and draft.request.image_sizes:
+        inputs["image_sizes"] = (4,)
+    smallest, usual, largest = batch.minimum, batch.optimal, batch.maximum
+    return {name: ((smallest, *shape), (usual, *shape), (largest, *shape)) for name, shape in inputs.items()}
 
 
 def _notes(draft: Draft) -> list[str]:

@@ -21,7 +21,9 @@ _WITHOUT_PLUGIN = (11,)  # EfficientNMS_TRT is deprecated from 10.12 on, and not
 class PlanRequest:
     """What is wanted; None and empty leave the choice to the profile. ``batch`` equal in all three is a fixed one.
 
-    ``input_size`` (height, width) None: sizes follow the image. ``nms_form`` is that of the nms tail.
+    ``input_size`` (height, width) None: sizes follow the image. ``nms_form`` is that of the nms tail, and
+    ``image_sizes`` whether its graph has that second input (``ModelContract.needs_image_sizes``; it has for every
+    ecosystem whose boxes are clipped or suppressed in image pixels).
     """
 
     backend: str = ""
@@ -30,6 +32,7 @@ class PlanRequest:
     batch: BatchRange | None = None
     input_size: tuple[int, int] | None = (800, 1344)
     nms_form: NmsForm | None = None
+    image_sizes: bool = True
     opset: int = 17
     pre_nms_top_k: int = 1000
     dla_core: int | None = None

@@ -154,6 +154,7 @@ def _with_profile(request: ArtifactRequest, contract: ModelContract, source: Pat
             precision=_precision_built(own, contract),
             tail=contract.tail,
             nms_form=onnx_interface(source).nms_form,
+            image_sizes=contract.needs_image_sizes,
             opset=onnx_interface(source).opset,
             batch=given.get("batch"),
             input_size=contract.preprocess.canvas,

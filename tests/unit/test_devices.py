@@ -160,6 +160,21 @@ def test_dynamic_batch_becomes_three_shapes() -> None:
     ]
 
 
+@pytest.mark.parametrize(("image_sizes", "rows"), [(True, ",image_sizes:{}x4"), (False, "")])
+def test_every_input_of_the_nms_tail_has_shapes(image_sizes: bool, rows: str) -> None:
+    request = PlanRequest(
+        tail=Tail.NMS,
+        batch=BatchRange(1, 2, 4),
+        input_size=(320, 416),
+        image_sizes=image_sizes,
+        precision=Precision.FP16,
+    )
+    line = plan(load_profile("jetson-agx-orin"), request).trtexec
+    assert re.findall(r"--(...)Shapes=(\S+)", line) == [
+        (label, f"images:{n}x3x320x416{rows.format(n)}") for label, n in (("min", 1), ("opt", 2), ("max", 4))
+    ]
+
+
 def trtexec(version: str, precision: Precision, **options: Any) -> str:
     files = {"onnx": PurePosixPath("m.onnx"), "engine": PurePosixPath("m.engine")}
     return trtexec_command(TrtexecRequest(version=version, precision=precision, **files, **options))

@@ -21,6 +21,7 @@ _COLOR_FORMAT = {ChannelOrder.RGB: 0, ChannelOrder.BGR: 1}
 _TENSOR_TYPE = {InputDtype.FLOAT32: 0, InputDtype.UINT8: 1}
 _MODEL_KEY = {ArtifactKind.ONNX: "onnx-file", ArtifactKind.TENSORRT_ENGINE: "model-engine-file"}
 _NO_CLUSTERING = 4
+_EVERY_STREAM = -1
 _MAKEFILE = f"""DEEPSTREAM ?= /opt/nvidia/deepstream/deepstream
 CUDA ?= /usr/local/cuda
 
@@ -80,7 +81,9 @@ def nvinfer_config(model: ServedModel) -> str:
 
 
 def preprocess_config(model: ServedModel) -> str:
-    """The preprocessing element: resize into the canvas, pad right and below, no normalisation for uint8 input.
+    """The preprocessing element, for every stream: resize into the canvas, pad right and below.
+
+    No normalisation for uint8 input.
 
     Raises:
         ConfigError: a normalisation with a deviation per channel, which its library does not do.
@@ -114,8 +117,11 @@ def preprocess_config(model: ServedModel) -> str:
         "custom-lib-path": "/opt/nvidia/deepstream/deepstream/lib/gst-plugins/libcustom2d_preprocess.so",
         "custom-tensor-preparation-function": "CustomTensorPreparation",
     }
+    # Of nvdspreprocess' parser: the entry of -1 is that of every stream, with whole frames as without a list of them;
+    # draw-roi is on by default, and would frame each picture.
     group: dict[str, object] = {
-        "src-ids": 0,
+        "src-ids": _EVERY_STREAM,
+        "draw-roi": 0,
         "custom-input-transformation-function": "CustomAsyncTransformation",
         "process-on-roi": 0,
     }

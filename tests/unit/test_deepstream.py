@@ -119,6 +119,22 @@ def test_the_configuration_follows_from_the_contract(nms_contract: ModelContract
     assert (folder / "labels.txt").read_text() == "cell\nplatelet\n"
 
 
+def test_every_stream_is_detected_on_in_one_batch(nms_contract: ModelContract, tmp_path: Path) -> None:
+    """One group takes all sources as whole frames, and what it joins is the batch that nvinfer expects."""
+    folder = _write(nms_contract, tmp_path, ServingOptions(max_batch=4))
+    infer, prepare = _read(folder / "config_infer.txt"), _read(folder / "config_preprocess.txt")
+    assert [name for name in prepare.sections() if name.startswith("group-")] == ["group-0"]
+    group = prepare["group-0"]
+    assert next(iter(group)) == "src-ids"
+    assert (group["src-ids"], group["process-on-roi"], group["draw-roi"]) == ("-1", "0", "0")
+    assert not any(key.startswith("roi-params-src") for key in group)
+    assert prepare["property"]["process-on-frame"] == "1"
+    assert prepare["property"]["network-input-shape"] == "4;3;64;96"
+    assert infer["property"]["batch-size"] == "4"
+    assert prepare["property"]["target-unique-ids"] == infer["property"]["gie-unique-id"]
+    assert infer["property"]["input-tensor-from-meta"] == "1"
+
+
 def test_float_input_is_normalised_by_one_factor(nms_contract: ModelContract, tmp_path: Path) -> None:
     spec = dataclasses.replace(
         nms_contract.preprocess,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import for_checkpoints, with_checkpoint_options
+from fcos_deploy.cli.options import for_checkpoints, is_checkpoint, with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -64,13 +64,17 @@ def command(
         for b in backend or [""]
         for p in [*(precision or []), *([] if precision else [None])]
     )
+    against = None
+    if reference is not None:
+        # A checkpoint is read as data and has no signature; whatever else is executed needs one.
+        signers = () if is_checkpoint(reference) else keys
+        options_of_it = SessionOptions(threads=threads, public_keys=signers, checkpoint=checkpoint[reference])
+        against = Target(model=reference, options=options_of_it)
     request = EvaluationRequest(
         targets=targets,
         images=images,
         annotations=annotations,
-        reference=Target(model=reference, options=SessionOptions(threads=threads, checkpoint=checkpoint[reference]))
-        if reference
-        else None,
+        reference=against,
         gate=Gate(max_map_drop=max_map_drop, min_ap=min_ap, min_match_rate=min_match_rate, certain=certain),
         resamples=resamples,
         limit=limit,

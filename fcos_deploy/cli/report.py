@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import for_checkpoints, with_checkpoint_options
+from fcos_deploy.cli.options import for_checkpoints, is_checkpoint, with_checkpoint_options
 from fcos_deploy.cli.output import note, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -67,7 +67,15 @@ def command(
         for p in precisions
     )
     request = ComparisonRequest(
-        reference=Target(model=reference, options=SessionOptions(threads=threads, checkpoint=checkpoint[reference])),
+        reference=Target(
+            model=reference,
+            # A checkpoint is read as data and has no signature; whatever else is executed needs one.
+            options=SessionOptions(
+                threads=threads,
+                public_keys=() if is_checkpoint(reference) else keys,
+                checkpoint=checkpoint[reference],
+            ),
+        ),
         targets=targets,
         images=images,
         annotations=annotations,

@@ -95,6 +95,25 @@ def test_every_command_that_runs_a_model_has_the_policy() -> None:
     assert set(_with_the_policy()) >= {*runs, "verify"}
 
 
+@pytest.mark.parametrize("name", ["evaluate", "report"])
+def test_what_the_reference_is_must_be_signed_too_unless_it_is_a_checkpoint(name: str, home: Path) -> None:
+    policy = ("--require-signature", "--public-key", home / "key.pub.pem")
+    output = ("-o", home / "r.html") if name == "report" else ()
+    images = ("--images", home / "images", "--limit", 1, *output)
+    for reference, words in {
+        "unsigned": "is not signed",
+        "other": "was signed by key",
+        "model.onnx": "is not a bundle",
+    }.items():
+        refused = _run(name, home / "signed", "--reference", home / reference, *images, *policy)
+        assert refused.exit_code == 1, refused.output
+        assert words in refused.stderr
+        assert f"'{home / reference}'" in refused.stderr
+    if name == "evaluate":
+        read = _run(name, home / "signed", "--reference", home / "model.safetensors", *images, *policy)
+        assert read.exit_code == 0, read.output
+
+
 def test_a_bare_file_has_no_signature(home: Path) -> None:
     key = ("--public-key", home / "key.pub.pem")
     refused = _run("predict", home / "model.onnx", home / "images", *key)

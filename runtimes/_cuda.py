@@ -6,6 +6,7 @@ cuda-python of CUDA 12 and 13 is supported: ``cuda.bindings.runtime``, which bef
 from __future__ import annotations
 
 import ctypes
+import logging
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,11 @@ from fcos_deploy.core.require import require
 
 __all__ = ["Cuda", "CudaDevice", "load_cuda"]
 
+_LOG = logging.getLogger(__name__)
+
 _NO_DRIVER = "No working NVIDIA driver is installed"
-# Errors with which the first CUDA call answers on a machine that cannot compute: what it is, and what mends it.
+_START_AGAIN = "start the program again; if it comes back, look for Xid messages in the kernel log"
+# Errors with which CUDA answers on a machine that cannot compute, or no longer: what it is, and what mends it.
 _DEVICE_PROBLEMS: dict[str, tuple[str, str]] = {
     "cudaErrorInsufficientDriver": (
         "The NVIDIA driver is too old for this CUDA",
@@ -37,6 +41,9 @@ _DEVICE_PROBLEMS: dict[str, tuple[str, str]] = {
     "cudaErrorSystemNotReady": ("The NVIDIA driver is not ready", "start nvidia-fabricmanager, or reboot"),
     "cudaErrorDevicesUnavailable": ("The GPU is used exclusively by another process", "end that process"),
     "cudaErrorInitializationError": ("The NVIDIA driver could not start", "check nvidia-smi and the kernel log"),
+    "cudaErrorLaunchFailure": ("The GPU stopped in the middle of its work", _START_AGAIN),
+    "cudaErrorIllegalAddress": ("The GPU stopped in the middle of its work", _START_AGAIN),
+    "cudaErrorECCUncorrectable": ("The GPU's memory lost data", _START_AGAIN),
     "cudaErrorUnknown": ("The NVIDIA driver is broken", "check nvidia-smi and the kernel log; often a reboot mends it"),
 }
 
@@ -89,6 +96,13 @@ class Cuda:
             return DeviceError(f"{problem} ({error}).", hint=remedy)
         return BackendError(f"CUDA failed in {call}: {error}.", hint="'fcos-deploy doctor' looks at driver and GPU")
 
+    def _release(self, name: str, *arguments: Any) -> None:  # Any: as in _call
+        """A call that gives something back. On a lost GPU all of them fail, and what they would free went with it."""
+        try:
+            self._call(name, *arguments)
+        except BackendError as error:
+            _LOG.warning("%s: %s", name, error.message)
+
     def _driver_version(self) -> int:
         error, version = self._cuda.cudaDriverGetVersion()
         return int(version) if error == self._cuda.cudaError_t.cudaSuccess else 0
@@ -126,7 +140,7 @@ class Cuda:
 
     def free(self, address: int) -> None:
         """Release ``allocate``'s memory."""
-        self._call("cudaFree", address)
+        self._release("cudaFree", address)
 
     def allocate_host(self, size: int) -> int:
         """Address of ``size`` bytes of page-locked host memory that the GPU can reach too."""
@@ -134,7 +148,7 @@ class Cuda:
 
     def free_host(self, address: int) -> None:
         """Release ``allocate_host``'s memory."""
-        self._call("cudaFreeHost", address)
+        self._release("cudaFreeHost", address)
 
     def device_address(self, host_address: int) -> int:
         """Where the GPU sees page-locked host memory."""
@@ -146,7 +160,7 @@ class Cuda:
 
     def destroy_stream(self, stream: int) -> None:
         """Release a stream."""
-        self._call("cudaStreamDestroy", stream)
+        self._release("cudaStreamDestroy", stream)
 
     def synchronize(self, stream: int) -> None:
         """Wait for all work of a stream."""
@@ -171,7 +185,7 @@ class Cuda:
         try:
             return self._call("cudaGraphInstantiate", graph, 0)
         finally:
-            self._call("cudaGraphDestroy", graph)
+            self._release("cudaGraphDestroy", graph)
 
     def launch(self, graph: Any, stream: int) -> None:  # Any: cuda-python's opaque graph
         """Start a recorded graph."""
@@ -179,7 +193,7 @@ class Cuda:
 
     def destroy_graph(self, graph: Any) -> None:  # Any: cuda-python's opaque graph
         """Release a recorded graph."""
-        self._call("cudaGraphExecDestroy", graph)
+        self._release("cudaGraphExecDestroy", graph)
 
 
 def host_array(address: int, *, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

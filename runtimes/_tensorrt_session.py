@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -87,7 +88,8 @@ class TensorrtSession(Session):
         with self._lock:
             lanes = [self._idle.get() for _ in self._all]  # waits for running calls
             self._all.clear()
-        self._cuda.select(self._device)
+        with contextlib.suppress(BackendError):  # A GPU that is gone: what is left here is released all the same.
+            self._cuda.select(self._device)
         self._on_close()
         for lane in lanes:
             lane.close()

@@ -62,23 +62,29 @@ def _driver_version() -> str:
 
 
 def _nvidia_gpus() -> tuple[tuple[tuple[str, str], ...], str]:
-    """Asks the driver's own library, which every NVIDIA machine has, a Jetson without nvidia-smi too."""
+    """Asks the driver's own library, which every NVIDIA machine has, a Jetson without nvidia-smi and NVML too."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        return _ask_driver(ctypes.CDLL("libcuda.so.1"))
+    except (OSError, AttributeError):  # Not there, no library, or one without a function: an installation cut short.
         return (), ""
+
+
+def _ask_driver(cuda: ctypes.CDLL) -> tuple[tuple[tuple[str, str], ...], str]:
     count, version = ctypes.c_int(), ctypes.c_int()
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or cuda.cuDriverGetVersion(ctypes.byref(version)):
         return (), ""
-    gpus = tuple(_gpu(cuda, index) for index in range(count.value))
-    return gpus, f"{version.value // 1000}.{version.value % 1000 // 10}"
+    gpus = (_gpu(cuda, index) for index in range(count.value))
+    return tuple(gpu for gpu in gpus if gpu), f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def _gpu(cuda: ctypes.CDLL, index: int) -> tuple[str, str]:
+def _gpu(cuda: ctypes.CDLL, index: int) -> tuple[str, str] | None:
+    """None for one that does not answer: it fell off the bus after it was counted."""
     device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
     major, minor = ctypes.c_int(), ctypes.c_int()
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
-    return name.value.decode(errors="replace"), f"{major.value}.{minor.value}"
+    failed = (
+        cuda.cuDeviceGet(ctypes.byref(device), index)
+        or cuda.cuDeviceGetName(name, len(name), device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    )
+    return None if failed else (name.value.decode(errors="replace"), f"{major.value}.{minor.value}")

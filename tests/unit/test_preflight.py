@@ -27,7 +27,11 @@ PROBE = BackendProbe(available=True, version="10.3.0", devices=("cuda:0 Orin",))
 def _differences(
     requires: Requirements, *, probe: BackendProbe = PROBE, request: PreflightRequest | None = None
 ) -> list[str]:
-    artifact = Artifact(
+    return [str(d) for d in preflight(_artifact(requires), probe=probe, machine=MACHINE, request=request)]
+
+
+def _artifact(requires: Requirements) -> Artifact:
+    return Artifact(
         path="m.engine",
         kind=ArtifactKind.TENSORRT_ENGINE,
         precision=Precision.INT8,
@@ -36,7 +40,6 @@ def _differences(
         step=StepRecord(name="build"),
         requires=requires,
     )
-    return [str(d) for d in preflight(artifact, probe=probe, machine=MACHINE, request=request)]
 
 
 def test_what_asks_for_nothing_fits() -> None:
@@ -112,6 +115,13 @@ def test_a_missing_runtime_is_all_that_is_told() -> None:
     probe = BackendProbe(available=False, problem="'tensorrt' is not installed")
     (found,) = _differences(Requirements(machine="x86_64"), probe=probe)
     assert "installed" in found
+
+
+def test_a_machine_whose_gpu_is_gone_is_told_as_one_without() -> None:
+    artifact = _artifact(Requirements(compute_capabilities=("8.7",)))
+    gone = dataclasses.replace(MACHINE, gpus=())
+    (found,) = preflight(artifact, probe=PROBE, machine=gone)
+    assert str(found) == "the GPU's compute capability must be 8.7, it is no NVIDIA GPU"
 
 
 def test_the_facts_of_this_machine() -> None:

@@ -66,7 +66,11 @@ class Lane:
         self._graphs = options.graphs
         self._graph: Any = None  # Any: cuda-python's opaque graph
         self._stream = cuda.create_stream()
-        self._set_shapes({tensor.name: tensor.largest for tensor in self._inputs})
+        try:
+            self._set_shapes({tensor.name: tensor.largest for tensor in self._inputs})
+        except BaseException:
+            self.close()  # Memory that it already has: the session may ask for a lane again and again.
+            raise
 
     def infer(self, feeds: Tensors) -> Tensors:
         """Outputs as views of this lane's memory, which its next call overwrites.

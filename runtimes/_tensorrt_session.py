@@ -90,10 +90,12 @@ class TensorrtSession(Session):
             self._all.clear()
         with contextlib.suppress(BackendError):  # A GPU that is gone: what is left here is released all the same.
             self._cuda.select(self._device)
-        self._on_close()
-        for lane in lanes:
-            lane.close()
-        del self._make_lane, self._on_close  # They hold the engine, whose memory goes with them.
+        try:
+            self._on_close()
+        finally:
+            for lane in lanes:
+                lane.close()
+            del self._make_lane, self._on_close  # They hold the engine, whose memory goes with them.
 
 
 def _spec(tensor: EngineTensor) -> TensorSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +11,7 @@ from fcos_deploy.core.atomic import atomic_file, sha256_file
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.cache_dir import model_cache_dir
 from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.tensorrt_library import TensorRT, load_tensorrt
 from runtimes._tensorrt_backend import ContextFactory, TensorrtFamily
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 __all__ = ["BACKEND"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class _TensorrtRtx(TensorrtFamily):
@@ -59,9 +63,14 @@ class _RuntimeCache:
         rtx_config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        if self._path is not None:
+        """A cache that cannot be written costs time at the next start; what this session found is worth more."""
+        if self._path is None:
+            return
+        try:
             with atomic_file(self._path) as temporary:
                 temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
+        except (ConfigError, OSError, TypeError) as error:  # TypeError: TensorRT-RTX gave nothing.
+            _LOG.warning("What was compiled for this GPU is not kept: %s", error)
 
 
 BACKEND = _TensorrtRtx()

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from fcos_deploy.core.errors import BackendError, DeviceError
+from fcos_deploy.core.errors import BackendError, ConfigError, DeviceError
 from runtimes._cuda import Cuda
 from runtimes._tensorrt_lane import EngineTensor, Lane, LaneOptions
 from runtimes._tensorrt_session import TensorrtSession
+from runtimes.tensorrt_rtx import _RuntimeCache
 
 runtime: Any = pytest.importorskip("cuda.bindings.runtime")  # Any: cuda-python has no type information
 
@@ -34,6 +38,7 @@ class _Device:
 
     def __init__(self) -> None:
         self.error = "cudaSuccess"
+        self.room = 1 << 30
         self.memory: dict[int, Any] = {}
         self.released: list[str] = []
 
@@ -48,6 +53,10 @@ class _Device:
         code = getattr(runtime.cudaError_t, self.error)
         if self.error != "cudaSuccess":
             return (code, *([None] if name.endswith(("Malloc", "HostAlloc", "WithFlags")) else []))
+        if name == "cudaMalloc":
+            self.room -= words[0]
+            if self.room < 0:
+                return runtime.cudaError_t.cudaErrorMemoryAllocation, None
         if name in ("cudaMalloc", "cudaHostAlloc"):
             block = (ctypes.c_uint8 * words[0])()
             self.memory[ctypes.addressof(block)] = block
@@ -91,7 +100,7 @@ class _Logger:
 LIBRARY: Any = SimpleNamespace(__name__="lost", ILogger=type("ILogger", (), {"Severity": _Logger}))
 
 
-def _session(device: _Device, context: _Context) -> TensorrtSession:
+def _session(device: _Device, context: _Context, *, on_close: Callable[[], None] = lambda: None) -> TensorrtSession:
     cuda = Cuda(cast(ModuleType, device))
     made = [context]  # Handed over, so that the lane alone holds it.
 
@@ -100,7 +109,7 @@ def _session(device: _Device, context: _Context) -> TensorrtSession:
         return Lane(LIBRARY, cast(Any, made.pop()), cuda=cuda, tensors=TENSORS, options=options)
 
     return TensorrtSession(
-        cuda=cuda, device=0, tensors=TENSORS, make_lane=make_lane, lanes=1, description={}, on_close=lambda: None
+        cuda=cuda, device=0, tensors=TENSORS, make_lane=make_lane, lanes=1, description={}, on_close=on_close
     )
 
 
@@ -137,3 +146,54 @@ def test_a_gpu_lost_in_the_middle_is_told_and_the_session_still_closes(
     assert alive() is None
     with pytest.raises(BackendError, match="is closed"):
         session.run(feeds)
+
+
+def test_a_context_without_room_gives_back_what_it_already_had() -> None:
+    """A session asks again whenever threads compete for its contexts, so that each try would cost memory."""
+    device = _Device()
+    device.room = 20  # bytes: for the input, not for the output
+    with pytest.raises(BackendError, match="no memory left"):
+        _session(device, _Context())
+    assert sorted(device.released) == ["cudaFree"] + ["cudaFreeHost"] * 2 + ["cudaStreamDestroy"]
+
+
+def test_what_fails_when_a_session_closes_does_not_keep_its_memory() -> None:
+    def fail() -> None:
+        raise ConfigError("Cannot write the cache.")
+
+    device = _Device()
+    session = _session(device, _Context(), on_close=fail)
+    with pytest.raises(ConfigError):
+        session.close()
+    assert device.released.count("cudaFree") == 2
+    session.close()
+
+
+class _Serialized:
+    """What TensorRT-RTX compiled: some bytes, or nothing where the GPU is gone."""
+
+    def __init__(self, content: bytes | None) -> None:
+        self.content = content
+
+    def create_runtime_cache(self) -> _Serialized:
+        return self
+
+    def set_runtime_cache(self, cache: _Serialized) -> None:
+        assert cache is self
+
+    def serialize(self) -> bytes | None:
+        return self.content
+
+
+@pytest.mark.parametrize(("content", "closed"), [(b"kernels", True), (None, False), (b"kernels", False)])
+def test_a_cache_that_cannot_be_kept_costs_no_result(
+    content: bytes | None, closed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    if closed:
+        folder.write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        _RuntimeCache(cast(Any, _Serialized(content)), folder / "runtime.cache").save()
+    kept = content is not None and not closed
+    assert (folder / "runtime.cache").exists() is kept
+    assert ("is not kept" in caplog.text) is not kept

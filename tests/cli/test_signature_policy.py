@@ -90,6 +90,13 @@ def test_only_what_a_trusted_key_signed_is_opened(name: str, home: Path) -> None
     assert allowed.exit_code == 0, allowed.output
 
 
+def test_only_commands_whose_answer_names_the_engine_step_down() -> None:
+    """What evaluate and benchmark tell are the figures of the one engine that was asked for."""
+    application = typer.main.get_group(build_app())
+    takes = {name for name, c in application.commands.items() for p in c.params if "--allow-fallback" in p.opts}
+    assert takes == {"predict", "verify"}
+
+
 def test_every_command_that_runs_a_model_has_the_policy() -> None:
     runs = {"benchmark", "build", "compare", "evaluate", "inspect", "package", "parity", "predict", "report", "soak"}
     assert set(_with_the_policy()) >= {*runs, "verify"}

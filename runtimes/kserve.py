@@ -89,7 +89,7 @@ class _KServe(Backend):
     preferred_for = frozenset({ArtifactKind.REMOTE_MODEL})
     extra = "serving"
     # Whose placement it is was decided when the server's model was made; the server runs what it was given.
-    placements = frozenset({"portable", "onnxruntime-cpu", "openvino"})
+    placements = ("onnxruntime-cpu", "openvino", "portable")
 
     def open(self, path: Path, options: SessionOptions) -> Session:
         _refuse_local_options(options)

@@ -81,7 +81,7 @@ class _OnnxRuntime(Backend):
     accepts = frozenset({ArtifactKind.ONNX})
     extra = "onnxruntime"
     # It executes every Q/DQ pair as written, wherever it stands; only its speed depends on the placement.
-    placements = frozenset({"portable", "onnxruntime-cpu", "openvino"})
+    placements = ("onnxruntime-cpu", "openvino", "portable")
     preferred_for = frozenset({ArtifactKind.ONNX})
 
     def open(self, path: Path, options: SessionOptions) -> Session:

@@ -118,7 +118,7 @@ class _OpenVino(Backend):
     name = "openvino"
     accepts = frozenset({ArtifactKind.ONNX, ArtifactKind.OPENVINO_IR})
     extra = "openvino"
-    placements = frozenset({"portable", "openvino"})
+    placements = ("openvino", "portable")
     preferred_for = frozenset({ArtifactKind.OPENVINO_IR})
 
     def open(self, path: Path, options: SessionOptions) -> Session:

@@ -80,8 +80,10 @@ class Bundle:
         found = [a for a in self.manifest.artifacts if _fits(a, name)]
         wanted = precision or _default_precision(found, target.precision)
         chosen = [a for a in found if wanted is None or a.precision is wanted]
-        # An artifact made for this backend goes before one that it merely accepts.
+        # An artifact made for this backend goes before one that it merely accepts, its own placement before another.
         chosen = [a for a in chosen if a.backend == name] or chosen
+        own = backend_named(name).placements
+        chosen = next(filter(None, ([a for a in chosen if a.placement == p] for p in own)), chosen)
         if len(chosen) == 1:
             return Selection(chosen[0], name)
         problem = "has several artifacts" if chosen else "has no artifact"

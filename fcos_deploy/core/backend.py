@@ -152,7 +152,7 @@ class Backend(ABC):
     name: str
     accepts: frozenset[ArtifactKind]
     extra: str  # the pip extra that installs it
-    placements: frozenset[str] = frozenset({"portable"})  # Q/DQ placements that it reads as they were meant
+    placements: tuple[str, ...] = ("portable",)  # Q/DQ placements that it reads as they were meant, the fastest first
     preferred_for: frozenset[ArtifactKind] = frozenset()  # kinds that it opens when the user names no backend
 
     @abstractmethod

@@ -93,10 +93,7 @@ def _planned(draft: Draft) -> Plan:
 
 
 def _placement(draft: Draft) -> str:
-    """The runtime's own placement where it has one: it is the fastest there. Its name begins with the runtime's."""
-    name = draft.backend
-    own = (p for p in sorted(backend_named(name).placements) if p == name or p.startswith(f"{name}-"))
-    return next(own, "portable")
+    return backend_named(draft.backend).placements[0]
 
 
 def _source_onnx(draft: Draft) -> str:

@@ -103,8 +103,9 @@ def _onnx_of(request: ArtifactRequest) -> Path:
     from fcos_deploy.bundle import open_bundle
 
     bundle = open_bundle(request.source, public_keys=request.public_keys)
-    placements = {"", *backend_named(request.backend).placements}
+    placements = ["", *backend_named(request.backend).placements]
     fitting = [a for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX and a.placement in placements]
+    fitting.sort(key=lambda artifact: placements.index(artifact.placement))
     wanted = _precisions(request, own=bundle.manifest.target.precision)
     for precision in wanted:
         files = [bundle.path(artifact.path) for artifact in fitting if artifact.precision is precision]

@@ -104,4 +104,9 @@ def test_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(backends()))
 def test_placements_that_runtimes_read_are_ones_that_there_are(name: str) -> None:
-    assert backends()[name].placements <= set(PLACEMENTS)
+    assert set(backends()[name].placements) <= set(PLACEMENTS)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
+def test_the_first_that_a_runtime_reads_is_the_one_made_for_it(name: str) -> None:
+    assert placement_for(name).name == backends()[name].placements[0]

@@ -39,7 +39,8 @@ TESTS = Path(__file__).parent
 # Folders and files that export, build or run whole models: left out of the quick loop.
 _SLOW = (
     *("contract", "flow", "golden", "test_torch_onnx", "test_tails", "test_detector", "test_ecosystems"),
-    *("test_simplify", "test_onnx_fp16", "test_wrap"),
+    *("test_simplify", "test_onnx_fp16", "test_wrap", "test_evaluate", "test_signature_policy", "test_benchmark"),
+    *("test_predict", "test_argument_fuzz", "test_quantize_disk_full", "test_diagnosis", "test_report", "test_bad_input"),
 )
 
 

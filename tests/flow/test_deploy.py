@@ -36,6 +36,9 @@ def test_bundle_holds_every_variant_and_its_hashes_check(deployed: tuple[Path, d
         made = {(a.backend or a.placement, a.precision) for a in bundle.manifest.artifacts}
         assert {("openvino", Precision.FP32), ("openvino", Precision.INT8), ("portable", Precision.INT8)} <= made
         assert bundle.manifest.accuracy[0].metrics["ap"] > 0.4
+        int8 = next(figure for figure in bundle.manifest.accuracy if figure.precision is Precision.INT8)
+        assert int8.score_drift is not None
+        assert 0.1 < int8.score_drift.threshold < 0.5, "the threshold that keeps as many detections as 0.3 did in float"
 
 
 def test_fp32_equals_the_reference_to_three_decimals(deployed: tuple[Path, dict[str, object]]) -> None:

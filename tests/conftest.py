@@ -37,10 +37,13 @@ from fcos_deploy.core.serialize import from_json, to_json
 
 TESTS = Path(__file__).parent
 # Folders and files that export, build or run whole models: left out of the quick loop.
-_SLOW = (
-    *("contract", "flow", "golden", "test_torch_onnx", "test_tails", "test_detector", "test_ecosystems"),
-    *("test_simplify", "test_onnx_fp16", "test_wrap", "test_evaluate", "test_signature_policy", "test_benchmark"),
-    *("test_predict", "test_argument_fuzz", "test_quantize_disk_full", "test_diagnosis", "test_report", "test_bad_input"),
+_SLOW = frozenset(
+    (
+        *("contract", "flow", "golden"),
+        *("test_torch_onnx", "test_tails", "test_detector", "test_ecosystems", "test_simplify", "test_onnx_fp16"),
+        *("test_wrap", "test_evaluate", "test_signature_policy", "test_benchmark", "test_predict", "test_bad_input"),
+        *("test_argument_fuzz", "test_quantize_disk_full", "test_diagnosis", "test_report"),
+    )
 )
 
 
@@ -48,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what the quick loop leaves out; ``FCOS_DEPLOY_FUZZ=N`` takes N times the examples of property tests."""
     factor = int(os.environ.get("FCOS_DEPLOY_FUZZ", "1"))
     for item in items:
-        if set(_SLOW) & {*item.path.parent.parts, item.path.stem}:
+        if _SLOW & {*item.path.parent.parts, item.path.stem}:
             item.add_marker(pytest.mark.slow)
         test = getattr(item, "obj", None)
         if factor > 1 and getattr(test, "is_hypothesis_test", False):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import for_checkpoints, is_checkpoint, with_checkpoint_options
+from fcos_deploy.cli.options import for_checkpoints, reference_keys, with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -66,10 +66,9 @@ def command(
     )
     against = None
     if reference is not None:
-        # A checkpoint is read as data and has no signature; whatever else is executed needs one.
-        signers = () if is_checkpoint(reference) else keys
-        options_of_it = SessionOptions(threads=threads, public_keys=signers, checkpoint=checkpoint[reference])
-        against = Target(model=reference, options=options_of_it)
+        signers = reference_keys(reference, keys)
+        reference_session = SessionOptions(threads=threads, public_keys=signers, checkpoint=checkpoint[reference])
+        against = Target(model=reference, options=reference_session)
     request = EvaluationRequest(
         targets=targets,
         images=images,

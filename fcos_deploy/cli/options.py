@@ -21,10 +21,10 @@ from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFil
 __all__ = [
     "checkpoint_options",
     "for_checkpoints",
-    "is_checkpoint",
     "parse_size",
     "parse_triple",
     "read_class_names",
+    "reference_keys",
     "with_checkpoint_options",
 ]
 
@@ -125,12 +125,16 @@ def for_checkpoints(options: CheckpointOptions, models: Sequence[Path]) -> dict[
 
     Where none is a checkpoint all get them, so that opening one refuses them.
     """
-    checkpoints = {model for model in models if is_checkpoint(model)}
+    checkpoints = {model for model in models if _is_checkpoint(model)}
     return {model: options if model in checkpoints or not checkpoints else None for model in models}
 
 
-def is_checkpoint(model: Path) -> bool:
-    """Whether this is a checkpoint, by its name."""
+def reference_keys(reference: Path, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys that ``reference`` needs: a checkpoint is read as data and has no signature, the rest is executed."""
+    return () if _is_checkpoint(reference) else keys
+
+
+def _is_checkpoint(model: Path) -> bool:
     return ArtifactKind.CHECKPOINT in KINDS_BY_SUFFIX.get(model.suffix.lower(), ())
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import for_checkpoints, is_checkpoint, with_checkpoint_options
+from fcos_deploy.cli.options import for_checkpoints, reference_keys, with_checkpoint_options
 from fcos_deploy.cli.output import note, progress_bar, table
 from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -69,10 +69,9 @@ def command(
     request = ComparisonRequest(
         reference=Target(
             model=reference,
-            # A checkpoint is read as data and has no signature; whatever else is executed needs one.
             options=SessionOptions(
                 threads=threads,
-                public_keys=() if is_checkpoint(reference) else keys,
+                public_keys=reference_keys(reference, keys),
                 checkpoint=checkpoint[reference],
             ),
         ),

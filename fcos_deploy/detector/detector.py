@@ -98,8 +98,6 @@ class Detector:
         source = find_model(Path(model), backend=backend, precision=precision, options=options)
         _check_checkpoint_options(source, options)
         session = source.backend.open(source.path, options)
-        if source.stepped_down:
-            session.description["stepped_down"] = "; ".join(f"{s.backend}: {s.reason}" for s in source.stepped_down)
         with _closing_on_error(session):
             contract = options.contract or session.contract or read_contract(source.path)
             source.backend.check_placement(contract)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from fcos_deploy.bundle import open_bundle
+from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.pipeline.demo import DEMO_DATA
@@ -62,6 +63,23 @@ def test_verify_holds_for_both_precisions(deployed: tuple[Path, dict[str, object
 def _tiny_arguments(checkpoint: Path, images: Path, output: Path, *more: str) -> list[str]:
     data = ["--calibration-images", str(images), "--calibration-count", "8", "--backend", "onnxruntime"]
     return ["deploy", str(checkpoint), "-o", str(output), *data, *more]
+
+
+def test_what_was_measured_before_an_interruption_is_not_measured_again(
+    tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is the last step: it shows those figures, and is as it was as well."""
+    bundle = tmp_path / "bundle"
+    arguments = _tiny_arguments(tiny_checkpoint, smooth_images, bundle, "--max-map-drop", "1")
+    with monkeypatch.context() as cut:
+        cut.setattr(BundleWriter, "finish", lambda *_: sys.exit("cut off"))
+        assert CliRunner().invoke(build_app(), arguments).exit_code == 1
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".bundle.work" / "files").iterdir()}
+    assert "report.html" in written
+    done = CliRunner().invoke(build_app(), arguments)
+    assert done.exit_code == 0, done.stderr
+    assert written == {name: (bundle / name).stat().st_mtime_ns for name in written}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_gate_of_zero_is_held_by_keeping_layers_in_float(

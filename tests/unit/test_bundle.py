@@ -122,6 +122,17 @@ def test_an_older_bundle_is_replaced(make_bundle: MakeBundle, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["cells"]
 
 
+def test_what_a_step_goes_on_from_outlives_a_run_and_goes_with_the_bundle(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    with BundleWriter(tmp_path / "cells") as writer:
+        (writer.scratch / "state").write_text("half")
+    with BundleWriter(tmp_path / "cells") as writer:
+        assert (writer.scratch / "state").read_text() == "half"
+    make_bundle(tmp_path / "cells")
+    assert [path.name for path in tmp_path.iterdir()] == ["cells"]
+
+
 def test_a_file_made_by_two_steps_is_refused(tmp_path: Path) -> None:
     def make(folder: Path) -> StepOutput:
         (folder / "same").write_text("x")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from exporters._trace import Axes, trace
 from exporters.onnx_file import load_onnx, save_onnx
 from exporters.simplify import simplified
-from exporters.step_check import compare, onnx_runner, provoking_feeds
+from exporters.step_check import compare, onnx_runner, provoking_feed
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Tail
@@ -164,7 +164,7 @@ def _network(depth: int, classes: int) -> Fcos:
 
 def _export(module: nn.Module, contract: ModelContract, *, opset: int = 17) -> object:
     height, width = contract.preprocess.canvas or (0, 0)
-    feeds = provoking_feeds((1, 3, height, width), dtype="uint8", image_sizes=False)
+    feeds = [provoking_feed((1, 3, height, width), dtype="uint8", image_sizes=False)]
     exportable = module if hasattr(module, "output_names") else ExportableFcos(module, contract)
     example = (torch.from_numpy(feeds[0]["images"]),)
     model = trace(exportable.eval(), example, opset=opset, dynamic_batch=False, size=Axes.FIXED)
@@ -267,7 +267,7 @@ def main() -> None:
         decode=DecodeSpec(profile=PROFILES["torchvision"], score_threshold=0.2, iou_threshold=0.6),
         tail=Tail.RAW,
     )
-    feeds = provoking_feeds((1, 3, height, width), dtype="uint8", image_sizes=False)
+    feeds = [provoking_feed((1, 3, height, width), dtype="uint8", image_sizes=False)]
     arguments.work.mkdir(parents=True, exist_ok=True)
     paths = {}
     for index, (name, build) in enumerate(_variants(_network(arguments.depth, arguments.classes), contract).items()):

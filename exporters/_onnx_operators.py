@@ -10,13 +10,37 @@ from fcos_deploy.core.require import require
 __all__ = ["translations"]
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+_NATIVE_GROUP_NORM = 21  # the first opset whose GroupNormalization has a scale for every channel, as torch's has
+
+
+def translations(*, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For ``torch.onnx.export(custom_translation_table=...)``."""
     torch = require("torch", extra="export")
     require("onnxscript", extra="export")
     require("fcos_deploy.model.suppress", extra="export")  # registers the operators
-    operators = torch.ops.fcos_deploy
-    return {operators.nms_keep.default: _nms_keep, operators.divide.default: _divide}
+    own = torch.ops.fcos_deploy
+    table: dict[Callable[..., Any], Callable[..., Any]] = {own.nms_keep.default: _nms_keep, own.divide.default: _divide}
+    if opset < _NATIVE_GROUP_NORM:
+        table[torch.ops.aten.group_norm.default] = _group_norm
+    return table
+
+
+def _group_norm(  # noqa: PLR0917  (the operator's own signature)
+    images: Any,
+    groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Any:
+    """InstanceNormalization with each group as one channel: what torch's exporter writes, less what it works out."""
+    op = require("onnxscript", extra="export").opset18
+    ones, zeros = (op.Constant(value_floats=[value] * groups) for value in (1.0, 0.0))
+    grouped = op.Reshape(images, op.Constant(value_ints=[0, groups, -1]))
+    result = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(images))
+    inner = op.Constant(value_ints=list(range(1, len(images.shape) - 1)))
+    result = result if weight is None else op.Mul(result, op.Unsqueeze(weight, inner))
+    return result if bias is None else op.Add(result, op.Unsqueeze(bias, inner))
 
 
 def _divide(index: Any, divisor: int) -> Any:

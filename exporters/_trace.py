@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from exporters.graph_passes.weight_names import name_weights_after_convolutions
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ExportError
 from fcos_deploy.core.require import require
@@ -17,6 +18,7 @@ from fcos_deploy.core.require import require
 __all__ = ["OPSETS", "Axes", "trace"]
 
 OPSETS = range(17, 24)
+_LARGE = 1024  # bytes; a weight, not an axis or a shape that a conversion could ask for
 _TRACED_OPSET = 18  # the exporter's own; older ones are converted afterwards, newer ones are asked for directly
 
 
@@ -41,9 +43,9 @@ def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: b
             f"Opset {opset} is not supported.", hint=f"choose {OPSETS.start} to {OPSETS.stop - 1}; see docs/export.md"
         )
     program = _program(module, example, opset=max(opset, _TRACED_OPSET), dynamic_batch=dynamic_batch, size=size)
-    # What torch does with optimize=True, but once: its second round takes as long and finds nothing in an FCOS.
-    require("onnxscript.optimizer", extra="export").optimize_ir(program.model, num_iterations=1)
+    _fold(program.model)
     _name_after_modules(program.model)
+    name_weights_after_convolutions(program.model)
     _shorten_dimensions(program.model)
     _drop_metadata(program.model)
     model = _to_proto(program.model)
@@ -70,7 +72,7 @@ def _program(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch
                 input_names=list(module.input_names),
                 output_names=list(module.output_names),
                 dynamic_shapes=shapes,
-                custom_translation_table=translations(),
+                custom_translation_table=translations(opset=opset),
                 optimize=False,
                 verbose=False,
             )
@@ -109,6 +111,31 @@ def _quiet() -> Iterator[None]:
         finally:
             for name, level in before.items():
                 logging.getLogger(name).setLevel(level)
+
+
+def _fold(model: Any) -> None:
+    """Constants, shapes and BatchNorm: what an FCOS needs of all that torch looks for with ``optimize=True``."""
+    passes = require("onnx_ir.passes.common", extra="export")
+    rules = require("onnxscript.rewriter.rules.common", extra="export")
+    passes.InlinePass()(model)
+    require("onnxscript.optimizer", extra="export").fold_constants(model)
+    needed = (
+        rules.fuse_batchnorm_into_conv_rule,
+        rules.materialize_reshape_shape_rule,
+        rules.mul_by_1_rule,
+        rules.no_op_cast_rule,
+        rules.squeeze_reshape_1d_rule,
+    )
+    require("onnxscript.rewriter", extra="export").rewrite(model, needed)
+    for clean in (
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        clean(model)
 
 
 def _name_after_modules(model: Any) -> None:
@@ -175,10 +202,19 @@ def _to_proto(model: Any) -> Any:
 
 
 def _lower(model: Any, opset: int) -> Any:
+    """``model`` in an older opset; its weights stay here, because the converter copies what it is given many times."""
     converter = require("onnx.version_converter", extra="export")
+    weights = {tensor.name: tensor.raw_data for tensor in model.graph.initializer if len(tensor.raw_data) > _LARGE}
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.ClearField("raw_data")
     try:
-        return converter.convert_version(model, opset)
+        lowered = converter.convert_version(model, opset)
     except RuntimeError as error:
         raise ExportError(
             f"The graph cannot be expressed in opset {opset}: {error}.", hint=f"--opset {_TRACED_OPSET}"
         ) from error
+    for tensor in lowered.graph.initializer:
+        if tensor.name in weights:
+            tensor.raw_data = weights.pop(tensor.name)
+    return lowered

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from exporters._graph_inputs import feeds_of
+from exporters._graph_inputs import feed_of
 from exporters.step_check import Feeds, Runner, StepCheck, compare
 from fcos_deploy.core.atomic import atomic_file, sha256_file
 from fcos_deploy.core.contract import ModelContract
@@ -92,7 +92,7 @@ def _check(runtime: ModuleType, source: Path, result: Path, *, contract: ModelCo
     return compare(
         _runner(plain),
         _runner(fused),
-        feeds_of(contract, shapes),
+        [feed_of(contract, shapes)],
         step="optimise for ONNX Runtime",
         tolerance=_TOLERANCES[contract.precision],
     )

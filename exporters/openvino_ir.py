@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from exporters._graph_inputs import feeds_of
+from exporters._graph_inputs import feed_of
 from exporters.step_check import Feeds, Runner, StepCheck, compare
 from fcos_deploy.core.atomic import atomic_file, sha256_file
 from fcos_deploy.core.contract import ModelContract
@@ -124,7 +124,7 @@ def _check(core: Any, model: Any, converted: Path, *, contract: ModelContract, h
     return compare(
         _runner(core, model, contract.outputs),
         _runner(core, str(converted), contract.outputs),
-        feeds_of(contract, shapes),
+        [feed_of(contract, shapes)],
         step="convert to OpenVINO IR",
         tolerance=_HALF_TOLERANCE if half else _TOLERANCE,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters._graph_inputs import feeds_of
+from exporters._graph_inputs import feed_of
 from exporters.graph_passes import PASSES
 from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx
 from exporters.step_check import Feeds, Runner, StepCheck, compare, onnx_runner
@@ -80,7 +80,7 @@ def simplify_onnx(source: Path, output: Path, *, progress: ProgressFn = no_progr
 def rewrite_onnx(
     source: Path, output: Path, *, step: str, rewrite: Rewrite, progress: ProgressFn = no_progress
 ) -> Simplification:
-    """Write what ``rewrite`` makes of the graph of ``source``; inputs that provoke differences are drawn for it.
+    """Write what ``rewrite`` makes of the graph of ``source``; an input that provokes differences is drawn for it.
 
     Raises:
         ExportError: ``source`` is not a complete ONNX model.
@@ -92,7 +92,7 @@ def rewrite_onnx(
     require_writable(output)
     model = load_onnx(source)
     contract = contract_of(model, source)
-    feeds = feeds_of(contract, input_shapes(model))
+    feeds = [feed_of(contract, input_shapes(model))]
     progress(step, 1, 2)
     result, check = rewrite(model, contract, feeds)
     save_onnx(result, output)
@@ -139,8 +139,10 @@ def _with_onnxsim(model: Any) -> Any:
 
 def _with_own_passes(model: Any) -> Any:
     ir = require("onnx_ir", extra="export")
-    inferred = require("onnx.shape_inference", extra="export").infer_shapes(model)
-    graph = ir.from_proto(inferred)
+    passes = require("onnx_ir.passes.common", extra="export")
+    graph = ir.from_proto(model)
+    # As onnx.shape_inference does by default, without the weights.
+    passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(graph)
     while sum(run(graph) for run in PASSES):
         pass
     result = ir.to_proto(graph)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.errors import ExportError, StepCheckError
 from fcos_deploy.core.require import require
 
-__all__ = ["ROW_OUTPUTS", "Feeds", "Runner", "StepCheck", "compare", "onnx_runner", "provoking_feeds", "remembering"]
+__all__ = ["ROW_OUTPUTS", "Feeds", "Runner", "StepCheck", "compare", "onnx_runner", "provoking_feed", "remembering"]
 
 Feeds = dict[str, NDArray[Any]]
 Runner = Callable[[Feeds], Feeds]
@@ -163,8 +163,8 @@ def remembering(run: Runner) -> Runner:
     return remembered
 
 
-def provoking_feeds(images: tuple[int, int, int, int], *, dtype: str, image_sizes: bool, seed: int = 0) -> list[Feeds]:
-    """Noise, and a picture of the extremes: black and white areas, stripes, and (float) values far outside.
+def provoking_feed(images: tuple[int, int, int, int], *, dtype: str, image_sizes: bool, seed: int = 0) -> Feeds:
+    """One picture of what provokes differences: noise, black and white areas, stripes, (float) values far outside.
 
     The areas are not quite flat: on flat ones neighbouring locations score the same to the last digit, and which of
     their boxes suppresses which is then left to rounding. images: (n, 3, H, W) of the input.
@@ -172,16 +172,16 @@ def provoking_feeds(images: tuple[int, int, int, int], *, dtype: str, image_size
     generator = np.random.default_rng(seed)
     batch, _, height, width = images
     if dtype == "uint8":
-        noise = generator.integers(0, 256, images, np.uint8)
-        low, high = noise % 8, 255 - noise % 8
+        picture = generator.integers(0, 256, images, np.uint8)
+        low, high = picture % 8, 255 - picture % 8
     else:
-        noise = generator.standard_normal(images, np.float32)
-        low, high = noise - 20, noise + 20
-    extremes = low
-    extremes[..., width // 2 :] = high[..., width // 2 :]
-    extremes[..., height // 2 :, ::2] = high[..., height // 2 :, ::2]
-    feeds: list[Feeds] = [{"images": noise}, {"images": extremes}]
-    if image_sizes:
-        sizes = np.array([[height - 1, width - 3, 2 * height, 3 * width]], np.float32).repeat(batch, 0)
-        feeds = [{**feed, "image_sizes": sizes} for feed in feeds]
-    return feeds
+        picture = generator.standard_normal(images, np.float32)
+        low, high = picture - 20, picture + 20
+    areas, stripes = slice(height // 3, 2 * height // 3), slice(2 * height // 3, height)
+    for rows, bright in ((areas, slice(width // 2, width)), (stripes, slice(0, width, 2))):
+        picture[..., rows, :] = low[..., rows, :]
+        picture[..., rows, bright] = high[..., rows, bright]
+    if not image_sizes:
+        return {"images": picture}
+    sizes = np.array([[height - 1, width - 3, 2 * height, 3 * width]], np.float32).repeat(batch, 0)
+    return {"images": picture, "image_sizes": sizes}

@@ -13,7 +13,7 @@ from exporters.efficient_nms import check_servable, with_efficient_nms
 from exporters.onnx_file import opset_of, require_writable, save_onnx, with_contract
 from exporters.onnx_fp16 import half_precision
 from exporters.simplify import simplified
-from exporters.step_check import Feeds, StepCheck, compare, onnx_runner, provoking_feeds, remembering
+from exporters.step_check import Feeds, StepCheck, compare, onnx_runner, provoking_feed, remembering
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError
@@ -198,28 +198,24 @@ def _shape(contract: ModelContract, options: ExportOptions) -> tuple[int, int, i
 
 def _example(module: Any, contract: ModelContract, options: ExportOptions) -> tuple[Any, ...]:
     torch = require("torch", extra="export")
-    (feed, *_) = _shape_feeds(module, contract, _shape(contract, options))
+    feed = _feed(module, contract, _shape(contract, options))
     return tuple(torch.from_numpy(feed[name]) for name in module.input_names)
 
 
 def _feeds(module: Any, contract: ModelContract, options: ExportOptions) -> list[Feeds]:
-    """Feeds of the example's shape, and of another where axes are open."""
-    batch, _, height, width = _shape(contract, options)
-    feeds = _shape_feeds(module, contract, (batch, 3, height, width))
+    """A feed of the example's shape; where axes are open, of a single image and of another size as well."""
+    batch, channels, height, width = _shape(contract, options)
+    shapes = [(batch, channels, height, width)]
     if options.batch is None:
-        feeds = [_first_image(feeds[0]), *feeds[1:]]
+        shapes.append((1, channels, height, width))
     if contract.preprocess.canvas is None:
-        feeds += _shape_feeds(module, contract, (batch, 3, height // 2 + 32, width + 64))
-    return feeds
+        shapes.append((batch, channels, height // 2 + 32, width + 64))
+    return [_feed(module, contract, shape) for shape in shapes]
 
 
-def _shape_feeds(module: Any, contract: ModelContract, shape: tuple[int, int, int, int]) -> list[Feeds]:
+def _feed(module: Any, contract: ModelContract, shape: tuple[int, int, int, int]) -> Feeds:
     dtype = contract.preprocess.input_dtype.value
-    return provoking_feeds(shape, dtype=dtype, image_sizes="image_sizes" in module.input_names)
-
-
-def _first_image(feed: Feeds) -> Feeds:
-    return {name: array[:1] for name, array in feed.items()}
+    return provoking_feed(shape, dtype=dtype, image_sizes="image_sizes" in module.input_names)
 
 
 def _torch_runner(module: Any) -> Any:

@@ -219,10 +219,11 @@ def test_what_would_grow_is_not_used(tiny_onnx: Path, monkeypatch: pytest.Monkey
 
 def test_a_weight_without_a_name_gets_its_modules() -> None:
     constants = {"val_7": np.ones((2, 3, 1, 1), np.float32), "val_8": np.ones((1, 2, 1, 1), np.float32)}
+    constants["val_9"] = np.ones(2, np.float32)
     nodes = [
-        helper.make_node("Conv", ["images", "val_7"], ["a"], name="body.conv1/Conv"),
+        helper.make_node("Conv", ["images", "val_7", "val_9"], ["a"], name="body.conv1/Conv"),
         helper.make_node("Conv", ["a", "val_8"], ["out"], name="somebody_elses"),
     ]
     graph = ir.from_proto(_model(nodes, constants=constants))
-    assert name_weights_after_convolutions(graph) == 1
-    assert sorted(graph.graph.initializers) == ["body.conv1.weight", "val_8"]
+    assert name_weights_after_convolutions(graph) == 2
+    assert sorted(graph.graph.initializers) == ["body.conv1.bias", "body.conv1.weight", "val_8"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from exporters.step_check import compare, provoking_feeds, remembering
+from exporters.step_check import compare, provoking_feed, remembering
 from fcos_deploy.core.errors import StepCheckError
 
 
@@ -64,18 +64,21 @@ def test_rows_of_other_labels_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_feeds_are_the_same_each_time_and_reach_the_extremes(dtype: str) -> None:
-    first, again = (provoking_feeds((2, 3, 32, 64), dtype=dtype, image_sizes=True) for _ in range(2))
-    for left, right in zip(first, again, strict=True):
-        assert left["images"].dtype == dtype
-        assert left["images"].shape == (2, 3, 32, 64)
-        assert left["image_sizes"].shape == (2, 4)
-        assert np.array_equal(left["images"], right["images"])
+def test_a_feed_is_the_same_each_time_and_reaches_the_extremes(dtype: str) -> None:
+    feed, again = (provoking_feed((2, 3, 48, 64), dtype=dtype, image_sizes=True) for _ in range(2))
+    images = feed["images"]
+    assert (images.dtype, images.shape, feed["image_sizes"].shape) == (dtype, (2, 3, 48, 64), (2, 4))
+    assert np.array_equal(images, again["images"])
+    assert not np.array_equal(images[0], images[1])
     low, high = (0, 255) if dtype == "uint8" else (-20, 20)
-    extremes = first[1]["images"]
-    assert (extremes.min() <= low) & (extremes.max() >= high)
-    assert np.isclose(extremes, low, atol=7).any()
-    assert len(np.unique(extremes[0, 0])) > 8, "flat areas would leave ties to rounding"
+    for rows, dark, bright in (
+        (slice(16, 32), slice(0, 32), slice(32, 64)),
+        (slice(32, 48), slice(1, 64, 2), slice(0, 64, 2)),
+    ):
+        assert np.abs(images[0, 0, rows, dark].astype(float) - low).max() < 8
+        assert np.abs(images[0, 0, rows, bright].astype(float) - high).max() < 8
+    assert np.ptp(images[0, 0, :16].astype(float)) > (200 if dtype == "uint8" else 4)
+    assert len(np.unique(images[0, 0, 16:32, :32])) == 8 if dtype == "uint8" else 512, "flat areas leave ties"
 
 
 def test_a_remembering_runner_runs_once_on_each_feed() -> None:

@@ -31,9 +31,14 @@ class ActivationFormat(StrEnum):
 
 
 class ResultRule(StrEnum):
-    """What leaves a quantized convolution: ``float``, or ``quantized`` wherever another convolution reads it later."""
+    """What leaves a quantized convolution.
+
+    ``float``. ``quantized``: wherever another convolution reads it later. ``chained``: only where a convolution, an
+    addition or a copy reads it next, so that norms read floats.
+    """
 
     FLOAT = "float"
+    CHAINED = "chained"
     QUANTIZED = "quantized"
 
 
@@ -93,6 +98,8 @@ PLACEMENTS: dict[str, Placement] = {
             name="openvino",
             backends=("openvino",),
             activations=ActivationFormat.U8_ASYMMETRIC,
+            results=ResultRule.CHAINED,
+            adds=AddRule.WHOLE,
         ),
     )
 }
@@ -170,8 +177,11 @@ def _plan_inputs(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite, 
 
 def _plan_results(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite, ...]) -> QdqPlan:
     """Pairs on inputs and results, read by everybody, so that whole chains stay in eight bits."""
+    chained = {name for add in graph.adds for name in (add.branch, add.skip)}
+    chained |= {source for _, source, _ in graph.copies}
+    everywhere = placement.results is ResultRule.QUANTIZED
     paired = dict.fromkeys(conv.input for conv in convs)
-    paired |= dict.fromkeys(conv.result for conv in convs if not conv.is_prediction)
+    paired |= dict.fromkeys(c.result for c in convs if not c.is_prediction and (everywhere or c.result in chained))
     scale_of: dict[str, str] = {}
     growing = True
     while growing:  # An addition may need the result of a resize that needs the result of an addition.
@@ -189,5 +199,6 @@ def _plan_results(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite,
 
 _PLANNERS: dict[ResultRule, Callable[[ConvGraph, Placement, tuple[ConvSite, ...]], QdqPlan]] = {
     ResultRule.FLOAT: _plan_inputs,
+    ResultRule.CHAINED: _plan_results,
     ResultRule.QUANTIZED: _plan_results,
 }

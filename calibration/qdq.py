@@ -162,7 +162,7 @@ class _Writer:
 
     def _least_scale(self, convs: list[ConvSite]) -> NDArray[np.float32] | float:
         """A bias is stored in 32 bits in units of input times weight scale: the weight scale must not be too small."""
-        if self._policy.results is ResultRule.FLOAT:
+        if self._policy.results is not ResultRule.QUANTIZED:
             return 0.0
         needed = [np.abs(self._array(c.bias)) / (self._scales[c.input].scale * 2.0**30) for c in convs if c.bias]
         return np.max(needed, axis=0).astype(np.float32) if needed else 0.0

@@ -12,7 +12,7 @@ from calibration.placement import PLACEMENTS, placement_for, plan_pairs, weight_
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.registry import backends
 
-PORTABLE, CPU = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"]
+PORTABLE, CPU, OPENVINO = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"], PLACEMENTS["openvino"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,15 @@ def test_cpu_pairs_results_and_keeps_predictions_float(graph: ConvGraph) -> None
     assert {c.layer for c in plan.convs}.isdisjoint({"cls.weight", "reg.weight", "ctr.weight"})
     assert {"b", "block", "merged", "up", "pool", "tower0", "tower1"} <= set(plan.readers)
     assert {"cls0", "reg_relu0", "ctr0", "norm0"}.isdisjoint(plan.readers)
+    assert set(plan.readers.values()) == {None}
+
+
+def test_openvino_pairs_chains_and_predictions_but_not_what_norms_read(graph: ConvGraph) -> None:
+    plan = plan_pairs(graph, OPENVINO)
+    assert len(plan.convs) == len(graph.convs)
+    assert {"stem_relu", "pool", "b", "block", "inner4", "inner3", "up", "merged"} <= set(plan.readers)
+    everywhere = plan_pairs(graph, replace(CPU, keep_predictions=False))
+    assert set(plan.readers) == set(everywhere.readers) - {"tower0", "tower1"}
     assert set(plan.readers.values()) == {None}
 
 

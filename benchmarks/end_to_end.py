@@ -51,10 +51,10 @@ class Case:
 CASES = {
     "demo": Case("The demo detector, 320x416, 3 classes", demo_subject, 12, 3),
     "resnet50-640": Case(
-        "ResNet-50, 640x640, 80 classes", lambda t: resnet_subject(t, size=(640, 640), classes=80), 5, 1
+        "ResNet-50, 640x640, 80 classes", lambda t: resnet_subject(t, size=(640, 640), classes=80), 9, 1
     ),
     "resnet50-800": Case(
-        "ResNet-50, 800x1344, 91 classes", lambda t: resnet_subject(t, size=(800, 1344), classes=91), 3, 1
+        "ResNet-50, 800x1344, 91 classes", lambda t: resnet_subject(t, size=(800, 1344), classes=91), 6, 1
     ),
 }
 

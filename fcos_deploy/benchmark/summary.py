@@ -40,6 +40,10 @@ TABLE_COLUMNS = (
 )
 
 
+# What a session was asked for, and what makes its times comparable with another's; versions may differ.
+_SETTINGS = ("device", "compute", "threads")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """One backend and precision against an earlier run; a ratio above 1 is slower than then."""
@@ -121,36 +125,51 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
 
 
 def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any]]) -> list[Comparison]:
-    """Pair the targets of both by backend and precision.
+    """Pair the targets of both: the first of a backend and precision with the first, the second with the second.
 
     Raises:
-        ConfigError: they have none in common, or were measured on different processors.
+        ConfigError: they have none in common, or were measured on different processors or with different settings.
     """
-    earlier = {(entry["backend"], entry["precision"]): entry for entry in baseline}
-    comparisons = []
-    for result in benchmark.results:
-        entry = earlier.get((result.backend, result.precision))
-        if entry is None:
-            continue
-        before = entry.get("machine", {}).get("processor")
-        if before != benchmark.machine.processor:
-            raise ConfigError(
-                f"The baseline was measured on '{before}', this machine is '{benchmark.machine.processor}'.",
-                hint="measure a baseline here",
-            )
-        comparisons.append(
-            Comparison(
-                backend=result.backend,
-                precision=result.precision,
-                p50_before=entry["latency_ms"]["p50"],
-                p50_now=result.latency.p50,
-                minimum_before=entry["latency_ms"]["minimum"],
-                minimum_now=result.latency.minimum,
-            )
+    earlier = _numbered([(entry["backend"], entry["precision"]) for entry in baseline])
+    now = _numbered([(result.backend, result.precision) for result in benchmark.results])
+    pairs = [(baseline[earlier[key]], benchmark.results[place]) for key, place in now.items() if key in earlier]
+    if not pairs:
+        known = sorted({(backend, precision) for backend, precision, _ in earlier})
+        raise ConfigError(f"The baseline has none of these targets; it has {known}.")
+    for entry, result in pairs:
+        _require_comparable(entry, result, processor=benchmark.machine.processor)
+    return [
+        Comparison(
+            backend=result.backend,
+            precision=result.precision,
+            p50_before=entry["latency_ms"]["p50"],
+            p50_now=result.latency.p50,
+            minimum_before=entry["latency_ms"]["minimum"],
+            minimum_now=result.latency.minimum,
         )
-    if not comparisons:
-        raise ConfigError(f"The baseline has none of these targets; it has {sorted(earlier)}.")
-    return comparisons
+        for entry, result in pairs
+    ]
+
+
+def _numbered(names: Sequence[tuple[str, str]]) -> dict[tuple[str, str, int], int]:
+    """Backend, precision and how many came before of the same -> place."""
+    return {(*name, names[:place].count(name)): place for place, name in enumerate(names)}
+
+
+def _require_comparable(entry: dict[str, Any], result: BenchmarkResult, *, processor: str) -> None:
+    measured_on = entry.get("machine", {}).get("processor")
+    if measured_on != processor:
+        raise ConfigError(
+            f"The baseline was measured on '{measured_on}', this machine is '{processor}'.",
+            hint="measure a baseline here",
+        )
+    before, now = entry.get("session", {}), result.session
+    changed = [f"{s} {before[s]} then, {now.get(s)} now" for s in _SETTINGS if s in before and before[s] != now.get(s)]
+    if changed:
+        raise ConfigError(
+            f"The baseline of {result.backend} was measured otherwise: {'; '.join(changed)}.",
+            hint="give the same --device, --compute and --threads",
+        )
 
 
 def require_no_slowdown(comparisons: Sequence[Comparison], *, tolerance: float) -> None:

@@ -91,7 +91,7 @@ class _PairMask:
         """Whether so many of a level's pairs are True that it pays to look for a higher threshold."""
         first, last = np.searchsorted(words, [edge * self._classes // 8 for edge in level])
         pairs = (level[1] - level[0]) * self._classes
-        return bool(last - first > max(spec.pre_nms_top_k // 2, pairs // _CROWDED))
+        return bool(last - first > max(spec.pre_nms_top_k, pairs // _CROWDED))
 
     def flat(self, words: NDArray[np.intp]) -> NDArray[np.intp]:
         """Indices of all that are True."""

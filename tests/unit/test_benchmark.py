@@ -90,6 +90,13 @@ def test_a_slower_median_with_the_same_fastest_time_is_other_load(tmp_path: Path
     require_no_slowdown(compare_with_baseline(benchmark(busy), read_baseline(tmp_path / "b.json")), tolerance=0.1)
 
 
+def test_several_models_on_one_backend_are_compared_in_their_order(tmp_path: Path) -> None:
+    save_benchmark(tmp_path / "b.json", benchmark(result(times=10.0), result("onnxruntime"), result(times=20.0)))
+    again = benchmark(result(times=10.0), result(times=30.0), result(times=5.0))
+    found = compare_with_baseline(again, read_baseline(tmp_path / "b.json"))
+    assert [(c.minimum_before, c.minimum_now) for c in found] == [(10.0, 10.0), (20.0, 30.0)]
+
+
 def test_baselines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_benchmark(tmp_path / "b.json", benchmark(result("openvino")))
     earlier = read_baseline(tmp_path / "b.json")
@@ -97,6 +104,12 @@ def test_baselines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         compare_with_baseline(benchmark(result("tensorrt")), earlier)
     with pytest.raises(ConfigError, match="measured on 'P', this machine is 'Q'"):
         compare_with_baseline(benchmark(result("openvino"), processor="Q"), earlier)
+    threaded = replace(result("openvino"), session={"backend": "openvino", "threads": "2", "version": "1"})
+    save_benchmark(tmp_path / "t.json", benchmark(threaded))
+    other = replace(threaded, session={"backend": "openvino", "threads": "4", "version": "2"})
+    with pytest.raises(ConfigError, match=r"measured otherwise: threads 2 then, 4 now\.") as caught:
+        compare_with_baseline(benchmark(other), read_baseline(tmp_path / "t.json"))
+    assert "--threads" in caught.value.hint
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a benchmark"):
         read_baseline(tmp_path / "c.json")

@@ -17,7 +17,6 @@ from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFil
 from fcos_deploy.model.checkpoint import CheckpointOptions, build_network
 from fcos_deploy.model.describe import CheckpointDescription, describe_weights
 from fcos_deploy.model.ecosystems import ecosystems
-from fcos_deploy.model.ecosystems.mmdet_config import UNKNOWN, parse_config
 from fcos_deploy.model.materialize import assembled, to_tensors
 from fcos_deploy.model.state_dict import StoredWeights
 
@@ -241,19 +240,6 @@ def test_a_resize_that_does_not_keep_the_ratio_needs_an_option(pipeline: str, ke
     assert "--input-size" in caught.value.hint
     chosen = CheckpointOptions(input_size=(480, 640))
     assert _describe(name, options=chosen, meta=meta).contract.preprocess.canvas == (480, 640)
-
-
-def test_configuration_text_is_never_evaluated() -> None:
-    config = parse_config(
-        "import os\na = os.system('false')\nb = dict(c=[1, -2.5, (3,)], d=a, e={'f': None}, **a)\ng = b"
-    )
-    assert config["a"] is UNKNOWN
-    assert config["g"] == {"c": [1, -2.5, [3]], "d": UNKNOWN, "e": {"f": None}}
-
-
-@pytest.mark.parametrize("text", ["def (", "a = " + "(" * 5000, "\0", "x" * 3_000_000, "a = " + "-" * 100_000 + "1"])
-def test_configuration_text_that_is_no_python_is_ignored(text: str) -> None:
-    assert parse_config(text) == {}
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_feed_is_the_same_each_time_and_reaches_the_extremes(dtype: str) -> No
         assert np.abs(images[0, 0, rows, dark].astype(float) - low).max() < 8
         assert np.abs(images[0, 0, rows, bright].astype(float) - high).max() < 8
     assert np.ptp(images[0, 0, :16].astype(float)) > (200 if dtype == "uint8" else 4)
-    assert len(np.unique(images[0, 0, 16:32, :32])) == 8 if dtype == "uint8" else 512, "flat areas leave ties"
+    assert len(np.unique(images[0, 0, 16:32, :32])) >= 8, "flat areas leave ties to rounding"
 
 
 def test_a_remembering_runner_runs_once_on_each_feed() -> None:

@@ -123,7 +123,6 @@ def _fold(model: Any) -> None:
         rules.fuse_batchnorm_into_conv_rule,
         rules.materialize_reshape_shape_rule,
         rules.mul_by_1_rule,
-        rules.no_op_cast_rule,
         rules.squeeze_reshape_1d_rule,
     )
     require("onnxscript.rewriter", extra="export").rewrite(model, needed)

@@ -216,7 +216,7 @@ def test_stride_moved(checkpoint: Path, right: Path, spoilt: Callable[..., Path]
     def plant(model: Any) -> None:
         for stage in (2, 3, 4):
             for name, stride in (("conv1", 2), ("conv2", 1)):
-                (node,) = using(model, f"layer{stage}.0.{name}.weight_bias")
+                (node,) = using(model, f"layer{stage}.0.{name}.weight")
                 (strides,) = [a for a in node.attribute if a.name == "strides"]
                 strides.ints[:] = [stride, stride]
 

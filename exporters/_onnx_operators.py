@@ -1,4 +1,4 @@
-"""How our own torch operators are written in ONNX."""
+"""How our own torch operators are written in ONNX, and those of torch that its exporter would decompose first."""
 
 from __future__ import annotations
 
@@ -18,11 +18,40 @@ def translations(*, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     torch = require("torch", extra="export")
     require("onnxscript", extra="export")
     require("fcos_deploy.model.suppress", extra="export")  # registers the operators
-    own = torch.ops.fcos_deploy
-    table: dict[Callable[..., Any], Callable[..., Any]] = {own.nms_keep.default: _nms_keep, own.divide.default: _divide}
+    own, aten = torch.ops.fcos_deploy, torch.ops.aten
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        own.nms_keep.default: _nms_keep,
+        own.divide.default: _divide,
+        aten.batch_norm.default: _batch_norm,
+        aten.detach_.default: _itself,
+        aten.to.dtype: _cast,
+    }
     if opset < _NATIVE_GROUP_NORM:
-        table[torch.ops.aten.group_norm.default] = _group_norm
+        table[aten.group_norm.default] = _group_norm
     return table
+
+
+def _itself(tensor: Any) -> Any:
+    return require("onnxscript", extra="export").opset18.Identity(tensor)
+
+
+def _cast(tensor: Any, dtype: int, non_blocking: bool = False, copy: bool = False) -> Any:  # noqa: ARG001
+    return require("onnxscript", extra="export").opset18.Cast(tensor, to=dtype)
+
+
+def _batch_norm(  # noqa: PLR0917  (the operator's own signature)
+    images: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool = False,  # noqa: ARG001  (what is exported is in eval mode)
+    momentum: float = 0.1,  # noqa: ARG001
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Any:
+    op = require("onnxscript", extra="export").opset18
+    return op.BatchNormalization(images, weight, bias, mean, variance, epsilon=eps)
 
 
 def _group_norm(  # noqa: PLR0917  (the operator's own signature)

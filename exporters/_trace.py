@@ -7,9 +7,11 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from exporters._onnx_operators import translations
+from exporters._weights_aside import with_weights_aside
 from exporters.graph_passes.weight_names import name_weights_after_convolutions
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ExportError
@@ -18,7 +20,6 @@ from fcos_deploy.core.require import require
 __all__ = ["OPSETS", "Axes", "trace"]
 
 OPSETS = range(17, 24)
-_LARGE = 1024  # bytes; a weight, not an axis or a shape that a conversion could ask for
 _TRACED_OPSET = 18  # the exporter's own; older ones are converted afterwards, newer ones are asked for directly
 
 
@@ -59,26 +60,45 @@ def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: b
 
 def _program(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes) -> Any:
     torch = require("torch", extra="export")
-    from exporters._onnx_operators import translations
-
     shapes = _dynamic_shapes(len(example), dynamic_batch=dynamic_batch, size=size)
+
+    def translated(program: Any) -> Any:
+        return torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(module.input_names),
+            output_names=list(module.output_names),
+            dynamic_shapes=shapes,
+            custom_translation_table=translations(opset=opset),
+            optimize=False,
+            verbose=False,
+        )
+
     try:
         with _quiet(), torch.no_grad():
-            return torch.onnx.export(
-                module,
-                example,
-                dynamo=True,
-                opset_version=opset,
-                input_names=list(module.input_names),
-                output_names=list(module.output_names),
-                dynamic_shapes=shapes,
-                custom_translation_table=translations(opset=opset),
-                optimize=False,
-                verbose=False,
-            )
+            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            return _translated_as_traced(program, translated) or translated(program)
     except Exception as error:  # torch wraps every failure of a traced model in types of its own
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ExportError(f"torch cannot export this model: {lines[-1].strip()}") from error
+
+
+def _translated_as_traced(program: Any, translated: Callable[[Any], Any]) -> Any:
+    """What ``translated`` makes of the program without decomposing it, None where an operator has no translation.
+
+    Decomposing traces the program a second time, which takes as long as the first, to split up operators that ONNX has
+    no counterpart of and to undo changes in place; operators of either kind are refused here. An FCOS has none.
+    """
+    torch = require("torch", extra="export")
+    decompose = program.run_decompositions
+    program.run_decompositions = lambda _table: program
+    try:
+        return translated(program)
+    except torch.onnx.OnnxExporterError:
+        return None
+    finally:
+        program.run_decompositions = decompose
 
 
 def _dynamic_shapes(inputs: int, *, dynamic_batch: bool, size: Axes) -> tuple[dict[int, Any], ...] | None:
@@ -201,19 +221,10 @@ def _to_proto(model: Any) -> Any:
 
 
 def _lower(model: Any, opset: int) -> Any:
-    """``model`` in an older opset; its weights stay here, because the converter copies what it is given many times."""
     converter = require("onnx.version_converter", extra="export")
-    weights = {tensor.name: tensor.raw_data for tensor in model.graph.initializer if len(tensor.raw_data) > _LARGE}
-    for tensor in model.graph.initializer:
-        if tensor.name in weights:
-            tensor.ClearField("raw_data")
     try:
-        lowered = converter.convert_version(model, opset)
+        return with_weights_aside(model, lambda lean: converter.convert_version(lean, opset))
     except RuntimeError as error:
         raise ExportError(
             f"The graph cannot be expressed in opset {opset}: {error}.", hint=f"--opset {_TRACED_OPSET}"
         ) from error
-    for tensor in lowered.graph.initializer:
-        if tensor.name in weights:
-            tensor.raw_data = weights.pop(tensor.name)
-    return lowered

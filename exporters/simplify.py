@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters._graph_inputs import feed_of
+from exporters._weights_aside import LARGE, with_weights_aside
 from exporters.graph_passes import PASSES
 from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx
 from exporters.step_check import Feeds, Runner, StepCheck, compare, onnx_runner
@@ -26,7 +27,6 @@ Rewrite = Callable[[Any, ModelContract, list[Feeds]], tuple[Any, StepCheck]]
 # Folding constants changes the order of a few float32 operations; a rounding in front of a quantizer may then move a
 # value by one step of its scale.
 _TOLERANCES = {Precision.FP32: 1e-4, Precision.FP16: 1e-2, Precision.INT8: 5e-1}
-_LARGEST_FOLDED = "64KB"  # larger results of constant nodes are left to the runtime, which folds them when it loads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +130,13 @@ def simplified(
 def _with_onnxsim(model: Any) -> Any:
     onnxsim = require("onnxsim", extra="export")
     try:
-        # check_n: its own comparison takes random images, and no second input.
-        result, _ = onnxsim.simplify(model, check_n=0, tensor_size_threshold=_LARGEST_FOLDED)
+        # check_n: its own comparison takes random images, and no second input. Larger results of constant nodes are
+        # left to the runtime, which folds them when it loads.
+        return with_weights_aside(
+            model, lambda lean: onnxsim.simplify(lean, check_n=0, tensor_size_threshold=f"{LARGE // 1024}KB")[0]
+        )
     except Exception as error:  # onnxsim raises whatever its C++ core reports
         raise ExportError(f"onnxsim cannot simplify this graph: {error}.", hint="--no-simplify") from error
-    return result
 
 
 def _with_own_passes(model: Any) -> Any:

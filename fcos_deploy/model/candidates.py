@@ -58,7 +58,8 @@ def _select_level(level: LevelOutput, input_size: tuple[int, int], *, stride: in
     passed = gate > spec.score_threshold
     pairs = min(spec.pre_nms_top_k, locations * classes)
     if profile.rank_per_location:
-        passed = passed & _best_locations(rank, count=min(spec.pre_nms_top_k, locations, MAX_TOP_K))
+        best = _best_locations(rank, count=min(spec.pre_nms_top_k, locations, MAX_TOP_K))
+        passed = torch.logical_and(passed, best)
         pairs = min(MAX_TOP_K, min(spec.pre_nms_top_k, locations) * classes)
     ranked = torch.where(passed, rank, -1.0).flatten(1)
     values, flat = torch.topk(ranked, min(pairs, MAX_TOP_K), dim=1)

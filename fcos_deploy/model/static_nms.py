@@ -76,7 +76,7 @@ def _decides(boxes: Tensor, labels: Tensor, *, iou_threshold: float) -> Tensor:
     same = labels[:, :, None] == labels[:, None, :]
     position = torch.arange(boxes.shape[1], device=boxes.device)
     better = position[None, :] < position[:, None]
-    return (overlaps & same & better).to(torch.float32)
+    return torch.logical_and(torch.logical_and(overlaps, same), better).to(torch.float32)
 
 
 def _unopposed(decides: Tensor, keep: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _translated_as_traced(program: Any, translated: Callable[[Any], Any]) -> Any
     """
     torch = require("torch", extra="export")
     decompose = program.run_decompositions
-    program.run_decompositions = lambda _table: program
+    program.run_decompositions = lambda *_arguments, **_options: program
     try:
         return translated(program)
     except torch.onnx.OnnxExporterError:

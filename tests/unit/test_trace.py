@@ -47,9 +47,9 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     ("tail", "form", "opset"),
     [
         (Tail.RAW, NmsForm.ONNX, 17),
-        (Tail.CANDIDATES, NmsForm.ONNX, 21),
+        pytest.param(Tail.CANDIDATES, NmsForm.ONNX, 21, marks=pytest.mark.slow),
         (Tail.NMS, NmsForm.ONNX, 17),
-        (Tail.NMS, NmsForm.STATIC, 17),
+        pytest.param(Tail.NMS, NmsForm.STATIC, 17, marks=pytest.mark.slow),
     ],
 )
 def test_an_fcos_is_traced_once(

@@ -6,6 +6,7 @@ from fcos_deploy.bundle import Artifact
 from fcos_deploy.core.device_plan import Plan, PlanRequest, plan
 from fcos_deploy.core.devices import load_profile
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.pipeline.steps import Workshop, build, calibrate, export, quantize
 
 __all__ = ["make_for_target", "plan_targets"]
@@ -17,10 +18,18 @@ def plan_targets(
     """What each device profile gets; ``backend`` and ``input_size`` (height, width) replace the profile's choice.
 
     Raises:
-        ConfigError: an unknown profile, or a plan that cannot work there, with the rule that forbids it.
+        ConfigError: an unknown profile, a plan that cannot work there, with the rule that forbids it, or a profile that
+            wants another batch than the graphs of a bundle have.
     """
     request = PlanRequest(backend=backend, input_size=input_size or PlanRequest().input_size)
-    return tuple(plan(load_profile(name), request) for name in names)
+    profiles = [load_profile(name) for name in names]
+    for profile in profiles:
+        if profile.batch != 1:
+            raise ConfigError(
+                f"Profile '{profile.name}' wants batches of {profile.batch}; the graphs of a bundle take one image.",
+                hint=f"set its batch to 1, or: fcos-deploy export --batch {profile.batch}, then fcos-deploy build",
+            )
+    return tuple(plan(profile, request) for profile in profiles)
 
 
 def make_for_target(shop: Workshop, wanted: Plan) -> list[Artifact]:

@@ -18,6 +18,7 @@ from fcos_deploy.core.exporter import BatchRange, BuildOptions
 from fcos_deploy.core.registry import exporters
 from fcos_deploy.core.trtexec import TrtexecRequest, trtexec_command
 from fcos_deploy.core.version import parse_version
+from fcos_deploy.pipeline import plan_targets
 
 HARDWARE_PAGE = Path(__file__).parents[2] / "docs/hardware.md"
 
@@ -235,6 +236,18 @@ def test_own_profile_from_a_file(tmp_path: Path) -> None:
     own = tmp_path / "board.toml"
     own.write_text(shipped.read_text().replace("jetson-orin-nano", "my-board").replace("8192", "4096"))
     assert load_profile(str(own)).memory_mib == 4096
+
+
+def test_profile_of_another_batch_than_a_bundle_has_is_refused(tmp_path: Path) -> None:
+    shipped = (Path(__file__).parents[2] / "fcos_deploy/devices/gpu-ampere.toml").read_text()
+    own = tmp_path / "board.toml"
+    own.write_text(shipped.replace("batch = 1", "batch = 4"))
+    assert plan(load_profile(str(own))).options.batch == BatchRange(4, 4, 4)
+    with pytest.raises(ConfigError, match="wants batches of 4; the graphs of a bundle take one image") as caught:
+        plan_targets((str(own),))
+    assert "export --batch 4" in caught.value.hint
+    own.write_text(shipped)
+    assert [made.options.batch for made in plan_targets((str(own),))] == [BatchRange(1, 1, 1)]
 
 
 @pytest.mark.parametrize(

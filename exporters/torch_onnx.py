@@ -126,7 +126,10 @@ class OnnxExport:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Tracing makes millions of objects that stay; looking for garbage among them takes a tenth of the time."""
+    """Tracing makes millions of objects that stay; looking for garbage among them takes a tenth of the time.
+
+    Collection belongs to the whole process: other threads are without it as well until the export is done.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -27,7 +27,7 @@ def plan_targets(
         if profile.batch != 1:
             raise ConfigError(
                 f"Profile '{profile.name}' wants batches of {profile.batch}; the graphs of a bundle take one image.",
-                hint=f"set its batch to 1, or: fcos-deploy export --batch {profile.batch}, then fcos-deploy build",
+                hint=f"set its batch to 1, or: fcos-deploy export --batch {profile.batch}, then build --target",
             )
     return tuple(plan(profile, request) for profile in profiles)
 

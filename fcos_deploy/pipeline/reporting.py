@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,8 @@ def _agreement_sentence(evaluations: Evaluations) -> str:
     every = "The variant is" if len(drops) == 1 else f"All {len(drops)} variants are"
     if worst < _EQUAL:
         return f"{every} as accurate as the reference on {count} images."
-    return f"{every} within {worst:.3f} AP of the reference on {count} images."
+    bound = math.ceil(1000 * worst) / 1000  # Not rounded down: the sentence says "within".
+    return f"{every} within {bound:.3f} AP of the reference on {count} images."
 
 
 def _data_sentence(dataset: Dataset, first: Evaluation) -> str:

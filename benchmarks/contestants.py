@@ -14,14 +14,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.atomic import atomic_file
 from fcos_deploy.core.backend import ComputeType, SessionOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision, Tail
-from fcos_deploy.core.image_io import list_images, read_image
-from fcos_deploy.core.preprocess_spec import InputDtype
-from fcos_deploy.core.resized_size import resized_size
+from fcos_deploy.core.files import atomic_file
+from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.preprocess import InputDtype, resized_size
 from fcos_deploy.detector import Detector
 
 DEMO = Path(__file__).parents[1] / "fcos_deploy" / "demo_data"
@@ -52,7 +51,7 @@ class Subject:
 
 def demo_subject(threads: int) -> Subject:
     """The trained blood-cell detector, with annotated images."""
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     loaded = load_checkpoint(DEMO / "fcos_bccd.safetensors")
     return Subject(loaded, DEMO / "calibration", DEMO / "evaluation", DEMO / "evaluation.json", threads, 40)
@@ -62,8 +61,8 @@ def resnet_subject(threads: int, *, size: tuple[int, int], classes: int, depth: 
     """A ResNet FCOS with random weights, biased so that a few hundred candidates pass, as on a busy photograph."""
     import torch
 
+    from fcos_deploy.checkpoints.load import LoadedCheckpoint
     from fcos_deploy.core.network import resnet_config
-    from fcos_deploy.model.checkpoint import LoadedCheckpoint
     from fcos_deploy.model.fcos import Fcos
 
     torch.manual_seed(0)

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import label_index, load_coco
 from fcos_deploy.benchmark.machine import machine_facts
-from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import FcosDeployError
-from fcos_deploy.core.image_io import list_images, read_image
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.image import list_images, read_image
 
 HOPELESS = 3  # times PyTorch eager
 HOPELESSLY_SLOW = 60.0  # seconds of processor time; not tried twice

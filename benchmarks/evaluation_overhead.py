@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 
 from exporters.torch_onnx import export_onnx
-from fcos_deploy.accuracy.collect import Target
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.model.checkpoint import load_checkpoint
 
 DEMO = Path(__file__).parents[1] / "fcos_deploy" / "demo_data"
 CHECKPOINT = DEMO / "fcos_bccd.safetensors"

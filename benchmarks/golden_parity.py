@@ -24,14 +24,14 @@ import cv2
 import numpy as np
 from typer.testing import CliRunner
 
+from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.decode_spec import BoxFilter
+from fcos_deploy.core.decode import BoxFilter
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.detector import Detector
-from fcos_deploy.model.checkpoint import load_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 EDGES = {"shortest": 256, "longest": 426}  # the references' own; at these a 256x320 picture keeps its size

@@ -19,17 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters._trace import Axes, trace
 from exporters.onnx_file import load_onnx, save_onnx
 from exporters.simplify import simplified
 from exporters.step_check import compare, onnx_runner, provoking_feed
+from exporters.torch_onnx import Axes, trace
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.network import resnet_config
-from fcos_deploy.core.preprocess_spec import PreprocessSpec
-from fcos_deploy.model.fcos import Fcos
-from fcos_deploy.model.head import LevelOutput
+from fcos_deploy.core.preprocess import PreprocessSpec
+from fcos_deploy.model.fcos import Fcos, LevelOutput
 from fcos_deploy.model.tails import ExportableFcos
 
 

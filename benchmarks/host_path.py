@@ -23,17 +23,24 @@ import numpy as np
 from PIL import Image
 
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode import HeadOutputs, decode
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
-from fcos_deploy.core.locations import level_sizes, location_centers, location_strides
+from fcos_deploy.core.decode import (
+    PROFILES,
+    DecodeSpec,
+    HeadOutputs,
+    decode,
+    level_sizes,
+    location_centers,
+    location_strides,
+)
 from fcos_deploy.core.postprocess import postprocess
-from fcos_deploy.core.preprocess import Letterbox, preprocess
-from fcos_deploy.core.preprocess_spec import (
+from fcos_deploy.core.preprocess import (
     InputDtype,
+    Letterbox,
     PreprocessSpec,
     ResizeFilter,
     ResizeOrder,
     SizeRule,
+    preprocess,
 )
 
 SIZE = (640, 640)

@@ -18,21 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from calibration.calibration_file import load_calibration, save_calibration
-from calibration.data import SampleOptions, collect_images, read_picture
-from calibration.engines import open_engine
-from calibration.executed import executed_share
-from calibration.feeds import Feeder
-from calibration.graph import load_graph
+from calibration.cache import load_calibration, save_calibration
+from calibration.calibrate import StatisticsOptions, collect_ranges
+from calibration.dataset import SampleOptions, collect_images, read_picture
+from calibration.execution import Feeder, executed_share, open_engine
 from calibration.nncf_quantizer import NncfOptions, quantize_nncf
-from calibration.placement import PLACEMENTS
+from calibration.placement import PLACEMENTS, load_graph
 from calibration.qdq import quantize_qdq
 from calibration.ranges import RangeMethod
-from calibration.statistics import StatisticsOptions, collect_ranges
-from fcos_deploy.accuracy.collect import Target
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.registry import backend
 
 # Which runtimes a placement is measured on: those that execute it in INT8.

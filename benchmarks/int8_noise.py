@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from calibration.data import SampleOptions, collect_images, read_picture
-from calibration.feeds import Feeder
-from calibration.graph import load_graph
+from calibration.dataset import SampleOptions, collect_images, read_picture
+from calibration.execution import Feeder
+from calibration.placement import load_graph
 from exporters.step_check import Feeds, Runner, onnx_runner
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 
 
 def without_activation_pairs(model: Any) -> Any:

@@ -22,21 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from calibration.data import CalibrationSet, SampleOptions, collect_images, read_picture
-from calibration.feeds import Feeder
-from calibration.graph import load_graph
-from fcos_deploy.accuracy.collect import Target
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+from calibration.dataset import CalibrationSet, SampleOptions, collect_images, read_picture
+from calibration.execution import Feeder
+from calibration.placement import load_graph
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract_io import read_contract, write_sidecar
+from fcos_deploy.core.contract import read_contract, write_sidecar
 from fcos_deploy.core.registry import backend
 
 
 def ours(model: Path, images: CalibrationSet, output: Path, *, consumer: str, threads: int) -> None:
     """Statistics, ranges and Q/DQ placement of this project."""
+    from calibration.calibrate import StatisticsOptions, collect_ranges
     from calibration.placement import placement_for
     from calibration.qdq import quantize_qdq
-    from calibration.statistics import StatisticsOptions, collect_ranges
 
     calibration = collect_ranges(model, images, options=StatisticsOptions(threads=threads))
     quantize_qdq(model, calibration, output, policy=placement_for(consumer))

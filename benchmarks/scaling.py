@@ -23,13 +23,13 @@ import numpy as np
 from contestants import DEMO, demo_subject, resnet_subject
 from scaling_plots import Curves, draw
 
-from calibration.run import CalibrationRequest, calibrate
+from calibration.calibrate import CalibrationRequest, calibrate
 from exporters.simplify import simplify_onnx
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.benchmark.cold_start import peak_memory_mib
-from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.backend import PerformanceHint, SessionOptions
-from fcos_deploy.core.image_io import list_images, read_image
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.detector import Detector
 
 BACKENDS = ("onnxruntime", "openvino")

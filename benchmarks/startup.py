@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fcos_deploy.benchmark.cold_start import ColdStart, ColdStartTask, measure_cold_start
 from fcos_deploy.core.errors import FcosDeployError
-from fcos_deploy.core.image_io import list_images
+from fcos_deploy.core.image import list_images
 
 IMAGES = Path(__file__).parents[1] / "fcos_deploy" / "demo_data" / "evaluation"
 

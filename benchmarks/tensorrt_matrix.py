@@ -20,11 +20,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from calibration.data import SampleOptions, collect_images
+from calibration.calibrate import collect_ranges
+from calibration.dataset import SampleOptions, collect_images
 from calibration.placement import placement_for
 from calibration.qdq import quantize_qdq
-from calibration.statistics import collect_ranges
-from exporters.onnx_fp16 import convert_to_fp16
+from exporters.fp16 import convert_to_fp16
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
@@ -49,7 +49,7 @@ class Detector:
 
 def demo() -> Detector:
     """The bundled checkpoint."""
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     loaded = load_checkpoint(DEMO / "fcos_bccd.safetensors", options=CheckpointOptions(input_size=SIZE))
     return Detector(loaded.model, loaded.contract)

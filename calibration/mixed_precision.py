@@ -1,13 +1,10 @@
-"""Keeps the fewest layers in float that reach an accuracy goal, or says that it cannot be reached.
-
-The goal is a contract: the result that is written has been evaluated and holds it, otherwise nothing is written.
-"""
+"""Which layers hurt: each is quantized alone, and its effect on detections measured."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +12,94 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.calibration_file import Calibration
-from calibration.executed import conv_macs
-from calibration.graph import load_graph
-from calibration.placement import Placement, plan_pairs
-from calibration.qdq import QuantizedOnnx, quantize_qdq
-from calibration.sensitivity import LayerSensitivity, measure_sensitivity
-from fcos_deploy.core.atomic import sha256_file, write_text
-from fcos_deploy.core.contract_io import read_contract
+from calibration.cache import Calibration
+from calibration.execution import DetectionEffect, EffectMeter, Feeder, conv_macs, open_engine
+from calibration.placement import ConvGraph, Placement, load_graph, plan_pairs
+from calibration.qdq import QuantizedOnnx, quantize_qdq, quantized_model
+from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.files import sha256_file, write_text
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
 
-__all__ = ["DEFAULT_EVALUATIONS", "MixedPrecision", "PrecisionGoal", "Trial", "pareto_front", "search_mixed_precision"]
+__all__ = [
+    "DEFAULT_EVALUATIONS",
+    "LayerSensitivity",
+    "MixedPrecision",
+    "PrecisionGoal",
+    "Trial",
+    "measure_sensitivity",
+    "pareto_front",
+    "search_mixed_precision",
+]
+
+Remember = Callable[["LayerSensitivity"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """The effect of quantizing this layer and nothing else."""
+
+    layer: str
+    effect: DetectionEffect
+
+
+def measure_sensitivity(
+    graph: ConvGraph,
+    calibration: Calibration,
+    *,
+    contract: ModelContract,
+    policy: Placement,
+    pictures: Sequence[NDArray[np.uint8]],
+    known: Mapping[str, LayerSensitivity] | None = None,
+    remember: Remember | None = None,
+    progress: ProgressFn = no_progress,
+) -> tuple[LayerSensitivity, ...]:
+    """All layers that ``policy`` would quantize, the most harmful first.
+
+    ``known`` holds measurements of an interrupted run, ``remember`` is called with every new one.
+
+    Raises:
+        ConfigError: the graph does not end in raw outputs.
+    """
+    if contract.tail is not Tail.RAW:
+        raise ConfigError(f"Sensitivity needs the raw tail, the graph has '{contract.tail}'.", hint="export --tail raw")
+    known = known or {}
+    feeder = Feeder(graph.model, contract)
+    feeds = [feeder(picture) for picture in pictures]
+    reference = open_engine("onnxruntime", graph.model)
+    wanted = [reference(feed) for feed in feeds]
+    layers = quantizable_layers(graph, policy)
+    found = []
+    for index, layer in enumerate(layers):
+        progress("measuring layers", index, len(layers))
+        if layer not in known:
+            others = set(graph.layers) - {layer}
+            model = quantized_model(graph, calibration, policy=policy, keep_float=others)
+            known = {**known, layer: LayerSensitivity(layer, _effect(model, feeds, wanted))}
+            if remember is not None:
+                remember(known[layer])
+        found.append(known[layer])
+    progress("measuring layers", len(layers), len(layers))
+    return tuple(sorted(found, key=lambda item: (-item.effect.total, item.layer)))
+
+
+def quantizable_layers(graph: ConvGraph, policy: Placement) -> tuple[str, ...]:
+    """Layers with a convolution that the placement does not keep float itself."""
+    convs = (c for c in graph.convs if not (policy.keep_predictions and c.is_prediction))
+    return tuple(dict.fromkeys(conv.layer for conv in convs))
+
+
+def _effect(
+    model: Any, feeds: Sequence[Mapping[str, NDArray[Any]]], wanted: Sequence[Mapping[str, NDArray[Any]]]
+) -> DetectionEffect:
+    run = open_engine("onnxruntime", model)
+    meter = EffectMeter()
+    for feed, reference in zip(feeds, wanted, strict=True):
+        meter.add(reference, run(feed))
+    return meter.effect
+
 
 Evaluate = Callable[[Path], float]
 DEFAULT_EVALUATIONS = 16

@@ -1,26 +1,226 @@
-"""Where Q/DQ pairs go, one declarative policy per consumer, over the same ranges (spec 2.1, 3 and 4)."""
+"""What a quantizer has to know of an ONNX graph: its convolutions, its residual additions and what lies between.
+
+Everything is found by structure, never by name, so that any exporter's graph will do.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from calibration.graph import ConvGraph, ConvSite
 from fcos_deploy.core.enums import StrEnum
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.libraries import require
 
 __all__ = [
     "PLACEMENTS",
     "ActivationFormat",
     "AddRule",
+    "ConvGraph",
+    "ConvSite",
     "Placement",
     "QdqPlan",
+    "ResidualAdd",
     "ResultRule",
     "WeightRange",
+    "load_graph",
     "placement_for",
     "plan_pairs",
     "weight_range",
 ]
+
+# Operators that move values without changing them: a quantized input gives a quantized output of the same scale.
+_COPIES = frozenset({"MaxPool", "Resize"})
+
+
+@dataclass(frozen=True, slots=True)
+class ConvSite:
+    """One convolution node.
+
+    ``layer`` is its weight's name: the levels that share a head share it. ``result`` is the tensor after the ReLU that
+    directly and alone follows, otherwise ``output``. ``is_prediction``: no other convolution comes after it.
+    """
+
+    name: str
+    layer: str
+    input: str
+    output: str
+    result: str
+    weight: str
+    bias: str
+    is_prediction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualAdd:
+    """An addition of two activations that a convolution reads later (block residuals, the pyramid's top-down path).
+
+    ``branch`` is the input whose convolution can fuse with the addition, ``skip`` the other.
+    """
+
+    name: str
+    branch: str
+    skip: str
+    output: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConvGraph:
+    """The quantizable part of one ONNX model; ``model`` is not changed by anyone."""
+
+    path: Path
+    model: Any  # onnx.ModelProto; the onnx package has no types
+    convs: tuple[ConvSite, ...]
+    adds: tuple[ResidualAdd, ...]
+    copies: tuple[tuple[str, str, str], ...]  # (node, input, output) of the copying operators on the way
+    initializers: dict[str, Any] = field(repr=False)  # onnx.TensorProto
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the distinct convolution weights, in graph order."""
+        return tuple(dict.fromkeys(conv.layer for conv in self.convs))
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return max((int(o.version) for o in self.model.opset_import if o.domain in {"", "ai.onnx"}), default=0)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the graph's outputs."""
+        return tuple(output.name for output in self.model.graph.output)
+
+    def activations(self) -> tuple[str, ...]:
+        """Every tensor that some placement may quantize, in graph order, each once."""
+        found: dict[str, None] = {}
+        for conv in self.convs:
+            found[conv.input] = found[conv.result] = None
+        for add in self.adds:
+            found[add.branch] = found[add.skip] = found[add.result] = None
+        for _, source, result in self.copies:
+            found[source] = found[result] = None
+        position = {name: i for i, node in enumerate(self.model.graph.node) for name in node.output}
+        return tuple(sorted(found, key=lambda name: position.get(name, -1)))
+
+
+def load_graph(path: Path) -> ConvGraph:
+    """Read an ONNX file and find its convolutions.
+
+    Raises:
+        CalibrationError: the file is not a complete ONNX model, or has no convolution with constant weights.
+    """
+    onnx = require("onnx", extra="export")
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+    except FileNotFoundError as error:
+        raise CalibrationError(f"'{path}' is not there.") from error
+    except Exception as error:
+        raise CalibrationError(f"'{path}' is not a complete ONNX model: {error}.", hint="export it again") from error
+    graph = _Scan(model).result(path)
+    if not graph.convs:
+        raise CalibrationError(f"'{path}' has no convolution with constant weights.", hint="simplify it first")
+    return graph
+
+
+class _Scan:
+    """One walk over the nodes, in the topological order that ONNX demands."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producers = {name: node for node in self.nodes for name in node.output}
+        self.consumers: dict[str, list[Any]] = defaultdict(list)
+        for node in self.nodes:
+            for name in node.input:
+                self.consumers[name].append(node)
+        self.graph_outputs = {output.name for output in model.graph.output}
+        self.feeds_conv = self._feeds_conv()
+        self.depth = self._conv_depth()
+
+    def result(self, path: Path) -> ConvGraph:
+        convs = tuple(self._site(node) for node in self.nodes if self._is_conv(node))
+        adds = tuple(self._add(node) for node in self.nodes if self._is_residual_add(node))
+        reached = {name for conv in convs for name in (conv.input, conv.result)}
+        reached |= {name for add in adds for name in (add.branch, add.skip, add.result)}
+        copies = tuple(
+            (self._name(n), n.input[0], n.output[0])
+            for n in self.nodes
+            if n.op_type in _COPIES and {n.input[0], n.output[0]} <= reached and self._copies_exactly(n)
+        )
+        return ConvGraph(path, self.model, convs, adds, copies, self.initializers)
+
+    def _is_conv(self, node: Any) -> bool:
+        return node.op_type == "Conv" and node.input[1] in self.initializers
+
+    def _is_residual_add(self, node: Any) -> bool:
+        constant = any(name in self.initializers for name in node.input)
+        if node.op_type != "Add" or constant or node.output[0] not in self.feeds_conv:
+            return False
+        return all(self.depth.get(name, 0) > 0 for name in node.input)
+
+    @staticmethod
+    def _copies_exactly(node: Any) -> bool:
+        if node.op_type != "Resize":
+            return True
+        return all(a.s == b"nearest" for a in node.attribute if a.name == "mode")
+
+    @staticmethod
+    def _name(node: Any) -> str:
+        return str(node.name or node.output[0])
+
+    def _site(self, node: Any) -> ConvSite:
+        output = str(node.output[0])
+        return ConvSite(
+            name=self._name(node),
+            layer=str(node.input[1]),
+            input=str(node.input[0]),
+            output=output,
+            result=self._after_relu(output),
+            weight=str(node.input[1]),
+            bias=str(node.input[2]) if len(node.input) > 2 else "",
+            is_prediction=output not in self.feeds_conv,
+        )
+
+    def _add(self, node: Any) -> ResidualAdd:
+        first, second = (str(name) for name in node.input)
+        # Only a convolution directly before the addition can fuse with it; of two, the one on the longer way.
+        branch, skip = sorted((first, second), key=lambda name: (not self._made_by_conv(name), -self.depth[name]))
+        return ResidualAdd(self._name(node), branch, skip, str(node.output[0]), self._after_relu(str(node.output[0])))
+
+    def _made_by_conv(self, tensor: str) -> bool:
+        return tensor in self.producers and self._is_conv(self.producers[tensor])
+
+    def _after_relu(self, tensor: str) -> str:
+        users = self.consumers[tensor]
+        alone = len(users) == 1 and users[0].op_type == "Relu" and tensor not in self.graph_outputs
+        return str(users[0].output[0]) if alone else tensor
+
+    def _feeds_conv(self) -> set[str]:
+        """Tensors from which a convolution can be reached."""
+        found: set[str] = set()
+        for node in reversed(self.nodes):
+            if self._is_conv(node):
+                found.add(node.input[0])
+            elif not found.isdisjoint(node.output):
+                found.update(name for name in node.input if name not in self.initializers)
+            if self._is_conv(node) and not found.isdisjoint(node.output):
+                found.add(node.input[0])
+        return found
+
+    def _conv_depth(self) -> dict[str, int]:
+        """Most convolutions on any way from the image to each tensor."""
+        depth: dict[str, int] = defaultdict(int)
+        for node in self.nodes:
+            here = max((depth[name] for name in node.input if name), default=0) + (node.op_type == "Conv")
+            for name in node.output:
+                depth[name] = here
+        return depth
 
 
 class ActivationFormat(StrEnum):

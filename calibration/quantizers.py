@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.calibration_file import Calibration, load_calibration
-from calibration.data import CalibrationSet, SampleOptions, collect_images, read_picture
+from calibration.cache import Calibration, load_calibration
+from calibration.calibrate import range_method
+from calibration.dataset import CalibrationSet, SampleOptions, collect_images, read_picture
 from calibration.nncf_quantizer import NncfOptions, quantize_nncf
 from calibration.placement import Placement, WeightRange, placement_for
 from calibration.qdq import quantize_qdq
-from calibration.run import range_method
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 

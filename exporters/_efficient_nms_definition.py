@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from exporters.onnx_file import opset_of
-from fcos_deploy.core.onnx_interface import EFFICIENT_NMS
-from fcos_deploy.core.require import require
+from fcos_deploy.core.libraries import require
+from fcos_deploy.core.onnx_file import EFFICIENT_NMS
 
 __all__ = ["DOMAIN", "EFFICIENT_NMS", "runnable"]
 

@@ -1,39 +1,159 @@
-"""One builder for TensorRT and TensorRT-RTX: ONNX file to plain engine file, with its contract in a json beside it."""
+"""The builder's own words, and what to do about the ones that are known."""
 
 from __future__ import annotations
 
 import json
 import logging
 import platform
+import re
+import statistics
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters._tensorrt_dla import check_dla, place_on_dla
-from exporters._tensorrt_errors import build_error
-from exporters._tensorrt_generations import Generation, generation_of
-from exporters._tensorrt_layers import parse_layer_list, precision_counts
-from exporters._tensorrt_profiles import ProfileShapes, profile_shapes
-from exporters._tensorrt_progress import BuildMonitor
-from exporters._tensorrt_timing import read_timing_cache, save_timing_cache, timing_cache_file
-from fcos_deploy.core.atomic import atomic_file, sha256_file
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import read_contract, write_sidecar
+import numpy as np
+
+from exporters._tensorrt_options import (
+    BuildMonitor,
+    Generation,
+    ProfileShapes,
+    check_dla,
+    generation_of,
+    place_on_dla,
+    profile_shapes,
+)
+from fcos_deploy.core.backend import Backend, Session, SessionOptions
+from fcos_deploy.core.contract import ModelContract, read_contract, write_sidecar
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import BuildError, ConfigError, DeviceError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
-from fcos_deploy.core.onnx_interface import EFFICIENT_NMS, onnx_interface
+from fcos_deploy.core.files import atomic_file, sha256_file
+from fcos_deploy.core.onnx_file import EFFICIENT_NMS, onnx_interface
 from fcos_deploy.core.registry import backends_for
-from fcos_deploy.core.tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple
+from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["EngineBuild", "EngineTarget", "build_engine", "write_engine"]
+_NOISE = re.compile(r"^\[?(?:checkMacros\.cpp|.*catchCudaError)")
+_SOURCE = re.compile(r"\s*\(?In [\w:~<>]+ at /_src/[^)]*\)?$")
+
+# What the log says, and what mends it. The first that fits is shown.
+_HINTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"(?i)nms\S* has no runners|NonMaxSuppression"),
+        "this library has no NMS operator: export with '--tail candidates', or with the nms tail in its static form",
+    ),
+    (re.compile(r"Plugin not found|NonZero plugin"), "the graph has an operator that this library does not know"),
+    (re.compile(r"K exceeds the maximum"), "lower pre_nms_top_k to 3840 or less per level"),
+    (
+        re.compile(r"(?i)out of memory|OutOfMemory"),
+        "lower the workspace and the optimisation level, close other programs",
+    ),
+    (re.compile(r"Failed to parse the ONNX model|ParseFromCodedStream"), "the ONNX file is damaged: export it again"),
+    (re.compile(r"Non-zero zero point"), "TensorRT takes symmetric int8 only: quantize with the 'portable' placement"),
+    (re.compile(r"has type Int32 but must have type"), "biases must not be quantized: use the 'portable' placement"),
+    (re.compile(r"HW-specific datatypes"), "the graph has a type that this GPU does not compute in"),
+    (re.compile(r"libnvinfer_lean"), "a version-compatible engine needs the lean runtime library beside TensorRT"),
+    (
+        re.compile(r"driver version is insufficient|no CUDA-capable device"),
+        "building needs a GPU here: 'fcos-deploy doctor'",
+    ),
+)
+
+
+def build_error(what: str, *, log: LibraryLog, extra_lines: tuple[str, ...] = ()) -> BuildError:
+    """An error that ends with the builder's last lines, the cause first."""
+    lines = [_SOURCE.sub("", line) for line in (*extra_lines, *log.last_lines()) if not _NOISE.match(line)]
+    text = "\n  ".join(dict.fromkeys(lines)) or "it gave no reason"
+    hint = next((hint for pattern, hint in _HINTS if pattern.search(text)), "")
+    return BuildError(f"{what}:\n  {text}", hint=hint)
+
+
+_NAME = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), Inputs: ")
+_SECTION = re.compile(
+    r"\b(Inputs|Constants|Outputs): \[(.*?)\](?=, (?:Constants|Outputs|TacticName|StreamId|Metadata)|$)"
+)
+_DATATYPE = re.compile(r"Datatype: (\w+)")
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+# What TensorRT calls a convolution: its own layers, and Myelin's.
+_CONVOLUTION_KINDS = frozenset({"correlation", "CaskConvolution", "convolution", "CaskGemmConvolution"})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLayer:
+    """One layer; types in TensorRT's words (Float, Half, Int8, UInt8, ...), ONNX nodes by their names."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs: tuple[str, ...]
+    onnx_nodes: tuple[str, ...]
+
+
+def parse_layer_list(text: str) -> list[EngineLayer]:
+    """The layers of a ``Layers:`` message, in execution order; lines of another form are not layers."""
+    return [layer for line in text.splitlines() if (layer := _layer(line.strip())) is not None]
+
+
+def _layer(line: str) -> EngineLayer | None:
+    head = _NAME.match(line)
+    if head is None:
+        return None
+    types = {key: tuple(_DATATYPE.findall(body)) for key, body in _SECTION.findall(line)}
+    return EngineLayer(
+        name=head["name"],
+        kind=head["kind"],
+        inputs=types.get("Inputs", ()),
+        constants=types.get("Constants", ()),
+        outputs=types.get("Outputs", ()),
+        onnx_nodes=tuple(_ONNX_LAYER.findall(line)),
+    )
+
+
+def convolutions(layers: Iterable[EngineLayer]) -> list[EngineLayer]:
+    """The layers that compute a convolution."""
+    return [layer for layer in layers if layer.kind in _CONVOLUTION_KINDS]
+
+
+def precision_counts(layers: Iterable[EngineLayer]) -> dict[str, int]:
+    """How many convolutions take which type as their input."""
+    counts: dict[str, int] = {}
+    for layer in convolutions(layers):
+        key = layer.inputs[0] if layer.inputs else "unknown"
+        counts[key] = counts.get(key, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def timing_cache_file(place: Path, *, version: str, devices: Sequence[str]) -> Path:
+    """``place`` if it names a file; in a folder the file of this device and TensorRT, to whom timings belong."""
+    if place.suffix or place.is_file():
+        return place
+    device = re.sub(r"[^A-Za-z0-9.]+", "-", devices[0] if devices else "unknown-gpu").strip("-")
+    return place / f"{device}.tensorrt-{version}.timing"
+
+
+def read_timing_cache(path: Path) -> bytes:
+    """The file's contents; empty, which starts a new cache, where there is none yet."""
+    return path.read_bytes() if path.is_file() else b""
+
+
+def save_timing_cache(path: Path, *, config: trt.IBuilderConfig) -> None:
+    """Write what the build measured, together with what another build wrote in the meantime."""
+    measured = config.get_timing_cache()
+    others = read_timing_cache(path)
+    if others:
+        # False: another device's timings are refused, which leaves ours as they are.
+        measured.combine(config.create_timing_cache(others), False)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(bytes(memoryview(measured.serialize())))
+
 
 _LOGGER = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -289,3 +409,84 @@ def _plain(options: BuildOptions) -> dict[str, str]:
     default = BuildOptions()
     names = BuildOptions.__dataclass_fields__
     return {name: str(getattr(options, name)) for name in names if getattr(options, name) != getattr(default, name)}
+
+
+_WARM_UP, _REPEATS = 10, 50
+
+
+def build_best(request: BuildRequest, *, target: EngineTarget) -> BuildResult:
+    """One build, or the fastest of ``options.builds``.
+
+    Raises:
+        ConfigError: fewer than one build, or several with a timing cache, which makes them all the same.
+        DeviceError: several builds, and no GPU to measure them on.
+    """
+    count = request.options.builds
+    if count == 1:
+        return build_engine(request, target=target)
+    if count < 1:
+        raise ConfigError(f"The number of builds must be at least 1, got {count}.")
+    if request.options.timing_cache is not None:
+        raise ConfigError("Several builds from one timing cache are all the same.", hint="leave one of the two out")
+    backend = _measuring_backend(target)
+    require_writable(request.output)
+    with tempfile.TemporaryDirectory(prefix=".builds-", dir=request.output.parent) as folder:
+        return _fastest(request, target=target, backend=backend, folder=Path(folder))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    result: BuildResult
+    milliseconds: float
+
+
+def _fastest(request: BuildRequest, *, target: EngineTarget, backend: Backend, folder: Path) -> BuildResult:
+    candidates = []
+    for index in range(request.options.builds):
+        output = folder / f"{index}{request.output.suffix}"
+        single = replace(request, output=output, options=replace(request.options, builds=1))
+        result = build_engine(single, target=target)
+        with backend.open(output, SessionOptions()) as session:
+            candidates.append(_Candidate(result, _median_milliseconds(session, usual=usual_shapes(result.record))))
+    best = min(candidates, key=lambda candidate: candidate.milliseconds)
+    times = [round(candidate.milliseconds, 4) for candidate in candidates]
+    return _move(best.result, request=request, times=times)
+
+
+def _move(result: BuildResult, *, request: BuildRequest, times: list[float]) -> BuildResult:
+    engine, sidecar = result.files
+    record = {**result.record, "build_milliseconds": json.dumps(times)}
+    content = json.loads(sidecar.read_text(encoding="utf-8"))
+    content["record"] = record
+    sidecar.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    target_sidecar = request.output.with_suffix(".json")
+    engine.replace(request.output)
+    sidecar.replace(target_sidecar)
+    return BuildResult(files=(request.output, target_sidecar), record=record)
+
+
+def _measuring_backend(target: EngineTarget) -> Backend:
+    for backend in backends_for(target.kind):
+        probe = backend.probe()
+        if probe.available:
+            return backend
+        raise DeviceError(f"Several builds are compared by measuring them: {probe.problem}", hint="build once")
+    raise DeviceError("No runtime is installed that could measure several builds.", hint="build once")
+
+
+def usual_shapes(record: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """The middle shape of each input's profile, from a build's record."""
+    shapes: dict[str, str] = json.loads(record["shapes"])
+    return {name: tuple(int(n) for n in text.split("/")[1].split("x")) for name, text in shapes.items()}
+
+
+def _median_milliseconds(session: Session, *, usual: Mapping[str, tuple[int, ...]]) -> float:
+    feeds = {spec.name: np.zeros(usual[spec.name], dtype=spec.dtype) for spec in session.inputs}
+    for _ in range(_WARM_UP):
+        session.run(feeds)
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        session.run(feeds)
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)

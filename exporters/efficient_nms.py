@@ -26,11 +26,11 @@ from exporters.onnx_file import opset_of, with_contract
 from exporters.simplify import Simplification, rewrite_onnx
 from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode_spec import NmsSpace
+from fcos_deploy.core.decode import NmsSpace
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.libraries import require
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.require import require
 
 __all__ = ["DOMAIN", "EFFICIENT_NMS", "check_servable", "convert_to_efficient_nms", "with_efficient_nms"]
 
@@ -218,7 +218,7 @@ def _outputs(writer: _Writer, count: str, boxes: str, scores: str, classes: str,
 
 
 def _to_input_pixels(writer: _Writer, boxes: str, contract: ModelContract) -> str:
-    """Undo what the graph does to boxes before overlaps are measured (``fcos_deploy.model.suppress``)."""
+    """Undo what the graph does to boxes before overlaps are measured (``fcos_deploy.model.tails``)."""
     profile = contract.decode.profile
     if profile.iou_offset:
         boxes = writer.add("Sub", boxes, writer.constant([0, 0, profile.iou_offset, profile.iou_offset], "float32"))

@@ -1,21 +1,55 @@
-"""Reads and writes ONNX files that carry a contract."""
+"""Large weights kept out of a graph while somebody works on it who copies it many times and never looks at them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.core.atomic import atomic_file
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text
+from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, ExportError
-from fcos_deploy.core.require import require
+from fcos_deploy.core.files import atomic_file
+from fcos_deploy.core.libraries import require
 from fcos_deploy.core.serialize import from_json
 
-__all__ = ["contract_of", "load_onnx", "opset_of", "require_writable", "save_onnx", "with_contract"]
+__all__ = [
+    "LARGE",
+    "contract_of",
+    "load_onnx",
+    "opset_of",
+    "require_writable",
+    "save_onnx",
+    "with_contract",
+    "with_weights_aside",
+]
+
+LARGE = 65536  # bytes; smaller ones may be shapes or factors, which a rewriting looks at
+
+
+def with_weights_aside(model: Any, rewrite: Callable[[Any], Any]) -> Any:
+    """What ``rewrite`` makes of ``model``, an ``onnx.ModelProto`` that is left as it is.
+
+    ``rewrite`` gets the graph with an input in place of every initializer of more than ``LARGE`` bytes.
+    """
+    onnx = require("onnx", extra="export")
+    lean = onnx.ModelProto()
+    lean.CopyFrom(model)
+    graph = lean.graph
+    large = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.raw_data) > LARGE}
+    small = [tensor for tensor in model.graph.initializer if tensor.name not in large]
+    del graph.initializer[:]
+    graph.initializer.extend(small)
+    for name, tensor in large.items():
+        graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    result = rewrite(lean)
+    inputs = [value for value in result.graph.input if value.name not in large]
+    del result.graph.input[:]
+    result.graph.input.extend(inputs)
+    result.graph.initializer.extend(large.values())
+    return result
+
 
 NAMES_KEY = "fcos_deploy.class_names"  # JSON list, for people and for tools that don't know the contract
 

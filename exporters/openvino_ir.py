@@ -8,16 +8,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from exporters._graph_inputs import feed_of
-from exporters.step_check import Feeds, Runner, StepCheck, compare
-from fcos_deploy.core.atomic import atomic_file, sha256_file
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import read_contract, write_sidecar
+from exporters.step_check import Feeds, Runner, StepCheck, compare, feed_of
+from fcos_deploy.core.contract import ModelContract, read_contract, write_sidecar
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BuildError, ConfigError
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
+from fcos_deploy.core.files import atomic_file, sha256_file
+from fcos_deploy.core.libraries import require
 from fcos_deploy.core.registry import backends_for
-from fcos_deploy.core.require import require
 
 __all__ = ["EXPORTER"]
 

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters._graph_inputs import feed_of
-from exporters._weights_aside import LARGE, with_weights_aside
 from exporters.graph_passes import PASSES
-from exporters.onnx_file import contract_of, load_onnx, opset_of, require_writable, save_onnx
-from exporters.step_check import Feeds, Runner, StepCheck, compare, onnx_runner
+from exporters.onnx_file import LARGE, contract_of, load_onnx, opset_of, require_writable, save_onnx, with_weights_aside
+from exporters.step_check import Feeds, Runner, StepCheck, compare, feed_of, onnx_runner
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
+from fcos_deploy.core.libraries import require
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.require import require
 
 __all__ = ["Simplification", "input_shapes", "rewrite_onnx", "simplified", "simplify_onnx"]
 

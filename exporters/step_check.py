@@ -10,10 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import ExportError, StepCheckError
-from fcos_deploy.core.require import require
+from fcos_deploy.core.libraries import require
 
-__all__ = ["ROW_OUTPUTS", "Feeds", "Runner", "StepCheck", "compare", "onnx_runner", "provoking_feed", "remembering"]
+__all__ = [
+    "ROW_OUTPUTS",
+    "Feeds",
+    "Runner",
+    "StepCheck",
+    "compare",
+    "feed_of",
+    "onnx_runner",
+    "provoking_feed",
+    "remembering",
+]
 
 Feeds = dict[str, NDArray[Any]]
 Runner = Callable[[Feeds], Feeds]
@@ -185,3 +196,18 @@ def provoking_feed(images: tuple[int, int, int, int], *, dtype: str, image_sizes
         return {"images": picture}
     sizes = np.array([[height - 1, width - 3, 2 * height, 3 * width]], np.float32).repeat(batch, 0)
     return {"images": picture, "image_sizes": sizes}
+
+
+def feed_of(contract: ModelContract, shapes: Mapping[str, tuple[int | None, ...]]) -> Feeds:
+    """A feed that provokes differences; ``shapes`` are those of the graph's inputs, None is a dynamic axis.
+
+    Dynamic axes become a batch of 1, and the canvas or, without one, twice the coarsest stride.
+    """
+    side = 2 * max(contract.decode.strides)
+    height, width = contract.preprocess.canvas or (side, side)
+    n, _, h, w = shapes["images"]
+    return provoking_feed(
+        (n or 1, 3, h or height, w or width),
+        dtype=str(contract.preprocess.input_dtype),
+        image_sizes="image_sizes" in shapes,
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from exporters._tensorrt_build import EngineTarget
-from exporters._tensorrt_selection import build_best
+from exporters._tensorrt_build import EngineTarget, build_best
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
 

@@ -9,19 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fcos_deploy.accuracy.verify import verify_bundle
     from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.checkpoints.load import load_checkpoint
     from fcos_deploy.core.backend import Session, SessionOptions
     from fcos_deploy.core.checkpoint_options import CheckpointOptions
     from fcos_deploy.core.contract import ModelContract
     from fcos_deploy.core.detections import Detections
     from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint, Precision, Tail
     from fcos_deploy.core.errors import FcosDeployError
-    from fcos_deploy.core.image_io import read_image
+    from fcos_deploy.core.image import read_image
     from fcos_deploy.detector import Detector
-    from fcos_deploy.model.checkpoint import load_checkpoint
     from fcos_deploy.model.wrap import wrap_module
-    from fcos_deploy.pipeline import DeployRequest, deploy
-    from fcos_deploy.verification import verify_bundle
+    from fcos_deploy.pipeline.deploy import deploy
+    from fcos_deploy.pipeline.steps import DeployRequest
 
 __all__ = [
     "ArtifactKind",
@@ -49,7 +50,7 @@ _HOMES = {
     "ArtifactKind": "fcos_deploy.core.enums",
     "CheckpointOptions": "fcos_deploy.core.checkpoint_options",
     "ComputeType": "fcos_deploy.core.enums",
-    "DeployRequest": "fcos_deploy.pipeline",
+    "DeployRequest": "fcos_deploy.pipeline.steps",
     "Detections": "fcos_deploy.core.detections",
     "Detector": "fcos_deploy.detector",
     "FcosDeployError": "fcos_deploy.core.errors",
@@ -59,11 +60,11 @@ _HOMES = {
     "Session": "fcos_deploy.core.backend",
     "SessionOptions": "fcos_deploy.core.backend",
     "Tail": "fcos_deploy.core.enums",
-    "deploy": "fcos_deploy.pipeline",
-    "load_checkpoint": "fcos_deploy.model.checkpoint",
+    "deploy": "fcos_deploy.pipeline.deploy",
+    "load_checkpoint": "fcos_deploy.checkpoints.load",
     "open_bundle": "fcos_deploy.bundle",
-    "read_image": "fcos_deploy.core.image_io",
-    "verify_bundle": "fcos_deploy.verification",
+    "read_image": "fcos_deploy.core.image",
+    "verify_bundle": "fcos_deploy.accuracy.verify",
     "wrap_module": "fcos_deploy.model.wrap",
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import BackendError, DeviceError, MissingDependencyError
-from fcos_deploy.core.require import require
+from fcos_deploy.core.libraries import require
 
 __all__ = ["Cuda", "CudaDevice", "load_cuda"]
 

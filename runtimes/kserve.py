@@ -11,15 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
+from fcos_deploy.core.files import write_text
 from fcos_deploy.core.serialize import from_json, to_json
-from runtimes._kserve_grpc import GrpcClient
-from runtimes._kserve_http import HttpClient
-from runtimes._kserve_protocol import Client, ModelMetadata, parse_address
+from runtimes._kserve import Client, GrpcClient, HttpClient, ModelMetadata, parse_address
 
 __all__ = ["BACKEND", "RemoteModel", "write_remote_model"]
 

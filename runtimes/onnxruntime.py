@@ -21,11 +21,11 @@ from fcos_deploy.core.backend import (
     SessionOptions,
     Tensors,
 )
-from fcos_deploy.core.contract_io import find_contract
-from fcos_deploy.core.cpu import usable_cpus
+from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
-from fcos_deploy.core.require import require
+from fcos_deploy.core.libraries import require
+from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = ["BACKEND"]

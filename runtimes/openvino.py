@@ -16,22 +16,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.backend import (
     Backend,
     BackendProbe,
     ComputeType,
     PerformanceHint,
+    PerThread,
     Session,
     SessionOptions,
     Tensors,
 )
-from fcos_deploy.core.cache_dir import model_cache_dir
-from fcos_deploy.core.contract_io import find_contract
+from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
-from fcos_deploy.core.per_thread import PerThread
-from fcos_deploy.core.require import require
+from fcos_deploy.core.files import model_cache_dir, sha256_file
+from fcos_deploy.core.libraries import require
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = ["BACKEND"]

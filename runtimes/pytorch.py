@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.decode import level_sizes
 from fcos_deploy.core.enums import ArtifactKind, Tail
 from fcos_deploy.core.errors import BackendError, DeviceError, MissingDependencyError
-from fcos_deploy.core.locations import level_sizes
-from fcos_deploy.core.require import require
-from fcos_deploy.core.system_facts import system_facts
+from fcos_deploy.core.libraries import require
+from fcos_deploy.core.machine import system_facts
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class _PyTorch(Backend):
 
     def open(self, path: Path, options: SessionOptions) -> Session:
         require("torch", extra=self.extra)
-        from fcos_deploy.model.checkpoint import load_checkpoint
+        from fcos_deploy.checkpoints.load import load_checkpoint
 
         loaded = load_checkpoint(path, options=options.checkpoint)
         return open_model(loaded.model, contract=options.contract or loaded.contract, options=options)

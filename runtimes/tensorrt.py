@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.tensorrt_library import TensorRT, load_tensorrt
-from runtimes._tensorrt_backend import ContextFactory, TensorrtFamily, load_first
+from runtimes._tensorrt_library import TensorRT, load_tensorrt
+from runtimes._tensorrt_session import ContextFactory, TensorrtFamily, load_first
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fcos_deploy.core.atomic import atomic_file, sha256_file
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.cache_dir import model_cache_dir
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.tensorrt_library import TensorRT, load_tensorrt
-from runtimes._tensorrt_backend import ContextFactory, TensorrtFamily
+from fcos_deploy.core.files import atomic_file, model_cache_dir, sha256_file
+from runtimes._tensorrt_library import TensorRT, load_tensorrt
+from runtimes._tensorrt_session import ContextFactory, TensorrtFamily
 
 if TYPE_CHECKING:
     import tensorrt as trt

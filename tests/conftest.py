@@ -29,10 +29,10 @@ from fcos_deploy.bundle import (
     make_golden,
 )
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, Precision
-from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, to_json
 
 TESTS = Path(__file__).parent
@@ -187,7 +187,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_onnx(tiny_checkpoint: Path) -> Path:
     """``tiny_checkpoint`` as ONNX, raw tail, batch 1."""
     from exporters.torch_onnx import export_onnx
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     return export_onnx(load_checkpoint(tiny_checkpoint), tiny_checkpoint.with_name("tiny.onnx")).path
 
@@ -195,8 +195,8 @@ def tiny_onnx(tiny_checkpoint: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.uint8]]) -> Path:
     """A bundle of ``tiny_onnx`` whose golden detections PyTorch made; read-only by agreement, copy it to change it."""
-    from fcos_deploy.core.atomic import sha256_file
-    from fcos_deploy.core.contract_io import read_contract
+    from fcos_deploy.core.contract import read_contract
+    from fcos_deploy.core.files import sha256_file
     from fcos_deploy.detector import Detector
 
     contract, source = read_contract(tiny_onnx), sha256_file(tiny_checkpoint)
@@ -287,9 +287,9 @@ def smooth_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mini_calibration(mini_onnx: Path, smooth_images: Path) -> Any:
-    """Ranges of ``mini_onnx`` on ``smooth_images``: a ``calibration.calibration_file.Calibration``."""
-    from calibration.data import collect_images
-    from calibration.statistics import StatisticsOptions, collect_ranges
+    """Ranges of ``mini_onnx`` on ``smooth_images``: a ``calibration.cache.Calibration``."""
+    from calibration.calibrate import StatisticsOptions, collect_ranges
+    from calibration.dataset import collect_images
 
     options = StatisticsOptions(engine="onnxruntime", threads=1)
     return collect_ranges(mini_onnx, collect_images(smooth_images), options=options)

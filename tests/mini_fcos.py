@@ -8,10 +8,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
-from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
+from fcos_deploy.core.preprocess import PreprocessSpec
 
 CONTRACT = ModelContract(
     class_names=("red", "white"),

@@ -24,11 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fcos_deploy.core.locations import CenterMode, location_centers, location_strides
+from fcos_deploy.core.decode import CenterMode, location_centers, location_strides
 from fcos_deploy.core.network import FcosConfig, resnet_config
 from fcos_deploy.model.fcos import Fcos, flatten_levels
-from fcos_deploy.model.losses import fcos_losses
-from fcos_deploy.model.targets import Targets, assign_targets
+from fcos_deploy.model.losses import Targets, assign_targets, fcos_losses
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BODIES: dict[str, Callable[[int], FcosConfig]] = {

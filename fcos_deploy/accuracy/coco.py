@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.require import require
+from fcos_deploy.core.libraries import require
 
 __all__ = ["ClassScores", "CocoScores", "coco_scores"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.image_io import list_images
+from fcos_deploy.core.image import list_images
 from fcos_deploy.core.serialize import parse_json
 
 __all__ = ["Dataset", "EvaluationImage", "Truth", "folder_images", "label_index", "load_coco", "truth_from_detections"]

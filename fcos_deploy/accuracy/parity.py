@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.causes import Cause
-from fcos_deploy.accuracy.diagnosis import find_causes
+from fcos_deploy.accuracy.diagnosis import Cause, Evidence, find_causes
 from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, compare_detections
-from fcos_deploy.accuracy.stage_checks import SeenImage, StageResult, head_stages, host_stages, preprocess_stage
-from fcos_deploy.accuracy.stages import shows_head
-from fcos_deploy.accuracy.tensors import Tolerance, tolerance_for
-from fcos_deploy.accuracy.trials import Evidence
+from fcos_deploy.accuracy.stages import (
+    SeenImage,
+    StageResult,
+    Tolerance,
+    head_stages,
+    host_stages,
+    preprocess_stage,
+    shows_head,
+    tolerance_for,
+)
 from fcos_deploy.core.backend import ComputeType, Tensors
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError

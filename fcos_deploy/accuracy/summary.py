@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fcos_deploy.accuracy.bootstrap import ApInterval
 from fcos_deploy.accuracy.evaluate import Evaluation
+from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.layers import LayerFinding
 from fcos_deploy.accuracy.matching import DetectionAgreement
 from fcos_deploy.accuracy.parity import ParityReport

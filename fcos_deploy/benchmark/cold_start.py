@@ -80,7 +80,7 @@ def measure_cold_start(task: ColdStartTask) -> ColdStart:
 def _run(task: ColdStartTask) -> dict[str, float]:
     from fcos_deploy.core.backend import ComputeType, SessionOptions
     from fcos_deploy.core.enums import Precision
-    from fcos_deploy.core.image_io import read_image
+    from fcos_deploy.core.image import read_image
     from fcos_deploy.detector import Detector
 
     marks: dict[str, float] = {"imported": time.monotonic_ns()}

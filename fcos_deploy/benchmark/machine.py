@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fcos_deploy.core.cpu import usable_cpus
+from fcos_deploy.core.machine import usable_cpus
 
 __all__ = ["ClockReading", "MachineFacts", "PowerMeter", "PowerReading", "machine_facts", "read_clock"]
 

@@ -1,4 +1,4 @@
-"""Times several detectors in turns, so that what disturbs the machine disturbs all of them."""
+"""Times in brief."""
 
 from __future__ import annotations
 
@@ -9,11 +9,60 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.benchmark.stats import LatencyStats, StageMedians
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import Detector
 
-__all__ = ["Timing", "TimingOptions", "measure_throughput", "time_in_turns"]
+__all__ = ["LatencyStats", "StageMedians", "Timing", "TimingOptions", "measure_throughput", "time_in_turns"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyStats:
+    """Milliseconds of one request after another; ``minimum`` is the figure that other load disturbs least."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    minimum: float
+    maximum: float
+    count: int
+
+    @staticmethod
+    def of(milliseconds: NDArray[np.float64]) -> LatencyStats:
+        """Summarise (n,) times.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if not len(milliseconds):
+            raise ConfigError("There are no times to summarise.", hint="measure at least one iteration")
+        p50, p90, p99 = (float(v) for v in np.percentile(milliseconds, [50, 90, 99]))
+        return LatencyStats(
+            mean=float(milliseconds.mean()),
+            p50=p50,
+            p90=p90,
+            p99=p99,
+            minimum=float(milliseconds.min()),
+            maximum=float(milliseconds.max()),
+            count=len(milliseconds),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMedians:
+    """Median milliseconds of each stage of one image."""
+
+    preprocess: float
+    infer: float
+    decode: float
+
+    @property
+    def host_share(self) -> float:
+        """Share of the time that is not the network, in 0..1."""
+        total = self.preprocess + self.infer + self.decode
+        return 1.0 - self.infer / total if total else 0.0
+
 
 _BATCH = 16  # images of one call when throughput is measured
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,16 +21,39 @@ from fcos_deploy.benchmark.machine import (
     machine_facts,
     read_clock,
 )
-from fcos_deploy.benchmark.measure import Timing, TimingOptions, measure_throughput, time_in_turns
-from fcos_deploy.benchmark.stats import LatencyStats, StageMedians
+from fcos_deploy.benchmark.measure import (
+    LatencyStats,
+    StageMedians,
+    Timing,
+    TimingOptions,
+    measure_throughput,
+    time_in_turns,
+)
 from fcos_deploy.core.backend import PerformanceHint, SessionOptions
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.image_io import read_image
+from fcos_deploy.core.errors import ConfigError, SlowdownError
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.image import read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.serialize import parse_json, to_json
 from fcos_deploy.detector import Detector
 
-__all__ = ["Benchmark", "BenchmarkRequest", "BenchmarkResult", "BenchmarkTarget", "demo_image", "run_benchmark"]
+__all__ = [
+    "TABLE_COLUMNS",
+    "Benchmark",
+    "BenchmarkRequest",
+    "BenchmarkResult",
+    "BenchmarkTarget",
+    "Comparison",
+    "benchmark_json",
+    "compare_with_baseline",
+    "demo_image",
+    "read_baseline",
+    "require_no_slowdown",
+    "result_row",
+    "run_benchmark",
+    "save_benchmark",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,3 +215,169 @@ def _rise(before: ClockReading, after: ClockReading) -> int | None:
     if before.throttled is None or after.throttled is None:
         return None
     return after.throttled - before.throttled
+
+
+TABLE_COLUMNS = (
+    "backend",
+    "precision",
+    "p50 ms",
+    "p90 ms",
+    "p99 ms",
+    "preprocess",
+    "infer",
+    "decode",
+    "images/s",
+    "first s",
+    "peak MiB",
+    "file MiB",
+)
+
+
+# What a session was asked for, and what makes its times comparable with another's; versions may differ.
+_SETTINGS = ("device", "compute", "threads")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One backend and precision against an earlier run; a ratio above 1 is slower than then."""
+
+    backend: str
+    precision: str
+    p50_before: float
+    p50_now: float
+    minimum_before: float
+    minimum_now: float
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians or of the fastest times, whichever rose less: other load raises only the first."""
+        return min(self.p50_now / self.p50_before, self.minimum_now / self.minimum_before)
+
+
+def benchmark_json(benchmark: Benchmark) -> list[dict[str, Any]]:
+    """One object for each target; null where the platform does not tell, with the reason beside it."""
+    return [_result_json(result, benchmark) for result in benchmark.results]
+
+
+def _result_json(result: BenchmarkResult, benchmark: Benchmark) -> dict[str, Any]:
+    cold = result.cold_start
+    return {
+        "backend": result.backend,
+        "precision": result.precision,
+        "model": result.model,
+        "latency_ms": to_json(result.latency),
+        "stages_ms": {**to_json(result.stages), "host_share": result.stages.host_share},
+        "throughput_fps": result.throughput_fps,
+        "cold_start_s": None if cold is None else cold.first_detection,
+        "cold_start": None if cold is None else to_json(cold),
+        "peak_memory_mib": None if cold is None else cold.peak_memory_mib,
+        "file_bytes": result.file_bytes,
+        "power": to_json(result.power),
+        "joules_per_image": result.joules_per_image,
+        "clock": to_json(result.clock),
+        "throttled": benchmark.throttled,
+        "session": result.session,
+        "machine": to_json(benchmark.machine),
+        "image": benchmark.image,
+    }
+
+
+def result_row(result: BenchmarkResult) -> tuple[str, ...]:
+    """One line of the table, as ``TABLE_COLUMNS`` names it."""
+    cold, latency, stages = result.cold_start, result.latency, result.stages
+    return (
+        result.backend,
+        result.precision,
+        *(f"{v:.2f}" for v in (latency.p50, latency.p90, latency.p99)),
+        *(f"{v:.2f}" for v in (stages.preprocess, stages.infer, stages.decode)),
+        f"{result.throughput_fps:.1f}",
+        "-" if cold is None else f"{cold.first_detection:.2f}",
+        "-" if cold is None else f"{cold.peak_memory_mib:.0f}",
+        f"{result.file_bytes / 2**20:.1f}",
+    )
+
+
+def save_benchmark(path: Path, benchmark: Benchmark) -> None:
+    """Write the JSON, to be compared with later."""
+    write_text(path, json.dumps(benchmark_json(benchmark), indent=1, allow_nan=False) + "\n")
+
+
+def read_baseline(path: Path) -> list[dict[str, Any]]:
+    """An earlier run's JSON.
+
+    Raises:
+        ConfigError: the file is missing or is not one.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read the baseline '{path}': {error}.") from error
+    if not isinstance(content, list) or not all(isinstance(c, dict) and "latency_ms" in c for c in content):
+        raise ConfigError(f"'{path}' is not a benchmark.", hint="write one with 'fcos-deploy benchmark --output FILE'")
+    return content
+
+
+def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any]]) -> list[Comparison]:
+    """Pair the targets of both: the first of a backend and precision with the first, the second with the second.
+
+    Raises:
+        ConfigError: they have none in common, or were measured on different processors or with different settings.
+    """
+    earlier = _numbered([(entry["backend"], entry["precision"]) for entry in baseline])
+    now = _numbered([(result.backend, result.precision) for result in benchmark.results])
+    pairs = [(baseline[earlier[key]], benchmark.results[place]) for key, place in now.items() if key in earlier]
+    if not pairs:
+        known = sorted({(backend, precision) for backend, precision, _ in earlier})
+        raise ConfigError(f"The baseline has none of these targets; it has {known}.")
+    for entry, result in pairs:
+        _require_comparable(entry, result, processor=benchmark.machine.processor)
+    return [
+        Comparison(
+            backend=result.backend,
+            precision=result.precision,
+            p50_before=entry["latency_ms"]["p50"],
+            p50_now=result.latency.p50,
+            minimum_before=entry["latency_ms"]["minimum"],
+            minimum_now=result.latency.minimum,
+        )
+        for entry, result in pairs
+    ]
+
+
+def _numbered(names: Sequence[tuple[str, str]]) -> dict[tuple[str, str, int], int]:
+    """Backend, precision and how many came before of the same -> place."""
+    return {(*name, names[:place].count(name)): place for place, name in enumerate(names)}
+
+
+def _require_comparable(entry: dict[str, Any], result: BenchmarkResult, *, processor: str) -> None:
+    measured_on = entry.get("machine", {}).get("processor")
+    if measured_on != processor:
+        raise ConfigError(
+            f"The baseline was measured on '{measured_on}', this machine is '{processor}'.",
+            hint="measure a baseline here",
+        )
+    before, now = entry.get("session", {}), result.session
+    changed = [f"{s} {before[s]} then, {now.get(s)} now" for s in _SETTINGS if s in before and before[s] != now.get(s)]
+    if changed:
+        raise ConfigError(
+            f"The baseline of {result.backend} was measured otherwise: {'; '.join(changed)}.",
+            hint="give the same --device, --compute and --threads",
+        )
+
+
+def require_no_slowdown(comparisons: Sequence[Comparison], *, tolerance: float) -> None:
+    """Raise if a target got slower by more than ``tolerance`` (0.1 is 10 %).
+
+    Raises:
+        SlowdownError: with the figures.
+    """
+    slower = [c for c in comparisons if c.ratio > 1.0 + tolerance]
+    if slower:
+        figures = "; ".join(
+            f"{c.backend} {c.precision}: p50 {c.p50_before:.2f} -> {c.p50_now:.2f} ms ({c.ratio:.2f} times)"
+            for c in slower
+        )
+        raise SlowdownError(
+            f"Slower than the baseline by more than {tolerance:.0%}: {figures}.",
+            hint="repeat on a quiet machine; the fastest times are slower too, not the medians alone",
+        )

@@ -1,16 +1,20 @@
 """The bundle: a detector, the contract around it and the proof, in one folder that can be trusted."""
 
-from fcos_deploy.bundle.artifact import Artifact, FileRecord, Requirements, StepRecord, VersionRule
 from fcos_deploy.bundle.golden import GoldenImage, make_golden
 from fcos_deploy.bundle.manifest import Manifest
 from fcos_deploy.bundle.records import (
     DEFAULT_GATES,
     AccuracyFigure,
+    Artifact,
     BenchmarkFigure,
     CalibrationRecord,
+    FileRecord,
     Gate,
     Provenance,
+    Requirements,
+    StepRecord,
     Target,
+    VersionRule,
 )
 from fcos_deploy.bundle.signature import required_keys
 from fcos_deploy.bundle.store import Bundle, Selection, is_bundle, open_bundle, pack, select_artifact

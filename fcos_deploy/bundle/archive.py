@@ -6,9 +6,9 @@ import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from fcos_deploy.bundle.artifact import check_relative_path
-from fcos_deploy.core.atomic import atomic_file
+from fcos_deploy.bundle.records import check_relative_path
 from fcos_deploy.core.errors import BundleError
+from fcos_deploy.core.files import atomic_file
 
 __all__ = ["is_archive", "pack_files", "unpack"]
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.bundle.artifact import check_relative_path
+from fcos_deploy.bundle.records import check_relative_path
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import BundleError, ImageError
-from fcos_deploy.core.preprocess_spec import InputDtype, PreprocessSpec
-from fcos_deploy.core.require import require
+from fcos_deploy.core.libraries import require
+from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec
 
 __all__ = [
     "GOLDEN_FOLDER",
@@ -177,7 +177,7 @@ def read_golden_image(path: Path, golden: GoldenImage) -> NDArray[np.uint8]:
     Raises:
         ImageError: when the file is not a PNG of the recorded size.
     """
-    from fcos_deploy.core.image_io import read_image
+    from fcos_deploy.core.image import read_image
 
     header = path.read_bytes()[: _PNG_HEADER.size]
     if len(header) < _PNG_HEADER.size or not header.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fcos_deploy.bundle.artifact import Artifact, FileRecord
 from fcos_deploy.bundle.golden import GoldenImage
 from fcos_deploy.bundle.records import (
     AccuracyFigure,
+    Artifact,
     BenchmarkFigure,
     CalibrationRecord,
+    FileRecord,
     Gate,
     Provenance,
     Target,

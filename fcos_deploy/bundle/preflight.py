@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fcos_deploy.bundle.artifact import Artifact, Requirements, VersionRule
-from fcos_deploy.bundle.machine import MachineFacts, read_machine
+from fcos_deploy.bundle.records import Artifact, Requirements, VersionRule
 from fcos_deploy.bundle.store import Bundle, Selection
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, DeviceError, FcosDeployError
+from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import backend as backend_named
 
 __all__ = ["Difference", "PreflightRequest", "StepDown", "choose", "preflight", "require_fit"]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fcos_deploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME
-from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.errors import ConfigError, SignatureError
-from fcos_deploy.core.require import require
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.libraries import require
 from fcos_deploy.core.serialize import from_json, to_json
 
 if TYPE_CHECKING:

@@ -1,25 +1,207 @@
-"""Opens a bundle, checks it, and finds the artifact to run."""
+"""Checks a bundle's files against its manifest before anything parses them."""
 
 from __future__ import annotations
 
 import atexit
+import mmap
+import os
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from fcos_deploy.bundle.archive import is_archive, pack_files, unpack
-from fcos_deploy.bundle.artifact import Artifact
-from fcos_deploy.bundle.integrity import check_files, read_manifest
-from fcos_deploy.bundle.manifest import LOG_NAME, MANIFEST_NAME, UNLISTED, Manifest
-from fcos_deploy.bundle.signature import check_signature, sign_bundle
-from fcos_deploy.core.atomic import sha256_file
+from fcos_deploy.bundle.log import check_log
+from fcos_deploy.bundle.manifest import (
+    DIGEST_NAME,
+    LOG_NAME,
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE_NAME,
+    UNLISTED,
+    Manifest,
+    parse_manifest,
+)
+from fcos_deploy.bundle.records import Artifact, FileRecord
+from fcos_deploy.bundle.signature import check_envelope, check_signature, sign_bundle
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import BundleError, ConfigError
+from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
+from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.onnx_file import ByteSource, length_delimited_fields
 from fcos_deploy.core.registry import backend as backend_named
 
-__all__ = ["Bundle", "Selection", "is_bundle", "open_bundle", "pack", "select_artifact", "sign"]
+__all__ = [
+    "Bundle",
+    "Selection",
+    "check_external_data",
+    "check_files",
+    "digest_line",
+    "is_bundle",
+    "open_bundle",
+    "pack",
+    "read_manifest",
+    "select_artifact",
+    "sign",
+]
+
+_MAX_FILES = 10_000
+_MAX_DEPTH = 64  # of nested ONNX messages; real graphs stay under 20
+_REMAKE = "copy the bundle again from where it was made, or make it again with 'fcos-deploy deploy'"
+
+
+def digest_line(manifest_sha256: str) -> str:
+    """Contents of manifest.sha256, in the form that ``sha256sum --check`` reads."""
+    return f"{manifest_sha256}  {MANIFEST_NAME}\n"
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the bundle in ``root`` after comparing it with manifest.sha256.
+
+    Raises:
+        BundleError: when it is missing, too large, or not a manifest.
+        ChecksumError: when it is not what was written.
+    """
+    for name in (MANIFEST_NAME, DIGEST_NAME):
+        if not _is_plain_file(root / name):
+            raise BundleError(f"'{root}' is not a complete bundle: it has no '{name}'.", hint=_REMAKE)
+    path = root / MANIFEST_NAME
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"'{path}' is larger than {MAX_MANIFEST_BYTES >> 20} MiB.", hint=_REMAKE)
+    if (root / DIGEST_NAME).stat().st_size > 1024 or (root / DIGEST_NAME).read_bytes() != digest_line(
+        sha256_file(path)
+    ).encode():
+        raise ChecksumError(f"'{path}' is not what '{DIGEST_NAME}' recorded.", hint=_REMAKE)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"'{path}' is not UTF-8 text: {error}.", hint=_REMAKE) from error
+    return parse_manifest(text, where=str(path))
+
+
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def check_files(root: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest: none missing, none extra, no links, sizes first, then hashes.
+
+    Raises:
+        ChecksumError: naming the first file whose size or contents differ.
+        BundleError: for missing and extra files, links, and external data that leaves the bundle.
+    """
+    present = _present_files(root)
+    listed = manifest.all_files
+    missing = sorted(set(listed) - present)
+    if missing:
+        raise BundleError(f"The bundle '{root}' lacks {_some(missing)}.", hint=_REMAKE)
+    extra = sorted(present - set(listed) - UNLISTED)
+    if extra:
+        raise BundleError(
+            f"The bundle '{root}' has files that its manifest does not list: {_some(extra)}.", hint=_REMAKE
+        )
+    for record in listed.values():
+        _check_size(root, record)
+    for record in listed.values():
+        _check_hash(root, record)
+    for name in listed:
+        if name.endswith(".onnx"):
+            check_external_data(root, name, allowed=frozenset(listed))
+    if SIGNATURE_NAME in present:
+        check_envelope(root / SIGNATURE_NAME)
+    if LOG_NAME in present:
+        check_log(root / LOG_NAME)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(f"'{name}'" for name in names[:5]) + more
+
+
+def _present_files(root: Path) -> set[str]:
+    """Paths of all files, relative, after refusing everything that is neither a plain file nor a folder."""
+    found: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=False):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise BundleError(f"'{path}' is a link or a device, which a bundle cannot contain.", hint=_REMAKE)
+            if stat.S_ISREG(mode):
+                found.add(path.relative_to(root).as_posix())
+        if len(found) > _MAX_FILES:
+            raise BundleError(f"'{root}' has more than {_MAX_FILES} files.", hint="is this the folder of a bundle?")
+    return found
+
+
+def _check_size(root: Path, record: FileRecord) -> None:
+    size = (root / record.path).stat().st_size
+    if size != record.size:
+        raise ChecksumError(f"'{root / record.path}' must have {record.size} bytes, it has {size}.", hint=_REMAKE)
+
+
+def _check_hash(root: Path, record: FileRecord) -> None:
+    sha256 = sha256_file(root / record.path)
+    if sha256 != record.sha256:
+        raise ChecksumError(
+            f"'{root / record.path}' was changed: its SHA-256 must be {record.sha256[:16]}..., it is {sha256[:16]}....",
+            hint=_REMAKE,
+        )
+
+
+# Which fields of which ONNX message lead to a TensorProto (field numbers of onnx.proto).
+_ONNX_FIELDS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external"},
+}
+
+
+def check_external_data(root: Path, name: str, *, allowed: frozenset[str]) -> None:
+    """Refuse an ONNX file whose external data is not a listed file of the bundle.
+
+    Raises:
+        BundleError: when a location leaves the bundle or is not listed, or the file is not ONNX.
+    """
+    path = root / name
+    if path.stat().st_size == 0:
+        raise BundleError(f"'{path}' is empty.", hint=_REMAKE)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            locations = _external_locations(data, len(data))
+        except (IndexError, ValueError) as error:
+            raise BundleError(f"'{path}' is not a complete ONNX file: {error}.", hint=_REMAKE) from error
+    folder = PurePosixPath(name).parent
+    for location in sorted(locations):
+        if (folder / location).as_posix() not in allowed or ".." in PurePosixPath(location).parts:
+            raise BundleError(f"'{path}' refers to the data file {location[:80]!r}, which is not in the bundle.")
+
+
+def _external_locations(data: mmap.mmap, size: int) -> set[str]:
+    found: set[str] = set()
+    pending = [("model", 0, size, 0)]
+    while pending:
+        kind, start, end, depth = pending.pop()
+        if depth > _MAX_DEPTH:
+            raise ValueError("its graphs are nested too deeply")
+        for number, first, last in length_delimited_fields(data, start=start, end=end):
+            child = _ONNX_FIELDS[kind].get(number)
+            if child == "external":
+                found.update(_location(data, first, last))
+            elif child:
+                pending.append((child, first, last, depth + 1))
+    return found
+
+
+def _location(data: ByteSource, start: int, end: int) -> set[str]:
+    pair = {n: bytes(data[i] for i in range(a, b)) for n, a, b in length_delimited_fields(data, start=start, end=end)}
+    return {pair.get(2, b"").decode("utf-8")} if pair.get(1) == b"location" else set()
 
 
 @dataclass(frozen=True, slots=True)

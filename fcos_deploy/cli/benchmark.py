@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import for_checkpoints, with_checkpoint_options
+from fcos_deploy.cli.options import PublicKeys, RequireSignature, for_checkpoints, trusted_keys, with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 
@@ -45,14 +44,16 @@ def command(
     The options of 'export' say how MODEL and --also are read where they are checkpoints.
     """
     from fcos_deploy.benchmark.measure import TimingOptions
-    from fcos_deploy.benchmark.run import BenchmarkRequest, BenchmarkTarget, run_benchmark
-    from fcos_deploy.benchmark.summary import (
+    from fcos_deploy.benchmark.run import (
         TABLE_COLUMNS,
+        BenchmarkRequest,
+        BenchmarkTarget,
         benchmark_json,
         compare_with_baseline,
         read_baseline,
         require_no_slowdown,
         result_row,
+        run_benchmark,
         save_benchmark,
     )
     from fcos_deploy.core.backend import SessionOptions

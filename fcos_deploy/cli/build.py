@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.cli.options import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
@@ -42,9 +42,8 @@ def command(
 ) -> None:
     """Build an engine, an IR or an optimised model, and check it against its source."""
     from fcos_deploy.cli.output import note, print_json, progress_bar
-    from fcos_deploy.core.exporter import BatchRange, BuildOptions
-    from fcos_deploy.core.size_range import optional_range, size_range
-    from fcos_deploy.detector.artifact_build import ArtifactRequest, build_artifact, equivalent_trtexec
+    from fcos_deploy.core.exporter import BatchRange, BuildOptions, optional_range, size_range
+    from fcos_deploy.pipeline.build import ArtifactRequest, build_artifact, equivalent_trtexec
 
     keys = trusted_keys(public_key, required=require_signature)
     options = BuildOptions(

@@ -36,7 +36,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure the ranges of a graph's activations on images."""
-    from calibration.run import CalibrationRequest, calibrate
+    from calibration.calibrate import CalibrationRequest, calibrate
 
     request = CalibrationRequest(
         model=model,

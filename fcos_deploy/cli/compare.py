@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fcos_deploy.cli.options import for_checkpoints, with_checkpoint_options
+from fcos_deploy.cli.options import PublicKeys, RequireSignature, for_checkpoints, trusted_keys, with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fcos_deploy.accuracy.collect import Target
+    from fcos_deploy.accuracy.evaluate import Target
     from fcos_deploy.accuracy.gate import Gate
 
 __all__ = ["command"]
@@ -54,10 +53,10 @@ def command(
     Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
     The options of 'export' say how the models are read where they are checkpoints.
     """
-    from fcos_deploy.accuracy.collect import Target
+    from fcos_deploy.accuracy.evaluate import Target
     from fcos_deploy.accuracy.gate import Gate, require_all
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
-    from fcos_deploy.benchmark import summary as speeds
+    from fcos_deploy.benchmark import run as speeds
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
@@ -104,9 +103,15 @@ def command(
 
 
 def _show_bundles(first: Target, second: Target, *, gate: Gate, as_json: bool) -> None:
+    from fcos_deploy.accuracy.bundle_comparison import (
+        FIGURE_COLUMNS,
+        BundleComparisonRequest,
+        bundles_json,
+        compare_bundles,
+        fact_rows,
+        figure_rows,
+    )
     from fcos_deploy.accuracy.gate import require_all
-    from fcos_deploy.verification.bundle_summary import FIGURE_COLUMNS, bundles_json, fact_rows, figure_rows
-    from fcos_deploy.verification.bundles import BundleComparisonRequest, compare_bundles
 
     request = BundleComparisonRequest(first=first, second=second, gate=gate)
     with progress_bar() as progress:

@@ -15,10 +15,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
 ) -> None:
     """Take the bundled blood-cell detector to a verified bundle: export, INT8, engines, accuracy, speed, report."""
-    from fcos_deploy.cli.deployment import show
+    from fcos_deploy.cli.deploy import show
     from fcos_deploy.cli.output import note, progress_bar
-    from fcos_deploy.pipeline import deploy
-    from fcos_deploy.pipeline.demo import demo_request
+    from fcos_deploy.pipeline.deploy import demo_request, deploy
 
     with progress_bar() as progress:
         made = deploy(demo_request(output), progress=progress)

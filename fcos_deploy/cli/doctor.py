@@ -15,10 +15,10 @@ def command(
 ) -> None:
     """Say what works here, what does not, and what mends it."""
     from fcos_deploy.cli.output import note, print_json
-    from fcos_deploy.core.devices import load_profile
     from fcos_deploy.core.errors import DeviceError
     from fcos_deploy.core.serialize import to_json
-    from fcos_deploy.doctor import compare, difference_lines, examine, lines
+    from fcos_deploy.targets.doctor import compare, difference_lines, examine, lines
+    from fcos_deploy.targets.profiles import load_profile
 
     profile = load_profile(target) if target else None
     examination = examine()

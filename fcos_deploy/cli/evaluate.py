@@ -7,9 +7,15 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import for_checkpoints, reference_keys, with_checkpoint_options
+from fcos_deploy.cli.options import (
+    PublicKeys,
+    RequireSignature,
+    for_checkpoints,
+    reference_keys,
+    trusted_keys,
+    with_checkpoint_options,
+)
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 
@@ -47,10 +53,8 @@ def command(
 
     The options of 'export' say how MODEL and --reference are read where they are checkpoints.
     """
-    from fcos_deploy.accuracy.collect import Target
-    from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
-    from fcos_deploy.accuracy.gate import Gate, require_all
-    from fcos_deploy.accuracy.junit import write_junit
+    from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+    from fcos_deploy.accuracy.gate import Gate, require_all, write_junit
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.core.backend import SessionOptions
 

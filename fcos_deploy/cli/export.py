@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """Write a checkpoint as an ONNX graph that carries its contract, compared with PyTorch."""
     from exporters.torch_onnx import export_onnx, parse_options
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     chosen = parse_options(
         opset=opset, tail=tail, batch=batch, simplify=simplify, precision=precision, nms_form=nms_form

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fcos_deploy.cli.options import with_checkpoint_options
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.cli.options import PublicKeys, RequireSignature, trusted_keys, with_checkpoint_options
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 
 if TYPE_CHECKING:
-    from fcos_deploy.model.inspect import Inspection
+    from fcos_deploy.pipeline.inspect import Inspection
 
 __all__ = ["command"]
 
@@ -42,11 +41,11 @@ def command(
 def _inspect(file: Path, keys: tuple[Path | str, ...], options: CheckpointOptions) -> Inspection:
     # A plain file does without the bundle package, whose import takes a tenth of a second.
     if keys or file.is_dir() or file.suffix == ".tar":
-        from fcos_deploy.bundle.inspection import inspect_bundle
         from fcos_deploy.bundle.store import is_bundle
+        from fcos_deploy.pipeline.inspect import inspect_bundle
 
         if keys or is_bundle(file):
             return inspect_bundle(file, public_keys=keys)
-    from fcos_deploy.model.inspect import inspect_file
+    from fcos_deploy.pipeline.inspect import inspect_file
 
     return inspect_file(file, options=options)

@@ -11,20 +11,24 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.core.artifact_files import KINDS_BY_SUFFIX
 from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.enums import ArtifactKind, CenterMode
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.model_files import KINDS_BY_SUFFIX
 from fcos_deploy.core.network import BoxActivation
-from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter
 
 __all__ = [
+    "AllowFallback",
+    "PublicKeys",
+    "RequireSignature",
     "checkpoint_options",
     "for_checkpoints",
     "parse_size",
     "parse_triple",
     "read_class_names",
     "reference_keys",
+    "trusted_keys",
     "with_checkpoint_options",
 ]
 
@@ -180,3 +184,28 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     if len(content) > _LONGEST_NAMES_FILE or not names or not all(names):
         raise ConfigError(f"'{path}' must hold one class name a line, without empty lines.")
     return names
+
+
+PublicKeys = Annotated[
+    list[str] | None,
+    typer.Option("--public-key", metavar="PEM", help="Trusted key, a file or its text; may be repeated."),
+]
+RequireSignature = Annotated[
+    bool, typer.Option("--require-signature", help="Refuse what is not a bundle that a --public-key signed.")
+]
+AllowFallback = Annotated[
+    bool, typer.Option("--allow-fallback", help="Step down the chain of backends that a bundle declares.")
+]
+
+
+def trusted_keys(public_key: list[str] | None, *, required: bool) -> tuple[str, ...]:
+    """The keys of which one must have signed a bundle; none when none is given.
+
+    Raises:
+        ConfigError: a signature is required, and there is no key to check it with.
+    """
+    if not public_key and not required:
+        return ()  # Before the bundle package is imported, which plain files do without.
+    from fcos_deploy.bundle import required_keys
+
+    return tuple(str(key) for key in required_keys(tuple(public_key or ()), required=required))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.cli.options import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]

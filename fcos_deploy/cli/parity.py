@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import with_checkpoint_options
+from fcos_deploy.cli.options import PublicKeys, RequireSignature, trusted_keys, with_checkpoint_options
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import AccuracyGateError
@@ -40,10 +39,10 @@ def command(
 
     The options of 'export' say how the checkpoint is read where its own rules are not meant.
     """
-    from fcos_deploy.accuracy.collect import Target
+    from fcos_deploy.accuracy.evaluate import Target
     from fcos_deploy.accuracy.summary import parity_json
     from fcos_deploy.core.backend import SessionOptions
-    from fcos_deploy.pipeline.diagnose import ParityRequest, check_parity, find_layer
+    from fcos_deploy.pipeline.parity import ParityRequest, check_parity, find_layer
 
     session = SessionOptions(
         device=device,

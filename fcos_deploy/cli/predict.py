@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import with_checkpoint_options
-from fcos_deploy.cli.trust import AllowFallback, PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.cli.options import AllowFallback, PublicKeys, RequireSignature, trusted_keys, with_checkpoint_options
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import ImageError
@@ -50,8 +49,8 @@ def command(
     """
     from fcos_deploy.cli.output import note, print_json, progress_bar, table
     from fcos_deploy.core.backend import SessionOptions
-    from fcos_deploy.core.draw import DrawOptions
     from fcos_deploy.detector import Detector
+    from fcos_deploy.detector.draw import DrawOptions
     from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
 
     session = SessionOptions(

@@ -10,9 +10,15 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import for_checkpoints, reference_keys, with_checkpoint_options
+from fcos_deploy.cli.options import (
+    PublicKeys,
+    RequireSignature,
+    for_checkpoints,
+    reference_keys,
+    trusted_keys,
+    with_checkpoint_options,
+)
 from fcos_deploy.cli.output import note, progress_bar, table
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 
@@ -47,7 +53,7 @@ def command(
 
     The options of 'export' say how the models are read where they are checkpoints.
     """
-    from fcos_deploy.accuracy.collect import Target
+    from fcos_deploy.accuracy.evaluate import Target
     from fcos_deploy.accuracy.gate import Gate
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_row
     from fcos_deploy.benchmark.measure import TimingOptions

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import with_checkpoint_options
-from fcos_deploy.cli.trust import PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.cli.options import PublicKeys, RequireSignature, trusted_keys, with_checkpoint_options
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import PerformanceHint, Precision
 
@@ -34,10 +33,10 @@ def command(
     options: CheckpointOptions,
 ) -> None:
     """Exit 0 when every result equals the single-threaded one and neither memory nor open files grew, 1 when not."""
+    from fcos_deploy.benchmark.soak import require_sound, soak, soak_images, soak_json
     from fcos_deploy.cli.output import note, print_json, progress_bar
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import Detector
-    from fcos_deploy.detector.soak import require_sound, soak, soak_images, soak_json
 
     keys = trusted_keys(public_key, required=require_signature)
     session = SessionOptions(device=device, hint=hint, threads=runtime_threads, public_keys=keys, checkpoint=options)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.trust import AllowFallback, PublicKeys, RequireSignature, trusted_keys
+from fcos_deploy.cli.options import AllowFallback, PublicKeys, RequireSignature, trusted_keys
 from fcos_deploy.core.enums import Precision
 
 __all__ = ["command"]
@@ -30,18 +30,18 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")] = False,
 ) -> None:
     """Replay the bundle's golden images on this machine; exit 0 when the certified detections come out, 4 when not."""
-    from fcos_deploy.accuracy.junit import write_junit
-    from fcos_deploy.bundle import open_bundle
-    from fcos_deploy.cli.output import note, print_json, progress_bar
-    from fcos_deploy.core.backend import SessionOptions
-    from fcos_deploy.core.serialize import to_json
-    from fcos_deploy.verification import (
+    from fcos_deploy.accuracy.gate import write_junit
+    from fcos_deploy.accuracy.verify import (
         VerifyOptions,
         record_verdicts,
         require_verified,
         verify_bundle,
         write_record,
     )
+    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.cli.output import note, print_json, progress_bar
+    from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.core.serialize import to_json
 
     options = VerifyOptions(
         backend=backend,

@@ -1,13 +1,14 @@
-"""The interface that every runtime implements."""
+"""One value per thread, made when the thread first asks for it."""
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from numpy.typing import NDArray
 
@@ -17,7 +18,35 @@ from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
 from fcos_deploy.core.errors import BackendError, BackendLoadError, TensorMismatchError
 from fcos_deploy.core.tensor_spec import TensorSpec
 
-__all__ = ["Backend", "BackendProbe", "ComputeType", "PerformanceHint", "Session", "SessionOptions", "Tensors"]
+__all__ = [
+    "Backend",
+    "BackendProbe",
+    "ComputeType",
+    "PerThread",
+    "PerformanceHint",
+    "Session",
+    "SessionOptions",
+    "Tensors",
+]
+
+T = TypeVar("T")
+
+
+class PerThread(Generic[T]):
+    """Calls ``make`` once in every thread that asks; a thread's value goes when the thread or this object goes."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._local = threading.local()
+
+    def get(self) -> T:
+        """The calling thread's value."""
+        try:
+            value: T = self._local.value
+        except AttributeError:
+            value = self._local.value = self._make()
+        return value
+
 
 Tensors = dict[str, NDArray[Any]]
 

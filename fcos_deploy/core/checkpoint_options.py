@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BoxActivation
-from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter
 
 __all__ = ["AUTO", "CheckpointOptions"]
 

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode import Candidates, HeadOutputs, decode
-from fcos_deploy.core.decode_spec import BoxClip, BoxFilter, DecodeSpec, NmsSpace
+from fcos_deploy.core.decode import BoxClip, BoxFilter, Candidates, DecodeSpec, HeadOutputs, NmsSpace, decode
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import TensorMismatchError

@@ -1,4 +1,4 @@
-"""From a picture to the network's input tensor, and the way back for boxes (spec 9)."""
+"""What happens to an image before the network: the contract, without the arithmetic (spec 9)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,207 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.errors import ImageError, TensorMismatchError
-from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder
-from fcos_deploy.core.require import require
-from fcos_deploy.core.resized_size import padded_size, resized_size
+from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.errors import ConfigError, ImageError, InputSizeError, TensorMismatchError
+from fcos_deploy.core.libraries import require
 
-__all__ = ["Letterbox", "padded_size", "preprocess"]
+__all__ = [
+    "ChannelOrder",
+    "InputDtype",
+    "Letterbox",
+    "PreprocessSpec",
+    "ResizeFilter",
+    "ResizeOrder",
+    "SizeRule",
+    "padded_size",
+    "preprocess",
+    "resized_size",
+]
+
+
+class ResizeFilter(StrEnum):
+    """Bilinear interpolation as a library does it (spec 9, "Interpolators").
+
+    ``torch``: half-pixel, no antialiasing, in float32. ``cv2``: the same on uint8, rounded.
+    ``pil``: antialiased when shrinking, on uint8, rounded.
+    """
+
+    TORCH = "torch"
+    CV2 = "cv2"
+    PIL = "pil"
+
+
+class SizeRule(StrEnum):
+    """How the resized height and width follow from the image and the wanted size (spec 9).
+
+    ``letterbox``: the largest size of the same aspect ratio that fits the canvas, rounded to the nearest pixel. The
+    other rules are the five ecosystems' own shortest-edge / longest-edge arithmetic.
+    """
+
+    LETTERBOX = "letterbox"
+    TORCHVISION = "torchvision"
+    MMDETECTION = "mmdetection"
+    DETECTRON2 = "detectron2"
+    TIANZHI = "tianzhi"
+
+
+class ResizeOrder(StrEnum):
+    """Whether pixels are normalised before or after they are resized."""
+
+    NORMALIZE_FIRST = "normalize-first"
+    RESIZE_FIRST = "resize-first"
+
+
+class ChannelOrder(StrEnum):
+    """Order of the three colour channels in the network's input tensor."""
+
+    RGB = "rgb"
+    BGR = "bgr"
+
+
+class InputDtype(StrEnum):
+    """``uint8``: raw pixels, normalised inside the graph. ``float32``: normalised on the host."""
+
+    UINT8 = "uint8"
+    FLOAT32 = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessSpec:
+    """From a picture to the input tensor ``(3, H, W)``.
+
+    Either ``height`` and ``width`` (a fixed canvas) or ``shortest`` and ``longest`` (the size follows the image, padded
+    to a multiple of ``size_divisor``) are given, in pixels. Normalising is ``(pixel / pixel_scale - mean) / std``,
+    with ``mean`` and ``std`` in the order of ``channel_order``. Padding is appended on the right and the bottom; it is
+    0 after normalising for float32 input, and ``pad_value`` (in ``channel_order``) for uint8 input.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pixel_scale: float = 1.0
+    channel_order: ChannelOrder = ChannelOrder.RGB
+    height: int | None = None
+    width: int | None = None
+    shortest: int | None = None
+    longest: int | None = None
+    size_rule: SizeRule = SizeRule.LETTERBOX
+    resize_filter: ResizeFilter = ResizeFilter.CV2
+    resize_order: ResizeOrder = ResizeOrder.RESIZE_FIRST
+    input_dtype: InputDtype = InputDtype.UINT8
+    size_divisor: int = 32
+
+    def __post_init__(self) -> None:
+        canvas = self.height is not None and self.width is not None
+        edges = self.shortest is not None and self.longest is not None
+        given = sum(v is not None for v in (self.height, self.width, self.shortest, self.longest))
+        if canvas == edges or given != 2:
+            raise ConfigError("Give either height and width, or shortest and longest.")
+        if (self.size_rule is SizeRule.LETTERBOX) != canvas:
+            raise ConfigError(f"Size rule '{self.size_rule}' does not go with {'a canvas' if canvas else 'edges'}.")
+        for size in (self.height, self.width):
+            if size is not None and (size < self.size_divisor or size % self.size_divisor):
+                raise InputSizeError(
+                    f"Input size {self.height}x{self.width} is not a multiple of {self.size_divisor}.",
+                    hint=f"the nearest is {self._round(self.height)}x{self._round(self.width)}",
+                )
+        if self.input_dtype is InputDtype.UINT8 and self.resize_order is ResizeOrder.NORMALIZE_FIRST:
+            raise ConfigError("uint8 input is resized before it is normalised, so the order must be 'resize-first'.")
+        if self.resize_filter is ResizeFilter.PIL and self.resize_order is ResizeOrder.NORMALIZE_FIRST:
+            raise ConfigError("The resize filter 'pil' works on uint8, so the order must be 'resize-first'.")
+        if min(self.std) <= 0 or self.pixel_scale <= 0:
+            raise ConfigError(f"std and pixel_scale must be positive, got {self.std} and {self.pixel_scale}.")
+
+    def _round(self, size: int | None) -> int:
+        return max(self.size_divisor, round((size or 0) / self.size_divisor) * self.size_divisor)
+
+    @property
+    def canvas(self) -> tuple[int, int] | None:
+        """(height, width) of the network input, or None when it follows the image."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+    @property
+    def pad_value(self) -> tuple[int, int, int]:
+        """The uint8 nearest to the mean, per channel: what padding is for uint8 input."""
+        first, second, third = (round(m * self.pixel_scale) for m in self.mean)
+        return first, second, third
+
+
+Size = tuple[int, int]  # height, width
+
+
+def resized_size(height: int, width: int, spec: PreprocessSpec) -> Size:
+    """Height and width of an image of the given size after resizing, before padding; at least 1 each."""
+    new_height, new_width = _RULES[spec.size_rule](height, width, _target(spec))
+    return max(new_height, 1), max(new_width, 1)
+
+
+def padded_size(height: int, width: int, spec: PreprocessSpec) -> Size:
+    """Height and width of the input tensor for an image of the given size."""
+    if spec.canvas is not None:
+        return spec.canvas
+    new_height, new_width = resized_size(height, width, spec)
+    return _round_up(new_height, spec.size_divisor), _round_up(new_width, spec.size_divisor)
+
+
+def _round_up(size: int, divisor: int) -> int:
+    return -(-size // divisor) * divisor
+
+
+def _target(spec: PreprocessSpec) -> Size:
+    """Canvas (height, width), or (shortest, longest) edge."""
+    if spec.canvas is not None:
+        return spec.canvas
+    return spec.shortest or 0, spec.longest or 0  # PreprocessSpec has checked that both are there.
+
+
+def _letterbox(height: int, width: int, target: Size) -> Size:
+    scale = min(target[0] / height, target[1] / width)
+    return min(int(height * scale + 0.5), target[0]), min(int(width * scale + 0.5), target[1])
+
+
+def _torchvision(height: int, width: int, target: Size) -> Size:
+    shortest, longest = target
+    scale = min(shortest / min(height, width), longest / max(height, width))
+    return int(height * scale), int(width * scale)
+
+
+def _mmdetection(height: int, width: int, target: Size) -> Size:
+    shortest, longest = target
+    scale = min(longest / max(height, width), shortest / min(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def _detectron2(height: int, width: int, target: Size) -> Size:
+    shortest, longest = target
+    scale = shortest / min(height, width)
+    new_height, new_width = (float(shortest), scale * width) if height < width else (scale * height, float(shortest))
+    if max(new_height, new_width) > longest:
+        shrink = longest / max(new_height, new_width)
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return int(new_height + 0.5), int(new_width + 0.5)
+
+
+def _tianzhi(height: int, width: int, target: Size) -> Size:
+    shortest, longest = target
+    short_side, long_side = float(min(height, width)), float(max(height, width))
+    size = shortest
+    if long_side / short_side * size > longest:
+        size = round(longest * short_side / long_side)
+    if size == short_side:
+        return height, width
+    if width < height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+_RULES: dict[SizeRule, Callable[[int, int, Size], Size]] = {
+    SizeRule.LETTERBOX: _letterbox,
+    SizeRule.TORCHVISION: _torchvision,
+    SizeRule.MMDETECTION: _mmdetection,
+    SizeRule.DETECTRON2: _detectron2,
+    SizeRule.TIANZHI: _tianzhi,
+}
+
 
 # Planes of the tensor that the red, green and blue of an image go to.
 _PLANES: dict[ChannelOrder, tuple[int, int, int]] = {ChannelOrder.RGB: (0, 1, 2), ChannelOrder.BGR: (2, 1, 0)}

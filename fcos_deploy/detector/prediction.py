@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.atomic import atomic_file
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.draw import DrawOptions, draw_detections
 from fcos_deploy.core.errors import ConfigError, ImageError
-from fcos_deploy.core.image_io import list_images, read_image
+from fcos_deploy.core.files import atomic_file
+from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.libraries import require
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.require import require
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector.detector import Detector
-from fcos_deploy.detector.video import VIDEO_SUFFIXES, VideoWriter, frame_count, read_frames
+from fcos_deploy.detector.draw import DrawOptions, draw_detections
+from fcos_deploy.detector.sources import VIDEO_SUFFIXES, VideoWriter, frame_count, read_frames
 
 __all__ = ["TABLE_COLUMNS", "Prediction", "predict", "prediction_json", "prediction_rows"]
 

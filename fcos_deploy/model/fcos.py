@@ -1,18 +1,152 @@
-"""The canonical FCOS network."""
+"""Feature pyramid with the two extra levels of FCOS, under torchvision's names (spec 2.1)."""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fcos_deploy.core.network import BodyType, FcosConfig
-from fcos_deploy.model.body import ResNetBody
-from fcos_deploy.model.dla import Dla34Body
-from fcos_deploy.model.fpn import FeaturePyramid
-from fcos_deploy.model.head import FcosHead, LevelOutput
-from fcos_deploy.model.mobilenet import MobileNetV2Body
+from fcos_deploy.core.network import BodyType, BoxActivation, FcosConfig, TowerNorm
+from fcos_deploy.model.backbones import Dla34Body, MobileNetV2Body, ResNetBody
 
-__all__ = ["Fcos", "flatten_levels"]
+__all__ = ["Fcos", "FcosHead", "FeaturePyramid", "LevelOutput", "flatten_levels"]
+
+
+class _ExtraLevels(nn.Module):
+    """P6 from the pyramid's P5, P7 from relu(P6)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.p6 = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+
+    def forward(self, p5: Tensor) -> list[Tensor]:
+        p6 = self.p6(p5)
+        return [p6, self.p7(torch.relu(p6))]
+
+
+class FeaturePyramid(nn.Module):
+    """C3-C5 -> P3-P5, and P6-P7 when ``num_levels`` is 5; every level has ``channels`` channels."""
+
+    def __init__(self, in_channels: tuple[int, ...], *, channels: int, num_levels: int) -> None:
+        super().__init__()
+        self.inner_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(c, channels, 1)) for c in in_channels)
+        self.layer_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1)) for _ in in_channels)
+        self.extra_blocks = _ExtraLevels(channels) if num_levels == 5 else None
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """[C3, C4, C5] -> [P3, ..., P7], finest first."""
+        top_down = [block(feature) for block, feature in zip(self.inner_blocks, features, strict=True)]
+        for i in range(len(top_down) - 2, -1, -1):
+            size = cast(list[int], top_down[i].shape[-2:])
+            top_down[i] = top_down[i] + nn.functional.interpolate(top_down[i + 1], size=size, mode="nearest")
+        levels = [block(feature) for block, feature in zip(self.layer_blocks, top_down, strict=True)]
+        return levels if self.extra_blocks is None else levels + self.extra_blocks(levels[-1])
+
+
+class LevelOutput(NamedTuple):
+    """What the head says of one pyramid level.
+
+    cls_logits: (n, classes, h, w), before the sigmoid.
+    distances: (n, 4, h, w), left, top, right, bottom in network-input pixels.
+    centerness: (n, 1, h, w), before the sigmoid.
+    """
+
+    cls_logits: Tensor
+    distances: Tensor
+    centerness: Tensor
+
+
+class _Tower(nn.Module):
+    """Convolution, norm and ReLU, ``count`` times; entry 3i is a convolution and 3i + 1 its norm."""
+
+    def __init__(self, count: int, *, config: FcosConfig) -> None:
+        super().__init__()
+        channels = config.fpn_channels
+        layers: list[nn.Module] = []
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, channels, 3, 1, 1), _norm(config), nn.ReLU()]
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        """(n, c, h, w) -> (n, c, h, w) at pyramid level number ``level``."""
+        for layer in self.conv:
+            x = layer[level](x) if isinstance(layer, nn.ModuleList) else layer(x)
+        return x
+
+
+def _norm(config: FcosConfig) -> nn.Module:
+    channels = config.fpn_channels
+    if config.tower_norm is TowerNorm.GROUP:
+        return nn.GroupNorm(config.norm_groups, channels)
+    if config.tower_norm is TowerNorm.BATCH_PER_LEVEL:
+        return nn.ModuleList(nn.BatchNorm2d(channels) for _ in config.strides)
+    return nn.Identity()
+
+
+class _ClassificationHead(_Tower):
+    def __init__(self, config: FcosConfig) -> None:
+        super().__init__(config.cls_convs, config=config)
+        self.cls_logits = nn.Conv2d(config.fpn_channels, config.num_classes, 3, 1, 1)
+
+
+class _RegressionHead(_Tower):
+    def __init__(self, config: FcosConfig) -> None:
+        super().__init__(config.reg_convs, config=config)
+        self.bbox_reg = nn.Conv2d(config.fpn_channels, 4, 3, 1, 1)
+        # Stays here even when the classification tower feeds it: the key names are torchvision's.
+        self.bbox_ctrness = nn.Conv2d(config.fpn_channels, 1, 3, 1, 1)
+        if config.has_scales:
+            self.scales = nn.Parameter(torch.ones(config.num_levels))
+
+
+class FcosHead(nn.Module):
+    """Classification, box regression and centerness over all levels."""
+
+    def __init__(self, config: FcosConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.classification_head = _ClassificationHead(config)
+        self.regression_head = _RegressionHead(config)
+        self.shared_tower = _Tower(config.shared_convs, config=config) if config.shared_convs else None
+        # Weights on the meta device are assigned later; drawing them there imports torch._dynamo, which takes seconds.
+        if not self.regression_head.bbox_reg.weight.is_meta:
+            self._draw_weights()
+
+    def _draw_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # Prior probability 0.01 for every class (focal loss paper, section 4.1).
+        with torch.no_grad():
+            self.classification_head.cls_logits.bias.sub_(math.log(99.0))  # type: ignore[union-attr]  # has a bias
+
+    def forward(self, levels: list[Tensor]) -> list[LevelOutput]:
+        """[P3, ...] -> one ``LevelOutput`` a level."""
+        return [self._level(feature, level) for level, feature in enumerate(levels)]
+
+    def _level(self, feature: Tensor, level: int) -> LevelOutput:
+        shared = feature if self.shared_tower is None else self.shared_tower(feature, level)
+        cls_feature = self.classification_head(shared, level)
+        reg_feature = self.regression_head(shared, level)
+        centerness_feature = reg_feature if self._config.centerness_on_reg else cls_feature
+        return LevelOutput(
+            self.classification_head.cls_logits(cls_feature),
+            self._distances(self.regression_head.bbox_reg(reg_feature), level),
+            self.regression_head.bbox_ctrness(centerness_feature),
+        )
+
+    def _distances(self, raw: Tensor, level: int) -> Tensor:
+        if self._config.has_scales:
+            raw = raw * self.regression_head.scales[level]
+        if self._config.box_activation is BoxActivation.EXP:
+            return torch.exp(raw)  # In pixels already: the exp variants never multiply by the stride (spec 10.1).
+        return torch.relu(raw) * self._config.strides[level]
+
 
 _BODIES: dict[BodyType, type[ResNetBody] | type[Dla34Body] | type[MobileNetV2Body]] = {
     BodyType.RESNET: ResNetBody,

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fcos_deploy.core.contract import Decision, ModelContract
-from fcos_deploy.core.decode_spec import DecodeSpec
+from fcos_deploy.core.decode import DecodeSpec, level_sizes
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.locations import level_sizes
-from fcos_deploy.core.preprocess_spec import PreprocessSpec
-from fcos_deploy.model.head import LevelOutput
+from fcos_deploy.core.preprocess import PreprocessSpec
+from fcos_deploy.model.fcos import LevelOutput
 
 __all__ = ["BoxOutput", "Grouping", "OutputConvention", "WrappedModule", "wrap_module"]
 

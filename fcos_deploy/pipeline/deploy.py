@@ -12,20 +12,35 @@ from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
 from fcos_deploy.accuracy.gate import require_all
 from fcos_deploy.benchmark.run import Benchmark
 from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifest, Provenance, StepOutput, Target
+from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import backend as backend_named
 from fcos_deploy.core.registry import backends, exporters
-from fcos_deploy.model.checkpoint import load_checkpoint
-from fcos_deploy.pipeline.proof import accuracy_figures, measure_accuracy, with_bf16, write_golden
-from fcos_deploy.pipeline.report_step import write_report_step
-from fcos_deploy.pipeline.request import DeployRequest
-from fcos_deploy.pipeline.speed import benchmark_figures, measure_speed
-from fcos_deploy.pipeline.steps import Calibrated, Graph, Variant, Workshop, build, calibrate, export, quantize
-from fcos_deploy.pipeline.targets import make_for_target
+from fcos_deploy.pipeline.proof import (
+    accuracy_figures,
+    benchmark_figures,
+    measure_accuracy,
+    measure_speed,
+    with_bf16,
+    write_golden,
+)
+from fcos_deploy.pipeline.report import write_report_step
+from fcos_deploy.pipeline.steps import (
+    Calibrated,
+    DeployRequest,
+    Graph,
+    Variant,
+    Workshop,
+    build,
+    calibrate,
+    export,
+    make_for_target,
+    quantize,
+)
 
-__all__ = ["Deployment", "deploy", "runnable_backends"]
+__all__ = ["DEMO_DATA", "Deployment", "demo_request", "deploy", "runnable_backends"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,3 +193,25 @@ def _created(shop: Workshop) -> str:
 
     inputs = {"checkpoint": shop.contract.source_sha256, "command": shop.request.command}
     return str(shop.writer.step("created", inputs=inputs, make=make).values)
+
+
+DEMO_DATA = Path(__file__).parent.parent / "demo_data"
+
+
+def demo_request(output: Path) -> DeployRequest:
+    """Deploy the bundled blood-cell detector for every backend of this machine.
+
+    Raises:
+        ConfigError: this installation came without the demo's data.
+    """
+    checkpoint = DEMO_DATA / "fcos_bccd.safetensors"
+    if not checkpoint.is_file():
+        raise ConfigError("This installation has no demo data.", hint="install fcos-deploy from its wheel or a clone")
+    return DeployRequest(
+        checkpoint=checkpoint,
+        output=output,
+        calibration_images=DEMO_DATA / "calibration",
+        images=DEMO_DATA / "evaluation",
+        annotations=DEMO_DATA / "evaluation.json",
+        command=f"fcos-deploy demo -o {output.name}",
+    )

@@ -1,11 +1,11 @@
-"""The steps that make a bundle's artifacts; each one is skipped when its inputs have not changed."""
+"""What a deployment is asked to do."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,24 +18,75 @@ from fcos_deploy.bundle import (
     StepOutput,
     VersionRule,
 )
-from fcos_deploy.core.artifact_files import engine_file, graph_file
-from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.backend import ComputeType, SessionOptions
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import contract_to_text
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.contract import ModelContract, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest
+from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.model_files import engine_file, graph_file
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import backend as backend_named
 from fcos_deploy.core.registry import exporter_to
 from fcos_deploy.core.serialize import to_json
-from fcos_deploy.pipeline.quantize_model import accuracy_goal, quantize_model
-from fcos_deploy.pipeline.request import DeployRequest
+from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
+from fcos_deploy.targets.plan import Plan, PlanRequest, plan
+from fcos_deploy.targets.profiles import load_profile
 
 if TYPE_CHECKING:
-    from fcos_deploy.model.checkpoint import LoadedCheckpoint
+    from fcos_deploy.checkpoints.load import LoadedCheckpoint
 
-__all__ = ["Calibrated", "Graph", "Variant", "Workshop", "build", "calibrate", "export", "quantize"]
+__all__ = [
+    "Calibrated",
+    "DeployRequest",
+    "Graph",
+    "Variant",
+    "Workshop",
+    "build",
+    "calibrate",
+    "export",
+    "make_for_target",
+    "plan_targets",
+    "quantize",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployRequest:
+    """From ``checkpoint`` to the bundle ``output``.
+
+    ``backends`` to build for; empty takes every one that this machine can run. ``images`` (and ``annotations``) prove
+    the accuracy; without them the calibration images and the reference's own detections do. ``plans`` are devices that
+    get artifacts of their own. ``max_map_drop`` is the most AP (0..1) that INT8 may lose.
+    """
+
+    checkpoint: Path
+    output: Path
+    calibration_images: Path
+    backends: tuple[str, ...] = ()
+    plans: tuple[Plan, ...] = ()
+    options: CheckpointOptions = field(default_factory=CheckpointOptions)
+    images: Path | None = None
+    annotations: Path | None = None
+    max_map_drop: float = 0.01
+    calibration_count: int | None = None
+    seed: int = 0
+    opset: int | None = None
+    golden_count: int = 4
+    benchmark_iterations: int = 30
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_map_drop <= 1.0:
+            raise ConfigError(
+                f"max_map_drop is a share of 1 (0.01 is one AP point), in [0, 1], got {self.max_map_drop}."
+            )
+        if self.annotations is not None and self.images is None:
+            raise ConfigError("Annotations need the images they belong to.", hint="give --images DIR as well")
+        if self.golden_count < 1:
+            raise ConfigError("A bundle needs at least one golden image.")
+
 
 # An IR is read by every later OpenVINO; an engine is the builder's own version's.
 _VERSION_RULES: dict[ArtifactKind, VersionRule] = {
@@ -142,9 +193,9 @@ def export(
 
 def calibrate(shop: Workshop, source: Graph) -> Calibrated:
     """The ranges of the graph's activations over the calibration images."""
-    from calibration.calibration_file import load_calibration, save_calibration
-    from calibration.data import SampleOptions, collect_images
-    from calibration.statistics import collect_ranges
+    from calibration.cache import load_calibration, save_calibration
+    from calibration.calibrate import collect_ranges
+    from calibration.dataset import SampleOptions, collect_images
 
     request = shop.request
     options = SampleOptions(count=request.calibration_count, seed=request.seed)
@@ -279,3 +330,41 @@ def _versions(*distributions: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def plan_targets(
+    names: tuple[str, ...], *, backend: str = "", input_size: tuple[int, int] | None = None
+) -> tuple[Plan, ...]:
+    """What each device profile gets; ``backend`` and ``input_size`` (height, width) replace the profile's choice.
+
+    Raises:
+        ConfigError: an unknown profile, a plan that cannot work there, with the rule that forbids it, or a profile that
+            wants another batch than the graphs of a bundle have.
+    """
+    request = PlanRequest(backend=backend, input_size=input_size or PlanRequest().input_size)
+    profiles = [load_profile(name) for name in names]
+    for profile in profiles:
+        if profile.batch != 1:
+            raise ConfigError(
+                f"Profile '{profile.name}' wants batches of {profile.batch}; the graphs of a bundle take one image.",
+                hint=f"set its batch to 1, or: fcos-deploy export --batch {profile.batch}, then build --target",
+            )
+    return tuple(plan(profile, request) for profile in profiles)
+
+
+def make_for_target(shop: Workshop, wanted: Plan) -> list[Artifact]:
+    """The graph with the plan's tail and precision and, where the builder needs no device, the engine.
+
+    Raises:
+        AccuracyGateError: INT8 cannot hold the accuracy goal.
+    """
+    float_precision = wanted.precision if wanted.precision is not Precision.INT8 else Precision.FP32
+    graph = export(shop, tail=wanted.tail, precision=float_precision, nms_form=wanted.nms_form)
+    if wanted.precision is Precision.INT8:
+        calibrated = calibrate(shop, graph)
+        graph = quantize(shop, graph, calibrated=calibrated, consumer=wanted.placement)
+    engines = [a for a in wanted.artifacts if a.where == "here" and a.kind is not graph.artifact.kind]
+    made = [graph.artifact]
+    for _ in engines:
+        made.append(build(shop, graph, backend=wanted.backend, options=wanted.options).artifact)
+    return made

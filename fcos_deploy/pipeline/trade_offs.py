@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.mixed_precision import Trial
-from calibration.sensitivity import LayerSensitivity
+from calibration.mixed_precision import LayerSensitivity, Trial
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
-from fcos_deploy.core.atomic import write_text
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.image_io import read_image
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.image import read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.score_drift import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json

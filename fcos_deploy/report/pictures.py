@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import ImageError
-from fcos_deploy.core.require import require
+from fcos_deploy.core.libraries import require
+from fcos_deploy.report.charts import FAIL, MOVED, PASS, WARN
 from fcos_deploy.report.data import Picture, PictureBox
-from fcos_deploy.report.style import FAIL, MOVED, PASS, WARN
 
 __all__ = ["DrawnBox", "DrawnPicture", "draw_pictures"]
 

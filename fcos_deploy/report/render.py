@@ -7,8 +7,8 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.core.atomic import write_text
-from fcos_deploy.core.require import require
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.libraries import require
 from fcos_deploy.report.charts import make_charts
 from fcos_deploy.report.data import ReportData
 from fcos_deploy.report.pictures import draw_pictures

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype
-from fcos_deploy.serving.package import Packager, ServedModel
-from fcos_deploy.serving.tensors import input_specs
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype
+from fcos_deploy.serving.package import Packager, ServedModel, input_specs
 
 __all__ = ["PACKAGER", "nvinfer_config", "preprocess_config"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fcos_deploy.core.contract_io import contract_to_text
+from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions
-from fcos_deploy.serving.tensors import input_specs
+from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions, input_specs
 
 __all__ = ["PACKAGER", "server_config"]
 

@@ -1,25 +1,162 @@
-"""Chooses the artifact of a bundle and hands it to the writer of one serving engine."""
+"""Whether a model file takes batches of any size, read without the frameworks."""
 
 from __future__ import annotations
 
 import importlib
+import mmap
 import pkgutil
 import re
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fcos_deploy.bundle.artifact import Artifact
+from fcos_deploy.bundle.records import Artifact
 from fcos_deploy.bundle.store import Bundle
-from fcos_deploy.core.atomic import atomic_directory
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import read_contract
-from fcos_deploy.core.enums import ArtifactKind, Precision
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.decode import level_sizes
+from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.errors import BackendLoadError, ConfigError
+from fcos_deploy.core.files import atomic_directory
+from fcos_deploy.core.onnx_file import ByteSource, length_delimited_fields
+from fcos_deploy.core.preprocess import InputDtype
+from fcos_deploy.core.tensor_spec import TensorSpec
 
-__all__ = ["Packager", "ServedModel", "ServingOptions", "package_bundle", "packagers"]
+__all__ = [
+    "Packager",
+    "ServedModel",
+    "ServingOptions",
+    "input_specs",
+    "largest_batch",
+    "output_specs",
+    "package_bundle",
+    "packagers",
+]
+
+_ANY = 1 << 16
+# ModelProto.graph, GraphProto.input, ValueInfoProto.type, TypeProto.tensor_type, TypeProto.Tensor.shape
+_TO_SHAPE = (7, 11, 2, 1, 2)
+_DIMENSION, _DIMENSION_NAME = 1, 2
+_IR_INPUT = re.compile(rb'<layer[^>]*type="Parameter"[^>]*>\s*<data[^>]*shape="([^",]*)')
+
+
+def largest_batch(path: Path, artifact: Artifact) -> int:
+    """1 for a fixed batch, otherwise the largest that it takes.
+
+    Raises:
+        BackendLoadError: when the file is not of its kind.
+    """
+    if artifact.requires.max_batch:
+        return artifact.requires.max_batch
+    look = _LOOK.get(artifact.kind)
+    return _ANY if look is not None and look(path) else 1
+
+
+def _onnx_is_dynamic(path: Path) -> bool:
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            shapes = list(_shapes(data, 0, len(data), _TO_SHAPE))
+            return bool(shapes) and all(_first_is_dynamic(data, *shape) for shape in shapes)
+        except (IndexError, ValueError) as error:
+            raise BackendLoadError(f"'{path}' is not a complete ONNX file.") from error
+
+
+def _shapes(data: ByteSource, start: int, end: int, fields: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    if not fields:
+        yield start, end
+        return
+    for number, first, last in length_delimited_fields(data, start=start, end=end):
+        if number == fields[0]:
+            yield from _shapes(data, first, last, fields[1:])
+
+
+def _first_is_dynamic(data: ByteSource, start: int, end: int) -> bool:
+    """A dimension with a name, or with nothing, is dynamic; one with a number has no length-delimited field."""
+    for number, first, last in length_delimited_fields(data, start=start, end=end):
+        if number == _DIMENSION:
+            named = any(n == _DIMENSION_NAME for n, _, _ in length_delimited_fields(data, start=first, end=last))
+            return named or first == last
+    return False
+
+
+def _ir_is_dynamic(path: Path) -> bool:
+    batches = _IR_INPUT.findall(path.read_bytes())
+    return bool(batches) and all(not batch.isdigit() for batch in batches)
+
+
+_LOOK: dict[ArtifactKind, Callable[[Path], bool]] = {
+    ArtifactKind.ONNX: _onnx_is_dynamic,
+    ArtifactKind.OPENVINO_IR: _ir_is_dynamic,
+}
+
+
+def input_specs(contract: ModelContract) -> tuple[TensorSpec, ...]:
+    """Inputs with a dynamic batch as first axis.
+
+    Raises:
+        ConfigError: when the input size follows the image, for which serving engines cannot batch.
+    """
+    height, width = _canvas(contract)
+    dtype = "uint8" if contract.preprocess.input_dtype is InputDtype.UINT8 else "float32"
+    images = TensorSpec("images", dtype, (None, 3, height, width))
+    sizes = (TensorSpec("image_sizes", "float32", (None, 4)),) if contract.needs_image_sizes else ()
+    return (images, *sizes)
+
+
+def output_specs(contract: ModelContract) -> tuple[TensorSpec, ...]:
+    """Outputs with a dynamic batch as first axis, in the contract's order."""
+    return tuple(
+        TensorSpec(name, dtype, (None, *shape)) for name, (dtype, shape) in _SHAPES[contract.tail](contract).items()
+    )
+
+
+def _canvas(contract: ModelContract) -> tuple[int, int]:
+    if contract.preprocess.canvas is None:
+        raise ConfigError("A model whose input size varies cannot be served.", hint="export it with a canvas")
+    return contract.preprocess.canvas
+
+
+_Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def _raw(contract: ModelContract) -> _Shapes:
+    locations, classes = sum(_locations(contract)), _channels(contract)
+    return {
+        "cls_logits": ("float32", (locations, classes)),
+        "distances": ("float32", (locations, 4)),
+        "centerness": ("float32", (locations, 1)),
+    }
+
+
+def _candidates(contract: ModelContract) -> _Shapes:
+    top_k, classes = contract.decode.pre_nms_top_k, _channels(contract)
+    count = sum(min(top_k, locations * classes) for locations in _locations(contract))
+    return {"boxes": ("float32", (count, 4)), "scores": ("float32", (count,)), "labels": ("int32", (count,))}
+
+
+def _nms(contract: ModelContract) -> _Shapes:
+    count = contract.decode.max_detections
+    return {
+        "boxes": ("float32", (count, 4)),
+        "scores": ("float32", (count,)),
+        "labels": ("int32", (count,)),
+        "num_detections": ("int32", (1,)),
+    }
+
+
+_SHAPES = {Tail.RAW: _raw, Tail.CANDIDATES: _candidates, Tail.NMS: _nms}
+
+
+def _channels(contract: ModelContract) -> int:
+    return len(contract.decode.label_map) or len(contract.class_names)
+
+
+def _locations(contract: ModelContract) -> list[int]:
+    height, width = _canvas(contract)
+    return [rows * columns for rows, columns in level_sizes(height, width, strides=contract.decode.strides)]
+
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 

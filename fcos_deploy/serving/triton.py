@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from fcos_deploy.core.contract_io import contract_to_text
+from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.tensor_spec import TensorSpec
-from fcos_deploy.serving.batching import largest_batch
-from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions
-from fcos_deploy.serving.tensors import input_specs, output_specs
+from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions, input_specs, largest_batch, output_specs
 
 __all__ = ["PACKAGER", "config_text"]
 

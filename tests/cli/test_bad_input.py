@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.pipeline.demo import DEMO_DATA
+from fcos_deploy.pipeline.deploy import DEMO_DATA
 
 CHECKPOINT = DEMO_DATA / "fcos_bccd.safetensors"
 PHOTO = DEMO_DATA / "evaluation" / "BloodImage_00000.jpg"

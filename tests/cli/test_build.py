@@ -20,7 +20,7 @@ from calibration.qdq import quantize_qdq
 from exporters.onnx_file import load_onnx, save_onnx, with_contract
 from fcos_deploy.bundle import DEFAULT_GATES, ArtifactDraft, BundleWriter, Manifest, Provenance, StepOutput, Target
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 
 RUN = CliRunner()

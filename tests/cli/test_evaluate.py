@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 import fcos_deploy
-from fcos_deploy.accuracy import collect
+from fcos_deploy.accuracy import evaluate as collect
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.detector import Detector
 
@@ -63,7 +63,7 @@ def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained detector: an untrained one's scores nearly tie, so that rounding decides which boxes win."""
     pytest.importorskip("torch")
     from exporters.torch_onnx import export_onnx
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     return export_onnx(load_checkpoint(CHECKPOINT), tmp_path_factory.mktemp("demo") / "demo.onnx").path
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fcos_deploy import Detector
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import Precision
 
 pytest.importorskip("onnxruntime")

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract_io import read_contract
-from fcos_deploy.core.image_io import list_images
+from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.image import list_images
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.calibration_file import Calibration, save_calibration
+from calibration.cache import Calibration, save_calibration
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("resource")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError, FcosDeployError, StepCheckError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, Exporter

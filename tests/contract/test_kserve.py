@@ -24,15 +24,15 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
+from fcos_deploy.accuracy.verify import VerifyOptions, verify_bundle
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.detector import Detector
 from fcos_deploy.serving import package_bundle
-from fcos_deploy.verification import VerifyOptions, verify_bundle
-from runtimes._kserve_protocol import parse_address
+from runtimes._kserve import parse_address
 from runtimes.kserve import BACKEND, RemoteModel, write_remote_model
 
 SCRIPT = Path(__file__).parents[1] / "data" / "serving" / "triton_server.py"

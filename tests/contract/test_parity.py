@@ -35,7 +35,7 @@ def reference(golden_dir: Path) -> dict[str, Any]:
 def models(reference: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Detector]]:
     """Detectors by backend: the checkpoint in torchvision's own keys, and the ONNX file made of it."""
     from exporters.torch_onnx import export_onnx
-    from fcos_deploy.model.checkpoint import CheckpointOptions, load_checkpoint
+    from fcos_deploy.checkpoints.load import CheckpointOptions, load_checkpoint
 
     folder, meta = tmp_path_factory.mktemp("parity"), reference["meta"]
     path = folder / "torchvision.pth"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.calibration_file import save_calibration
-from calibration.data import collect_images, read_picture
-from calibration.feeds import Feeder
+from calibration.cache import save_calibration
+from calibration.dataset import collect_images, read_picture
+from calibration.execution import Feeder
 from calibration.quantizers import QUANTIZERS, QuantizeRequest, quantizer
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 

@@ -15,20 +15,20 @@ pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from calibration.data import SampleOptions, collect_images
+from calibration.calibrate import collect_ranges
+from calibration.dataset import SampleOptions, collect_images
 from calibration.placement import placement_for
 from calibration.qdq import quantize_qdq
-from calibration.statistics import collect_ranges
-from exporters.onnx_fp16 import convert_to_fp16
+from exporters.fp16 import convert_to_fp16
 from exporters.tensorrt_rtx_engine import EXPORTER
 from exporters.torch_onnx import ExportOptions, NmsForm, export_onnx
+from fcos_deploy.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import BuildError, ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.network import resnet_config
-from fcos_deploy.model.checkpoint import LoadedCheckpoint, load_checkpoint
 from fcos_deploy.model.fcos import Fcos
 
 pytestmark = pytest.mark.slow

@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from calibration.run import CalibrationRequest, calibrate
-from fcos_deploy.accuracy.collect import Target
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+from calibration.calibrate import CalibrationRequest, calibrate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.atomic import sha256_file
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.pipeline.demo import DEMO_DATA
+from fcos_deploy.core.files import sha256_file
+from fcos_deploy.pipeline.deploy import DEMO_DATA
 from fcos_deploy.pipeline.trade_offs import find_trade_offs
 
 torch = pytest.importorskip("torch")
@@ -49,7 +48,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import load_file, save_file
 
     from exporters.torch_onnx import export_onnx
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     folder, source = tmp_path_factory.mktemp("hard"), DEMO_DATA / "fcos_bccd.safetensors"
     state = load_file(source)

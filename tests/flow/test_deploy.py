@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.pipeline.demo import DEMO_DATA
+from fcos_deploy.pipeline.deploy import DEMO_DATA
 
 CHECKPOINT = DEMO_DATA / "fcos_bccd.safetensors"
 pytestmark = pytest.mark.slow

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 import fcos_deploy
-from calibration.calibration_file import load_calibration
-from calibration.executed import executed_share
+from calibration.cache import load_calibration
+from calibration.calibrate import CalibrationRequest, calibrate
+from calibration.execution import executed_share
 from calibration.placement import placement_for
 from calibration.qdq import quantize_qdq
-from calibration.run import CalibrationRequest, calibrate
-from fcos_deploy.accuracy.collect import Target
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.core.backend import SessionOptions
 
 DEMO = Path(fcos_deploy.__file__).parent / "demo_data"
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.slow
 def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     from exporters.torch_onnx import export_onnx
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     output = tmp_path_factory.mktemp("demo") / "demo.onnx"
     return export_onnx(load_checkpoint(DEMO / "fcos_bccd.safetensors"), output).path

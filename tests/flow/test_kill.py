@@ -30,9 +30,9 @@ import json, os, resource, signal, sys
 from pathlib import Path
 from fcos_deploy.bundle import *
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import ArtifactKind, Precision
-from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.core.preprocess import PreprocessSpec
 
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "ctypes.dlsym"}
 CONTRACT = ModelContract(

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from fcos_deploy.bundle import open_bundle
-from fcos_deploy.bundle.resume import Journal
+from fcos_deploy.bundle.writer import Journal
 
 KILLS = int(os.environ.get("FCOS_DEPLOY_KILLS", "2"))
 SEED = int(os.environ.get("FCOS_DEPLOY_KILLS_SEED", "50"))
@@ -31,7 +31,7 @@ LAUNCHER = r"""
 import json, os, signal, sys, time
 from pathlib import Path
 import onnx, onnxruntime, onnxscript, onnxsim, torch
-import calibration.run, exporters.torch_onnx, fcos_deploy.pipeline
+import calibration.calibrate, exporters.torch_onnx, fcos_deploy.pipeline
 from fcos_deploy.cli.app import build_app
 
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "ctypes.dlsym"}

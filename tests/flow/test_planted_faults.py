@@ -18,22 +18,29 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from exporters.torch_onnx import export_onnx  # noqa: E402
-from fcos_deploy.accuracy.collect import Target  # noqa: E402
-from fcos_deploy.accuracy.layer_sources import OnnxLayers  # noqa: E402
-from fcos_deploy.accuracy.layers import LayerFinding, first_departing_layer  # noqa: E402
+from fcos_deploy.accuracy.evaluate import Target  # noqa: E402
+from fcos_deploy.accuracy.layers import (  # noqa: E402
+    LayerFinding,
+    OnnxLayers,
+    first_departing_layer,
+)
 from fcos_deploy.accuracy.parity import ParityReport  # noqa: E402
-from fcos_deploy.accuracy.tensors import tolerance_for  # noqa: E402
+from fcos_deploy.accuracy.stages import tolerance_for  # noqa: E402
+from fcos_deploy.checkpoints.load import load_checkpoint  # noqa: E402
 from fcos_deploy.cli.app import build_app  # noqa: E402
 from fcos_deploy.core.backend import ComputeType, SessionOptions  # noqa: E402
-from fcos_deploy.core.contract import ModelContract  # noqa: E402
-from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text, read_contract  # noqa: E402
+from fcos_deploy.core.contract import (  # noqa: E402
+    METADATA_KEY,
+    ModelContract,
+    contract_to_text,
+    read_contract,
+)
 from fcos_deploy.core.enums import Precision  # noqa: E402
 from fcos_deploy.core.network import FcosConfig  # noqa: E402
-from fcos_deploy.core.preprocess_spec import ChannelOrder, ResizeFilter  # noqa: E402
+from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter  # noqa: E402
 from fcos_deploy.detector import Detector  # noqa: E402
-from fcos_deploy.model.checkpoint import load_checkpoint  # noqa: E402
 from fcos_deploy.model.fcos import Fcos  # noqa: E402
-from fcos_deploy.pipeline.diagnose import ParityRequest, check_parity  # noqa: E402
+from fcos_deploy.pipeline.parity import ParityRequest, check_parity  # noqa: E402
 
 pytestmark = pytest.mark.slow  # a network is exported
 

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode_spec import PROFILES, BoxFilter, DecodeSpec
-from fcos_deploy.core.image_io import read_image
-from fcos_deploy.core.locations import location_strides
+from fcos_deploy.core.decode import PROFILES, BoxFilter, DecodeSpec, location_strides
+from fcos_deploy.core.image import read_image
 from fcos_deploy.core.postprocess import postprocess
-from fcos_deploy.core.preprocess import Letterbox, preprocess
-from fcos_deploy.core.preprocess_spec import (
+from fcos_deploy.core.preprocess import (
     ChannelOrder,
     InputDtype,
+    Letterbox,
     PreprocessSpec,
     ResizeFilter,
     ResizeOrder,
     SizeRule,
+    preprocess,
 )
 
 FIVE, THREE = (8, 16, 32, 64, 128), (8, 16, 32)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fcos_deploy.core.locations import location_strides
-from fcos_deploy.model.checkpoint import CheckpointOptions, load_checkpoint
+from fcos_deploy.checkpoints.load import CheckpointOptions, load_checkpoint
+from fcos_deploy.core.decode import location_strides
 from fcos_deploy.model.fcos import flatten_levels
 
 DATA = Path(__file__).parent / "data"
@@ -83,8 +83,7 @@ def test_reference_thresholds_are_what_the_rules_say(name: str, tmp_path: Path) 
     test = reference.get("FCOS") or reference.get("test_cfg") or reference
     if name.startswith("torchvision"):
         pytest.skip("this model was built with thresholds of its own")
-    from fcos_deploy.model.describe import describe_weights
-    from fcos_deploy.model.state_dict import StoredWeights
+    from fcos_deploy.checkpoints.describe import StoredWeights, describe_weights
 
     weights = {
         n: torch.zeros(s) if "running" in n or n.endswith("scale") else torch.empty(s, device="meta")

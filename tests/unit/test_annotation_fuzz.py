@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calibration.data import SampleOptions, collect_images
+from calibration.dataset import SampleOptions, collect_images
 from fcos_deploy.accuracy.dataset import load_coco
 from fcos_deploy.core.errors import FcosDeployError
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fcos_deploy.core import atomic
-from fcos_deploy.core.atomic import atomic_directory, atomic_file, sha256_file, write_text
+from fcos_deploy.core import files as atomic
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.files import atomic_directory, atomic_file, sha256_file, write_text
 
 
 def _write_half(path: Path) -> None:

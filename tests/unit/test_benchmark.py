@@ -17,17 +17,20 @@ from fcos_deploy.benchmark.machine import (
     machine_facts,
     read_clock,
 )
-from fcos_deploy.benchmark.run import Benchmark, BenchmarkResult, demo_image, model_bytes
-from fcos_deploy.benchmark.stats import LatencyStats, StageMedians
-from fcos_deploy.benchmark.summary import (
+from fcos_deploy.benchmark.measure import LatencyStats, StageMedians
+from fcos_deploy.benchmark.run import (
+    Benchmark,
+    BenchmarkResult,
     benchmark_json,
     compare_with_baseline,
+    demo_image,
+    model_bytes,
     read_baseline,
     require_no_slowdown,
     save_benchmark,
 )
 from fcos_deploy.core.errors import ConfigError, SlowdownError
-from fcos_deploy.core.image_io import read_image
+from fcos_deploy.core.image import read_image
 
 
 def result(backend: str = "openvino", *, times: float = 10.0) -> BenchmarkResult:

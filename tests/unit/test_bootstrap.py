@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.bootstrap import ap_interval, match_dataset, paired_ap_drop, sample_ap, weighted_ap
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, Truth
+from fcos_deploy.accuracy.intervals import ap_interval, match_dataset, paired_ap_drop, sample_ap, weighted_ap
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fcos_deploy.bundle import Bundle, BundleWriter, StepOutput, is_bundle, open_bundle, select_artifact
-from fcos_deploy.bundle.exchange import replace_folder, restore_folder
+from fcos_deploy.bundle.writer import replace_folder, restore_folder
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
 

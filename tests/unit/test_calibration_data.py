@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.data import CalibrationImage, SampleOptions, collect_images, read_picture
-from calibration.set_report import examine_set
+from calibration.dataset import CalibrationImage, SampleOptions, collect_images, examine_set, read_picture
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 

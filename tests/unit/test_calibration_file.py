@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from calibration.calibration_file import load_calibration, save_calibration
+from calibration.cache import load_calibration, save_calibration
 from calibration.ranges import RangeMethod
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 

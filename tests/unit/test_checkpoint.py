@@ -16,13 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fcos_deploy.checkpoints.describe import describe_checkpoint, find_weights
+from fcos_deploy.checkpoints.load import CheckpointOptions, load_checkpoint, to_tensors
 from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError
 from fcos_deploy.core.network import resnet_config
-from fcos_deploy.model.checkpoint import CheckpointOptions, load_checkpoint
-from fcos_deploy.model.describe import describe_checkpoint
 from fcos_deploy.model.fcos import Fcos
-from fcos_deploy.model.materialize import to_tensors
-from fcos_deploy.model.state_dict import find_weights
 
 CANVAS = CheckpointOptions(input_size=(128, 160))
 
@@ -221,7 +219,7 @@ def test_peak_memory_stays_under_twice_the_tensors(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from fcos_deploy.model.checkpoint import CheckpointOptions, load_checkpoint
+from fcos_deploy.checkpoints.load import CheckpointOptions, load_checkpoint
 def status(key):
     lines = Path('/proc/self/status').read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import (
+from fcos_deploy.core.contract import (
     METADATA_KEY,
+    ModelContract,
     contract_to_text,
     find_contract,
     onnx_metadata,

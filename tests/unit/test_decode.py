@@ -9,10 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.decode import Candidates, HeadOutputs, decode
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec, ScoreForm
+from fcos_deploy.core.decode import (
+    PROFILES,
+    Candidates,
+    DecodeSpec,
+    HeadOutputs,
+    ScoreForm,
+    decode,
+    level_sizes,
+    location_centers,
+)
 from fcos_deploy.core.errors import TensorMismatchError
-from fcos_deploy.core.locations import level_sizes, location_centers
 
 SIZE = (64, 96)
 STRIDES = (8, 16, 32, 64, 128)

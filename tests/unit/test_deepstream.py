@@ -20,7 +20,7 @@ from fcos_deploy.bundle import Artifact, StepRecord, open_bundle
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype
 from fcos_deploy.serving import ServingOptions, package_bundle
 from fcos_deploy.serving.deepstream import PACKAGER
 from fcos_deploy.serving.package import ServedModel

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from fcos_deploy import ComputeType, Detections, Detector, Precision, SessionOptions, Tail
 from fcos_deploy.core.backend import Session, Tensors
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, ImageError
-from fcos_deploy.core.preprocess_spec import InputDtype, PreprocessSpec, SizeRule
+from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec, SizeRule
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 pytest.importorskip("onnxruntime")
@@ -38,7 +38,7 @@ def detector(tiny_onnx: Path) -> Iterator[Detector]:
 def batches(tiny_checkpoint: Path) -> dict[str, Path]:
     """ONNX files of a fixed batch of two and of an open one, and with the nms tail."""
     from exporters.torch_onnx import ExportOptions, export_onnx
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     loaded = load_checkpoint(tiny_checkpoint)
     wanted = {
@@ -136,7 +136,7 @@ def test_a_fixed_batch_takes_no_more(batches: dict[str, Path], blobs: Images) ->
 
 
 def test_sizes_that_follow_the_image(tiny_checkpoint: Path, blobs: Images) -> None:
-    from fcos_deploy.model.checkpoint import load_checkpoint
+    from fcos_deploy.checkpoints.load import load_checkpoint
 
     loaded = load_checkpoint(tiny_checkpoint)
     spec = PreprocessSpec(

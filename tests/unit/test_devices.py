@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
-from fcos_deploy.core.artifact_files import graph_file
-from fcos_deploy.core.device_plan import PlanRequest, plan
-from fcos_deploy.core.device_rules import RULES, rule_name
-from fcos_deploy.core.devices import DeviceFamily, load_profile, profile_names
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions
+from fcos_deploy.core.libraries import parse_version
+from fcos_deploy.core.model_files import graph_file
 from fcos_deploy.core.registry import exporters
-from fcos_deploy.core.trtexec import TrtexecRequest, trtexec_command
-from fcos_deploy.core.version import parse_version
-from fcos_deploy.pipeline import plan_targets
+from fcos_deploy.pipeline.steps import plan_targets
+from fcos_deploy.targets.plan import RULES, PlanRequest, plan, rule_name
+from fcos_deploy.targets.profiles import DeviceFamily, load_profile, profile_names
+from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 
 HARDWARE_PAGE = Path(__file__).parents[2] / "docs/hardware.md"
 
@@ -232,14 +231,14 @@ def test_unknown_profile_names_the_ones_there_are() -> None:
 
 
 def test_own_profile_from_a_file(tmp_path: Path) -> None:
-    shipped = Path(__file__).parents[2] / "fcos_deploy/devices/jetson-orin-nano.toml"
+    shipped = Path(__file__).parents[2] / "fcos_deploy/targets/devices/jetson-orin-nano.toml"
     own = tmp_path / "board.toml"
     own.write_text(shipped.read_text().replace("jetson-orin-nano", "my-board").replace("8192", "4096"))
     assert load_profile(str(own)).memory_mib == 4096
 
 
 def test_profile_of_another_batch_than_a_bundle_has_is_refused(tmp_path: Path) -> None:
-    shipped = (Path(__file__).parents[2] / "fcos_deploy/devices/gpu-ampere.toml").read_text()
+    shipped = (Path(__file__).parents[2] / "fcos_deploy/targets/devices/gpu-ampere.toml").read_text()
     own = tmp_path / "board.toml"
     own.write_text(shipped.replace("batch = 1", "batch = 4"))
     assert plan(load_profile(str(own))).options.batch == BatchRange(4, 4, 4)
@@ -262,7 +261,7 @@ def test_profile_of_another_batch_than_a_bundle_has_is_refused(tmp_path: Path) -
     ],
 )
 def test_wrong_profile_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
-    shipped = (Path(__file__).parents[2] / "fcos_deploy/devices/jetson-orin-nano.toml").read_text()
+    shipped = (Path(__file__).parents[2] / "fcos_deploy/targets/devices/jetson-orin-nano.toml").read_text()
     assert old in shipped
     own = tmp_path / "board.toml"
     own.write_text(shipped.replace(old, new))

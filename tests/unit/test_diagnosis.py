@@ -13,19 +13,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fcos_deploy.accuracy.causes import shifted  # noqa: E402
-from fcos_deploy.accuracy.layer_sources import TorchLayers  # noqa: E402
-from fcos_deploy.accuracy.layers import first_departing_layer  # noqa: E402
+from fcos_deploy.accuracy.diagnosis import shifted  # noqa: E402
+from fcos_deploy.accuracy.layers import (  # noqa: E402
+    TorchLayers,
+    first_departing_layer,
+)
 from fcos_deploy.accuracy.parity import ParityImage, ParityOptions, ParityReport, compare_stages  # noqa: E402
-from fcos_deploy.accuracy.stages import network_input  # noqa: E402
-from fcos_deploy.accuracy.tensors import tolerance_for  # noqa: E402
+from fcos_deploy.accuracy.stages import (  # noqa: E402
+    network_input,
+    tolerance_for,
+)
 from fcos_deploy.core.backend import ComputeType, SessionOptions, Tensors  # noqa: E402
 from fcos_deploy.core.contract import ModelContract  # noqa: E402
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec  # noqa: E402
+from fcos_deploy.core.decode import PROFILES, DecodeSpec  # noqa: E402
 from fcos_deploy.core.enums import Precision, Tail  # noqa: E402
-from fcos_deploy.core.image_io import read_image  # noqa: E402
+from fcos_deploy.core.image import read_image  # noqa: E402
 from fcos_deploy.core.network import BoxActivation, FcosConfig  # noqa: E402
-from fcos_deploy.core.preprocess_spec import ChannelOrder, PreprocessSpec  # noqa: E402
+from fcos_deploy.core.preprocess import ChannelOrder, PreprocessSpec  # noqa: E402
 from fcos_deploy.detector import Detector  # noqa: E402
 from fcos_deploy.model.fcos import Fcos  # noqa: E402
 

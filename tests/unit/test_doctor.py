@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from fcos_deploy.core.backend import BackendProbe
-from fcos_deploy.core.devices import load_profile
+from fcos_deploy.core.machine import SystemFacts, system_facts
 from fcos_deploy.core.registry import backends
-from fcos_deploy.core.system_facts import SystemFacts, system_facts
-from fcos_deploy.doctor import Examination, Health, compare, difference_lines, examine, lines
+from fcos_deploy.targets.doctor import Examination, Health, compare, difference_lines, examine, lines
+from fcos_deploy.targets.profiles import load_profile
 
 ORIN_RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
 XEON = "model name\t: Intel(R) Xeon(R) Platinum 8480+\nflags\t\t: fpu sse4_2 avx2 avx512_vnni amx_bf16 amx_int8\n"
@@ -121,7 +121,7 @@ def test_another_distribution_with_our_names_is_found(tmp_path: Path) -> None:
     (info / "top_level.txt").write_text("runtimes\n")
     (info / "RECORD").write_text("runtimes/__init__.py,,\n")
     code = (
-        "import fcos_deploy.doctor as d, json, runtimes, sys\n"
+        "import fcos_deploy.targets.doctor as d, json, runtimes, sys\n"
         f"sys.path.append({str(tmp_path)!r})\n"
         "print(json.dumps([[f.name, str(f.health), f.detail, f.remedy] for f in d._packages()]))\n"
     )
@@ -198,7 +198,7 @@ def test_missing_openvino_device_differs(orin_facts: SystemFacts) -> None:
 
 
 def test_onnxruntime_too_old_for_its_tensorrt_is_found() -> None:
-    from fcos_deploy.doctor import _pairs
+    from fcos_deploy.targets.doctor import _pairs
 
     probes = {
         "onnxruntime": BackendProbe(available=True, version="1.26.0", devices=("cpu", "tensorrt")),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.draw import DrawOptions, class_color, draw_detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.detector.draw import DrawOptions, class_color, draw_detections
 
 GRAY = np.full((200, 300, 3), 128, np.uint8)
 

@@ -9,16 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fcos_deploy.core.class_names import COCO_80, COCO_91, COCO_IDS
+from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, describe_weights
+from fcos_deploy.checkpoints.ecosystems import ecosystems
+from fcos_deploy.checkpoints.load import CheckpointOptions, assembled, build_network, to_tensors
+from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
+from fcos_deploy.core.decode import CenterMode
 from fcos_deploy.core.errors import CheckpointError, ConfigError
-from fcos_deploy.core.locations import CenterMode
 from fcos_deploy.core.network import BlockType, BodyType, BoxActivation, TowerNorm
-from fcos_deploy.core.preprocess_spec import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
-from fcos_deploy.model.checkpoint import CheckpointOptions, build_network
-from fcos_deploy.model.describe import CheckpointDescription, describe_weights
-from fcos_deploy.model.ecosystems import ecosystems
-from fcos_deploy.model.materialize import assembled, to_tensors
-from fcos_deploy.model.state_dict import StoredWeights
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
 
 KEYS = Path(__file__).parents[1] / "data" / "state_dict_keys"
 ALL = sorted(path.stem for path in KEYS.glob("*.json"))

@@ -19,15 +19,17 @@ from exporters.onnx_file import load_onnx, with_contract  # noqa: E402
 from exporters.step_check import Feeds, onnx_runner  # noqa: E402
 from exporters.torch_onnx import ExportOptions, export_onnx  # noqa: E402
 from fcos_deploy.core.backend import SessionOptions  # noqa: E402
-from fcos_deploy.core.contract import ModelContract  # noqa: E402
-from fcos_deploy.core.contract_io import read_contract  # noqa: E402
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec  # noqa: E402
+from fcos_deploy.core.contract import (  # noqa: E402
+    ModelContract,
+    read_contract,
+)
+from fcos_deploy.core.decode import PROFILES, DecodeSpec  # noqa: E402
 from fcos_deploy.core.enums import NmsForm, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, FcosDeployError  # noqa: E402
-from fcos_deploy.core.onnx_interface import onnx_interface  # noqa: E402
-from fcos_deploy.core.preprocess_spec import PreprocessSpec  # noqa: E402
+from fcos_deploy.core.onnx_file import onnx_interface  # noqa: E402
+from fcos_deploy.core.preprocess import PreprocessSpec  # noqa: E402
 from fcos_deploy.core.registry import backend  # noqa: E402
-from fcos_deploy.model.head import LevelOutput  # noqa: E402
+from fcos_deploy.model.fcos import LevelOutput  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fcos_deploy.accuracy.bootstrap import ApInterval
 from fcos_deploy.accuracy.gate import Gate, judge_agreement, judge_ap, judge_drop, require_all
+from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement, Distribution
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 

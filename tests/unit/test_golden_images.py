@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fcos_deploy.accuracy.verify import compare_golden
 from fcos_deploy.bundle import Gate
 from fcos_deploy.bundle.golden import (
     GoldenDetections,
@@ -21,9 +22,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ImageError
-from fcos_deploy.core.preprocess import preprocess
-from fcos_deploy.core.preprocess_spec import InputDtype
-from fcos_deploy.verification.compare import compare_golden
+from fcos_deploy.core.preprocess import InputDtype, preprocess
 
 GATE = Gate(precision=Precision.FP16, max_map_drop=0.01, min_iou=0.8, max_score_difference=0.1, min_matched=0.9)
 

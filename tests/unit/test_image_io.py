@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fcos_deploy.core import image_io
+from fcos_deploy.core import image as image_io
 from fcos_deploy.core.errors import ImageError
-from fcos_deploy.core.image_io import list_images, read_image
+from fcos_deploy.core.image import list_images, read_image
 
 COLORS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 

@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from fcos_deploy.bundle.inspection import inspect_bundle
+from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract_io import write_sidecar
+from fcos_deploy.core.contract import write_sidecar
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError, ChecksumError
-from fcos_deploy.core.onnx_interface import onnx_interface
+from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.tensor_spec import TensorSpec
-from fcos_deploy.model.checkpoint import load_checkpoint
-from fcos_deploy.model.inspect import inspect_file
+from fcos_deploy.pipeline.inspect import inspect_bundle, inspect_file
 
 MMDET = "mmdet_fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco"
 
@@ -129,7 +128,7 @@ def test_the_command_asks_for_the_variant_it_cannot_see(tmp_path: Path, state_di
 def test_onnx_files_are_inspected_without_torch_and_onnx(tiny_onnx: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['onnx'] = None\n"
-        "from pathlib import Path; from fcos_deploy.model.inspect import inspect_file\n"
+        "from pathlib import Path; from fcos_deploy.pipeline.inspect import inspect_file\n"
         f"print(inspect_file(Path({str(tiny_onnx)!r})).kind)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.bundle.integrity import check_external_data
+from fcos_deploy.bundle.store import check_external_data
 from fcos_deploy.core.errors import BundleError
 
 onnx = pytest.importorskip("onnx")

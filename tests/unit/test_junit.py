@@ -5,8 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from fcos_deploy.accuracy.gate import Verdict
-from fcos_deploy.accuracy.junit import write_junit
+from fcos_deploy.accuracy.gate import Verdict, write_junit
 
 
 def verdict(passed: bool, message: str) -> Verdict:

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
+from fcos_deploy.checkpoints.load import CheckpointOptions, load_checkpoint
+from fcos_deploy.checkpoints.pickle_reader import read_pickle
 from fcos_deploy.core.errors import CheckpointError, FcosDeployError
 from fcos_deploy.core.network import resnet_config
-from fcos_deploy.model.checkpoint import CheckpointOptions, load_checkpoint
 from fcos_deploy.model.fcos import Fcos
-from fcos_deploy.model.restricted_pickle import read_pickle
 
 OPTIONS = CheckpointOptions(input_size=(64, 64))
 FUZZ = settings(

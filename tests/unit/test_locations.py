@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fcos_deploy.core.locations import CenterMode, level_sizes, location_centers, location_strides
+from fcos_deploy.core.decode import CenterMode, level_sizes, location_centers, location_strides
 
 STRIDES = (8, 16, 32, 64, 128)
 

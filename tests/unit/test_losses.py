@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from fcos_deploy.model.losses import fcos_losses, focal_loss, giou_loss
-from fcos_deploy.model.targets import Targets
+from fcos_deploy.model.losses import Targets, fcos_losses, focal_loss, giou_loss
 
 
 def test_focal_loss_by_hand() -> None:

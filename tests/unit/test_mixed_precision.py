@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.calibration_file import Calibration
-from calibration.data import collect_images, read_picture
-from calibration.effects import EffectMeter
-from calibration.fidelity import compare_models
+from calibration.cache import Calibration
+from calibration.calibrate import StatisticsOptions, collect_ranges
+from calibration.dataset import collect_images, read_picture
+from calibration.execution import EffectMeter, compare_models
 from calibration.mixed_precision import PrecisionGoal, search_mixed_precision
 from calibration.placement import PLACEMENTS
-from calibration.statistics import StatisticsOptions, collect_ranges
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 
 onnx = pytest.importorskip("onnx")

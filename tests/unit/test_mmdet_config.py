@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fcos_deploy.model.ecosystems.mmdet_config import UNKNOWN, parse_config
+from fcos_deploy.checkpoints.ecosystems.mmdetection import UNKNOWN, parse_config
 
 
 def test_configuration_text_is_never_evaluated() -> None:

@@ -7,12 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+from fcos_deploy.core.decode import level_sizes
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.locations import level_sizes
 from fcos_deploy.core.network import BodyType, BoxActivation, FcosConfig, TowerNorm, resnet_config
-from fcos_deploy.model.dla import Dla34Body
+from fcos_deploy.model.backbones import Dla34Body, MobileNetV2Body
 from fcos_deploy.model.fcos import Fcos, flatten_levels
-from fcos_deploy.model.mobilenet import MobileNetV2Body
 
 SMALL = resnet_config(18, num_classes=2, stem_channels=8, fpn_channels=32)
 

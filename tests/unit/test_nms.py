@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.nms import Suppression, suppress
-from fcos_deploy.core.ordering import best_first, best_of_groups
+from fcos_deploy.core.nms import Suppression, best_first, best_of_groups, suppress
 
 
 def plain_iou(a: list[float], b: list[float], *, offset: float) -> float:

@@ -17,7 +17,7 @@ import pytest
 
 _LOOK = """
 import json
-from fcos_deploy.bundle.machine import read_machine
+from fcos_deploy.core.machine import read_machine
 found = read_machine()
 print(json.dumps([found.gpus, found.cuda_driver]))
 """

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.causes import (
+from fcos_deploy.accuracy.diagnosis import (
     activation_causes,
     class_causes,
     explained,
@@ -17,8 +17,7 @@ from fcos_deploy.accuracy.causes import (
     shifted,
 )
 from fcos_deploy.accuracy.layers import Layer, layer_causes
-from fcos_deploy.accuracy.stages import level_slices
-from fcos_deploy.accuracy.tensors import measure_difference, tolerance_for
+from fcos_deploy.accuracy.stages import level_slices, measure_difference, tolerance_for
 from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.enums import Precision
 

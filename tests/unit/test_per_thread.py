@@ -7,7 +7,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
-from fcos_deploy.core.per_thread import PerThread
+from fcos_deploy.core.backend import PerThread
 
 
 class _Value:

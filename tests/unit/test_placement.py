@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.graph import ConvGraph, load_graph
-from calibration.placement import PLACEMENTS, placement_for, plan_pairs, weight_range
+from calibration.placement import PLACEMENTS, ConvGraph, load_graph, placement_for, plan_pairs, weight_range
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.registry import backends
 

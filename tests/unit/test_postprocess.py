@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode import HeadOutputs, decode
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec, PostprocessProfile
+from fcos_deploy.core.decode import PROFILES, DecodeSpec, HeadOutputs, PostprocessProfile, decode, level_sizes
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import TensorMismatchError
-from fcos_deploy.core.locations import level_sizes
 from fcos_deploy.core.nms import Suppression, suppress
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
-from fcos_deploy.core.preprocess import Letterbox
-from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec
 
 SIZE = (64, 96)
 BOX = Letterbox(image_height=120, image_width=180, resized_height=60, resized_width=90)

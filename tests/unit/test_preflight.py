@@ -8,10 +8,10 @@ import platform
 import pytest
 
 from fcos_deploy.bundle import Artifact, Requirements, StepRecord, VersionRule
-from fcos_deploy.bundle.machine import MachineFacts, read_machine
 from fcos_deploy.bundle.preflight import PreflightRequest, preflight
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.machine import MachineFacts, read_machine
 
 MACHINE = MachineFacts(
     machine="aarch64",

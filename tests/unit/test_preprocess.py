@@ -11,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_deploy.core.errors import ConfigError, ImageError, TensorMismatchError
-from fcos_deploy.core.preprocess import Letterbox, padded_size, preprocess
-from fcos_deploy.core.preprocess_spec import (
+from fcos_deploy.core.preprocess import (
     ChannelOrder,
     InputDtype,
+    Letterbox,
     PreprocessSpec,
     ResizeFilter,
     ResizeOrder,
     SizeRule,
+    padded_size,
+    preprocess,
+    resized_size,
 )
-from fcos_deploy.core.resized_size import resized_size
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CANVAS = PreprocessSpec(mean=MEAN, std=STD, height=64, width=96)

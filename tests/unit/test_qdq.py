@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.data import collect_images, read_picture
-from calibration.executed import executed_share
+from calibration.dataset import collect_images, read_picture
+from calibration.execution import executed_share
 from calibration.placement import PLACEMENTS, ActivationFormat, WeightRange
-from calibration.qdq import quantize_qdq
-from calibration.quantized_values import (
+from calibration.qdq import (
     WeightValues,
     activation_scale,
     bias_correction,
     quantize_bias,
+    quantize_qdq,
     quantize_weight,
 )
 from calibration.ranges import Range
-from fcos_deploy.core.contract_io import read_contract
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 
@@ -124,7 +124,7 @@ def test_same_input_same_bytes(mini_onnx: Path, mini_calibration: Any, tmp_path:
 
 
 def test_int8_graph_is_not_quantized_again(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    from fcos_deploy.core.atomic import sha256_file
+    from fcos_deploy.core.files import sha256_file
 
     quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"])
     calibration = replace(mini_calibration, graph_sha256=sha256_file(tmp_path / "q.onnx"))
@@ -140,7 +140,7 @@ def test_calibration_of_another_graph(mini_fcos: ModuleType, mini_calibration: A
 
 
 def test_everything_kept_float_is_refused(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    from calibration.graph import load_graph
+    from calibration.placement import load_graph
 
     layers = load_graph(mini_onnx).layers
     with pytest.raises(CalibrationError, match="Every convolution would stay float"):
@@ -214,8 +214,7 @@ def test_biases_take_back_the_shift_of_rounded_weights(
     mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path
 ) -> None:
     """The mean of each channel behind the first convolution, over the calibration images, against the float graph's."""
-    from calibration.engines import expose, open_engine
-    from calibration.feeds import Feeder
+    from calibration.execution import Feeder, expose, open_engine
 
     without = {name: replace(tensor, channel_means="") for name, tensor in mini_calibration.tensors.items()}
     policy = replace(PLACEMENTS["portable"], weights=WeightRange.REDUCED)
@@ -244,7 +243,7 @@ def test_bias_by_hand() -> None:
 def test_large_bias_over_tiny_weights_does_not_overflow(
     mini_fcos: ModuleType, mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path
 ) -> None:
-    from calibration.statistics import StatisticsOptions, collect_ranges
+    from calibration.calibrate import StatisticsOptions, collect_ranges
 
     model = onnx.load(str(mini_onnx))
     for tensor in model.graph.initializer:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calibration.histogram import BINS, Histogram
-from calibration.ranges import RangeMethod, all_ranges, find_range
+from calibration.ranges import BINS, Histogram, RangeMethod, all_ranges, find_range
 from fcos_deploy.core.errors import CalibrationError
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from fcos_deploy.pipeline.reporting import report_verdict
+from fcos_deploy.pipeline.report import report_verdict
 
 
 def measured(*drops: float) -> Any:

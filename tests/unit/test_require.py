@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fcos_deploy.core.errors import MissingDependencyError
-from fcos_deploy.core.require import require
+from fcos_deploy.core.libraries import require
 
 
 def test_installed_library_is_returned() -> None:

@@ -171,9 +171,9 @@ def test_a_reused_buffer_is_shared_not_copied(session: Session, feed: Tensors) -
 def test_outputs_have_the_models_names_though_compiling_adds_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from exporters.openvino_ir import EXPORTER
     from exporters.torch_onnx import ExportOptions, export_onnx
+    from fcos_deploy.checkpoints.load import load_checkpoint
     from fcos_deploy.core.enums import Tail
     from fcos_deploy.core.exporter import BuildRequest
-    from fcos_deploy.model.checkpoint import load_checkpoint
 
     onnx = tmp_path / "nms.onnx"
     export_onnx(load_checkpoint(tiny_checkpoint), onnx, options=ExportOptions(tail=Tail.NMS))

@@ -16,7 +16,7 @@ from fcos_deploy.core.errors import DeviceError
 
 torch = pytest.importorskip("torch")
 
-from fcos_deploy.model.checkpoint import LoadedCheckpoint, load_checkpoint  # noqa: E402  (needs torch)
+from fcos_deploy.checkpoints.load import LoadedCheckpoint, load_checkpoint  # noqa: E402  (needs torch)
 from runtimes.pytorch import open_model  # noqa: E402
 
 _ONE_THREAD = SessionOptions(threads=1)

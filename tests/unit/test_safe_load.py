@@ -16,14 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from fcos_deploy.checkpoints.describe import find_weights
+from fcos_deploy.checkpoints.load import to_tensors
+from fcos_deploy.checkpoints.pickle_reader import PickledArray, UnsafeGlobalError, read_pickle
+from fcos_deploy.checkpoints.reader import ITEM_SIZES, open_checkpoint, read_safetensors
 from fcos_deploy.core.errors import CheckpointError
-from fcos_deploy.model.materialize import to_tensors
-from fcos_deploy.model.pickle_stubs import PickledArray, UnsafeGlobalError
-from fcos_deploy.model.restricted_pickle import read_pickle
-from fcos_deploy.model.safe_load import open_checkpoint
-from fcos_deploy.model.safetensors_file import read_safetensors
-from fcos_deploy.model.state_dict import find_weights
-from fcos_deploy.model.stored_tensor import ITEM_SIZES
 
 
 class _Runs:

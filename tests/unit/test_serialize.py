@@ -11,16 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_deploy.core.contract import Decision, ModelContract
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec, PostprocessProfile
+from fcos_deploy.core.decode import PROFILES, DecodeSpec, PostprocessProfile
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.preprocess_spec import (
-    ChannelOrder,
-    InputDtype,
-    PreprocessSpec,
-    ResizeFilter,
-    SizeRule,
-)
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, SizeRule
 from fcos_deploy.core.serialize import from_json, to_json
 
 positive = st.floats(1e-3, 1e3)

@@ -14,17 +14,19 @@ pytest.importorskip("onnxsim")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from exporters import simplify  # noqa: E402
-from exporters.graph_passes import PASSES  # noqa: E402
-from exporters.graph_passes.dead_code import remove_dead_code  # noqa: E402
-from exporters.graph_passes.duplicate_tensors import merge_duplicate_tensors  # noqa: E402
-from exporters.graph_passes.neutral_arithmetic import remove_neutral_arithmetic  # noqa: E402
-from exporters.graph_passes.open_reshapes import simplify_open_reshapes  # noqa: E402
-from exporters.graph_passes.same_computation import merge_same_computations  # noqa: E402
-from exporters.graph_passes.weight_names import name_weights_after_convolutions  # noqa: E402
+from exporters.graph_passes import (  # noqa: E402
+    PASSES,
+    merge_duplicate_tensors,
+    merge_same_computations,
+    name_weights_after_convolutions,
+    remove_dead_code,
+    remove_neutral_arithmetic,
+    simplify_open_reshapes,
+)
 from exporters.onnx_file import load_onnx, save_onnx  # noqa: E402
 from exporters.simplify import simplified, simplify_onnx  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
-from fcos_deploy.core.contract_io import read_contract  # noqa: E402
+from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, ExportError, StepCheckError  # noqa: E402
 
 

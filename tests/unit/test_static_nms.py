@@ -7,9 +7,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fcos_deploy.core.errors import ConfigError  # noqa: E402
-from fcos_deploy.model.candidates import Candidates  # noqa: E402
-from fcos_deploy.model.static_nms import StaticNms  # noqa: E402
-from fcos_deploy.model.suppress import greedy_keep  # noqa: E402
+from fcos_deploy.model.tails import (  # noqa: E402
+    Candidates,
+    StaticNms,
+    greedy_keep,
+)
 
 
 def _random(seed: int, *, count: int = 300, classes: int = 3) -> Candidates:

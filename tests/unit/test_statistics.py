@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.data import CalibrationSet, SampleOptions, collect_images, read_picture
-from calibration.engines import ENGINES, expose, memory_groups, open_engine, pick_engine
-from calibration.feeds import Feeder
-from calibration.graph import load_graph
-from calibration.run import CalibrationRequest, calibrate
-from calibration.statistics import StatisticsOptions, collect_histograms, collect_ranges
-from fcos_deploy.core.contract_io import read_contract
+from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate, collect_histograms, collect_ranges
+from calibration.dataset import CalibrationSet, SampleOptions, collect_images, read_picture
+from calibration.execution import ENGINES, Feeder, expose, memory_groups, open_engine, pick_engine
+from calibration.placement import load_graph
+from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 
 onnx = pytest.importorskip("onnx")
@@ -85,7 +83,7 @@ def test_a_short_pass_takes_the_first_engine_and_a_long_one_the_fastest(
         opened.append(name)
         return open_engine(name, model, threads=threads)
 
-    monkeypatch.setattr("calibration.engines.open_engine", watched)
+    monkeypatch.setattr("calibration.execution.open_engine", watched)
     assert pick_engine(graph.model, feeds, images=1, threads=1) == "onnxruntime"
     assert opened == ["onnxruntime"]
     pick_engine(graph.model, feeds, images=10**9, threads=1)

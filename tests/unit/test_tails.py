@@ -11,18 +11,25 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fcos_deploy.core.contract import ModelContract  # noqa: E402
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec  # noqa: E402
+from fcos_deploy.core.decode import PROFILES, CenterMode, DecodeSpec, level_sizes, location_centers  # noqa: E402  # noqa: E402
 from fcos_deploy.core.detections import Detections  # noqa: E402
 from fcos_deploy.core.enums import Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError  # noqa: E402
-from fcos_deploy.core.locations import CenterMode, level_sizes, location_centers  # noqa: E402
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
-from fcos_deploy.core.preprocess import Letterbox  # noqa: E402
-from fcos_deploy.core.preprocess_spec import InputDtype, PreprocessSpec, ResizeOrder, SizeRule  # noqa: E402
-from fcos_deploy.model.candidates import decode_boxes  # noqa: E402
-from fcos_deploy.model.head import LevelOutput  # noqa: E402
-from fcos_deploy.model.static_nms import StaticNms  # noqa: E402
-from fcos_deploy.model.tails import ExportableFcos, needs_image_sizes  # noqa: E402
+from fcos_deploy.core.preprocess import (  # noqa: E402
+    InputDtype,
+    Letterbox,
+    PreprocessSpec,
+    ResizeOrder,
+    SizeRule,
+)
+from fcos_deploy.model.fcos import LevelOutput  # noqa: E402
+from fcos_deploy.model.tails import (  # noqa: E402
+    ExportableFcos,
+    StaticNms,
+    decode_boxes,
+    needs_image_sizes,
+)
 
 SIZE = (160, 224)  # P6 is 3x4 and P7 2x2: torchvision's grid steps are not the strides there
 STRIDES = (8, 16, 32, 64, 128)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from fcos_deploy.core.locations import CenterMode, location_centers, location_strides
-from fcos_deploy.model.targets import Targets, assign_targets, centerness_target
+from fcos_deploy.core.decode import CenterMode, location_centers, location_strides
+from fcos_deploy.model.losses import Targets, assign_targets, centerness_target
 
 STRIDES = (8, 16, 32, 64, 128)
 

@@ -18,16 +18,10 @@ from typing import Any
 import pytest
 
 import exporters._tensorrt_build
-import exporters._tensorrt_calibration
-import exporters._tensorrt_dla
-import exporters._tensorrt_generations as generations
-import exporters._tensorrt_network
-import exporters._tensorrt_progress
-import exporters._tensorrt_timing
-import fcos_deploy.core.tensorrt_library
-import runtimes._tensorrt_backend
-import runtimes._tensorrt_lane
-import runtimes._tensorrt_memory
+import exporters._tensorrt_options
+import exporters._tensorrt_options as generations
+import runtimes._tensorrt_library
+import runtimes._tensorrt_session
 import runtimes.tensorrt
 import runtimes.tensorrt_rtx
 
@@ -41,16 +35,16 @@ ELEVEN = ["11.0.0.114", "11.4.0.106"]
 ALL = [*EIGHT, *TEN, *ELEVEN, *RTX]
 
 MODULES = [
-    (fcos_deploy.core.tensorrt_library, ALL),
+    (runtimes._tensorrt_library, ALL),
     (exporters._tensorrt_build, ALL),
-    (exporters._tensorrt_calibration, [*EIGHT, *TEN]),
-    (exporters._tensorrt_dla, [*EIGHT, *TEN, *ELEVEN]),
-    (exporters._tensorrt_network, [*EIGHT, *TEN]),
-    (exporters._tensorrt_progress, [*TEN, *ELEVEN, *RTX]),
-    (exporters._tensorrt_timing, [*EIGHT, *TEN, *ELEVEN]),
-    (runtimes._tensorrt_backend, ALL),
-    (runtimes._tensorrt_lane, ALL),
-    (runtimes._tensorrt_memory, ALL),
+    (exporters._tensorrt_options, [*EIGHT, *TEN]),
+    (exporters._tensorrt_options, [*EIGHT, *TEN, *ELEVEN]),
+    (exporters._tensorrt_options, [*EIGHT, *TEN]),
+    (exporters._tensorrt_options, [*TEN, *ELEVEN, *RTX]),
+    (exporters._tensorrt_build, [*EIGHT, *TEN, *ELEVEN]),
+    (runtimes._tensorrt_session, ALL),
+    (runtimes._tensorrt_session, ALL),
+    (runtimes._tensorrt_session, ALL),
     (runtimes.tensorrt, [*EIGHT, *TEN, *ELEVEN]),
     (runtimes.tensorrt_rtx, RTX),
 ]
@@ -273,7 +267,7 @@ def test_no_use_of_the_bindings_escapes_the_reading(module: ModuleType) -> None:
 def test_reading_finds_what_there_is_to_check() -> None:
     counts = {module.__name__: read(inspect.getsource(module), versions[-1]).checked for module, versions in MODULES}
     assert counts["exporters._tensorrt_build"] >= 20
-    assert counts["runtimes._tensorrt_lane"] >= 10
+    assert counts["runtimes._tensorrt_session"] >= 10
     assert counts["runtimes.tensorrt_rtx"] >= 3
 
 

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 
-from exporters._tensorrt_calibration import check_calibration_cache
-from exporters._tensorrt_layers import convolutions, parse_layer_list, precision_counts
-from exporters._tensorrt_profiles import ProfileShapes, profile_shapes
-from exporters._tensorrt_progress import BuildMonitor
-from exporters._tensorrt_timing import timing_cache_file
+from exporters._tensorrt_build import convolutions, parse_layer_list, precision_counts, timing_cache_file
+from exporters._tensorrt_options import BuildMonitor, ProfileShapes, check_calibration_cache, profile_shapes
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions
 

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters._tensorrt_selection import usual_shapes
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import METADATA_KEY, contract_to_text, read_contract
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
+from exporters._tensorrt_build import usual_shapes
+from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text, read_contract
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError, DeviceError, FcosDeployError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
-from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.registry import exporter_to
 
 CONTRACT = ModelContract(

@@ -20,8 +20,7 @@ import pytest
 
 from fcos_deploy.core.errors import BackendError, ConfigError, DeviceError
 from runtimes._cuda import Cuda
-from runtimes._tensorrt_lane import EngineTensor, Lane, LaneOptions
-from runtimes._tensorrt_session import TensorrtSession
+from runtimes._tensorrt_session import EngineTensor, Lane, LaneOptions, TensorrtSession
 from runtimes.tensorrt_rtx import _RuntimeCache
 
 runtime: Any = pytest.importorskip("cuda.bindings.runtime")  # Any: cuda-python has no type information

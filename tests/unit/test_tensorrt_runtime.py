@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from fcos_deploy.core.backend import Backend, ComputeType, SessionOptions
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.contract_io import write_sidecar
+from fcos_deploy.core.contract import ModelContract, write_sidecar
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError, MissingDependencyError
 from runtimes import _cuda as cuda_module
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
-from runtimes._tensorrt_backend import build_record, choose_device, load_first
+from runtimes._tensorrt_session import build_record, choose_device, load_first
 from runtimes.tensorrt import BACKEND as TENSORRT
 from runtimes.tensorrt_rtx import BACKEND as RTX
 

@@ -13,11 +13,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from exporters._trace import Axes, trace  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
-from exporters.torch_onnx import ExportOptions, NmsForm, export_onnx  # noqa: E402
+from exporters.torch_onnx import Axes, ExportOptions, NmsForm, export_onnx, trace  # noqa: E402  # noqa: E402
+from fcos_deploy.checkpoints.load import load_checkpoint  # noqa: E402
 from fcos_deploy.core.enums import Tail  # noqa: E402
-from fcos_deploy.model.checkpoint import load_checkpoint  # noqa: E402
 
 
 class Small(torch.nn.Module):

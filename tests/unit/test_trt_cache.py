@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from calibration.graph import load_graph
-from calibration.trt_cache import cache_lines, write_trt_cache
-from exporters._tensorrt_calibration import check_calibration_cache
+from calibration.cache import cache_lines, write_trt_cache
+from calibration.placement import load_graph
+from exporters._tensorrt_options import check_calibration_cache
 from fcos_deploy.core.errors import CalibrationError, ConfigError
-from fcos_deploy.core.version import parse_version
+from fcos_deploy.core.libraries import parse_version
 
 pytest.importorskip("onnx")
 
@@ -48,7 +48,7 @@ def test_tensors_before_a_fused_relu_have_their_results_scale(mini_onnx: Path, m
 def test_spec_example() -> None:
     # spec 2.3: images: 3caa54fc is a scale of 0.0207925.
     assert struct.unpack("!f", bytes.fromhex("3caa54fc"))[0] == pytest.approx(0.0207925, rel=1e-5)
-    from calibration.trt_cache import _hex
+    from calibration.cache import _hex
 
     assert _hex(struct.unpack("!f", bytes.fromhex("3caa54fc"))[0]) == "3caa54fc"
 

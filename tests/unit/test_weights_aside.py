@@ -9,7 +9,7 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from exporters._weights_aside import LARGE, with_weights_aside  # noqa: E402
+from exporters.onnx_file import LARGE, with_weights_aside  # noqa: E402
 
 
 def test_only_large_weights_are_kept_out_and_all_are_back() -> None:

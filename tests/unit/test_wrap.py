@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fcos_deploy.core.decode_spec import PROFILES, DecodeSpec
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.preprocess_spec import PreprocessSpec
+from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.model.wrap import BoxOutput, Grouping, OutputConvention, WrappedModule, wrap_module
 
 PREPROCESS = PreprocessSpec(height=64, width=96, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

@@ -1,0 +1,40 @@
+"""torchvision's ``fcos_resnet50_fpn`` (spec 3, 8.4); its names are the canonical ones."""
+
+from __future__ import annotations
+
+from fcos_deploy.checkpoints.rules import COCO_91, Ecosystem, Evidence, Rename, Rules
+from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
+
+__all__ = ["ECOSYSTEM", "IMAGENET_MEAN", "IMAGENET_STD"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _rules(evidence: Evidence) -> Rules:
+    rules = Rules(
+        profile="torchvision",
+        centers=CenterMode.TORCHVISION,
+        score_threshold=0.2,
+        iou_threshold=0.6,
+        channel_order=ChannelOrder.RGB,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        pixel_scale=255.0,
+        resize_filter=ResizeFilter.TORCH,
+        resize_order=ResizeOrder.NORMALIZE_FIRST,
+        size_rule=SizeRule.TORCHVISION,
+    )
+    if evidence.network.num_classes == len(COCO_91):
+        return rules.decide("rule of torchvision: 91 channels are COCO's category ids", class_names=COCO_91)
+    return rules
+
+
+ECOSYSTEM = Ecosystem(
+    name="torchvision",
+    signature=("head.classification_head.",),
+    # Before version 2 of FeaturePyramidNetwork (torchvision 0.12) the FPN's keys had no ".0".
+    renames=(Rename.of(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),),
+    rules=_rules,
+)

@@ -1,0 +1,505 @@
+"""Tensors that are still in a file: shape and dtype are known, the numbers are read when they are wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from fcos_deploy.checkpoints.pickle_reader import PickleHooks, UnsafeGlobalError, read_pickle
+from fcos_deploy.core.errors import CheckpointError
+
+__all__ = [
+    "ITEM_SIZES",
+    "LEGACY_MAGIC",
+    "TRUNCATED",
+    "Archive",
+    "CheckpointFile",
+    "Storage",
+    "StoredTensor",
+    "TensorFacts",
+    "count_of",
+    "flat_values",
+    "open_checkpoint",
+    "read_legacy_archive",
+    "read_safetensors",
+    "read_zip_archive",
+]
+
+TRUNCATED = "was the file copied completely?"
+
+# The letters by which ``struct`` knows them; bfloat16, the upper half of a float32, is read as an integer.
+_LETTERS = {
+    "float64": "d",
+    "float32": "f",
+    "float16": "e",
+    "bfloat16": "H",
+    "int64": "q",
+    "int32": "i",
+    "int16": "h",
+    "int8": "b",
+    "uint8": "B",
+    "bool": "?",
+}
+
+# Bytes of a number, by the names that NumPy and torch share; bfloat16 is only torch's.
+ITEM_SIZES = {name: struct.calcsize("<" + letter) for name, letter in _LETTERS.items()}
+
+
+class TensorFacts(Protocol):
+    """What is asked of a tensor before a network is built; ``torch.Tensor`` answers it as well."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+    @property
+    def dtype(self) -> object:
+        """Its name, or what prints as ``torch.`` and its name."""
+
+    def tolist(self) -> Any:  # Any: nested lists
+        """The numbers."""
+
+
+def count_of(tensor: TensorFacts) -> int:
+    """How many numbers it has."""
+    return math.prod(tensor.shape)
+
+
+def flat_values(tensor: TensorFacts) -> list[float]:
+    """Its numbers row by row; for small tensors."""
+    numbers = tensor.tolist()
+    for _ in tensor.shape[1:]:
+        numbers = [number for row in numbers for number in row]
+    return [float(number) for number in numbers] if tensor.shape else [float(numbers)]
+
+
+@dataclass(slots=True, eq=False)
+class Archive:
+    """A file, and at which byte each run of numbers begins; filled in after tensors refer to them."""
+
+    path: Path
+    size: int  # bytes
+    offsets: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of ``count`` numbers of an archive."""
+
+    archive: Archive
+    key: str
+    dtype: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor over a storage; ``offset`` and ``strides`` count numbers of ``dtype``."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+    @property
+    def start(self) -> int:
+        """The byte of the file at which the storage begins.
+
+        Raises:
+            CheckpointError: when the file does not hold the whole storage.
+        """
+        archive = self.storage.archive
+        start = archive.offsets.get(self.storage.key)
+        size = self.storage.count * ITEM_SIZES[self.storage.dtype]
+        if start is None or size < 0 or start + size > archive.size:
+            raise CheckpointError(
+                f"'{archive.path}' lacks the data of tensor storage '{self.storage.key}'.", hint=TRUNCATED
+            )
+        return start
+
+    @property
+    def elements(self) -> int:
+        """How many numbers of this tensor's dtype the storage holds."""
+        return self.storage.count * ITEM_SIZES[self.storage.dtype] // ITEM_SIZES[self.dtype]
+
+    def check(self) -> None:
+        """Raise CheckpointError when the tensor is impossible, or reaches beyond its storage or the file."""
+        numbers = (self.offset, *self.shape, *self.strides)
+        if not all(type(n) is int and n >= 0 for n in numbers) or len(self.shape) != len(self.strides):
+            raise CheckpointError(f"A tensor has the impossible shape {self.shape} and strides {self.strides}.")
+        _ = self.start
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        # The second bound refuses tensors that repeat their elements without end (stride 0).
+        if 0 not in self.shape and (last >= self.elements or math.prod(self.shape) > self.elements):
+            raise CheckpointError(f"A tensor of shape {list(self.shape)} reaches beyond its {self.elements} elements.")
+
+    def tolist(self) -> Any:  # Any: nested lists
+        """The numbers, read from the file; for small tensors.
+
+        Raises:
+            CheckpointError: as ``check``, or the file became shorter.
+        """
+        self.check()
+        return _nested(_numbers(self._read(), self.dtype), self.offset, shape=self.shape, strides=self.strides)
+
+    def _read(self) -> bytes:
+        size = self.elements * ITEM_SIZES[self.dtype]
+        with self.storage.archive.path.open("rb") as stream:
+            stream.seek(self.start)
+            content = stream.read(size)
+        if len(content) != size:
+            raise CheckpointError(f"'{self.storage.archive.path}' became shorter while it was read.", hint=TRUNCATED)
+        return content
+
+
+def _numbers(content: bytes, dtype: str) -> Sequence[float]:
+    numbers = struct.unpack(f"<{len(content) // ITEM_SIZES[dtype]}{_LETTERS[dtype]}", content)
+    if dtype != "bfloat16":
+        return numbers
+    return struct.unpack(f"<{len(numbers)}f", b"".join(struct.pack("<I", number << 16) for number in numbers))
+
+
+def _nested(
+    numbers: Sequence[float], offset: int, *, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> Any:  # Any: nested lists
+    if not shape:
+        return numbers[offset]
+    if len(shape) == 1 and strides[0]:
+        return list(numbers[offset : offset + shape[0] * strides[0] : strides[0]])
+    return [
+        _nested(numbers, offset + place * strides[0], shape=shape[1:], strides=strides[1:]) for place in range(shape[0])
+    ]
+
+
+_LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
+_METADATA = "__metadata__"
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors by name, still in the file, and the file's metadata.
+
+    Raises:
+        CheckpointError: a damaged header, or one that does not fit the file.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            archive = Archive(path, path.stat().st_size)
+            if length > min(_LARGEST_HEADER, archive.size - 8):
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
+        metadata = {str(key): str(value) for key, value in dict(header.pop(_METADATA, {})).items()}
+        return {name: _tensor(name, entry, archive, begin=8 + length) for name, entry in header.items()}, metadata
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is a damaged safetensors file: {error}.", hint=TRUNCATED) from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _tensor(name: str, entry: dict[str, Any], archive: Archive, *, begin: int) -> StoredTensor:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"'{name}' is of type {entry['dtype']}, which is not read")
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    first, end = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (first, end, *shape)):
+        raise ValueError(f"'{name}' has an impossible shape or place")
+    count = math.prod(shape)
+    if end - first != count * ITEM_SIZES[dtype] or begin + end > archive.size:
+        raise ValueError(f"'{name}' of shape {list(shape)} does not lie in bytes {first} to {end}")
+    archive.offsets[name] = begin + first
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return StoredTensor(Storage(archive, name, dtype, count), 0, shape, strides, dtype)
+
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LARGEST_PICKLE = 256 << 20  # bytes; a checkpoint's structure takes less than 20 MB, its tensors are outside
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Dtype:
+    """In place of ``torch.float32`` and the like."""
+
+    name: str
+
+    def __call__(self) -> None:
+        raise UnsafeGlobalError("The pickle calls a dtype.")
+
+
+@dataclass(frozen=True, slots=True)
+class _StorageType:
+    """In place of ``torch.FloatStorage`` and the like."""
+
+    dtype: str
+
+    def __call__(self) -> None:
+        raise UnsafeGlobalError("The pickle makes a storage of its own.")
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: object) -> StoredTensor:
+    if not isinstance(storage, Storage):
+        raise CheckpointError("A tensor in the file has no storage.")
+    return StoredTensor(storage, offset, tuple(shape), tuple(strides), storage.dtype)
+
+
+def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
+    stored = _rebuild_tensor(storage, offset, shape, strides)
+    dtype = rest[2] if len(rest) > 2 else None  # after requires_grad and backward hooks
+    if not isinstance(dtype, _Dtype):
+        raise CheckpointError("A tensor in the file has no dtype.")
+    return replace(stored, dtype=dtype.name)
+
+
+def _rebuild_parameter(data: object, *_: object) -> object:
+    return data
+
+
+def _size(shape: object = (), *_: object) -> object:
+    return shape
+
+
+def _device(*names: object) -> str:
+    return ":".join(str(n)[:16] for n in names[:2])
+
+
+def _hooks(archive: Archive, seen: dict[str, Storage]) -> PickleHooks:
+    """``seen`` receives each storage that the pickle refers to."""
+    table: dict[tuple[str, str], Any] = {
+        ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+        ("torch", "Size"): _size,
+        ("torch", "device"): _device,
+    }
+    for name, dtype in _STORAGE_DTYPES.items():
+        for module in ("torch", "torch.storage", "torch.cuda"):
+            table[module, name] = _StorageType(dtype)
+    for dtype in ITEM_SIZES:
+        table["torch", dtype] = _Dtype(dtype)
+    return PickleHooks(table, lambda pid: _storage(pid, archive, seen))
+
+
+def _storage(pid: Any, archive: Archive, seen: dict[str, Storage]) -> Storage:  # Any: a tuple, if the file is sound
+    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
+        raise CheckpointError("The file refers to a storage in a way that torch does not.")
+    if not isinstance(pid[2], str) or not isinstance(pid[4], int):
+        raise CheckpointError("The file refers to a storage in a way that torch does not.")
+    if len(pid) > 5 and pid[5] is not None:
+        raise CheckpointError("The file has storages that share memory (torch before 0.4), which are not read.")
+    storage = Storage(archive, pid[2], pid[1].dtype, pid[4])
+    seen[storage.key] = storage
+    return storage
+
+
+def _checked_entries(path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The entries of a torch zip file by name without its folder; nothing in it is compressed.
+
+    Raises:
+        CheckpointError: when the zip is damaged or is not one of ``torch.save``.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"'{path}' is a damaged zip file: {error}.", hint=TRUNCATED) from error
+    by_name = {entry.filename.partition("/")[2]: entry for entry in entries}
+    if "data.pkl" not in by_name:
+        shown = ", ".join(f"'{e.filename}'" for e in entries[:3])
+        raise CheckpointError(f"'{path}' is a zip file, but not one of torch.save: it holds {shown or 'nothing'}.")
+    if "constants.pkl" in by_name:
+        raise CheckpointError(
+            f"'{path}' is a TorchScript program, not a checkpoint.", hint="save the weights: torch.save(m.state_dict())"
+        )
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or by_name["data.pkl"].file_size > _LARGEST_PICKLE:
+        raise CheckpointError(f"'{path}' is compressed or has a structure of gigabytes; torch.save makes neither.")
+    return by_name
+
+
+def read_zip_archive(path: Path) -> Any:  # Any: whatever was saved
+    """The object of a zip file of ``torch.save``, tensors as ``StoredTensor``.
+
+    Raises:
+        CheckpointError: when it is damaged or names what is not data.
+    """
+    entries = _checked_entries(path)
+    archive = Archive(path, path.stat().st_size)
+    with path.open("rb") as stream:
+        for name, entry in entries.items():
+            if name.startswith("data/"):
+                archive.offsets[name.removeprefix("data/")] = _data_offset(stream.fileno(), entry)
+        order = _content(stream.fileno(), entries["byteorder"]) if "byteorder" in entries else b"little"
+        content = _content(stream.fileno(), entries["data.pkl"])
+    if order != b"little":
+        raise CheckpointError(f"'{path}' was written on a big-endian machine, which is not read.")
+    return read_pickle(content, hooks=_hooks(archive, {}))
+
+
+def _data_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
+    header = os.pread(descriptor, 30, entry.header_offset)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise CheckpointError("The zip file's directory does not fit its contents.", hint=TRUNCATED)
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return entry.header_offset + 30 + name + extra
+
+
+def _content(descriptor: int, entry: zipfile.ZipInfo) -> bytes:
+    return os.pread(descriptor, entry.file_size, _data_offset(descriptor, entry))
+
+
+def read_legacy_archive(path: Path) -> Any:  # Any: whatever was saved
+    """The object of a file that torch before 1.6 saved, tensors as ``StoredTensor``.
+
+    Raises:
+        CheckpointError: when it is damaged or names what is not data.
+    """
+    archive, seen = Archive(path, path.stat().st_size), dict[str, Storage]()
+    hooks = _hooks(archive, seen)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for _ in range(3):  # magic number, protocol version, sizes of the C types
+            read_pickle(data)
+        content = read_pickle(data, hooks=hooks)
+        keys = read_pickle(data)
+        for key in keys if isinstance(keys, list) else []:
+            storage = seen.get(key) if isinstance(key, str) else None
+            if storage is None or int.from_bytes(data.read(8), "little") != storage.count:
+                raise CheckpointError(f"'{path}' lacks the data of tensor storage '{key}'.", hint=TRUNCATED)
+            archive.offsets[storage.key] = data.tell()
+            data.seek(min(len(data), data.tell() + storage.count * ITEM_SIZES[storage.dtype]))
+    return content
+
+
+_EXPECTED = "expected a file of torch.save (.pth, .pt), a safetensors file, or a detectron2 .pkl"
+
+_OTHER_FORMATS = (
+    (b"\x89HDF", "an HDF5 (Keras) file"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x7fELF", "an executable"),
+    (b"<?xml", "an XML file (OpenVINO models are built from ONNX)"),
+    (b"\x08", "perhaps an ONNX file, which needs no export"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself (run 'git lfs pull')"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """What a file holds. ``reader`` says how it was read; ``metadata`` is that of a safetensors file.
+
+    Tensors in ``content`` are ``StoredTensor`` or ``PickledArray``.
+    """
+
+    content: object
+    reader: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_checkpoint(path: Path) -> CheckpointFile:
+    """Read a checkpoint; tensors stay in the mapped file.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, not a checkpoint, or names what is not data.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    try:
+        return _reader_for(path, head)(path)
+    except CheckpointError as error:
+        message = error.message if str(path) in error.message else f"'{path}': {error.message}"
+        raise type(error)(message, hint=error.hint) from error
+    except OSError as error:
+        raise CheckpointError(f"Cannot read '{path}': {error.strerror or error}.") from error
+
+
+def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
+    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return _read_zip
+    if head.startswith(LEGACY_MAGIC):
+        return _read_legacy
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return _read_safetensors
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _read_plain_pickle
+    if not head:
+        raise CheckpointError(f"'{path}' is empty.", hint=_EXPECTED)
+    found = next((what for magic, what in _OTHER_FORMATS if head.startswith(magic)), None)
+    text = all(32 <= b < 127 or b in b"\t\n\r" for b in head)
+    found = found or (f"a text file beginning {head[:24].decode('ascii')!r}" if text else "of an unknown format")
+    raise CheckpointError(f"'{path}' is not a checkpoint: it is {found}.", hint=_EXPECTED)
+
+
+def _read_safetensors(path: Path) -> CheckpointFile:
+    tensors, metadata = read_safetensors(path)
+    return CheckpointFile(tensors, "safetensors", metadata)
+
+
+def _read_zip(path: Path) -> CheckpointFile:
+    return CheckpointFile(read_zip_archive(path), "torch")
+
+
+def _read_legacy(path: Path) -> CheckpointFile:
+    return CheckpointFile(read_legacy_archive(path), "torch before 1.6")
+
+
+def _read_plain_pickle(path: Path) -> CheckpointFile:
+    """detectron2's model zoo: ``{'model': {name: ndarray}, '__author__': ...}``."""
+    with path.open("rb") as stream:
+        return CheckpointFile(read_pickle(_Bounded(stream, path.stat().st_size), hooks=PickleHooks({})), "pickle")
+
+
+class _Bounded:
+    """A stream that never allocates more for a read than the file holds, whatever length a pickle claims."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream, self._size = stream, size
+        self.readline = stream.readline
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes."""
+        return self._stream.read(size if 0 <= size < 4096 else min(size, self._size))

@@ -1,0 +1,351 @@
+"""Names of the classes of published detectors (spec 15)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.contract import Decision
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
+from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError
+from fcos_deploy.core.network import BoxActivation, FcosConfig
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
+
+__all__ = [
+    "COCO_80",
+    "COCO_91",
+    "COCO_IDS",
+    "Ecosystem",
+    "Evidence",
+    "Rename",
+    "Rules",
+    "canonical",
+    "canonical_names",
+    "decode_spec",
+    "final_rules",
+    "preprocess_spec",
+    "refuse_unsupported",
+]
+
+_COCO = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+)
+COCO_80: tuple[str, ...] = tuple(_COCO.split(","))
+
+# The category ids that COCO left out when 91 planned classes became 80.
+_UNUSED_IDS = frozenset({0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+
+# COCO category id of each of the 80 contiguous classes.
+COCO_IDS: tuple[int, ...] = tuple(i for i in range(91) if i not in _UNUSED_IDS)
+
+_NAME_OF_ID = dict(zip(COCO_IDS, COCO_80, strict=True))
+
+# torchvision's 91 channels are the category ids; channel 0 is the background and never a detection.
+COCO_91: tuple[str, ...] = ("background", *(_NAME_OF_ID.get(i, "N/A") for i in range(1, 91)))
+
+
+_DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
+_SCALE = re.compile(r"head\.regression_head\.scales\.(\d+)")
+
+# What this network does not have, by parts of names; each with what to call it.
+_UNSUPPORTED = (
+    (
+        re.compile(r"(.*)\.(conv_offset|offset)\.(weight|bias)|(.*conv\d)_offset\.(weight|bias)"),
+        "deformable convolution (DCN)",
+    ),
+    (re.compile(r"(backbone\.bottom_up\.stage\d+\..*OSA\d*_\d+)\..*"), "VoVNet block"),
+    (re.compile(r"(backbone\.stage\d\.\d+\.fuse_layers)\..*"), "HRNet fusion"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Names that match ``pattern`` in full become ``target``: a template, or a function of the match."""
+
+    pattern: re.Pattern[str]
+    target: str | Callable[[re.Match[str]], str]
+
+    @staticmethod
+    def of(pattern: str, target: str | Callable[[re.Match[str]], str]) -> Rename:
+        """Compile ``pattern``."""
+        return Rename(re.compile(pattern), target)
+
+    def apply(self, name: str) -> str | None:
+        """The new name, or None when the pattern does not match."""
+        match = self.pattern.fullmatch(name)
+        if match is None:
+            return None
+        return match.expand(self.target) if isinstance(self.target, str) else self.target(match)
+
+
+def refuse_unsupported(names: Iterable[str]) -> None:
+    """Stop at layers that FCOS variants have and this network does not.
+
+    Raises:
+        CheckpointError: naming the kind and the first layer.
+    """
+    for pattern, what in _UNSUPPORTED:
+        layers = sorted({m[1] or m[m.lastindex or 1] for m in map(pattern.fullmatch, names) if m})
+        if layers:
+            raise CheckpointError(
+                f"Layer '{layers[0]}' is a {what}, which is not supported ({len(layers)} such layers).",
+                hint="retrain without it: ONNX backends do not agree on these operators",
+            )
+
+
+def canonical_names(names: Iterable[str], renames: tuple[Rename, ...]) -> dict[str, str]:
+    """Source name -> canonical name, without the tensors that inference does not need.
+
+    Raises:
+        CheckpointError: when two names become one.
+    """
+    mapping: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for name in names:
+        if _DROPPED.fullmatch(name):
+            continue
+        target = next((new for rename in renames if (new := rename.apply(name)) is not None), name)
+        if target in taken:
+            raise CheckpointError(f"Tensors '{taken[target]}' and '{name}' are both '{target}'.")
+        taken[target] = name
+        mapping[name] = target
+    return mapping
+
+
+def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -> dict[str, TensorFacts]:
+    """The tensors that inference needs, under canonical names; each level's scale is one of its own.
+
+    Raises:
+        CheckpointError: when two names become one, or the levels' scales do not fit each other.
+    """
+    found = {target: tensors[source] for source, target in canonical_names(tensors, renames).items()}
+    scales = {int(m.group(1)): t for n, t in found.items() if (m := _SCALE.fullmatch(n))}
+    if sorted(scales) != list(range(len(scales))) or any(count_of(t) != 1 for t in scales.values()):
+        raise CheckpointError(f"Expected one scale for each level, got levels {sorted(scales)}.")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Everything that neither shapes nor arithmetic can tell. ``sources`` says of each field who decided it.
+
+    Pixels are normalised as ``(pixel / pixel_scale - mean) / std`` in ``channel_order``. ``label_offset`` is the label
+    of class channel 0. ``class_names`` is indexed by label.
+    """
+
+    variant: str = ""
+    class_names: tuple[str, ...] = ()
+    label_offset: int = 0
+    stride_in_1x1: bool = False
+    box_activation: BoxActivation = BoxActivation.RELU
+    centerness_on_reg: bool = True
+    norm_eps: float = 1e-5
+    profile: str
+    centers: CenterMode
+    score_threshold: float
+    iou_threshold: float
+    pre_nms_top_k: int = 1000
+    max_detections: int = 100
+    channel_order: ChannelOrder
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pixel_scale: float = 1.0
+    resize_filter: ResizeFilter
+    resize_order: ResizeOrder = ResizeOrder.RESIZE_FIRST
+    size_rule: SizeRule
+    input_size: tuple[int, int] | None = None
+    shortest: int | None = 800
+    longest: int | None = 1333
+    input_dtype: InputDtype | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def decide(self, source: str, **values: Any) -> Rules:  # Any: the fields have different types
+        """The same with ``values`` decided by ``source``; a ``None`` leaves the field as it is."""
+        given = {name: value for name, value in values.items() if value is not None}
+        sources = {**self.sources, **dict.fromkeys(given, source)}
+        return dataclasses.replace(self, **given, sources=sources)
+
+    def decisions(self, *, default_source: str) -> tuple[Decision, ...]:
+        """One ``Decision`` a field, in the order above; class names are counted, not listed."""
+        found = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name == "sources" or value is None or value == "":
+                continue
+            text = f"{len(value)} names" if item.name == "class_names" else _text(value)
+            found.append(Decision(item.name, text, self.sources.get(item.name, default_source)))
+        return tuple(found)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a checkpoint shows of itself.
+
+    ``tensors`` have canonical names, ``source_names`` are those in the file; ``network`` is what shapes tell;
+    ``metadata`` is what the file holds beside tensors; ``variant`` is what the user said, or ''.
+    """
+
+    file_name: str
+    tensors: Mapping[str, TensorFacts]
+    source_names: frozenset[str]
+    network: FcosConfig
+    metadata: Mapping[str, Any]  # Any: whatever a training script stored
+    variant: str = ""
+
+    def merged_batch_norm(self) -> bool:
+        """Whether the body's statistics are 0 and 1, as converted Caffe (MSRA) bodies have them (spec 8.5)."""
+        return self._all_near(".running_mean", 0.0, within=0.0) and self._all_near(".running_var", 1.0, within=2e-5)
+
+    def _all_near(self, ending: str, value: float, *, within: float) -> bool:
+        """Whether all numbers of the body's tensors with this ending are near ``value``."""
+        vectors = (t for n, t in self.tensors.items() if n.startswith("backbone.body.") and n.endswith(ending))
+        found = (numbers for numbers in map(flat_values, vectors) if numbers)
+        return all(value - within <= min(numbers) and max(numbers) <= value + within for numbers in found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ecosystem:
+    """One place where people train FCOS: how its keys look, what they become, and what it leaves unsaid.
+
+    ``signature``: parts of names that all must occur in the names of a checkpoint of this ecosystem.
+    ``variants``: the words that ``Evidence.variant`` may be.
+    """
+
+    name: str
+    signature: tuple[str, ...]
+    renames: tuple[Rename, ...]
+    rules: Callable[[Evidence], Rules]
+    variants: tuple[str, ...] = ()
+
+    def matches(self, names: frozenset[str]) -> bool:
+        """Whether every part of the signature occurs in some name."""
+        return all(any(part in name for name in names) for part in self.signature)
+
+
+_OPTION = "option"  # the source of what the user says
+
+
+def final_rules(rules: Rules, *, stated: Mapping[str, Any], options: CheckpointOptions, network: FcosConfig) -> Rules:
+    """Override the ecosystem's rules by what the file states, and both by the user's options.
+
+    Raises:
+        ConfigError: when class names do not fit the network, or a profile does not exist.
+    """
+    names = {item.name for item in dataclasses.fields(Rules)} - {"variant"}
+    given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name in names}
+    for source, every in (("the file's metadata", stated), (_OPTION, given)):
+        values = {name: value for name, value in every.items() if name in names and value not in (None, ())}
+        if "profile" in values and "centers" not in values and values["profile"] in PROFILES:
+            rules = rules.decide(f"{source}: profile", centers=PROFILES[values["profile"]].centers)
+        rules = rules.decide(source, **values)
+        if "input_size" in values:
+            rules = dataclasses.replace(rules, shortest=None, longest=None)
+        if "shortest" in values:
+            rules = dataclasses.replace(rules, input_size=None)
+    return _with_input(_with_names(rules, network))
+
+
+def _with_names(rules: Rules, network: FcosConfig) -> Rules:
+    """Class names by label: a list without the background gets one, a missing list gets numbers."""
+    count = network.num_classes + rules.label_offset
+    names = rules.class_names
+    if not names:
+        numbered = tuple(f"class_{i}" for i in range(count))
+        return rules.decide("nobody: give the names with --classes", class_names=numbered)
+    # torchvision counts the background as channel 0; tianzhi's labels begin at 1.
+    background = rules.label_offset == 1 or rules.profile == "torchvision"
+    if len(names) == count - 1 and background:
+        return dataclasses.replace(rules, class_names=("background", *names))
+    if len(names) != count:
+        raise ConfigError(
+            f"The network has {network.num_classes} class channels, but {len(names)} class names were given.",
+            hint="one name a line, in the order of the training labels",
+        )
+    return rules
+
+
+def _with_input(rules: Rules) -> Rules:
+    """float32 keeps the ecosystem's own arithmetic; pixels that stay uint8 are resized before they are normalised."""
+    if rules.input_size is None and rules.shortest is None:
+        raise ConfigError(
+            "The configuration in the file resizes without keeping the ratio (keep_ratio=False), which we do not.",
+            hint="give --input-size HxW, or --shortest and --longest; both keep the ratio, so compare the accuracy",
+        )
+    default = InputDtype.FLOAT32 if rules.input_size is None else InputDtype.UINT8
+    dtype = rules.input_dtype or default
+    if rules.input_dtype is None:
+        rules = rules.decide("rule: uint8 for a fixed input size, float32 otherwise", input_dtype=dtype)
+    if rules.input_size is not None:
+        rules = rules.decide("rule: a fixed input size is filled keeping the ratio", size_rule=SizeRule.LETTERBOX)
+    if dtype is InputDtype.UINT8 and rules.resize_filter is ResizeFilter.TORCH:
+        rules = rules.decide("rule: for uint8 input the same arithmetic, rounded", resize_filter=ResizeFilter.CV2)
+    if rules.resize_filter is not ResizeFilter.TORCH and rules.resize_order is not ResizeOrder.RESIZE_FIRST:
+        rules = rules.decide("rule: this resize filter works on uint8", resize_order=ResizeOrder.RESIZE_FIRST)
+    return rules
+
+
+def preprocess_spec(rules: Rules) -> PreprocessSpec:
+    """The preprocessing part of the contract.
+
+    Raises:
+        ConfigError: a size that is no multiple of the network's strides, and who says so where it is not the user.
+    """
+    canvas, source = rules.input_size, rules.sources.get("input_size", _OPTION)
+    try:
+        return _preprocess_spec(rules, canvas)
+    except InputSizeError as error:
+        if source == _OPTION:
+            raise
+        raise InputSizeError(
+            f"{error.message} The size comes from {source}.", hint=f"{error.hint}; --input-size HxW overrides it"
+        ) from error
+
+
+def _preprocess_spec(rules: Rules, canvas: tuple[int, int] | None) -> PreprocessSpec:
+    return PreprocessSpec(
+        mean=rules.mean,
+        std=rules.std,
+        pixel_scale=rules.pixel_scale,
+        channel_order=rules.channel_order,
+        height=canvas[0] if canvas else None,
+        width=canvas[1] if canvas else None,
+        shortest=rules.shortest,
+        longest=rules.longest,
+        size_rule=rules.size_rule,
+        resize_filter=rules.resize_filter,
+        resize_order=rules.resize_order,
+        input_dtype=rules.input_dtype or InputDtype.UINT8,
+    )
+
+
+def decode_spec(rules: Rules, config: FcosConfig) -> DecodeSpec:
+    """The post-processing part of the contract."""
+    if rules.profile not in PROFILES:
+        raise ConfigError(f"There is no profile '{rules.profile}'.", hint=f"profiles: {', '.join(PROFILES)}")
+    offset = rules.label_offset
+    return DecodeSpec(
+        profile=dataclasses.replace(PROFILES[rules.profile], centers=rules.centers),
+        score_threshold=rules.score_threshold,
+        iou_threshold=rules.iou_threshold,
+        strides=config.strides,
+        pre_nms_top_k=rules.pre_nms_top_k,
+        max_detections=rules.max_detections,
+        label_map=tuple(range(offset, offset + config.num_classes)) if offset else (),
+    )

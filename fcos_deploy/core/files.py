@@ -1,0 +1,145 @@
+"""Files that are either complete under their name or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from fcos_deploy.core.errors import ConfigError
+
+__all__ = ["CACHE_VARIABLE", "atomic_directory", "atomic_file", "model_cache_dir", "sha256_file", "write_text"]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, same suffix; it takes the name when the block ends, goes when it fails.
+
+    Raises:
+        ConfigError: when the file cannot be written. An OSError of the block about another file stays what it is.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if _is_of_another_file(error, path):
+            raise
+        raise _unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; it takes the place of the folder ``path`` when the block ends.
+
+    Raises:
+        ConfigError: when ``path`` is a file or cannot be written. An OSError of the block about another file stays what
+            it is.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"'{path}' is a file, a folder was to be written.", hint="choose another name")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _take_place(temporary, path)
+    except OSError as error:
+        if _is_of_another_file(error, path):
+            raise
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_of_another_file(error: OSError, path: Path) -> bool:
+    """Whether the error names files, none of which is ``path``, its temporary, or in or above one of them."""
+    names = [n for n in (error.filename, error.filename2) if isinstance(n, (str, bytes, os.PathLike))]
+    return bool(names) and not any(_is_near(Path(os.fsdecode(name)).absolute(), path.absolute()) for name in names)
+
+
+def _is_near(named: Path, own: Path) -> bool:
+    # The temporary lies beside `own`, and its name begins as that of `own` does.
+    inside = any(part.parent == own.parent and own.stem in part.name for part in (named, *named.parents))
+    return inside or named in own.parents
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"Cannot write '{path}': {error.strerror or error}.", hint="choose a folder that exists and can be written"
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's contents, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+CACHE_VARIABLE = "FCOS_DEPLOY_CACHE"  # a folder; empty turns the caches off
+_KEPT = 16  # compiled models per backend; a bundle has one to three, and each takes about what its engine does
+
+
+def model_cache_dir(backend: str, *, key: str) -> Path | None:
+    """A folder of this backend and model, made if need be, or None where caching is off or has no place.
+
+    ``key`` names the model by its contents, so that another one under the same path never meets a stale entry. Of each
+    backend the most recently used entries remain.
+    """
+    root = _root()
+    if root is None:
+        return None
+    folder = root / backend / key
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.touch()
+        _drop_oldest(folder.parent)
+    except OSError:
+        return None  # A read-only home only costs the time to compile.
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _root() -> Path | None:
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen is not None:
+        return Path(chosen) if chosen else None
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fcos-deploy"
+
+
+def _drop_oldest(parent: Path) -> None:
+    entries = sorted((e for e in parent.iterdir() if e.is_dir()), key=lambda e: e.stat().st_mtime, reverse=True)
+    for entry in entries[_KEPT:]:
+        shutil.rmtree(entry, ignore_errors=True)

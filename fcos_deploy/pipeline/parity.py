@@ -1,0 +1,125 @@
+"""Parity of a model with its checkpoint: opens both the same way and compares them stage by stage."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fcos_deploy.accuracy.dataset import folder_images
+from fcos_deploy.accuracy.evaluate import Target
+from fcos_deploy.accuracy.layers import LayerFinding, OnnxLayers, first_departing_layer
+from fcos_deploy.accuracy.parity import ParityImage, ParityOptions, ParityReport, compare_stages
+from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
+from fcos_deploy.core.backend import ComputeType, SessionOptions
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.image import read_image
+from fcos_deploy.core.libraries import require
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.detector import Detector
+
+if TYPE_CHECKING:
+    from fcos_deploy.checkpoints.load import LoadedCheckpoint
+
+__all__ = ["ParityRequest", "check_parity", "find_layer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityRequest:
+    """``strict``: judge by what float32 allows, whatever the candidate's precision.
+
+    ``options``: how the checkpoint is to be read; size and dtype of its input are those of the candidate.
+    """
+
+    target: Target
+    checkpoint: Path
+    images: Path
+    count: int = 4
+    strict: bool = False
+    options: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    @property
+    def tolerance(self) -> Tolerance | None:
+        """None leaves it to the candidate's own precision."""
+        return tolerance_for(Precision.FP32, ComputeType.F32) if self.strict else None
+
+
+def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) -> ParityReport:
+    """Compare a model with the checkpoint that it was made from.
+
+    Raises:
+        FcosDeployError: one of the two cannot be opened or run, or there are no images.
+    """
+    pictures = _pictures(request)
+    options = SessionOptions(threads=request.target.options.threads)
+    with request.target.open() as candidate:
+        loaded = _load_like(request, candidate.contract)
+        with Detector.of_network(loaded.model, loaded.contract, options=options) as reference:
+            return compare_stages(
+                reference,
+                candidate,
+                pictures,
+                options=ParityOptions(tolerance=request.tolerance),
+                network=loaded.model,
+                progress=progress,
+            )
+
+
+def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) -> LayerFinding | None:
+    """The first layer of an ONNX graph that departs from the same export of the checkpoint; None when none does.
+
+    Raises:
+        ConfigError: the model is not an ONNX file.
+    """
+    model = request.target.model
+    if model.suffix != ".onnx":
+        raise ConfigError(
+            f"Layers can be looked at in ONNX files, '{model.name}' is none.",
+            hint="give the ONNX file that the engine was built from, with --backend",
+        )
+    from exporters.torch_onnx import ExportOptions, export_onnx
+
+    with request.target.open() as candidate:
+        source = _load_like(request, candidate.contract)
+        feeds, _ = candidate.prepare([_pictures(request)[0].pixels])
+        backend = candidate.session.description["backend"]
+    precision, options = candidate.contract.precision, request.target.options
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reference.onnx"
+        export_onnx(source, path, options=ExportOptions(tail=candidate.contract.tail), progress=progress)
+        reference = OnnxLayers(path, options=SessionOptions(threads=options.threads))
+        other = OnnxLayers(model, backend=backend, options=options)
+        tolerance = request.tolerance or tolerance_for(precision, options.compute)
+        return first_departing_layer(reference, other, (feeds, feeds), tolerance=tolerance, progress=progress)
+
+
+def _load_like(request: ParityRequest, candidate: ModelContract) -> LoadedCheckpoint:
+    """The checkpoint for the candidate's input size and dtype, with the raw tail; all else by its own rules.
+
+    Where the checkpoint has no class names, and none were given, the candidate's are believed.
+    """
+    spec = candidate.preprocess
+    options = replace(
+        request.options,
+        input_size=spec.canvas,
+        shortest=spec.shortest,
+        longest=spec.longest,
+        input_dtype=spec.input_dtype,
+    )
+    module = require("fcos_deploy.checkpoints.load", extra="export")
+    loaded: LoadedCheckpoint = module.load_checkpoint(request.checkpoint, options=options)
+    contract = replace(loaded.contract, tail=Tail.RAW)
+    known = any(d.name == "class_names" and not d.source.startswith("nobody") for d in contract.decisions)
+    if not known and len(contract.class_names) == len(candidate.class_names):
+        contract = replace(contract, class_names=candidate.class_names)
+    return replace(loaded, contract=contract)
+
+
+def _pictures(request: ParityRequest) -> Sequence[ParityImage]:
+    found = folder_images(request.images)[: request.count]
+    return [ParityImage(image.path.name, read_image(image.path)) for image in found]

@@ -1,0 +1,336 @@
+"""AP of anything that turns feeds into outputs: what NNCF's accuracy control asks for, again and again."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.mixed_precision import (
+    DEFAULT_EVALUATIONS,
+    MixedPrecision,
+    PrecisionGoal,
+    Trial,
+    pareto_front,
+    search_mixed_precision,
+)
+from calibration.nncf_quantizer import NncfGoal, nncf_table, quantize_nncf_to_goal
+from calibration.placement import Placement
+from calibration.qdq import quantize_qdq
+from calibration.quantizers import QuantizeRequest, QuantizeResult, nncf_images, quantizer
+from fcos_deploy.accuracy.coco import coco_scores
+from fcos_deploy.accuracy.dataset import Dataset, folder_images, label_index, load_coco, truth_from_detections
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.core.backend import SessionOptions, Tensors
+from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.registry import backends
+from fcos_deploy.core.score_drift import ScoreDrift, score_drift
+from fcos_deploy.detector import Detector
+from fcos_deploy.pipeline.trade_offs import TimedTrial, TradeOffs, time_trials, write_trade_offs
+
+__all__ = ["AccuracyGoal", "RunScore", "accuracy_goal", "quantize_model"]
+
+_Run = Callable[[Tensors], Tensors]
+_LEAST_SCORE = 0.3  # of the float model's detections that count as truth where there are no annotations
+
+
+class RunScore:
+    """Scores functions from the feeds to the outputs of ``source``, on images read anew each time.
+
+    Without ``annotations`` the detections of ``source`` are the truth.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        images: Path,
+        *,
+        annotations: Path | None = None,
+        backend: str = "",
+        options: SessionOptions | None = None,
+    ) -> None:
+        self._detector = Detector.open(source, backend=backend, options=options)
+        self._dataset = load_coco(annotations, images=images) if annotations else self._own_truth(images)
+        self._labels = label_index(self._detector.names, self._dataset)
+
+    def __len__(self) -> int:
+        return len(self._dataset.images)
+
+    def __call__(self, run: _Run, positions: Sequence[int]) -> float:
+        """AP (0..1) over the images at these positions; 0 where none of them has an object."""
+        images = tuple(self._dataset.images[position] for position in positions)
+        truth = {image.image_id: self._dataset.truth[image.image_id] for image in images}
+        part = Dataset(images, truth, self._dataset.class_names, self._dataset.source)
+        found = {image.image_id: self._detect(run, image.path, self._labels) for image in images}
+        return coco_scores(part, found).ap or 0.0
+
+    def _detect(self, run: _Run, path: Path, labels: NDArray[np.int64] | None = None) -> Detections:
+        feeds, letterboxes = self._detector.prepare([read_image(path)])
+        found = self._detector.finish(run(feeds), letterboxes)[0]
+        return found if labels is None else Detections(found.boxes, found.scores, labels[found.labels])
+
+    def _own_truth(self, folder: Path) -> Dataset:
+        images = folder_images(folder)
+        found = {image.image_id: self._detect(self._detector.infer, image.path) for image in images}
+        names = self._detector.names
+        return truth_from_detections(images, found, class_names=names, min_score=_LEAST_SCORE, source="The float model")
+
+    def __enter__(self) -> RunScore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detector.close()
+
+
+# Pictures that layers are ranked on: each costs one inference per layer.
+_RANKING_PICTURES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyGoal:
+    """How far AP (0..1) may fall, measured on which images; without annotations the float model's detections count.
+
+    ``evaluations``: how many mixtures may be evaluated.
+    """
+
+    max_map_drop: float
+    images: Path
+    annotations: Path | None = None
+    backend: str = "onnxruntime"
+    threads: int | None = None
+    evaluations: int = DEFAULT_EVALUATIONS
+
+
+def accuracy_goal(
+    max_map_drop: float | None,
+    *,
+    images: Path | None,
+    annotations: Path | None,
+    placement: Placement,
+    threads: int | None = None,
+    evaluations: int = DEFAULT_EVALUATIONS,
+) -> AccuracyGoal | None:
+    """The goal that options ask for; the drop is measured on the placement's own backend where it runs here.
+
+    Raises:
+        ConfigError: a goal without images.
+    """
+    if max_map_drop is None:
+        return None
+    if images is None:
+        raise ConfigError("--max-map-drop needs images to measure on.", hint="--images DIR [--annotations FILE]")
+    here = [name for name in placement.backends if name in backends() and backends()[name].probe().available]
+    backend = here[0] if here else "onnxruntime"
+    return AccuracyGoal(
+        max_map_drop=max_map_drop,
+        images=images,
+        annotations=annotations,
+        backend=backend,
+        threads=threads,
+        evaluations=evaluations,
+    )
+
+
+def quantize_model(
+    request: QuantizeRequest,
+    *,
+    kind: str = "qdq",
+    goal: AccuracyGoal | None = None,
+    state: Path | None = None,
+    progress: ProgressFn = no_progress,
+) -> QuantizeResult:
+    """Quantize, and where there is a goal return only what reaches it.
+
+    ``state``: file from which an interrupted search goes on; hidden beside the output by default.
+
+    Raises:
+        AccuracyGateError: the goal cannot be reached; nothing was written, the float graph is as it was.
+        CalibrationError, ConfigError: as the quantizer says.
+    """
+    made_by = quantizer(kind)
+    if goal is None:
+        return made_by.quantize(request, progress=progress)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        score = _Score(request.source, goal, predictions=scratch, progress=progress)
+        if kind == "nncf":
+            return _controlled(request, goal, score=score, progress=progress)
+        state = state or request.output.with_name(f".{request.output.stem}.search.json")
+        return _mixed(request, goal, score=score, state=state, folder=scratch, progress=progress)
+
+
+class _Score:
+    """AP of a model file on the goal's images."""
+
+    def __init__(self, source: Path, goal: AccuracyGoal, *, predictions: Path, progress: ProgressFn) -> None:
+        self._goal, self._predictions, self._progress = goal, predictions, progress
+        self.detections: dict[Path, Mapping[int, Detections]] = {}
+        self._options = SessionOptions(threads=goal.threads)
+        self._reference = Target(model=source, backend=goal.backend, options=self._options)
+
+    def __call__(self, model: Path) -> float:
+        request = EvaluationRequest(
+            targets=(Target(model=model, backend=self._goal.backend, options=self._options),),
+            images=self._goal.images,
+            annotations=self._goal.annotations,
+            reference=None if self._goal.annotations else self._reference,
+            resamples=0,
+            predictions=self._predictions,
+        )
+        found = evaluate(request, progress=self._progress).targets[0]
+        ap = found.scores.ap
+        if ap is None:
+            raise ConfigError("No annotated object in these images, so that there is no AP.", hint="other --images")
+        self.detections[model] = found.run.detections
+        return ap
+
+    @property
+    def identity(self) -> str:
+        """Stands for everything that scores depend on beside the model."""
+        goal = self._goal
+        parts = [goal.backend, *(sha256_file(path) for path in list_images(goal.images))]
+        parts += [sha256_file(goal.annotations)] if goal.annotations else []
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def drift(self, source: Path, result: Path) -> ScoreDrift:
+        """How far the scores of ``result`` have moved from those of ``source``; evaluates what is not yet."""
+        for model in {source, result} - set(self.detections):
+            self(model)
+        one, other = self.detections[source], self.detections[result]
+        return score_drift(
+            [one[number] for number in sorted(one)],
+            [other[number] for number in sorted(other)],
+            class_names=read_contract(source).class_names,
+        )
+
+
+def _controlled(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progress: ProgressFn) -> QuantizeResult:
+    """NNCF with its accuracy control. Its result takes its name when our own evaluation holds the goal too."""
+    images = nncf_images(request)
+    options = SessionOptions(threads=goal.threads)
+    request.output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{request.output.stem}.", dir=request.output.parent) as folder,
+        RunScore(
+            request.source, goal.images, annotations=goal.annotations, backend=goal.backend, options=options
+        ) as run_score,
+    ):
+        made, trials = quantize_nncf_to_goal(
+            request.source,
+            images,
+            Path(folder) / request.output.name,
+            goal=NncfGoal(
+                max_drop=goal.max_map_drop,
+                images=len(run_score),
+                score=run_score,
+                iterations=max(1, goal.evaluations - 1),
+            ),
+            progress=progress,
+        )
+        before, after = score(request.source), score(made.files[0])
+        if before - after > goal.max_map_drop + 1e-6:
+            raise AccuracyGateError(
+                f"mAP {before:.4f} -> {after:.4f} (drop {before - after:.4f} > {goal.max_map_drop:.4f}) with NNCF, "
+                f"which took it for {trials[-1].score:.4f}.\n{nncf_table(trials)}",
+                hint="--quantizer qdq keeps layers in float until the goal holds",
+            )
+        drift = score.drift(request.source, made.files[0])
+        # The .xml, which makes the artifact visible, comes last.
+        files = [file.replace(request.output.with_name(file.name)) for file in reversed(made.files)][::-1]
+    tried = {"evaluations": str(len(trials)), "int8_convolutions": str(trials[-1].int8_convolutions)}
+    record = {**made.record, **tried, **_scores(before, after), **_drift_record(drift)}
+    return QuantizeResult(files=tuple(files), record=record)
+
+
+def _mixed(
+    request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, state: Path, folder: Path, progress: ProgressFn
+) -> QuantizeResult:
+    pictures = [read_image(path) for path in list_images(goal.images)[:_RANKING_PICTURES]]
+    found = search_mixed_precision(
+        request.source,
+        request.load_calibration(),
+        request.output,
+        policy=request.placement,
+        goal=PrecisionGoal(max_drop=goal.max_map_drop, evaluations=goal.evaluations),
+        evaluate=score,
+        pictures=pictures,
+        measured_on=score.identity,
+        state=state,
+        progress=progress,
+    )
+    drift = score.drift(request.source, found.result.path)
+    report = write_trade_offs(
+        _trade_offs(request, goal, found, drift=drift, folder=folder, progress=progress), request.output
+    )
+    record = {
+        **found.result.record,
+        **_scores(found.float_score, found.chosen.score),
+        **_drift_record(drift),
+        "int8_share": f"{found.chosen.int8_share:.4f}",
+        "kept_float_layers": ", ".join(found.chosen.kept),
+        "report": report.name,
+    }
+    return QuantizeResult(files=(found.result.path, report), record=record)
+
+
+def _trade_offs(
+    request: QuantizeRequest,
+    goal: AccuracyGoal,
+    found: MixedPrecision,
+    *,
+    drift: ScoreDrift,
+    folder: Path,
+    progress: ProgressFn,
+) -> TradeOffs:
+    """With the speed of the candidates that are worth having, where there was a choice."""
+    calibration = request.load_calibration()
+
+    def make(trial: Trial, path: Path) -> None:
+        quantize_qdq(request.source, calibration, path, policy=request.placement, keep_float=trial.kept)
+
+    float_ms: float | None = None
+    times: dict[Trial, float] = {}
+    if len(found.trials) > 1:
+        float_ms, times = time_trials(
+            request.source,
+            pareto_front(found.trials),
+            make=make,
+            folder=folder,
+            backend=goal.backend,
+            options=SessionOptions(threads=goal.threads),
+            image=list_images(goal.images)[0],
+            progress=progress,
+        )
+    return TradeOffs(
+        placement=request.placement.name,
+        backend=goal.backend,
+        max_drop=goal.max_map_drop,
+        float_score=found.float_score,
+        float_p50_ms=float_ms,
+        kept=found.chosen.kept,
+        trials=tuple(TimedTrial(trial, times.get(trial)) for trial in found.trials),
+        ranking=found.ranking,
+        drift=drift,
+    )
+
+
+def _scores(before: float, after: float) -> dict[str, str]:
+    return {"ap_float": f"{before:.6f}", "ap_int8": f"{after:.6f}"}
+
+
+def _drift_record(drift: ScoreDrift) -> dict[str, str]:
+    shifts = {f"score_shift_{c.name}": f"{c.mean_shift:+.5f}" for c in drift.classes if c.matched}
+    return {"float_score_threshold": f"{drift.float_threshold}", "score_threshold": f"{drift.threshold}", **shifts}

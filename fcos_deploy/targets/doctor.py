@@ -1,0 +1,238 @@
+"""Looks at this machine: what works, what does not, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from fcos_deploy.core.backend import BackendProbe
+from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.libraries import parse_version
+from fcos_deploy.core.machine import SystemFacts, system_facts
+from fcos_deploy.core.registry import backends
+from fcos_deploy.targets.profiles import DeviceFamily, DeviceProfile
+
+__all__ = ["Difference", "Examination", "Finding", "Health", "compare", "difference_lines", "examine", "lines"]
+
+_OWN_PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
+_DISTRIBUTION = "fcos-deploy"
+# ONNX Runtime's TensorRT provider is linked against one major of TensorRT: the first version for TensorRT 11.
+_ORT_FOR_TENSORRT_11 = (1, 27)
+_MEMORY_TOLERANCE = 0.85  # the kernel and the GPU's carve-out take their part of a board's nominal memory
+
+
+class Health(StrEnum):
+    """``absent`` is something that is not installed, which is no fault; ``broken`` needs mending."""
+
+    WORKS = "works"
+    ABSENT = "absent"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; ``remedy`` is what to do, empty when nothing is to be done."""
+
+    area: str
+    name: str
+    health: Health
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where this machine is not what a profile says; ``remedy`` is what would make it so."""
+
+    name: str
+    wanted: str
+    found: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """All findings of one look, with what was read for comparing."""
+
+    findings: tuple[Finding, ...]
+    facts: SystemFacts
+    probes: dict[str, BackendProbe]
+
+    @property
+    def broken(self) -> tuple[Finding, ...]:
+        """What needs mending."""
+        return tuple(finding for finding in self.findings if finding.health is Health.BROKEN)
+
+
+def examine() -> Examination:
+    """Look at everything. Never raises for what it finds."""
+    facts = system_facts()
+    probes = {name: backend.probe() for name, backend in backends().items()}
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        partial(_machine, facts),
+        partial(_nvidia, facts),
+        partial(_npu, facts, probes),
+        partial(_runtimes, probes),
+        _packages,
+        partial(_pairs, probes),
+    )
+    return Examination(tuple(finding for check in checks for finding in check()), facts, probes)
+
+
+def lines(findings: Iterable[Finding]) -> Iterator[str]:
+    """A line for each finding, and one below it for what to do."""
+    for finding in findings:
+        yield f"{finding.health:8}{f'{finding.area}: {finding.name}':24}{finding.detail}"
+        if finding.remedy:
+            yield f"{'':32}{finding.remedy}"
+
+
+def difference_lines(differences: Iterable[Difference]) -> Iterator[str]:
+    """As ``lines``."""
+    for difference in differences:
+        yield f"{'differs':8}{difference.name:24}'{difference.wanted}' wanted, '{difference.found}' found"
+        yield f"{'':32}{difference.remedy}"
+
+
+def _machine(facts: SystemFacts) -> Iterator[Finding]:
+    version = platform.python_version()
+    yield Finding("machine", "Python", Health.WORKS, f"{version} on {platform.system()} {platform.machine()}")
+    features = ", ".join(facts.int8_features) or "no int8 instructions"
+    yield Finding("machine", "processor", Health.WORKS, f"{facts.processor or 'unknown'}: {features}")
+    if facts.jetson is not None:
+        jetpack = facts.jetson.jetpack or "unknown"
+        detail = f"{facts.jetson.model or 'Jetson'}, L4T {facts.jetson.l4t}, JetPack {jetpack}"
+        yield Finding("machine", "JetPack", Health.WORKS, detail)
+
+
+def _nvidia(facts: SystemFacts) -> Iterator[Finding]:
+    if facts.nvidia_driver:
+        yield Finding("NVIDIA", "driver", Health.WORKS, facts.nvidia_driver)
+    elif facts.jetson is not None:
+        yield Finding("NVIDIA", "driver", Health.WORKS, f"of L4T {facts.jetson.l4t}")
+    else:
+        yield Finding(
+            "NVIDIA", "driver", Health.ABSENT, "no kernel module", "needed for a GPU: install NVIDIA's driver"
+        )
+
+
+def _npu(facts: SystemFacts, probes: dict[str, BackendProbe]) -> Iterator[Finding]:
+    seen = any("NPU" in device for probe in probes.values() for device in probe.devices)
+    if seen:
+        yield Finding("Intel", "NPU", Health.WORKS, facts.npu_driver or "driver outside the kernel tree")
+    elif facts.npu_driver or facts.npu_device:
+        detail = "the kernel has its driver, OpenVINO does not see it"
+        yield Finding("Intel", "NPU", Health.BROKEN, detail, "install intel-level-zero-npu and join the group 'render'")
+    else:
+        yield Finding("Intel", "NPU", Health.ABSENT, "no driver in the kernel")
+
+
+def _runtimes(probes: dict[str, BackendProbe]) -> Iterator[Finding]:
+    for name, probe in sorted(probes.items()):
+        if probe.available:
+            devices = ", ".join(probe.devices)
+            yield Finding("runtime", name, Health.WORKS, f"{probe.version}: {devices or 'no devices'}")
+        else:
+            # Installed (it told its version) but unable to run is broken; not installed is a choice.
+            health = Health.BROKEN if probe.version else Health.ABSENT
+            version = f"{probe.version}: " if probe.version else ""
+            yield Finding("runtime", name, health, f"{version}{probe.problem}", probe.remedy)
+
+
+def _packages() -> Iterator[Finding]:
+    """Other distributions that own our top-level names, and two distributions of one library, which overwrite it."""
+    owners = importlib.metadata.packages_distributions()
+    for package in _OWN_PACKAGES:
+        others = sorted({name for name in owners.get(package, []) if _normal(name) != _DISTRIBUTION})
+        if others:
+            remedy = f"use an environment of its own, or: pip uninstall {' '.join(others)}"
+            yield Finding("packages", package, Health.BROKEN, f"also owned by {', '.join(others)}", remedy)
+    for package in ("onnxruntime", "cv2", "openvino", "tensorrt"):
+        names = sorted({_normal(name) for name in owners.get(package, [])})
+        if len(names) > 1:
+            remedy = f"keep one: pip uninstall {' '.join(names)}, then install the one you need"
+            yield Finding("packages", package, Health.BROKEN, f"installed by {', '.join(names)} at once", remedy)
+    stranger = _shadowing()
+    if stranger:
+        yield Finding("packages", "import path", Health.BROKEN, stranger, "run from another folder, or rename it")
+
+
+def _shadowing() -> str:
+    """Which of our packages is imported from elsewhere than the others: a folder of that name in the way."""
+    places = {name: getattr(sys.modules.get(name), "__file__", None) for name in _OWN_PACKAGES}
+    roots = {name: file.rsplit("/", 2)[0] for name, file in places.items() if file}
+    home = roots.get(_OWN_PACKAGES[0], "")
+    return "; ".join(f"'{name}' comes from {root}" for name, root in roots.items() if root != home)
+
+
+def _normal(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
+
+
+def _pairs(probes: dict[str, BackendProbe]) -> Iterator[Finding]:
+    """Versions that must fit each other."""
+    runtime, tensorrt = probes.get("onnxruntime"), probes.get("tensorrt")
+    provided = runtime is not None and any("tensorrt" in device for device in runtime.devices)
+    if runtime is None or tensorrt is None or not provided or not tensorrt.version:
+        return
+    if parse_version(tensorrt.version)[0] >= 11 and parse_version(runtime.version) < _ORT_FOR_TENSORRT_11:
+        detail = f"ONNX Runtime {runtime.version} cannot load TensorRT {tensorrt.version}"
+        yield Finding("packages", "TensorRT provider", Health.BROKEN, detail, "pip install 'onnxruntime-gpu>=1.27'")
+
+
+def compare(examination: Examination, profile: DeviceProfile) -> tuple[Difference, ...]:
+    """Where this machine differs from a profile; versions are compared in the parts that the profile names."""
+    found = tuple(_common(examination, profile))
+    family = _intel(examination, profile) if profile.family is DeviceFamily.INTEL else _gpu(examination, profile)
+    return (*found, *family)
+
+
+def _common(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
+    if platform.machine() != profile.machine:
+        remedy = "run this on the device; from here, plan for it: fcos-deploy deploy --dry-run"
+        yield Difference("architecture", profile.machine, platform.machine(), remedy)
+    if sys.version_info[:2] < parse_version(profile.python)[:2]:
+        remedy = "make an environment of that Python: python3 -m venv"
+        yield Difference("Python", f"{profile.python} or later", platform.python_version(), remedy)
+    if examination.facts.memory_mib < profile.memory_mib * _MEMORY_TOLERANCE:
+        remedy = "lower --workspace-mib, and add swap for builds: sudo fallocate -l 8G /swapfile"
+        yield Difference("memory", f"{profile.memory_mib} MiB", f"{examination.facts.memory_mib} MiB", remedy)
+    name = profile.backends[0]
+    probe = examination.probes.get(name, BackendProbe(available=False, problem="not registered"))
+    if not probe.available:
+        yield Difference(f"runtime {name}", "works", probe.problem, probe.remedy or "see the findings above")
+
+
+def _gpu(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
+    wanted, probe = profile.nvidia, examination.probes.get(profile.backends[0])
+    if wanted is None or probe is None:
+        return
+    if probe.version and not _begins(probe.version, wanted.tensorrt):
+        remedy = "take the profile of this version, or a file of your own: --target ./board.toml"
+        yield Difference("TensorRT", wanted.tensorrt, probe.version, remedy)
+    marker = f"sm_{wanted.compute_capability.replace('.', '')}"
+    if not any(marker in device for device in probe.devices):
+        remedy = "see what the driver sees: nvidia-smi; in a container: --gpus all (Jetson: --runtime nvidia)"
+        yield Difference("GPU", marker, ", ".join(probe.devices) or "none", remedy)
+    jetson = examination.facts.jetson
+    if wanted.l4t and (jetson is None or not _begins(jetson.l4t, wanted.l4t)):
+        found = jetson.l4t if jetson is not None else "no Jetson"
+        remedy = "take the profile of this JetPack, or update: sudo apt install nvidia-jetpack"
+        yield Difference("JetPack", f"{wanted.jetpack} (L4T {wanted.l4t})", found, remedy)
+
+
+def _intel(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
+    wanted = profile.intel
+    devices = [d for probe in examination.probes.values() for d in probe.devices]
+    if wanted is not None and not any(device.startswith(wanted.device) for device in devices):
+        remedy = "install Intel's driver of the device, and join its group: sudo usermod -aG render $USER"
+        yield Difference("device", wanted.device, ", ".join(devices) or "none", remedy)
+
+
+def _begins(found: str, wanted: str) -> bool:
+    parts = parse_version(wanted)
+    return parse_version(found)[: len(parts)] == parts

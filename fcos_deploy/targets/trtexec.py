@@ -1,0 +1,89 @@
+"""The ``trtexec`` line that builds the engine that this package would: for JetPack 5, and who prefers it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.exporter import BuildOptions
+from fcos_deploy.core.libraries import parse_version
+
+__all__ = ["TrtexecRequest", "trtexec_command"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrtexecRequest:
+    """``shapes``: smallest, usual and largest shape of each dynamic input; empty for a static graph.
+
+    ``precision`` is the ONNX file's; with a calibration cache that is fp32 and the engine INT8.
+    """
+
+    onnx: PurePosixPath
+    engine: PurePosixPath
+    version: str
+    precision: Precision
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    options: BuildOptions = field(default_factory=BuildOptions)
+
+
+def trtexec_command(request: TrtexecRequest) -> str:
+    """One shell line.
+
+    Raises:
+        ConfigError: a calibration cache for TensorRT 11, which has no calibrators.
+    """
+    version = parse_version(request.version)
+    arguments = [
+        "trtexec",
+        f"--onnx={request.onnx}",
+        f"--saveEngine={request.engine}",
+        "--buildOnly" if version < (8, 6) else "--skipInference",
+        *_types(request, version),
+        *_shapes(request),
+        *_settings(request.options),
+    ]
+    return shlex.join(arguments)
+
+
+def _settings(options: BuildOptions) -> list[str]:
+    flags = {
+        "--noTF32": not options.tf32,
+        f"--memPoolSize=workspace:{options.workspace_mib}M": options.workspace_mib is not None,
+        f"--builderOptimizationLevel={options.optimization_level}": options.optimization_level is not None,
+        f"--timingCacheFile={options.timing_cache}": options.timing_cache is not None,
+        f"--useDLACore={options.dla_core}": options.dla_core is not None,
+        "--allowGPUFallback": options.dla_core is not None and not options.dla_strict,
+        "--versionCompatible": options.version_compatible,
+        "--hardwareCompatibilityLevel=ampere+": options.hardware_compatible,
+    }
+    return [flag for flag, given in flags.items() if given]
+
+
+def _types(request: TrtexecRequest, version: tuple[int, ...]) -> list[str]:
+    """Strong typing where the version has it (11 knows nothing else), else a flag for each type in the graph."""
+    cache, dla = request.options.calibration_cache, request.options.dla_core is not None
+    if version >= (11,):
+        if cache is not None:
+            raise ConfigError("TensorRT 11 has no calibrators.", hint="build the INT8 ONNX file, without a cache")
+        return []
+    if version >= (10,) and cache is None and not dla:
+        return ["--stronglyTyped"]
+    flags = ["--fp16"] if request.precision is Precision.FP16 or dla else []
+    if request.precision is Precision.INT8 or cache is not None:
+        flags.append("--int8")
+    return [*flags, f"--calib={cache}"] if cache is not None else flags
+
+
+def _shapes(request: TrtexecRequest) -> list[str]:
+    if not request.shapes:
+        return []
+    labels = zip(("min", "opt", "max"), range(3), strict=True)
+    return [f"--{label}Shapes={_joined(request, index)}" for label, index in labels]
+
+
+def _joined(request: TrtexecRequest, index: int) -> str:
+    return ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in request.shapes.items())

@@ -1,0 +1,396 @@
+"""What the HTTP and the gRPC client of the Open Inference Protocol v2 share."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from fcos_deploy.core.backend import Tensors
+from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
+from fcos_deploy.core.libraries import require
+from fcos_deploy.core.serialize import parse_json
+from fcos_deploy.core.tensor_spec import TensorSpec
+
+# The protocol's names and NumPy's.
+DATATYPES: dict[str, str] = {
+    "BOOL": "bool",
+    "UINT8": "uint8",
+    "UINT16": "uint16",
+    "UINT32": "uint32",
+    "UINT64": "uint64",
+    "INT8": "int8",
+    "INT16": "int16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "FP16": "float16",
+    "FP32": "float32",
+    "FP64": "float64",
+}
+_PATH = re.compile(r"(?:/v2/models)?/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/?")
+_PORTS = {"http": 8000, "https": 443, "grpc": 8001}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelAddress:
+    """A model on a server; ``version`` empty leaves the choice to the server."""
+
+    scheme: str
+    host: str
+    port: int
+    model: str
+    version: str = ""
+
+    def __str__(self) -> str:
+        version = f"/versions/{self.version}" if self.version else ""
+        return f"{self.scheme}://{self.host}:{self.port}/v2/models/{self.model}{version}"
+
+
+def parse_address(url: str) -> ModelAddress:
+    """``http://host:8000/v2/models/NAME[/versions/N]``, the same with ``https`` or ``grpc``.
+
+    Raises:
+        ConfigError: when it is not of this form.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _PORTS.get(parts.scheme, 0)
+    except ValueError as error:
+        raise ConfigError(f"'{url}' is not a URL: {error}.") from error
+    path = _PATH.fullmatch(parts.path)
+    if parts.scheme not in _PORTS or not parts.hostname or path is None or parts.query or parts.username:
+        raise ConfigError(
+            f"'{url}' is not the address of a model.",
+            hint="give http://HOST:8000/v2/models/NAME, https://... or grpc://HOST:8001/v2/models/NAME",
+        )
+    return ModelAddress(
+        scheme=parts.scheme, host=parts.hostname, port=port, model=path["model"], version=path["version"] or ""
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMetadata:
+    """What a server says of itself and of a model."""
+
+    server: str
+    platform: str
+    versions: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Client(ABC):
+    """A connection to one model; ``infer`` may be called from several threads at a time."""
+
+    @abstractmethod
+    def metadata(self) -> ModelMetadata:
+        """Ask the server for the model.
+
+        Raises:
+            DeviceError: the server does not answer, or is not ready.
+            BackendLoadError: it has no such model, or describes it in a way that is not understood.
+        """
+
+    @abstractmethod
+    def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
+        """One request.
+
+        Raises:
+            BackendError: the server does not answer in time, or refuses.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connections."""
+
+
+def tensor_specs(tensors: object, *, where: str) -> tuple[TensorSpec, ...]:
+    """From ``[{"name", "datatype", "shape"}]``; a size of -1 is dynamic.
+
+    Raises:
+        BackendLoadError: when the server's answer is something else.
+    """
+    try:
+        return tuple(_tensor_spec(tensor) for tensor in tensors)  # type: ignore[attr-defined]  # anything may come
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BackendLoadError(f"The {where} of the server's model are not understood: {error!r}.") from error
+
+
+def _tensor_spec(tensor: dict[str, object]) -> TensorSpec:
+    shape = tensor["shape"]
+    if not isinstance(shape, list):
+        raise TypeError(f"shape {shape!r}")
+    sizes = tuple(None if int(size) < 0 else int(size) for size in shape)
+    return TensorSpec(str(tensor["name"]), DATATYPES[str(tensor["datatype"])], sizes)
+
+
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_BINARY = "binary_tensor_data"  # the protocol extension, as servers announce it
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+_MAX_ANSWER = 1 << 30  # bytes
+
+
+class _Answer(Exception):  # noqa: N818  (an HTTP status, raised where it is found and translated by the caller)
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class HttpClient(Client):
+    """Keeps one connection a thread; one that the server closed meanwhile is opened again."""
+
+    def __init__(self, address: ModelAddress, *, timeout: float) -> None:
+        self._address = address
+        self._timeout = timeout
+        self._local = threading.local()
+        self._all: list[http.client.HTTPConnection] = []
+        self._lock = threading.Lock()
+        self._binary = False
+        version = f"/versions/{address.version}" if address.version else ""
+        self._path = f"/v2/models/{address.model}{version}"
+
+    def metadata(self) -> ModelMetadata:
+        try:
+            server = self._json("GET", "/v2")
+            model = self._json("GET", self._path)
+            self._json("GET", f"{self._path}/ready")
+        except _Answer as answer:
+            raise BackendLoadError(
+                f"The server at {self._address.host}:{self._address.port} does not serve '{self._address.model}': "
+                f"{answer} (HTTP {answer.status}).",
+                hint="look at the names of its models, and at its log",
+            ) from answer
+        except (OSError, http.client.HTTPException) as error:
+            raise DeviceError(
+                f"The server at {self._address.host}:{self._address.port} does not answer: {_reason(error)}.",
+                hint="start it, or correct the address",
+            ) from error
+        extensions = server.get("extensions")
+        self._binary = isinstance(extensions, list) and _BINARY in extensions
+        return ModelMetadata(
+            server=f"{server.get('name', '?')} {server.get('version', '')}".strip(),
+            platform=str(model.get("platform", "")),
+            versions=tuple(map(str, model.get("versions") or ())),
+            inputs=tensor_specs(model.get("inputs"), where="inputs"),
+            outputs=tensor_specs(model.get("outputs"), where="outputs"),
+        )
+
+    def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
+        body, headers = self._request(feeds, outputs)
+        try:
+            content, received = self._exchange("POST", f"{self._path}/infer", body=body, headers=headers)
+        except _Answer as answer:
+            raise BackendError(f"The server refused the request: {answer} (HTTP {answer.status}).") from answer
+        except TimeoutError as error:
+            raise BackendError(
+                f"The server did not answer within {self._timeout:g} s.", hint="is it overloaded? raise timeout_s"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise BackendError(
+                f"The connection to {self._address} was lost: {_reason(error)}.",
+                hint="the next request connects again; check that the server runs",
+            ) from error
+        try:
+            return _read_outputs(content, received, outputs)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BackendError(f"The answer of {self._address} is not understood: {error!r}.") from error
+
+    def _request(self, feeds: Tensors, outputs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, str]]:
+        tensors, blobs = [], []
+        for name, array in feeds.items():
+            tensor: dict[str, Any] = {"name": name, "datatype": _NAMES[array.dtype.name], "shape": list(array.shape)}
+            if self._binary:
+                blobs.append(np.ascontiguousarray(array).tobytes())
+                tensor["parameters"] = {"binary_data_size": len(blobs[-1])}
+            else:
+                tensor["data"] = array.reshape(-1).tolist()
+            tensors.append(tensor)
+        wanted = [{"name": spec.name, "parameters": {"binary_data": self._binary}} for spec in outputs]
+        head = json.dumps({"inputs": tensors, "outputs": wanted}).encode()
+        if self._binary:
+            headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(len(head))}
+        else:
+            headers = {"Content-Type": "application/json"}
+        return b"".join((head, *blobs)), headers
+
+    def _json(self, method: str, path: str) -> dict[str, Any]:
+        content, _ = self._exchange(method, path)
+        try:
+            value = parse_json(content or b"{}")
+        except ValueError as error:
+            raise _Answer(200, f"'{path}' is not JSON, so this is not a server of the protocol v2") from error
+        return value if isinstance(value, dict) else {}
+
+    def _exchange(
+        self, method: str, path: str, *, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> tuple[bytes, Mapping[str, str]]:
+        connection, fresh = self._connection()
+        try:
+            return self._send(connection, method, path, body=body, headers=headers or {})
+        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+            connection.close()
+            if fresh:
+                raise
+            # The server closed a kept-alive connection. Inference has no side effects, so ask once more.
+            return self._send(connection, method, path, body=body, headers=headers or {})
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise
+
+    def _send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, *, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[bytes, Mapping[str, str]]:
+        connection.request(method, path, body=body or None, headers=dict(headers))
+        response = connection.getresponse()
+        content = response.read(_MAX_ANSWER + 1)
+        if len(content) > _MAX_ANSWER:
+            connection.close()
+            raise _Answer(response.status, "the answer is larger than 1 GiB")
+        if response.status != http.client.OK:
+            raise _Answer(response.status, _error_text(content))
+        return content, {name.lower(): value for name, value in response.getheaders()}
+
+    def _connection(self) -> tuple[http.client.HTTPConnection, bool]:
+        """The calling thread's connection, and whether it is not open yet."""
+        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
+            connection = kind(self._address.host, self._address.port, timeout=self._timeout)
+            self._local.connection = connection
+            with self._lock:
+                self._all.append(connection)
+        return connection, connection.sock is None
+
+    def close(self) -> None:
+        with self._lock:
+            for connection in self._all:
+                connection.close()
+            self._all.clear()
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _error_text(content: bytes) -> str:
+    try:
+        value = parse_json(content)
+        return str(value.get("error", value))[:500]
+    except (ValueError, AttributeError):
+        return content[:200].decode(errors="replace")
+
+
+def _read_outputs(content: bytes, headers: Mapping[str, str], outputs: Sequence[TensorSpec]) -> Tensors:
+    head_size = int(headers.get(_HEADER_LENGTH.lower(), len(content)))
+    position = head_size
+    found: Tensors = {}
+    for tensor in parse_json(content[:head_size])["outputs"]:
+        dtype = np.dtype(DATATYPES[tensor["datatype"]])
+        shape = tuple(int(size) for size in tensor["shape"])
+        size = tensor.get("parameters", {}).get("binary_data_size")
+        if size is None:
+            found[tensor["name"]] = np.asarray(tensor["data"], dtype).reshape(shape)
+            continue
+        if math.prod(shape) * dtype.itemsize != size:
+            raise ValueError(f"{size} bytes for {tensor['datatype']}{list(shape)}")
+        found[tensor["name"]] = np.frombuffer(content, dtype, math.prod(shape), position).reshape(shape)
+        position += size
+    return {spec.name: found[spec.name] for spec in outputs}
+
+
+_NAMES_KSERVE_GRPC = {dtype: name for name, dtype in DATATYPES.items()}
+_NOT_ANSWERING = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+class GrpcClient(Client):
+    """One channel for all threads; gRPC connects again by itself."""
+
+    def __init__(self, address: ModelAddress, *, timeout: float) -> None:
+        self._library = require("tritonclient.grpc", extra="serving")
+        self._failure = require("tritonclient.utils", extra="serving").InferenceServerException
+        self._address = address
+        self._timeout = timeout
+        self._client = self._library.InferenceServerClient(f"{address.host}:{address.port}")
+
+    def metadata(self) -> ModelMetadata:
+        address = self._address
+        try:
+            server = self._client.get_server_metadata(as_json=True, client_timeout=self._timeout)
+            model = self._client.get_model_metadata(
+                address.model, address.version, as_json=True, client_timeout=self._timeout
+            )
+        except self._failure as error:
+            if any(word in str(error.status()) for word in _NOT_ANSWERING):
+                raise DeviceError(
+                    f"The server at {address.host}:{address.port} does not answer: {error.message()}.",
+                    hint="start it, or correct the address",
+                ) from error
+            raise BackendLoadError(
+                f"The server at {address.host}:{address.port} does not serve '{address.model}': {error.message()}.",
+                hint="look at the names of its models, and at its log",
+            ) from error
+        return ModelMetadata(
+            server=f"{server.get('name', '?')} {server.get('version', '')}".strip(),
+            platform=str(model.get("platform", "")),
+            versions=tuple(map(str, model.get("versions") or ())),
+            inputs=tensor_specs(_plain(model.get("inputs")), where="inputs"),
+            outputs=tensor_specs(_plain(model.get("outputs")), where="outputs"),
+        )
+
+    def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
+        inputs = []
+        for name, array in feeds.items():
+            tensor = self._library.InferInput(name, list(array.shape), _NAMES_KSERVE_GRPC[array.dtype.name])
+            tensor.set_data_from_numpy(array)
+            inputs.append(tensor)
+        wanted = [self._library.InferRequestedOutput(spec.name) for spec in outputs]
+        try:
+            answer = self._client.infer(
+                self._address.model,
+                inputs,
+                model_version=self._address.version,
+                outputs=wanted,
+                client_timeout=self._timeout,
+            )
+        except self._failure as error:
+            raise self._translated(error) from error
+        try:
+            found = {spec.name: answer.as_numpy(spec.name) for spec in outputs}
+        except ValueError as error:
+            raise BackendError(f"The answer of {self._address} is not understood: {error}.") from error
+        missing = sorted(name for name, array in found.items() if array is None)
+        if missing:
+            raise BackendError(f"The answer of {self._address} lacks {missing}.")
+        return found
+
+    def _translated(self, error: Any) -> BackendError:  # Any: the class is known only when the library is loaded
+        status = str(error.status())
+        if "DEADLINE_EXCEEDED" in status:
+            return BackendError(
+                f"The server did not answer within {self._timeout:g} s.", hint="is it overloaded? raise timeout_s"
+            )
+        if "UNAVAILABLE" in status:
+            return BackendError(
+                f"The connection to {self._address} was lost: {error.message()}.",
+                hint="the next request connects again; check that the server runs",
+            )
+        return BackendError(f"The server refused the request: {error.message()} ({status}).")
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _plain(tensors: object) -> object:
+    """Protobuf's JSON gives 64-bit sizes as text, and leaves a shape out that is empty."""
+    if not isinstance(tensors, list):
+        return tensors
+    return [{**tensor, "shape": [int(size) for size in tensor.get("shape", [])]} for tensor in tensors]

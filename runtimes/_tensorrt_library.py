@@ -1,0 +1,157 @@
+"""Imports TensorRT or TensorRT-RTX and keeps its log: what builder and runtime share.
+
+The bindings of all versions agree on the names in ``TensorRT``; what only some have is asked for where it is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from fcos_deploy.core.errors import ConfigError, MissingDependencyError
+from fcos_deploy.core.libraries import parse_version, require
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+OLDEST = (8, 6)  # 8.5 is JetPack 5's, whose Python 3.8 this package does not support
+
+
+class TensorRT(Protocol):
+    """The names that every supported version has, seen through the stubs of 10.13."""
+
+    __version__: str
+    Builder: type[trt.Builder]
+    BuilderFlag: type[trt.BuilderFlag]
+    DataType: type[trt.DataType]
+    DeviceType: type[trt.DeviceType]
+    Dims: type[trt.Dims]
+    ILogger: type[trt.ILogger]
+    IOutputAllocator: type[trt.IOutputAllocator]
+    LayerType: type[trt.LayerType]
+    MemoryPoolType: type[trt.MemoryPoolType]
+    NetworkDefinitionCreationFlag: type[trt.NetworkDefinitionCreationFlag]
+    OnnxParser: type[trt.OnnxParser]
+    ProfilingVerbosity: type[trt.ProfilingVerbosity]
+    Runtime: type[trt.Runtime]
+    TensorIOMode: type[trt.TensorIOMode]
+
+
+def load_tensorrt(import_name: str, *, extra: str) -> TensorRT:
+    """The bindings under ``import_name``: ``tensorrt``, ``tensorrt_lean`` or ``tensorrt_rtx``.
+
+    Raises:
+        MissingDependencyError: not installed, or only its type stubs are.
+        ConfigError: older than 8.6.
+    """
+    module = require(import_name, extra=extra)
+    if not hasattr(module, "Runtime"):
+        raise MissingDependencyError(
+            f"Of '{import_name}' only type stubs are installed, not the library.",
+            hint=f"pip install 'fcos-deploy[{extra}]'; on a Jetson use JetPack's own package (python3-libnvinfer)",
+        )
+    library = cast(TensorRT, module)
+    if import_name != "tensorrt_rtx" and parse_version(library.__version__) < OLDEST:
+        raise ConfigError(
+            f"TensorRT {library.__version__} is too old, 8.6 or later is needed.",
+            hint="build with the trtexec line that 'fcos-deploy deploy --dry-run' prints",
+        )
+    return library
+
+
+def register_plugins(library: TensorRT, logger: trt.ILogger) -> None:
+    """Make the library's own plug-ins known to parsers and to engines that are loaded; the lean runtime has none."""
+    register = getattr(library, "init_libnvinfer_plugins", None)
+    if register is not None:
+        register(logger, "")
+
+
+def shape_tuple(dims: trt.Dims) -> tuple[int, ...]:
+    """The library's shape as a tuple; -1 is a dynamic axis."""
+    return tuple(int(dims[index]) for index in range(len(dims)))
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """One message of the library; ``severity`` is its name: INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE."""
+
+    severity: str
+    text: str
+
+
+@dataclass(slots=True)
+class LibraryLog:
+    """What the library said during one ``recording``: its problems, its last lines, and the layer list of a build."""
+
+    problems: list[LogRecord] = field(default_factory=list)
+    tail: deque[LogRecord] = field(default_factory=lambda: deque(maxlen=200))
+    layer_lists: list[str] = field(default_factory=list)
+
+    def add(self, record: LogRecord) -> None:
+        """Keep one message."""
+        self.tail.append(record)
+        if record.severity in ("INTERNAL_ERROR", "ERROR", "WARNING"):
+            self.problems.append(record)
+        elif record.text.startswith("Layers:"):
+            self.layer_lists.append(record.text)
+
+    def errors(self) -> list[str]:
+        """Errors without repetition, in order of appearance."""
+        return list(dict.fromkeys(r.text.strip() for r in self.problems if r.severity != "WARNING"))
+
+    def warnings(self) -> list[str]:
+        """Warnings without repetition, in order of appearance."""
+        return list(dict.fromkeys(r.text.strip() for r in self.problems if r.severity == "WARNING"))
+
+    def last_lines(self, count: int = 4) -> list[str]:
+        """The last errors, or the last messages of any kind where there is no error."""
+        return self.errors()[-count:] or [record.text.strip() for record in list(self.tail)[-count:]]
+
+
+class _Recorder:
+    """Hands the one logger's messages to whoever is recording.
+
+    The library keeps the first logger of a process and ignores later ones, so there is one per library.
+    """
+
+    def __init__(self, library: TensorRT) -> None:
+        self.lock = threading.Lock()
+        self.logs: list[LibraryLog] = []
+        recorder = self
+
+        class Logger(library.ILogger):  # type: ignore[misc, name-defined]  # its base is known at run time only
+            def __init__(self) -> None:
+                library.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:  # Any: the parameter's class differs between versions
+                record = LogRecord(severity.name, msg)
+                for log in recorder.logs:
+                    log.add(record)
+
+        self.logger = Logger()
+
+
+_RECORDERS: dict[str, _Recorder] = {}
+_RECORDERS_LOCK = threading.Lock()
+
+
+@contextmanager
+def library_log(library: TensorRT) -> Iterator[tuple[trt.ILogger, LibraryLog]]:
+    """The logger to hand to builders, parsers and runtimes, and what it hears while the block runs."""
+    name = cast(Any, library).__name__  # Any: a protocol for a module does not tell the module's name
+    with _RECORDERS_LOCK:
+        if name not in _RECORDERS:
+            _RECORDERS[name] = _Recorder(library)
+        recorder = _RECORDERS[name]
+    log = LibraryLog()
+    with recorder.lock:
+        recorder.logs.append(log)
+    try:
+        yield recorder.logger, log
+    finally:
+        with recorder.lock:
+            recorder.logs.remove(log)

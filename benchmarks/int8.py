@@ -29,7 +29,7 @@ from calibration.ranges import RangeMethod
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
-from fcos_deploy.core.registry import backend
+from fcos_deploy.core.registry import get_backend
 
 # Which runtimes a placement is measured on: those that execute it in INT8.
 RUNS_ON = {"portable": ("openvino",), "onnxruntime-cpu": ("onnxruntime",), "openvino": ("openvino",)}
@@ -137,7 +137,7 @@ def noise(variant: Variant, options: argparse.Namespace) -> dict[str, float]:
     reference = open_engine("onnxruntime", graph.model, threads=options.threads)
     signal, error = dict.fromkeys(contract.outputs, 0.0), dict.fromkeys(contract.outputs, 0.0)
     images = collect_images(options.images, options=SampleOptions(count=4, minimum=1)).images
-    with backend(variant.backend).open(variant.path, SessionOptions(threads=options.threads)) as session:
+    with get_backend(variant.backend).open(variant.path, SessionOptions(threads=options.threads)) as session:
         for image in images:
             feeds = feeder(read_picture(image))
             wanted, got = reference(feeds), session.run(feeds)
@@ -152,7 +152,7 @@ def latencies(variants: list[Variant], options: argparse.Namespace) -> dict[str,
     chosen = [v for v in variants if v.placement in {"float", "nncf"} or v.method == "percentile"]
     picture = collect_images(options.images, options=SampleOptions(count=1, minimum=1)).images[0]
     feeds = Feeder(load_graph(options.model).model, read_contract(options.model))(read_picture(picture))
-    sessions = {v.key: backend(v.backend).open(v.path, SessionOptions(threads=options.threads)) for v in chosen}
+    sessions = {v.key: get_backend(v.backend).open(v.path, SessionOptions(threads=options.threads)) for v in chosen}
     times: dict[str, list[float]] = {key: [] for key in sessions}
     for round_number in range(options.rounds + 2):
         for key, session in sessions.items():

@@ -28,7 +28,7 @@ from calibration.placement import load_graph
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract, write_sidecar
-from fcos_deploy.core.registry import backend
+from fcos_deploy.core.registry import get_backend
 
 
 def ours(model: Path, images: CalibrationSet, output: Path, *, consumer: str, threads: int) -> None:
@@ -235,7 +235,8 @@ def latencies(runtime: str, results: dict[str, Any], options: argparse.Namespace
     times: dict[str, list[float]] = {name: [] for name in paths}
     with contextlib.ExitStack() as stack:
         sessions = {
-            name: stack.enter_context(backend(runtime).open(path, _session(options))) for name, path in paths.items()
+            name: stack.enter_context(get_backend(runtime).open(path, _session(options)))
+            for name, path in paths.items()
         }
         for round_number in range(options.rounds + 2):
             for name, session in sessions.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest
-from fcos_deploy.core.registry import exporter_to
+from fcos_deploy.core.registry import get_exporter
 
 
 def measure(source: Path, *, backend: str, options: BuildOptions, repeats: int) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def measure(source: Path, *, backend: str, options: BuildOptions, repeats: int) 
         for _ in range(repeats):
             request = BuildRequest(source=source, output=Path(folder) / "model.engine", options=options)
             started = time.process_time()
-            record = exporter_to(backend).build(request).record
+            record = get_exporter(backend).build(request).record
             cpu_seconds.append(round(time.process_time() - started, 2))  # tells a busy machine from a slow build
             seconds.append(float(record["seconds"]))
     return {
@@ -50,7 +50,7 @@ def measure(source: Path, *, backend: str, options: BuildOptions, repeats: int) 
 def variants(arguments: argparse.Namespace, folder: Path) -> list[BuildOptions]:
     """One build per capability; on TensorRT one without and two with a timing cache, of which the first fills it."""
     batch = BatchRange(*arguments.batch)
-    if exporter_to(arguments.backend).target is ArtifactKind.TENSORRT_RTX_ENGINE:
+    if get_exporter(arguments.backend).target is ArtifactKind.TENSORRT_RTX_ENGINE:
         return [BuildOptions(batch=batch, compute_capabilities=(c,)) for c in arguments.capability or ["8.6"]]
     cached = BuildOptions(batch=batch, timing_cache=folder / "timing.cache")
     return [BuildOptions(batch=batch), cached, cached]

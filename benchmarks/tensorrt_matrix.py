@@ -31,7 +31,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest
 from fcos_deploy.core.network import resnet_config
-from fcos_deploy.core.registry import exporter_to
+from fcos_deploy.core.registry import get_exporter
 
 DEMO = Path(__file__).parents[1] / "fcos_deploy/demo_data"
 CAPABILITIES = ("8.6", "8.9", "12.0")
@@ -85,7 +85,7 @@ def build(source: Path, folder: Path, *, capability: str, batch: BatchRange) -> 
     """The record of one build."""
     options = BuildOptions(compute_capabilities=(capability,), batch=batch)
     request = BuildRequest(source=source, output=folder / f"{source.stem}.engine", options=options)
-    return dict(exporter_to("tensorrt-rtx").build(request).record)
+    return dict(get_exporter("tensorrt-rtx").build(request).record)
 
 
 def row(name: str, tail: Tail, precision: Precision, records: list[dict[str, str]], *, batch: str) -> str:

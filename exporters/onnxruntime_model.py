@@ -14,7 +14,7 @@ from fcos_deploy.core.errors import BuildError, ConfigError
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
 from fcos_deploy.core.files import atomic_file, sha256_file
 from fcos_deploy.core.libraries import require
-from fcos_deploy.core.registry import backend
+from fcos_deploy.core.registry import get_backend
 
 __all__ = ["EXPORTER"]
 
@@ -66,7 +66,7 @@ class _OnnxRuntimeExporter(Exporter):
         if request.output.resolve() == request.source.resolve():
             raise ConfigError(f"'{request.output}' would overwrite its source.", hint="give another output name")
         contract = read_contract(request.source)
-        backend(self.name).check_placement(contract)
+        get_backend(self.name).check_placement(contract)
         return contract
 
 

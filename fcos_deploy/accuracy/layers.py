@@ -23,7 +23,7 @@ from fcos_deploy.core.backend import ComputeType, SessionOptions, Tensors
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.libraries import require
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import backend
+from fcos_deploy.core.registry import get_backend
 
 if TYPE_CHECKING:
     pass
@@ -285,7 +285,7 @@ class OnnxLayers(LayerSource):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "exposed.onnx"
             self._onnx.save(copy, str(path))
-            with backend(self._backend).open(path, self._options) as session:
+            with get_backend(self._backend).open(path, self._options) as session:
                 found = session.run({spec.name: feeds[spec.name] for spec in session.inputs})
         return {name: found[name].astype(np.float32) for name in names}
 

@@ -12,7 +12,7 @@ from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, DeviceError, FcosDeployError
 from fcos_deploy.core.machine import MachineFacts, read_machine
-from fcos_deploy.core.registry import backend as backend_named
+from fcos_deploy.core.registry import get_backend
 
 __all__ = ["Difference", "PreflightRequest", "StepDown", "choose", "preflight", "require_fit"]
 
@@ -133,7 +133,7 @@ def require_fit(
     Raises:
         DeviceError: naming everything that differs, and the command that rebuilds.
     """
-    probe = backend_named(selection.backend).probe()
+    probe = get_backend(selection.backend).probe()
     found = preflight(selection.artifact, probe=probe, machine=machine or read_machine(), request=request)
     if found:
         raise DeviceError(

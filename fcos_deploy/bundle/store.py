@@ -30,7 +30,7 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.onnx_file import ByteSource, length_delimited_fields
-from fcos_deploy.core.registry import backend as backend_named
+from fcos_deploy.core.registry import get_backend
 
 __all__ = [
     "Bundle",
@@ -264,7 +264,7 @@ class Bundle:
         chosen = [a for a in found if wanted is None or a.precision is wanted]
         # An artifact made for this backend goes before one that it merely accepts, its own placement before another.
         chosen = [a for a in chosen if a.backend == name] or chosen
-        own = backend_named(name).placements
+        own = get_backend(name).placements
         chosen = next(filter(None, ([a for a in chosen if a.placement == p] for p in own)), chosen)
         if len(chosen) == 1:
             return Selection(chosen[0], name)
@@ -288,7 +288,7 @@ class Bundle:
 def _fits(artifact: Artifact, backend: str) -> bool:
     if artifact.backend:
         return artifact.backend == backend
-    runtime = backend_named(backend)
+    runtime = get_backend(backend)
     return artifact.kind in runtime.accepts and (not artifact.placement or artifact.placement in runtime.placements)
 
 

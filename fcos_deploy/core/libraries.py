@@ -54,8 +54,8 @@ class _LazyModule:
 
 
 def lazy_import(module: str, *, extra: str = "") -> Any:  # Any: stands for the module
-    """A stand-in for ``module``, for one line near the top of a file: ``ov = lazy_import("openvino", extra="openvino")``.
+    """Stand in for ``module`` until an attribute of it is used; the import then raises what ``require`` raises.
 
-    The library is imported when an attribute is first used, with the errors of ``require``.
+    Written once near the top of a file: ``ov = lazy_import("openvino", extra="openvino")``.
     """
     return _LazyModule(module, extra)

@@ -13,48 +13,48 @@ from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import Exporter
 
-__all__ = ["backend", "backends", "backends_for", "exporter_to", "exporters"]
+__all__ = ["all_backends", "all_exporters", "backends_for", "get_backend", "get_exporter"]
 
 P = TypeVar("P", Backend, Exporter)
 
 
 @functools.cache
-def backends() -> dict[str, Backend]:
+def all_backends() -> dict[str, Backend]:
     """All runtimes by name, installed libraries or not."""
     return _discover("runtimes", "BACKEND", Backend)  # type: ignore[type-abstract]  # used for isinstance only
 
 
 @functools.cache
-def exporters() -> dict[str, Exporter]:
+def all_exporters() -> dict[str, Exporter]:
     """All makers of artifacts by name."""
     return _discover("exporters", "EXPORTER", Exporter)  # type: ignore[type-abstract]  # used for isinstance only
 
 
-def backend(name: str) -> Backend:
+def get_backend(name: str) -> Backend:
     """One runtime.
 
     Raises:
         ConfigError: naming the ones that exist.
     """
-    if name not in backends():
-        raise ConfigError(f"There is no backend '{name}'.", hint=f"backends: {', '.join(sorted(backends()))}")
-    return backends()[name]
+    if name not in all_backends():
+        raise ConfigError(f"There is no backend '{name}'.", hint=f"backends: {', '.join(sorted(all_backends()))}")
+    return all_backends()[name]
 
 
 def backends_for(kind: ArtifactKind) -> list[Backend]:
     """The runtimes that open this kind, by name."""
-    return [b for _, b in sorted(backends().items()) if kind in b.accepts]
+    return [b for _, b in sorted(all_backends().items()) if kind in b.accepts]
 
 
-def exporter_to(name: str) -> Exporter:
+def get_exporter(name: str) -> Exporter:
     """The maker of artifacts of this name.
 
     Raises:
         ConfigError: naming the ones that exist.
     """
-    if name not in exporters():
-        raise ConfigError(f"There is no exporter '{name}'.", hint=f"exporters: {', '.join(sorted(exporters()))}")
-    return exporters()[name]
+    if name not in all_exporters():
+        raise ConfigError(f"There is no exporter '{name}'.", hint=f"exporters: {', '.join(sorted(all_exporters()))}")
+    return all_exporters()[name]
 
 
 def _discover(package: str, marker: str, kind: type[P]) -> dict[str, P]:

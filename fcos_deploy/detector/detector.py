@@ -28,8 +28,7 @@ from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.model_files import kinds_of
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
 from fcos_deploy.core.preprocess import Letterbox, padded_size, preprocess
-from fcos_deploy.core.registry import backend as backend_named
-from fcos_deploy.core.registry import backends, backends_for
+from fcos_deploy.core.registry import all_backends, backends_for, get_backend
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -85,13 +84,13 @@ def _of_bundle(model: Path, *, backend: str, precision: Precision | None, option
     selection, passed = choose(bundle, backend=backend, precision=precision, allow_fallback=options.allow_fallback)
     for step in passed:
         _LOG.warning("'%s' steps down from '%s': %s", model, step.backend, step.reason)
-    return ModelSource(bundle.path(selection.artifact.path), backend_named(selection.backend), passed)
+    return ModelSource(bundle.path(selection.artifact.path), get_backend(selection.backend), passed)
 
 
 def _named(name: str, model: Path, *, kinds: tuple[ArtifactKind, ...]) -> Backend:
-    backend = backend_named(name)
+    backend = get_backend(name)
     if backend.accepts.isdisjoint(kinds):
-        fitting = [other.name for other in backends().values() if not other.accepts.isdisjoint(kinds)]
+        fitting = [other.name for other in all_backends().values() if not other.accepts.isdisjoint(kinds)]
         raise ConfigError(
             f"Backend '{name}' does not open '{model.name}' ({' or '.join(kinds)}).",
             hint=f"it opens {', '.join(sorted(backend.accepts))}; '{model.name}' is for {', '.join(fitting) or 'none'}",

@@ -13,8 +13,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import backend as backend_named
-from fcos_deploy.core.registry import exporter_to
+from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.targets.plan import PlanRequest, plan
 from fcos_deploy.targets.profiles import load_profile
 from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
@@ -45,7 +44,7 @@ def build_artifact(request: ArtifactRequest, *, progress: ProgressFn = no_progre
         BuildError, StepCheckError: the builder failed, or its result is not the same model.
         MissingDependencyError: the builder is not installed.
     """
-    exporter = exporter_to(request.backend)
+    exporter = get_exporter(request.backend)
     source, _, options = _resolved(request)
     return exporter.build(BuildRequest(source=source, output=request.output, options=options, progress=progress))
 
@@ -58,7 +57,7 @@ def equivalent_trtexec(request: ArtifactRequest) -> str:
     Raises:
         ConfigError: not an engine of TensorRT, or it is not known of which version.
     """
-    if exporter_to(request.backend).target is not ArtifactKind.TENSORRT_ENGINE:
+    if get_exporter(request.backend).target is not ArtifactKind.TENSORRT_ENGINE:
         raise ConfigError(f"trtexec builds TensorRT engines, not those of '{request.backend}'.")
     source, contract, options = _resolved(request)
     inputs = {spec.name: spec.shape for spec in onnx_interface(source).inputs}
@@ -77,7 +76,7 @@ def equivalent_trtexec(request: ArtifactRequest) -> str:
 
 def _tensorrt_version(request: ArtifactRequest) -> str:
     facts = load_profile(request.target).nvidia if request.target else None
-    version = facts.tensorrt if facts else backend_named(request.backend).probe().version
+    version = facts.tensorrt if facts else get_backend(request.backend).probe().version
     if not version:
         raise ConfigError(
             "The trtexec line differs between versions of TensorRT, and none is installed here.",
@@ -102,7 +101,7 @@ def _onnx_of(request: ArtifactRequest) -> Path:
     from fcos_deploy.bundle import open_bundle
 
     bundle = open_bundle(request.source, public_keys=request.public_keys)
-    placements = ["", *backend_named(request.backend).placements]
+    placements = ["", *get_backend(request.backend).placements]
     fitting = [a for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX and a.placement in placements]
     fitting.sort(key=lambda artifact: placements.index(artifact.placement))
     wanted = _precisions(request, own=bundle.manifest.target.precision)

@@ -16,8 +16,7 @@ from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import backend as backend_named
-from fcos_deploy.core.registry import backends, exporters
+from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.pipeline.proof import (
     accuracy_figures,
     benchmark_figures,
@@ -98,23 +97,23 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
 
 def runnable_backends() -> tuple[str, ...]:
     """Backends that this machine can both build for and run."""
-    return tuple(name for name in sorted(exporters()) if name in backends() and _runs_here(name))
+    return tuple(name for name in sorted(all_exporters()) if name in all_backends() and _runs_here(name))
 
 
 def _runs_here(name: str) -> bool:
-    probe = backend_named(name).probe()
+    probe = get_backend(name).probe()
     return probe.available and bool(probe.devices)
 
 
 def _measured_backends(request: DeployRequest) -> tuple[str, ...]:
     """Those asked for, those of the targets that run here as well, or all of this machine."""
     for name in request.backends:
-        if name not in exporters():
+        if name not in all_exporters():
             raise ConfigError(
-                f"Nothing can be built for backend '{name}'.", hint=f"choose from: {', '.join(sorted(exporters()))}"
+                f"Nothing can be built for backend '{name}'.", hint=f"choose from: {', '.join(sorted(all_exporters()))}"
             )
         if not _runs_here(name):
-            problem = backend_named(name).probe().problem or "it has no device"
+            problem = get_backend(name).probe().problem or "it has no device"
             raise ConfigError(
                 f"Backend '{name}' cannot run here: {problem}", hint="give --target PROFILE to build for another device"
             )

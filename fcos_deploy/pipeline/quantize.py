@@ -34,7 +34,7 @@ from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import backends
+from fcos_deploy.core.registry import all_backends
 from fcos_deploy.core.score_drift import ScoreDrift, score_drift
 from fcos_deploy.detector import Detector
 from fcos_deploy.pipeline.trade_offs import TimedTrial, TradeOffs, time_trials, write_trade_offs
@@ -132,7 +132,7 @@ def accuracy_goal(
         return None
     if images is None:
         raise ConfigError("--max-map-drop needs images to measure on.", hint="--images DIR [--annotations FILE]")
-    here = [name for name in placement.backends if name in backends() and backends()[name].probe().available]
+    here = [name for name in placement.backends if name in all_backends() and all_backends()[name].probe().available]
     backend = here[0] if here else "onnxruntime"
     return AccuracyGoal(
         max_map_drop=max_map_drop,

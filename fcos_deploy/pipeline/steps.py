@@ -27,8 +27,7 @@ from fcos_deploy.core.exporter import BuildOptions, BuildRequest
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.model_files import engine_file, graph_file
 from fcos_deploy.core.progress import ProgressFn
-from fcos_deploy.core.registry import backend as backend_named
-from fcos_deploy.core.registry import exporter_to
+from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
 from fcos_deploy.targets.plan import Plan, PlanRequest, plan
@@ -271,7 +270,7 @@ def quantize(shop: Workshop, source: Graph, *, calibrated: Calibrated, consumer:
 def build(shop: Workshop, graph: Graph, *, backend: str, options: BuildOptions | None = None) -> Variant:
     """The engine of one graph for one backend; a backend that runs the ONNX file as it is needs none."""
     source, options = graph.artifact, options or BuildOptions()
-    exporter = exporter_to(backend)
+    exporter = get_exporter(backend)
     if exporter.target is source.kind:
         return Variant(backend, source.precision, source, graph.path)
     name = engine_file(source.precision, backend=backend, kind=exporter.target)
@@ -293,14 +292,14 @@ def build(shop: Workshop, graph: Graph, *, backend: str, options: BuildOptions |
             companions=tuple(file.name for file in made.files if file.name != name),
             requires=_requirements(exporter.target, backend, graph=graph, record=made.record),
             config=dict(made.record),
-            tools={backend: backend_named(backend).probe().version},
+            tools={backend: get_backend(backend).probe().version},
         )
         return StepOutput(artifacts=(draft,))
 
     inputs = {
         "graph": source.sha256,
         "exporter": exporter.name,
-        "version": backend_named(backend).probe().version,
+        "version": get_backend(backend).probe().version,
         "options": json.dumps(to_json(options), sort_keys=True, default=str),
     }
     step = shop.writer.step(f"build-{backend}-{source.precision}", inputs=inputs, make=make)
@@ -313,7 +312,7 @@ def _requirements(kind: ArtifactKind, backend: str, *, graph: Graph, record: Map
         return Requirements()
     name = engine_file(graph.artifact.precision, backend=backend, kind=kind)
     return Requirements(
-        backend_version=backend_named(backend).probe().version,
+        backend_version=get_backend(backend).probe().version,
         version_rule=_VERSION_RULES[kind],
         compute_capabilities=tuple(re.findall(r"\d+\.\d", record.get("compute_capabilities", ""))),
         rebuild=f"fcos-deploy build {graph.path.name} --backend {backend} -o {name}",

@@ -13,7 +13,7 @@ from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.machine import SystemFacts, system_facts
-from fcos_deploy.core.registry import backends
+from fcos_deploy.core.registry import all_backends
 from fcos_deploy.targets.profiles import DeviceFamily, DeviceProfile
 
 __all__ = ["Difference", "Examination", "Finding", "Health", "compare", "difference_lines", "examine", "lines"]
@@ -71,7 +71,7 @@ class Examination:
 def examine() -> Examination:
     """Look at everything. Never raises for what it finds."""
     facts = system_facts()
-    probes = {name: backend.probe() for name, backend in backends().items()}
+    probes = {name: backend.probe() for name, backend in all_backends().items()}
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         partial(_machine, facts),
         partial(_nvidia, facts),

@@ -11,8 +11,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.model_files import engine_file, graph_file
-from fcos_deploy.core.registry import backend as backend_named
-from fcos_deploy.core.registry import exporter_to
+from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.targets.profiles import DeviceProfile
 from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 
@@ -59,7 +58,7 @@ class Draft:
     @property
     def kind(self) -> ArtifactKind:
         """What the backend opens."""
-        return exporter_to(self.backend).target
+        return get_exporter(self.backend).target
 
     @property
     def builds_engine(self) -> bool:
@@ -286,7 +285,7 @@ def _planned(draft: Draft) -> Plan:
 
 
 def _placement(draft: Draft) -> str:
-    return backend_named(draft.backend).placements[0]
+    return get_backend(draft.backend).placements[0]
 
 
 def _source_onnx(draft: Draft) -> str:

@@ -21,7 +21,7 @@ from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import BackendError, BackendLoadError
-from fcos_deploy.core.registry import backend
+from fcos_deploy.core.registry import get_backend
 from fcos_deploy.detector import Detector
 
 pytest.importorskip("onnxruntime")
@@ -129,7 +129,7 @@ def test_a_runtime_that_throws_in_the_middle_is_an_error_of_that_request_only(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     onnx.save(model, tmp_path / "m.onnx")
     options = SessionOptions(threads=1, contract=bundle_contract)
-    with backend("onnxruntime").open(tmp_path / "m.onnx", options) as session:
+    with get_backend("onnxruntime").open(tmp_path / "m.onnx", options) as session:
         good, bad = np.full(shape, 3, np.uint8), np.full(shape, 200, np.uint8)
         assert session.run({"images": good})["out"].max() == 3.0
         with pytest.raises(BackendError):

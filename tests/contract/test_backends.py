@@ -21,8 +21,7 @@ from fcos_deploy.core.errors import (
     DeviceError,
     TensorMismatchError,
 )
-from fcos_deploy.core.registry import backend as backend_named
-from fcos_deploy.core.registry import backends, backends_for
+from fcos_deploy.core.registry import all_backends, backends_for, get_backend
 
 # Engines are tested where there is a GPU, in the tests of their own backends.
 _ARTIFACTS = {
@@ -30,19 +29,19 @@ _ARTIFACTS = {
     ArtifactKind.ONNX: "tiny_onnx",
     ArtifactKind.OPENVINO_IR: "tiny_ir",
 }
-_CASES = [(b.name, kind) for b in backends().values() for kind in sorted(b.accepts & _ARTIFACTS.keys())]
+_CASES = [(b.name, kind) for b in all_backends().values() for kind in sorted(b.accepts & _ARTIFACTS.keys())]
 _REQUIRED = frozenset(os.environ.get("FCOS_DEPLOY_REQUIRE", "").split(",")) - {""}
 _LOCATIONS = 16 * 20 + 8 * 10 + 4 * 5 + 2 * 3 + 1 * 2  # of 128x160
 
 
 def test_required_backends_are_there() -> None:
-    assert {name for name in _REQUIRED if not backend_named(name).probe().available} == set()
+    assert {name for name in _REQUIRED if not get_backend(name).probe().available} == set()
 
 
 @pytest.fixture(scope="module", params=_CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def case(request: pytest.FixtureRequest) -> tuple[Backend, Path]:
     name, kind = request.param
-    backend = backend_named(name)
+    backend = get_backend(name)
     probe = backend.probe()
     if not probe.available:
         assert name not in _REQUIRED, f"{name} is required: {probe.problem}"
@@ -221,7 +220,7 @@ def test_a_text_file_is_one_clear_error(case: tuple[Backend, Path], tmp_path: Pa
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("backend", backends().values(), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", all_backends().values(), ids=lambda backend: backend.name)
 def test_a_foreign_placement_is_refused(backend: Backend, bundle_contract: ModelContract) -> None:
     from dataclasses import replace
 
@@ -232,7 +231,7 @@ def test_a_foreign_placement_is_refused(backend: Backend, bundle_contract: Model
         backend.check_placement(replace(foreign, placement=placement))
 
 
-@pytest.mark.parametrize("backend", backends().values(), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", all_backends().values(), ids=lambda backend: backend.name)
 def test_a_probe_never_raises_and_says_what_to_do(backend: Backend) -> None:
     probe = backend.probe()
     assert probe.version if probe.available else probe.problem
@@ -241,6 +240,6 @@ def test_a_probe_never_raises_and_says_what_to_do(backend: Backend) -> None:
 
 def test_unknown_backends_name_those_that_exist() -> None:
     with pytest.raises(ConfigError) as caught:
-        backend_named("tensorflow")
+        get_backend("tensorflow")
     assert "onnxruntime" in caught.value.hint
     assert {b.name for b in backends_for(ArtifactKind.ONNX)} >= {"onnxruntime", "openvino"}

@@ -16,16 +16,16 @@ from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError, FcosDeployError, StepCheckError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, Exporter
-from fcos_deploy.core.registry import backends_for, exporter_to, exporters
+from fcos_deploy.core.registry import all_exporters, backends_for, get_exporter
 
 _SUFFIXES = {ArtifactKind.ONNX: ".onnx", ArtifactKind.OPENVINO_IR: ".xml"}
-_NAMES = [e.name for e in exporters().values() if e.target in _SUFFIXES]  # engines have tests of their own
+_NAMES = [e.name for e in all_exporters().values() if e.target in _SUFFIXES]  # engines have tests of their own
 
 
 @pytest.fixture(scope="module", params=_NAMES)
 def exporter(request: pytest.FixtureRequest) -> Exporter:
     pytest.importorskip(request.param)
-    return exporter_to(request.param)
+    return get_exporter(request.param)
 
 
 def _output(exporter: Exporter, folder: Path, name: str = "built") -> Path:
@@ -138,7 +138,7 @@ def test_an_fp16_ir_is_half_the_size_and_close(tiny_onnx: Path, tmp_path: Path) 
     for precision in (None, Precision.FP16):
         options = BuildOptions(precision=precision)
         request = BuildRequest(source=tiny_onnx, output=tmp_path / f"{precision}.xml", options=options)
-        result = exporter_to("openvino").build(request)
+        result = get_exporter("openvino").build(request)
         sizes[precision] = result.files[1].stat().st_size
         sidecar = json.loads(result.files[2].read_text())
         assert sidecar["record"] == dict(result.record)
@@ -156,13 +156,13 @@ def test_what_no_longer_computes_the_same_never_gets_its_name(
         source=tiny_onnx, output=tmp_path / "half.xml", options=BuildOptions(precision=Precision.FP16)
     )
     with pytest.raises(StepCheckError, match="differs from its source"):
-        exporter_to("openvino").build(request)
+        get_exporter("openvino").build(request)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_optimised_model_is_fused_and_never_overwrites_its_source(tiny_onnx: Path, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    builder = exporter_to("onnxruntime")
+    builder = get_exporter("onnxruntime")
     (output,) = builder.build(BuildRequest(source=tiny_onnx, output=tmp_path / "built.onnx")).files
     operators = {node.op_type for node in onnx.load(str(output)).graph.node}
     assert "FusedConv" in operators

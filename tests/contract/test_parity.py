@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fcos_deploy import Detections, Detector, SessionOptions
-from fcos_deploy.core.registry import backend as backend_named
+from fcos_deploy.core.registry import get_backend
 
 torch = pytest.importorskip("torch")
 
@@ -79,7 +79,7 @@ def test_final_detections_are_torchvisions(
     score: float,
     pixels: float,
 ) -> None:
-    if not backend_named(backend).probe().available:
+    if not get_backend(backend).probe().available:
         pytest.skip(f"{backend} is not installed")
     golden = np.load(golden_dir / f"{_NAME}.npz")
     with models[backend]() as detector:

@@ -13,7 +13,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.model_files import graph_file
-from fcos_deploy.core.registry import exporters
+from fcos_deploy.core.registry import all_exporters
 from fcos_deploy.pipeline.steps import plan_targets
 from fcos_deploy.targets.plan import RULES, PlanRequest, plan, rule_name
 from fcos_deploy.targets.profiles import DeviceFamily, load_profile, profile_names
@@ -26,7 +26,7 @@ HARDWARE_PAGE = Path(__file__).parents[2] / "docs/hardware.md"
 def test_every_profile_has_a_plan_and_names_real_backends(name: str) -> None:
     profile = load_profile(name)
     assert profile.name == name
-    assert set(profile.backends) <= set(exporters())
+    assert set(profile.backends) <= set(all_exporters())
     made = plan(profile)
     assert made.backend == profile.backends[0]
     assert made.artifacts[0].path == graph_file(Precision.FP32, tail=made.tail)

@@ -15,7 +15,7 @@ import pytest
 
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.machine import SystemFacts, system_facts
-from fcos_deploy.core.registry import backends
+from fcos_deploy.core.registry import all_backends
 from fcos_deploy.targets.doctor import Examination, Health, compare, difference_lines, examine, lines
 from fcos_deploy.targets.profiles import load_profile
 
@@ -97,7 +97,7 @@ def here() -> Examination:
 
 def test_every_backend_is_examined(here: Examination) -> None:
     found = {finding.name for finding in here.findings if finding.area == "runtime"}
-    assert found == set(backends())
+    assert found == set(all_backends())
 
 
 def test_what_does_not_work_says_what_to_do(here: Examination) -> None:
@@ -231,7 +231,7 @@ def test_the_doctor_does_not_import_torch() -> None:
     if system_facts().nvidia_driver and not version.endswith("+cpu"):
         pytest.skip("with a GPU, torch itself is asked")
     code = (
-        "import sys, json; from fcos_deploy.core.registry import backend; p = backend('pytorch').probe();"
+        "import sys, json; from fcos_deploy.core.registry import get_backend; p = get_backend('pytorch').probe();"
         "print(json.dumps([p.available, p.version, p.devices, 'torch' in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -243,7 +243,8 @@ def test_torch_that_cannot_be_imported_is_not_said_to_work(tmp_path: Path) -> No
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('libtorch.so is missing')\n")
     code = (
-        "from fcos_deploy.core.registry import backend; p = backend('pytorch').probe(); print(p.available, p.problem)"
+        "from fcos_deploy.core.registry import get_backend; p = get_backend('pytorch').probe();"
+        "print(p.available, p.problem)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)

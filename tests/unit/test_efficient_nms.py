@@ -28,7 +28,7 @@ from fcos_deploy.core.enums import NmsForm, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, FcosDeployError  # noqa: E402
 from fcos_deploy.core.onnx_file import onnx_interface  # noqa: E402
 from fcos_deploy.core.preprocess import PreprocessSpec  # noqa: E402
-from fcos_deploy.core.registry import backend  # noqa: E402
+from fcos_deploy.core.registry import get_backend  # noqa: E402
 from fcos_deploy.model.fcos import LevelOutput  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -206,7 +206,7 @@ def test_file_carries_the_contract_and_other_runtimes_refuse_it(case: Case, tmp_
     assert read_contract(made.path) == case[1]
     assert EFFICIENT_NMS in onnx_interface(made.path).operators
     with pytest.raises(FcosDeployError, match=EFFICIENT_NMS):
-        backend("onnxruntime").open(made.path, SessionOptions())
+        get_backend("onnxruntime").open(made.path, SessionOptions())
 
 
 def test_candidate_order_cannot_be_given(case: Case) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from calibration.placement import PLACEMENTS, ConvGraph, load_graph, placement_for, plan_pairs, weight_range
 from fcos_deploy.core.errors import CalibrationError, ConfigError
-from fcos_deploy.core.registry import backends
+from fcos_deploy.core.registry import all_backends
 
 PORTABLE, CPU, OPENVINO = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"], PLACEMENTS["openvino"]
 
@@ -110,11 +110,11 @@ def test_missing_file(tmp_path: Path) -> None:
         load_graph(tmp_path / "none.onnx")
 
 
-@pytest.mark.parametrize("name", sorted(backends()))
+@pytest.mark.parametrize("name", sorted(all_backends()))
 def test_placements_that_runtimes_read_are_ones_that_there_are(name: str) -> None:
-    assert set(backends()[name].placements) <= set(PLACEMENTS)
+    assert set(all_backends()[name].placements) <= set(PLACEMENTS)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
 def test_the_first_that_a_runtime_reads_is_the_one_made_for_it(name: str) -> None:
-    assert placement_for(name).name == backends()[name].placements[0]
+    assert placement_for(name).name == all_backends()[name].placements[0]

@@ -32,10 +32,10 @@ PLUGIN, NOT_A_PLUGIN = _ThirdParty(), object()
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Discovery is cached; these tests change what there is to discover."""
-    for cached in (registry.backends, registry.exporters):
+    for cached in (registry.all_backends, registry.all_exporters):
         cached.cache_clear()
     yield
-    for cached in (registry.backends, registry.exporters):
+    for cached in (registry.all_backends, registry.all_exporters):
         cached.cache_clear()
 
 
@@ -59,11 +59,11 @@ def install(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_our_own_modules_are_found_by_name() -> None:
-    found = registry.backends()
+    found = registry.all_backends()
     assert {"pytorch", "onnxruntime", "openvino"} <= set(found)
     assert list(found) == sorted(found)
     assert all(name == backend.name for name, backend in found.items())
-    assert registry.backend("onnxruntime") is found["onnxruntime"]
+    assert registry.get_backend("onnxruntime") is found["onnxruntime"]
 
 
 def test_every_public_module_of_the_plug_in_folders_registers_something() -> None:
@@ -74,8 +74,8 @@ def test_every_public_module_of_the_plug_in_folders_registers_something() -> Non
         (folder,) = package.__path__  # type: ignore[attr-defined]  # a package
         return len([p for p in Path(folder).glob("*.py") if not p.name.startswith("_")])
 
-    assert 0 < len(registry.backends()) <= public(runtimes)
-    assert 0 < len(registry.exporters()) <= public(exporters)
+    assert 0 < len(registry.all_backends()) <= public(runtimes)
+    assert 0 < len(registry.all_exporters()) <= public(exporters)
 
 
 def test_backends_are_found_by_what_they_open() -> None:
@@ -87,25 +87,25 @@ def test_backends_are_found_by_what_they_open() -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no backend 'tensorflow'") as caught:
-        registry.backend("tensorflow")
+        registry.get_backend("tensorflow")
     assert "onnxruntime" in caught.value.hint
     with pytest.raises(ConfigError, match="no exporter 'tflite'") as caught:
-        registry.exporter_to("tflite")
+        registry.get_exporter("tflite")
     assert "openvino" in caught.value.hint
 
 
 def test_entry_points_of_third_parties_are_found(install) -> None:
     install("PLUGIN")
-    assert registry.backend("third-party") is PLUGIN
+    assert registry.get_backend("third-party") is PLUGIN
 
 
 def test_two_plug_ins_of_one_name_are_an_error(install) -> None:
     install("PLUGIN", "PLUGIN")
     with pytest.raises(ConfigError, match="Two plug-ins are named 'third-party'"):
-        registry.backends()
+        registry.all_backends()
 
 
 def test_entry_point_of_another_kind_is_an_error(install) -> None:
     install("NOT_A_PLUGIN")
     with pytest.raises(ConfigError, match="is not a Backend"):
-        registry.backends()
+        registry.all_backends()

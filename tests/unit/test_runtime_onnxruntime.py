@@ -9,11 +9,11 @@ import pytest
 
 from fcos_deploy.core.backend import ComputeType, PerformanceHint, SessionOptions
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
-from fcos_deploy.core.registry import backend
+from fcos_deploy.core.registry import get_backend
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
-_RUNTIME = backend("onnxruntime")
+_RUNTIME = get_backend("onnxruntime")
 
 
 def test_only_the_provider_that_was_asked_for_runs(tiny_onnx: Path) -> None:

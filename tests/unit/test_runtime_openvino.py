@@ -12,11 +12,11 @@ import pytest
 
 from fcos_deploy.core.backend import ComputeType, PerformanceHint, Session, SessionOptions, Tensors
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
-from fcos_deploy.core.registry import backend
+from fcos_deploy.core.registry import get_backend
 
 openvino = pytest.importorskip("openvino")
 
-_OPENVINO = backend("openvino")
+_OPENVINO = get_backend("openvino")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError, DeviceError, FcosDeployError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.preprocess import PreprocessSpec
-from fcos_deploy.core.registry import exporter_to
+from fcos_deploy.core.registry import get_exporter
 
 CONTRACT = ModelContract(
     class_names=("cell",),
@@ -113,7 +113,7 @@ def nms_nodes(helper: Any, arrays: Any, weights: list[Any]) -> list[Any]:
 def build(source: Path, output: Path, **options: Any) -> BuildResult:
     pytest.importorskip("tensorrt_rtx")
     request = BuildRequest(source=source, output=output, options=BuildOptions(**options))
-    return exporter_to("tensorrt-rtx").build(request)
+    return get_exporter("tensorrt-rtx").build(request)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +230,11 @@ OUT_OF_DISK = """
 import resource, sys
 from pathlib import Path
 from fcos_deploy.core.exporter import BuildRequest
-from fcos_deploy.core.registry import exporter_to
+from fcos_deploy.core.registry import get_exporter
 from fcos_deploy.core.errors import ConfigError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    exporter_to("tensorrt-rtx").build(BuildRequest(source=Path(sys.argv[1]), output=Path(sys.argv[2])))
+    get_exporter("tensorrt-rtx").build(BuildRequest(source=Path(sys.argv[1]), output=Path(sys.argv[2])))
 except ConfigError as error:
     print(error)
 """
@@ -259,7 +259,7 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
         output=tmp_path / "m.engine",
         progress=lambda label, done, total: seen.append((label, done, total)),
     )
-    exporter_to("tensorrt-rtx").build(request)
+    get_exporter("tensorrt-rtx").build(request)
     assert len({label for label, _, _ in seen}) == 1
     assert seen[0][1] == 0
     assert seen[-1][1] == seen[-1][2] > 1
@@ -274,7 +274,7 @@ def test_a_progress_function_that_raises_stops_the_build(tmp_path: Path) -> None
 
     source, output = write_graph(tmp_path / "m.onnx"), tmp_path / "m.engine"
     with pytest.raises(ValueError, match="1/"):
-        exporter_to("tensorrt-rtx").build(BuildRequest(source=source, output=output, progress=progress))
+        get_exporter("tensorrt-rtx").build(BuildRequest(source=source, output=output, progress=progress))
     assert not output.exists()
 
 
@@ -290,7 +290,7 @@ def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            exporter_to("tensorrt-rtx").build(BuildRequest(source=source, output=output, progress=interrupt))
+            get_exporter("tensorrt-rtx").build(BuildRequest(source=source, output=output, progress=interrupt))
     finally:
         signal.signal(signal.SIGINT, before)
     assert not output.exists()
@@ -303,4 +303,4 @@ def test_the_full_library_is_asked_for_where_only_stubs_are(tmp_path: Path) -> N
         pytest.skip("TensorRT is installed")
     request = BuildRequest(source=write_graph(tmp_path / "m.onnx"), output=tmp_path / "m.engine")
     with pytest.raises(FcosDeployError, match="only type stubs"):
-        exporter_to("tensorrt").build(request)
+        get_exporter("tensorrt").build(request)

@@ -109,7 +109,7 @@ def comparison_report(found: Comparison, *, title: str, commands: Sequence[str] 
         curves=parts.curves,
         drifts=parts.drifts,
         latencies=parts.latencies,
-        pictures=parts.pictures,
+        images=parts.images,
         mixed=tuple(report_part(one) for one in find_trade_offs([t.model for t in found.request.targets])),
         provenance=_provenance(found, commands),
     )

@@ -28,10 +28,10 @@ from fcos_deploy.pipeline.proof import (
 from fcos_deploy.pipeline.report import write_report_step
 from fcos_deploy.pipeline.steps import (
     Calibrated,
+    DeployContext,
     DeployRequest,
     Graph,
     Variant,
-    Workshop,
     build,
     calibrate,
     export,
@@ -72,19 +72,19 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
     loaded = load_checkpoint(request.checkpoint, options=request.options)
     contract = loaded.contract
     with BundleWriter(request.output) as writer:
-        shop = Workshop(request, loaded, contract, writer, progress)
-        variants, calibrated, refused = _make_variants(shop, names)
-        golden = write_golden(shop)
-        evaluations = measure_accuracy(shop, variants)
+        context = DeployContext(request, loaded, contract, writer, progress)
+        variants, calibrated, refused = _make_variants(context, names)
+        golden = write_golden(context)
+        evaluations = measure_accuracy(context, variants)
         require_all(evaluations.verdicts)
-        speed = measure_speed(shop, variants)
+        speed = measure_speed(context, variants)
         manifest = replace(
-            _manifest(shop, variants, calibrated=calibrated, golden=golden),
-            accuracy=accuracy_figures(shop, variants, evaluations),
-            benchmark=benchmark_figures(shop, variants, speed),
+            _manifest(context, variants, calibrated=calibrated, golden=golden),
+            accuracy=accuracy_figures(context, variants, evaluations),
+            benchmark=benchmark_figures(context, variants, speed),
         )
         notes = tuple(f"No INT8: {error.message}" for error in refused)
-        write_report_step(shop, manifest, variants=variants, evaluations=evaluations, speed=speed, notes=notes)
+        write_report_step(context, manifest, variants=variants, evaluations=evaluations, speed=speed, notes=notes)
         bundle = writer.finish(manifest)
     if refused:
         raise AccuracyGateError(
@@ -123,38 +123,40 @@ def _measured_backends(request: DeployRequest) -> tuple[str, ...]:
     return targets or runnable_backends()
 
 
-def _make_variants(shop: Workshop, names: tuple[str, ...]) -> tuple[list[Variant], Calibrated, list[AccuracyGateError]]:
-    source = export(shop)
-    calibrated = calibrate(shop, source)
+def _make_variants(
+    context: DeployContext, names: tuple[str, ...]
+) -> tuple[list[Variant], Calibrated, list[AccuracyGateError]]:
+    source = export(context)
+    calibrated = calibrate(context, source)
     variants, refused = [], []
     for name in names:
-        variants.append(build(shop, source, backend=name))
+        variants.append(build(context, source, backend=name))
         try:
-            int8 = quantize(shop, source, calibrated=calibrated, consumer=name)
-            variants.append(build(shop, int8, backend=name))
+            int8 = quantize(context, source, calibrated=calibrated, consumer=name)
+            variants.append(build(context, int8, backend=name))
         except AccuracyGateError as error:
             refused.append(error)
-    refused += _make_for_elsewhere(shop, source, calibrated)
+    refused += _make_for_elsewhere(context, source, calibrated)
     return with_bf16(variants), calibrated, refused
 
 
-def _make_for_elsewhere(shop: Workshop, source: Graph, calibrated: Calibrated) -> list[AccuracyGateError]:
+def _make_for_elsewhere(context: DeployContext, source: Graph, calibrated: Calibrated) -> list[AccuracyGateError]:
     """What the targets need; without targets the portable INT8 graph, from which engines are built on other devices."""
     refused = []
     try:
-        for wanted in shop.request.plans:
-            make_for_target(shop, wanted)
-        if not shop.request.plans:
-            quantize(shop, source, calibrated=calibrated, consumer="portable")
+        for wanted in context.request.plans:
+            make_for_target(context, wanted)
+        if not context.request.plans:
+            quantize(context, source, calibrated=calibrated, consumer="portable")
     except AccuracyGateError as error:
         refused.append(error)
     return refused
 
 
 def _manifest(
-    shop: Workshop, variants: list[Variant], *, calibrated: Calibrated, golden: tuple[GoldenImage, ...]
+    context: DeployContext, variants: list[Variant], *, calibrated: Calibrated, golden: tuple[GoldenImage, ...]
 ) -> Manifest:
-    request = shop.request
+    request = context.request
     preferred = next((v for v in reversed(variants) if v.precision is Precision.INT8), variants[-1])
     gates = tuple(
         replace(gate, max_map_drop=request.max_map_drop) if gate.precision is Precision.INT8 else gate
@@ -162,15 +164,15 @@ def _manifest(
     )
     return Manifest(
         name=request.output.stem,
-        contract=shop.contract,
+        contract=context.contract,
         provenance=Provenance(
             checkpoint=request.checkpoint.name,
-            checkpoint_sha256=shop.contract.source_sha256,
-            created=_created(shop),
+            checkpoint_sha256=context.contract.source_sha256,
+            created=_created(context),
             command=request.command,
             platform=platform.platform(),
             tools={"python": platform.python_version()},
-            decisions=shop.contract.decisions,
+            decisions=context.contract.decisions,
         ),
         target=Target(
             backend=preferred.backend,
@@ -184,14 +186,14 @@ def _manifest(
     )
 
 
-def _created(shop: Workshop) -> str:
+def _created(context: DeployContext) -> str:
     """When this bundle was begun; a run that goes on after an interruption keeps the moment."""
 
     def make(_: Path) -> StepOutput:
         return StepOutput(values=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-    inputs = {"checkpoint": shop.contract.source_sha256, "command": shop.request.command}
-    return str(shop.writer.step("created", inputs=inputs, make=make).values)
+    inputs = {"checkpoint": context.contract.source_sha256, "command": context.request.command}
+    return str(context.writer.step("created", inputs=inputs, make=make).values)
 
 
 DEMO_DATA = Path(__file__).parent.parent / "demo_data"

@@ -21,7 +21,7 @@ from fcos_deploy.core.image import read_image
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector
 from fcos_deploy.pipeline.report import moved_scores
-from fcos_deploy.pipeline.steps import Variant, Workshop
+from fcos_deploy.pipeline.steps import DeployContext, Variant
 
 __all__ = [
     "REFERENCE",
@@ -53,54 +53,56 @@ class ReferenceTarget(Target):
         return Detector.of_network(self.loaded.model, self.loaded.contract, options=self.options)
 
 
-def reference_target(shop: Workshop) -> ReferenceTarget:
+def reference_target(context: DeployContext) -> ReferenceTarget:
     """PyTorch eager in float32, post-processing on the host."""
-    loaded = replace(shop.loaded, contract=replace(shop.contract, tail=Tail.RAW))
-    return ReferenceTarget(model=shop.request.checkpoint, backend=REFERENCE, loaded=loaded)
+    loaded = replace(context.loaded, contract=replace(context.contract, tail=Tail.RAW))
+    return ReferenceTarget(model=context.request.checkpoint, backend=REFERENCE, loaded=loaded)
 
 
-def evaluation_images(shop: Workshop) -> tuple[EvaluationImage, ...]:
+def evaluation_images(context: DeployContext) -> tuple[EvaluationImage, ...]:
     """The images that prove the accuracy, in a fixed order."""
-    request = shop.request
+    request = context.request
     if request.images is not None and request.annotations is not None:
         return load_coco(request.annotations, images=request.images).images
     return folder_images(request.images or request.calibration_images)
 
 
-def measure_accuracy(shop: Workshop, variants: list[Variant]) -> Evaluations:
+def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluations:
     """Evaluate the reference and every variant on all images, and judge each one's drop.
 
     An interrupted run goes on where it was.
     """
-    request = shop.request
+    request = context.request
     targets = tuple(Target(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants)
     wanted = EvaluationRequest(
         targets=targets,
         images=request.images or request.calibration_images,
         annotations=request.annotations,
-        reference=reference_target(shop),
-        predictions=shop.writer.scratch / "predictions",
+        reference=reference_target(context),
+        predictions=context.writer.scratch / "predictions",
     )
-    found = evaluate(wanted, progress=shop.progress)
+    found = evaluate(wanted, progress=context.progress)
     pairs = zip(variants, found.targets, strict=True)
-    return replace(found, targets=tuple(_judged(shop, v, e, found.reference) for v, e in pairs))
+    return replace(found, targets=tuple(_judged(context, v, e, found.reference) for v, e in pairs))
 
 
-def _judged(shop: Workshop, variant: Variant, evaluation: Evaluation, reference: Evaluation | None) -> Evaluation:
+def _judged(
+    context: DeployContext, variant: Variant, evaluation: Evaluation, reference: Evaluation | None
+) -> Evaluation:
     if reference is None or reference.scores.ap is None or evaluation.drop is None:
         raise ConfigError(
             "No object in the evaluation images, so that no accuracy can be proven.", hint="give other --images"
         )
-    gate = Gate(max_map_drop=max_drop(shop, variant))
+    gate = Gate(max_map_drop=max_drop(context, variant))
     subject = f"{evaluation.run.subject} ({variant.compute})"
     verdicts = judge_drop(gate, evaluation.drop, reference_ap=reference.scores.ap, subject=subject)
     return replace(evaluation, verdicts=tuple(verdicts))
 
 
-def max_drop(shop: Workshop, variant: Variant) -> float:
+def max_drop(context: DeployContext, variant: Variant) -> float:
     """The most AP that a variant may lose."""
     exact = variant.precision is Precision.FP32 and variant.compute is ComputeType.F32
-    return FP32_MAP_DROP if exact else shop.request.max_map_drop
+    return FP32_MAP_DROP if exact else context.request.max_map_drop
 
 
 def with_bf16(variants: list[Variant]) -> list[Variant]:
@@ -117,10 +119,10 @@ def _in_bf16(variant: Variant) -> tuple[Variant, ...]:
     return (run,)
 
 
-def accuracy_figures(shop: Workshop, variants: list[Variant], found: Evaluations) -> tuple[AccuracyFigure, ...]:
+def accuracy_figures(context: DeployContext, variants: list[Variant], found: Evaluations) -> tuple[AccuracyFigure, ...]:
     """For the manifest: the reference first, then the variants in their order."""
-    dataset = "annotated" if shop.request.annotations else "reference detections"
-    rows = [(shop.request.checkpoint.name, Precision.FP32, found.reference)] if found.reference else []
+    dataset = "annotated" if context.request.annotations else "reference detections"
+    rows = [(context.request.checkpoint.name, Precision.FP32, found.reference)] if found.reference else []
     rows += [(v.artifact.path, v.precision, e) for v, e in zip(variants, found.targets, strict=True)]
     return tuple(
         _figure(artifact, precision, evaluation, dataset=dataset, reference=found.reference)
@@ -149,25 +151,24 @@ def _figure(
     )
 
 
-def write_golden(shop: Workshop) -> tuple[GoldenImage, ...]:
+def write_golden(context: DeployContext) -> tuple[GoldenImage, ...]:
     """A few evaluation images, evenly spaced, with what the reference sees in them."""
-    images = evaluation_images(shop)
-    count = min(shop.request.golden_count, len(images))
+    images = evaluation_images(context)
+    count = min(context.request.golden_count, len(images))
     chosen = [images[i * len(images) // count].path for i in range(count)]
 
     def make(folder: Path) -> StepOutput:
-        with reference_target(shop).open() as detector:
+        with reference_target(context).open() as detector:
             contract = detector.contract
-            pictures = (read_image(path) for path in chosen)
-            records = make_golden(pictures, folder=folder, contract=contract, detect=detector.detect)
+            records = make_golden(map(read_image, chosen), folder=folder, contract=contract, detect=detector.detect)
         return StepOutput(values=[to_json(record) for record in records])
 
     inputs = {
-        "checkpoint": shop.contract.source_sha256,
-        "contract": repr(shop.contract),
+        "checkpoint": context.contract.source_sha256,
+        "contract": repr(context.contract),
         "images": " ".join(str(path.name) for path in chosen),
     }
-    step = shop.writer.step("golden", inputs=inputs, make=make)
+    step = context.writer.step("golden", inputs=inputs, make=make)
     return tuple(from_json(GoldenImage, value) for value in step.values)
 
 
@@ -181,48 +182,48 @@ class _ReferenceTiming(BenchmarkTarget):
         return replace(self.target, options=replace(self.target.options, hint=hint)).open()
 
 
-def measure_speed(shop: Workshop, variants: list[Variant]) -> Benchmark:
+def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
     """The reference first, then the variants; the artifact that was evaluated is the one that is timed.
 
     A run that goes on after an interruption takes what was measured before it.
     """
 
     def make(_: Path) -> StepOutput:
-        return StepOutput(values=to_json(_measured(shop, variants)))
+        return StepOutput(values=to_json(_measured(context, variants)))
 
     inputs = {
-        "checkpoint": shop.contract.source_sha256,
+        "checkpoint": context.contract.source_sha256,
         "variants": " ".join(f"{v.backend} {v.compute} {v.artifact.sha256}" for v in variants),
-        "image": sha256_file(evaluation_images(shop)[0].path),
-        "iterations": str(shop.request.benchmark_iterations),
+        "image": sha256_file(evaluation_images(context)[0].path),
+        "iterations": str(context.request.benchmark_iterations),
     }
-    return from_json(Benchmark, shop.writer.step("speed", inputs=inputs, make=make).values)
+    return from_json(Benchmark, context.writer.step("speed", inputs=inputs, make=make).values)
 
 
-def _measured(shop: Workshop, variants: list[Variant]) -> Benchmark:
+def _measured(context: DeployContext, variants: list[Variant]) -> Benchmark:
     reference = _ReferenceTiming(
-        model=shop.request.checkpoint, backend=REFERENCE, precision=Precision.FP32, target=reference_target(shop)
+        model=context.request.checkpoint, backend=REFERENCE, precision=Precision.FP32, target=reference_target(context)
     )
     targets = [
         BenchmarkTarget(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants
     ]
-    rounds = max(1, shop.request.benchmark_iterations // 5)
+    rounds = max(1, context.request.benchmark_iterations // 5)
     request = BenchmarkRequest(
         targets=(reference, *targets),
-        image=evaluation_images(shop)[0].path,
+        image=evaluation_images(context)[0].path,
         timing=TimingOptions(rounds=rounds, throughput_seconds=1.0),
         cold_start=False,
     )
-    found = run_benchmark(request, progress=shop.progress)
-    return replace(found, results=_with_memory(shop, found.results, variants))
+    found = run_benchmark(request, progress=context.progress)
+    return replace(found, results=_with_memory(context, found.results, variants))
 
 
 def _with_memory(
-    shop: Workshop, results: tuple[BenchmarkResult, ...], variants: list[Variant]
+    context: DeployContext, results: tuple[BenchmarkResult, ...], variants: list[Variant]
 ) -> tuple[BenchmarkResult, ...]:
     """The results with the memory that a process of its own takes, the reference first."""
-    image = str(evaluation_images(shop)[0].path)
-    checkpoint, options = str(shop.request.checkpoint), shop.request.options
+    image = str(evaluation_images(context)[0].path)
+    checkpoint, options = str(context.request.checkpoint), context.request.options
     tasks = [
         ColdStartTask(model=checkpoint, image=image, backend=REFERENCE, checkpoint=options),
         *(
@@ -234,15 +235,15 @@ def _with_memory(
     ]
     measured = []
     for index, (task, result) in enumerate(zip(tasks, results, strict=True)):
-        shop.progress("memory", index, len(tasks))
+        context.progress("memory", index, len(tasks))
         measured.append(replace(result, cold_start=measure_cold_start(task)))
-    shop.progress("memory", len(tasks), len(tasks))
+    context.progress("memory", len(tasks), len(tasks))
     return tuple(measured)
 
 
-def benchmark_figures(shop: Workshop, variants: list[Variant], found: Benchmark) -> tuple[BenchmarkFigure, ...]:
+def benchmark_figures(context: DeployContext, variants: list[Variant], found: Benchmark) -> tuple[BenchmarkFigure, ...]:
     """For the manifest: the reference first, then the variants in their order."""
-    names = [(shop.request.checkpoint.name, Precision.FP32), *((v.artifact.path, v.precision) for v in variants)]
+    names = [(context.request.checkpoint.name, Precision.FP32), *((v.artifact.path, v.precision) for v in variants)]
     device = f"{found.machine.processor}, {found.machine.cores} cores"
     return tuple(
         _figure_speed(artifact, precision, result, device=device)

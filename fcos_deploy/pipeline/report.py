@@ -24,15 +24,15 @@ from fcos_deploy.core.image import read_image
 from fcos_deploy.core.score_drift import ScoreDrift as MovedScores
 from fcos_deploy.core.score_drift import score_drift
 from fcos_deploy.core.serialize import to_json
-from fcos_deploy.pipeline.steps import Variant, Workshop
+from fcos_deploy.pipeline.steps import DeployContext, Variant
 from fcos_deploy.pipeline.trade_offs import SUFFIX, TradeOffs, read_trade_offs, report_part
 from fcos_deploy.report import (
     ChainLink,
     ClassRow,
+    ImagePanel,
     KeyFigure,
     LatencyRow,
-    Picture,
-    PictureBox,
+    PanelBox,
     PrecisionCurve,
     Provenance,
     ReportData,
@@ -45,7 +45,7 @@ from fcos_deploy.report import (
 __all__ = [
     "ReportParts",
     "Shown",
-    "differing_pictures",
+    "differing_images",
     "key_figures",
     "machine_rows",
     "moved_scores",
@@ -101,7 +101,7 @@ def _int8(rows: Sequence[VariantRow]) -> KeyFigure | None:
     return KeyFigure(f"{100 * least:.1f} %", f"of the multiply-accumulates run in INT8 at least ({label})")
 
 
-_PICTURED = MatchOptions(min_score=0.4)  # what pictures show; lower scores would cover the image
+_SHOWN = MatchOptions(min_score=0.4)  # what images show; lower scores would cover the image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ class Shown:
     int8_share: float | None = None
 
 
-def differing_pictures(dataset: Dataset, shown: Sequence[Shown], *, count: int) -> tuple[Picture, ...]:
+def differing_images(dataset: Dataset, shown: Sequence[Shown], *, count: int) -> tuple[ImagePanel, ...]:
     """The ``count`` images on which a variant departs furthest from the reference.
 
     The worst pair of image and variant first; an image is shown once.
@@ -138,23 +138,23 @@ def differing_pictures(dataset: Dataset, shown: Sequence[Shown], *, count: int) 
     for _, i, j in ranked:
         if len(chosen) < count:
             chosen.setdefault(i, j)
-    return tuple(_picture(dataset, i, reference=reference, other=shown[j]) for i, j in chosen.items())
+    return tuple(_panel(dataset, i, reference=reference, other=shown[j]) for i, j in chosen.items())
 
 
 def _disagreement(reference: Detections, candidate: Detections) -> float:
-    match = match_detections(reference, candidate, options=_PICTURED)
+    match = match_detections(reference, candidate, options=_SHOWN)
     scores = np.concatenate([reference.scores[match.missed], candidate.scores[match.invented]])
     moved = np.abs(reference.scores[match.reference] - candidate.scores[match.candidate])
     return float(scores.sum() + 0.1 * moved.sum() + 0.1 * (1 - match.iou).sum())
 
 
-def _picture(dataset: Dataset, index: int, *, reference: Shown, other: Shown) -> Picture:
+def _panel(dataset: Dataset, index: int, *, reference: Shown, other: Shown) -> ImagePanel:
     image = dataset.images[index]
     mine = reference.evaluation.run.detections[image.image_id]
     theirs = other.evaluation.run.detections[image.image_id]
-    match = match_detections(mine, theirs, options=_PICTURED)
+    match = match_detections(mine, theirs, options=_SHOWN)
     names = reference.evaluation.run.names
-    return Picture(
+    return ImagePanel(
         name=image.path.name,
         variant=other.label,
         pixels=read_image(image.path),
@@ -166,7 +166,7 @@ def _picture(dataset: Dataset, index: int, *, reference: Shown, other: Shown) ->
 
 def _note(mine: Detections, theirs: Detections, match: DetectionMatch) -> str:
     largest = max(map(abs, _score_changes(mine, theirs, match).values()), default=0.0)
-    return f"Scores of pairs differ by up to {largest:.3f}. Shown: scores of at least {_PICTURED.min_score}."
+    return f"Scores of pairs differ by up to {largest:.3f}. Shown: scores of at least {_SHOWN.min_score}."
 
 
 def _score_changes(mine: Detections, theirs: Detections, match: DetectionMatch) -> dict[int, float]:
@@ -177,17 +177,17 @@ def _score_changes(mine: Detections, theirs: Detections, match: DetectionMatch) 
 
 def _boxes(
     found: Detections, names: tuple[str, ...], *, alone: NDArray[np.int64], moved: Mapping[int, float]
-) -> tuple[PictureBox, ...]:
+) -> tuple[PanelBox, ...]:
     lonely = set(alone.tolist())
     return tuple(
-        PictureBox(
+        PanelBox(
             box=(float(x1), float(y1), float(x2), float(y2)),
             score=float(found.scores[i]),
             name=names[found.labels[i]] if 0 <= found.labels[i] < len(names) else str(found.labels[i]),
             partner=i not in lonely,
             moved=moved.get(i, 0.0),
         )
-        for i in np.flatnonzero(found.scores >= _PICTURED.min_score).tolist()
+        for i in np.flatnonzero(found.scores >= _SHOWN.min_score).tolist()
         for x1, y1, x2, y2 in [found.boxes[i]]
     )
 
@@ -206,11 +206,11 @@ class ReportParts:
     curves: tuple[PrecisionCurve, ...]
     drifts: tuple[ScoreDrift, ...]
     latencies: tuple[LatencyRow, ...]
-    pictures: tuple[Picture, ...]
+    images: tuple[ImagePanel, ...]
 
 
-def report_parts(dataset: Dataset, shown: Sequence[Shown], *, pictures: int = 4) -> ReportParts:
-    """Rows, curves and the ``pictures`` images on which a variant departs furthest from the reference."""
+def report_parts(dataset: Dataset, shown: Sequence[Shown], *, images: int = 4) -> ReportParts:
+    """Rows, curves and the ``images`` images on which a variant departs furthest from the reference."""
     rows = tuple(_row(one) for one in shown)
     return ReportParts(
         data=_data_sentence(dataset, shown[0].evaluation),
@@ -224,7 +224,7 @@ def report_parts(dataset: Dataset, shown: Sequence[Shown], *, pictures: int = 4)
             if one.evaluation.agreement is not None
         ),
         latencies=tuple(_latency(one.label, one.speed) for one in shown if one.speed is not None),
-        pictures=differing_pictures(dataset, shown, count=pictures),
+        images=differing_images(dataset, shown, count=images),
     )
 
 
@@ -349,7 +349,7 @@ def machine_rows(machine: MachineFacts, extra: Mapping[str, str] | None = None) 
 
 
 def write_report_step(
-    shop: Workshop,
+    context: DeployContext,
     manifest: Manifest,
     *,
     variants: list[Variant],
@@ -360,8 +360,8 @@ def write_report_step(
     """Leave ``report.html`` and ``report.md`` in the bundle."""
 
     def make(folder: Path) -> StepOutput:
-        shop.progress("report", 0, 1)
-        parts = report_parts(evaluations.dataset, _shown(shop, variants, evaluations, speed))
+        context.progress("report", 0, 1)
+        parts = report_parts(evaluations.dataset, _shown(context, variants, evaluations, speed))
         data = ReportData(
             title=manifest.name,
             verdict=report_verdict(evaluations),
@@ -372,25 +372,25 @@ def write_report_step(
             curves=parts.curves,
             drifts=parts.drifts,
             latencies=parts.latencies,
-            pictures=parts.pictures,
-            mixed=tuple(report_part(found) for found in _searches(shop)),
-            provenance=_provenance(shop, manifest, speed),
+            images=parts.images,
+            mixed=tuple(report_part(found) for found in _searches(context)),
+            provenance=_provenance(context, manifest, speed),
             notes=notes,
         )
         write_report(data, folder / "report.html")
-        shop.progress("report", 1, 1)
+        context.progress("report", 1, 1)
         return StepOutput()
 
     inputs = {
         "manifest": json.dumps(to_json(manifest)),
-        "files": " ".join(record.sha256 for step in shop.writer.finished for record in step.files),
-        "images": f"{shop.request.images} {shop.request.annotations}",
+        "files": " ".join(record.sha256 for step in context.writer.finished for record in step.files),
+        "images": f"{context.request.images} {context.request.annotations}",
         "notes": " ".join(notes),
     }
-    shop.writer.step("report", inputs=inputs, make=make)
+    context.writer.step("report", inputs=inputs, make=make)
 
 
-def _shown(shop: Workshop, variants: list[Variant], evaluations: Evaluations, speed: Benchmark) -> list[Shown]:
+def _shown(context: DeployContext, variants: list[Variant], evaluations: Evaluations, speed: Benchmark) -> list[Shown]:
     reference = evaluations.reference
     shown = []
     if reference is not None:
@@ -398,32 +398,32 @@ def _shown(shop: Workshop, variants: list[Variant], evaluations: Evaluations, sp
     for variant, evaluation, timed in zip(variants, evaluations.targets, speed.results[1:], strict=True):
         label = f"{variant.backend} {variant.precision}" + (f" {variant.compute}" if variant.extra else "")
         passed = all(verdict.passed for verdict in evaluation.verdicts)
-        share = int8_share(shop, variant)
+        share = int8_share(context, variant)
         shown.append(Shown(label=label, evaluation=evaluation, speed=timed, passed=passed, int8_share=share))
     return shown
 
 
-def int8_share(shop: Workshop, variant: Variant) -> float | None:
+def int8_share(context: DeployContext, variant: Variant) -> float | None:
     """Share of the convolutions' multiply-accumulates that the runtime executes in INT8; None: it cannot be asked."""
     from calibration.execution import PROFILERS, executed_share
 
     if variant.precision is not Precision.INT8 or variant.backend not in PROFILERS:
         return None
-    return executed_share(shop.graph, variant.path, variant.backend).share
+    return executed_share(context.graph, variant.path, variant.backend).share
 
 
-def _searches(shop: Workshop) -> list[TradeOffs]:
+def _searches(context: DeployContext) -> list[TradeOffs]:
     """What the searches for mixed precision of this deployment found."""
-    names = (record.path for step in shop.writer.finished for record in step.files)
-    return [read_trade_offs(shop.writer.path(name)) for name in names if name.endswith(SUFFIX)]
+    names = (record.path for step in context.writer.finished for record in step.files)
+    return [read_trade_offs(context.writer.path(name)) for name in names if name.endswith(SUFFIX)]
 
 
-def _provenance(shop: Workshop, manifest: Manifest, speed: Benchmark) -> Provenance:
+def _provenance(context: DeployContext, manifest: Manifest, speed: Benchmark) -> Provenance:
     source = manifest.provenance
-    artifacts = [artifact for step in shop.writer.finished for artifact in step.artifacts]
+    artifacts = [artifact for step in context.writer.finished for artifact in step.artifacts]
     return Provenance(
         created=source.created.replace("T", " ").replace("+00:00", " UTC"),
-        chain=_chain(shop, manifest, artifacts),
+        chain=_chain(context, manifest, artifacts),
         versions=tuple(sorted({item for a in artifacts for item in a.step.tools.items()})),
         machine=machine_rows(speed.machine),
         commands=(source.command,) if source.command else (),
@@ -431,17 +431,17 @@ def _provenance(shop: Workshop, manifest: Manifest, speed: Benchmark) -> Provena
     )
 
 
-def _chain(shop: Workshop, manifest: Manifest, artifacts: list[Artifact]) -> tuple[ChainLink, ...]:
+def _chain(context: DeployContext, manifest: Manifest, artifacts: list[Artifact]) -> tuple[ChainLink, ...]:
     """The checkpoint, what was made from it step by step, and the calibration that went into the INT8 files."""
     source = manifest.provenance
     names = {source.checkpoint_sha256: source.checkpoint, **{a.sha256: a.path for a in artifacts}}
     links = [
         ChainLink(
-            path=source.checkpoint, kind="checkpoint", sha256=source.checkpoint_sha256, size=_size_report_step(shop)
+            path=source.checkpoint, kind="checkpoint", sha256=source.checkpoint_sha256, size=_size_report_step(context)
         )
     ]
     for record in manifest.calibration:
-        path = shop.writer.path(record.path)
+        path = context.writer.path(record.path)
         kind = f"ranges over {len(record.images)} images"
         links.append(ChainLink(path=record.path, kind=kind, sha256=sha256_file(path), size=path.stat().st_size))
     links += [
@@ -458,5 +458,5 @@ def _chain(shop: Workshop, manifest: Manifest, artifacts: list[Artifact]) -> tup
     return tuple(links)
 
 
-def _size_report_step(shop: Workshop) -> int:
-    return shop.request.checkpoint.stat().st_size
+def _size_report_step(context: DeployContext) -> int:
+    return context.request.checkpoint.stat().st_size

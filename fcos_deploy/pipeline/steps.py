@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibrated",
+    "DeployContext",
     "DeployRequest",
     "Graph",
     "Variant",
-    "Workshop",
     "build",
     "calibrate",
     "export",
@@ -96,7 +96,7 @@ _VERSION_RULES: dict[ArtifactKind, VersionRule] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
+class DeployContext:
     """What every step works with."""
 
     request: DeployRequest
@@ -153,7 +153,7 @@ class Calibrated:
 
 
 def export(
-    shop: Workshop,
+    context: DeployContext,
     *,
     tail: Tail = Tail.RAW,
     precision: Precision = Precision.FP32,
@@ -162,61 +162,61 @@ def export(
     """The checkpoint as a simplified float ONNX graph, compared with PyTorch."""
     from exporters.torch_onnx import DEFAULT_OPSET, ExportOptions, export_onnx
 
-    opset = shop.request.opset or DEFAULT_OPSET
+    opset = context.request.opset or DEFAULT_OPSET
     name = graph_file(precision, tail=tail)
 
     def make(folder: Path) -> StepOutput:
         options = ExportOptions(tail=tail, opset=opset, precision=precision, nms_form=nms_form)
-        made = export_onnx(shop.loaded, folder / name, options=options, progress=shop.progress)
+        made = export_onnx(context.loaded, folder / name, options=options, progress=context.progress)
         checks = {check.step: str(check) for check in made.checks}
         draft = ArtifactDraft(
             path=name,
             kind=ArtifactKind.ONNX,
             precision=precision,
-            parent=shop.contract.source_sha256,
+            parent=context.contract.source_sha256,
             config={"tail": str(tail), "opset": str(made.opset), "nodes": str(made.nodes), **checks},
             tools=_versions("torch", "onnx", "onnxscript", "onnxsim"),
         )
         return StepOutput(artifacts=(draft,))
 
     inputs = {
-        "checkpoint": shop.contract.source_sha256,
-        "contract": contract_to_text(shop.contract),
+        "checkpoint": context.contract.source_sha256,
+        "contract": contract_to_text(context.contract),
         "opset": str(opset),
         "nms_form": str(nms_form),
         **_versions("torch", "onnx", "onnxsim"),
     }
-    step = shop.writer.step(f"export-{precision}-{tail}", inputs=inputs, make=make)
+    step = context.writer.step(f"export-{precision}-{tail}", inputs=inputs, make=make)
     return Graph(step.artifacts[0], step.path(name), tail)
 
 
-def calibrate(shop: Workshop, source: Graph) -> Calibrated:
+def calibrate(context: DeployContext, source: Graph) -> Calibrated:
     """The ranges of the graph's activations over the calibration images."""
     from calibration.cache import load_calibration, save_calibration
     from calibration.calibrate import collect_ranges
     from calibration.dataset import SampleOptions, collect_images
 
-    request = shop.request
+    request = context.request
     options = SampleOptions(count=request.calibration_count, seed=request.seed)
     images = collect_images(request.calibration_images, options=options)
     hashes = sorted(image.sha256 for image in images.images)
     name = "calibration.json" if source.tail is Tail.RAW else f"calibration.{source.tail}.json"
 
     def make(folder: Path) -> StepOutput:
-        state = shop.writer.scratch / f"{name}.state"
-        ranges = collect_ranges(source.path, images, state=state, progress=shop.progress)
+        state = context.writer.scratch / f"{name}.state"
+        ranges = collect_ranges(source.path, images, state=state, progress=context.progress)
         save_calibration(ranges, folder / name)
         return StepOutput()
 
     inputs = {"graph": source.artifact.sha256, "images": json.dumps(hashes)}
-    step = shop.writer.step(f"calibrate-{source.tail}", inputs=inputs, make=make)
+    step = context.writer.step(f"calibrate-{source.tail}", inputs=inputs, make=make)
     path = step.path(name)
     method = str(load_calibration(path, graph=source.path).method)
     details = {"images": str(len(hashes)), "of": str(images.candidates), "seed": str(images.seed)}
     return Calibrated(path, CalibrationRecord(path=name, method=method, images=tuple(hashes), details=details))
 
 
-def quantize(shop: Workshop, source: Graph, *, calibrated: Calibrated, consumer: str) -> Graph:
+def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, consumer: str) -> Graph:
     """The INT8 graph in the placement of ``consumer``, a backend or a placement; shared by backends of one placement.
 
     Layers return to float until the accuracy goal holds, which is measured on the placement's own backend.
@@ -227,7 +227,7 @@ def quantize(shop: Workshop, source: Graph, *, calibrated: Calibrated, consumer:
     from calibration.placement import placement_for
     from calibration.quantizers import QuantizeRequest
 
-    policy, request = placement_for(consumer), shop.request
+    policy, request = placement_for(consumer), context.request
     name = graph_file(Precision.INT8, tail=source.tail, placement=policy.name)
     goal = accuracy_goal(
         request.max_map_drop,
@@ -244,8 +244,8 @@ def quantize(shop: Workshop, source: Graph, *, calibrated: Calibrated, consumer:
             calibration=calibrated.path,
             seed=request.seed,
         )
-        state = shop.writer.scratch / f"{name}.search"
-        made = quantize_model(wanted, goal=goal, state=state, progress=shop.progress)
+        state = context.writer.scratch / f"{name}.search"
+        made = quantize_model(wanted, goal=goal, state=state, progress=context.progress)
         draft = ArtifactDraft(
             path=name,
             kind=ArtifactKind.ONNX,
@@ -263,11 +263,11 @@ def quantize(shop: Workshop, source: Graph, *, calibrated: Calibrated, consumer:
         "placement": json.dumps(to_json(policy), sort_keys=True),
         "goal": f"{request.max_map_drop} {request.images} {request.annotations}",
     }
-    step = shop.writer.step(f"quantize-{policy.name}-{source.tail}", inputs=inputs, make=make)
+    step = context.writer.step(f"quantize-{policy.name}-{source.tail}", inputs=inputs, make=make)
     return Graph(step.artifacts[0], step.path(name), source.tail)
 
 
-def build(shop: Workshop, graph: Graph, *, backend: str, options: BuildOptions | None = None) -> Variant:
+def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildOptions | None = None) -> Variant:
     """The engine of one graph for one backend; a backend that runs the ONNX file as it is needs none."""
     source, options = graph.artifact, options or BuildOptions()
     exporter = get_exporter(backend)
@@ -277,11 +277,11 @@ def build(shop: Workshop, graph: Graph, *, backend: str, options: BuildOptions |
 
     def make(folder: Path) -> StepOutput:
         label = f"build {backend} {source.precision}"
-        shop.progress(label, 0, 1)
+        context.progress(label, 0, 1)
         made = exporter.build(
-            BuildRequest(source=graph.path, output=folder / name, options=options, progress=shop.progress)
+            BuildRequest(source=graph.path, output=folder / name, options=options, progress=context.progress)
         )
-        shop.progress(label, 1, 1)
+        context.progress(label, 1, 1)
         draft = ArtifactDraft(
             path=name,
             kind=exporter.target,
@@ -302,7 +302,7 @@ def build(shop: Workshop, graph: Graph, *, backend: str, options: BuildOptions |
         "version": get_backend(backend).probe().version,
         "options": json.dumps(to_json(options), sort_keys=True, default=str),
     }
-    step = shop.writer.step(f"build-{backend}-{source.precision}", inputs=inputs, make=make)
+    step = context.writer.step(f"build-{backend}-{source.precision}", inputs=inputs, make=make)
     return Variant(backend, source.precision, step.artifacts[0], step.path(name))
 
 
@@ -351,19 +351,19 @@ def plan_targets(
     return tuple(plan(profile, request) for profile in profiles)
 
 
-def make_for_target(shop: Workshop, wanted: Plan) -> list[Artifact]:
+def make_for_target(context: DeployContext, wanted: Plan) -> list[Artifact]:
     """The graph with the plan's tail and precision and, where the builder needs no device, the engine.
 
     Raises:
         AccuracyGateError: INT8 cannot hold the accuracy goal.
     """
     float_precision = wanted.precision if wanted.precision is not Precision.INT8 else Precision.FP32
-    graph = export(shop, tail=wanted.tail, precision=float_precision, nms_form=wanted.nms_form)
+    graph = export(context, tail=wanted.tail, precision=float_precision, nms_form=wanted.nms_form)
     if wanted.precision is Precision.INT8:
-        calibrated = calibrate(shop, graph)
-        graph = quantize(shop, graph, calibrated=calibrated, consumer=wanted.placement)
+        calibrated = calibrate(context, graph)
+        graph = quantize(context, graph, calibrated=calibrated, consumer=wanted.placement)
     engines = [a for a in wanted.artifacts if a.where == "here" and a.kind is not graph.artifact.kind]
     made = [graph.artifact]
     for _ in engines:
-        made.append(build(shop, graph, backend=wanted.backend, options=wanted.options).artifact)
+        made.append(build(context, graph, backend=wanted.backend, options=wanted.options).artifact)
     return made

@@ -13,12 +13,12 @@ from fcos_deploy.core.score_drift import ScoreDrift as MovedScores
 __all__ = [
     "ChainLink",
     "ClassRow",
+    "ImagePanel",
     "KeyFigure",
     "LatencyRow",
     "LayerRow",
     "MixedPrecisionPart",
-    "Picture",
-    "PictureBox",
+    "PanelBox",
     "PrecisionCurve",
     "Provenance",
     "ReportData",
@@ -153,7 +153,7 @@ class MixedPrecisionPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PictureBox:
+class PanelBox:
     """A box xyxy in image pixels.
 
     ``partner``: whether the other detector has it too; ``moved``: by how much it scores more than that one.
@@ -167,14 +167,14 @@ class PictureBox:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Picture:
+class ImagePanel:
     """One image as the reference and a variant see it. pixels: (h, w, 3) uint8 RGB."""
 
     name: str
     variant: str
     pixels: NDArray[np.uint8]
-    reference: tuple[PictureBox, ...]
-    candidate: tuple[PictureBox, ...]
+    reference: tuple[PanelBox, ...]
+    candidate: tuple[PanelBox, ...]
     note: str = ""
 
 
@@ -216,7 +216,7 @@ class ReportData:
     drifts: tuple[ScoreDrift, ...] = ()
     latencies: tuple[LatencyRow, ...] = ()
     mixed: tuple[MixedPrecisionPart, ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ImagePanel, ...] = ()
     provenance: Provenance = Provenance()
     notes: tuple[str, ...] = ()
 

@@ -11,7 +11,7 @@ from fcos_deploy.core.files import write_text
 from fcos_deploy.core.libraries import require
 from fcos_deploy.report.charts import make_charts
 from fcos_deploy.report.data import ReportData
-from fcos_deploy.report.pictures import draw_pictures
+from fcos_deploy.report.panels import draw_panels
 
 __all__ = ["render_html", "render_markdown", "write_report"]
 
@@ -43,12 +43,12 @@ def render_html(data: ReportData) -> str:
         for c in make_charts(data)
     ]
     css = _template_text("report.css")
-    pictures = draw_pictures(data.pictures)
-    return _fill("report.html.j2", data=data, charts=charts, pictures=pictures, css=css, **_score_tables(data))
+    images = draw_panels(data.images)
+    return _fill("report.html.j2", data=data, charts=charts, images=images, css=css, **_score_tables(data))
 
 
 def render_markdown(data: ReportData) -> str:
-    """The report in Markdown, without charts and pictures."""
+    """The report in Markdown, without charts and images."""
     return _fill("report.md.j2", data=data, **_score_tables(data))
 
 

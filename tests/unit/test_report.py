@@ -17,12 +17,12 @@ from fcos_deploy.core.score_drift import ScoreDrift as MovedScores
 from fcos_deploy.report import (
     ChainLink,
     ClassRow,
+    ImagePanel,
     KeyFigure,
     LatencyRow,
     LayerRow,
     MixedPrecisionPart,
-    Picture,
-    PictureBox,
+    PanelBox,
     PrecisionCurve,
     Provenance,
     ReportData,
@@ -65,8 +65,8 @@ def search(placement: str, *, trials: int) -> MixedPrecisionPart:
 
 def full_report() -> ReportData:
     rng = np.random.default_rng(0)
-    box = PictureBox(box=(5, 5, 30, 40), score=0.9, name="cell <b>")
-    alone = PictureBox(box=(50, 5, 70, 40), score=0.5, name="dust", partner=False)
+    box = PanelBox(box=(5, 5, 30, 40), score=0.9, name="cell <b>")
+    alone = PanelBox(box=(50, 5, 70, 40), score=0.5, name="dust", partner=False)
     return ReportData(
         title="Cells & <script>alert(1)</script>",
         verdict=ReportVerdict(passed=True, headline="All variants hold.", details=("drop 0.001 <= 0.010",)),
@@ -112,8 +112,8 @@ def full_report() -> ReportData:
             for n in NAMES
         ),
         mixed=(search("portable", trials=4), search("openvino", trials=1)),
-        pictures=(
-            Picture(
+        images=(
+            ImagePanel(
                 name="a.jpg",
                 variant=NAMES[1],
                 pixels=rng.integers(0, 255, (60, 80, 3), np.uint8),
@@ -171,7 +171,7 @@ def test_page_is_whole_and_needs_nothing_else(page: str) -> None:
     checker.feed(page)
     assert checker.open == []
     assert "script" not in checker.tags
-    assert all(link.startswith(("data:", "#picture-")) for link in checker.links)
+    assert all(link.startswith(("data:", "#image-")) for link in checker.links)
     assert "http://" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page).replace("http://www.w3.org", "")
 
 

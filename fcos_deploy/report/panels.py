@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from fcos_deploy.core.errors import ImageError
 from fcos_deploy.core.libraries import require
 from fcos_deploy.report.charts import FAIL, MOVED, PASS, WARN
-from fcos_deploy.report.data import Picture, PictureBox
+from fcos_deploy.report.data import ImagePanel, PanelBox
 
-__all__ = ["DrawnBox", "DrawnPicture", "draw_pictures"]
+__all__ = ["DrawnBox", "DrawnPanel", "draw_panels"]
 
 _MAX_SIDE = 520  # pixels of an embedded image: sharp in a third of the page, small in the file
 _QUALITY = 82
-_MAX_LABELS = 10  # boxes of a panel whose names still leave the picture to be seen
+_MAX_LABELS = 10  # boxes of a panel whose names still leave the image to be seen
 _MOVED = 0.03  # change of a score from which it is shown
 
 
@@ -37,7 +37,7 @@ class DrawnBox:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DrawnPicture:
+class DrawnPanel:
     """An embedded JPEG (base64) with three layers of boxes. ``missed`` and ``invented`` are counts."""
 
     identifier: str
@@ -52,37 +52,37 @@ class DrawnPicture:
     invented: int
 
 
-def draw_pictures(pictures: tuple[Picture, ...]) -> list[DrawnPicture]:
-    """Shrink, encode and lay out each picture."""
-    return [_draw(picture, identifier=f"picture-{i}") for i, picture in enumerate(pictures)]
+def draw_panels(images: tuple[ImagePanel, ...]) -> list[DrawnPanel]:
+    """Shrink, encode and lay out each image."""
+    return [_draw(image, identifier=f"image-{i}") for i, image in enumerate(images)]
 
 
-def _draw(picture: Picture, *, identifier: str) -> DrawnPicture:
-    height, width = picture.pixels.shape[:2]
+def _draw(image: ImagePanel, *, identifier: str) -> DrawnPanel:
+    height, width = image.pixels.shape[:2]
     scale = min(1.0, _MAX_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
 
-    def boxes(found: tuple[PictureBox, ...], color: str, *, label: bool, dash: str = "") -> tuple[DrawnBox, ...]:
+    def boxes(found: tuple[PanelBox, ...], color: str, *, label: bool, dash: str = "") -> tuple[DrawnBox, ...]:
         return tuple(_box(one, scale, color=color, label=label, dash=dash) for one in found)
 
-    few = max(len(picture.reference), len(picture.candidate)) <= _MAX_LABELS
-    missed = tuple(b for b in picture.reference if not b.partner)
-    invented = tuple(b for b in picture.candidate if not b.partner)
-    shared = tuple(b for b in picture.candidate if b.partner)
+    few = max(len(image.reference), len(image.candidate)) <= _MAX_LABELS
+    missed = tuple(b for b in image.reference if not b.partner)
+    invented = tuple(b for b in image.candidate if not b.partner)
+    shared = tuple(b for b in image.candidate if b.partner)
     still = tuple(b for b in shared if abs(b.moved) < _MOVED)
     moved = tuple(_shift(b, scale) for b in shared if abs(b.moved) >= _MOVED)
     difference = boxes(still, "#ffffff", label=False, dash="2 3") + moved + boxes(missed, FAIL, label=True)
-    return DrawnPicture(
+    return DrawnPanel(
         identifier=identifier,
-        name=picture.name,
-        variant=picture.variant,
-        note=picture.note,
-        jpeg=_jpeg(picture.pixels, size),
+        name=image.name,
+        variant=image.variant,
+        note=image.note,
+        jpeg=_jpeg(image.pixels, size),
         width=size[0],
         height=size[1],
         panels=(
-            ("reference", boxes(picture.reference, "#0b5fbd", label=few)),
-            (picture.variant, boxes(picture.candidate, PASS, label=few)),
+            ("reference", boxes(image.reference, "#0b5fbd", label=few)),
+            (image.variant, boxes(image.candidate, PASS, label=few)),
             ("difference", difference + boxes(invented, WARN, label=True)),
         ),
         missed=len(missed),
@@ -90,7 +90,7 @@ def _draw(picture: Picture, *, identifier: str) -> DrawnPicture:
     )
 
 
-def _box(one: PictureBox, scale: float, *, color: str, label: bool, dash: str) -> DrawnBox:
+def _box(one: PanelBox, scale: float, *, color: str, label: bool, dash: str) -> DrawnBox:
     x1, y1, x2, y2 = (v * scale for v in one.box)
     return DrawnBox(
         x=round(x1, 1),
@@ -104,7 +104,7 @@ def _box(one: PictureBox, scale: float, *, color: str, label: bool, dash: str) -
     )
 
 
-def _shift(one: PictureBox, scale: float) -> DrawnBox:
+def _shift(one: PanelBox, scale: float) -> DrawnBox:
     """A box that both have, labelled with the change of its score."""
     box = _box(one, scale, color=MOVED, label=True, dash="")
     return replace(box, label=f"{one.moved:+.2f}")
@@ -115,5 +115,5 @@ def _jpeg(pixels: NDArray[np.uint8], size: tuple[int, int]) -> str:
     shrunk = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     done, data = cv2.imencode(".jpg", shrunk[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
     if not done:
-        raise ImageError("A picture of the report cannot be encoded as JPEG.")
+        raise ImageError("An image of the report cannot be encoded as JPEG.")
     return base64.b64encode(data.tobytes()).decode("ascii")

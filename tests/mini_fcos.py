@@ -45,7 +45,7 @@ class _Graph:
         return self.op("Conv", names, output, strides=[stride] * 2, pads=[kernel // 2] * 4)
 
 
-def _body(g: _Graph) -> tuple[str, str]:
+def _backbone(g: _Graph) -> tuple[str, str]:
     x = g.op("Cast", ["images"], "pixels", to=1)
     x = g.op("Sub", [x, g.constant("mean", np.float32(127.5))], "centred")
     x = g.op("Mul", [x, g.constant("inverse_std", np.float32(1 / 63.75))], "normal")
@@ -91,7 +91,7 @@ def write(path: Path, *, seed: int = 0, spoil: float = 1.0) -> Path:
     The float function stays the same, but one activation channel then takes the whole range of its tensor.
     """
     g = _Graph(seed)
-    levels = [_head(g, feature, level) for level, feature in enumerate(_pyramid(g, *_body(g)))]
+    levels = [_head(g, feature, level) for level, feature in enumerate(_pyramid(g, *_backbone(g)))]
     outputs = []
     for name, channels in (("cls_logits", 2), ("distances", 4), ("centerness", 1)):
         shape = g.constant(f"shape_{name}", np.int64([0, channels, -1]))

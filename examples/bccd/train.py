@@ -30,7 +30,7 @@ from fcos_deploy.model.fcos import Fcos, flatten_levels
 from fcos_deploy.model.losses import Targets, assign_targets, fcos_losses
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BODIES: dict[str, Callable[[int], FcosConfig]] = {
+BACKBONES: dict[str, Callable[[int], FcosConfig]] = {
     "demo": lambda classes: resnet_config(18, num_classes=classes, stem_channels=32, fpn_channels=96),
     "resnet50": lambda classes: resnet_config(50, num_classes=classes),
 }
@@ -161,7 +161,7 @@ def train(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
     samples, classes = load_samples(options.data, "train")
-    config = BODIES[options.body](len(classes))
+    config = BACKBONES[options.backbone](len(classes))
     model = Fcos(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = Ema(model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument(
-        "--body", choices=sorted(BODIES), default="demo", help="resnet50: torchvision's, for benchmarks"
+        "--backbone", choices=sorted(BACKBONES), default="demo", help="resnet50: torchvision's, for benchmarks"
     )
     parser.add_argument("--epochs", type=int, default=100)
     size_help = "multiples of 32; the default is BCCD's 480 x 640 at 0.65, padded to them"

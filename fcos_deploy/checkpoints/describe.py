@@ -25,7 +25,7 @@ from fcos_deploy.checkpoints.rules import (
 from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError
-from fcos_deploy.core.network import BlockType, BodyType, FcosConfig, TowerNorm
+from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
 
 __all__ = [
     "CheckpointDescription",
@@ -128,12 +128,12 @@ def _checked(names: dict[str, _Stored]) -> dict[str, _Stored]:
 
 
 _STRIDES = (8, 16, 32, 64, 128)
-_BODY = "backbone.body."
+_BACKBONE = "backbone.body."
 _CLS, _REG, _SHARED = "head.classification_head", "head.regression_head", "head.shared_tower"
-_BODY_MARKS = {
-    BodyType.RESNET: _BODY + "layer1.0.conv1.weight",
-    BodyType.DLA34: _BODY + "base_layer.0.weight",
-    BodyType.MOBILENET_V2: _BODY + "features.0.0.weight",
+_BACKBONE_MARKS = {
+    BackboneType.RESNET: _BACKBONE + "layer1.0.conv1.weight",
+    BackboneType.DLA34: _BACKBONE + "base_layer.0.weight",
+    BackboneType.MOBILENET_V2: _BACKBONE + "features.0.0.weight",
 }
 
 
@@ -144,13 +144,13 @@ def infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
         CheckpointError: a tensor that every FCOS has is missing, or the shapes fit no FCOS.
     """
     shapes = _Shapes(tensors)
-    body = shapes.body()
+    backbone = shapes.backbone()
     levels = 5 if "backbone.fpn.extra_blocks.p6.weight" in tensors else 3
     shapes.of(f"{_REG}.bbox_ctrness.weight", 4)  # Absent in RetinaNet, whose other names are the same.
     try:
         return FcosConfig(
             num_classes=shapes.of(f"{_CLS}.cls_logits.weight", 4)[0],
-            body=body,
+            backbone=backbone,
             fpn_channels=shapes.of("backbone.fpn.inner_blocks.0.0.weight", 4)[0],
             strides=_STRIDES[:levels],
             cls_convs=shapes.tower_convs(_CLS),
@@ -158,7 +158,7 @@ def infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
             shared_convs=shapes.tower_convs(_SHARED),
             tower_norm=shapes.tower_norm(),
             has_scales=any(name in tensors for name in (f"{_REG}.scales", f"{_REG}.scales.0")),
-            **(shapes.resnet() if body is BodyType.RESNET else {}),
+            **(shapes.resnet() if backbone is BackboneType.RESNET else {}),
         )
     except FcosDeployError as error:
         raise CheckpointError(f"The shapes fit no FCOS: {error.message}", hint=error.hint) from error
@@ -179,22 +179,22 @@ class _Shapes:
             raise CheckpointError(f"'{name}' must have {ndim} axes that are not empty, got shape {list(shape)}.")
         return shape
 
-    def body(self) -> BodyType:
-        for body, mark in _BODY_MARKS.items():
+    def backbone(self) -> BackboneType:
+        for backbone, mark in _BACKBONE_MARKS.items():
             if mark in self._tensors:
-                return body
+                return backbone
         shown = sorted(name for name in self._tensors if name.startswith("backbone."))[:3]
         raise CheckpointError(
-            f"The body is none of {', '.join(_BODY_MARKS)}; the file has {shown or 'no tensor of a body'}.",
+            f"The backbone is none of {', '.join(_BACKBONE_MARKS)}; the file has {shown or 'no backbone tensor'}.",
             hint="for a network of your own see docs/your-own-fcos.md",
         )
 
     def resnet(self) -> dict[str, Any]:  # Any: keyword arguments of FcosConfig
         blocks = tuple(self._count(rf"backbone\.body\.layer{i}\.(\d+)\.conv1\.weight") for i in (1, 2, 3, 4))
-        stem = self.of(_BODY + "conv1.weight", 4)[0]
-        if _BODY + "layer1.0.conv3.weight" not in self._tensors:
+        stem = self.of(_BACKBONE + "conv1.weight", 4)[0]
+        if _BACKBONE + "layer1.0.conv3.weight" not in self._tensors:
             return {"block": BlockType.BASIC, "blocks": blocks, "stem_channels": stem}
-        width, inputs = self.of(_BODY + "layer1.0.conv2.weight", 4)[:2]
+        width, inputs = self.of(_BACKBONE + "layer1.0.conv2.weight", 4)[:2]
         groups = max(1, width // inputs)
         return {
             "block": BlockType.BOTTLENECK,

@@ -210,11 +210,11 @@ class Evidence:
     variant: str = ""
 
     def merged_batch_norm(self) -> bool:
-        """Whether the body's statistics are 0 and 1, as converted Caffe (MSRA) bodies have them (spec 8.5)."""
+        """Whether the backbone's statistics are 0 and 1, as converted Caffe (MSRA) backbones have them (spec 8.5)."""
         return self._all_near(".running_mean", 0.0, within=0.0) and self._all_near(".running_var", 1.0, within=2e-5)
 
     def _all_near(self, ending: str, value: float, *, within: float) -> bool:
-        """Whether all numbers of the body's tensors with this ending are near ``value``."""
+        """Whether all numbers of the backbone's tensors with this ending are near ``value``."""
         vectors = (t for n, t in self.tensors.items() if n.startswith("backbone.body.") and n.endswith(ending))
         found = (numbers for numbers in map(flat_values, vectors) if numbers)
         return all(value - within <= min(numbers) and max(numbers) <= value + within for numbers in found)

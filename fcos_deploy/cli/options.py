@@ -62,7 +62,7 @@ def checkpoint_options(
         bool | None,
         typer.Option("--centerness-on-reg/--centerness-on-cls", help="Tower that feeds the centerness."),
     ] = None,
-    norm_eps: Annotated[float | None, typer.Option(help="Epsilon of the body's batch norm.")] = None,
+    norm_eps: Annotated[float | None, typer.Option(help="Epsilon of the backbone's batch norm.")] = None,
     channel_order: Annotated[ChannelOrder | None, typer.Option(help="Order of the colour channels.")] = None,
     mean: Annotated[str, typer.Option(metavar="A,B,C", help="Mean, in the order of the channels.")] = "",
     std: Annotated[str, typer.Option(metavar="A,B,C", help="Standard deviation, likewise.")] = "",

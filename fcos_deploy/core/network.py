@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["BlockType", "BodyType", "BoxActivation", "FcosConfig", "TowerNorm", "resnet_config"]
+__all__ = ["BackboneType", "BlockType", "BoxActivation", "FcosConfig", "TowerNorm", "resnet_config"]
 
 
-class BodyType(StrEnum):
-    """The convolutional body under the feature pyramid."""
+class BackboneType(StrEnum):
+    """The convolutional network under the feature pyramid."""
 
     RESNET = "resnet"
     DLA34 = "dla34"
@@ -19,7 +19,7 @@ class BodyType(StrEnum):
 
 
 class BlockType(StrEnum):
-    """The residual block of a ResNet body."""
+    """The residual block of a ResNet backbone."""
 
     BASIC = "basic"
     BOTTLENECK = "bottleneck"
@@ -57,12 +57,12 @@ _RESNETS: dict[int, tuple[BlockType, tuple[int, int, int, int]]] = {
 class FcosConfig:
     """Everything the canonical network needs beside its weights.
 
-    ``stem_channels`` is 64 in every published ResNet; a smaller number makes a body of reduced width.
+    ``stem_channels`` is 64 in every published ResNet; a smaller number makes a backbone of reduced width.
     ``strides`` are those of the pyramid levels, finest first, in network-input pixels.
     """
 
     num_classes: int
-    body: BodyType = BodyType.RESNET
+    backbone: BackboneType = BackboneType.RESNET
     block: BlockType = BlockType.BOTTLENECK
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     stem_channels: int = 64

@@ -1,4 +1,4 @@
-"""ResNet and ResNeXt bodies under torchvision's names (spec 2.1)."""
+"""ResNet and ResNeXt backbones under torchvision's names (spec 2.1)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fcos_deploy.core.network import BlockType, FcosConfig
 
-__all__ = ["Dla34Body", "MobileNetV2Body", "ResNetBody"]
+__all__ = ["Dla34Backbone", "MobileNetV2Backbone", "ResNetBackbone"]
 
 
 class _BasicBlock(nn.Module):
@@ -31,7 +31,7 @@ class _BasicBlock(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """1x1 - 3x3 (grouped) - 1x1; Caffe-style bodies put the stride on the first 1x1."""
+    """1x1 - 3x3 (grouped) - 1x1; Caffe-style backbones put the stride on the first 1x1."""
 
     expansion = 4
 
@@ -70,7 +70,7 @@ _BLOCKS: dict[BlockType, type[_BasicBlock] | type[_Bottleneck]] = {
 }
 
 
-class ResNetBody(nn.Module):
+class ResNetBackbone(nn.Module):
     """ResNet without its classifier; ``forward`` gives C3, C4 and C5 (strides 8, 16, 32)."""
 
     layer1: nn.Sequential
@@ -193,7 +193,7 @@ def _stem(in_channels: int, channels: int, *, kernel: int, stride: int, eps: flo
     )
 
 
-class Dla34Body(nn.Module):
+class Dla34Backbone(nn.Module):
     """DLA-34 without its classifier; ``forward`` gives levels 3, 4 and 5 (strides 8, 16, 32)."""
 
     def __init__(self, config: FcosConfig) -> None:
@@ -247,7 +247,7 @@ class _InvertedResidual(nn.Module):
         return x + branch if self.shortcut else branch
 
 
-class MobileNetV2Body(nn.Module):
+class MobileNetV2Backbone(nn.Module):
     """MobileNetV2 up to its last inverted residual; ``forward`` gives strides 8, 16 and 32."""
 
     def __init__(self, config: FcosConfig) -> None:

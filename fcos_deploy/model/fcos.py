@@ -8,8 +8,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fcos_deploy.core.network import BodyType, BoxActivation, FcosConfig, TowerNorm
-from fcos_deploy.model.backbones import Dla34Body, MobileNetV2Body, ResNetBody
+from fcos_deploy.core.network import BackboneType, BoxActivation, FcosConfig, TowerNorm
+from fcos_deploy.model.backbones import Dla34Backbone, MobileNetV2Backbone, ResNetBackbone
 
 __all__ = ["Fcos", "FcosHead", "FeaturePyramid", "LevelOutput", "flatten_levels"]
 
@@ -148,17 +148,17 @@ class FcosHead(nn.Module):
         return torch.relu(raw) * self._config.strides[level]
 
 
-_BODIES: dict[BodyType, type[ResNetBody] | type[Dla34Body] | type[MobileNetV2Body]] = {
-    BodyType.RESNET: ResNetBody,
-    BodyType.DLA34: Dla34Body,
-    BodyType.MOBILENET_V2: MobileNetV2Body,
+_BACKBONES: dict[BackboneType, type[ResNetBackbone] | type[Dla34Backbone] | type[MobileNetV2Backbone]] = {
+    BackboneType.RESNET: ResNetBackbone,
+    BackboneType.DLA34: Dla34Backbone,
+    BackboneType.MOBILENET_V2: MobileNetV2Backbone,
 }
 
 
 class _Backbone(nn.Module):
     def __init__(self, config: FcosConfig) -> None:
         super().__init__()
-        self.body = _BODIES[config.body](config)
+        self.body = _BACKBONES[config.backbone](config)
         self.fpn = FeaturePyramid(self.body.out_channels, channels=config.fpn_channels, num_levels=config.num_levels)
 
     def forward(self, images: Tensor) -> list[Tensor]:

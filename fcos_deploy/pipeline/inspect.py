@@ -16,7 +16,7 @@ from fcos_deploy.core.contract import Decision, ModelContract, read_contract, si
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
 from fcos_deploy.core.model_files import KINDS_BY_SUFFIX
-from fcos_deploy.core.network import BlockType, BodyType, FcosConfig
+from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig
 from fcos_deploy.core.serialize import to_json
 
 if TYPE_CHECKING:
@@ -107,21 +107,21 @@ def _network_facts(described: CheckpointDescription) -> tuple[tuple[str, str], .
     towers = f"{config.cls_convs} + {config.reg_convs} convolutions"
     return (
         ("ecosystem", described.contract.ecosystem),
-        ("body", _body(config)),
+        ("backbone", _backbone(config)),
         ("levels", f"{config.num_levels}, strides {', '.join(map(str, config.strides))}"),
         ("classes", f"{config.num_classes} channels"),
         ("pyramid", f"{config.fpn_channels} channels"),
         ("towers", towers + (f" after {config.shared_convs} shared" if config.shared_convs else "")),
-        ("norms", f"body: batch norm, eps {config.norm_eps:g}; towers: {config.tower_norm}"),
+        ("norms", f"backbone: batch norm, eps {config.norm_eps:g}; towers: {config.tower_norm}"),
         ("scales", "one a level" if config.has_scales else "none"),
         ("weights", f"{sum(map(count_of, weights)):,} numbers, {', '.join(dtypes)}"),
         ("read by", described.reader),
     )
 
 
-def _body(config: FcosConfig) -> str:
-    if config.body is not BodyType.RESNET:
-        return str(config.body)
+def _backbone(config: FcosConfig) -> str:
+    if config.backbone is not BackboneType.RESNET:
+        return str(config.backbone)
     depths = [d for d in _PUBLISHED.get(config.blocks, ()) if (d < 50) == (config.block is BlockType.BASIC)]
     name = f"ResNe{'t' if config.groups == 1 else 'Xt'}-{depths[0] if depths else '-'.join(map(str, config.blocks))}"
     grouped = f" {config.groups}x{config.width_per_group}d" if config.groups > 1 else ""

@@ -15,7 +15,7 @@ from fcos_deploy.checkpoints.load import CheckpointOptions, assembled, build_net
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
 from fcos_deploy.core.decode import CenterMode
 from fcos_deploy.core.errors import CheckpointError, ConfigError
-from fcos_deploy.core.network import BlockType, BodyType, BoxActivation, TowerNorm
+from fcos_deploy.core.network import BackboneType, BlockType, BoxActivation, TowerNorm
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
 
 KEYS = Path(__file__).parents[1] / "data" / "state_dict_keys"
@@ -28,7 +28,7 @@ CAFFE = (102.9801, 115.9465, 122.7717)
 
 
 def _tensor(name: str, shape: list[int]) -> Tensor:
-    """Statistics of batch norm are read, as those of a converted Caffe body; nothing else needs memory."""
+    """Statistics of batch norm are read, as those of a converted Caffe backbone; nothing else needs memory."""
     if name.endswith("num_batches_tracked"):
         return torch.zeros((), dtype=torch.int64)
     if name.endswith(("running_mean", "running_var")):
@@ -96,10 +96,10 @@ def test_networks_are_what_their_names_say() -> None:
     r18 = _describe("mmdet_fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco").config
     assert (r18.block, r18.blocks) == (BlockType.BASIC, (2, 2, 2, 2))
     dla = _describe("adelaidet_MS_DLA_34_4x_syncbn_shared_towers_bn_head").config
-    assert (dla.body, dla.shared_convs, dla.cls_convs, dla.reg_convs) == (BodyType.DLA34, 4, 0, 0)
+    assert (dla.backbone, dla.shared_convs, dla.cls_convs, dla.reg_convs) == (BackboneType.DLA34, 4, 0, 0)
     assert (dla.tower_norm, dla.strides) == (TowerNorm.BATCH_PER_LEVEL, (8, 16, 32))
     mobile = _describe("tianzhi_fcos_syncbn_bs32_c128_MNV2_FPN_1x").config
-    assert (mobile.body, mobile.fpn_channels, mobile.num_levels) == (BodyType.MOBILENET_V2, 128, 5)
+    assert (mobile.backbone, mobile.fpn_channels, mobile.num_levels) == (BackboneType.MOBILENET_V2, 128, 5)
 
 
 def test_torchvision_rules() -> None:
@@ -340,7 +340,7 @@ def test_options_that_cannot_be_meant(options: CheckpointOptions, message: str) 
 
 
 def test_an_ecosystem_that_does_not_fit_names_what_is_missing() -> None:
-    with pytest.raises(CheckpointError, match="body is none of"):
+    with pytest.raises(CheckpointError, match="backbone is none of"):
         _describe("adelaidet_R_50_1x", options=CheckpointOptions(ecosystem="torchvision"))
 
 

@@ -30,7 +30,7 @@ def test_a_checkpoint(tiny_checkpoint: Path) -> None:
     facts = dict(found.facts)
     assert found.kind == "checkpoint"
     assert facts["ecosystem"] == "torchvision"
-    assert facts["body"] == "ResNet-18, width 8/64"
+    assert facts["backbone"] == "ResNet-18, width 8/64"
     assert facts["levels"] == "5, strides 8, 16, 32, 64, 128"
     assert facts["class names"] == "3: red, white, platelet"
     assert "uint8 rgb, 128x160" in facts["input"]
@@ -122,7 +122,7 @@ def test_the_command_asks_for_the_variant_it_cannot_see(tmp_path: Path, state_di
     assert "--variant original" in silent.stderr
     told = runner.invoke(app, ["inspect", str(tmp_path / "fcos.pth"), "--variant", "original", "--json"])
     assert told.exit_code == 0
-    assert json.loads(told.stdout)["body"] == "mobilenet-v2"
+    assert json.loads(told.stdout)["backbone"] == "mobilenet-v2"
 
 
 def test_onnx_files_are_inspected_without_torch_and_onnx(tiny_onnx: Path) -> None:
@@ -155,6 +155,6 @@ def test_checkpoints_are_inspected_without_torch(form: str, tmp_path: Path, stat
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     printed = json.loads(run.stdout)
-    assert printed["body"] == "ResNet-18"
+    assert printed["backbone"] == "ResNet-18"
     sources = {d["name"]: d["source"] for d in printed["decisions"]}
-    assert sources["stride_in_1x1"] == "the body's batch norm statistics are not 0 and 1"
+    assert sources["stride_in_1x1"] == "the backbone's batch norm statistics are not 0 and 1"

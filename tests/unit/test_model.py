@@ -9,8 +9,8 @@ import torch
 
 from fcos_deploy.core.decode import level_sizes
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.network import BodyType, BoxActivation, FcosConfig, TowerNorm, resnet_config
-from fcos_deploy.model.backbones import Dla34Body, MobileNetV2Body
+from fcos_deploy.core.network import BackboneType, BoxActivation, FcosConfig, TowerNorm, resnet_config
+from fcos_deploy.model.backbones import Dla34Backbone, MobileNetV2Backbone
 from fcos_deploy.model.fcos import Fcos, flatten_levels
 
 SMALL = resnet_config(18, num_classes=2, stem_channels=8, fpn_channels=32)
@@ -43,8 +43,8 @@ def test_flattened_levels_are_row_by_row_finest_first() -> None:
 def test_published_depths(depth: int, blocks: int) -> None:
     with torch.device("meta"):
         model = Fcos(resnet_config(depth, num_classes=91))
-    body = model.backbone.body
-    assert sum(len(body.get_submodule(f"layer{i}")) for i in (1, 2, 3, 4)) == blocks
+    backbone = model.backbone.body
+    assert sum(len(backbone.get_submodule(f"layer{i}")) for i in (1, 2, 3, 4)) == blocks
 
 
 def test_resnet50_has_torchvisions_number_of_parameters() -> None:
@@ -108,12 +108,14 @@ def test_shared_tower_feeds_both_heads() -> None:
     assert names == {"head.shared_tower"}
 
 
-@pytest.mark.parametrize(("body", "channels"), [(Dla34Body, (128, 256, 512)), (MobileNetV2Body, (32, 96, 320))])
+@pytest.mark.parametrize(
+    ("backbone", "channels"), [(Dla34Backbone, (128, 256, 512)), (MobileNetV2Backbone, (32, 96, 320))]
+)
 def test_bodies_give_strides_8_16_and_32(
-    body: type[Dla34Body] | type[MobileNetV2Body], channels: tuple[int, ...]
+    backbone: type[Dla34Backbone] | type[MobileNetV2Backbone], channels: tuple[int, ...]
 ) -> None:
-    kind = BodyType.DLA34 if body is Dla34Body else BodyType.MOBILENET_V2
-    model = body(dataclasses.replace(SMALL, body=kind)).eval()
+    kind = BackboneType.DLA34 if backbone is Dla34Backbone else BackboneType.MOBILENET_V2
+    model = backbone(dataclasses.replace(SMALL, backbone=kind)).eval()
     assert model.out_channels == channels
     with torch.inference_mode():
         maps = model(torch.zeros(1, 3, 64, 96))

@@ -17,7 +17,7 @@ from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 __all__ = ["ECOSYSTEM"]
 
 _HEAD = r"proposal_generator\.fcos_head\."
-_X101_32X8D_STD = (57.375, 57.12, 58.395)  # BGR; the one AdelaiDet body with torchvision-style pixels
+_X101_32X8D_STD = (57.375, 57.12, 58.395)  # BGR; the one AdelaiDet backbone with torchvision-style pixels
 
 
 def _rules(evidence: Evidence) -> Rules:

@@ -6,7 +6,7 @@ from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
 from fcos_deploy.checkpoints.rules import COCO_80, Ecosystem, Evidence, Rename, Rules
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import CheckpointError
-from fcos_deploy.core.network import BlockType, BodyType
+from fcos_deploy.core.network import BackboneType, BlockType
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
 __all__ = ["BACKBONE_RENAMES", "ECOSYSTEM", "MSRA_MEAN", "UNIT_STD", "caffe_stride", "coco_names", "stored_pixels"]
@@ -14,27 +14,27 @@ __all__ = ["BACKBONE_RENAMES", "ECOSYSTEM", "MSRA_MEAN", "UNIT_STD", "caffe_stri
 MSRA_MEAN = (103.53, 116.28, 123.675)  # BGR, 0..255
 UNIT_STD = (1.0, 1.0, 1.0)
 
-_BODY = "backbone.body"
+_BACKBONE = "backbone.body"
 BACKBONE_RENAMES = (
-    Rename.of(r"backbone\.bottom_up\.stem\.conv1\.norm\.(\w+)", _BODY + r".bn1.\1"),
-    Rename.of(r"backbone\.bottom_up\.stem\.conv1\.(\w+)", _BODY + r".conv1.\1"),
+    Rename.of(r"backbone\.bottom_up\.stem\.conv1\.norm\.(\w+)", _BACKBONE + r".bn1.\1"),
+    Rename.of(r"backbone\.bottom_up\.stem\.conv1\.(\w+)", _BACKBONE + r".conv1.\1"),
     Rename.of(
         r"backbone\.bottom_up\.res([2-5])\.(\d+)\.conv(\d)\.norm\.(\w+)",
-        lambda m: f"{_BODY}.layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}.{m[4]}",
+        lambda m: f"{_BACKBONE}.layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}.{m[4]}",
     ),
     Rename.of(
         r"backbone\.bottom_up\.res([2-5])\.(\d+)\.shortcut\.norm\.(\w+)",
-        lambda m: f"{_BODY}.layer{int(m[1]) - 1}.{m[2]}.downsample.1.{m[3]}",
+        lambda m: f"{_BACKBONE}.layer{int(m[1]) - 1}.{m[2]}.downsample.1.{m[3]}",
     ),
     Rename.of(
         r"backbone\.bottom_up\.res([2-5])\.(\d+)\.shortcut\.(\w+)",
-        lambda m: f"{_BODY}.layer{int(m[1]) - 1}.{m[2]}.downsample.0.{m[3]}",
+        lambda m: f"{_BACKBONE}.layer{int(m[1]) - 1}.{m[2]}.downsample.0.{m[3]}",
     ),
     Rename.of(
         r"backbone\.bottom_up\.res([2-5])\.(\d+)\.(conv\d\..+)",
-        lambda m: f"{_BODY}.layer{int(m[1]) - 1}.{m[2]}.{m[3]}",
+        lambda m: f"{_BACKBONE}.layer{int(m[1]) - 1}.{m[2]}.{m[3]}",
     ),
-    Rename.of(r"backbone\.bottom_up\.(base_layer|level\d)\.(.+)", _BODY + r".\1.\2"),
+    Rename.of(r"backbone\.bottom_up\.(base_layer|level\d)\.(.+)", _BACKBONE + r".\1.\2"),
     Rename.of(
         r"backbone\.fpn_(lateral|output)([345])\.(\w+)",
         lambda m: f"backbone.fpn.{'inner' if m[1] == 'lateral' else 'layer'}_blocks.{int(m[2]) - 3}.0.{m[3]}",
@@ -46,7 +46,7 @@ BACKBONE_RENAMES = (
 def caffe_stride(evidence: Evidence) -> bool:
     """Whether the stride sits on the first 1x1: plain MSRA bottlenecks have it there, ResNeXt does not (spec 8.5)."""
     network = evidence.network
-    bottleneck = network.body is BodyType.RESNET and network.block is BlockType.BOTTLENECK
+    bottleneck = network.backbone is BackboneType.RESNET and network.block is BlockType.BOTTLENECK
     return bottleneck and network.groups == 1
 
 

@@ -140,7 +140,7 @@ def _by_variant(rules: Rules, evidence: Evidence) -> Rules:
 def _pixels_by_batch_norm(rules: Rules, evidence: Evidence) -> Rules:
     network = evidence.network
     caffe = network.groups == 1 and network.block is BlockType.BOTTLENECK and evidence.merged_batch_norm()
-    source = f"the body's batch norm statistics are {'' if caffe else 'not '}0 and 1"
+    source = f"the backbone's batch norm statistics are {'' if caffe else 'not '}0 and 1"
     if not caffe:
         return rules.decide(source, stride_in_1x1=False, channel_order=ChannelOrder.RGB, mean=_RGB_MEAN, std=_RGB_STD)
     mean = MSRA_MEAN if rules.variant == _TRICKS else CAFFE_MEAN

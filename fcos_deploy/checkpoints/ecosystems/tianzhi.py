@@ -6,7 +6,7 @@ from fcos_deploy.checkpoints.ecosystems.detectron2 import UNIT_STD, caffe_stride
 from fcos_deploy.checkpoints.rules import COCO_80, Ecosystem, Evidence, Rename, Rules
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.network import BodyType, BoxActivation
+from fcos_deploy.core.network import BackboneType, BoxActivation
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
 __all__ = ["CAFFE_MEAN", "ECOSYSTEM"]
@@ -32,7 +32,7 @@ def _rules(evidence: Evidence) -> Rules:
     if evidence.network.num_classes == len(COCO_80):
         names = ("background", *COCO_80)
         rules = rules.decide("rule of tianzhi: 80 channels are COCO's classes, labels from 1", class_names=names)
-    if evidence.network.body is not BodyType.MOBILENET_V2:
+    if evidence.network.backbone is not BackboneType.MOBILENET_V2:
         rules = rules.decide("rule of tianzhi: FrozenBatchNorm adds nothing to the variance", norm_eps=0.0)
     return _with_variant(rules, evidence)
 

@@ -61,10 +61,10 @@ def coco_scores(dataset: Dataset, detections: Mapping[int, Detections]) -> CocoS
         MissingDependencyError: faster-coco-eval is not installed.
     """
     library = require("faster_coco_eval", extra="eval")
-    truth = library.COCO(_truth_json(dataset))
-    found = truth.loadRes(_detections_json(dataset, detections))
+    ground_truth = library.COCO(_ground_truth_json(dataset))
+    found = ground_truth.loadRes(_detections_json(dataset, detections))
     # The library reports by calling what it is given; its results are read from `eval`.
-    evaluator = library.COCOeval_faster(truth, found, iouType="bbox", print_function=_silent)
+    evaluator = library.COCOeval_faster(ground_truth, found, iouType="bbox", print_function=_silent)
     evaluator.params.maxDets = [1, 10, MAX_DETECTIONS]
     evaluator.evaluate()
     evaluator.accumulate()
@@ -99,7 +99,7 @@ def _summary(dataset: Dataset, precision: NDArray[np.float64], recall: NDArray[n
         ap_large=by_area["large"],
         ar=_mean(recall[..., 0]),
         images=len(dataset.images),
-        objects=sum(int((~truth.crowd).sum()) for truth in dataset.truth.values()),
+        objects=sum(int((~ground_truth.crowd).sum()) for ground_truth in dataset.ground_truth.values()),
         per_class=classes,
     )
 
@@ -109,11 +109,16 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return float(defined.mean()) if defined.size else None
 
 
-def _truth_json(dataset: Dataset) -> dict[str, Any]:
+def _ground_truth_json(dataset: Dataset) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for image in dataset.images:
-        truth = dataset.truth[image.image_id]
-        rows = _xywh(truth.boxes), truth.classes.tolist(), truth.areas.tolist(), truth.crowd.tolist()
+        ground_truth = dataset.ground_truth[image.image_id]
+        rows = (
+            _xywh(ground_truth.boxes),
+            ground_truth.classes.tolist(),
+            ground_truth.areas.tolist(),
+            ground_truth.crowd.tolist(),
+        )
         for box, category, area, crowd in zip(*rows, strict=True):
             annotations.append(
                 {

@@ -16,7 +16,15 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.image import list_images
 from fcos_deploy.core.serialize import parse_json
 
-__all__ = ["Dataset", "EvaluationImage", "Truth", "folder_images", "label_index", "load_coco", "truth_from_detections"]
+__all__ = [
+    "Dataset",
+    "EvaluationImage",
+    "GroundTruth",
+    "folder_images",
+    "ground_truth_from_detections",
+    "label_index",
+    "load_coco",
+]
 
 _NAMED = 5  # how many file or class names an error spells out
 
@@ -30,7 +38,7 @@ class EvaluationImage:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Truth:
+class GroundTruth:
     """What is true of one image.
 
     boxes: (n, 4) float64 xyxy, image pixels. classes: (n,) int64, positions in ``Dataset.class_names``.
@@ -48,19 +56,19 @@ class Truth:
 class Dataset:
     """Images in the order of their numbers, what is true of each, and the names of the classes.
 
-    ``source`` says where the truth comes from: a file of annotations, or another model.
+    ``source`` says where the ground truth comes from: a file of annotations, or another model.
     """
 
     images: tuple[EvaluationImage, ...]
-    truth: Mapping[int, Truth]
+    ground_truth: Mapping[int, GroundTruth]
     class_names: tuple[str, ...]
     source: str
 
     def first(self, count: int | None) -> Dataset:
         """The same data, cut to the first ``count`` images; None keeps all."""
         images = self.images[:count]
-        truth = {image.image_id: self.truth[image.image_id] for image in images}
-        return Dataset(images, truth, self.class_names, self.source)
+        ground_truth = {image.image_id: self.ground_truth[image.image_id] for image in images}
+        return Dataset(images, ground_truth, self.class_names, self.source)
 
 
 def load_coco(annotations: Path, *, images: Path) -> Dataset:
@@ -76,14 +84,14 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
         names = _category_names(content["categories"], where=annotations)
         entries = sorted(content["images"], key=lambda entry: int(entry["id"]))
         records = tuple(EvaluationImage(int(e["id"]), images / str(e["file_name"])) for e in entries)
-        truth = _collect_truth(content["annotations"], records, names=names)
+        ground_truth = _collect_ground_truth(content["annotations"], records, names=names)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"'{annotations}' is not a complete file of COCO annotations: {type(error).__name__} {error}.",
             hint="it needs 'images' (id, file_name), 'annotations' (image_id, category_id, bbox) and 'categories'",
         ) from error
     _check_images(records, annotations=annotations, folder=images)
-    return Dataset(records, truth, tuple(name for _, name in sorted(names.items())), str(annotations))
+    return Dataset(records, ground_truth, tuple(name for _, name in sorted(names.items())), str(annotations))
 
 
 def folder_images(folder: Path) -> tuple[EvaluationImage, ...]:
@@ -95,7 +103,7 @@ def folder_images(folder: Path) -> tuple[EvaluationImage, ...]:
     return tuple(EvaluationImage(number, path) for number, path in enumerate(list_images(folder), start=1))
 
 
-def truth_from_detections(
+def ground_truth_from_detections(
     images: Sequence[EvaluationImage],
     detections: Mapping[int, Detections],
     *,
@@ -103,7 +111,7 @@ def truth_from_detections(
     min_score: float,
     source: str,
 ) -> Dataset:
-    """Take a reference's detections for the truth, those with at least ``min_score``.
+    """Take a reference's detections for the ground truth, those with at least ``min_score``.
 
     The AP of a model on such a data set is its agreement with the reference: 1 for the reference itself.
 
@@ -116,7 +124,7 @@ def truth_from_detections(
             f"The reference finds nothing with a score of at least {min_score} on these {len(images)} images.",
             hint="give images that show the objects, or a lower --reference-score",
         )
-    return Dataset(tuple(images), {n: _detections_truth(d) for n, d in kept.items()}, class_names, source)
+    return Dataset(tuple(images), {n: _detections_ground_truth(d) for n, d in kept.items()}, class_names, source)
 
 
 def label_index(model_names: tuple[str, ...], dataset: Dataset) -> NDArray[np.int64]:
@@ -129,7 +137,7 @@ def label_index(model_names: tuple[str, ...], dataset: Dataset) -> NDArray[np.in
     index = np.array([positions.get(_plain(name), -1) for name in model_names], np.int64)
     if model_names == dataset.class_names:  # Names that occur twice ('N/A' among COCO's 91) keep their places.
         index = np.arange(len(model_names))
-    occurring = {int(c) for truth in dataset.truth.values() for c in truth.classes}
+    occurring = {int(c) for ground_truth in dataset.ground_truth.values() for c in ground_truth.classes}
     unknown = [dataset.class_names[c] for c in sorted(occurring - set(index.tolist()))]
     if unknown:
         raise ConfigError(
@@ -167,9 +175,9 @@ def _category_names(categories: list[dict[str, Any]], *, where: Path) -> dict[in
     return names
 
 
-def _collect_truth(
+def _collect_ground_truth(
     annotations: list[dict[str, Any]], images: Sequence[EvaluationImage], *, names: Mapping[int, str]
-) -> dict[int, Truth]:
+) -> dict[int, GroundTruth]:
     position = {category: index for index, category in enumerate(sorted(names))}
     rows: dict[int, list[tuple[list[float], int, float, bool]]] = {image.image_id: [] for image in images}
     if len(rows) < len(images):
@@ -182,11 +190,11 @@ def _collect_truth(
         if not all(map(math.isfinite, (*box, area))) or width < 0 or height < 0:
             raise ValueError(f"the bbox {annotation['bbox']} with area {area} is none (x, y, width, height)")
         rows[int(annotation["image_id"])].append((box, position[int(annotation["category_id"])], area, crowd))
-    return {image_id: _truth(found) for image_id, found in rows.items()}
+    return {image_id: _ground_truth(found) for image_id, found in rows.items()}
 
 
-def _truth(rows: list[tuple[list[float], int, float, bool]]) -> Truth:
-    return Truth(
+def _ground_truth(rows: list[tuple[list[float], int, float, bool]]) -> GroundTruth:
+    return GroundTruth(
         np.array([r[0] for r in rows], np.float64).reshape(-1, 4),
         np.array([r[1] for r in rows], np.int64),
         np.array([r[2] for r in rows], np.float64),
@@ -194,10 +202,10 @@ def _truth(rows: list[tuple[list[float], int, float, bool]]) -> Truth:
     )
 
 
-def _detections_truth(found: Detections) -> Truth:
+def _detections_ground_truth(found: Detections) -> GroundTruth:
     boxes = found.boxes.astype(np.float64)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    return Truth(boxes, found.labels.astype(np.int64), areas, np.zeros(len(found), np.bool_))
+    return GroundTruth(boxes, found.labels.astype(np.int64), areas, np.zeros(len(found), np.bool_))
 
 
 def _check_images(images: Sequence[EvaluationImage], *, annotations: Path, folder: Path) -> None:

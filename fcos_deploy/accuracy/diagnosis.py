@@ -1,4 +1,4 @@
-"""Why a stage departs: what differs in the contracts, and which known mistake reproduces the candidate's numbers."""
+"""Why a stage diverges: what differs in the contracts, and which known mistake reproduces the candidate's numbers."""
 
 from __future__ import annotations
 
@@ -391,7 +391,7 @@ _SAME_NOISE, _SIMILAR_NOISE = 0.5, 0.1
 
 
 def find_causes(stage: str, evidence: Evidence) -> list[Cause]:
-    """What explains that ``stage`` is the first to depart, the most likely first; empty when nothing known does."""
+    """What explains that ``stage`` is the first to diverge, the most likely first; empty when nothing known does."""
     finders = {"preprocess": _preprocess_causes, "decode": _contract_decode, "nms": _contract_decode}
     found = finders.get(stage, _final_causes if stage == "detections" else _head_causes)(evidence)
     return sorted(found, key=lambda cause: -cause.explained)

@@ -22,9 +22,9 @@ from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
     folder_images,
+    ground_truth_from_detections,
     label_index,
     load_coco,
-    truth_from_detections,
 )
 from fcos_deploy.accuracy.gate import Gate, Verdict, judge_agreement, judge_ap, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval, ApSamples, ap_interval, match_dataset, paired_ap_drop, sample_ap
@@ -343,7 +343,7 @@ def _image_facts(image: EvaluationImage) -> tuple[int, str, int, int]:
 class EvaluationRequest:
     """What to evaluate, on what, against what.
 
-    Without ``annotations`` the detections of ``reference`` with at least ``reference_score`` are the truth.
+    Without ``annotations`` the detections of ``reference`` with at least ``reference_score`` are the ground truth.
     ``limit``: only the first images. ``resamples``: of the bootstrap; 0 leaves intervals out.
     ``predictions``: folder that makes an interrupted run resumable.
     """
@@ -365,7 +365,7 @@ class EvaluationRequest:
             raise ConfigError("There is nothing to evaluate.")
         if self.annotations is None and self.reference is None:
             raise ConfigError(
-                "Accuracy needs annotations, or a reference model whose detections are taken for the truth.",
+                "Accuracy needs annotations, or a reference model whose detections are taken for the ground truth.",
                 hint="give --annotations FILE, or --reference CHECKPOINT",
             )
         needs_reference = (self.gate.max_map_drop, self.gate.min_match_rate, self.gate.max_score_delta)
@@ -423,7 +423,7 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
         return collect_detections(target, images, folder=request.predictions, progress=progress)
 
     reference_run = collect(request.reference) if request.reference else None
-    dataset = annotated or _reference_truth(request, reference_run)
+    dataset = annotated or _reference_ground_truth(request, reference_run)
     with ThreadPoolExecutor(1) as scoring:  # one thread, so that the reference is scored before its targets
         reference = scoring.submit(evaluate_run, dataset, reference_run, request=request) if reference_run else None
 
@@ -438,11 +438,11 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
         )
 
 
-def _reference_truth(request: EvaluationRequest, run: DetectionRun | None) -> Dataset:
+def _reference_ground_truth(request: EvaluationRequest, run: DetectionRun | None) -> Dataset:
     if run is None:  # Excluded by the request's own check.
         raise ConfigError("Accuracy needs annotations or a reference.")
     images = folder_images(request.images)[: request.limit]
-    return truth_from_detections(
+    return ground_truth_from_detections(
         images,
         run.detections,
         class_names=run.names,

@@ -83,11 +83,11 @@ def match_dataset(dataset: Dataset, detections: Mapping[int, Detections]) -> lis
 def _match_class(dataset: Dataset, detections: Mapping[int, Detections], *, label: int) -> ClassMatches:
     images, scores, correct, ignored, positives = [], [], [], [], []
     for position, image in enumerate(dataset.images):
-        truth, found = dataset.truth[image.image_id], detections[image.image_id]
-        mine, wanted = found.labels == label, truth.classes == label
+        ground_truth, found = dataset.ground_truth[image.image_id], detections[image.image_id]
+        mine, wanted = found.labels == label, ground_truth.classes == label
         order = np.argsort(-found.scores[mine], kind="stable")[:MAX_DETECTIONS]
-        crowd = truth.crowd[wanted]
-        iou = pairwise_iou(found.boxes[mine][order], truth.boxes[wanted], crowd=crowd)
+        crowd = ground_truth.crowd[wanted]
+        iou = pairwise_iou(found.boxes[mine][order], ground_truth.boxes[wanted], crowd=crowd)
         right, outside = _match_image(iou, crowd)
         images.append(np.full(len(order), position))
         scores.append(found.scores[mine][order])

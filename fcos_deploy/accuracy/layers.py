@@ -1,4 +1,4 @@
-"""Which layer first departs: two networks, layer by layer, a group of layers at a time.
+"""Which layer first diverges: two networks, layer by layer, a group of layers at a time.
 
 A group's outputs are all that is in memory. In an ONNX graph they are exposed as further outputs, which also takes
 them out of the runtime's fusions, so that what is compared was really computed.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     pass
     from fcos_deploy.model.fcos import Fcos
 
-__all__ = ["Layer", "LayerFinding", "LayerSource", "OnnxLayers", "TorchLayers", "first_departing_layer", "layer_causes"]
+__all__ = ["Layer", "LayerFinding", "LayerSource", "OnnxLayers", "TorchLayers", "first_diverging_layer", "layer_causes"]
 
 _GROUP = 16  # layers whose outputs are in memory at a time
 _SAME_CONSTANT = 1e-6  # relative RMS: the same numbers, folded in another order
@@ -52,7 +52,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFinding:
-    """The first layer whose output departs, and how far; ``compared`` layers before it held."""
+    """The first layer whose output diverges, and how far; ``compared`` layers before it held."""
 
     layer: str
     kind: str
@@ -78,7 +78,7 @@ class LayerSource(ABC):
         """What a layer is."""
 
 
-def first_departing_layer(
+def first_diverging_layer(
     reference: LayerSource,
     candidate: LayerSource,
     feeds: tuple[Tensors, Tensors],
@@ -124,7 +124,7 @@ def _compare(reference: NDArray[Any], candidate: NDArray[Any]) -> TensorDifferen
 
 
 def layer_causes(reference: Layer, candidate: Layer, difference: TensorDifference) -> list[Cause]:
-    """Why the first departing layer departs: its operator, its settings, its weights, or else its arithmetic."""
+    """Why the first diverging layer diverges: its operator, its settings, its weights, or else its arithmetic."""
     if reference.kind != candidate.kind:
         text = f"{candidate.name}: the operator is {candidate.kind} in place of {reference.kind}"
         return [Cause(name="operator", sentence=text, explained=1.0)]

@@ -1,4 +1,4 @@
-"""Stage by stage: where does a deployed detector first depart from the reference, by how much, and why."""
+"""Stage by stage: where does a deployed detector first diverge from the reference, by how much, and why."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ParityOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
-    """All stages in order. ``causes``: what explains the first departure, the most likely first."""
+    """All stages in order. ``causes``: what explains the first divergence, the most likely first."""
 
     stages: tuple[StageResult, ...]
     agreement: DetectionAgreement
@@ -61,7 +61,7 @@ class ParityReport:
 
     @property
     def first(self) -> StageResult | None:
-        """The first stage that departs; None when none does."""
+        """The first stage that diverges; None when none does."""
         return next((stage for stage in self.stages if not stage.passed), None)
 
     @property

@@ -61,7 +61,7 @@ def _agreement_json(agreement: DetectionAgreement | None) -> dict[str, Any] | No
 
 
 def parity_json(report: ParityReport, layer: LayerFinding | None = None) -> dict[str, Any]:
-    """All stages, the first that departs, what explains it, and the first layer that departs if that was asked."""
+    """All stages, the first that diverges, what explains it, and the first layer that diverges if that was asked."""
     first = report.first
     return {
         "passed": report.passed,

@@ -156,7 +156,7 @@ def require_verified(record: VerificationRecord) -> None:
     if not record.passed:
         raise AccuracyGateError(
             f"'{record.artifact}' on '{record.backend}' is not the certified detector: {record.summary}.",
-            hint="see which stage departs with 'fcos-deploy parity', or make the bundle for this machine",
+            hint="see which stage diverges with 'fcos-deploy parity', or make the bundle for this machine",
         )
 
 

@@ -31,7 +31,9 @@ def command(
     images: Annotated[
         Path | None, typer.Option(help="Folder of images; without, two bundles are compared by what they record.")
     ] = None,
-    annotations: Annotated[Path | None, typer.Option(help="COCO annotations; without, the first is the truth.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO annotations; without, the first is the ground truth.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Runtime of both.")] = "",
     second_backend: Annotated[str, typer.Option(help="Runtime of the second, if another.")] = "",
     precision: Annotated[Precision | None, typer.Option(help="Of both, where they are bundles.")] = None,

@@ -91,7 +91,9 @@ def command(
     backend: Annotated[list[str] | None, typer.Option(help="Build for it; without, for all that run here.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Device profile, such as jetson-orin-nano.")] = None,
     images: Annotated[Path | None, typer.Option(help="Images that prove the accuracy.")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="Their COCO json; without, PyTorch is the truth.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Their COCO json; without, PyTorch is the ground truth.")
+    ] = None,
     max_map_drop: Annotated[float, typer.Option(help="Most AP that INT8 may lose (0.01 is one point).")] = 0.01,
     calibration_count: Annotated[int | None, typer.Option(help="Calibration images to take.")] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration images.")] = 0,

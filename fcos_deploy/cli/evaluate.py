@@ -28,7 +28,7 @@ def command(
     *,
     images: Annotated[Path, typer.Option(help="Folder of the images.")],
     annotations: Annotated[
-        Path | None, typer.Option(help="COCO annotations; without, --reference is the truth.")
+        Path | None, typer.Option(help="COCO annotations; without, --reference is the ground truth.")
     ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Runtime; may be repeated.")] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Of a bundle; may be repeated.")] = None,

@@ -29,13 +29,13 @@ def command(
     compute: Annotated[ComputeType, typer.Option(help="What the runtime computes in.")] = ComputeType.F32,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtimes.")] = None,
     strict: Annotated[bool, typer.Option(help="Judge as float32, whatever the precision.")] = False,
-    layers: Annotated[bool, typer.Option(help="Also find the first layer that departs (ONNX files).")] = False,
+    layers: Annotated[bool, typer.Option(help="Also find the first layer that diverges (ONNX files).")] = False,
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     options: CheckpointOptions,
 ) -> None:
-    """Compare with PyTorch stage by stage; name the first stage that departs, and why. Exit 4 when one does.
+    """Compare with PyTorch stage by stage; name the first stage that diverges, and why. Exit 4 when one does.
 
     The options of 'export' say how the checkpoint is read where its own rules are not meant.
     """
@@ -57,7 +57,7 @@ def command(
     with progress_bar() as progress:
         report = check_parity(request, progress=progress)
         layer = find_layer(request, progress=progress) if layers else None
-    rows = [(stage.stage, "ok" if stage.passed else "DEPARTS", stage.detail) for stage in report.stages]
+    rows = [(stage.stage, "ok" if stage.passed else "DIVERGES", stage.detail) for stage in report.stages]
     table("Parity with the reference", ("stage", "", "largest difference"), rows)
     for cause in report.causes:
         note(f"cause: {cause.sentence} (explains {cause.explained:.1%})")
@@ -70,6 +70,6 @@ def command(
     if report.first is not None:
         known = report.causes or layer is not None
         raise AccuracyGateError(
-            f"The first stage that departs is '{report.first.stage}': {report.first.detail}.",
+            f"The first stage that diverges is '{report.first.stage}': {report.first.detail}.",
             hint="" if known else "no known mistake explains it; --layers names the layer of an ONNX file",
         )

@@ -27,7 +27,8 @@ def command(
         Path | None, typer.Option(help="Images to measure accuracy or noise on; for nncf to calibrate on.")
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="COCO json of the images; without, the float model's detections are the truth.")
+        Path | None,
+        typer.Option(help="COCO json of the images; without, the float model's detections are the ground truth."),
     ] = None,
     max_map_drop: Annotated[
         float | None, typer.Option(min=0.0, help="Largest loss of AP (0.01 is a point): reached, or exit code 4.")

@@ -32,7 +32,7 @@ def command(
     reference: Annotated[Path, typer.Option(help="What it must equal, usually the checkpoint.")],
     images: Annotated[Path, typer.Option(help="Folder of the images.")],
     annotations: Annotated[
-        Path | None, typer.Option(help="COCO annotations; without, the reference is the truth.")
+        Path | None, typer.Option(help="COCO annotations; without, the reference is the ground truth.")
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file; the same in Markdown beside it.")] = Path(
         "report.html"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fcos_deploy.accuracy.dataset import folder_images
 from fcos_deploy.accuracy.evaluate import Target
-from fcos_deploy.accuracy.layers import LayerFinding, OnnxLayers, first_departing_layer
+from fcos_deploy.accuracy.layers import LayerFinding, OnnxLayers, first_diverging_layer
 from fcos_deploy.accuracy.parity import ParityImage, ParityOptions, ParityReport, compare_stages
 from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
 from fcos_deploy.core.backend import ComputeType, SessionOptions
@@ -71,7 +71,7 @@ def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) 
 
 
 def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) -> LayerFinding | None:
-    """The first layer of an ONNX graph that departs from the same export of the checkpoint; None when none does.
+    """The first layer of an ONNX graph that diverges from the same export of the checkpoint; None when none does.
 
     Raises:
         ConfigError: the model is not an ONNX file.
@@ -95,7 +95,7 @@ def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) ->
         reference = OnnxLayers(path, options=SessionOptions(threads=options.threads))
         other = OnnxLayers(model, backend=backend, options=options)
         tolerance = request.tolerance or tolerance_for(precision, options.compute)
-        return first_departing_layer(reference, other, (feeds, feeds), tolerance=tolerance, progress=progress)
+        return first_diverging_layer(reference, other, (feeds, feeds), tolerance=tolerance, progress=progress)
 
 
 def _load_like(request: ParityRequest, candidate: ModelContract) -> LoadedCheckpoint:

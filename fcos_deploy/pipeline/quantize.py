@@ -25,7 +25,7 @@ from calibration.placement import Placement
 from calibration.qdq import quantize_qdq
 from calibration.quantizers import QuantizeRequest, QuantizeResult, nncf_images, quantizer
 from fcos_deploy.accuracy.coco import coco_scores
-from fcos_deploy.accuracy.dataset import Dataset, folder_images, label_index, load_coco, truth_from_detections
+from fcos_deploy.accuracy.dataset import Dataset, folder_images, ground_truth_from_detections, label_index, load_coco
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.core.backend import SessionOptions, Tensors
 from fcos_deploy.core.contract import read_contract
@@ -42,13 +42,13 @@ from fcos_deploy.pipeline.trade_offs import TimedTrial, TradeOffs, time_trials, 
 __all__ = ["AccuracyGoal", "RunScore", "accuracy_goal", "quantize_model"]
 
 _Run = Callable[[Tensors], Tensors]
-_LEAST_SCORE = 0.3  # of the float model's detections that count as truth where there are no annotations
+_LEAST_SCORE = 0.3  # of the float model's detections that count as ground truth where there are no annotations
 
 
 class RunScore:
     """Scores functions from the feeds to the outputs of ``source``, on images read anew each time.
 
-    Without ``annotations`` the detections of ``source`` are the truth.
+    Without ``annotations`` the detections of ``source`` are the ground truth.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RunScore:
         options: SessionOptions | None = None,
     ) -> None:
         self._detector = Detector.open(source, backend=backend, options=options)
-        self._dataset = load_coco(annotations, images=images) if annotations else self._own_truth(images)
+        self._dataset = load_coco(annotations, images=images) if annotations else self._own_ground_truth(images)
         self._labels = label_index(self._detector.names, self._dataset)
 
     def __len__(self) -> int:
@@ -70,8 +70,8 @@ class RunScore:
     def __call__(self, run: _Run, positions: Sequence[int]) -> float:
         """AP (0..1) over the images at these positions; 0 where none of them has an object."""
         images = tuple(self._dataset.images[position] for position in positions)
-        truth = {image.image_id: self._dataset.truth[image.image_id] for image in images}
-        part = Dataset(images, truth, self._dataset.class_names, self._dataset.source)
+        ground_truth = {image.image_id: self._dataset.ground_truth[image.image_id] for image in images}
+        part = Dataset(images, ground_truth, self._dataset.class_names, self._dataset.source)
         found = {image.image_id: self._detect(run, image.path, self._labels) for image in images}
         return coco_scores(part, found).ap or 0.0
 
@@ -80,11 +80,13 @@ class RunScore:
         found = self._detector.finish(run(feeds), letterboxes)[0]
         return found if labels is None else Detections(found.boxes, found.scores, labels[found.labels])
 
-    def _own_truth(self, folder: Path) -> Dataset:
+    def _own_ground_truth(self, folder: Path) -> Dataset:
         images = folder_images(folder)
         found = {image.image_id: self._detect(self._detector.infer, image.path) for image in images}
         names = self._detector.names
-        return truth_from_detections(images, found, class_names=names, min_score=_LEAST_SCORE, source="The float model")
+        return ground_truth_from_detections(
+            images, found, class_names=names, min_score=_LEAST_SCORE, source="The float model"
+        )
 
     def __enter__(self) -> RunScore:
         return self

@@ -117,7 +117,7 @@ class Shown:
 
 
 def differing_images(dataset: Dataset, shown: Sequence[Shown], *, count: int) -> tuple[ImagePanel, ...]:
-    """The ``count`` images on which a variant departs furthest from the reference.
+    """The ``count`` images on which a variant diverges furthest from the reference.
 
     The worst pair of image and variant first; an image is shown once.
     """
@@ -210,7 +210,7 @@ class ReportParts:
 
 
 def report_parts(dataset: Dataset, shown: Sequence[Shown], *, images: int = 4) -> ReportParts:
-    """Rows, curves and the ``images`` images on which a variant departs furthest from the reference."""
+    """Rows, curves and the ``images`` images on which a variant diverges furthest from the reference."""
     rows = tuple(_row(one) for one in shown)
     return ReportParts(
         data=_data_sentence(dataset, shown[0].evaluation),
@@ -276,7 +276,7 @@ def _data_sentence(dataset: Dataset, first: Evaluation) -> str:
     return (
         f"{first.scores.images} images with {first.scores.objects} objects of {len(dataset.class_names)} classes "
         f"({', '.join(dataset.class_names[:8])}{', …' if len(dataset.class_names) > 8 else ''}); "
-        f"truth: {Path(dataset.source).name}."
+        f"ground truth: {Path(dataset.source).name}."
     )
 
 

@@ -111,7 +111,7 @@ def test_a_failed_gate_is_exit_4_and_in_junit(tiny_onnx: Path, data: Path, tmp_p
     assert suite.attrib["failures"] == "1"
 
 
-def test_without_annotations_the_reference_is_the_truth(demo_onnx: Path) -> None:
+def test_without_annotations_the_reference_is_the_ground_truth(demo_onnx: Path) -> None:
     where = ("--images", DEMO / "evaluation", "--limit", 2)
     arguments = (*where, "--reference", CHECKPOINT, "--threads", 1, "--resamples", 0, "--json")
     result = run("evaluate", demo_onnx, *arguments, "--backend", "onnxruntime")

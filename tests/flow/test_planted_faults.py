@@ -22,7 +22,7 @@ from fcos_deploy.accuracy.evaluate import Target  # noqa: E402
 from fcos_deploy.accuracy.layers import (  # noqa: E402
     LayerFinding,
     OnnxLayers,
-    first_departing_layer,
+    first_diverging_layer,
 )
 from fcos_deploy.accuracy.parity import ParityReport  # noqa: E402
 from fcos_deploy.accuracy.stages import tolerance_for  # noqa: E402
@@ -128,7 +128,7 @@ def layer(right: Path, candidate: Path) -> LayerFinding:
         feeds, _ = detector.prepare([next(iter(sorted(IMAGES.glob("*.jpg"))))])
     tolerance = tolerance_for(Precision.FP32, ComputeType.F32)
     sources = [OnnxLayers(path, options=ONE_THREAD) for path in (right, candidate)]
-    found = first_departing_layer(*sources, (feeds, feeds), tolerance=tolerance)
+    found = first_diverging_layer(*sources, (feeds, feeds), tolerance=tolerance)
     assert found is not None
     return found
 

@@ -65,11 +65,11 @@ def _read_both(content: bytes, folder: Path, name: str = "a.json") -> None:
     path = folder / name
     path.write_bytes(content)
     with _refusing(name):
-        truths = load_coco(path, images=folder).truth.values()
-        boxes = np.concatenate([truth.boxes for truth in truths])
+        ground_truths = load_coco(path, images=folder).ground_truth.values()
+        boxes = np.concatenate([ground_truth.boxes for ground_truth in ground_truths])
         assert np.isfinite(boxes).all()
         assert (boxes[:, 2:] >= boxes[:, :2]).all()
-        assert all(np.isfinite(truth.areas).all() for truth in truths)
+        assert all(np.isfinite(ground_truth.areas).all() for ground_truth in ground_truths)
     with _refusing(name):
         found = collect_images(folder, annotations=path, options=SampleOptions(minimum=1))
         assert len(found.images) == 3
@@ -91,7 +91,7 @@ def test_the_file_that_is_damaged_below_is_good(pictures: Path) -> None:
     path = pictures / "good.json"
     path.write_text(json.dumps(GOOD))
     dataset = load_coco(path, images=pictures)
-    assert dataset.truth[1].boxes.tolist() == [[1, 2, 4.5, 4]]
+    assert dataset.ground_truth[1].boxes.tolist() == [[1, 2, 4.5, 4]]
     assert collect_images(pictures, annotations=path, options=SampleOptions(minimum=1)).categories[9] == "platelet"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fcos_deploy.accuracy.coco import coco_scores
-from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, Truth
+from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
 from fcos_deploy.accuracy.intervals import ap_interval, match_dataset, paired_ap_drop, sample_ap, weighted_ap
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
@@ -17,25 +17,27 @@ from fcos_deploy.core.errors import ConfigError
 def random_data(seed: int, *, images: int, noise: float, decimals: int = 2) -> tuple[Dataset, dict[int, Detections]]:
     """Objects of three classes, some in crowds, and noisy detections of them with false ones between."""
     rng = np.random.default_rng(seed)
-    truths, found = {}, {}
+    ground_truths, found = {}, {}
     for number in range(1, images + 1):
         count = int(rng.integers(0, 12))
         corner, size = rng.uniform(0, 400, (count, 2)), rng.uniform(8, 150, (count, 2))
         boxes = np.concatenate([corner, corner + size], 1)
         classes = rng.integers(0, 3, count)
-        truths[number] = Truth(boxes, classes, size.prod(1), rng.uniform(size=count) < 0.1)
-        found[number] = noisy(truths[number], np.random.default_rng([seed, number, int(1000 * noise)]), noise, decimals)
-    names = tuple(EvaluationImage(n, Path(f"{n}.png")) for n in truths)
-    return Dataset(names, truths, ("a", "b", "c"), "test"), found
+        ground_truths[number] = GroundTruth(boxes, classes, size.prod(1), rng.uniform(size=count) < 0.1)
+        found[number] = noisy(
+            ground_truths[number], np.random.default_rng([seed, number, int(1000 * noise)]), noise, decimals
+        )
+    names = tuple(EvaluationImage(n, Path(f"{n}.png")) for n in ground_truths)
+    return Dataset(names, ground_truths, ("a", "b", "c"), "test"), found
 
 
-def noisy(truth: Truth, rng: np.random.Generator, noise: float, decimals: int) -> Detections:
-    count = len(truth.boxes)
-    near = truth.boxes + rng.normal(0, noise, (count, 4))
+def noisy(ground_truth: GroundTruth, rng: np.random.Generator, noise: float, decimals: int) -> Detections:
+    count = len(ground_truth.boxes)
+    near = ground_truth.boxes + rng.normal(0, noise, (count, 4))
     near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 12)
     false = rng.uniform(0, 400, (5, 2))
     boxes = np.concatenate([near, near + rng.normal(0, 3, near.shape), np.concatenate([false, false + 40], 1)])
-    labels = np.concatenate([truth.classes, truth.classes, rng.integers(0, 3, 5)])
+    labels = np.concatenate([ground_truth.classes, ground_truth.classes, rng.integers(0, 3, 5)])
     # With two decimals equal scores occur, within an image and between images.
     scores = np.round(rng.uniform(0.05, 1, len(boxes)), decimals)
     return Detections(boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int64))
@@ -50,13 +52,13 @@ def test_unweighted_ap_is_the_evaluators(seed: int) -> None:
 
 def resampled(data: Dataset, found: dict[int, Detections], counts: np.ndarray) -> float:
     """AP of a data set in which image i really occurs counts[i] times."""
-    images, truths, copies = [], {}, {}
+    images, ground_truths, copies = [], {}, {}
     for image, count in zip(data.images, counts, strict=True):
         for _ in range(int(count)):
             number = len(images) + 1
             images.append(EvaluationImage(number, image.path))
-            truths[number], copies[number] = data.truth[image.image_id], found[image.image_id]
-    ap = coco_scores(Dataset(tuple(images), truths, data.class_names, "resampled"), copies).ap
+            ground_truths[number], copies[number] = data.ground_truth[image.image_id], found[image.image_id]
+    ap = coco_scores(Dataset(tuple(images), ground_truths, data.class_names, "resampled"), copies).ap
     assert ap is not None
     return ap
 
@@ -107,7 +109,7 @@ def test_other_annotations_cannot_be_paired() -> None:
 
 def test_no_objects_have_no_ap() -> None:
     data, found = random_data(3, images=2, noise=2.0)
-    empty = Truth(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.bool_))
+    empty = GroundTruth(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.bool_))
     blank = Dataset(data.images, {1: empty, 2: empty}, data.class_names, "blank")
     with pytest.raises(ConfigError, match="at least one annotated object"):
         ap_interval(sample_ap(match_dataset(blank, found), resamples=5))

@@ -12,11 +12,11 @@ from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
-    Truth,
+    GroundTruth,
     folder_images,
+    ground_truth_from_detections,
     label_index,
     load_coco,
-    truth_from_detections,
 )
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
@@ -30,23 +30,23 @@ def detections(rows: list[tuple[list[float], float, int]]) -> Detections:
     )
 
 
-def truth(rows: list[tuple[list[float], int]], crowd: tuple[bool, ...] = ()) -> Truth:
+def ground_truth(rows: list[tuple[list[float], int]], crowd: tuple[bool, ...] = ()) -> GroundTruth:
     boxes = np.array([r[0] for r in rows], np.float64).reshape(-1, 4)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    return Truth(
+    return GroundTruth(
         boxes, np.array([r[1] for r in rows], np.int64), areas, np.array(crowd or [False] * len(rows), np.bool_)
     )
 
 
-def dataset(truths: list[Truth], names: tuple[str, ...] = ("a", "b")) -> Dataset:
-    images = tuple(EvaluationImage(i + 1, Path(f"{i}.png")) for i in range(len(truths)))
-    return Dataset(images, {i + 1: t for i, t in enumerate(truths)}, names, "test")
+def dataset(ground_truths: list[GroundTruth], names: tuple[str, ...] = ("a", "b")) -> Dataset:
+    images = tuple(EvaluationImage(i + 1, Path(f"{i}.png")) for i in range(len(ground_truths)))
+    return Dataset(images, {i + 1: t for i, t in enumerate(ground_truths)}, names, "test")
 
 
 def test_perfect_detections_have_ap_1_and_absent_sizes_have_none() -> None:
     boxes = [([0.0, 0.0, 20.0, 20.0], 0), ([30.0, 30.0, 90.0, 90.0], 1)]
     found = detections([(box, 0.9, label) for box, label in boxes])
-    scores = coco_scores(dataset([truth(boxes)]), {1: found})
+    scores = coco_scores(dataset([ground_truth(boxes)]), {1: found})
     assert scores.ap == scores.ap50 == scores.ap75 == scores.ar == 1.0
     assert scores.ap_small == scores.ap_medium == 1.0
     assert scores.ap_large is None
@@ -59,7 +59,7 @@ def test_ap_of_a_case_worked_out_by_hand() -> None:
 
     Precision is then 1/2 at every recall, so that AP = 4 / 10 * 1/2.
     """
-    wanted = truth([([0.0, 0.0, 100.0, 100.0], 0)])
+    wanted = ground_truth([([0.0, 0.0, 100.0, 100.0], 0)])
     found = detections([([500, 500, 600, 600], 0.9, 0), ([0, 0, 65, 100], 0.8, 0)])
     scores = coco_scores(dataset([wanted], ("a",)), {1: found})
     assert scores.ap == pytest.approx(0.2)
@@ -69,18 +69,18 @@ def test_ap_of_a_case_worked_out_by_hand() -> None:
 
 
 def test_nothing_found_is_ap_0() -> None:
-    scores = coco_scores(dataset([truth([([0, 0, 50, 50], 0)])]), {1: detections([])})
+    scores = coco_scores(dataset([ground_truth([([0, 0, 50, 50], 0)])]), {1: detections([])})
     assert scores.ap == 0.0
     assert scores.per_class[1].ap is None
 
 
 def test_labels_that_the_data_lacks_are_left_out() -> None:
     found = detections([([0, 0, 50, 50], 0.9, -1), ([0, 0, 50, 50], 0.8, 0)])
-    assert coco_scores(dataset([truth([([0, 0, 50, 50], 0)])]), {1: found}).ap == 1.0
+    assert coco_scores(dataset([ground_truth([([0, 0, 50, 50], 0)])]), {1: found}).ap == 1.0
 
 
 def test_evaluator_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    coco_scores(dataset([truth([([0, 0, 50, 50], 0)])]), {1: detections([])})
+    coco_scores(dataset([ground_truth([([0, 0, 50, 50], 0)])]), {1: detections([])})
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
@@ -103,11 +103,11 @@ def test_reads_annotations(tmp_path: Path) -> None:
     data = load_coco(coco_file(tmp_path), images=tmp_path)
     assert [i.image_id for i in data.images] == [2, 4]
     assert data.class_names == ("dust", "cell")
-    assert data.truth[4].boxes.tolist() == [[1.0, 2.0, 4.0, 6.0]]
-    assert data.truth[4].classes.tolist() == [1]
-    assert data.truth[4].areas.tolist() == [12.0]
-    assert data.truth[4].crowd.tolist() == [True]
-    assert not len(data.truth[2].boxes)
+    assert data.ground_truth[4].boxes.tolist() == [[1.0, 2.0, 4.0, 6.0]]
+    assert data.ground_truth[4].classes.tolist() == [1]
+    assert data.ground_truth[4].areas.tolist() == [12.0]
+    assert data.ground_truth[4].crowd.tolist() == [True]
+    assert not len(data.ground_truth[2].boxes)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_a_text_file_is_not_annotations(tmp_path: Path) -> None:
 
 
 def test_classes_are_matched_by_name() -> None:
-    data = dataset([truth([([0, 0, 5, 5], 1)])], ("wbc", "RBC"))
+    data = dataset([ground_truth([([0, 0, 5, 5], 1)])], ("wbc", "RBC"))
     assert label_index(("__background__", "rbc", "WBC"), data).tolist() == [-1, 1, 0]
 
 
 def test_a_class_that_the_model_lacks_is_an_error() -> None:
-    data = dataset([truth([([0, 0, 5, 5], 1)])], ("wbc", "rbc"))
+    data = dataset([ground_truth([([0, 0, 5, 5], 1)])], ("wbc", "rbc"))
     with pytest.raises(ConfigError, match="'rbc', which the model does not know: its classes are 'wbc'"):
         label_index(("wbc",), data)
 
@@ -164,8 +164,8 @@ def test_folder_is_sorted_and_must_have_images(tmp_path: Path) -> None:
 def test_a_reference_agrees_with_itself() -> None:
     found = {1: detections([([0, 0, 50, 50], 0.9, 0), ([9, 9, 70, 60], 0.1, 1)])}
     images = (EvaluationImage(1, Path("1.png")),)
-    data = truth_from_detections(images, found, class_names=("a", "b"), min_score=0.3, source="reference")
-    assert data.truth[1].classes.tolist() == [0]
+    data = ground_truth_from_detections(images, found, class_names=("a", "b"), min_score=0.3, source="reference")
+    assert data.ground_truth[1].classes.tolist() == [0]
     assert coco_scores(data, found).ap == 1.0
     with pytest.raises(ConfigError, match="finds nothing"):
-        truth_from_detections(images, found, class_names=("a", "b"), min_score=0.95, source="reference")
+        ground_truth_from_detections(images, found, class_names=("a", "b"), min_score=0.95, source="reference")

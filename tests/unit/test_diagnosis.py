@@ -1,4 +1,4 @@
-"""What departs is named, with PyTorch on both sides: mistakes that an ONNX file cannot have, and other tails."""
+"""What diverges is named, with PyTorch on both sides: mistakes that an ONNX file cannot have, and other tails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from fcos_deploy.accuracy.diagnosis import shifted  # noqa: E402
 from fcos_deploy.accuracy.layers import (  # noqa: E402
     TorchLayers,
-    first_departing_layer,
+    first_diverging_layer,
 )
 from fcos_deploy.accuracy.parity import ParityImage, ParityOptions, ParityReport, compare_stages  # noqa: E402
 from fcos_deploy.accuracy.stages import (  # noqa: E402
@@ -177,7 +177,7 @@ def test_stride_moved(reference: Detector, images: Sequence[ParityImage]) -> Non
     assert "first 1x1" in named(report, stage="P3 class", cause="stride-placement")
     feeds = normalized_feeds(images)
     tolerance = tolerance_for(Precision.FP32, ComputeType.F32)
-    finding = first_departing_layer(TorchLayers(network()), TorchLayers(wrong), (feeds, feeds), tolerance=tolerance)
+    finding = first_diverging_layer(TorchLayers(network()), TorchLayers(wrong), (feeds, feeds), tolerance=tolerance)
     assert finding is not None
     assert finding.layer == "backbone.body.layer2.0.conv1"
     assert finding.causes[0].sentence.endswith("stride is (2, 2) in place of (1, 1)")
@@ -256,7 +256,7 @@ def test_weights_of_one_convolution_in_pytorch(reference: Detector, images: Sequ
     assert report.first.stage == "P3 class"
     feeds = normalized_feeds(images)
     tolerance = tolerance_for(Precision.FP32, ComputeType.F32)
-    finding = first_departing_layer(
+    finding = first_diverging_layer(
         TorchLayers(network()), TorchLayers(perturbed()), (feeds, feeds), tolerance=tolerance
     )
     assert finding is not None
@@ -270,7 +270,7 @@ def test_bf16_in_place_of_f32(reference: Detector, images: Sequence[ParityImage]
     report = parity(reference, Detector.of_network(network(), CONTRACT, options=options), images, options=wanted)
     assert "bf16 in place of f32" in named(report, stage="P3 class", cause="compute-type")
     feeds = normalized_feeds(images)
-    finding = first_departing_layer(
+    finding = first_diverging_layer(
         TorchLayers(network()), TorchLayers(network(), options=options), (feeds, feeds), tolerance=wanted.tolerance
     )
     assert finding is not None

@@ -38,7 +38,7 @@ def test_equal_tensors_have_no_noise() -> None:
     assert tolerance_for(Precision.FP32, ComputeType.F32).holds(difference)
 
 
-def test_what_is_not_finite_departs() -> None:
+def test_what_is_not_finite_diverges() -> None:
     difference = measure_difference(np.array([1.0, np.inf]), np.array([np.nan, np.inf]))
     assert difference.max_abs == math.inf
     assert difference.where == (0,)

@@ -33,7 +33,6 @@ from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BuildError, ConfigError, DeviceError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.files import atomic_file, sha256_file
-from fcos_deploy.core.onnx_file import EFFICIENT_NMS, onnx_interface
 from fcos_deploy.core.registry import backends_for
 from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple
 
@@ -280,8 +279,6 @@ class _Build:
         started = time.perf_counter()
         with library_log(self._trt) as (logger, log):
             builder = self._trt.Builder(logger)
-            if EFFICIENT_NMS in onnx_interface(self._request.source).operators:
-                self._generation.require_plugin(builder, logger, name=EFFICIENT_NMS)
             network = self._network(builder)
             parser = self._trt.OnnxParser(network, logger)  # owns the weights until the build has ended
             self._parse(parser, log=log)

@@ -15,7 +15,7 @@ from fcos_deploy.core.errors import BuildError, ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.progress import ProgressFn
-from runtimes._tensorrt_library import TensorRT, register_plugins
+from runtimes._tensorrt_library import TensorRT
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -171,11 +171,11 @@ class BuildMonitor:
         return Monitor()
 
 
-def keep_plugins_float(library: Any, config: trt.IBuilderConfig, network: trt.INetworkDefinition) -> None:
-    """Coordinates in half precision are off by half a pixel: a weakly typed build must not choose it for plug-ins."""
+def keep_nms_float(library: TensorRT, config: trt.IBuilderConfig, network: trt.INetworkDefinition) -> None:
+    """Coordinates in half precision are off by half a pixel: a weakly typed build must not choose it for NMS."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     for layer in layers:
-        if layer.type == library.LayerType.PLUGIN_V2:
+        if layer.type == library.LayerType.NMS:
             config.set_flag(library.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
             layer.precision = library.DataType.FLOAT
 
@@ -322,24 +322,6 @@ class Generation(ABC):
     def network_flags(self, *, typed: bool) -> int:
         """The argument of ``Builder.create_network``."""
 
-    def require_plugin(self, builder: trt.Builder, logger: trt.ILogger, *, name: str) -> None:
-        """Make a plug-in known to the parser.
-
-        Raises:
-            ConfigError: this library does not have it.
-        """
-        register_plugins(self.trt, logger)
-        if self.plugin_creator(builder.get_plugin_registry(), name) is None:
-            raise ConfigError(
-                f"{self.label} {self.trt.__version__} has no plug-in '{name}'.",
-                hint="export with '--tail candidates', or '--nms-form onnx' (TensorRT-RTX: static)",
-            )
-
-    def plugin_creator(self, registry: trt.IPluginRegistry, name: str) -> object | None:
-        """What makes a plug-in, None where it is not known."""
-        creator: object | None = registry.get_creator(name, "1", "")
-        return creator
-
     def prepare_parser(self, parser: trt.OnnxParser) -> None:
         """Set the parser flags that the portable graph needs."""
         del parser
@@ -389,7 +371,7 @@ class _WeaklyTyped(Generation):
             config.set_flag(self.trt.BuilderFlag.INT8)
         if has_half_tensors(self.trt, network) or options.dla_core is not None:
             config.set_flag(self.trt.BuilderFlag.FP16)  # A DLA computes fp16 and int8 only.
-            keep_plugins_float(self.trt, config, network)
+            keep_nms_float(self.trt, config, network)
         if options.calibration_cache is not None:
             version = parse_version(self.trt.__version__)
             check_calibration_cache(options.calibration_cache, version=version)
@@ -410,11 +392,6 @@ class Tensorrt8(_WeaklyTyped):
         """Explicit batch, which the ONNX parser needs before 10."""
         del typed
         return 1 << int(self.trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
-
-    def plugin_creator(self, registry: trt.IPluginRegistry, name: str) -> object | None:
-        """By the name that the call has until 10."""
-        creator: object | None = registry.get_plugin_creator(name, "1", "")
-        return creator
 
     def prepare_parser(self, parser: trt.OnnxParser) -> None:
         """The plug-in InstanceNormalization of 8.6 cannot be used in version-compatible engines; the native one can."""

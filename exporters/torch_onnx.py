@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from exporters.efficient_nms import check_servable, with_efficient_nms
 from exporters.fp16 import half_precision
 from exporters.graph_passes import name_weights_after_convolutions
 from exporters.onnx_file import opset_of, require_writable, save_onnx, with_contract, with_weights_aside
@@ -475,8 +474,6 @@ def export_onnx(
     started = time.perf_counter()
     require_writable(output)
     contract = replace(loaded.contract, tail=options.tail, precision=Precision.FP32)
-    if options.nms_form is NmsForm.PLUGIN:
-        check_servable(contract)
     label, steps = "export to ONNX", 4
     progress(label, 0, steps)
     module = _exportable(loaded.model, contract, options)
@@ -501,9 +498,6 @@ def export_onnx(
         checks.append(check)
         contract = replace(contract, precision=Precision.FP16)
     model = _without_extra_outputs(model, contract)
-    if options.nms_form is NmsForm.PLUGIN:
-        model, check = with_efficient_nms(model, feeds, contract=contract)
-        checks.append(check)
     model = with_contract(model, contract, record=_record(checks))
     save_onnx(model, output)
     progress(label, steps, steps)

@@ -25,7 +25,7 @@ def command(
     precision: Annotated[str, typer.Option(metavar="fp32|fp16", help="Format of the weights.")] = Precision.FP32.value,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set, 17 to 23.")] = None,
     simplify: Annotated[bool, typer.Option("--simplify/--no-simplify", help="Simplify the graph.")] = True,
-    nms_form: Annotated[str, typer.Option(metavar="onnx|static|plugin", help="How the nms tail suppresses.")] = "onnx",
+    nms_form: Annotated[str, typer.Option(metavar="onnx|static", help="How the nms tail suppresses.")] = "onnx",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
     options: CheckpointOptions,
 ) -> None:

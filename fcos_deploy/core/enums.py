@@ -48,13 +48,11 @@ class Tail(StrEnum):
 class NmsForm(StrEnum):
     """How the nms tail suppresses, none of which changes the contract.
 
-    ``onnx``: the operator NonMaxSuppression. ``static``: a fixed number of plain tensor operators. ``plugin``:
-    EfficientNMS_TRT, which TensorRT up to 10 brings.
+    ``onnx``: the operator NonMaxSuppression. ``static``: a fixed number of plain tensor operators.
     """
 
     ONNX = "onnx"
     STATIC = "static"
-    PLUGIN = "plugin"
 
 
 class ComputeType(StrEnum):

@@ -12,7 +12,7 @@ from fcos_deploy.core.enums import NmsForm
 from fcos_deploy.core.errors import BackendLoadError
 from fcos_deploy.core.tensor_spec import TensorSpec
 
-__all__ = ["EFFICIENT_NMS", "ByteSource", "OnnxInterface", "length_delimited_fields", "onnx_interface"]
+__all__ = ["ByteSource", "OnnxInterface", "length_delimited_fields", "onnx_interface"]
 
 
 class ByteSource(Protocol):
@@ -63,8 +63,6 @@ def _varint(data: ByteSource, position: int) -> tuple[int, int]:
             raise ValueError("varint too long")
 
 
-EFFICIENT_NMS = "EfficientNMS_TRT"  # TensorRT's plug-in
-
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_PRODUCER, _MODEL_OPSET = 7, 2, 8
 _NODE_OPERATOR = 4
@@ -89,8 +87,6 @@ class OnnxInterface:
     @property
     def nms_form(self) -> NmsForm:
         """How a graph with the nms tail suppresses."""
-        if EFFICIENT_NMS in self.operators:
-            return NmsForm.PLUGIN
         return NmsForm.ONNX if "NonMaxSuppression" in self.operators else NmsForm.STATIC
 
 

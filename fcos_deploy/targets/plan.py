@@ -18,7 +18,6 @@ from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 __all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "plan", "rule_name"]
 
 _MOST_TOP_K = 3840  # of TensorRT's TopK
-_WITHOUT_PLUGIN = (11,)  # EfficientNMS_TRT is deprecated from 10.12 on, and not to be relied on after 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +80,7 @@ class Draft:
         """How the nms tail suppresses: as asked for, or as suits the target."""
         if self.request.nms_form is not None:
             return self.request.nms_form
-        if not self._has_nms_operator:
-            return NmsForm.STATIC
-        # The plug-in's outputs have fixed sizes, the operator's have not. Only float graphs: ONNX Runtime, which
-        # collects the ranges for int8, has no such plug-in.
-        return NmsForm.PLUGIN if self._has_plugin and self.precision is not Precision.INT8 else NmsForm.ONNX
+        return NmsForm.ONNX if self._has_nms_operator else NmsForm.STATIC
 
     @property
     def _has_nms_operator(self) -> bool:
@@ -93,14 +88,8 @@ class Draft:
         return self.kind is not ArtifactKind.TENSORRT_RTX_ENGINE and (intel is None or not intel.static_shapes)
 
     @property
-    def _has_plugin(self) -> bool:
-        return bool(self.version) and self.version < _WITHOUT_PLUGIN
-
-    @property
     def nms_problem(self) -> str:
         """Why this target has not the form of NMS; empty where it has."""
-        if self.nms_form is NmsForm.PLUGIN and not self._has_plugin:
-            return "EfficientNMS_TRT is a plug-in of TensorRT up to 10; take another form of the nms tail."
         if self.nms_form is not NmsForm.ONNX or self._has_nms_operator:
             return ""
         if self.kind is ArtifactKind.TENSORRT_RTX_ENGINE:

@@ -143,13 +143,11 @@ def test_an_engine_from_a_bundle_for_a_profile(bundle: Path, tmp_path: Path) -> 
 
 
 def nms_tail(mini_onnx: Path, output: Path, *, operator: str = "") -> Path:
-    """The graph as an nms tail by its contract, in its static form or with one of the other forms' operators."""
+    """The graph as an nms tail by its contract, in its static form or with the operator."""
     onnx = pytest.importorskip("onnx")
     model = load_onnx(mini_onnx)
     if operator:
-        domain = "TRT" if operator.endswith("TRT") else ""
-        model.graph.node.append(onnx.helper.make_node(operator, ["images"], ["unused"], domain=domain))
-        model.opset_import.append(onnx.helper.make_opsetid("TRT", 1))
+        model.graph.node.append(onnx.helper.make_node(operator, ["images"], ["unused"]))
     output.write_bytes(with_contract(model, replace(read_contract(mini_onnx), tail=Tail.NMS)).SerializeToString())
     return output
 
@@ -164,18 +162,16 @@ def test_static_nms_builds_where_there_is_no_operator(mini_onnx: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("operator", "backend", "target", "message"),
+    ("backend", "target", "message"),
     [
-        ("NonMaxSuppression", "tensorrt-rtx", "gpu-ada", "TensorRT-RTX has no NMS operator"),
-        ("EfficientNMS_TRT", "tensorrt-rtx", "gpu-ada", "EfficientNMS_TRT is a plug-in of TensorRT up to 10"),
-        ("EfficientNMS_TRT", "tensorrt", "gpu-ada", "EfficientNMS_TRT is a plug-in of TensorRT up to 10"),
-        ("NonMaxSuppression", "openvino", "intel-npu", "NMS gives outputs of unknown size"),
+        ("tensorrt-rtx", "gpu-ada", "TensorRT-RTX has no NMS operator"),
+        ("openvino", "intel-npu", "NMS gives outputs of unknown size"),
     ],
 )
 def test_form_of_nms_that_the_target_lacks_is_refused(
-    operator: str, backend: str, target: str, message: str, mini_onnx: Path, tmp_path: Path
+    backend: str, target: str, message: str, mini_onnx: Path, tmp_path: Path
 ) -> None:
-    source = nms_tail(mini_onnx, tmp_path / "m.onnx", operator=operator)
+    source = nms_tail(mini_onnx, tmp_path / "m.onnx", operator="NonMaxSuppression")
     precision = ("--precision", "fp16") if target == "intel-npu" else ()
     result = call("build", source, "--backend", backend, "-o", tmp_path / "m.out", "--target", target, *precision)
     assert result.exit_code == 2
@@ -183,7 +179,7 @@ def test_form_of_nms_that_the_target_lacks_is_refused(
     assert "nms-operator" in result.stderr
 
 
-def test_plugin_form_is_allowed_where_the_plugin_is(mini_onnx: Path, tmp_path: Path) -> None:
-    source = nms_tail(mini_onnx, tmp_path / "m.onnx", operator="EfficientNMS_TRT")
+def test_nms_operator_is_allowed_where_the_library_has_it(mini_onnx: Path, tmp_path: Path) -> None:
+    source = nms_tail(mini_onnx, tmp_path / "m.onnx", operator="NonMaxSuppression")
     line = trtexec(source, "--backend", "tensorrt", "-o", tmp_path / "m", "--target", "jetson-orin-nano")
     assert line[1] == f"--onnx={source}"

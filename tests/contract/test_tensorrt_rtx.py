@@ -26,7 +26,7 @@ from fcos_deploy.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import Precision, Tail
-from fcos_deploy.core.errors import BuildError, ConfigError
+from fcos_deploy.core.errors import BuildError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.network import resnet_config
 from fcos_deploy.model.fcos import Fcos
@@ -43,7 +43,6 @@ EXPORTS = {
     "candidates": ExportOptions(tail=Tail.CANDIDATES),
     "candidates-dynamic": ExportOptions(tail=Tail.CANDIDATES, batch=None),
     "nms-static-form": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.STATIC, nms_boxes=100),
-    "nms-plugin": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.PLUGIN),
     "nms-operator": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.ONNX),
 }
 
@@ -133,13 +132,6 @@ def test_the_nms_operator_is_refused_with_the_way_out(onnx_file: Callable[[str],
     with pytest.raises(BuildError, match="no runners that implement it") as caught:
         build(onnx_file("nms-operator"), tmp_path, capability="8.6")
     assert "--tail candidates" in caught.value.hint
-
-
-def test_the_plugin_is_refused_with_the_way_out(onnx_file: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"TensorRT-RTX .* has no plug-in 'EfficientNMS_TRT'") as caught:
-        build(onnx_file("nms-plugin"), tmp_path, capability="8.6")
-    assert "static" in caught.value.hint
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,6 @@ BROKEN_PLANS: list[tuple[str, dict[str, Any], str]] = [
     ("intel-npu", {"input_size": None}, "static-shapes"),
     ("intel-npu", {"tail": Tail.NMS, "nms_form": NmsForm.ONNX}, "nms-operator"),
     ("gpu-ampere", {"backend": "tensorrt-rtx", "tail": Tail.NMS, "nms_form": NmsForm.ONNX}, "nms-operator"),
-    ("gpu-ampere", {"tail": Tail.NMS, "nms_form": NmsForm.PLUGIN}, "nms-operator"),
-    ("intel-core", {"tail": Tail.NMS, "nms_form": NmsForm.PLUGIN}, "nms-operator"),
     ("gpu-ampere", {"pre_nms_top_k": 5000}, "top-k-limit"),
     ("gpu-ampere", {"input_size": None}, "size-range"),
     ("jetson-agx-orin-jp60", {"opset": 18}, "opset-of-parser"),
@@ -119,7 +117,7 @@ def test_every_rule_has_a_plan_that_it_forbids() -> None:
 @pytest.mark.parametrize(
     ("name", "request_fields"),
     [
-        ("jetson-orin-nano", {"tail": Tail.NMS, "nms_form": NmsForm.PLUGIN}),
+        ("jetson-orin-nano", {"tail": Tail.NMS, "nms_form": NmsForm.ONNX}),
         ("gpu-ampere", {"tail": Tail.NMS, "nms_form": NmsForm.STATIC}),
         ("jetson-thor", {"opset": 21}),
         ("jetson-agx-orin", {"dla_core": 1}),
@@ -134,9 +132,7 @@ def test_plan_beside_the_rule_is_allowed(name: str, request_fields: dict[str, An
 @pytest.mark.parametrize(
     ("name", "request_fields", "form"),
     [
-        ("jetson-agx-orin-jp60", {}, NmsForm.PLUGIN),
-        ("jetson-orin-nano", {}, NmsForm.PLUGIN),
-        ("jetson-thor", {"precision": Precision.FP32}, NmsForm.PLUGIN),
+        ("jetson-agx-orin-jp60", {}, NmsForm.ONNX),
         ("jetson-thor", {"precision": Precision.INT8}, NmsForm.ONNX),
         ("gpu-ada", {}, NmsForm.ONNX),
         ("gpu-ada", {"backend": "tensorrt-rtx"}, NmsForm.STATIC),

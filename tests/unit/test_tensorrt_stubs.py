@@ -90,7 +90,7 @@ def run_mypy(stubs: Path, *files: str) -> str:
 
 @pytest.mark.slow
 def test_the_code_fits_the_stubs(stubs: Path) -> None:
-    assert len(SOURCES) > 10
+    assert len(SOURCES) >= 8
     output = run_mypy(stubs, *SOURCES)
     assert "Success" in output, output
 

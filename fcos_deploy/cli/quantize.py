@@ -43,8 +43,8 @@ def command(
     """Make an INT8 model from a float ONNX graph."""
     from calibration.placement import weight_range
     from calibration.quantizers import QuantizeRequest
+    from calibration.trade_offs import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
     from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
-    from fcos_deploy.pipeline.trade_offs import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
 
     request = QuantizeRequest(
         source=model,

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from calibration.trade_offs import find_trade_offs
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, Target, evaluate
 from fcos_deploy.accuracy.gate import Gate
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkTarget, model_bytes, run_benchmark
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.pipeline.report import ReportParts, Shown, machine_rows, report_parts, report_verdict
-from fcos_deploy.pipeline.trade_offs import find_trade_offs, report_part
+from fcos_deploy.pipeline.report import ReportParts, Shown, machine_rows, report_part, report_parts, report_verdict
 from fcos_deploy.report import ChainLink, Provenance, ReportData
 
 __all__ = ["Comparison", "ComparisonRequest", "compare_models", "comparison_report"]

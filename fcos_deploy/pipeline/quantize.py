@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,11 @@ from calibration.nncf_quantizer import NncfGoal, nncf_table, quantize_nncf_to_go
 from calibration.placement import Placement
 from calibration.qdq import quantize_qdq
 from calibration.quantizers import QuantizeRequest, QuantizeResult, nncf_images, quantizer
+from calibration.trade_offs import TimedTrial, TradeOffs, write_trade_offs
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import Dataset, folder_images, ground_truth_from_detections, label_index, load_coco
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.core.backend import SessionOptions, Tensors
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.detections import Detections
@@ -37,7 +40,6 @@ from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.core.score_drift import ScoreDrift, score_drift
 from fcos_deploy.detector import Detector
-from fcos_deploy.pipeline.trade_offs import TimedTrial, TradeOffs, time_trials, write_trade_offs
 
 __all__ = ["AccuracyGoal", "RunScore", "accuracy_goal", "quantize_model"]
 
@@ -306,7 +308,7 @@ def _trade_offs(
     float_ms: float | None = None
     times: dict[Trial, float] = {}
     if len(found.trials) > 1:
-        float_ms, times = time_trials(
+        float_ms, times = _time_trials(
             request.source,
             pareto_front(found.trials),
             make=make,
@@ -336,3 +338,29 @@ def _scores(before: float, after: float) -> dict[str, str]:
 def _drift_record(drift: ScoreDrift) -> dict[str, str]:
     shifts = {f"score_shift_{c.name}": f"{c.mean_shift:+.5f}" for c in drift.classes if c.matched}
     return {"float_score_threshold": f"{drift.float_threshold}", "score_threshold": f"{drift.threshold}", **shifts}
+
+
+_TIMING = TimingOptions(rounds=6, block=4, warmup=2)
+
+
+def _time_trials(
+    source: Path,
+    trials: Sequence[Trial],
+    *,
+    make: Callable[[Trial, Path], None],
+    folder: Path,
+    backend: str,
+    options: SessionOptions,
+    image: Path,
+    progress: ProgressFn = no_progress,
+) -> tuple[float, dict[Trial, float]]:
+    """Median milliseconds of the float graph, and of each candidate as ``make`` writes it, timed in turns."""
+    paths = [source]
+    for index, trial in enumerate(trials):
+        paths.append(folder / f"trial-{index}.onnx")
+        make(trial, paths[-1])
+    with contextlib.ExitStack() as stack:
+        detectors = [stack.enter_context(Detector.open(p, backend=backend, options=options)) for p in paths]
+        timings = time_in_turns(detectors, read_image(image), options=_TIMING, progress=progress)
+    first, *others = (round(float(np.median(timing.whole)), 3) for timing in timings)
+    return first, dict(zip(trials, others, strict=True))

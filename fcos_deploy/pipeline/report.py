@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.trade_offs import SUFFIX, TradeOffs, read_trade_offs
 from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
 from fcos_deploy.accuracy.matching import DetectionMatch, MatchOptions, match_detections
@@ -25,19 +26,21 @@ from fcos_deploy.core.score_drift import ScoreDrift as MovedScores
 from fcos_deploy.core.score_drift import score_drift
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.pipeline.steps import DeployContext, Variant
-from fcos_deploy.pipeline.trade_offs import SUFFIX, TradeOffs, read_trade_offs, report_part
 from fcos_deploy.report import (
     ChainLink,
     ClassRow,
     ImagePanel,
     KeyFigure,
     LatencyRow,
+    LayerRow,
+    MixedPrecisionPart,
     PanelBox,
     PrecisionCurve,
     Provenance,
     ReportData,
     ReportVerdict,
     ScoreDrift,
+    TrialPoint,
     VariantRow,
     write_report,
 )
@@ -49,6 +52,7 @@ __all__ = [
     "key_figures",
     "machine_rows",
     "moved_scores",
+    "report_part",
     "report_parts",
     "report_verdict",
     "write_report_step",
@@ -460,3 +464,36 @@ def _chain(context: DeployContext, manifest: Manifest, artifacts: list[Artifact]
 
 def _size_report_step(context: DeployContext) -> int:
     return context.request.checkpoint.stat().st_size
+
+
+def report_part(found: TradeOffs) -> MixedPrecisionPart:
+    """What a report shows of them."""
+    trials = tuple(
+        TrialPoint(
+            float_layers=len(timed.trial.kept),
+            int8_share=timed.trial.int8_share,
+            ap=timed.trial.score,
+            p50_ms=timed.p50_ms,
+            chosen=timed.trial.kept == found.kept,
+        )
+        for timed in found.trials
+    )
+    layers = tuple(
+        LayerRow(
+            layer=item.layer.removesuffix(".weight"),
+            classes=item.effect.classes,
+            boxes=item.effect.boxes,
+            centerness=item.effect.centerness,
+            kept_float=item.layer in found.kept,
+        )
+        for item in found.ranking
+    )
+    return MixedPrecisionPart(
+        placement=found.placement,
+        backend=found.backend,
+        max_drop=found.max_drop,
+        float_ap=found.float_score,
+        float_p50_ms=found.float_p50_ms,
+        trials=trials,
+        layers=layers,
+    )

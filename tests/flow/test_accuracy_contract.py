@@ -16,13 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 from calibration.calibrate import CalibrationRequest, calibrate
+from calibration.trade_offs import find_trade_offs
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.pipeline.deploy import DEMO_DATA
-from fcos_deploy.pipeline.trade_offs import find_trade_offs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from calibration.mixed_precision import LayerSensitivity, Trial
-from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
-from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import write_text
-from fcos_deploy.core.image import read_image
-from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.score_drift import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
-from fcos_deploy.detector import Detector
-from fcos_deploy.report import LayerRow, MixedPrecisionPart, TrialPoint
 
 __all__ = [
     "SUFFIX",
@@ -29,15 +20,12 @@ __all__ = [
     "TradeOffs",
     "find_trade_offs",
     "read_trade_offs",
-    "report_part",
-    "time_trials",
     "trade_off_rows",
     "write_trade_offs",
 ]
 
 SUFFIX = ".mixed-precision.json"
 TRADE_OFF_COLUMNS = ("layers in float", "in INT8, %", "AP", "drop", "p50 ms", "")
-_TIMING = TimingOptions(rounds=6, block=4, warmup=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,59 +105,3 @@ def trade_off_rows(found: TradeOffs) -> list[tuple[str, ...]]:
 
 def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def report_part(found: TradeOffs) -> MixedPrecisionPart:
-    """What a report shows of them."""
-    trials = tuple(
-        TrialPoint(
-            float_layers=len(timed.trial.kept),
-            int8_share=timed.trial.int8_share,
-            ap=timed.trial.score,
-            p50_ms=timed.p50_ms,
-            chosen=timed.trial.kept == found.kept,
-        )
-        for timed in found.trials
-    )
-    layers = tuple(
-        LayerRow(
-            layer=item.layer.removesuffix(".weight"),
-            classes=item.effect.classes,
-            boxes=item.effect.boxes,
-            centerness=item.effect.centerness,
-            kept_float=item.layer in found.kept,
-        )
-        for item in found.ranking
-    )
-    return MixedPrecisionPart(
-        placement=found.placement,
-        backend=found.backend,
-        max_drop=found.max_drop,
-        float_ap=found.float_score,
-        float_p50_ms=found.float_p50_ms,
-        trials=trials,
-        layers=layers,
-    )
-
-
-def time_trials(
-    source: Path,
-    trials: Sequence[Trial],
-    *,
-    make: Callable[[Trial, Path], None],
-    folder: Path,
-    backend: str,
-    options: SessionOptions,
-    image: Path,
-    progress: ProgressFn = no_progress,
-) -> tuple[float, dict[Trial, float]]:
-    """Median milliseconds of the float graph, and of each candidate as ``make`` writes it, timed in turns."""
-    paths = [source]
-    for index, trial in enumerate(trials):
-        paths.append(folder / f"trial-{index}.onnx")
-        make(trial, paths[-1])
-    with contextlib.ExitStack() as stack:
-        detectors = [stack.enter_context(Detector.open(p, backend=backend, options=options)) for p in paths]
-        timings = time_in_turns(detectors, read_image(image), options=_TIMING, progress=progress)
-    first, *others = (round(float(np.median(timing.whole)), 3) for timing in timings)
-    return first, dict(zip(trials, others, strict=True))

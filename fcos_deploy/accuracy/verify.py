@@ -18,7 +18,7 @@ from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.matching import assign, detection_iou
 from fcos_deploy.bundle.golden import GoldenImage, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
-from fcos_deploy.bundle.preflight import StepDown, choose
+from fcos_deploy.bundle.preflight import Fallback, choose
 from fcos_deploy.bundle.records import Gate
 from fcos_deploy.bundle.store import Bundle, Selection
 from fcos_deploy.core.backend import SessionOptions
@@ -107,7 +107,7 @@ class VerificationRecord:
     session: dict[str, str]
     machine: dict[str, str]
     versions: dict[str, str]
-    stepped_down: tuple[StepDown, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
     signed_by: str = ""
 
     @property
@@ -275,7 +275,7 @@ def verify_bundle(
     if not golden:
         raise BundleError(f"The bundle '{bundle.source}' has no golden images to verify with.")
     machine = read_machine()
-    selection, stepped = _select(bundle, options, machine)
+    selection, fallbacks = _select(bundle, options, machine)
     gate = bundle.manifest.gate(selection.artifact.precision)
     session: Mapping[str, str] = {}
     results: tuple[GoldenResult, ...] = ()
@@ -300,12 +300,12 @@ def verify_bundle(
         session=dict(session),
         machine=_machine_text(machine),
         versions=_versions(),
-        stepped_down=stepped,
+        fallbacks=fallbacks,
         signed_by=signed_by,
     )
 
 
-def _select(bundle: Bundle, options: VerifyOptions, machine: MachineFacts) -> tuple[Selection, tuple[StepDown, ...]]:
+def _select(bundle: Bundle, options: VerifyOptions, machine: MachineFacts) -> tuple[Selection, tuple[Fallback, ...]]:
     """A server has its own machine, which preflight cannot see."""
     if options.server:
         return bundle.select(backend=options.backend, precision=options.precision), ()

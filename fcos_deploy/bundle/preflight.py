@@ -14,7 +14,7 @@ from fcos_deploy.core.errors import ConfigError, DeviceError, FcosDeployError
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import get_backend
 
-__all__ = ["Difference", "PreflightRequest", "StepDown", "choose", "preflight", "require_fit"]
+__all__ = ["Difference", "Fallback", "PreflightRequest", "choose", "preflight", "require_fit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class PreflightRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepDown:
+class Fallback:
     """A backend that was passed over, and why; for records and logs."""
 
     backend: str
@@ -159,7 +159,7 @@ def choose(
     allow_fallback: bool = False,
     machine: MachineFacts | None = None,
     request: PreflightRequest | None = None,
-) -> tuple[Selection, tuple[StepDown, ...]]:
+) -> tuple[Selection, tuple[Fallback, ...]]:
     """The artifact to run after preflight, and the backends that were passed over on the way to it.
 
     Without ``allow_fallback`` nothing is ever passed over. With it, the manifest's declared chain is gone through in
@@ -170,7 +170,7 @@ def choose(
     """
     first = backend or bundle.manifest.target.backend
     chain = [name for name in bundle.manifest.target.fallback if name != first] if allow_fallback else []
-    passed: list[StepDown] = []
+    fallbacks: list[Fallback] = []
     for name in (first, *chain):
         selection: Selection | None = None
         try:
@@ -180,14 +180,14 @@ def choose(
             if not allow_fallback:
                 raise
             path = selection.artifact.path if selection else ""
-            passed.append(StepDown(backend=name, artifact=path, reason=error.message))
+            fallbacks.append(Fallback(backend=name, artifact=path, reason=error.message))
             continue
-        return selection, tuple(passed)
-    raise _nothing_fits(bundle, passed)
+        return selection, tuple(fallbacks)
+    raise _nothing_fits(bundle, fallbacks)
 
 
-def _nothing_fits(bundle: Bundle, passed: list[StepDown]) -> FcosDeployError:
-    reasons = "; ".join(f"{step.backend}: {step.reason}" for step in passed)
+def _nothing_fits(bundle: Bundle, fallbacks: list[Fallback]) -> FcosDeployError:
+    reasons = "; ".join(f"{item.backend}: {item.reason}" for item in fallbacks)
     return DeviceError(
         f"No backend of the bundle's chain can run here. {reasons}",
         hint=bundle.manifest.provenance.command or "make the bundle for this machine with 'fcos-deploy deploy'",

@@ -194,7 +194,7 @@ RequireSignature = Annotated[
     bool, typer.Option("--require-signature", help="Refuse what is not a bundle that a --public-key signed.")
 ]
 AllowFallback = Annotated[
-    bool, typer.Option("--allow-fallback", help="Step down the chain of backends that a bundle declares.")
+    bool, typer.Option("--allow-fallback", help="Fall back along the chain of backends that a bundle declares.")
 ]
 
 

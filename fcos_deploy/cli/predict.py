@@ -74,8 +74,8 @@ def command(
                 found.append(one)
         except ImageError as error:
             unread = error
-    for step in detector.stepped_down:
-        note(f"stepped down from {step.backend}: {step.reason}")
+    for fallback in detector.fallbacks:
+        note(f"fallback from {fallback.backend}: {fallback.reason}")
     rows = [row for one in found for row in prediction_rows(one, detector.names)]
     if as_json and (found or unread is None):
         print_json([prediction_json(one, detector) for one in found])

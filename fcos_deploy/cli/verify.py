@@ -58,7 +58,7 @@ def command(
         print_json(to_json(record))
     if junit is not None:
         write_junit(junit, record_verdicts(record), suite="fcos-deploy verify")
-    for step in record.stepped_down:
-        note(f"stepped down from {step.backend}: {step.reason}")
+    for fallback in record.fallbacks:
+        note(f"fallback from {fallback.backend}: {fallback.reason}")
     require_verified(record)
     note(f"verified: {record.artifact} on {record.backend} in {record.seconds:.1f} s; {record.summary}")

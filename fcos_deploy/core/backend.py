@@ -60,7 +60,7 @@ class SessionOptions:
     checkpoint is read; None leaves that to its ecosystem.
 
     Of bundles: ``public_keys`` (PEM texts, or files of them) opens only one that the owner of one of them signed;
-    ``allow_fallback`` steps down the chain of backends that it declares when its own does not fit this machine.
+    ``allow_fallback`` falls back along the chain of backends that it declares when its own does not fit this machine.
     """
 
     device: str = ""

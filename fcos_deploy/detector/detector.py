@@ -32,7 +32,7 @@ from fcos_deploy.core.registry import all_backends, backends_for, get_backend
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
-    from fcos_deploy.bundle.preflight import StepDown
+    from fcos_deploy.bundle.preflight import Fallback
     from fcos_deploy.model.fcos import Fcos
 
 __all__ = ["AsyncGate", "Detector", "FeedMaker", "Image", "ModelSource", "Prepared", "find_model"]
@@ -46,7 +46,7 @@ class ModelSource:
 
     path: Path
     backend: Backend
-    stepped_down: tuple[StepDown, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
 
 
 def find_model(
@@ -81,10 +81,10 @@ def _of_bundle(model: Path, *, backend: str, precision: Precision | None, option
     from fcos_deploy.bundle.preflight import choose
 
     bundle = open_bundle(model, public_keys=options.public_keys)
-    selection, passed = choose(bundle, backend=backend, precision=precision, allow_fallback=options.allow_fallback)
-    for step in passed:
-        _LOG.warning("'%s' steps down from '%s': %s", model, step.backend, step.reason)
-    return ModelSource(bundle.path(selection.artifact.path), get_backend(selection.backend), passed)
+    selection, fallbacks = choose(bundle, backend=backend, precision=precision, allow_fallback=options.allow_fallback)
+    for fallback in fallbacks:
+        _LOG.warning("'%s' falls back from '%s': %s", model, fallback.backend, fallback.reason)
+    return ModelSource(bundle.path(selection.artifact.path), get_backend(selection.backend), fallbacks)
 
 
 def _named(name: str, model: Path, *, kinds: tuple[ArtifactKind, ...]) -> Backend:
@@ -310,12 +310,12 @@ class Detector:
         contract: ModelContract,
         *,
         score_threshold: float | None = None,
-        stepped_down: tuple[StepDown, ...] = (),
+        fallbacks: tuple[Fallback, ...] = (),
     ) -> None:
         """Take over an open session; ``open`` is the usual way.
 
         ``score_threshold``: only detections with at least this score; None leaves the model's own choice.
-        ``stepped_down``: the backends of the bundle that were passed over for this session.
+        ``fallbacks``: the backends of the bundle that were passed over for this session.
 
         Raises:
             ConfigError: a score threshold below the one that the model's tail has built in.
@@ -323,7 +323,7 @@ class Detector:
         """
         self.session = session
         self.contract = _with_threshold(contract, score_threshold)
-        self.stepped_down = stepped_down
+        self.fallbacks = fallbacks
         self._least_score = score_threshold
         self._feeds = FeedMaker(session, contract)
         self._turn = contextlib.nullcontext() if session.thread_safe else threading.Lock()
@@ -361,7 +361,7 @@ class Detector:
             source.backend.check_placement(contract)
             if precision is not None and contract.precision is not precision:
                 raise ConfigError(f"'{source.path.name}' is {contract.precision}, {precision} was asked for.")
-            return cls(session, contract, score_threshold=score_threshold, stepped_down=source.stepped_down)
+            return cls(session, contract, score_threshold=score_threshold, fallbacks=source.fallbacks)
 
     @classmethod
     def of_network(cls, network: Fcos, contract: ModelContract, *, options: SessionOptions | None = None) -> Detector:

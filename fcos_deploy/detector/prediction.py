@@ -70,7 +70,7 @@ def predict(
 def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any]:
     """``{"image", "width", "height", "backend", "precision", "detections": [...]}``, and ``"frame"`` for a video's.
 
-    ``"stepped_down"``, as verification records it, where a bundle's own backend was passed over for this one.
+    ``"fallbacks"``, as verification records it, where a bundle's own backend was passed over for this one.
     """
     document: dict[str, Any] = {
         "image": str(prediction.source),
@@ -80,8 +80,8 @@ def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any
         "precision": str(detector.contract.precision),
         "detections": prediction.detections.to_list(detector.names),
     }
-    if detector.stepped_down:
-        document["stepped_down"] = to_json(detector.stepped_down)
+    if detector.fallbacks:
+        document["fallbacks"] = to_json(detector.fallbacks)
     return document if prediction.frame is None else {**document, "frame": prediction.frame}
 
 

@@ -93,7 +93,7 @@ def chained_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return bundle
 
 
-def test_a_step_down_is_in_every_prediction_as_verification_records_it(chained_bundle: Path, folder: Path) -> None:
+def test_a_fallback_is_in_every_prediction_as_verification_records_it(chained_bundle: Path, folder: Path) -> None:
     pytest.importorskip("openvino")
     images = (folder / "a.png", folder / "b.png")
     refused = _run("predict", chained_bundle, *images, "--json")
@@ -102,14 +102,14 @@ def test_a_step_down_is_in_every_prediction_as_verification_records_it(chained_b
     assert done.exit_code == 0, done.stderr
     record = json.loads(_run("verify", chained_bundle, "--allow-fallback", "--json").stdout)
     for document in json.loads(done.stdout):
-        assert {key: document[key] for key in ("backend", "precision", "stepped_down")} == {
-            key: record[key] for key in ("backend", "precision", "stepped_down")
+        assert {key: document[key] for key in ("backend", "precision", "fallbacks")} == {
+            key: record[key] for key in ("backend", "precision", "fallbacks")
         }
         assert document["backend"] == "openvino"
-        ((passed_over, reason),) = [(step["backend"], step["reason"]) for step in document["stepped_down"]]
+        ((passed_over, reason),) = [(step["backend"], step["reason"]) for step in document["fallbacks"]]
         assert passed_over == "onnxruntime"
         assert "the runtime's version must be 0.1" in reason
-    assert "stepped down from onnxruntime: " in done.stderr
+    assert "fallback from onnxruntime: " in done.stderr
 
 
 def test_folders_are_searched_and_drawn_with_their_structure(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_only_what_a_trusted_key_signed_is_opened(name: str, home: Path) -> None
     assert allowed.exit_code == 0, allowed.output
 
 
-def test_only_commands_whose_answer_names_the_engine_step_down() -> None:
+def test_only_commands_whose_answer_names_the_engine_fall_back() -> None:
     """What evaluate and benchmark tell are the figures of the one engine that was asked for."""
     application = typer.main.get_group(build_app())
     takes = {name for name, c in application.commands.items() for p in c.params if "--allow-fallback" in p.opts}

@@ -174,14 +174,14 @@ def test_what_does_not_fit_is_refused_and_the_chain_is_used_only_when_allowed(bu
     assert allowed.exit_code == 0, allowed.output
     record = json.loads(allowed.stdout)
     assert record["backend"] == "openvino"
-    assert [step["backend"] for step in record["stepped_down"]] == ["onnxruntime"]
-    assert "stepped down from onnxruntime" in allowed.stderr
+    assert [step["backend"] for step in record["fallbacks"]] == ["onnxruntime"]
+    assert "fallback from onnxruntime" in allowed.stderr
     picture = next((bundle / "golden").glob("*.png"))
     assert _run("predict", bundle, picture).exit_code == 1
-    assert "stepped down from onnxruntime" in _run("predict", bundle, picture, "--allow-fallback").stderr
+    assert "fallback from onnxruntime" in _run("predict", bundle, picture, "--allow-fallback").stderr
     with Detector.open(bundle, options=SessionOptions(allow_fallback=True)) as detector:
         assert detector.session.description["backend"] == "openvino"
-        assert [step.backend for step in detector.stepped_down] == ["onnxruntime"]
+        assert [step.backend for step in detector.fallbacks] == ["onnxruntime"]
 
 
 def test_signing_and_the_policy(bundle: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ SERVER ?= .venv-server
 SERVER_PYTHON ?= /usr/bin/python3
 SERVER_STAMP = $(SERVER)/.installed
 
-.PHONY: install server-env demo test test-fast check fix
+.PHONY: install server-env demo test test-fast check docs fix
 
 install: $(STAMP)
 
@@ -15,7 +15,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev,serving,tensorrt-rtx]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev,docs,serving,tensorrt-rtx]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps tensorrt-stubs
 	touch $@
 
@@ -42,6 +42,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, into docs/_build/html; a broken link or reference is an error.
+docs: $(STAMP)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from calibration.cache import Calibration, load_calibration
 from calibration.calibrate import range_method
-from calibration.dataset import CalibrationSet, SampleOptions, collect_images, read_picture
-from calibration.nncf_quantizer import NncfOptions, quantize_nncf
+from calibration.dataset import SampleOptions, collect_images, read_picture
+from calibration.nncf_quantizer import quantize_nncf
 from calibration.placement import Placement, WeightRange, placement_for
 from calibration.qdq import quantize_qdq
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "nncf_images", "quantizer"]
+__all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "quantizer"]
 
 _COMPARED = 4  # images: two inferences each
 
@@ -79,6 +79,7 @@ class Quantizer(ABC):
     name: str
     suffix: str
     extra: str
+    ignores_layers = False  # whether layers can be left in float, which a search for an accuracy goal needs
 
     @abstractmethod
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
@@ -93,6 +94,7 @@ class Quantizer(ABC):
 
 class _Qdq(Quantizer):
     name, suffix, extra = "qdq", ".onnx", "export"
+    ignores_layers = True
 
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
         progress("quantizing", 0, 1)
@@ -119,28 +121,18 @@ class _Nncf(Quantizer):
     name, suffix, extra = "nncf", ".xml", "nncf"
 
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
-        images = nncf_images(request)
-        made = quantize_nncf(request.source, images, request.output, options=NncfOptions(), progress=progress)
-        return QuantizeResult(files=made.files, record=made.record)
-
-
-def nncf_images(request: QuantizeRequest) -> CalibrationSet:
-    """The images that NNCF shall measure on, when it can do what is asked for.
-
-    Raises:
-        ConfigError: another consumer than OpenVINO, or layers to keep in float.
-        CalibrationError: no images, or too few.
-    """
-    if "openvino" not in request.placement.backends:
-        raise ConfigError(
-            f"An NNCF model is for OpenVINO, not for '{request.consumer}'.",
-            hint="--for openvino, or --quantizer qdq",
-        )
-    if request.keep_float:
-        raise ConfigError("NNCF cannot be told layers to keep in float here.", hint="--quantizer qdq")
-    if request.images is None:
-        raise CalibrationError("NNCF measures on images itself.", hint="--images DIR")
-    return collect_images(request.images, options=SampleOptions(count=request.count, seed=request.seed))
+        if "openvino" not in request.placement.backends:
+            raise ConfigError(
+                f"An NNCF model is for OpenVINO, not for '{request.consumer}'.",
+                hint="--for openvino, or --quantizer qdq",
+            )
+        if request.keep_float:
+            raise ConfigError("NNCF cannot be told layers to keep in float here.", hint="--quantizer qdq")
+        if request.images is None:
+            raise CalibrationError("NNCF measures on images itself.", hint="--images DIR")
+        images = collect_images(request.images, options=SampleOptions(count=request.count, seed=request.seed))
+        result = quantize_nncf(request.source, images, request.output, progress=progress)
+        return QuantizeResult(files=result.files, record=result.record)
 
 
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in (_Qdq(), _Nncf())}

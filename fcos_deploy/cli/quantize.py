@@ -36,7 +36,6 @@ def command(
     evaluations: Annotated[
         int, typer.Option(min=1, help="Most mixtures of INT8 and float to evaluate; 1: all layers in INT8 or nothing.")
     ] = 16,
-    calibration_images: Annotated[Path | None, typer.Option(help="Images for nncf, when --images are others.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime that measures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
@@ -51,7 +50,7 @@ def command(
         output=output,
         consumer=consumer,
         calibration=calibration,
-        images=calibration_images or images,
+        images=images,
         method=method,
         weights=weight_range(weights),
         keep_float=tuple(keep_float or ()),

@@ -1,4 +1,4 @@
-"""AP of anything that turns feeds into outputs: what NNCF's accuracy control asks for, again and again."""
+"""Quantize a graph, and where there is an accuracy goal keep as many layers in float as it needs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.mixed_precision import (
     DEFAULT_EVALUATIONS,
@@ -21,19 +19,16 @@ from calibration.mixed_precision import (
     pareto_front,
     search_mixed_precision,
 )
-from calibration.nncf_quantizer import NncfGoal, nncf_table, quantize_nncf_to_goal
 from calibration.placement import Placement
 from calibration.qdq import quantize_qdq
-from calibration.quantizers import QuantizeRequest, QuantizeResult, nncf_images, quantizer
+from calibration.quantizers import QuantizeRequest, QuantizeResult, quantizer
 from calibration.trade_offs import TimedTrial, TradeOffs, write_trade_offs
-from fcos_deploy.accuracy.coco import coco_scores
-from fcos_deploy.accuracy.dataset import Dataset, folder_images, ground_truth_from_detections, label_index, load_coco
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
-from fcos_deploy.core.backend import SessionOptions, Tensors
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -41,63 +36,7 @@ from fcos_deploy.core.registry import all_backends
 from fcos_deploy.core.score_drift import ScoreDrift, score_drift
 from fcos_deploy.detector import Detector
 
-__all__ = ["AccuracyGoal", "RunScore", "accuracy_goal", "quantize_model"]
-
-_Run = Callable[[Tensors], Tensors]
-_LEAST_SCORE = 0.3  # of the float model's detections that count as ground truth where there are no annotations
-
-
-class RunScore:
-    """Scores functions from the feeds to the outputs of ``source``, on images read anew each time.
-
-    Without ``annotations`` the detections of ``source`` are the ground truth.
-    """
-
-    def __init__(
-        self,
-        source: Path,
-        images: Path,
-        *,
-        annotations: Path | None = None,
-        backend: str = "",
-        options: SessionOptions | None = None,
-    ) -> None:
-        self._detector = Detector.open(source, backend=backend, options=options)
-        self._dataset = load_coco(annotations, images=images) if annotations else self._own_ground_truth(images)
-        self._labels = label_index(self._detector.names, self._dataset)
-
-    def __len__(self) -> int:
-        return len(self._dataset.images)
-
-    def __call__(self, run: _Run, positions: Sequence[int]) -> float:
-        """AP (0..1) over the images at these positions; 0 where none of them has an object."""
-        images = tuple(self._dataset.images[position] for position in positions)
-        ground_truth = {image.image_id: self._dataset.ground_truth[image.image_id] for image in images}
-        part = Dataset(images, ground_truth, self._dataset.class_names, self._dataset.source)
-        found = {image.image_id: self._detect(run, image.path, self._labels) for image in images}
-        return coco_scores(part, found).ap or 0.0
-
-    def _detect(self, run: _Run, path: Path, labels: NDArray[np.int64] | None = None) -> Detections:
-        feeds, letterboxes = self._detector.prepare([read_image(path)])
-        found = self._detector.finish(run(feeds), letterboxes)[0]
-        return found if labels is None else Detections(found.boxes, found.scores, labels[found.labels])
-
-    def _own_ground_truth(self, folder: Path) -> Dataset:
-        images = folder_images(folder)
-        found = {image.image_id: self._detect(self._detector.infer, image.path) for image in images}
-        names = self._detector.names
-        return ground_truth_from_detections(
-            images, found, class_names=names, min_score=_LEAST_SCORE, source="The float model"
-        )
-
-    def __enter__(self) -> RunScore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._detector.close()
-
+__all__ = ["AccuracyGoal", "accuracy_goal", "quantize_model"]
 
 # Pictures that layers are ranked on: each costs one inference per layer.
 _RANKING_PICTURES = 8
@@ -164,14 +103,18 @@ def quantize_model(
         AccuracyGateError: the goal cannot be reached; nothing was written, the float graph is as it was.
         CalibrationError, ConfigError: as the quantizer says.
     """
-    made_by = quantizer(kind)
+    chosen = quantizer(kind)
     if goal is None:
-        return made_by.quantize(request, progress=progress)
+        return chosen.quantize(request, progress=progress)
+    if not chosen.ignores_layers:
+        raise ConfigError(
+            f"The quantizer '{kind}' cannot search for an accuracy goal.",
+            hint=f"quantize without the goal, then 'fcos-deploy evaluate {request.output} --images DIR "
+            f"--max-map-drop {goal.max_map_drop}'; or --quantizer qdq",
+        )
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         score = _Score(request.source, goal, predictions=scratch, progress=progress)
-        if kind == "nncf":
-            return _controlled(request, goal, score=score, progress=progress)
         state = state or request.output.with_name(f".{request.output.stem}.search.json")
         return _mixed(request, goal, score=score, state=state, folder=scratch, progress=progress)
 
@@ -219,44 +162,6 @@ class _Score:
             [other[number] for number in sorted(other)],
             class_names=read_contract(source).class_names,
         )
-
-
-def _controlled(request: QuantizeRequest, goal: AccuracyGoal, *, score: _Score, progress: ProgressFn) -> QuantizeResult:
-    """NNCF with its accuracy control. Its result takes its name when our own evaluation holds the goal too."""
-    images = nncf_images(request)
-    options = SessionOptions(threads=goal.threads)
-    request.output.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{request.output.stem}.", dir=request.output.parent) as folder,
-        RunScore(
-            request.source, goal.images, annotations=goal.annotations, backend=goal.backend, options=options
-        ) as run_score,
-    ):
-        made, trials = quantize_nncf_to_goal(
-            request.source,
-            images,
-            Path(folder) / request.output.name,
-            goal=NncfGoal(
-                max_drop=goal.max_map_drop,
-                images=len(run_score),
-                score=run_score,
-                iterations=max(1, goal.evaluations - 1),
-            ),
-            progress=progress,
-        )
-        before, after = score(request.source), score(made.files[0])
-        if before - after > goal.max_map_drop + 1e-6:
-            raise AccuracyGateError(
-                f"mAP {before:.4f} -> {after:.4f} (drop {before - after:.4f} > {goal.max_map_drop:.4f}) with NNCF, "
-                f"which took it for {trials[-1].score:.4f}.\n{nncf_table(trials)}",
-                hint="--quantizer qdq keeps layers in float until the goal holds",
-            )
-        drift = score.drift(request.source, made.files[0])
-        # The .xml, which makes the artifact visible, comes last.
-        files = [file.replace(request.output.with_name(file.name)) for file in reversed(made.files)][::-1]
-    tried = {"evaluations": str(len(trials)), "int8_convolutions": str(trials[-1].int8_convolutions)}
-    record = {**made.record, **tried, **_scores(before, after), **_drift_record(drift)}
-    return QuantizeResult(files=tuple(files), record=record)
 
 
 def _mixed(

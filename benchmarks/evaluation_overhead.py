@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 from exporters.torch_onnx import export_onnx
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.detector import DetectorSpec
 
 DEMO = Path(__file__).parents[1] / "fcos_deploy" / "demo_data"
 CHECKPOINT = DEMO / "fcos_bccd.safetensors"
@@ -33,8 +34,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = export_onnx(load_checkpoint(CHECKPOINT), Path(folder) / "demo.onnx").path
         request = EvaluationRequest(
-            targets=tuple(Target(model=model, backend=b, options=options) for b in ("onnxruntime", "openvino")),
-            reference=Target(model=CHECKPOINT, options=options),
+            candidates=tuple(
+                DetectorSpec(model=model, backend=b, options=options) for b in ("onnxruntime", "openvino")
+            ),
+            reference=DetectorSpec(model=CHECKPOINT, options=options),
             images=DEMO / "evaluation",
             annotations=DEMO / "evaluation.json",
             limit=asked.images,
@@ -43,7 +46,7 @@ def main() -> None:
         started = time.perf_counter()
         found = evaluate(request)
         whole = time.perf_counter() - started
-    runs = [e.run for e in (found.reference, *found.targets) if e is not None]
+    runs = [e.run for e in (found.reference, *found.candidates) if e is not None]
     opening, inference = (sum(getattr(run.seconds, part) for run in runs) for part in ("open", "infer"))
     beside = sum(run.seconds.total for run in runs) - inference
     rest = whole - opening - inference - beside

@@ -26,10 +26,11 @@ from calibration.nncf_quantizer import NncfOptions, quantize_nncf
 from calibration.placement import PLACEMENTS, load_graph
 from calibration.qdq import quantize_qdq
 from calibration.ranges import RangeMethod
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.registry import get_backend
+from fcos_deploy.detector import DetectorSpec
 
 # Which runtimes a placement is measured on: those that execute it in INT8.
 RUNS_ON = {"portable": ("openvino",), "onnxruntime-cpu": ("onnxruntime",), "openvino": ("openvino",)}
@@ -118,11 +119,17 @@ NNCF_SETTINGS = {
 
 def measure(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     """AP on all evaluation images, executed share, signal-to-noise of the raw outputs."""
-    target = Target(model=variant.path, backend=variant.backend, options=SessionOptions(threads=options.threads))
-    request = EvaluationRequest(
-        targets=(target,), images=options.images, annotations=options.annotations, resamples=0, predictions=options.work
+    candidate = DetectorSpec(
+        model=variant.path, backend=variant.backend, options=SessionOptions(threads=options.threads)
     )
-    scores = evaluate(request).targets[0].scores
+    request = EvaluationRequest(
+        candidates=(candidate,),
+        images=options.images,
+        annotations=options.annotations,
+        resamples=0,
+        predictions=options.work,
+    )
+    scores = evaluate(request).candidates[0].scores
     found: dict[str, Any] = {"ap": scores.ap, "ap50": scores.ap50, "ap75": scores.ap75}
     if variant.placement != "float":
         found["int8_share"] = executed_share(options.model, variant.path, variant.backend).share

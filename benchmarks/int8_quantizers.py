@@ -25,10 +25,11 @@ import numpy as np
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images, read_picture
 from calibration.execution import Feeder
 from calibration.placement import load_graph
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract, write_sidecar
 from fcos_deploy.core.registry import get_backend
+from fcos_deploy.detector import DetectorSpec
 
 
 def ours(model: Path, images: CalibrationSet, output: Path, *, consumer: str, threads: int) -> None:
@@ -218,9 +219,11 @@ def _session(options: argparse.Namespace) -> SessionOptions:
 
 
 def _ap(model: Path, runtime: str, session: SessionOptions, options: argparse.Namespace) -> float:
-    target = Target(model=model, backend=runtime, options=session)
-    request = EvaluationRequest(targets=(target,), images=options.images, annotations=options.annotations, resamples=0)
-    return evaluate(request).targets[0].scores.ap or 0.0
+    candidate = DetectorSpec(model=model, backend=runtime, options=session)
+    request = EvaluationRequest(
+        candidates=(candidate,), images=options.images, annotations=options.annotations, resamples=0
+    )
+    return evaluate(request).candidates[0].scores.ap or 0.0
 
 
 def latencies(runtime: str, results: dict[str, Any], options: argparse.Namespace) -> dict[str, tuple[float, float]]:

@@ -50,7 +50,7 @@ def measure(source: Path, *, backend: str, options: BuildOptions, repeats: int) 
 def variants(arguments: argparse.Namespace, folder: Path) -> list[BuildOptions]:
     """One build per capability; on TensorRT one without and two with a timing cache, of which the first fills it."""
     batch = BatchRange(*arguments.batch)
-    if get_exporter(arguments.backend).target is ArtifactKind.TENSORRT_RTX_ENGINE:
+    if get_exporter(arguments.backend).produces is ArtifactKind.TENSORRT_RTX_ENGINE:
         return [BuildOptions(batch=batch, compute_capabilities=(c,)) for c in arguments.capability or ["8.6"]]
     cached = BuildOptions(batch=batch, timing_cache=folder / "timing.cache")
     return [BuildOptions(batch=batch), cached, cached]

@@ -161,7 +161,7 @@ _SIGNAL_SECONDS = 0.1  # how long a Ctrl-C may go unnoticed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineTarget:
+class BuilderLibrary:
     """Which library builds, and what it makes."""
 
     import_name: str
@@ -177,7 +177,7 @@ class EngineBuild:
     record: dict[str, str]
 
 
-def build_engine(request: BuildRequest, *, target: EngineTarget) -> BuildResult:
+def build_engine(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResult:
     """Build one engine and write it.
 
     Raises:
@@ -187,12 +187,12 @@ def build_engine(request: BuildRequest, *, target: EngineTarget) -> BuildResult:
         BuildError: with the builder's last lines.
         KeyboardInterrupt: after the builder has stopped.
     """
-    contract = checked_contract(request.source, target=target, options=request.options)
-    library = load_tensorrt(target.import_name, extra=target.extra)
-    generation = generation_of(library, import_name=target.import_name)
+    contract = checked_contract(request.source, builder=builder, options=request.options)
+    library = load_tensorrt(builder.import_name, extra=builder.extra)
+    generation = generation_of(library, import_name=builder.import_name)
     check_options(request.options, generation=generation)
     require_writable(request.output)
-    build = _Build(request, contract=contract, generation=generation, library=library, target=target)
+    build = _Build(request, contract=contract, generation=generation, library=library, builder=builder)
     return write_engine(build.run(), request=request, contract=contract)
 
 
@@ -205,7 +205,7 @@ def write_engine(build: EngineBuild, *, request: BuildRequest, contract: ModelCo
     return BuildResult(files=(request.output, sidecar), record=record)
 
 
-def checked_contract(source: Path, *, target: EngineTarget, options: BuildOptions) -> ModelContract:
+def checked_contract(source: Path, *, builder: BuilderLibrary, options: BuildOptions) -> ModelContract:
     """The ONNX file's contract.
 
     Raises:
@@ -215,7 +215,7 @@ def checked_contract(source: Path, *, target: EngineTarget, options: BuildOption
     if source.suffix != ".onnx":
         raise ConfigError(f"An engine is built from an .onnx file, got '{source.name}'.")
     contract = read_contract(source)
-    for backend in backends_for(target.kind):
+    for backend in backends_for(builder.kind):
         backend.check_placement(contract)
     if options.precision not in (None, contract.precision):
         raise ConfigError(
@@ -262,17 +262,17 @@ class _Build:
         contract: ModelContract,
         generation: Generation,
         library: TensorRT,
-        target: EngineTarget,
+        builder: BuilderLibrary,
     ) -> None:
         self._request = request
         self._options = request.options
         self._contract = contract
         self._generation = generation
         self._trt = library
-        self._target = target
+        self._builder_library = builder
         self._record: dict[str, str] = {}
         self._timing_file: Path | None = None
-        self._devices = [device for backend in backends_for(target.kind) for device in backend.probe().devices]
+        self._devices = [device for backend in backends_for(builder.kind) for device in backend.probe().devices]
 
     def run(self) -> EngineBuild:
         """Parse, configure, build, describe."""
@@ -387,7 +387,7 @@ class _Build:
     def _describe(self, log: LibraryLog, *, seconds: float) -> None:
         layers = parse_layer_list(log.layer_lists[-1]) if log.layer_lists else []
         self._record |= {
-            "builder": self._target.import_name,
+            "builder": self._builder_library.import_name,
             "version": self._trt.__version__,
             "built_on": self._devices[0] if self._devices else "no GPU",
             "platform": f"{platform.system()} {platform.machine()}",
@@ -411,7 +411,7 @@ def _plain(options: BuildOptions) -> dict[str, str]:
 _WARM_UP, _REPEATS = 10, 50
 
 
-def build_best(request: BuildRequest, *, target: EngineTarget) -> BuildResult:
+def build_best(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResult:
     """One build, or the fastest of ``options.builds``.
 
     Raises:
@@ -420,15 +420,15 @@ def build_best(request: BuildRequest, *, target: EngineTarget) -> BuildResult:
     """
     count = request.options.builds
     if count == 1:
-        return build_engine(request, target=target)
+        return build_engine(request, builder=builder)
     if count < 1:
         raise ConfigError(f"The number of builds must be at least 1, got {count}.")
     if request.options.timing_cache is not None:
         raise ConfigError("Several builds from one timing cache are all the same.", hint="leave one of the two out")
-    backend = _measuring_backend(target)
+    backend = _measuring_backend(builder)
     require_writable(request.output)
     with tempfile.TemporaryDirectory(prefix=".builds-", dir=request.output.parent) as folder:
-        return _fastest(request, target=target, backend=backend, folder=Path(folder))
+        return _fastest(request, builder=builder, backend=backend, folder=Path(folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,12 +437,12 @@ class _Candidate:
     milliseconds: float
 
 
-def _fastest(request: BuildRequest, *, target: EngineTarget, backend: Backend, folder: Path) -> BuildResult:
+def _fastest(request: BuildRequest, *, builder: BuilderLibrary, backend: Backend, folder: Path) -> BuildResult:
     candidates = []
     for index in range(request.options.builds):
         output = folder / f"{index}{request.output.suffix}"
         single = replace(request, output=output, options=replace(request.options, builds=1))
-        result = build_engine(single, target=target)
+        result = build_engine(single, builder=builder)
         with backend.open(output, SessionOptions()) as session:
             candidates.append(_Candidate(result, _median_milliseconds(session, usual=usual_shapes(result.record))))
     best = min(candidates, key=lambda candidate: candidate.milliseconds)
@@ -462,8 +462,8 @@ def _move(result: BuildResult, *, request: BuildRequest, times: list[float]) -> 
     return BuildResult(files=(request.output, target_sidecar), record=record)
 
 
-def _measuring_backend(target: EngineTarget) -> Backend:
-    for backend in backends_for(target.kind):
+def _measuring_backend(builder: BuilderLibrary) -> Backend:
+    for backend in backends_for(builder.kind):
         probe = backend.probe()
         if probe.available:
             return backend

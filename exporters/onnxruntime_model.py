@@ -29,7 +29,7 @@ class _OnnxRuntimeExporter(Exporter):
 
     name = "onnxruntime"
     source = ArtifactKind.ONNX
-    target = ArtifactKind.ONNX
+    produces = ArtifactKind.ONNX
     extra = "onnxruntime"
 
     def build(self, request: BuildRequest) -> BuildResult:

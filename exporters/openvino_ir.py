@@ -28,7 +28,7 @@ class _OpenVinoExporter(Exporter):
 
     name = "openvino"
     source = ArtifactKind.ONNX
-    target = ArtifactKind.OPENVINO_IR
+    produces = ArtifactKind.OPENVINO_IR
     extra = "openvino"
 
     def build(self, request: BuildRequest) -> BuildResult:
@@ -62,7 +62,7 @@ class _OpenVinoExporter(Exporter):
         if request.output.suffix != ".xml":
             raise ConfigError(f"An OpenVINO IR is named '*.xml', got '{request.output.name}'.")
         contract = read_contract(request.source)
-        for backend in backends_for(self.target):
+        for backend in backends_for(self.produces):
             backend.check_placement(contract)
         if request.options.precision is Precision.INT8 and contract.precision is not Precision.INT8:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporters._tensorrt_build import EngineTarget, build_best
+from exporters._tensorrt_build import BuilderLibrary, build_best
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
 
@@ -14,12 +14,12 @@ class TensorrtExporter(Exporter):
 
     name = "tensorrt"
     source = ArtifactKind.ONNX
-    target = ArtifactKind.TENSORRT_ENGINE
+    produces = ArtifactKind.TENSORRT_ENGINE
     extra = "tensorrt"
 
     def build(self, request: BuildRequest) -> BuildResult:
         """Build for the GPU of this machine."""
-        return build_best(request, target=EngineTarget(import_name="tensorrt", extra=self.extra, kind=self.target))
+        return build_best(request, builder=BuilderLibrary(import_name="tensorrt", extra=self.extra, kind=self.produces))
 
 
 EXPORTER = TensorrtExporter()

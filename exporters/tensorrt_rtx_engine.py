@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporters._tensorrt_build import EngineTarget, build_best
+from exporters._tensorrt_build import BuilderLibrary, build_best
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
 
@@ -14,12 +14,14 @@ class TensorrtRtxExporter(Exporter):
 
     name = "tensorrt-rtx"
     source = ArtifactKind.ONNX
-    target = ArtifactKind.TENSORRT_RTX_ENGINE
+    produces = ArtifactKind.TENSORRT_RTX_ENGINE
     extra = "tensorrt-rtx"
 
     def build(self, request: BuildRequest) -> BuildResult:
         """Build for ``options.compute_capabilities``; none given: the library's portable set."""
-        return build_best(request, target=EngineTarget(import_name="tensorrt_rtx", extra=self.extra, kind=self.target))
+        return build_best(
+            request, builder=BuilderLibrary(import_name="tensorrt_rtx", extra=self.extra, kind=self.produces)
+        )
 
 
 EXPORTER = TensorrtRtxExporter()

@@ -24,8 +24,8 @@ from fcos_deploy.bundle import (
     GoldenImage,
     Manifest,
     Provenance,
+    RunDefaults,
     StepOutput,
-    Target,
     make_golden,
 )
 from fcos_deploy.core.contract import ModelContract
@@ -98,7 +98,7 @@ def make_bundle(bundle_contract: ModelContract) -> Callable[[Path], Path]:
                 name="cells",
                 contract=bundle_contract,
                 provenance=Provenance(checkpoint="cells.pth", checkpoint_sha256="ab" * 32),
-                target=Target(backend="onnxruntime", precision=Precision.INT8, fallback=("openvino",)),
+                defaults=RunDefaults(backend="onnxruntime", precision=Precision.INT8, fallback=("openvino",)),
                 gates=DEFAULT_GATES,
                 golden=tuple(from_json(GoldenImage, value) for value in golden.values),
             )
@@ -221,7 +221,7 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.u
                 name="tiny",
                 contract=contract,
                 provenance=Provenance(checkpoint="tiny.safetensors", checkpoint_sha256=source),
-                target=Target(backend="onnxruntime", precision=Precision.FP32, fallback=("openvino",)),
+                defaults=RunDefaults(backend="onnxruntime", precision=Precision.FP32, fallback=("openvino",)),
                 gates=DEFAULT_GATES,
                 golden=tuple(from_json(GoldenImage, value) for value in records),
             )

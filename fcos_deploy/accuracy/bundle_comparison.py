@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.diagnosis import contract_causes
-from fcos_deploy.accuracy.evaluate import Target
 from fcos_deploy.accuracy.gate import Gate, Verdict, judge_agreement, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, compare_detections
@@ -23,6 +22,7 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
+from fcos_deploy.detector import DetectorSpec
 
 __all__ = [
     "FIGURE_COLUMNS",
@@ -42,8 +42,8 @@ Variant = tuple[str, Precision]  # backend and precision
 class BundleComparisonRequest:
     """The second bundle is held to the first; backend and precision say what runs on the golden images."""
 
-    first: Target
-    second: Target
+    first: DetectorSpec
+    second: DetectorSpec
     gate: Gate = field(default_factory=Gate)
     matching: MatchOptions = field(default_factory=MatchOptions)
 
@@ -84,17 +84,17 @@ def compare_bundles(request: BundleComparisonRequest, *, progress: ProgressFn = 
         ConfigError: one of the two is no bundle; a limit on AP, and the bundles record none that can be compared.
         FcosDeployError: a bundle or its runtime cannot be opened.
     """
-    for target in (request.first, request.second):
-        if not is_bundle(target.model):
+    for spec in (request.first, request.second):
+        if not is_bundle(spec.model):
             raise ConfigError(
-                f"'{target.model}' is not a bundle, and only bundles can be compared without images.",
+                f"'{spec.model}' is not a bundle, and only bundles can be compared without images.",
                 hint="give --images DIR, and --annotations FILE where there are some",
             )
     with _opened(request.first) as first, _opened(request.second) as second:
         images = _golden_images(first, second)
         chosen = tuple(_variant(b, t) for b, t in ((first, request.first), (second, request.second)))
         manifests = first.manifest, second.manifest
-    found = [_detect(target, images, progress) for target in (request.first, request.second)]
+    found = [_detect(spec, images, progress) for spec in (request.first, request.second)]
     agreement = compare_detections(found[0], found[1], options=request.matching)
     subject = _subject(chosen[1])
     verdicts = judge_agreement(request.gate, agreement, subject=subject)
@@ -115,19 +115,19 @@ _FACTS: dict[str, Callable[[Manifest], str]] = {
     "made": lambda m: m.provenance.created or "-",
     "checkpoint": lambda m: f"{m.provenance.checkpoint} ({m.provenance.checkpoint_sha256[:12]})",
     "classes": lambda m: str(len(m.contract.class_names)),
-    "meant for": lambda m: f"{m.target.backend} {m.target.precision}",
+    "meant for": lambda m: f"{m.defaults.backend} {m.defaults.precision}",
     "machine": lambda m: next((figure.device for figure in m.benchmark), "-"),
     "accuracy over": lambda m: next((f"{f.images} images, {f.dataset}" for f in m.accuracy), "-"),
     "golden images": lambda m: str(len(m.golden)),
 }
 
 
-def _opened(target: Target) -> Bundle:
-    return open_bundle(target.model, public_keys=target.options.public_keys)
+def _opened(spec: DetectorSpec) -> Bundle:
+    return open_bundle(spec.model, public_keys=spec.options.public_keys)
 
 
-def _variant(bundle: Bundle, target: Target) -> Variant:
-    selection = bundle.select(backend=target.backend, precision=target.precision)
+def _variant(bundle: Bundle, spec: DetectorSpec) -> Variant:
+    selection = bundle.select(backend=spec.backend, precision=spec.precision)
     return selection.backend, selection.artifact.precision
 
 
@@ -147,12 +147,12 @@ def _golden_images(*bundles: Bundle) -> list[NDArray[np.uint8]]:
     return list(images.values())
 
 
-def _detect(target: Target, images: list[NDArray[np.uint8]], progress: ProgressFn) -> dict[int, Detections]:
+def _detect(spec: DetectorSpec, images: list[NDArray[np.uint8]], progress: ProgressFn) -> dict[int, Detections]:
     found = {}
-    with target.open() as detector:
+    with spec.open() as detector:
         for number, image in enumerate(images):
             found[number] = detector.detect(image)
-            progress(target.model.name, number + 1, len(images))
+            progress(spec.model.name, number + 1, len(images))
     return found
 
 

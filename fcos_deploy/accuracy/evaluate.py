@@ -29,16 +29,15 @@ from fcos_deploy.accuracy.dataset import (
 from fcos_deploy.accuracy.gate import Gate, Verdict, judge_agreement, judge_ap, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval, ApSamples, ap_interval, match_dataset, paired_ap_drop, sample_ap
 from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, compare_detections
-from fcos_deploy.core.backend import SessionOptions, Tensors
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.preprocess import Letterbox
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.detector import Detector
+from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = [
     "DetectionRun",
@@ -47,7 +46,6 @@ __all__ = [
     "Evaluations",
     "PredictionStore",
     "StageSeconds",
-    "Target",
     "collect_detections",
     "evaluate",
     "evaluate_run",
@@ -149,20 +147,6 @@ _Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A model on a backend at a precision; empty and None mean the detector's own choice."""
-
-    model: Path
-    backend: str = ""
-    precision: Precision | None = None
-    options: SessionOptions = field(default_factory=SessionOptions)
-
-    def open(self) -> Detector:
-        """Load it; the caller closes."""
-        return Detector.open(self.model, backend=self.backend, precision=self.precision, options=self.options)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StageSeconds:
     """Where the time of a run went, in seconds summed over its images.
 
@@ -214,7 +198,11 @@ class DetectionRun:
 
 
 def collect_detections(
-    target: Target, images: Sequence[EvaluationImage], *, folder: Path | None = None, progress: ProgressFn = no_progress
+    spec: DetectorSpec,
+    images: Sequence[EvaluationImage],
+    *,
+    folder: Path | None = None,
+    progress: ProgressFn = no_progress,
 ) -> DetectionRun:
     """Detect on every image; with ``folder`` each result is kept there at once, and a rerun goes on from it.
 
@@ -224,17 +212,17 @@ def collect_detections(
         ImageError, BackendError, ConfigError: as opening the model and detecting do.
     """
     started = time.perf_counter()
-    with target.open() as detector:
+    with spec.open() as detector:
         opening = time.perf_counter() - started
-        backend = detector.session.description.get("backend", target.backend)
+        backend = detector.session.description.get("backend", spec.backend)
         precision = str(detector.contract.precision)
-        store = PredictionStore.open(folder, key=_key(target, detector, images)) if folder else PredictionStore()
+        store = PredictionStore.open(folder, key=_key(spec, detector, images)) if folder else PredictionStore()
         with store:
             rest = [image for image in images if image.image_id not in store.found]
             resumed = len(images) - len(rest)
             seconds = _detect_all(detector, rest, store=store, progress=progress, label=f"{backend} {precision}")
             return DetectionRun(
-                model=target.model.name,
+                model=spec.model.name,
                 backend=backend,
                 precision=precision,
                 names=detector.names,
@@ -316,10 +304,10 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[_In], _Out], items: Iterabl
         yield waiting.popleft().result()
 
 
-def _key(target: Target, detector: Detector, images: Sequence[EvaluationImage]) -> str:
+def _key(spec: DetectorSpec, detector: Detector, images: Sequence[EvaluationImage]) -> str:
     """Hash of everything that the detections depend on: model, contract, runtime and the image files."""
     facts: dict[str, Any] = {
-        "files": [sha256_file(path) for path in _model_files(target.model)],
+        "files": [sha256_file(path) for path in _model_files(spec.model)],
         "contract": contract_to_text(detector.contract),
         "session": sorted(detector.session.description.items()),
         "images": [_image_facts(image) for image in images],
@@ -348,10 +336,10 @@ class EvaluationRequest:
     ``predictions``: folder that makes an interrupted run resumable.
     """
 
-    targets: tuple[Target, ...]
+    candidates: tuple[DetectorSpec, ...]
     images: Path
     annotations: Path | None = None
-    reference: Target | None = None
+    reference: DetectorSpec | None = None
     reference_score: float = 0.3
     gate: Gate = field(default_factory=Gate)
     matching: MatchOptions = field(default_factory=MatchOptions)
@@ -361,7 +349,7 @@ class EvaluationRequest:
     predictions: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.targets:
+        if not self.candidates:
             raise ConfigError("There is nothing to evaluate.")
         if self.annotations is None and self.reference is None:
             raise ConfigError(
@@ -395,20 +383,20 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluations:
-    """The reference, if there was one, and every target, in the order asked for."""
+    """The reference, if there was one, and every candidate, in the order asked for."""
 
     dataset: Dataset
     reference: Evaluation | None
-    targets: tuple[Evaluation, ...]
+    candidates: tuple[Evaluation, ...]
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Of all targets."""
-        return tuple(verdict for target in self.targets for verdict in target.verdicts)
+        """Those of all candidates."""
+        return tuple(verdict for candidate in self.candidates for verdict in candidate.verdicts)
 
 
 def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) -> Evaluations:
-    """Evaluate every target on all images, one model in memory at a time; what it found is scored while the next runs.
+    """Evaluate every candidate on all images, one model in memory at a time; it is scored while the next one runs.
 
     Raises:
         ConfigError: images, annotations and models do not fit together.
@@ -419,22 +407,22 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
         annotated = load_coco(request.annotations, images=request.images).first(request.limit)
     images = annotated.images if annotated else folder_images(request.images)[: request.limit]
 
-    def collect(target: Target) -> DetectionRun:
-        return collect_detections(target, images, folder=request.predictions, progress=progress)
+    def collect(spec: DetectorSpec) -> DetectionRun:
+        return collect_detections(spec, images, folder=request.predictions, progress=progress)
 
     reference_run = collect(request.reference) if request.reference else None
     dataset = annotated or _reference_ground_truth(request, reference_run)
-    with ThreadPoolExecutor(1) as scoring:  # one thread, so that the reference is scored before its targets
+    with ThreadPoolExecutor(1) as scoring:  # one thread, so that the reference is scored before its candidates
         reference = scoring.submit(evaluate_run, dataset, reference_run, request=request) if reference_run else None
 
         def score(run: DetectionRun) -> Evaluation:
             return evaluate_run(dataset, run, request=request, reference=reference.result() if reference else None)
 
-        targets = [scoring.submit(score, collect(target)) for target in request.targets]
+        candidates = [scoring.submit(score, collect(spec)) for spec in request.candidates]
         return Evaluations(
             dataset=dataset,
             reference=reference.result() if reference else None,
-            targets=tuple(target.result() for target in targets),
+            candidates=tuple(candidate.result() for candidate in candidates),
         )
 
 

@@ -49,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions:
-    """What is verified. Empty backend and None: what the bundle's target says.
+    """What is verified. Empty backend and None: the defaults of the manifest.
 
     ``server`` is the address of a model on a server of the Open Inference Protocol; it is then asked in place of a
     local runtime, and has to give the certified detections of the artifact that ``backend`` and ``precision`` choose.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,19 @@ from fcos_deploy.benchmark.measure import (
     measure_throughput,
     time_in_turns,
 )
-from fcos_deploy.core.backend import PerformanceHint, SessionOptions
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.backend import PerformanceHint
 from fcos_deploy.core.errors import ConfigError, SlowdownError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import parse_json, to_json
-from fcos_deploy.detector import Detector
+from fcos_deploy.detector import DetectorSpec
 
 __all__ = [
     "TABLE_COLUMNS",
     "Benchmark",
     "BenchmarkRequest",
     "BenchmarkResult",
-    "BenchmarkTarget",
     "Comparison",
     "benchmark_json",
     "compare_with_baseline",
@@ -57,40 +55,25 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BenchmarkTarget:
-    """A model on a backend at a precision; empty and None mean the detector's own choice."""
-
-    model: Path
-    backend: str = ""
-    precision: Precision | None = None
-    options: SessionOptions = field(default_factory=SessionOptions)
-
-    def open(self, hint: PerformanceHint) -> Detector:
-        """Load it for ``hint``; the caller closes."""
-        options = replace(self.options, hint=hint)
-        return Detector.open(self.model, backend=self.backend, precision=self.precision, options=options)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkRequest:
     """What to time. ``image``: a picture file; None takes one that comes with fcos-deploy.
 
-    ``cold_start``: also start a process for each target, for its first detection and its peak memory.
+    ``cold_start``: also start a process for each candidate, for its first detection and its peak memory.
     """
 
-    targets: tuple[BenchmarkTarget, ...]
+    candidates: tuple[DetectorSpec, ...]
     image: Path | None = None
     timing: TimingOptions = field(default_factory=TimingOptions)
     cold_start: bool = True
 
     def __post_init__(self) -> None:
-        if not self.targets:
+        if not self.candidates:
             raise ConfigError("There is nothing to benchmark.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkResult:
-    """One target. Times in milliseconds, sizes in bytes; energy is per image at full throughput.
+    """The figures of one candidate. Times in milliseconds, sizes in bytes; energy is per image at full throughput.
 
     ``samples_ms`` has every whole detection that was timed, in order.
     """
@@ -112,7 +95,7 @@ class BenchmarkResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """All targets, and where they were timed. ``throttled`` counts the cores' throttling meanwhile; None: unknown."""
+    """All candidates, and where they were timed. ``throttled``: how often cores throttled meanwhile; None: unknown."""
 
     machine: MachineFacts
     image: str
@@ -134,7 +117,7 @@ def demo_image() -> Path:
 
 
 def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progress) -> Benchmark:
-    """Time all targets in turns, then the throughput and the cold start of each.
+    """Time all candidates in turns, then the throughput and the cold start of each.
 
     Raises:
         FcosDeployError: a model cannot be opened or run.
@@ -143,21 +126,21 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
     image = read_image(path)
     facts, before = machine_facts(), read_clock()
     with contextlib.ExitStack() as stack:
-        detectors = [stack.enter_context(target.open(PerformanceHint.LATENCY)) for target in request.targets]
+        detectors = [stack.enter_context(candidate.open(PerformanceHint.LATENCY)) for candidate in request.candidates]
         timings = time_in_turns(detectors, image, options=request.timing, progress=progress)
         sessions = [dict(detector.session.description) for detector in detectors]
         precisions = [str(detector.contract.precision) for detector in detectors]
     clock = read_clock()
     results = []
-    for index, target in enumerate(request.targets):
+    for index, candidate in enumerate(request.candidates):
         named = {"session": sessions[index], "precision": precisions[index]}
-        results.append(_finish_target(target, timings[index], image=image, path=path, request=request, **named))
-        progress("throughput and cold start", index + 1, len(request.targets))
+        results.append(_finish_candidate(candidate, timings[index], image=image, path=path, request=request, **named))
+        progress("throughput and cold start", index + 1, len(request.candidates))
     return Benchmark(machine=facts, image=path.name, results=tuple(results), throttled=_rise(before, clock))
 
 
-def _finish_target(
-    target: BenchmarkTarget,
+def _finish_candidate(
+    candidate: DetectorSpec,
     timing: Timing,
     *,
     image: NDArray[np.uint8],
@@ -167,39 +150,39 @@ def _finish_target(
     precision: Any,
 ) -> BenchmarkResult:
     meter = PowerMeter()
-    with target.open(PerformanceHint.THROUGHPUT) as detector:
+    with candidate.open(PerformanceHint.THROUGHPUT) as detector:
         meter.start()
         throughput, _ = measure_throughput(detector, image, seconds=request.timing.throughput_seconds)
         power, clock = meter.stop(), read_clock()
     return BenchmarkResult(
-        model=target.model.name,
-        backend=session.get("backend", target.backend),
+        model=candidate.model.name,
+        backend=session.get("backend", candidate.backend),
         precision=precision,
         latency=timing.latency(),
         stages=timing.stage_medians(),
         throughput_fps=throughput,
         power=power,
         joules_per_image=power.watts / throughput if power.watts is not None else None,
-        cold_start=measure_cold_start(_cold_task(target, path)) if request.cold_start else None,
-        file_bytes=model_bytes(target.model),
+        cold_start=measure_cold_start(_cold_task(candidate, path)) if request.cold_start else None,
+        file_bytes=model_bytes(candidate.model),
         clock=clock,
         session=session,
         samples_ms=tuple(timing.whole),
     )
 
 
-def _cold_task(target: BenchmarkTarget, image: Path) -> ColdStartTask:
+def _cold_task(candidate: DetectorSpec, image: Path) -> ColdStartTask:
     return ColdStartTask(
-        model=str(target.model),
+        model=str(candidate.model),
         image=str(image),
-        backend=target.backend,
-        precision=str(target.precision or ""),
-        device=target.options.device,
-        compute=str(target.options.compute),
-        threads=target.options.threads,
-        public_keys=tuple(map(str, target.options.public_keys)),
-        allow_fallback=target.options.allow_fallback,
-        checkpoint=target.options.checkpoint,
+        backend=candidate.backend,
+        precision=str(candidate.precision or ""),
+        device=candidate.options.device,
+        compute=str(candidate.options.compute),
+        threads=candidate.options.threads,
+        public_keys=tuple(map(str, candidate.options.public_keys)),
+        allow_fallback=candidate.options.allow_fallback,
+        checkpoint=candidate.options.checkpoint,
     )
 
 
@@ -255,7 +238,7 @@ class Comparison:
 
 
 def benchmark_json(benchmark: Benchmark) -> list[dict[str, Any]]:
-    """One object for each target; null where the platform does not tell, with the reason beside it."""
+    """One object for each candidate; null where the platform does not tell, with the reason beside it."""
     return [_result_json(result, benchmark) for result in benchmark.results]
 
 
@@ -318,7 +301,7 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
 
 
 def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any]]) -> list[Comparison]:
-    """Pair the targets of both: the first of a backend and precision with the first, the second with the second.
+    """Pair the candidates of both: the first of a backend and precision with the first, the second with the second.
 
     Raises:
         ConfigError: they have none in common, or were measured on different processors or with different settings.
@@ -328,7 +311,7 @@ def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any
     pairs = [(baseline[earlier[key]], benchmark.results[place]) for key, place in now.items() if key in earlier]
     if not pairs:
         known = sorted({(backend, precision) for backend, precision, _ in earlier})
-        raise ConfigError(f"The baseline has none of these targets; it has {known}.")
+        raise ConfigError(f"The baseline has none of these candidates; it has {known}.")
     for entry, result in pairs:
         _require_comparable(entry, result, processor=benchmark.machine.processor)
     return [
@@ -366,7 +349,7 @@ def _require_comparable(entry: dict[str, Any], result: BenchmarkResult, *, proce
 
 
 def require_no_slowdown(comparisons: Sequence[Comparison], *, tolerance: float) -> None:
-    """Raise if a target got slower by more than ``tolerance`` (0.1 is 10 %).
+    """Raise if a candidate got slower by more than ``tolerance`` (0.1 is 10 %).
 
     Raises:
         SlowdownError: with the figures.

@@ -12,8 +12,8 @@ from fcos_deploy.bundle.records import (
     Gate,
     Provenance,
     Requirements,
+    RunDefaults,
     StepRecord,
-    Target,
     VersionRule,
 )
 from fcos_deploy.bundle.signature import required_keys
@@ -35,11 +35,11 @@ __all__ = [
     "Manifest",
     "Provenance",
     "Requirements",
+    "RunDefaults",
     "Selection",
     "StepOutput",
     "StepRecord",
     "StepResult",
-    "Target",
     "VersionRule",
     "is_bundle",
     "make_golden",

@@ -16,7 +16,7 @@ from fcos_deploy.bundle.records import (
     FileRecord,
     Gate,
     Provenance,
-    Target,
+    RunDefaults,
 )
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
@@ -58,7 +58,7 @@ class Manifest:
     name: str
     contract: ModelContract
     provenance: Provenance
-    target: Target
+    defaults: RunDefaults
     artifacts: tuple[Artifact, ...] = ()
     files: tuple[FileRecord, ...] = ()
     gates: tuple[Gate, ...] = ()

@@ -146,7 +146,7 @@ def _remedy(bundle: Bundle, selection: Selection, probe: BackendProbe) -> str:
     if not probe.available and probe.remedy:
         return probe.remedy
     rebuild = selection.artifact.requires.rebuild or bundle.manifest.provenance.command
-    chain = ", then ".join(bundle.manifest.target.fallback)
+    chain = ", then ".join(bundle.manifest.defaults.fallback)
     fallback = f"; or --allow-fallback to use {chain}" if chain else ""
     return f"rebuild it here: {rebuild or 'fcos-deploy deploy'}{fallback}"
 
@@ -168,8 +168,8 @@ def choose(
     Raises:
         DeviceError: nothing that may be run fits this machine.
     """
-    first = backend or bundle.manifest.target.backend
-    chain = [name for name in bundle.manifest.target.fallback if name != first] if allow_fallback else []
+    first = backend or bundle.manifest.defaults.backend
+    chain = [name for name in bundle.manifest.defaults.fallback if name != first] if allow_fallback else []
     fallbacks: list[Fallback] = []
     for name in (first, *chain):
         selection: Selection | None = None

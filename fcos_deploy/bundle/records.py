@@ -21,8 +21,8 @@ __all__ = [
     "Gate",
     "Provenance",
     "Requirements",
+    "RunDefaults",
     "StepRecord",
-    "Target",
     "VersionRule",
     "check_relative_path",
 ]
@@ -212,11 +212,10 @@ class BenchmarkFigure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What the bundle was made for.
+class RunDefaults:
+    """What is run when nothing else is asked for: ``backend`` and ``precision``, made for ``profile`` or ``device``.
 
-    ``backend`` and ``precision`` are what is run when nothing else is asked for; ``fallback`` are the backends that
-    may take its place, in this order, when the operator allows it.
+    ``fallback``: the backends that may take its place, in this order, when the operator allows it.
     """
 
     backend: str

@@ -252,15 +252,15 @@ class Bundle:
         return self.root / name
 
     def select(self, *, backend: str = "", precision: Precision | None = None) -> Selection:
-        """The artifact for a backend and precision; the target's where they are not given.
+        """The artifact for a backend and precision; the defaults of the manifest where they are not given.
 
         Raises:
             ConfigError: when the bundle has none, or several and nothing says which.
         """
-        target = self.manifest.target
-        name = backend or target.backend
+        defaults = self.manifest.defaults
+        name = backend or defaults.backend
         found = [a for a in self.manifest.artifacts if _fits(a, name)]
-        wanted = precision or _default_precision(found, target.precision)
+        wanted = precision or _default_precision(found, defaults.precision)
         chosen = [a for a in found if wanted is None or a.precision is wanted]
         # An artifact made for this backend goes before one that it merely accepts, its own placement before another.
         chosen = [a for a in chosen if a.backend == name] or chosen

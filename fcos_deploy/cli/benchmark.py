@@ -47,7 +47,6 @@ def command(
     from fcos_deploy.benchmark.run import (
         TABLE_COLUMNS,
         BenchmarkRequest,
-        BenchmarkTarget,
         benchmark_json,
         compare_with_baseline,
         read_baseline,
@@ -57,13 +56,14 @@ def command(
         save_benchmark,
     )
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.detector import DetectorSpec
 
     keys = trusted_keys(public_key, required=require_signature)
     models = [model, *(also or [])]
     checkpoint = for_checkpoints(options, models)
     session = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
-    targets = tuple(
-        BenchmarkTarget(model=m, backend=b, precision=p, options=replace(session, checkpoint=checkpoint[m]))
+    candidates = tuple(
+        DetectorSpec(model=m, backend=b, precision=p, options=replace(session, checkpoint=checkpoint[m]))
         for m in models
         for b in backend or [""]
         for p in [*(precision or []), *([] if precision else [None])]
@@ -71,7 +71,7 @@ def command(
     timing = TimingOptions(rounds=rounds, warmup=warmup, throughput_seconds=seconds)
     earlier = read_baseline(baseline) if baseline else None
     with progress_bar() as progress:
-        request = BenchmarkRequest(targets=targets, image=image, timing=timing, cold_start=cold_start)
+        request = BenchmarkRequest(candidates=candidates, image=image, timing=timing, cold_start=cold_start)
         result = run_benchmark(request, progress=progress)
     table("Speed", TABLE_COLUMNS, [result_row(r) for r in result.results])
     if as_json:

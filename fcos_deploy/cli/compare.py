@@ -17,8 +17,8 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fcos_deploy.accuracy.evaluate import Target
     from fcos_deploy.accuracy.gate import Gate
+    from fcos_deploy.detector import DetectorSpec
 
 __all__ = ["command"]
 
@@ -55,12 +55,12 @@ def command(
     Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
     The options of 'export' say how the models are read where they are checkpoints.
     """
-    from fcos_deploy.accuracy.evaluate import Target
     from fcos_deploy.accuracy.gate import Gate, require_all
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.benchmark import run as speeds
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
@@ -68,10 +68,10 @@ def command(
     checkpoint = for_checkpoints(options, [first, second])
     session = SessionOptions(threads=threads, public_keys=keys)
     other, other_precision = second_backend or backend, second_precision or precision
-    reference = Target(
+    reference = DetectorSpec(
         model=first, backend=backend, precision=precision, options=replace(session, checkpoint=checkpoint[first])
     )
-    candidate = Target(
+    candidate = DetectorSpec(
         model=second, backend=other, precision=other_precision, options=replace(session, checkpoint=checkpoint[second])
     )
     gate = Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate)
@@ -82,7 +82,7 @@ def command(
         return
     request = ComparisonRequest(
         reference=reference,
-        targets=(candidate,),
+        candidates=(candidate,),
         images=images,
         annotations=annotations,
         gate=gate,
@@ -104,7 +104,7 @@ def command(
     require_all(found.evaluations.verdicts)
 
 
-def _show_bundles(first: Target, second: Target, *, gate: Gate, as_json: bool) -> None:
+def _show_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_json: bool) -> None:
     from fcos_deploy.accuracy.bundle_comparison import (
         FIGURE_COLUMNS,
         BundleComparisonRequest,

@@ -53,18 +53,19 @@ def command(
 
     The options of 'export' say how MODEL and --reference are read where they are checkpoints.
     """
-    from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+    from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
     from fcos_deploy.accuracy.gate import Gate, require_all, write_junit
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.detector import DetectorSpec
 
     keys = trusted_keys(public_key, required=require_signature)
     checkpoint = for_checkpoints(options, [model, *([reference] if reference else [])])
     session = SessionOptions(
         device=device, compute=compute, threads=threads, public_keys=keys, checkpoint=checkpoint[model]
     )
-    targets = tuple(
-        Target(model=model, backend=b, precision=p, options=session)
+    candidates = tuple(
+        DetectorSpec(model=model, backend=b, precision=p, options=session)
         for b in backend or [""]
         for p in [*(precision or []), *([] if precision else [None])]
     )
@@ -72,9 +73,9 @@ def command(
     if reference is not None:
         signers = reference_keys(reference, keys)
         reference_session = SessionOptions(threads=threads, public_keys=signers, checkpoint=checkpoint[reference])
-        against = Target(model=reference, options=reference_session)
+        against = DetectorSpec(model=reference, options=reference_session)
     request = EvaluationRequest(
-        targets=targets,
+        candidates=candidates,
         images=images,
         annotations=annotations,
         reference=against,
@@ -85,10 +86,10 @@ def command(
     )
     with progress_bar() as progress:
         result = evaluate(request, progress=progress)
-    shown = ([result.reference] if result.reference else []) + list(result.targets)
+    shown = ([result.reference] if result.reference else []) + list(result.candidates)
     table("Accuracy", TABLE_COLUMNS, [evaluation_row(e) for e in shown])
     if as_json:
-        documents = [evaluation_json(e) for e in result.targets]
+        documents = [evaluation_json(e) for e in result.candidates]
         print_json(documents[0] if len(documents) == 1 else documents)
     if junit is not None:
         write_junit(junit, result.verdicts, suite="fcos-deploy evaluate")

@@ -39,9 +39,9 @@ def command(
 
     The options of 'export' say how the checkpoint is read where its own rules are not meant.
     """
-    from fcos_deploy.accuracy.evaluate import Target
     from fcos_deploy.accuracy.summary import parity_json
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.parity import ParityRequest, check_parity, find_layer
 
     session = SessionOptions(
@@ -50,9 +50,9 @@ def command(
         threads=threads,
         public_keys=trusted_keys(public_key, required=require_signature),
     )
-    target = Target(model=model, backend=backend, precision=precision, options=session)
+    candidate = DetectorSpec(model=model, backend=backend, precision=precision, options=session)
     request = ParityRequest(
-        target=target, checkpoint=reference, images=images, count=count, strict=strict, options=options
+        candidate=candidate, checkpoint=reference, images=images, count=count, strict=strict, options=options
     )
     with progress_bar() as progress:
         report = check_parity(request, progress=progress)

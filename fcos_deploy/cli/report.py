@@ -53,11 +53,11 @@ def command(
 
     The options of 'export' say how the models are read where they are checkpoints.
     """
-    from fcos_deploy.accuracy.evaluate import Target
     from fcos_deploy.accuracy.gate import Gate
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_row
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
@@ -66,14 +66,14 @@ def command(
     checkpoint = for_checkpoints(options, [*models, reference])
     session = SessionOptions(threads=threads, public_keys=keys)
     precisions: list[Precision | None] = [*(precision or [])] or [None]
-    targets = tuple(
-        Target(model=m, backend=b, precision=p, options=replace(session, checkpoint=checkpoint[m]))
+    candidates = tuple(
+        DetectorSpec(model=m, backend=b, precision=p, options=replace(session, checkpoint=checkpoint[m]))
         for m in models
         for b in backend or [""]
         for p in precisions
     )
     request = ComparisonRequest(
-        reference=Target(
+        reference=DetectorSpec(
             model=reference,
             options=SessionOptions(
                 threads=threads,
@@ -81,7 +81,7 @@ def command(
                 checkpoint=checkpoint[reference],
             ),
         ),
-        targets=targets,
+        candidates=candidates,
         images=images,
         annotations=annotations,
         gate=Gate(max_map_drop=max_map_drop),

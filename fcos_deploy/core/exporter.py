@@ -105,7 +105,7 @@ class Exporter(ABC):
 
     name: str
     source: ArtifactKind
-    target: ArtifactKind
+    produces: ArtifactKind
     extra: str
 
     @abstractmethod

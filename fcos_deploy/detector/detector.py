@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, Union
@@ -21,7 +21,7 @@ from fcos_deploy.core.backend import Backend, PerThread, Session, SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision, Tail
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, SignatureError
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.machine import usable_cpus
@@ -513,3 +513,18 @@ def _closing_on_error(session: Session) -> Iterator[None]:
     except BaseException:
         session.close()
         raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorSpec:
+    """A model on a backend at a precision: what ``Detector.open`` takes. Empty and None leave the choice to it."""
+
+    model: Path
+    backend: str = ""
+    precision: Precision | None = None
+    options: SessionOptions = field(default_factory=SessionOptions)
+
+    def open(self, hint: PerformanceHint | None = None) -> Detector:
+        """Load it, for ``hint`` in place of the options' own; the caller closes it."""
+        options = self.options if hint is None else replace(self.options, hint=hint)
+        return Detector.open(self.model, backend=self.backend, precision=self.precision, options=options)

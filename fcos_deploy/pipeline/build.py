@@ -57,7 +57,7 @@ def equivalent_trtexec(request: ArtifactRequest) -> str:
     Raises:
         ConfigError: not an engine of TensorRT, or it is not known of which version.
     """
-    if get_exporter(request.backend).target is not ArtifactKind.TENSORRT_ENGINE:
+    if get_exporter(request.backend).produces is not ArtifactKind.TENSORRT_ENGINE:
         raise ConfigError(f"trtexec builds TensorRT engines, not those of '{request.backend}'.")
     source, contract, options = _resolved(request)
     inputs = {spec.name: spec.shape for spec in onnx_interface(source).inputs}
@@ -104,7 +104,7 @@ def _onnx_of(request: ArtifactRequest) -> Path:
     placements = ["", *get_backend(request.backend).placements]
     fitting = [a for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX and a.placement in placements]
     fitting.sort(key=lambda artifact: placements.index(artifact.placement))
-    wanted = _precisions(request, own=bundle.manifest.target.precision)
+    wanted = _precisions(request, own=bundle.manifest.defaults.precision)
     for precision in wanted:
         files = [bundle.path(artifact.path) for artifact in fitting if artifact.precision is precision]
         if files:

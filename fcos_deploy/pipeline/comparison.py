@@ -9,12 +9,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from calibration.trade_offs import find_trade_offs
-from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, Target, evaluate
+from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
 from fcos_deploy.accuracy.gate import Gate
 from fcos_deploy.benchmark.measure import TimingOptions
-from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkTarget, model_bytes, run_benchmark
+from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, run_benchmark
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.report import ReportParts, Shown, machine_rows, report_part, report_parts, report_verdict
 from fcos_deploy.report import ChainLink, Provenance, ReportData
 
@@ -25,10 +26,10 @@ _TOOLS = ("fcos-deploy", "numpy", "opencv-python-headless", "torch", "onnx", "on
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonRequest:
-    """``reference`` is what the targets are compared with. ``timing`` None leaves speed out."""
+    """``reference`` is what the candidates are compared with. ``timing`` None leaves speed out."""
 
-    reference: Target
-    targets: tuple[Target, ...]
+    reference: DetectorSpec
+    candidates: tuple[DetectorSpec, ...]
     images: Path
     annotations: Path | None = None
     gate: Gate = field(default_factory=Gate)
@@ -47,9 +48,9 @@ class Comparison:
 
     @property
     def all(self) -> list[Evaluation]:
-        """The reference, then the targets."""
+        """The reference, then the candidates."""
         reference = self.evaluations.reference
-        return ([reference] if reference else []) + list(self.evaluations.targets)
+        return ([reference] if reference else []) + list(self.evaluations.candidates)
 
 
 def compare_models(request: ComparisonRequest, *, progress: ProgressFn = no_progress) -> Comparison:
@@ -59,7 +60,7 @@ def compare_models(request: ComparisonRequest, *, progress: ProgressFn = no_prog
         FcosDeployError: as evaluating and benchmarking do.
     """
     wanted = EvaluationRequest(
-        targets=request.targets,
+        candidates=request.candidates,
         images=request.images,
         annotations=request.annotations,
         reference=request.reference,
@@ -70,18 +71,12 @@ def compare_models(request: ComparisonRequest, *, progress: ProgressFn = no_prog
     evaluations = evaluate(wanted, progress=progress)
     benchmark = None
     if request.timing is not None:
-        targets = tuple(_timed(target) for target in (request.reference, *request.targets))
         image = evaluations.dataset.images[0].path
         benchmark = run_benchmark(
-            BenchmarkRequest(targets=targets, image=image, timing=request.timing), progress=progress
+            BenchmarkRequest(candidates=(request.reference, *request.candidates), image=image, timing=request.timing),
+            progress=progress,
         )
     return Comparison(request=request, evaluations=evaluations, benchmark=benchmark)
-
-
-def _timed(target: Target) -> BenchmarkTarget:
-    return BenchmarkTarget(
-        model=target.model, backend=target.backend, precision=target.precision, options=target.options
-    )
 
 
 def comparison_report(found: Comparison, *, title: str, commands: Sequence[str] = ()) -> ReportData:
@@ -110,7 +105,7 @@ def comparison_report(found: Comparison, *, title: str, commands: Sequence[str] 
         drifts=parts.drifts,
         latencies=parts.latencies,
         images=parts.images,
-        mixed=tuple(report_part(one) for one in find_trade_offs([t.model for t in found.request.targets])),
+        mixed=tuple(report_part(one) for one in find_trade_offs([t.model for t in found.request.candidates])),
         provenance=_provenance(found, commands),
     )
 
@@ -124,7 +119,7 @@ def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _provenance(found: Comparison, commands: Sequence[str]) -> Provenance:
-    models = dict.fromkeys(target.model for target in (found.request.reference, *found.request.targets))
+    models = dict.fromkeys(spec.model for spec in (found.request.reference, *found.request.candidates))
     return Provenance(
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         chain=tuple(_link(path) for path in models),

@@ -11,7 +11,7 @@ from pathlib import Path
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
 from fcos_deploy.accuracy.gate import require_all
 from fcos_deploy.benchmark.run import Benchmark
-from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifest, Provenance, StepOutput, Target
+from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifest, Provenance, RunDefaults, StepOutput
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
@@ -56,7 +56,7 @@ class Deployment:
     def rows(self) -> list[Evaluation]:
         """The reference first, then one for each variant."""
         reference = self.evaluations.reference
-        return [*([] if reference is None else [reference]), *self.evaluations.targets]
+        return [*([] if reference is None else [reference]), *self.evaluations.candidates]
 
 
 def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Deployment:
@@ -174,7 +174,7 @@ def _manifest(
             tools={"python": platform.python_version()},
             decisions=context.contract.decisions,
         ),
-        target=Target(
+        defaults=RunDefaults(
             backend=preferred.backend,
             precision=preferred.precision,
             profile=", ".join(plan.profile.name for plan in request.plans),

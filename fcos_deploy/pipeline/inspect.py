@@ -187,7 +187,7 @@ def inspect_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> I
             ("name", manifest.name),
             ("checkpoint", f"{manifest.provenance.checkpoint} {manifest.provenance.checkpoint_sha256[:12]}"),
             ("ecosystem", manifest.contract.ecosystem or "unknown"),
-            ("target", f"{manifest.target.backend}, {manifest.target.precision}"),
+            ("default", f"{manifest.defaults.backend}, {manifest.defaults.precision}"),
             ("signed by", bundle.signed_by or "not asked"),
             *contract_facts(manifest.contract),
             *artifacts,

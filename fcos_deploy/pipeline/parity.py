@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos_deploy.accuracy.dataset import folder_images
-from fcos_deploy.accuracy.evaluate import Target
 from fcos_deploy.accuracy.layers import LayerFinding, OnnxLayers, first_diverging_layer
 from fcos_deploy.accuracy.parity import ParityImage, ParityOptions, ParityReport, compare_stages
 from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
@@ -21,7 +20,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import require
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.detector import Detector
+from fcos_deploy.detector import Detector, DetectorSpec
 
 if TYPE_CHECKING:
     from fcos_deploy.checkpoints.load import LoadedCheckpoint
@@ -36,7 +35,7 @@ class ParityRequest:
     ``options``: how the checkpoint is to be read; size and dtype of its input are those of the candidate.
     """
 
-    target: Target
+    candidate: DetectorSpec
     checkpoint: Path
     images: Path
     count: int = 4
@@ -56,8 +55,8 @@ def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) 
         FcosDeployError: one of the two cannot be opened or run, or there are no images.
     """
     pictures = _pictures(request)
-    options = SessionOptions(threads=request.target.options.threads)
-    with request.target.open() as candidate:
+    options = SessionOptions(threads=request.candidate.options.threads)
+    with request.candidate.open() as candidate:
         loaded = _load_like(request, candidate.contract)
         with Detector.of_network(loaded.model, loaded.contract, options=options) as reference:
             return compare_stages(
@@ -76,7 +75,7 @@ def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) ->
     Raises:
         ConfigError: the model is not an ONNX file.
     """
-    model = request.target.model
+    model = request.candidate.model
     if model.suffix != ".onnx":
         raise ConfigError(
             f"Layers can be looked at in ONNX files, '{model.name}' is none.",
@@ -84,11 +83,11 @@ def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) ->
         )
     from exporters.torch_onnx import ExportOptions, export_onnx
 
-    with request.target.open() as candidate:
+    with request.candidate.open() as candidate:
         source = _load_like(request, candidate.contract)
         feeds, _ = candidate.prepare([_pictures(request)[0].pixels])
         backend = candidate.session.description["backend"]
-    precision, options = candidate.contract.precision, request.target.options
+    precision, options = candidate.contract.precision, request.candidate.options
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.onnx"
         export_onnx(source, path, options=ExportOptions(tail=candidate.contract.tail), progress=progress)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
-from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, Target, evaluate
+from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
 from fcos_deploy.accuracy.gate import Gate, judge_drop
 from fcos_deploy.benchmark.cold_start import ColdStartTask, measure_cold_start
 from fcos_deploy.benchmark.measure import TimingOptions
-from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkResult, BenchmarkTarget, run_benchmark
+from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkResult, run_benchmark
 from fcos_deploy.bundle import AccuracyFigure, BenchmarkFigure, GoldenImage, StepOutput, make_golden
 from fcos_deploy.checkpoints.load import LoadedCheckpoint
 from fcos_deploy.core.backend import ComputeType, PerformanceHint
@@ -19,20 +19,20 @@ from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.serialize import from_json, to_json
-from fcos_deploy.detector import Detector
+from fcos_deploy.detector import Detector, DetectorSpec
 from fcos_deploy.pipeline.report import moved_scores
 from fcos_deploy.pipeline.steps import DeployContext, Variant
 
 __all__ = [
     "REFERENCE",
-    "ReferenceTarget",
+    "ReferenceSpec",
     "accuracy_figures",
     "benchmark_figures",
     "evaluation_images",
     "max_drop",
     "measure_accuracy",
     "measure_speed",
-    "reference_target",
+    "reference_spec",
     "with_bf16",
     "write_golden",
 ]
@@ -43,20 +43,21 @@ FP32_MAP_DROP = 0.0005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceTarget(Target):
+class ReferenceSpec(DetectorSpec):
     """The checkpoint as it was loaded, with the options that the user gave."""
 
     loaded: LoadedCheckpoint
 
-    def open(self) -> Detector:
+    def open(self, hint: PerformanceHint | None = None) -> Detector:
         """The PyTorch network behind the same preprocessing as every artifact."""
-        return Detector.of_network(self.loaded.model, self.loaded.contract, options=self.options)
+        options = self.options if hint is None else replace(self.options, hint=hint)
+        return Detector.of_network(self.loaded.model, self.loaded.contract, options=options)
 
 
-def reference_target(context: DeployContext) -> ReferenceTarget:
+def reference_spec(context: DeployContext) -> ReferenceSpec:
     """PyTorch eager in float32, post-processing on the host."""
     loaded = replace(context.loaded, contract=replace(context.contract, tail=Tail.RAW))
-    return ReferenceTarget(model=context.request.checkpoint, backend=REFERENCE, loaded=loaded)
+    return ReferenceSpec(model=context.request.checkpoint, backend=REFERENCE, precision=Precision.FP32, loaded=loaded)
 
 
 def evaluation_images(context: DeployContext) -> tuple[EvaluationImage, ...]:
@@ -73,17 +74,22 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
     An interrupted run goes on where it was.
     """
     request = context.request
-    targets = tuple(Target(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants)
     wanted = EvaluationRequest(
-        targets=targets,
+        candidates=_specs(variants),
         images=request.images or request.calibration_images,
         annotations=request.annotations,
-        reference=reference_target(context),
+        reference=reference_spec(context),
         predictions=context.writer.scratch / "predictions",
     )
     found = evaluate(wanted, progress=context.progress)
-    pairs = zip(variants, found.targets, strict=True)
-    return replace(found, targets=tuple(_judged(context, v, e, found.reference) for v, e in pairs))
+    pairs = zip(variants, found.candidates, strict=True)
+    return replace(found, candidates=tuple(_judged(context, v, e, found.reference) for v, e in pairs))
+
+
+def _specs(variants: list[Variant]) -> tuple[DetectorSpec, ...]:
+    return tuple(
+        DetectorSpec(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants
+    )
 
 
 def _judged(
@@ -123,7 +129,7 @@ def accuracy_figures(context: DeployContext, variants: list[Variant], found: Eva
     """For the manifest: the reference first, then the variants in their order."""
     dataset = "annotated" if context.request.annotations else "reference detections"
     rows = [(context.request.checkpoint.name, Precision.FP32, found.reference)] if found.reference else []
-    rows += [(v.artifact.path, v.precision, e) for v, e in zip(variants, found.targets, strict=True)]
+    rows += [(v.artifact.path, v.precision, e) for v, e in zip(variants, found.candidates, strict=True)]
     return tuple(
         _figure(artifact, precision, evaluation, dataset=dataset, reference=found.reference)
         for artifact, precision, evaluation in rows
@@ -158,7 +164,7 @@ def write_golden(context: DeployContext) -> tuple[GoldenImage, ...]:
     chosen = [images[i * len(images) // count].path for i in range(count)]
 
     def make(folder: Path) -> StepOutput:
-        with reference_target(context).open() as detector:
+        with reference_spec(context).open() as detector:
             contract = detector.contract
             records = make_golden(map(read_image, chosen), folder=folder, contract=contract, detect=detector.detect)
         return StepOutput(values=[to_json(record) for record in records])
@@ -170,16 +176,6 @@ def write_golden(context: DeployContext) -> tuple[GoldenImage, ...]:
     }
     step = context.writer.step("golden", inputs=inputs, make=make)
     return tuple(from_json(GoldenImage, value) for value in step.values)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ReferenceTiming(BenchmarkTarget):
-    """The checkpoint as it was loaded, with the options that the user gave."""
-
-    target: Target
-
-    def open(self, hint: PerformanceHint) -> Detector:
-        return replace(self.target, options=replace(self.target.options, hint=hint)).open()
 
 
 def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
@@ -201,15 +197,9 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
 
 
 def _measured(context: DeployContext, variants: list[Variant]) -> Benchmark:
-    reference = _ReferenceTiming(
-        model=context.request.checkpoint, backend=REFERENCE, precision=Precision.FP32, target=reference_target(context)
-    )
-    targets = [
-        BenchmarkTarget(model=v.path, backend=v.backend, precision=v.precision, options=v.options) for v in variants
-    ]
     rounds = max(1, context.request.benchmark_iterations // 5)
     request = BenchmarkRequest(
-        targets=(reference, *targets),
+        candidates=(reference_spec(context), *_specs(variants)),
         image=evaluation_images(context)[0].path,
         timing=TimingOptions(rounds=rounds, throughput_seconds=1.0),
         cold_start=False,

@@ -23,7 +23,7 @@ from calibration.placement import Placement
 from calibration.qdq import quantize_qdq
 from calibration.quantizers import QuantizeRequest, QuantizeResult, quantizer
 from calibration.trade_offs import TimedTrial, TradeOffs, write_trade_offs
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
@@ -34,7 +34,7 @@ from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.core.score_drift import ScoreDrift, score_drift
-from fcos_deploy.detector import Detector
+from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = ["AccuracyGoal", "accuracy_goal", "quantize_model"]
 
@@ -126,18 +126,18 @@ class _Score:
         self._goal, self._predictions, self._progress = goal, predictions, progress
         self.detections: dict[Path, Mapping[int, Detections]] = {}
         self._options = SessionOptions(threads=goal.threads)
-        self._reference = Target(model=source, backend=goal.backend, options=self._options)
+        self._reference = DetectorSpec(model=source, backend=goal.backend, options=self._options)
 
     def __call__(self, model: Path) -> float:
         request = EvaluationRequest(
-            targets=(Target(model=model, backend=self._goal.backend, options=self._options),),
+            candidates=(DetectorSpec(model=model, backend=self._goal.backend, options=self._options),),
             images=self._goal.images,
             annotations=self._goal.annotations,
             reference=None if self._goal.annotations else self._reference,
             resamples=0,
             predictions=self._predictions,
         )
-        found = evaluate(request, progress=self._progress).targets[0]
+        found = evaluate(request, progress=self._progress).candidates[0]
         ap = found.scores.ap
         if ap is None:
             raise ConfigError("No annotated object in these images, so that there is no AP.", hint="other --images")

@@ -264,8 +264,8 @@ def report_verdict(evaluations: Evaluations) -> ReportVerdict:
 
 
 def _agreement_sentence(evaluations: Evaluations) -> str:
-    drops = [t.drop.value for t in evaluations.targets if t.drop is not None]
-    count = evaluations.targets[0].scores.images
+    drops = [t.drop.value for t in evaluations.candidates if t.drop is not None]
+    count = evaluations.candidates[0].scores.images
     if not drops:
         return f"Measured on {count} images; there was no reference to compare with."
     worst = max(drops)
@@ -399,7 +399,7 @@ def _shown(context: DeployContext, variants: list[Variant], evaluations: Evaluat
     shown = []
     if reference is not None:
         shown.append(Shown(label="pytorch fp32", evaluation=reference, speed=speed.results[0], reference=True))
-    for variant, evaluation, timed in zip(variants, evaluations.targets, speed.results[1:], strict=True):
+    for variant, evaluation, timed in zip(variants, evaluations.candidates, speed.results[1:], strict=True):
         label = f"{variant.backend} {variant.precision}" + (f" {variant.compute}" if variant.extra else "")
         passed = all(verdict.passed for verdict in evaluation.verdicts)
         share = int8_share(context, variant)

@@ -271,9 +271,9 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
     """The engine of one graph for one backend; a backend that runs the ONNX file as it is needs none."""
     source, options = graph.artifact, options or BuildOptions()
     exporter = get_exporter(backend)
-    if exporter.target is source.kind:
+    if exporter.produces is source.kind:
         return Variant(backend, source.precision, source, graph.path)
-    name = engine_file(source.precision, backend=backend, kind=exporter.target)
+    name = engine_file(source.precision, backend=backend, kind=exporter.produces)
 
     def make(folder: Path) -> StepOutput:
         label = f"build {backend} {source.precision}"
@@ -284,13 +284,13 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
         context.progress(label, 1, 1)
         draft = ArtifactDraft(
             path=name,
-            kind=exporter.target,
+            kind=exporter.produces,
             precision=source.precision,
             parent=source.sha256,
             backend=backend,
             placement=source.placement,
             companions=tuple(file.name for file in made.files if file.name != name),
-            requires=_requirements(exporter.target, backend, graph=graph, record=made.record),
+            requires=_requirements(exporter.produces, backend, graph=graph, record=made.record),
             config=dict(made.record),
             tools={backend: get_backend(backend).probe().version},
         )

@@ -279,9 +279,9 @@ def _choose(bundle: Bundle, packager: Packager, options: ServingOptions) -> Arti
         and options.precision in (None, artifact.precision)
         and options.backend in ("", artifact.backend)
     ]
-    target = bundle.manifest.target
-    best = [artifact for artifact in fitting if artifact.backend == target.backend]
-    chosen = [artifact for artifact in best if artifact.precision is target.precision] or best or fitting
+    defaults = bundle.manifest.defaults
+    best = [artifact for artifact in fitting if artifact.backend == defaults.backend]
+    chosen = [artifact for artifact in best if artifact.precision is defaults.precision] or best or fitting
     if len(chosen) == 1:
         return chosen[0]
     listed = ", ".join(f"{a.path} ({a.precision}, {a.backend or a.kind})" for a in bundle.manifest.artifacts)

@@ -57,7 +57,7 @@ class Draft:
     @property
     def kind(self) -> ArtifactKind:
         """What the backend opens."""
-        return get_exporter(self.backend).target
+        return get_exporter(self.backend).produces
 
     @property
     def builds_engine(self) -> bool:

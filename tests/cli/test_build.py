@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 from calibration.placement import PLACEMENTS
 from calibration.qdq import quantize_qdq
 from exporters.onnx_file import load_onnx, save_onnx, with_contract
-from fcos_deploy.bundle import DEFAULT_GATES, ArtifactDraft, BundleWriter, Manifest, Provenance, StepOutput, Target
+from fcos_deploy.bundle import DEFAULT_GATES, ArtifactDraft, BundleWriter, Manifest, Provenance, RunDefaults, StepOutput
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
@@ -52,7 +52,7 @@ def bundle(mini_onnx: Path, mini_calibration: Any, tmp_path_factory: pytest.Temp
                 name="mini",
                 contract=read_contract(mini_onnx),
                 provenance=Provenance(checkpoint="mini.pth", checkpoint_sha256="ab" * 32),
-                target=Target(backend="onnxruntime", precision=Precision.INT8),
+                defaults=RunDefaults(backend="onnxruntime", precision=Precision.INT8),
                 gates=DEFAULT_GATES,
             )
         )

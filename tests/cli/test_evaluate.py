@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 import fcos_deploy
-from fcos_deploy.accuracy import evaluate as collect
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.detector import Detector
+from fcos_deploy.detector import Detector, DetectorSpec
 
 DEMO = Path(fcos_deploy.__file__).parent / "demo_data"
 CHECKPOINT = DEMO / "fcos_bccd.safetensors"
@@ -248,14 +247,14 @@ def test_detectors_are_closed_before_the_next_opens(
     tiny_onnx: Path, tiny_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Detector] = []
-    original = collect.Target.open
+    original = DetectorSpec.open
 
-    def recording(self: collect.Target) -> Detector:
+    def recording(self: DetectorSpec) -> Detector:
         assert all(detector.session.closed for detector in opened)
         opened.append(original(self))
         return opened[-1]
 
-    monkeypatch.setattr(collect.Target, "open", recording)
+    monkeypatch.setattr(DetectorSpec, "open", recording)
     result = run("evaluate", tiny_onnx, *on(data), "--reference", tiny_checkpoint, "--backend", "onnxruntime")
     assert result.exit_code == 0, result.output
     assert len(opened) == 2

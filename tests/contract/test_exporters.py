@@ -19,7 +19,7 @@ from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, Ex
 from fcos_deploy.core.registry import all_exporters, backends_for, get_exporter
 
 _SUFFIXES = {ArtifactKind.ONNX: ".onnx", ArtifactKind.OPENVINO_IR: ".xml"}
-_NAMES = [e.name for e in all_exporters().values() if e.target in _SUFFIXES]  # engines have tests of their own
+_NAMES = [e.name for e in all_exporters().values() if e.produces in _SUFFIXES]  # engines have tests of their own
 
 
 @pytest.fixture(scope="module", params=_NAMES)
@@ -29,7 +29,7 @@ def exporter(request: pytest.FixtureRequest) -> Exporter:
 
 
 def _output(exporter: Exporter, folder: Path, name: str = "built") -> Path:
-    return folder / f"{name}{_SUFFIXES[exporter.target]}"
+    return folder / f"{name}{_SUFFIXES[exporter.produces]}"
 
 
 def test_the_result_computes_what_its_source_does(exporter: Exporter, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_the_result_computes_what_its_source_does(exporter: Exporter, tiny_onnx:
     assert result.record["onnx_sha256"] == hashlib.sha256(tiny_onnx.read_bytes()).hexdigest()
     assert "largest difference" in result.record["check"]
     feeds = {"images": np.random.default_rng(5).integers(0, 256, (1, 3, 128, 160), np.uint8)}
-    backend = next(b for b in backends_for(exporter.target) if b.name == exporter.name)
+    backend = next(b for b in backends_for(exporter.produces) if b.name == exporter.name)
     source_backend = next(b for b in backends_for(ArtifactKind.ONNX) if b.name == exporter.name)
     options = SessionOptions(threads=1)
     with backend.open(result.files[0], options) as built, source_backend.open(tiny_onnx, options) as source:

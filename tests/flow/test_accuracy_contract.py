@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from calibration.calibrate import CalibrationRequest, calibrate
 from calibration.trade_offs import find_trade_offs
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.files import sha256_file
+from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 
 torch = pytest.importorskip("torch")
@@ -93,11 +94,11 @@ def _arguments(hard: Path, output: Path, *more: str) -> list[str]:
 
 
 def _ap(hard: Path, model: Path) -> float:
-    target = Target(model=model, backend="onnxruntime", options=SessionOptions(threads=1))
+    candidate = DetectorSpec(model=model, backend="onnxruntime", options=SessionOptions(threads=1))
     request = EvaluationRequest(
-        targets=(target,), images=hard / "val", annotations=hard / "val.json", resamples=0, reference=None
+        candidates=(candidate,), images=hard / "val", annotations=hard / "val.json", resamples=0, reference=None
     )
-    ap = evaluate(request).targets[0].scores.ap
+    ap = evaluate(request).candidates[0].scores.ap
     assert ap is not None
     return ap
 

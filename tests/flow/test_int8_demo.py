@@ -12,8 +12,9 @@ from calibration.calibrate import CalibrationRequest, calibrate
 from calibration.execution import executed_share
 from calibration.placement import placement_for
 from calibration.qdq import quantize_qdq
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, Target, evaluate
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.detector import DetectorSpec
 
 DEMO = Path(fcos_deploy.__file__).parent / "demo_data"
 
@@ -48,12 +49,12 @@ def demo_calibration(demo_onnx: Path) -> Path:
 
 def average_precision(model: Path, backend: str) -> float:
     request = EvaluationRequest(
-        targets=(Target(model=model, backend=backend, options=SessionOptions(threads=2)),),
+        candidates=(DetectorSpec(model=model, backend=backend, options=SessionOptions(threads=2)),),
         images=DEMO / "evaluation",
         annotations=DEMO / "evaluation.json",
         resamples=0,
     )
-    ap = evaluate(request).targets[0].scores.ap
+    ap = evaluate(request).candidates[0].scores.ap
     assert ap is not None
     return ap
 

@@ -70,7 +70,7 @@ def work(target, version, kill_at, fill, limit):
             writer.step(f"step {index}", inputs={"version": version}, make=make(index, version, fill))
             os.write(1, f"done {index}\n".encode())
         writer.finish(Manifest(
-            name=version, contract=CONTRACT, target=Target(backend="tensorrt", precision=Precision.FP16),
+            name=version, contract=CONTRACT, defaults=RunDefaults(backend="tensorrt", precision=Precision.FP16),
             provenance=Provenance(checkpoint="c.pth", checkpoint_sha256="0" * 64)))
     os.write(1, f"operations {count}\n".encode())
 

@@ -18,7 +18,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from exporters.torch_onnx import export_onnx  # noqa: E402
-from fcos_deploy.accuracy.evaluate import Target  # noqa: E402
 from fcos_deploy.accuracy.layers import (  # noqa: E402
     LayerFinding,
     OnnxLayers,
@@ -38,7 +37,7 @@ from fcos_deploy.core.contract import (  # noqa: E402
 from fcos_deploy.core.enums import Precision  # noqa: E402
 from fcos_deploy.core.network import FcosConfig  # noqa: E402
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter  # noqa: E402
-from fcos_deploy.detector import Detector  # noqa: E402
+from fcos_deploy.detector import Detector, DetectorSpec  # noqa: E402
 from fcos_deploy.model.fcos import Fcos  # noqa: E402
 from fcos_deploy.pipeline.parity import ParityRequest, check_parity  # noqa: E402
 
@@ -110,8 +109,8 @@ def changed(contract: ModelContract, **changes: Any) -> ModelContract:
 
 
 def parity(checkpoint: Path, candidate: Path, **changes: Any) -> ParityReport:
-    target = Target(model=candidate, backend="onnxruntime", options=ONE_THREAD)
-    return check_parity(ParityRequest(target=target, checkpoint=checkpoint, images=IMAGES, count=2, **changes))
+    candidate = DetectorSpec(model=candidate, backend="onnxruntime", options=ONE_THREAD)
+    return check_parity(ParityRequest(candidate=candidate, checkpoint=checkpoint, images=IMAGES, count=2, **changes))
 
 
 def named(report: ParityReport, *, stage: str, cause: str) -> str:

@@ -103,7 +103,7 @@ def test_several_models_on_one_backend_are_compared_in_their_order(tmp_path: Pat
 def test_baselines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_benchmark(tmp_path / "b.json", benchmark(result("openvino")))
     earlier = read_baseline(tmp_path / "b.json")
-    with pytest.raises(ConfigError, match="none of these targets"):
+    with pytest.raises(ConfigError, match="none of these candidates"):
         compare_with_baseline(benchmark(result("tensorrt")), earlier)
     with pytest.raises(ConfigError, match="measured on 'P', this machine is 'Q'"):
         compare_with_baseline(benchmark(result("openvino"), processor="Q"), earlier)

@@ -83,13 +83,13 @@ def test_a_bundle(make_bundle: Callable[[Path], Path], tmp_path: Path) -> None:
     assert found.kind == "bundle"
     assert facts["name"] == "cells"
     assert facts["checkpoint"] == "cells.pth " + "ab" * 6
-    assert facts["target"] == "onnxruntime, int8"
+    assert facts["default"] == "onnxruntime, int8"
     assert facts["model.fp32.onnx"].startswith("onnx, fp32, ")
     assert facts["model.int8.engine"] == "tensorrt-engine, int8, 2,048 bytes, by quantize"
     assert found.contract is not None
     assert found.contract.class_names == ("cell", "platelet")
     printed = CliRunner().invoke(build_app(), ["inspect", str(path), "--json"])
-    assert json.loads(printed.stdout)["target"] == "onnxruntime, int8"
+    assert json.loads(printed.stdout)["default"] == "onnxruntime, int8"
     (path / "model.int8.json").write_text("{}")
     with pytest.raises(ChecksumError):
         inspect_bundle(path)

@@ -60,7 +60,7 @@ def test_a_newer_schema_says_what_to_do(manifest: Manifest) -> None:
         (lambda m: m["golden"][0].update(height=1 << 30), "cannot be"),
         (lambda m: m["golden"][0]["detections"]["labels"].append(1), "as many boxes"),
         (lambda m: m["gates"][0].update(min_iou=2.0), r"must be in \[0, 1\]"),
-        (lambda m: m["target"].update(precision="fp8"), "one of fp32"),
+        (lambda m: m["defaults"].update(precision="fp8"), "one of fp32"),
     ],
 )
 def test_a_wrong_manifest_is_refused_with_the_place(

@@ -11,8 +11,8 @@ from fcos_deploy.pipeline.report import report_verdict
 
 
 def measured(*drops: float) -> Any:
-    targets = [SimpleNamespace(drop=SimpleNamespace(value=d), scores=SimpleNamespace(images=40)) for d in drops]
-    return cast("Any", SimpleNamespace(verdicts=[], targets=targets))
+    candidates = [SimpleNamespace(drop=SimpleNamespace(value=d), scores=SimpleNamespace(images=40)) for d in drops]
+    return cast("Any", SimpleNamespace(verdicts=[], candidates=candidates))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.diagnosis import contract_causes
-from fcos_deploy.accuracy.gate import Gate, Verdict, judge_agreement, judge_drop
+from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, compare_detections
 from fcos_deploy.bundle.golden import read_golden_image
@@ -20,6 +20,7 @@ from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec

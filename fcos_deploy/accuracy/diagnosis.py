@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.matching import MatchOptions, assign, compare_detections
+from fcos_deploy.accuracy.matching import MatchOptions, compare_detections
 from fcos_deploy.accuracy.stages import LevelSlice, level_slices, network_input, split_levels
 from fcos_deploy.core.backend import ComputeType, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
@@ -209,9 +209,8 @@ def class_causes(reference: NDArray[Any], candidate: NDArray[Any], names: Sequen
     mine, theirs = (logits.reshape(-1, len(names)).astype(np.float64) for logits in (reference, candidate))
     # Squared distance of every pair of columns.
     distance = (mine * mine).sum(0)[:, None] + (theirs * theirs).sum(0)[None] - 2 * mine.T @ theirs
-    rows, columns = assign(distance.max() - distance + 1e-12)
-    order = rows[np.argsort(columns)]
-    if len(order) < len(names) or np.array_equal(order, np.arange(len(names))):
+    order = distance.argmin(0)  # which of the reference's columns each of the candidate's is nearest to
+    if len(set(order.tolist())) < len(names) or np.array_equal(order, np.arange(len(names))):
         return []
     share = explained(mine, theirs, mine[:, order])
     moved = [f"'{names[mine_at]}' in place of '{names[at]}'" for at, mine_at in enumerate(order) if at != mine_at]

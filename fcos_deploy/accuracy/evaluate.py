@@ -26,7 +26,7 @@ from fcos_deploy.accuracy.dataset import (
     label_index,
     load_coco,
 )
-from fcos_deploy.accuracy.gate import Gate, Verdict, judge_agreement, judge_ap, judge_drop
+from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_ap, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval, ApSamples, ap_interval, match_dataset, paired_ap_drop, sample_ap
 from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, compare_detections
 from fcos_deploy.core.backend import Tensors
@@ -34,6 +34,7 @@ from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.preprocess import Letterbox
 from fcos_deploy.core.progress import ProgressFn, no_progress

@@ -1,4 +1,4 @@
-"""What must hold of a deployed detector, and whether it does."""
+"""Whether a deployed detector keeps its limits, as sentences, as an error and as JUnit XML."""
 
 from __future__ import annotations
 
@@ -9,36 +9,11 @@ from xml.etree import ElementTree
 
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement
-from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.errors import AccuracyGateError
 from fcos_deploy.core.files import write_text
+from fcos_deploy.core.gate import Gate
 
-__all__ = ["Gate", "Verdict", "judge_agreement", "judge_ap", "judge_drop", "junit_xml", "require_all", "write_junit"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
-    """Limits; None leaves a thing unjudged.
-
-    ``max_map_drop``: AP of the reference minus AP of the candidate, in 0..1 (0.01 is one AP point).
-    ``min_ap``: AP itself. ``min_match_rate``: share of detections that agree, in 0..1.
-    ``max_score_delta`` and ``max_box_delta_px``: 95th percentile over the matched detections, in 0..1 and image pixels.
-    ``certain``: whether the whole confidence interval of the drop must be under the limit, not the measured drop alone.
-    """
-
-    max_map_drop: float | None = None
-    min_ap: float | None = None
-    min_match_rate: float | None = None
-    max_score_delta: float | None = None
-    max_box_delta_px: float | None = None
-    certain: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_map_drop", "min_ap", "min_match_rate", "max_score_delta"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} is a share of 1, so it must be in [0, 1], got {value}.")
-        if self.max_box_delta_px is not None and self.max_box_delta_px < 0:
-            raise ConfigError(f"max_box_delta_px must not be negative, got {self.max_box_delta_px}.")
+__all__ = ["Verdict", "judge_agreement", "judge_ap", "judge_drop", "junit_xml", "require_all", "write_junit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +60,7 @@ def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str) 
     verdicts = []
     if gate.min_match_rate is not None:
         message = (
-            f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.invented} invented; "
+            f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.extra} extra; "
             f"at least {gate.min_match_rate:.1%} wanted) on {agreement.images} images"
         )
         verdicts.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import Gate
 
 __all__ = [
     "DetectionAgreement",
     "DetectionMatch",
     "Distribution",
     "MatchOptions",
-    "assign",
     "compare_detections",
     "detection_iou",
     "match_detections",
@@ -55,14 +55,16 @@ def detection_iou(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchOptions:
-    """What counts as the same detection: the same label and at least ``iou_threshold`` of overlap.
+    """When two detections are the same.
 
-    Only detections with at least ``min_score`` have to find a partner; the partner may score less, so that one which
-    moves across the threshold is not counted as missed.
+    They have the same label, overlap by at least ``iou_threshold``, and their scores differ by at most
+    ``max_score_delta``. Only detections with at least ``min_score`` have to be paired; their partner may score less, so
+    that a detection which moves across the threshold is not counted as missed.
     """
 
     iou_threshold: float = 0.5
     min_score: float = 0.2
+    max_score_delta: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.iou_threshold <= 1.0 or not 0.0 <= self.min_score <= 1.0:
@@ -70,20 +72,28 @@ class MatchOptions:
                 f"Matching needs an IoU in (0, 1] and a score in [0, 1], got {self.iou_threshold} and {self.min_score}."
             )
 
+    @staticmethod
+    def of_gate(gate: Gate) -> MatchOptions:
+        """The rule by which golden detections are paired under ``gate``."""
+        return MatchOptions(
+            iou_threshold=0.5 if gate.min_iou is None else gate.min_iou,
+            max_score_delta=1.0 if gate.max_score_delta is None else gate.max_score_delta,
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DetectionMatch:
-    """One image: positions of the pairs, and of what has no partner.
+    """One image: positions of the pairs, and of the detections that have to be paired and are not.
 
-    reference, candidate: (m,) int64, pair by pair. iou: (m,) float64.
-    missed: positions in the reference, invented: in the candidate, int64.
+    reference, candidate: (m,) int64, pair by pair in the order of the reference. iou: (m,) float64.
+    missed: positions in the reference; extra: positions in the candidate; int64.
     """
 
     reference: NDArray[np.int64]
     candidate: NDArray[np.int64]
     iou: NDArray[np.float64]
     missed: NDArray[np.int64]
-    invented: NDArray[np.int64]
+    extra: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +137,7 @@ class DetectionAgreement:
     candidate: int
     matched: int
     missed: int
-    invented: int
+    extra: int
     match_rate: float
     score_delta: Distribution
     box_delta_px: Distribution
@@ -138,14 +148,29 @@ class DetectionAgreement:
 def match_detections(
     reference: Detections, candidate: Detections, *, options: MatchOptions | None = None
 ) -> DetectionMatch:
-    """Pair the detections of one image so that as many as possible are matched, and those overlap most."""
+    """Pair the detections of one image as COCO's evaluation does.
+
+    Each detection of the candidate, best score first, takes the free detection of the reference that it overlaps most.
+    """
     options = options or MatchOptions()
     iou = detection_iou(reference.boxes, candidate.boxes)
-    allowed = (iou >= options.iou_threshold) & (reference.labels[:, None] == candidate.labels[None])
-    rows, columns = assign(np.where(allowed, 1.0 + iou, 0.0))
-    unpaired_rows = np.setdiff1d(np.flatnonzero(reference.scores >= options.min_score), rows)
-    unpaired_columns = np.setdiff1d(np.flatnonzero(candidate.scores >= options.min_score), columns)
-    return DetectionMatch(rows, columns, iou[rows, columns], unpaired_rows, unpaired_columns)
+    alike = reference.labels[:, None] == candidate.labels[None]
+    alike &= np.abs(reference.scores[:, None] - candidate.scores[None]) <= options.max_score_delta
+    free = np.where(alike & (iou >= options.iou_threshold), iou, -1.0)
+    partner = np.full(len(reference), -1)
+    for column in np.argsort(-candidate.scores, kind="stable") if len(reference) else ():
+        row = int(free[:, column].argmax())
+        if free[row, column] >= 0:
+            partner[row], free[row] = column, -1.0
+    rows = np.flatnonzero(partner >= 0)
+    columns = partner[rows]
+    return DetectionMatch(
+        rows,
+        columns,
+        iou[rows, columns],
+        missed=np.setdiff1d(np.flatnonzero(reference.scores >= options.min_score), rows),
+        extra=np.setdiff1d(np.flatnonzero(candidate.scores >= options.min_score), columns),
+    )
 
 
 def compare_detections(
@@ -166,15 +191,15 @@ def compare_detections(
     moves = np.concatenate([p[1] for p in pairs] or [np.zeros(0)])
     counted = [_counted(reference[n], candidate[n], options.min_score) for n in numbers]
     wanted = (sum(c[0] for c in counted), sum(c[1] for c in counted))
-    missed, invented = sum(len(m.missed) for m in matches), sum(len(m.invented) for m in matches)
+    missed, extra = sum(len(m.missed) for m in matches), sum(len(m.extra) for m in matches)
     return DetectionAgreement(
         images=len(numbers),
         reference=wanted[0],
         candidate=wanted[1],
         matched=wanted[0] - missed,
         missed=missed,
-        invented=invented,
-        match_rate=1.0 - (missed + invented) / sum(wanted) if sum(wanted) else 1.0,
+        extra=extra,
+        match_rate=1.0 - (missed + extra) / sum(wanted) if sum(wanted) else 1.0,
         score_delta=Distribution.of(scores[:, 1] - scores[:, 0]),
         box_delta_px=Distribution.of(moves),
         iou=Distribution.of(np.concatenate([m.iou for m in matches] or [np.zeros(0)])),
@@ -193,90 +218,3 @@ def _pair_deltas(
     scores = np.stack([reference.scores[match.reference], candidate.scores[match.candidate]], 1).astype(np.float64)
     edges = reference.boxes[match.reference].astype(np.float64) - candidate.boxes[match.candidate]
     return scores, np.abs(edges).max(1, initial=0.0)
-
-
-def assign(weights: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pairs of rows and columns with the largest sum of weights, exactly (Hungarian algorithm).
-
-    weights: (n, m), not negative; pairs of weight 0 are left out. Rows ascend in the result.
-    """
-    possible = weights > 0
-    # Most have one partner, which has no other: they need no solver.
-    alone = possible & (possible.sum(1) == 1)[:, None] & (possible.sum(0) == 1)
-    settled = np.argwhere(alone)
-    rows, columns = np.flatnonzero(possible.any(1) & ~alone.any(1)), np.flatnonzero(possible.any(0) & ~alone.any(0))
-    contested = _assign_contested(weights, rows, columns)
-    pairs = np.concatenate([settled, contested]) if len(contested) else settled
-    pairs = pairs[np.argsort(pairs[:, 0])]
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _assign_contested(
-    weights: NDArray[np.float64], rows: NDArray[np.int64], columns: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Pairs (m, 2) among some rows and columns."""
-    if not len(rows):
-        return np.zeros((0, 2), np.int64)
-    part = weights[np.ix_(rows, columns)]
-    if len(rows) > len(columns):  # The solver needs at least as many columns as rows.
-        column_rows = _solve(-part.T)
-        pairs = np.stack([column_rows, np.arange(len(columns))], 1)
-    else:
-        pairs = np.stack([np.arange(len(rows)), _solve(-part)], 1)
-    pairs = pairs[part[pairs[:, 0], pairs[:, 1]] > 0]
-    return np.stack([rows[pairs[:, 0]], columns[pairs[:, 1]]], 1)
-
-
-def _solve(cost: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Column of each row at the least total cost; (n, m) with n <= m -> (n,).
-
-    Shortest augmenting paths with potentials (Jonker and Volgenant), one row at a time.
-    """
-    count, width = cost.shape
-    row_potential, column_potential = np.zeros(count), np.zeros(width)
-    owner = np.full(width, -1)
-    for row in range(count):
-        distance, previous = np.full(width, np.inf), np.full(width, -1)
-        visited = np.zeros(width, np.bool_)
-        current, column, least = row, -1, 0.0
-        reached = [row]
-        while True:
-            through = least + cost[current] - row_potential[current] - column_potential
-            better = ~visited & (through < distance)
-            distance[better], previous[better] = through[better], column
-            column = int(np.where(visited, np.inf, distance).argmin())
-            least = float(distance[column])
-            visited[column] = True
-            if owner[column] < 0:
-                break
-            current = int(owner[column])
-            reached.append(current)
-        _shift_potentials(row_potential, column_potential, distance, visited=visited, least=least, owner=owner, row=row)
-        _augment(owner, previous, column=column, row=row)
-    columns = np.full(count, -1)
-    taken: Sequence[int] = np.flatnonzero(owner >= 0).tolist()
-    columns[owner[taken]] = taken
-    return columns
-
-
-def _shift_potentials(  # in place: the solver's own arrays
-    row_potential: NDArray[np.float64],
-    column_potential: NDArray[np.float64],
-    distance: NDArray[np.float64],
-    *,
-    visited: NDArray[np.bool_],
-    least: float,
-    owner: NDArray[np.int64],
-    row: int,
-) -> None:
-    settled = np.flatnonzero(visited & (owner >= 0))
-    row_potential[row] += least
-    row_potential[owner[settled]] += least - distance[settled]
-    column_potential[settled] -= least - distance[settled]
-
-
-def _augment(owner: NDArray[np.int64], previous: NDArray[np.int64], *, column: int, row: int) -> None:
-    while previous[column] >= 0:
-        owner[column] = owner[previous[column]]
-        column = int(previous[column])
-    owner[column] = row

@@ -178,7 +178,7 @@ def _finish(detector: Detector, outputs: Tensors, letterbox: Letterbox, *, strid
 
 def _final_stage(agreement: DetectionAgreement, tolerance: Tolerance) -> StageResult:
     detail = (
-        f"{agreement.match_rate:.1%} agree ({agreement.missed} missed, {agreement.invented} invented of "
+        f"{agreement.match_rate:.1%} agree ({agreement.missed} missed, {agreement.extra} extra of "
         f"{agreement.reference}), boxes within {agreement.box_delta_px.max_abs:.3g} pixels, "
         f"scores within {agreement.score_delta.max_abs:.3g}"
     )

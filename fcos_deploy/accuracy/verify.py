@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.gate import Verdict
-from fcos_deploy.accuracy.matching import assign, detection_iou
+from fcos_deploy.accuracy.matching import MatchOptions, match_detections
 from fcos_deploy.bundle.golden import GoldenImage, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
 from fcos_deploy.bundle.preflight import Fallback, choose
-from fcos_deploy.bundle.records import Gate
 from fcos_deploy.bundle.store import Bundle, Selection
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.preprocess import ChannelOrder, PreprocessSpec, preprocess
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -82,7 +82,7 @@ class GoldenResult:
     expected: int
     found: int
     missed: int
-    invented: int
+    extra: int
     lowest_iou: float
     largest_score_difference: float
 
@@ -115,16 +115,17 @@ class VerificationRecord:
         """One sentence."""
         if not self.preprocessing.passed:
             return f"preprocessing differs: {self.preprocessing.problem}"
-        missed, invented = (sum(getattr(i, name) for i in self.images) for name in ("missed", "invented"))
+        missed, extra = (sum(getattr(i, name) for i in self.images) for name in ("missed", "extra"))
         return (
-            f"{self.matched:.1%} of the golden detections match (needed: {self.gate.min_matched:.1%}); "
-            f"{missed} missed, {invented} invented"
+            f"{self.matched:.1%} of the golden detections match (needed: {self.gate.min_match_rate or 0.0:.1%}); "
+            f"{missed} missed, {extra} extra"
         )
 
 
 def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
     """The judgements behind ``record.passed``: on preprocessing, and on the golden detections."""
     subject, prepared = f"{record.backend} {record.precision}", record.preprocessing
+    needed = record.gate.min_match_rate or 0.0
     seen = f"{prepared.exact} of {prepared.images} golden images give the same bytes, the others the same picture"
     replay = record.summary if prepared.passed else "the golden images were not run: preprocessing differs"
     return (
@@ -137,11 +138,11 @@ def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
             message=prepared.problem or seen,
         ),
         Verdict(
-            name="min_matched",
+            name="min_match_rate",
             subject=subject,
-            passed=prepared.passed and record.matched >= record.gate.min_matched,
+            passed=prepared.passed and record.matched >= needed,
             value=record.matched,
-            limit=record.gate.min_matched,
+            limit=needed,
             message=replay,
         ),
     )
@@ -160,29 +161,20 @@ def require_verified(record: VerificationRecord) -> None:
         )
 
 
-def compare_golden(wanted: Detections, found: Detections, *, gate: Gate, floor: float, path: str = "") -> GoldenResult:
-    """Hold ``found`` to ``wanted``, both in image pixels.
-
-    Those with at least ``floor`` must have a counterpart of the same label on the other side (which may score less)
-    within the gate's overlap and score difference; each is counterpart once, best overlap first.
-    """
-    iou = detection_iou(wanted.boxes, found.boxes)
-    score = np.abs(wanted.scores[:, None] - found.scores[None])
-    fits = (iou >= gate.min_iou) & (score <= gate.max_score_difference)
-    fits &= wanted.labels[:, None] == found.labels[None]
-    rows, columns = assign(np.where(fits, 1.0 + iou, 0.0))
-    due_rows, due_columns = wanted.scores >= floor, found.scores >= floor
-    missed = int(due_rows.sum() - due_rows[rows].sum())
-    invented = int(due_columns.sum() - due_columns[columns].sum())
-    counted = due_rows[rows] | due_columns[columns]
+def compare_golden(wanted: Detections, found: Detections, *, options: MatchOptions, path: str = "") -> GoldenResult:
+    """Pair ``found`` with ``wanted``, both in image pixels."""
+    match = match_detections(wanted, found, options=options)
+    score = np.abs(wanted.scores[match.reference] - found.scores[match.candidate])
+    due, due_found = wanted.scores >= options.min_score, found.scores >= options.min_score
+    counted = due[match.reference] | due_found[match.candidate]
     return GoldenResult(
         path=path,
-        expected=int(due_rows.sum()),
-        found=int(due_columns.sum()),
-        missed=missed,
-        invented=invented,
-        lowest_iou=round(float(iou[rows, columns][counted].min(initial=1.0)), 6),
-        largest_score_difference=round(float(score[rows, columns][counted].max(initial=0.0)), 6),
+        expected=int(due.sum()),
+        found=int(due_found.sum()),
+        missed=len(match.missed),
+        extra=len(match.extra),
+        lowest_iou=round(float(match.iou[counted].min(initial=1.0)), 6),
+        largest_score_difference=round(float(score[counted].max(initial=0.0)), 6),
     )
 
 
@@ -290,7 +282,7 @@ def verify_bundle(
         artifact_sha256=selection.artifact.sha256,
         backend="kserve" if options.server else selection.backend,
         precision=selection.artifact.precision,
-        passed=preprocessing.passed and matched >= gate.min_matched,
+        passed=preprocessing.passed and matched >= (gate.min_match_rate or 0.0),
         matched=round(matched, 6),
         gate=gate,
         preprocessing=preprocessing,
@@ -336,27 +328,30 @@ def _replay(
     bundle: Bundle, selection: Selection, *, gate: Gate, options: VerifyOptions, progress: ProgressFn
 ) -> tuple[tuple[GoldenResult, ...], Mapping[str, str]]:
     golden_images = bundle.manifest.golden
+    rule = MatchOptions.of_gate(gate)
     decode = bundle.manifest.contract.decode
     results = []
     with _opened(bundle, selection, options) as detector:
         for index, golden in enumerate(golden_images):
             found = detector.detect(read_golden_image(bundle.path(golden.path), golden))
             wanted = golden.detections.to_detections()
-            floor = decode.score_threshold + gate.max_score_difference
-            floor = max(floor, *(_cut_floor(d, decode.max_detections, gate) for d in (wanted, found)))
-            results.append(compare_golden(wanted, found, gate=gate, floor=floor, path=golden.path))
+            floors = [_cut_score(d, decode.max_detections) for d in (wanted, found)]
+            floor = max(decode.score_threshold, *floors) + rule.max_score_delta
+            results.append(
+                compare_golden(wanted, found, options=replace(rule, min_score=min(floor, 1.0)), path=golden.path)
+            )
             progress("verify", index + 1, len(golden_images))
         return tuple(results), dict(detector.session.description)
 
 
-def _cut_floor(detections: Detections, limit: int, gate: Gate) -> float:
-    """Where the list is full, the last ones may be others: they are not held to anything."""
-    return float(detections.scores.min()) + gate.max_score_difference if len(detections) >= limit else 0.0
+def _cut_score(detections: Detections, limit: int) -> float:
+    """The score from which on a full list is cut off: there, the last ones may be others."""
+    return float(detections.scores.min()) if len(detections) >= limit else 0.0
 
 
 def _matched_fraction(results: tuple[GoldenResult, ...]) -> float:
     due = sum(r.expected + r.found for r in results)
-    return 1.0 - sum(r.missed + r.invented for r in results) / due if due else 0.0
+    return 1.0 - sum(r.missed + r.extra for r in results) / due if due else 0.0
 
 
 def _machine_text(machine: MachineFacts) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fcos_deploy.bundle.golden import GoldenImage
@@ -14,13 +14,13 @@ from fcos_deploy.bundle.records import (
     BenchmarkFigure,
     CalibrationRecord,
     FileRecord,
-    Gate,
     Provenance,
     RunDefaults,
 )
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [
@@ -61,7 +61,7 @@ class Manifest:
     defaults: RunDefaults
     artifacts: tuple[Artifact, ...] = ()
     files: tuple[FileRecord, ...] = ()
-    gates: tuple[Gate, ...] = ()
+    gates: dict[Precision, Gate] = field(default_factory=dict)
     golden: tuple[GoldenImage, ...] = ()
     calibration: tuple[CalibrationRecord, ...] = ()
     accuracy: tuple[AccuracyFigure, ...] = ()
@@ -104,15 +104,15 @@ class Manifest:
         """What must hold for artifacts of this precision.
 
         Raises:
-            BundleError: when the manifest has none.
+            BundleError: when the manifest has none, or one that leaves open what verification judges.
         """
-        for gate in self.gates:
-            if gate.precision is precision:
-                return gate
-        raise BundleError(
-            f"The bundle has no accuracy gate for '{precision}'.",
-            hint="make the bundle again with 'fcos-deploy deploy'",
-        )
+        gate = self.gates.get(precision, Gate())
+        if None in (gate.max_map_drop, gate.min_match_rate, gate.min_iou, gate.max_score_delta):
+            raise BundleError(
+                f"The bundle has no complete accuracy gate for '{precision}'.",
+                hint="make the bundle again with 'fcos-deploy deploy'",
+            )
+        return gate
 
     def artifact(self, path: str) -> Artifact:
         """The artifact with this path.

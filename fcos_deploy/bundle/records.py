@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.enums import ArtifactKind, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.score_drift import ScoreDrift
 
 __all__ = [
@@ -18,7 +19,6 @@ __all__ = [
     "BenchmarkFigure",
     "CalibrationRecord",
     "FileRecord",
-    "Gate",
     "Provenance",
     "Requirements",
     "RunDefaults",
@@ -138,35 +138,14 @@ class Artifact:
             raise BundleError(f"'{self.path}' has {self.parent[:80]!r} in place of its parent's SHA-256.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
-    """What must hold for artifacts of one precision.
-
-    ``max_map_drop`` in AP (0..1) against the reference. A golden detection counts as found when one of the same class
-    overlaps with at least ``min_iou`` and its score differs by at most ``max_score_difference``; at least the fraction
-    ``min_matched`` must be found, and as large a fraction of the engine's own must have a counterpart.
-    """
-
-    precision: Precision
-    max_map_drop: float
-    min_iou: float
-    max_score_difference: float
-    min_matched: float
-
-    def __post_init__(self) -> None:
-        for name in ("max_map_drop", "min_iou", "max_score_difference", "min_matched"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise BundleError(f"Gate '{self.precision}': {name} must be in [0, 1], got {getattr(self, name)}.")
-
-
 # fp32: rounding only. fp16: 11 bits of mantissa through some sixty convolutions. int8: 8 bits. The detections of the
 # golden images are held to these; AP over a data set is held to `max_map_drop`. What a detector really shows is in
 # docs/accuracy.md: in fp16 boxes hardly move, but where two nearly tie in score the other one may survive.
-DEFAULT_GATES: tuple[Gate, ...] = (
-    Gate(precision=Precision.FP32, max_map_drop=0.001, min_iou=0.99, max_score_difference=0.005, min_matched=1.0),
-    Gate(precision=Precision.FP16, max_map_drop=0.005, min_iou=0.95, max_score_difference=0.02, min_matched=0.97),
-    Gate(precision=Precision.INT8, max_map_drop=0.01, min_iou=0.75, max_score_difference=0.15, min_matched=0.9),
-)
+DEFAULT_GATES: dict[Precision, Gate] = {
+    Precision.FP32: Gate(max_map_drop=0.001, min_iou=0.99, max_score_delta=0.005, min_match_rate=1.0),
+    Precision.FP16: Gate(max_map_drop=0.005, min_iou=0.95, max_score_delta=0.02, min_match_rate=0.97),
+    Precision.INT8: Gate(max_map_drop=0.01, min_iou=0.75, max_score_delta=0.15, min_match_rate=0.9),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fcos_deploy.accuracy.gate import Gate
+    from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
 
 __all__ = ["command"]
@@ -55,11 +55,12 @@ def command(
     Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
     The options of 'export' say how the models are read where they are checkpoints.
     """
-    from fcos_deploy.accuracy.gate import Gate, require_all
+    from fcos_deploy.accuracy.gate import require_all
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.benchmark import run as speeds
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
@@ -125,7 +126,7 @@ def _show_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_j
     agreement = found.agreement
     note(
         f"golden images ({agreement.images}), {found.subjects[0]} against {found.subjects[1]}, run here: "
-        f"{agreement.match_rate:.1%} of the detections agree, {agreement.missed} missed, {agreement.invented} invented"
+        f"{agreement.match_rate:.1%} of the detections agree, {agreement.missed} missed, {agreement.extra} extra"
     )
     if as_json:
         print_json(bundles_json(found))

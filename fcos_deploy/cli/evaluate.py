@@ -54,9 +54,10 @@ def command(
     The options of 'export' say how MODEL and --reference are read where they are checkpoints.
     """
     from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
-    from fcos_deploy.accuracy.gate import Gate, require_all, write_junit
+    from fcos_deploy.accuracy.gate import require_all, write_junit
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
 
     keys = trusted_keys(public_key, required=require_signature)

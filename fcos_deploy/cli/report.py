@@ -53,10 +53,10 @@ def command(
 
     The options of 'export' say how the models are read where they are checkpoints.
     """
-    from fcos_deploy.accuracy.gate import Gate
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_row
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
+    from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report

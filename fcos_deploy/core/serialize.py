@@ -63,7 +63,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:  # Any: ``kind`` is any 
     if origin is dict:
         if not isinstance(value, dict):
             raise _mismatch(where, "an object", value)
-        return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     return _convert_scalar(kind, value, where)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from calibration.trade_offs import find_trade_offs
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
-from fcos_deploy.accuracy.gate import Gate
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, run_benchmark
 from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.report import ReportParts, Shown, machine_rows, report_part, report_parts, report_verdict

@@ -158,10 +158,7 @@ def _manifest(
 ) -> Manifest:
     request = context.request
     preferred = next((v for v in reversed(variants) if v.precision is Precision.INT8), variants[-1])
-    gates = tuple(
-        replace(gate, max_map_drop=request.max_map_drop) if gate.precision is Precision.INT8 else gate
-        for gate in DEFAULT_GATES
-    )
+    int8_gate = replace(DEFAULT_GATES[Precision.INT8], max_map_drop=request.max_map_drop)
     return Manifest(
         name=request.output.stem,
         contract=context.contract,
@@ -180,7 +177,7 @@ def _manifest(
             profile=", ".join(plan.profile.name for plan in request.plans),
             fallback=tuple(dict.fromkeys(v.backend for v in variants if v.backend != preferred.backend)),
         ),
-        gates=gates,
+        gates={**DEFAULT_GATES, Precision.INT8: int8_gate},
         golden=golden,
         calibration=(calibrated.record,),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
-from fcos_deploy.accuracy.gate import Gate, judge_drop
+from fcos_deploy.accuracy.gate import judge_drop
 from fcos_deploy.benchmark.cold_start import ColdStartTask, measure_cold_start
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, BenchmarkResult, run_benchmark
@@ -17,6 +17,7 @@ from fcos_deploy.core.backend import ComputeType, PerformanceHint
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector, DetectorSpec

@@ -147,7 +147,7 @@ def differing_images(dataset: Dataset, shown: Sequence[Shown], *, count: int) ->
 
 def _disagreement(reference: Detections, candidate: Detections) -> float:
     match = match_detections(reference, candidate, options=_SHOWN)
-    scores = np.concatenate([reference.scores[match.missed], candidate.scores[match.invented]])
+    scores = np.concatenate([reference.scores[match.missed], candidate.scores[match.extra]])
     moved = np.abs(reference.scores[match.reference] - candidate.scores[match.candidate])
     return float(scores.sum() + 0.1 * moved.sum() + 0.1 * (1 - match.iou).sum())
 
@@ -163,7 +163,7 @@ def _panel(dataset: Dataset, index: int, *, reference: Shown, other: Shown) -> I
         variant=other.label,
         pixels=read_image(image.path),
         reference=_boxes(mine, names, alone=match.missed, moved={}),
-        candidate=_boxes(theirs, names, alone=match.invented, moved=_score_changes(mine, theirs, match)),
+        candidate=_boxes(theirs, names, alone=match.extra, moved=_score_changes(mine, theirs, match)),
         note=_note(mine, theirs, match),
     )
 

@@ -38,7 +38,7 @@ class DrawnBox:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawnPanel:
-    """An embedded JPEG (base64) with three layers of boxes. ``missed`` and ``invented`` are counts."""
+    """An embedded JPEG (base64) with three layers of boxes. ``missed`` and ``extra`` are counts."""
 
     identifier: str
     name: str
@@ -49,7 +49,7 @@ class DrawnPanel:
     height: int
     panels: tuple[tuple[str, tuple[DrawnBox, ...]], ...]
     missed: int
-    invented: int
+    extra: int
 
 
 def draw_panels(images: tuple[ImagePanel, ...]) -> list[DrawnPanel]:
@@ -67,7 +67,7 @@ def _draw(image: ImagePanel, *, identifier: str) -> DrawnPanel:
 
     few = max(len(image.reference), len(image.candidate)) <= _MAX_LABELS
     missed = tuple(b for b in image.reference if not b.partner)
-    invented = tuple(b for b in image.candidate if not b.partner)
+    extra = tuple(b for b in image.candidate if not b.partner)
     shared = tuple(b for b in image.candidate if b.partner)
     still = tuple(b for b in shared if abs(b.moved) < _MOVED)
     moved = tuple(_shift(b, scale) for b in shared if abs(b.moved) >= _MOVED)
@@ -83,10 +83,10 @@ def _draw(image: ImagePanel, *, identifier: str) -> DrawnPanel:
         panels=(
             ("reference", boxes(image.reference, "#0b5fbd", label=few)),
             (image.variant, boxes(image.candidate, PASS, label=few)),
-            ("difference", difference + boxes(invented, WARN, label=True)),
+            ("difference", difference + boxes(extra, WARN, label=True)),
         ),
         missed=len(missed),
-        invented=len(invented),
+        extra=len(extra),
     )
 
 

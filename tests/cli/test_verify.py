@@ -48,7 +48,7 @@ def test_a_moved_bundle_is_verified_and_the_record_is_kept(bundle: Path) -> None
     record = json.loads(done.stdout)
     (suite,) = ElementTree.parse(junit).getroot()
     assert (suite.attrib["tests"], suite.attrib["failures"]) == ("2", "0")
-    assert [case.attrib["name"] for case in suite] == ["preprocessing", "min_matched"]
+    assert [case.attrib["name"] for case in suite] == ["preprocessing", "min_match_rate"]
     assert (record["passed"], record["matched"], record["backend"]) == (True, 1.0, "onnxruntime")
     assert record["preprocessing"]["exact"] == record["preprocessing"]["images"] == 4
     assert sum(image["expected"] for image in record["images"]) > 10
@@ -84,7 +84,7 @@ def test_two_bundles_are_compared_by_what_they_record(bundle: Path, tmp_path: Pa
     assert figures["size"]["difference"] == 0
     assert found["contract"] == ["the IoU threshold is 0.5 in place of 0.6"]
     assert found["golden"]["images"] == 4  # the same pictures in both
-    assert (found["golden"]["missed"], found["golden"]["invented"]) == (0, 0)
+    assert (found["golden"]["missed"], found["golden"]["extra"]) == (0, 0)
     assert "-10.0 (x 0.80)" in done.stderr
     assert _run("compare", bundle, other, "--max-map-drop", 0.005).exit_code == 4
 

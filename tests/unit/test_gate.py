@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fcos_deploy.accuracy.gate import Gate, judge_agreement, judge_ap, judge_drop, require_all
+from fcos_deploy.accuracy.gate import judge_agreement, judge_ap, judge_drop, require_all
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement, Distribution
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.gate import Gate
 
 
 def interval(value: float, low: float, high: float) -> ApInterval:
@@ -24,7 +25,7 @@ def agreement(rate: float, score: float, box: float) -> DetectionAgreement:
         candidate=10,
         matched=9,
         missed=1,
-        invented=1,
+        extra=1,
         match_rate=rate,
         score_delta=spread(score),
         box_delta_px=Distribution(count=9, mean=box, p5=0.0, p50=box, p95=box, max_abs=box),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fcos_deploy.accuracy.matching import MatchOptions
 from fcos_deploy.accuracy.verify import compare_golden
-from fcos_deploy.bundle import Gate
 from fcos_deploy.bundle.golden import (
     GoldenDetections,
     fingerprint,
@@ -20,11 +20,10 @@ from fcos_deploy.bundle.golden import (
 )
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ImageError
 from fcos_deploy.core.preprocess import InputDtype, preprocess
 
-GATE = Gate(precision=Precision.FP16, max_map_drop=0.01, min_iou=0.8, max_score_difference=0.1, min_matched=0.9)
+RULE = MatchOptions(iou_threshold=0.8, max_score_delta=0.1, min_score=0.3)
 
 
 def _image() -> NDArray[np.uint8]:
@@ -93,8 +92,8 @@ def test_a_png_that_claims_another_size_is_not_decoded(bundle_contract: ModelCon
 
 def test_the_same_detections_match() -> None:
     found = _detections((0, 0, 10, 10, 0.9, 0), (20, 20, 40, 40, 0.6, 1))
-    result = compare_golden(found, found, gate=GATE, floor=0.3)
-    assert (result.expected, result.found, result.missed, result.invented) == (2, 2, 0, 0)
+    result = compare_golden(found, found, options=RULE)
+    assert (result.expected, result.found, result.missed, result.extra) == (2, 2, 0, 0)
     assert (result.lowest_iou, result.largest_score_difference) == (1.0, 0.0)
 
 
@@ -106,42 +105,40 @@ def test_the_same_detections_match() -> None:
         (0, 0, 10, 10, 0.7, 0),  # score off by 0.2
     ],
 )
-def test_another_class_place_or_score_is_missed_and_invented(
+def test_another_class_place_or_score_is_missed_and_extra(
     other: tuple[float, float, float, float, float, int],
 ) -> None:
-    result = compare_golden(_detections((0, 0, 10, 10, 0.9, 0)), _detections(other), gate=GATE, floor=0.3)
-    assert (result.missed, result.invented) == (1, 1)
+    result = compare_golden(_detections((0, 0, 10, 10, 0.9, 0)), _detections(other), options=RULE)
+    assert (result.missed, result.extra) == (1, 1)
 
 
 def test_a_box_clipped_to_a_line_is_its_own_counterpart() -> None:
     line = _detections((0, 5, 0, 10, 0.9, 0), (3, 3, 3.2, 3.1, 0.8, 0))
     moved = _detections((0.01, 5, 0.01, 10.02, 0.9, 0), (3.02, 3, 3.2, 3.12, 0.8, 0))
-    result = compare_golden(line, moved, gate=GATE, floor=0.3)
-    assert (result.missed, result.invented, result.lowest_iou) == (0, 0, 1.0)
+    result = compare_golden(line, moved, options=RULE)
+    assert (result.missed, result.extra, result.lowest_iou) == (0, 0, 1.0)
 
 
 def test_a_detection_below_the_floor_may_come_or_go() -> None:
     wanted = _detections((0, 0, 10, 10, 0.9, 0), (50, 50, 60, 60, 0.25, 0))
     found = _detections((0, 0, 10, 10, 0.9, 0), (80, 80, 90, 90, 0.28, 0))
-    result = compare_golden(wanted, found, gate=GATE, floor=0.3)
-    assert (result.expected, result.missed, result.invented) == (1, 0, 0)
+    result = compare_golden(wanted, found, options=RULE)
+    assert (result.expected, result.missed, result.extra) == (1, 0, 0)
 
 
 def test_one_that_falls_below_the_floor_still_is_a_counterpart() -> None:
-    result = compare_golden(
-        _detections((0, 0, 10, 10, 0.31, 0)), _detections((0, 0, 10, 10, 0.25, 0)), gate=GATE, floor=0.3
-    )
+    result = compare_golden(_detections((0, 0, 10, 10, 0.31, 0)), _detections((0, 0, 10, 10, 0.25, 0)), options=RULE)
     assert (result.expected, result.found, result.missed) == (1, 0, 0)
 
 
-def test_two_for_one_counts_as_one_invented() -> None:
+def test_two_for_one_counts_as_one_extra() -> None:
     wanted = _detections((0, 0, 10, 10, 0.9, 0))
     found = _detections((0, 0, 10, 10, 0.9, 0), (0, 0, 10, 9.5, 0.85, 0))
-    assert compare_golden(wanted, found, gate=GATE, floor=0.3).invented == 1
+    assert compare_golden(wanted, found, options=RULE).extra == 1
 
 
 def test_nothing_on_either_side_is_no_failure_of_the_image() -> None:
-    result = compare_golden(_detections(), _detections(), gate=GATE, floor=0.3)
+    result = compare_golden(_detections(), _detections(), options=RULE)
     assert (result.expected, result.found, result.lowest_iou) == (0, 0, 1.0)
 
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.bundle import DEFAULT_GATES, AccuracyFigure, FileRecord, Gate, open_bundle
+from fcos_deploy.bundle import DEFAULT_GATES, AccuracyFigure, FileRecord, open_bundle
 from fcos_deploy.bundle.manifest import Manifest, manifest_text, parse_manifest
 from fcos_deploy.bundle.records import check_relative_path
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
+from fcos_deploy.core.gate import Gate
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_newer_schema_says_what_to_do(manifest: Manifest) -> None:
         (lambda m: m["golden"][0].update(path="golden/009.png"), "not among"),
         (lambda m: m["golden"][0].update(height=1 << 30), "cannot be"),
         (lambda m: m["golden"][0]["detections"]["labels"].append(1), "as many boxes"),
-        (lambda m: m["gates"][0].update(min_iou=2.0), r"must be in \[0, 1\]"),
+        (lambda m: m["gates"]["int8"].update(min_iou=2.0), r"must be in \[0, 1\]"),
         (lambda m: m["defaults"].update(precision="fp8"), "one of fp32"),
     ],
 )
@@ -99,10 +100,10 @@ def test_a_plain_path_is_accepted(path: str) -> None:
 
 
 def test_the_gate_of_a_precision_without_one_is_an_error(manifest: Manifest) -> None:
-    assert manifest.gate(Precision.FP16) == next(gate for gate in DEFAULT_GATES if gate.precision is Precision.FP16)
-    only = Gate(precision=Precision.FP32, max_map_drop=0.0, min_iou=0.9, max_score_difference=0.1, min_matched=1.0)
-    with pytest.raises(BundleError, match="no accuracy gate for 'int8'"):
-        dataclasses.replace(manifest, gates=(only,)).gate(Precision.INT8)
+    assert manifest.gate(Precision.FP16) == DEFAULT_GATES[Precision.FP16]
+    for gate in (Gate(), Gate(max_map_drop=0.0, min_iou=0.9, max_score_delta=0.1)):
+        with pytest.raises(BundleError, match="no complete accuracy gate for 'int8'"):
+            dataclasses.replace(manifest, gates={Precision.INT8: gate}).gate(Precision.INT8)
 
 
 _JSON = st.recursive(

@@ -30,11 +30,11 @@ import numpy as np
 from contestants import Subject, demo_subject
 
 from exporters.torch_onnx import export_onnx
-from fcos_deploy.benchmark.machine import machine_facts
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import Letterbox, preprocess
 from fcos_deploy.detector import Detector
@@ -165,7 +165,7 @@ def main() -> None:
     print("\n".join(f"{name}: {ratio:.3f}" for name, ratio in found.items()))
     if options.save:
         record = {
-            "processor": machine_facts().processor,
+            "processor": read_machine().processor,
             "python": platform.python_version(),
             "ratios": {name: round(ratio, 3) for name, ratio in found.items()},
         }

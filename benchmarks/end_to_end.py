@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import label_index, load_coco
-from fcos_deploy.benchmark.machine import machine_facts
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import FcosDeployError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.machine import read_machine
 
 HOPELESS = 3  # times PyTorch eager
 HOPELESSLY_SLOW = 60.0  # seconds of processor time; not tried twice
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="forget earlier rounds")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    facts = machine_facts()
+    facts = read_machine()
     text = f"{facts.processor}, {facts.cores} cores, {options.threads} threads, load before {facts.load}.\n"
     for name in [options.only] if options.only else CASES:
         case, folder = CASES[name], options.work / name

@@ -20,7 +20,7 @@ from fcos_deploy.core.decode import level_sizes
 from fcos_deploy.core.enums import ArtifactKind, Tail
 from fcos_deploy.core.errors import BackendError, DeviceError, MissingDependencyError
 from fcos_deploy.core.libraries import require
-from fcos_deploy.core.machine import system_facts
+from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _probe_files() -> BackendProbe | None:
     folder = Path(found.origin).parent if found is not None and found.origin else None
     if folder is None or not list(folder.glob("_C.*")) or sys.platform == "darwin":
         return None
-    facts = system_facts()
+    facts = read_machine()
     gpu = bool(facts.nvidia_driver) or facts.jetson is not None
     if gpu and not version.endswith("+cpu"):
         return None

@@ -360,7 +360,7 @@ def _machine_text(machine: MachineFacts) -> dict[str, str]:
         "machine": machine.machine,
         "processor": machine.processor,
         "gpus": ", ".join(f"{name} ({capability})" for name, capability in machine.gpus),
-        "driver": machine.driver,
+        "driver": machine.nvidia_driver,
         "cuda_driver": machine.cuda_driver,
     }
     return {name: text for name, text in texts.items() if text}

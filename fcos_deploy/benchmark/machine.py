@@ -1,29 +1,16 @@
-"""What the machine says of itself: processor, clock, throttling and power, with a reason where it says nothing."""
+"""Clock, throttling and power of this machine, with a reason where it does not tell them."""
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fcos_deploy.core.machine import usable_cpus
+from fcos_deploy.core.machine import kernel_text
 
-__all__ = ["ClockReading", "MachineFacts", "PowerMeter", "PowerReading", "machine_facts", "read_clock"]
+__all__ = ["ClockReading", "PowerMeter", "PowerReading", "read_clock"]
 
 _ROOT = Path("/")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineFacts:
-    """Where figures were measured. ``load`` is the one-minute load average before the measurement."""
-
-    processor: str
-    cores: int
-    memory_mib: int
-    system: str
-    python: str
-    load: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,19 +29,6 @@ class PowerReading:
     watts: float | None
     source: str = ""
     problem: str = ""
-
-
-def machine_facts(root: Path = _ROOT) -> MachineFacts:
-    """Read what is known of this machine; ``root`` is where ``proc`` and ``sys`` lie."""
-    load = _text(root / "proc/loadavg").split()
-    return MachineFacts(
-        processor=_cpuinfo(root, "model name") or _text(root / "proc/device-tree/model") or platform.processor(),
-        cores=usable_cpus(),
-        memory_mib=_memory_mib(root),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        python=platform.python_version(),
-        load=float(load[0]) if load else None,
-    )
 
 
 def read_clock(root: Path = _ROOT) -> ClockReading:
@@ -123,7 +97,7 @@ def _jetson_watts(root: Path) -> float | None:
     """Sum over the INA3221 rails: millivolts times milliamperes."""
     total, found = 0.0, False
     for name in sorted((root / "sys/class/hwmon").glob("hwmon*/name")):
-        if _text(name) != "ina3221":
+        if kernel_text(name) != "ina3221":
             continue
         for channel in (1, 2, 3):
             volts = _number(name.with_name(f"in{channel}_input"))
@@ -133,32 +107,11 @@ def _jetson_watts(root: Path) -> float | None:
     return total if found else None
 
 
-def _memory_mib(root: Path) -> int:
-    for line in _text(root / "proc/meminfo").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) // 1024
-    return 0
-
-
-def _cpuinfo(root: Path, key: str) -> str:
-    for line in _text(root / "proc/cpuinfo").splitlines():
-        if line.startswith(key):
-            return line.partition(":")[2].strip()
-    return ""
-
-
 def _cpuinfo_mhz(root: Path) -> list[float]:
-    lines = _text(root / "proc/cpuinfo").splitlines()
+    lines = kernel_text(root / "proc/cpuinfo").splitlines()
     return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
 
 
 def _number(path: Path) -> float | None:
-    text = _text(path)
+    text = kernel_text(path)
     return float(text) if text.lstrip("-").isdigit() else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        return ""

@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from fcos_deploy.benchmark.cold_start import ColdStart, ColdStartTask, measure_cold_start
 from fcos_deploy.benchmark.machine import (
     ClockReading,
-    MachineFacts,
     PowerMeter,
     PowerReading,
-    machine_facts,
     read_clock,
 )
 from fcos_deploy.benchmark.measure import (
@@ -33,6 +31,7 @@ from fcos_deploy.core.backend import PerformanceHint
 from fcos_deploy.core.errors import ConfigError, SlowdownError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.image import read_image
+from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import parse_json, to_json
 from fcos_deploy.detector import DetectorSpec
@@ -124,7 +123,7 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
     """
     path = request.image or demo_image()
     image = read_image(path)
-    facts, before = machine_facts(), read_clock()
+    facts, before = read_machine(), read_clock()
     with contextlib.ExitStack() as stack:
         detectors = [stack.enter_context(candidate.open(PerformanceHint.LATENCY)) for candidate in request.candidates]
         timings = time_in_turns(detectors, image, options=request.timing, progress=progress)

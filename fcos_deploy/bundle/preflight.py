@@ -88,8 +88,8 @@ def _gpu(needs: Requirements, machine: MachineFacts) -> Iterator[Difference]:
         newer = " or newer" if needs.hardware_compatible else ""
         found = ", ".join(f"{capability} ({name})" for name, capability in machine.gpus) or "no NVIDIA GPU"
         yield Difference("the GPU's compute capability", " or ".join(needs.compute_capabilities) + newer, found)
-    if needs.driver and _numbers(machine.driver) < _numbers(needs.driver):
-        yield Difference("the NVIDIA driver", f"{needs.driver} or newer", machine.driver)
+    if needs.driver and _numbers(machine.nvidia_driver) < _numbers(needs.driver):
+        yield Difference("the NVIDIA driver", f"{needs.driver} or newer", machine.nvidia_driver)
 
 
 def _capability_fits(needs: Requirements, found: str) -> bool:
@@ -101,7 +101,7 @@ def _capability_fits(needs: Requirements, found: str) -> bool:
 def _processor(needs: Requirements, machine: MachineFacts) -> Iterator[Difference]:
     if needs.machine and needs.machine != machine.machine:
         yield Difference("the processor's architecture", needs.machine, machine.machine)
-    missing = sorted(set(needs.cpu_features) - machine.cpu_features)
+    missing = sorted(set(needs.cpu_features) - set(machine.cpu_features))
     if missing:
         yield Difference("the processor", f"one with {', '.join(missing)}", f"{machine.processor}, without")
 

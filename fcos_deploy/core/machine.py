@@ -1,24 +1,19 @@
-"""The processor cores that this process may use."""
+"""Facts of a machine: its processor, the cores that this process may use, its GPUs, and the drivers that are loaded."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["JetsonFacts", "MachineFacts", "SystemFacts", "read_machine", "system_facts", "usable_cpus"]
+__all__ = ["JetsonFacts", "MachineFacts", "kernel_text", "read_machine", "usable_cpus"]
 
-
-def usable_cpus() -> int:
-    """How many; fewer than the machine has where affinity (``taskset``, containers) says so."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
+_ROOT = Path("/")
 # Instructions that decide how fast int8 is, as /proc/cpuinfo names them.
 _INT8_FLAGS = {
     "avx2": "AVX2",
@@ -41,6 +36,9 @@ _JETPACKS = (
 )
 
 
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_* of cuda.h
+
+
 @dataclass(frozen=True, slots=True)
 class JetsonFacts:
     """``l4t`` such as ``36.4.3``; ``jetpack`` is empty for a release that is not known."""
@@ -51,115 +49,116 @@ class JetsonFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SystemFacts:
-    """``nvidia_driver`` is the kernel module's version; ``npu_driver`` the name of the loaded NPU driver."""
+class MachineFacts:
+    """What is known of a machine; whatever cannot be read is empty, 0 or None.
 
+    ``machine`` is the architecture, such as ``x86_64``. ``cpu_features`` are the flags of ``/proc/cpuinfo``, sorted.
+    ``cores`` are those that this process may use, ``load`` is the load average of the last minute. ``gpus`` are those
+    of NVIDIA: (name, compute capability such as "8.7"). ``nvidia_driver`` is the version of the kernel module,
+    ``cuda_driver`` the newest CUDA that it serves. ``npu_driver`` names the loaded driver of an Intel NPU, and
+    ``npu_device`` says whether the driver has a device.
+    """
+
+    machine: str
     processor: str
-    int8_features: tuple[str, ...]
-    memory_mib: int
-    jetson: JetsonFacts | None
-    nvidia_driver: str
-    npu_driver: str
-    npu_device: bool
+    system: str
+    python: str = ""
+    cpu_features: tuple[str, ...] = ()
+    cores: int = 0
+    memory_mib: int = 0
+    load: float | None = None
+    jetson: JetsonFacts | None = None
+    gpus: tuple[tuple[str, str], ...] = ()
+    nvidia_driver: str = ""
+    cuda_driver: str = ""
+    npu_driver: str = ""
+    npu_device: bool = False
+
+    @property
+    def int8_features(self) -> tuple[str, ...]:
+        """The instructions that decide how fast int8 is, in their makers' words."""
+        return tuple(label for flag, label in _INT8_FLAGS.items() if flag in self.cpu_features)
 
 
-def system_facts(root: Path = Path("/")) -> SystemFacts:
-    """Read them; ``root`` is where ``proc``, ``sys``, ``etc`` and ``dev`` lie."""
-    cpuinfo = _text(root / "proc/cpuinfo")
-    flags = (
-        set(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)[:1][0].split()) if cpuinfo else set()
-    )
-    model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    board = _text(root / "proc/device-tree/model").rstrip("\0\n")
-    return SystemFacts(
-        processor=model[1] if model else board,
-        int8_features=tuple(label for flag, label in _INT8_FLAGS.items() if flag in flags),
-        memory_mib=_memory_mib(root),
+def read_machine(root: Path = _ROOT) -> MachineFacts:
+    """Look at this machine; ``root`` is where ``proc``, ``sys``, ``etc`` and ``dev`` lie."""
+    lines = (line.partition(":") for line in kernel_text(root / "proc/cpuinfo").partition("\n\n")[0].splitlines())
+    first_cpu = {name.strip(): value.strip() for name, _, value in lines}
+    board = kernel_text(root / "proc/device-tree/model")
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", kernel_text(root / "proc/meminfo"), re.MULTILINE)
+    load = kernel_text(root / "proc/loadavg").split()
+    driver = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", kernel_text(root / "proc/driver/nvidia/version"))
+    # The driver's library is this machine's, wherever its files are said to lie.
+    gpus, cuda = _nvidia_gpus() if root == _ROOT else ((), "")
+    return MachineFacts(
+        machine=platform.machine(),
+        processor=first_cpu.get("model name") or board or platform.processor() or platform.machine(),
+        system=platform.platform(),
+        python=platform.python_version(),
+        cpu_features=tuple(sorted(first_cpu.get("flags", first_cpu.get("Features", "")).split())),
+        cores=usable_cpus(root),
+        memory_mib=int(memory[1]) // 1024 if memory else 0,
+        load=float(load[0]) if load else None,
         jetson=_jetson(root, board),
-        nvidia_driver=_nvidia_driver(root),
+        gpus=gpus,
+        nvidia_driver=driver[1] if driver else "",
+        cuda_driver=cuda,
         npu_driver="intel_vpu" if (root / "sys/module/intel_vpu").is_dir() else "",
         npu_device=any((root / "dev/accel").glob("accel*")),
     )
 
 
-def _text(path: Path) -> str:
+def usable_cpus(root: Path = _ROOT) -> int:
+    """How many cores this process may use: the machine's, less what affinity or a container's CPU quota takes away.
+
+    A quota is a share of time, not of cores; more threads than its cores would only be throttled, all at once.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cpus, *map(math.ceil, _cpu_quotas(root))]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """The limits of this process's control group and of the groups above it, in cores; the smallest one holds.
+
+    Version 2 writes ``cpu.max`` as "quota period" or "max period"; version 1 has two files, and -1 for no quota
+    (Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst of Linux).
+    """
+    for line in kernel_text(root / "proc/self/cgroup").splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if hierarchy != "0" and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        group = top / path.lstrip("/")
+        # Inside a container the path may be the host's, of which only the mounted part is visible.
+        for folder in (group, *group.parents):
+            words = kernel_text(folder / "cpu.max").split() or [
+                kernel_text(folder / "cpu.cfs_quota_us"),
+                kernel_text(folder / "cpu.cfs_period_us"),
+            ]
+            if all(word.isdigit() for word in words):
+                yield int(words[0]) / int(words[1])
+            if folder == top:
+                break
+
+
+def kernel_text(path: Path) -> str:
+    """The text of a file of ``/proc`` or ``/sys``, without what ends it; empty where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError:
         return ""
-
-
-def _memory_mib(root: Path) -> int:
-    found = re.search(r"^MemTotal:\s*(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
-    return int(found[1]) // 1024 if found else 0
 
 
 def _jetson(root: Path, board: str) -> JetsonFacts | None:
     """From lines such as ``# R36 (release), REVISION: 4.3, GCID: ...``."""
-    found = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
-    if found is None:
+    release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", kernel_text(root / "etc/nv_tegra_release"))
+    if release is None:
         return None
-    l4t = f"{found[1]}.{found[2]}"
-    release = tuple(int(part) for part in l4t.split(".")[:2])
-    jetpack = next((name for first, name in _JETPACKS if release[0] == first[0] and release >= first), "")
+    l4t = f"{release[1]}.{release[2]}"
+    numbers = tuple(int(part) for part in l4t.split(".")[:2])
+    jetpack = next((name for first, name in _JETPACKS if numbers[0] == first[0] and numbers >= first), "")
     return JetsonFacts(model=board, l4t=l4t, jetpack=jetpack)
-
-
-def _nvidia_driver(root: Path) -> str:
-    found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", _text(root / "proc/driver/nvidia/version"))
-    return found[1] if found else ""
-
-
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
-_CPUINFO = Path("/proc/cpuinfo")
-_DRIVER = Path("/proc/driver/nvidia/version")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineFacts:
-    """``gpus`` are (name, compute capability such as "8.7"); ``cuda_driver`` is the newest CUDA the driver knows."""
-
-    machine: str
-    processor: str
-    cpu_features: frozenset[str]
-    system: str
-    gpus: tuple[tuple[str, str], ...] = ()
-    driver: str = ""
-    cuda_driver: str = ""
-
-
-def read_machine() -> MachineFacts:
-    """Look at this machine; what cannot be read is left empty."""
-    fields = _cpuinfo()
-    gpus, cuda = _nvidia_gpus()
-    return MachineFacts(
-        machine=platform.machine(),
-        processor=fields.get("model name", platform.processor() or platform.machine()),
-        cpu_features=frozenset(fields.get("flags", fields.get("Features", "")).split()),
-        system=platform.platform(),
-        gpus=gpus,
-        driver=_driver_version(),
-        cuda_driver=cuda,
-    )
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The fields of the first processor."""
-    try:
-        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _driver_version() -> str:
-    try:
-        text = _DRIVER.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    numbers = [word for word in text.partition("\n")[0].split() if word[0].isdigit() and "." in word]
-    return numbers[0] if numbers else ""
 
 
 def _nvidia_gpus() -> tuple[tuple[tuple[str, str], ...], str]:

@@ -15,13 +15,13 @@ from calibration.trade_offs import SUFFIX, TradeOffs, read_trade_offs
 from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
 from fcos_deploy.accuracy.matching import DetectionMatch, MatchOptions, match_detections
-from fcos_deploy.benchmark.machine import MachineFacts
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkResult
 from fcos_deploy.bundle import Artifact, Manifest, StepOutput
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.image import read_image
+from fcos_deploy.core.machine import MachineFacts
 from fcos_deploy.core.score_drift import ScoreDrift as MovedScores
 from fcos_deploy.core.score_drift import score_drift
 from fcos_deploy.core.serialize import to_json

@@ -12,7 +12,7 @@ from functools import partial
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.libraries import parse_version
-from fcos_deploy.core.machine import SystemFacts, system_facts
+from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.targets.profiles import DeviceFamily, DeviceProfile
 
@@ -59,7 +59,7 @@ class Examination:
     """All findings of one look, with what was read for comparing."""
 
     findings: tuple[Finding, ...]
-    facts: SystemFacts
+    facts: MachineFacts
     probes: dict[str, BackendProbe]
 
     @property
@@ -70,7 +70,7 @@ class Examination:
 
 def examine() -> Examination:
     """Look at everything. Never raises for what it finds."""
-    facts = system_facts()
+    facts = read_machine()
     probes = {name: backend.probe() for name, backend in all_backends().items()}
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         partial(_machine, facts),
@@ -98,7 +98,7 @@ def difference_lines(differences: Iterable[Difference]) -> Iterator[str]:
         yield f"{'':32}{difference.remedy}"
 
 
-def _machine(facts: SystemFacts) -> Iterator[Finding]:
+def _machine(facts: MachineFacts) -> Iterator[Finding]:
     version = platform.python_version()
     yield Finding("machine", "Python", Health.WORKS, f"{version} on {platform.system()} {platform.machine()}")
     features = ", ".join(facts.int8_features) or "no int8 instructions"
@@ -109,7 +109,7 @@ def _machine(facts: SystemFacts) -> Iterator[Finding]:
         yield Finding("machine", "JetPack", Health.WORKS, detail)
 
 
-def _nvidia(facts: SystemFacts) -> Iterator[Finding]:
+def _nvidia(facts: MachineFacts) -> Iterator[Finding]:
     if facts.nvidia_driver:
         yield Finding("NVIDIA", "driver", Health.WORKS, facts.nvidia_driver)
     elif facts.jetson is not None:
@@ -120,7 +120,7 @@ def _nvidia(facts: SystemFacts) -> Iterator[Finding]:
         )
 
 
-def _npu(facts: SystemFacts, probes: dict[str, BackendProbe]) -> Iterator[Finding]:
+def _npu(facts: MachineFacts, probes: dict[str, BackendProbe]) -> Iterator[Finding]:
     seen = any("NPU" in device for probe in probes.values() for device in probe.devices)
     if seen:
         yield Finding("Intel", "NPU", Health.WORKS, facts.npu_driver or "driver outside the kernel tree")

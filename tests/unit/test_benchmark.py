@@ -11,10 +11,8 @@ import pytest
 
 from fcos_deploy.benchmark.machine import (
     ClockReading,
-    MachineFacts,
     PowerMeter,
     PowerReading,
-    machine_facts,
     read_clock,
 )
 from fcos_deploy.benchmark.measure import LatencyStats, StageMedians
@@ -31,6 +29,7 @@ from fcos_deploy.benchmark.run import (
 )
 from fcos_deploy.core.errors import ConfigError, SlowdownError
 from fcos_deploy.core.image import read_image
+from fcos_deploy.core.machine import MachineFacts
 
 
 def result(backend: str = "openvino", *, times: float = 10.0) -> BenchmarkResult:
@@ -52,7 +51,7 @@ def result(backend: str = "openvino", *, times: float = 10.0) -> BenchmarkResult
 
 
 def benchmark(*results: BenchmarkResult, processor: str = "P") -> Benchmark:
-    machine = MachineFacts(processor=processor, cores=2, memory_mib=1, system="s", python="3", load=None)
+    machine = MachineFacts(machine="m", processor=processor, cores=2, memory_mib=1, system="s", python="3")
     return Benchmark(machine=machine, image="x.jpg", results=results, throttled=None)
 
 
@@ -126,14 +125,10 @@ def write(root: Path, path: str, text: str) -> None:
 
 
 def test_machine_that_tells_everything(tmp_path: Path) -> None:
-    write(tmp_path, "proc/cpuinfo", "model name\t: Fast CPU\ncpu MHz\t\t: 1000.0")
-    write(tmp_path, "proc/meminfo", "MemTotal:       2097152 kB")
-    write(tmp_path, "proc/loadavg", "0.50 0.4 0.3 1/2 3")
     for core, khz in ((0, "3000000"), (1, "2000000")):
         write(tmp_path, f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", khz)
         write(tmp_path, f"sys/devices/system/cpu/cpu{core}/thermal_throttle/core_throttle_count", "3")
-    facts, clock = machine_facts(tmp_path), read_clock(tmp_path)
-    assert (facts.processor, facts.memory_mib, facts.load) == ("Fast CPU", 2048, 0.5)
+    clock = read_clock(tmp_path)
     assert (clock.mhz, clock.throttled, clock.problem) == (2500.0, 6, "")
 
 

@@ -14,80 +14,12 @@ from pathlib import Path
 import pytest
 
 from fcos_deploy.core.backend import BackendProbe
-from fcos_deploy.core.machine import SystemFacts, system_facts
+from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.targets.doctor import Examination, Health, compare, difference_lines, examine, lines
 from fcos_deploy.targets.profiles import load_profile
 
 ORIN_RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
-XEON = "model name\t: Intel(R) Xeon(R) Platinum 8480+\nflags\t\t: fpu sse4_2 avx2 avx512_vnni amx_bf16 amx_int8\n"
-ORIN_CPU = "processor\t: 0\nFeatures\t: fp asimd evtstrm aes asimddp\n"
-DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:17:00 UTC 2025\nGCC version: ...\n"
-OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.57.08  Release Build\n"
-
-
-def machine(root: Path, **files: str) -> SystemFacts:
-    for name, text in files.items():
-        path = root / name.replace("__", "/").replace("0", "-")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return system_facts(root)
-
-
-def test_jetson_is_known_by_its_release_file(tmp_path: Path) -> None:
-    facts = machine(
-        tmp_path,
-        etc__nv_tegra_release=ORIN_RELEASE,
-        proc__cpuinfo=ORIN_CPU,
-        proc__device0tree__model="NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
-        proc__meminfo="MemTotal:        7802108 kB\n",
-    )
-    assert facts.jetson is not None
-    assert (facts.jetson.l4t, facts.jetson.jetpack) == ("36.4.3", "6.1 or 6.2")
-    assert facts.jetson.model.endswith("Kit Super")
-    assert facts.int8_features == ("Arm dot product",)
-    assert facts.memory_mib == 7619
-
-
-@pytest.mark.parametrize(
-    ("release", "revision", "jetpack"),
-    [
-        (39, "2.1", "7.2"),
-        (38, "4.0", "7.1"),
-        (38, "2.0", "7.0"),
-        (36, "3.0", "6.0"),
-        (35, "4.1", "5.1"),
-        (34, "1.0", ""),
-    ],
-)
-def test_jetpack_of_a_release(release: int, revision: str, jetpack: str, tmp_path: Path) -> None:
-    facts = machine(tmp_path, etc__nv_tegra_release=f"# R{release} (release), REVISION: {revision}, GCID: 1\n")
-    assert facts.jetson is not None
-    assert facts.jetson.jetpack == jetpack
-
-
-def test_int8_instructions_of_a_xeon(tmp_path: Path) -> None:
-    facts = machine(tmp_path, proc__cpuinfo=XEON)
-    assert facts.processor == "Intel(R) Xeon(R) Platinum 8480+"
-    assert facts.int8_features == ("AVX2", "AVX512-VNNI", "AMX-INT8", "AMX-BF16")
-
-
-@pytest.mark.parametrize(("text", "version"), [(DRIVER, "580.65.06"), (OPEN_DRIVER, "575.57.08")])
-def test_nvidia_driver_of_the_kernel(text: str, version: str, tmp_path: Path) -> None:
-    assert machine(tmp_path, proc__driver__nvidia__version=text).nvidia_driver == version
-
-
-def test_an_empty_machine_has_nothing(tmp_path: Path) -> None:
-    facts = system_facts(tmp_path)
-    assert (facts.jetson, facts.nvidia_driver, facts.npu_driver, facts.int8_features) == (None, "", "", ())
-
-
-def test_npu_driver_and_device(tmp_path: Path) -> None:
-    (tmp_path / "sys/module/intel_vpu").mkdir(parents=True)
-    (tmp_path / "dev/accel").mkdir(parents=True)
-    (tmp_path / "dev/accel/accel0").touch()
-    facts = system_facts(tmp_path)
-    assert (facts.npu_driver, facts.npu_device) == ("intel_vpu", True)
 
 
 @pytest.fixture(scope="module")
@@ -157,40 +89,38 @@ def test_doctor_works_without_torch_and_onnx() -> None:
     assert findings["Python"]["health"] == "works"
 
 
-def orin_nano(facts: SystemFacts) -> Examination:
+def orin_nano(facts: MachineFacts) -> Examination:
     probe = BackendProbe(available=True, version="10.3.0", devices=("cuda:0 Orin (sm_87)",))
     return Examination((), facts, {"tensorrt": probe})
 
 
 @pytest.fixture
-def orin_facts(tmp_path: Path) -> SystemFacts:
-    return machine(
-        tmp_path,
-        etc__nv_tegra_release=ORIN_RELEASE,
-        proc__cpuinfo=ORIN_CPU,
-        proc__meminfo="MemTotal:        7802108 kB\n",
-    )
+def orin_facts(tmp_path: Path) -> MachineFacts:
+    for path, text in (("etc/nv_tegra_release", ORIN_RELEASE), ("proc/meminfo", "MemTotal:        7802108 kB\n")):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(text)
+    return read_machine(tmp_path)
 
 
 def differences(examination: Examination, profile: str) -> set[str]:
     return {difference.name for difference in compare(examination, load_profile(profile))}
 
 
-def test_the_machine_of_the_profile_does_not_differ(orin_facts: SystemFacts) -> None:
+def test_the_machine_of_the_profile_does_not_differ(orin_facts: MachineFacts) -> None:
     expected = set() if platform.machine() == "aarch64" else {"architecture"}
     assert differences(orin_nano(orin_facts), "jetson-orin-nano") == expected
 
 
-def test_another_jetpack_differs(orin_facts: SystemFacts) -> None:
+def test_another_jetpack_differs(orin_facts: MachineFacts) -> None:
     assert differences(orin_nano(orin_facts), "jetson-orin-nano-jp7") >= {"TensorRT", "JetPack"}
 
 
-def test_too_little_memory_and_another_gpu_differ(orin_facts: SystemFacts) -> None:
+def test_too_little_memory_and_another_gpu_differ(orin_facts: MachineFacts) -> None:
     found = differences(orin_nano(replace(orin_facts, memory_mib=3900)), "jetson-thor")
     assert found >= {"memory", "GPU", "TensorRT", "JetPack"}
 
 
-def test_missing_openvino_device_differs(orin_facts: SystemFacts) -> None:
+def test_missing_openvino_device_differs(orin_facts: MachineFacts) -> None:
     cpu = BackendProbe(available=True, version="2026.4", devices=("CPU",))
     examination = Examination((), replace(orin_facts, memory_mib=64000), {"openvino": cpu})
     assert "device" in differences(examination, "intel-npu")
@@ -214,7 +144,7 @@ def test_own_distribution_is_the_only_owner_here() -> None:
     assert {name.lower() for name in owners["runtimes"]} == {"fcos-deploy"}
 
 
-def test_every_difference_says_what_would_mend_it(orin_facts: SystemFacts) -> None:
+def test_every_difference_says_what_would_mend_it(orin_facts: MachineFacts) -> None:
     examination = orin_nano(replace(orin_facts, memory_mib=3900, jetson=None))
     examination = replace(examination, probes={"tensorrt": replace(examination.probes["tensorrt"], available=False)})
     found = compare(examination, load_profile("jetson-thor"))
@@ -228,7 +158,7 @@ def test_the_doctor_does_not_import_torch() -> None:
     """It takes two seconds of CPU; a build for the CPU, or a machine without a GPU, is known from files."""
     pytest.importorskip("torch")
     version = importlib.metadata.version("torch")
-    if system_facts().nvidia_driver and not version.endswith("+cpu"):
+    if read_machine().nvidia_driver and not version.endswith("+cpu"):
         pytest.skip("with a GPU, torch itself is asked")
     code = (
         "import sys, json; from fcos_deploy.core.registry import get_backend; p = get_backend('pytorch').probe();"

@@ -1,15 +1,17 @@
 """ONNX Runtime.
 
 Measured with a raw tail of 640x640 and 80 classes (2.9 MB of outputs): ``run`` hands its outputs over without a copy,
-and I/O binding with preallocated outputs is not faster, so plain ``run`` it is.
+and I/O binding with preallocated outputs is not faster, so sessions call plain ``run``.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from fcos_deploy.core.backend import (
@@ -22,16 +24,19 @@ from fcos_deploy.core.backend import (
     Tensors,
 )
 from fcos_deploy.core.contract import find_contract
-from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.enums import ArtifactKind, StrEnum
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.tensor_spec import TensorSpec
 
-__all__ = ["BACKEND"]
+__all__ = ["BACKEND", "GraphOptimization", "executed_kernels", "open_model"]
+
+ort = lazy_import("onnxruntime", extra="onnxruntime")
 
 _SUFFIX = "ExecutionProvider"
-_ERRORS_ONLY_FATAL = 4  # severity; whatever fails is raised, with its text
+_CPU = "CPUExecutionProvider"
+_FATAL_ONLY = 4  # log severity; whatever fails is raised, with its text
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -44,15 +49,73 @@ _DTYPES = {
 }
 
 
+class GraphOptimization(StrEnum):
+    """What ONNX Runtime may do to a graph; the values are the ends of its ``GraphOptimizationLevel`` names.
+
+    ``EXTENDED`` fuses and folds; ``ALL`` also lays tensors out for the processor that the session runs on.
+    """
+
+    DISABLED = "DISABLE_ALL"
+    EXTENDED = "ENABLE_EXTENDED"
+    ALL = "ENABLE_ALL"
+
+
+def open_model(
+    model: bytes | Path,
+    *,
+    threads: int | None = None,
+    optimization: GraphOptimization = GraphOptimization.ALL,
+    save_optimized: Path | None = None,
+) -> Session:
+    """Open a graph on the CPU, for a check or a calibration: any ONNX model, with or without a contract.
+
+    model: a serialized ``onnx.ModelProto``, or an ONNX file.
+    threads: for one inference; None takes all cores.
+    save_optimized: where to write the graph as ONNX Runtime optimized it.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        BackendLoadError: ONNX Runtime cannot read the graph.
+    """
+    settings = _settings(threads or 0, optimization=optimization)
+    if save_optimized is not None:
+        settings.optimized_model_filepath = str(save_optimized)
+    return _OnnxRuntimeSession(_create(model, settings=settings, provider=(_CPU, {})), workers=1, description={})
+
+
+def executed_kernels(model: Path, feeds: Tensors) -> list[tuple[str, str]]:
+    """(node, operator) of each kernel of one inference on the CPU, in the order in which they ran.
+
+    Operators are those after ONNX Runtime's fusions, for example QLinearConv where Q/DQ pairs were fused with a Conv.
+    A float convolution whose layout was changed is named after its output.
+
+    Raises:
+        MissingDependencyError, BackendLoadError: as ``open_model``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        settings = _settings(0)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder) / "run")
+        session = _create(model, settings=settings, provider=(_CPU, {}))
+        session.run(None, dict(feeds))
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    # An event is named after its node; a fused node has a number of the optimizer's own behind its name.
+    return [
+        (re.sub(r"(_token_\d+)?_kernel_time$", "", event["name"]), event["args"]["op_name"])
+        for event in events
+        if event["name"].endswith("_kernel_time")
+    ]
+
+
 class _OnnxRuntimeSession(Session):
-    def __init__(self, session: Any, *, runtime: ModuleType, workers: int, description: dict[str, str]) -> None:
+    def __init__(self, session: Any, *, workers: int, description: dict[str, str]) -> None:
         super().__init__(
-            inputs=tuple(_spec(i) for i in session.get_inputs()),
-            outputs=tuple(_spec(o) for o in session.get_outputs()),
+            inputs=tuple(_spec(node) for node in session.get_inputs()),
+            outputs=tuple(_spec(node) for node in session.get_outputs()),
             description=description,
         )
         self._session = session
-        self._errors = _errors(runtime)
+        self._errors = _errors()
         self._names = [spec.name for spec in self.outputs]
         self._pool = ThreadPoolExecutor(workers, "onnxruntime") if workers > 1 else None
 
@@ -85,7 +148,6 @@ class _OnnxRuntime(Backend):
     preferred_for = frozenset({ArtifactKind.ONNX})
 
     def open(self, path: Path, options: SessionOptions) -> Session:
-        runtime = require("onnxruntime", extra=self.extra)
         contract = options.contract or find_contract(path)
         if contract:
             self.check_placement(contract)
@@ -94,71 +156,77 @@ class _OnnxRuntime(Backend):
                 f"ONNX Runtime computes in the types that the graph has, not in {options.compute} on request.",
                 hint="export with --precision fp16, or leave the compute type at f32",
             )
-        provider, settings = _provider(runtime, options.device or "cpu")
+        device = options.device or "cpu"
+        provider = _provider(device)
         streams, threads = _parallelism(options)
-        session = _create(runtime, path, provider=(provider, settings), threads=threads)
-        if session.get_providers()[0] != provider:
-            raise DeviceError(f"ONNX Runtime could not use '{options.device}' and chose {session.get_providers()[0]}.")
+        session = _create(path, settings=_settings(threads), provider=provider)
+        if session.get_providers()[0] != provider[0]:
+            raise DeviceError(f"ONNX Runtime could not use '{device}' and chose {session.get_providers()[0]}.")
         description = {
             "backend": self.name,
-            "version": runtime.__version__,
-            "device": options.device or "cpu",
+            "version": ort.__version__,
+            "device": device,
             "compute": str(options.compute),
             "hint": str(options.hint),
             "threads": str(threads or "all cores"),
             "streams": str(streams),
         }
-        opened = _OnnxRuntimeSession(session, runtime=runtime, workers=streams, description=description)
+        opened = _OnnxRuntimeSession(session, workers=streams, description=description)
         opened.contract = contract
         return opened
 
     def probe(self) -> BackendProbe:
         try:
-            runtime = require("onnxruntime", extra=self.extra)
+            return BackendProbe(available=True, version=ort.__version__, devices=tuple(_devices()))
         except MissingDependencyError as error:
             return BackendProbe(available=False, problem=error.message, remedy=error.hint)
         except ImportError as error:
             return BackendProbe(available=False, problem=str(error), remedy="reinstall onnxruntime")
-        return BackendProbe(available=True, version=runtime.__version__, devices=tuple(_devices(runtime)))
 
 
 BACKEND = _OnnxRuntime()
 
 
-def _create(runtime: ModuleType, path: Path, *, provider: tuple[str, dict[str, str]], threads: int) -> Any:
-    settings = runtime.SessionOptions()
-    settings.log_severity_level = _ERRORS_ONLY_FATAL
+def _settings(threads: int, *, optimization: GraphOptimization = GraphOptimization.ALL) -> Any:
+    """The library's SessionOptions; 0 threads is its own choice, all cores."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = _FATAL_ONLY
     settings.intra_op_num_threads = threads
+    settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{optimization}")
     # Workers spin between the operators of a run, which is up to a seventh faster, and sleep as soon as it is over:
     # left alone they burn a core for milliseconds more, the time of decoding and of other programs.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    return settings
+
+
+def _create(model: bytes | Path, *, settings: Any, provider: tuple[str, dict[str, str]]) -> Any:
+    source = str(model) if isinstance(model, Path) else model
     try:
-        return runtime.InferenceSession(str(path), settings, providers=[provider], enable_fallback=0)
-    except _errors(runtime) as error:
+        return ort.InferenceSession(source, settings, providers=[provider], enable_fallback=0)
+    except _errors() as error:
+        what = f"'{model}'" if isinstance(model, Path) else "the graph"
         raise BackendLoadError(
-            f"ONNX Runtime {runtime.__version__} cannot open '{path}': {_first_line(error)}",
+            f"ONNX Runtime {ort.__version__} cannot open {what}: {_first_line(error)}",
             hint="is it a complete ONNX model of an opset that this version reads?",
         ) from error
 
 
-def _provider(runtime: ModuleType, device: str) -> tuple[str, dict[str, str]]:
+def _provider(device: str) -> tuple[str, dict[str, str]]:
     """The execution provider of ``cuda:0``: its full name and its settings.
 
     Raises:
         DeviceError: this build of ONNX Runtime does not have it.
     """
     name, _, index = device.partition(":")
-    found = _devices(runtime).get(name.lower())
-    if found is None or (index and not index.isdecimal()):
-        raise DeviceError(
-            f"ONNX Runtime has no device '{device}' here.", hint=f"devices: {', '.join(_devices(runtime))}"
-        )
-    return found, {"device_id": index} if index else {}
+    devices = _devices()
+    if name.lower() not in devices or (index and not index.isdecimal()):
+        raise DeviceError(f"ONNX Runtime has no device '{device}' here.", hint=f"devices: {', '.join(devices)}")
+    return devices[name.lower()], {"device_id": index} if index else {}
 
 
-def _devices(runtime: ModuleType) -> dict[str, str]:
+def _devices() -> dict[str, str]:
     """Short names of the execution providers, such as ``cpu``, and their full ones."""
-    providers = {name.removesuffix(_SUFFIX).lower(): name for name in runtime.get_available_providers()}
+    providers = {name.removesuffix(_SUFFIX).lower(): name for name in ort.get_available_providers()}
     providers.pop("azure", None)  # Not a device: it sends tensors to a web service.
     return providers
 
@@ -172,10 +240,10 @@ def _parallelism(options: SessionOptions) -> tuple[int, int]:
     return streams, max(1, total // streams)
 
 
-def _errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
-    """The exceptions that the library raises; they have no base of their own."""
-    state = runtime.capi.onnxruntime_pybind11_state
-    own = [v for v in vars(state).values() if isinstance(v, type) and issubclass(v, Exception)]
+def _errors() -> tuple[type[Exception], ...]:
+    """The exceptions that the library raises; they have no base class of their own."""
+    state = vars(ort.capi.onnxruntime_pybind11_state).values()
+    own = [value for value in state if isinstance(value, type) and issubclass(value, Exception)]
     return (*own, RuntimeError, ValueError)
 
 

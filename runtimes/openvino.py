@@ -30,13 +30,41 @@ from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
 from fcos_deploy.core.files import model_cache_dir, sha256_file
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.tensor_spec import TensorSpec
 
-__all__ = ["BACKEND"]
+__all__ = ["BACKEND", "executed_primitives", "open_model"]
+
+ov = lazy_import("openvino", extra="openvino")
 
 _HINTS = {PerformanceHint.LATENCY: "LATENCY", PerformanceHint.THROUGHPUT: "THROUGHPUT"}
 _CAPABILITIES = {ComputeType.F32: "FP32", ComputeType.F16: "FP16", ComputeType.BF16: "BF16"}
+
+
+def open_model(model: bytes | Path | Any, *, threads: int | None = None) -> Session:  # Any: an openvino.Model
+    """Open a graph on the CPU in float32, for a check or a calibration: without a contract, and never from the cache.
+
+    model: a serialized ``onnx.ModelProto``, an ONNX or IR file, or an ``openvino.Model``.
+    threads: for one inference; None takes OpenVINO's choice.
+
+    Raises:
+        MissingDependencyError: openvino is not installed.
+        BackendLoadError: OpenVINO cannot read or compile the graph.
+    """
+    compiled = _compile(ov.Core(), model, device="CPU", settings=_settings(SessionOptions(threads=threads), cache=None))
+    return _OpenVinoSession(compiled, description={})
+
+
+def executed_primitives(session: Session) -> list[dict[str, str]]:
+    """What a session of this module really executes: OpenVINO's facts about each primitive of the compiled model.
+
+    For example ``layerType`` (Convolution), ``runtimePrecision`` (i8) and ``originalLayersNames`` (the ONNX nodes that
+    the primitive computes, separated by commas).
+    """
+    if not isinstance(session, _OpenVinoSession):
+        raise BackendError("The session is not one of OpenVINO's.")
+    nodes = session.compiled.get_runtime_model().get_ops()
+    return [{key: str(value.astype(str)) for key, value in node.get_rt_info().items()} for node in nodes]
 
 
 class _Request:
@@ -51,7 +79,9 @@ class _Request:
         """Begin; ``finish`` must follow."""
         for name, array in feeds.items():
             if self._arrays.get(name) is not array:
-                self._share(name, array)
+                # The tensor lies in the array's own memory, or in a copy's if that is not contiguous or read-only.
+                shared = self._arrays[name] = np.require(array, requirements=["C", "W"])
+                self._request.set_tensor(name, ov.Tensor(shared, shared_memory=True))
         # Not ``infer``, which copies the outputs.
         self._request.start_async()
 
@@ -59,11 +89,6 @@ class _Request:
         """Wait for what was started: the outputs as views that the next ``start`` overwrites."""
         self._request.wait()
         return {name: self._request.get_output_tensor(i).data for i, name in enumerate(self._outputs)}
-
-    def _share(self, name: str, array: NDArray[Any]) -> None:
-        tensor, held = _shared(array)
-        self._request.set_tensor(name, tensor)
-        self._arrays[name] = held
 
 
 class _OpenVinoSession(Session):
@@ -74,7 +99,7 @@ class _OpenVinoSession(Session):
             description=description,
         )
         self._names = [spec.name for spec in self.outputs]
-        self._compiled = compiled
+        self.compiled = compiled
         self._requests = PerThread(partial(_Request, compiled, self._names))
         self._ring: list[_Request] = []
         self._ring_lock = threading.Lock()
@@ -83,7 +108,7 @@ class _OpenVinoSession(Session):
         requests = self._requests
         if requests is None:
             raise BackendError("The session is closed.")
-        with _telling():
+        with _errors_in_words():
             request = requests.get()
             request.start(feeds)
             return request.finish()
@@ -97,18 +122,18 @@ class _OpenVinoSession(Session):
         Not its AsyncInferQueue: that calls back into Python, and taking it down can wait, with the interpreter's lock
         held, for a thread that wants this lock (2026.4).
         """
-        with self._ring_lock, _telling():
-            if self._compiled is None:
+        with self._ring_lock, _errors_in_words():
+            if self.compiled is None:
                 raise BackendError("The session is closed.")
             if not self._ring:
-                count = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-                self._ring = [_Request(self._compiled, self._names) for _ in range(count)]
+                count = int(self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+                self._ring = [_Request(self.compiled, self._names) for _ in range(count)]
             return _through(self._ring, feeds)
 
     def _close(self) -> None:
         with self._ring_lock:
             self._ring = []
-            self._requests = self._compiled = None  # type: ignore[assignment]  # nobody asks afterwards
+            self._requests = self.compiled = None  # type: ignore[assignment]  # nobody asks afterwards
 
 
 class _OpenVino(Backend):
@@ -121,11 +146,10 @@ class _OpenVino(Backend):
     preferred_for = frozenset({ArtifactKind.OPENVINO_IR})
 
     def open(self, path: Path, options: SessionOptions) -> Session:
-        openvino = require("openvino", extra=self.extra)
         contract = options.contract or find_contract(path)
         if contract:
             self.check_placement(contract)
-        core = openvino.Core()
+        core = ov.Core()
         device = _device(core, options.device or "CPU")
         _check_compute(core, device, options.compute)
         cache = _cache_folder(path, options)
@@ -136,13 +160,11 @@ class _OpenVino(Backend):
 
     def probe(self) -> BackendProbe:
         try:
-            openvino = require("openvino", extra=self.extra)
-            devices = tuple(openvino.Core().available_devices)
+            return BackendProbe(available=True, version=ov.__version__, devices=tuple(ov.Core().available_devices))
         except MissingDependencyError as error:
             return BackendProbe(available=False, problem=error.message, remedy=error.hint)
         except (ImportError, RuntimeError) as error:
             return BackendProbe(available=False, problem=str(error), remedy="reinstall openvino")
-        return BackendProbe(available=True, version=openvino.__version__, devices=devices)
 
 
 BACKEND = _OpenVino()
@@ -159,13 +181,18 @@ def _settings(options: SessionOptions, cache: Path | None) -> dict[str, str]:
     return settings
 
 
-def _compile(core: Any, path: Path, *, device: str, settings: Mapping[str, str]) -> Any:
-    if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
-        raise BackendLoadError(f"'{path}' has no '{path.stem}.bin' beside it.", hint="copy both files together")
+def _compile(core: Any, model: bytes | Path | Any, *, device: str, settings: Mapping[str, str]) -> Any:
+    what, source = "the graph", model
+    if isinstance(model, Path):
+        what, source = f"'{model}'", str(model)
+        if model.suffix == ".xml" and not model.with_suffix(".bin").is_file():
+            raise BackendLoadError(f"{what} has no '{model.stem}.bin' beside it.", hint="copy both files together")
     try:
-        compiled = core.compile_model(str(path), device, dict(settings))
+        if isinstance(model, bytes):
+            source = core.read_model(model)
+        compiled = core.compile_model(source, device, dict(settings))
     except (RuntimeError, UnicodeDecodeError) as error:  # its message quotes the file's bytes, whatever they are
-        raise BackendLoadError(f"OpenVINO cannot open '{path}' on {device}: {_reason(error)}") from error
+        raise BackendLoadError(f"OpenVINO cannot open {what} on {device}: {_reason(error)}") from error
     chosen = compiled.get_property("EXECUTION_DEVICES")
     if chosen not in ([device], device):  # Some plug-ins answer with a list.
         raise DeviceError(f"OpenVINO could not use '{device}' and chose {chosen}.")
@@ -173,10 +200,9 @@ def _compile(core: Any, path: Path, *, device: str, settings: Mapping[str, str])
 
 
 def _describe(name: str, compiled: Any, *, options: SessionOptions, device: str) -> dict[str, str]:
-    version: str = require("openvino", extra=BACKEND.extra).__version__
     return {
         "backend": name,
-        "version": version,
+        "version": ov.__version__,
         "device": device,
         "compute": str(options.compute),
         "hint": str(options.hint),
@@ -186,19 +212,19 @@ def _describe(name: str, compiled: Any, *, options: SessionOptions, device: str)
     }
 
 
-def _device(core: Any, asked: str) -> str:
+def _device(core: Any, name: str) -> str:
     """The device as OpenVINO names it.
 
     Raises:
         DeviceError: it is not there, or is one that chooses another by itself (AUTO, MULTI, HETERO).
     """
     available: list[str] = core.available_devices
-    device = asked.upper()
+    device = name.upper()
     if device in available:
         return device
     if f"{device}.0" in available:
         return f"{device}.0"
-    raise DeviceError(f"OpenVINO has no device '{asked}' here.", hint=f"devices: {', '.join(available)}")
+    raise DeviceError(f"OpenVINO has no device '{name}' here.", hint=f"devices: {', '.join(available)}")
 
 
 def _check_compute(core: Any, device: str, compute: ComputeType) -> None:
@@ -207,9 +233,9 @@ def _check_compute(core: Any, device: str, compute: ComputeType) -> None:
     Raises:
         DeviceError: naming the types that it has.
     """
-    has = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
-    if _CAPABILITIES[compute] not in has:
-        types = ", ".join(str(t) for t, capability in _CAPABILITIES.items() if capability in has)
+    capabilities = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+    if _CAPABILITIES[compute] not in capabilities:
+        types = ", ".join(str(t) for t, capability in _CAPABILITIES.items() if capability in capabilities)
         raise DeviceError(
             f"'{core.get_property(device, 'FULL_DEVICE_NAME')}' does not compute in {compute}.",
             hint=f"it computes in {types}",
@@ -246,10 +272,10 @@ def _through(ring: Sequence[_Request], feeds: Sequence[Tensors]) -> list[Tensors
     results: list[Tensors] = []
     started = 0
     try:
-        for one in feeds:
+        for tensors in feeds:
             if started >= len(ring):
                 results.append(_copied(ring[started % len(ring)].finish()))
-            ring[started % len(ring)].start(one)
+            ring[started % len(ring)].start(tensors)
             started += 1
     finally:
         for index in range(len(results), started):
@@ -262,17 +288,11 @@ def _copied(views: Tensors) -> Tensors:
 
 
 @contextlib.contextmanager
-def _telling() -> Iterator[None]:
+def _errors_in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
-
-
-def _shared(array: NDArray[Any]) -> tuple[Any, NDArray[Any]]:
-    """A tensor in the array's own memory, and the array, which must outlive it; in a copy's if its own is unfit."""
-    array = np.require(array, requirements=["C", "W"])
-    return require("openvino", extra=BACKEND.extra).Tensor(array, shared_memory=True), array
 
 
 def _spec(port: Any) -> TensorSpec:
@@ -290,5 +310,5 @@ def _reason(error: RuntimeError | UnicodeDecodeError) -> str:
     """OpenVINO's text without the places in its sources; it may hold bytes that are no text."""
     text = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
     lines = [line.strip() for line in text.splitlines()]
-    told = [line for line in lines if line and not re.match(r"(Exception from|Check .* failed at) ", line)]
-    return (" ".join(told)[:300] or text[:300]).rstrip(". ") + "."
+    reasons = [line for line in lines if line and not re.match(r"(Exception from|Check .* failed at) ", line)]
+    return (" ".join(reasons)[:300] or text[:300]).rstrip(". ") + "."

@@ -10,6 +10,7 @@ import pytest
 from fcos_deploy.core.backend import ComputeType, PerformanceHint, SessionOptions
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.core.registry import get_backend
+from runtimes.onnxruntime import GraphOptimization, executed_kernels, open_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -80,3 +81,21 @@ def test_a_graph_of_elsewhere_opens_without_a_contract(tiny_onnx: Path, tmp_path
     with _RUNTIME.open(path, SessionOptions(threads=1)) as opened:
         assert opened.contract is None
         assert [spec.name for spec in opened.outputs] == ["cls_logits", "distances", "centerness"]
+
+
+def test_a_graph_in_memory_opens_for_a_check(tiny_onnx: Path) -> None:
+    feed = {"images": np.full((1, 3, 128, 160), 7, np.uint8)}
+    plain = open_model(tiny_onnx.read_bytes(), threads=1, optimization=GraphOptimization.DISABLED)
+    with plain, _RUNTIME.open(tiny_onnx, SessionOptions(threads=1)) as opened:
+        assert plain.inputs == opened.inputs
+        np.testing.assert_allclose(plain.run(feed)["distances"], opened.run(feed)["distances"], rtol=1e-3, atol=1e-3)
+    with pytest.raises(BackendLoadError, match="cannot open the graph"):
+        open_model(b"not a graph")
+
+
+def test_executed_kernels_hold_every_convolution_once(tiny_onnx: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    operators = [node.op_type for node in onnx.load(str(tiny_onnx)).graph.node]
+    kernels = executed_kernels(tiny_onnx, {"images": np.zeros((1, 3, 128, 160), np.uint8)})
+    assert sum(operator in ("Conv", "FusedConv") for _, operator in kernels) == operators.count("Conv")
+    assert len({node for node, _ in kernels}) == len(kernels)

@@ -13,6 +13,7 @@ import pytest
 from fcos_deploy.core.backend import ComputeType, PerformanceHint, Session, SessionOptions, Tensors
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.core.registry import get_backend
+from runtimes.openvino import executed_primitives, open_model
 
 openvino = pytest.importorskip("openvino")
 
@@ -31,7 +32,7 @@ def session(tiny_ir: Path) -> Iterator[Session]:
 
 
 def test_fp32_is_computed_in_f32_whatever_the_processor_prefers(session: Session) -> None:
-    assert session._compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32  # type: ignore[attr-defined]
+    assert session.compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("compute", "capability"), [(ComputeType.BF16, "BF16"), (ComputeType.F16, "FP16")])
@@ -183,3 +184,13 @@ def test_outputs_have_the_models_names_though_compiling_adds_others(tiny_checkpo
         with _OPENVINO.open(path, options) as opened:
             assert [spec.name for spec in opened.outputs] == ["boxes", "scores", "labels", "num_detections"]
             assert opened.outputs[2].dtype == "int32"
+
+
+def test_a_graph_in_memory_opens_for_a_check(tiny_onnx: Path, feed: Tensors) -> None:
+    with open_model(tiny_onnx.read_bytes(), threads=1) as plain, _OPENVINO.open(tiny_onnx, SessionOptions()) as opened:
+        assert (plain.inputs, plain.outputs) == (opened.inputs, opened.outputs)
+        np.testing.assert_allclose(plain.run(feed)["distances"], opened.run(feed)["distances"], rtol=1e-4, atol=1e-4)
+        layers = {layer["layerType"] for layer in executed_primitives(plain)}
+    assert "Convolution" in layers
+    with pytest.raises(BackendLoadError, match="cannot open the graph"):
+        open_model(b"not a graph")

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.errors import ExportError, StepCheckError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.errors import StepCheckError
+from runtimes.onnxruntime import GraphOptimization, open_model
 
 __all__ = [
     "ROW_OUTPUTS",
@@ -137,29 +137,13 @@ def _unpartnered(left: NDArray[np.float64], right: NDArray[np.float64], *, toler
     return missing
 
 
-def onnx_runner(model: Any, *, optimized: bool = False) -> Runner:
-    """Run an ``onnx.ModelProto`` in ONNX Runtime on the CPU, by default without its own graph changes.
+def onnx_runner(model: Any) -> Runner:  # Any: onnx.ModelProto, whose package ships no types
+    """Run a graph in ONNX Runtime on the CPU, without changes of ONNX Runtime's own.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the graph.
+        BackendLoadError: ONNX Runtime cannot load the graph.
     """
-    runtime = require("onnxruntime", extra="export")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 2
-    level = runtime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    try:
-        session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"ONNX Runtime cannot load this graph: {lines[-1]}") from error
-    names = [output.name for output in session.get_outputs()]
-
-    def run(feeds: Feeds) -> Feeds:
-        return dict(zip(names, session.run(names, feeds), strict=True))
-
-    return run
+    return open_model(model.SerializeToString(), optimization=GraphOptimization.DISABLED).run
 
 
 def remembering(run: Runner) -> Runner:

@@ -24,6 +24,7 @@ from fcos_deploy.core.enums import Precision, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
 from fcos_deploy.core.preprocess import Letterbox  # noqa: E402
+from runtimes.onnxruntime import open_model  # noqa: E402
 
 SIZE = (128, 160)
 LETTERBOX = Letterbox(250, 300, 124, 149)
@@ -66,7 +67,7 @@ def _feeds(model: object, *, batch: int) -> dict[str, np.ndarray]:
 
 def _detections(made: OnnxExport, *, batch: int, image: int) -> object:
     model = load_onnx(made.path)
-    outputs = onnx_runner(model, optimized=True)(_feeds(model, batch=batch))
+    outputs = open_model(model.SerializeToString()).run(_feeds(model, batch=batch))
     return postprocess(outputs, made.contract, index=image, input_size=SIZE, letterbox=LETTERBOX)
 
 
@@ -169,7 +170,7 @@ def test_open_sizes_stay_open(tiny_checkpoint: Path, tmp_path: Path) -> None:
     loaded = load_checkpoint(tiny_checkpoint, options=options)
     raw = export_onnx(loaded, tmp_path / "raw.onnx", options=ExportOptions(batch=None))
     made = export_onnx(loaded, tmp_path / "nms.onnx", options=ExportOptions(tail=Tail.NMS, batch=None))
-    runs = [onnx_runner(load_onnx(path), optimized=True) for path in (raw.path, made.path)]
+    runs = [open_model(path).run for path in (raw.path, made.path)]
     for height, width in ((160, 224), (128, 128), (224, 352)):
         images = np.random.default_rng(1).standard_normal((2, 3, height, width), np.float32)
         letterbox = Letterbox(2 * height, width, height - 7, width - 9)

@@ -20,7 +20,7 @@ import numpy as np
 
 from calibration.cache import load_calibration, save_calibration
 from calibration.calibrate import StatisticsOptions, collect_ranges
-from calibration.dataset import SampleOptions, collect_images, read_picture
+from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder, executed_share, open_engine
 from calibration.nncf_quantizer import NncfOptions, quantize_nncf
 from calibration.placement import PLACEMENTS, load_graph
@@ -146,7 +146,7 @@ def noise(variant: Variant, options: argparse.Namespace) -> dict[str, float]:
     images = collect_images(options.images, options=SampleOptions(count=4, minimum=1)).images
     with get_backend(variant.backend).open(variant.path, SessionOptions(threads=options.threads)) as session:
         for image in images:
-            feeds = feeder(read_picture(image))
+            feeds = feeder(image.read())
             wanted, got = reference(feeds), session.run(feeds)
             for name in contract.outputs:
                 signal[name] += float(np.square(wanted[name], dtype=np.float64).sum())
@@ -158,7 +158,7 @@ def latencies(variants: list[Variant], options: argparse.Namespace) -> dict[str,
     """Median milliseconds of one inference for the float models and the default method's, interleaved."""
     chosen = [v for v in variants if v.placement in {"float", "nncf"} or v.method == "percentile"]
     picture = collect_images(options.images, options=SampleOptions(count=1, minimum=1)).images[0]
-    feeds = Feeder(load_graph(options.model).model, read_contract(options.model))(read_picture(picture))
+    feeds = Feeder(load_graph(options.model).model, read_contract(options.model))(picture.read())
     sessions = {v.key: get_backend(v.backend).open(v.path, SessionOptions(threads=options.threads)) for v in chosen}
     times: dict[str, list[float]] = {key: [] for key in sessions}
     for round_number in range(options.rounds + 2):

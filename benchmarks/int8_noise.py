@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from calibration.dataset import SampleOptions, collect_images, read_picture
+from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder
 from calibration.placement import load_graph
 from exporters.step_check import Feeds, Runner, onnx_runner
@@ -81,7 +81,7 @@ def main() -> None:
     graph = load_graph(options.model)
     feeder = Feeder(graph.model, read_contract(options.model))
     images = collect_images(options.images, options=SampleOptions(count=options.count, minimum=1)).images
-    feeds = [feeder(read_picture(image)) for image in images]
+    feeds = [feeder(image.read()) for image in images]
     reference = onnx_runner(graph.model)
     print("| graph | weights alone | activations alone | both |\n|---|---|---|---|")
     for path in options.quantized:

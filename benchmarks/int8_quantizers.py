@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.dataset import CalibrationSet, SampleOptions, collect_images, read_picture
+from calibration.dataset import CalibrationSet, SampleOptions, collect_images
 from calibration.execution import Feeder
 from calibration.placement import load_graph
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
@@ -52,7 +52,7 @@ def quantize_static(model: Path, images: CalibrationSet, output: Path, *, method
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # the library has no types
         def __init__(self) -> None:
-            self._feeds: Iterator[Any] = (feeder(read_picture(image)) for image in images.images)
+            self._feeds: Iterator[Any] = (feeder(image.read()) for image in images.images)
 
         def get_next(self) -> Any:
             return next(self._feeds, None)
@@ -78,7 +78,7 @@ def nncf_default(model: Path, images: CalibrationSet, output: Path, *, threads: 
     del threads
     contract = read_contract(model)
     feeder = Feeder(load_graph(model).model, contract)
-    dataset = nncf.Dataset(list(images.images), lambda image: feeder(read_picture(image)))
+    dataset = nncf.Dataset(list(images.images), lambda image: feeder(image.read()))
     quantized = nncf.quantize(ov.convert_model(str(model)), dataset, subset_size=len(images.images))
     ov.save_model(quantized, str(output), compress_to_fp16=False)
     write_sidecar(output, contract)
@@ -233,7 +233,7 @@ def latencies(runtime: str, results: dict[str, Any], options: argparse.Namespace
         count = next((c for c in options.counts if "ap" in results.get(f"{name} {c}", {})), None)
         if count is not None and runtime in entry.runtimes:
             paths[name] = result_path(name, count, options)
-    picture = read_picture(collect_images(options.images, options=SampleOptions(count=1, minimum=1)).images[0])
+    picture = collect_images(options.images, options=SampleOptions(count=1, minimum=1)).images[0].read()
     feeds = Feeder(load_graph(options.model).model, read_contract(options.model))(picture)
     times: dict[str, list[float]] = {name: [] for name in paths}
     with contextlib.ExitStack() as stack:

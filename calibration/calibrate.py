@@ -23,7 +23,6 @@ from calibration.dataset import (
     SetReport,
     collect_images,
     examine_set,
-    read_picture,
 )
 from calibration.execution import Feeder, Run, Tensors, expose, memory_groups, open_engine, pick_engine
 from calibration.placement import ConvGraph, load_graph
@@ -231,7 +230,7 @@ def _with_engine(
     engine = _saved_engine(state)
     if not engine:
         graph, contract = load_graph(source), _float_contract(source)
-        feeds = Feeder(graph.model, contract)(read_picture(images.images[0]))
+        feeds = Feeder(graph.model, contract)(images.images[0].read())
         first = expose(graph.model, _groups(graph, options)[0])
         engine = pick_engine(first, feeds, images=len(images.images), threads=options.threads)
     return replace(options, engine=engine)
@@ -255,7 +254,7 @@ class _Pass:
         self._pool.shutdown()
 
     def add(self, image: CalibrationImage, histograms: Histograms) -> None:
-        feeds = self._feeder(read_picture(image))
+        feeds = self._feeder(image.read())
         self._count({name: feeds[name] for name in self._inputs}, image, histograms)
         for run in self._runs:
             self._count(run(feeds), image, histograms)

@@ -26,7 +26,6 @@ __all__ = [
     "collect_images",
     "examine_set",
     "find_images",
-    "read_picture",
 ]
 
 
@@ -63,6 +62,37 @@ class CalibrationImage:
     name: str
     path: Path
     sha256: str
+
+    def read(self) -> NDArray[np.uint8]:
+        """The pixels: (h, w, 3) uint8 RGB.
+
+        Raises:
+            CalibrationError: the file cannot be read, or holds a single colour or noise, on which ranges mean nothing.
+        """
+        try:
+            pixels: NDArray[np.uint8] = read_image(self.path)
+        except ImageError as error:
+            raise CalibrationError(f"Calibration image: {error.message}", hint="remove the file and repeat") from error
+        problem = _why_not_a_photograph(pixels)
+        if problem:
+            raise CalibrationError(
+                f"Calibration image '{self.path}' is {problem}, not a photograph.",
+                hint="calibrate on images of what the detector will see",
+            )
+        return pixels
+
+
+def _why_not_a_photograph(pixels: NDArray[np.uint8]) -> str:
+    if min(pixels.shape[:2]) < 2:
+        return "a single row or column of pixels"
+    grey = pixels[:512, :512].astype(np.float32).mean(2)
+    spread = float(grey.std())
+    if spread == 0.0:
+        return "a single colour"
+    # The difference of two independent pixels has sqrt(2) times the deviation of one. In photographs neighbours are
+    # alike: the sharpest and noisiest that were tried stay below 0.8.
+    step = float(np.diff(grey, axis=1).std())
+    return "noise" if step > 1.25 * spread and pixels.size > 3 * 1024 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,37 +228,6 @@ def _stratified(strata: Mapping[str, str], *, count: int, seed: int) -> list[str
             share = 0.0 if place == 0 else (place + 0.5) / len(names)
             ranked.append((share, -len(names), stratum, names[member]))
     return [name for *_, name in sorted(ranked)[:count]]
-
-
-def read_picture(image: CalibrationImage) -> NDArray[np.uint8]:
-    """(h, w, 3) uint8 RGB.
-
-    Raises:
-        CalibrationError: the file cannot be read, or is a single colour or noise, on which ranges mean nothing.
-    """
-    try:
-        pixels: NDArray[np.uint8] = read_image(image.path)
-    except ImageError as error:
-        raise CalibrationError(f"Calibration image: {error.message}", hint="remove the file and repeat") from error
-    problem = _artificial(pixels)
-    if problem:
-        raise CalibrationError(
-            f"Calibration image '{image.path}' is {problem}, not a picture.",
-            hint="calibrate on images of what the detector will see",
-        )
-    return pixels
-
-
-def _artificial(pixels: NDArray[np.uint8]) -> str:
-    if min(pixels.shape[:2]) < 2:
-        return "a single row or column of pixels"
-    grey = pixels[:512, :512].astype(np.float32).mean(2)
-    spread = float(grey.std())
-    if spread == 0.0:
-        return "a single colour"
-    step = float(np.diff(grey, axis=1).std())
-    # Independent neighbours differ by sqrt(2) standard deviations; sharp, noisy photographs stay below 0.8.
-    return "noise" if step > 1.25 * spread and pixels.size > 3 * 1024 else ""
 
 
 # Below this the demo detector's ranges are more than 2 % from those of 128 images, in the median (docs/int8.md).

@@ -38,11 +38,11 @@ __all__ = [
     "conv_macs",
     "executed_share",
     "expose",
+    "gradient_image",
     "int8_convolutions",
     "memory_groups",
     "open_engine",
     "pick_engine",
-    "plain_picture",
 ]
 
 
@@ -69,7 +69,7 @@ class Feeder:
         return feeds
 
 
-def plain_picture() -> NDArray[np.uint8]:
+def gradient_image() -> NDArray[np.uint8]:
     """(480, 640, 3) uint8: a smooth colour gradient, for runs whose values do not matter."""
     rows, columns = np.mgrid[0:480, 0:640]
     return np.stack([rows * 255 // 479, columns * 255 // 639, (rows + columns) * 255 // 1118], 2).astype(np.uint8)
@@ -237,7 +237,7 @@ def compare_models(
     feeder = Feeder(source, contract)
     runs = (open_engine(engine, source), _open_result(engine, result))
     ratios = {output.name: SignalToNoise() for output in source.graph.output}
-    for picture in pictures or [plain_picture()]:
+    for picture in pictures or [gradient_image()]:
         feeds = feeder(picture)
         wanted, got = (run(feeds) for run in runs)
         for name, ratio in ratios.items():
@@ -339,7 +339,7 @@ def executed_share(source: Path, result: Path, backend: str) -> ExecutedShare:
     if backend not in PROFILERS:
         raise ConfigError(f"'{backend}' cannot be profiled here.", hint=f"backends: {', '.join(sorted(PROFILERS))}")
     graph, contract = load_graph(source), read_contract(source)
-    feeds = Feeder(graph.model, contract)(plain_picture())
+    feeds = Feeder(graph.model, contract)(gradient_image())
     macs = conv_macs(graph, contract)
     quantized = PROFILERS[backend](result, feeds, graph)
     return ExecutedShare(
@@ -353,7 +353,7 @@ def executed_share(source: Path, result: Path, backend: str) -> ExecutedShare:
 def conv_macs(graph: ConvGraph, contract: ModelContract) -> dict[str, int]:
     """Multiply-accumulates of each convolution node for one run, from the shapes that a run shows."""
     run = open_engine("onnxruntime", expose(graph.model, [conv.output for conv in graph.convs]))
-    outputs = run(Feeder(graph.model, contract)(plain_picture()))
+    outputs = run(Feeder(graph.model, contract)(gradient_image()))
     return {
         conv.name: outputs[conv.output].size * math.prod(graph.initializers[conv.weight].dims[1:])
         for conv in graph.convs

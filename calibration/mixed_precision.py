@@ -76,7 +76,7 @@ def measure_sensitivity(
         progress("measuring layers", index, len(layers))
         if layer not in known:
             others = set(graph.layers) - {layer}
-            model = quantized_model(graph, calibration, policy=policy, keep_float=others)
+            model = quantized_model(graph, calibration, policy=policy, ignored_layers=others)
             known = {**known, layer: LayerSensitivity(layer, _effect(model, feeds, wanted))}
             if remember is not None:
                 remember(known[layer])
@@ -87,7 +87,7 @@ def measure_sensitivity(
 
 def quantizable_layers(graph: ConvGraph, policy: Placement) -> tuple[str, ...]:
     """Layers with a convolution that the placement does not keep float itself."""
-    convs = (c for c in graph.convs if not (policy.keep_predictions and c.is_prediction))
+    convs = (c for c in graph.convs if not (policy.ignore_predictions and c.is_prediction))
     return tuple(dict.fromkeys(conv.layer for conv in convs))
 
 
@@ -126,7 +126,7 @@ class PrecisionGoal:
 class Trial:
     """A candidate: the layers kept in float, its share of multiply-accumulates in INT8, its score."""
 
-    kept: tuple[str, ...]
+    ignored_layers: tuple[str, ...]
     int8_share: float
     score: float
 
@@ -198,7 +198,9 @@ def search_mixed_precision(
             f"{message}\n{search.table()}",
             hint=f"allow a larger drop or more evaluations, calibrate on other images, or use the float '{source}'",
         )
-    result = quantize_qdq(source, calibration, output, policy=policy, keep_float=chosen.kept, pictures=pictures)
+    result = quantize_qdq(
+        source, calibration, output, policy=policy, ignored_layers=chosen.ignored_layers, pictures=pictures
+    )
     search.finish()
     return MixedPrecision(
         result=result,
@@ -260,19 +262,19 @@ class _Search:
             self._float_score = self._evaluate(self._source)
             self._save()
 
-    def holds(self, kept: Sequence[str]) -> bool:
+    def holds(self, ignored_layers: Sequence[str]) -> bool:
         """Whether this candidate reaches the goal. Scores are compared to a millionth: AP has that many digits."""
-        key = tuple(sorted(kept))
+        key = tuple(sorted(ignored_layers))
         if key not in self._trials:
             self._report()
             self._trials[key] = Trial(key, self._share(key), self._try(key))
             self._save()
         return self.float_score - self._trials[key].score <= self._goal.max_drop + 1e-6
 
-    def _try(self, kept: tuple[str, ...]) -> float:
+    def _try(self, ignored_layers: tuple[str, ...]) -> float:
         candidate = self._output.with_name(f".{self._output.stem}.trial.onnx")
         try:
-            quantize_qdq(self._source, self._calibration, candidate, policy=self._policy, keep_float=kept)
+            quantize_qdq(self._source, self._calibration, candidate, policy=self._policy, ignored_layers=ignored_layers)
             return self._evaluate(candidate)
         finally:
             candidate.unlink(missing_ok=True)
@@ -280,8 +282,8 @@ class _Search:
     def _report(self) -> None:
         self._progress("evaluating candidates", len(self._trials), self._goal.evaluations)
 
-    def _share(self, kept: tuple[str, ...]) -> float:
-        plan = plan_pairs(self._graph, self._policy, keep_float=kept)
+    def _share(self, ignored_layers: tuple[str, ...]) -> float:
+        plan = plan_pairs(self._graph, self._policy, ignored_layers=ignored_layers)
         return round(sum(self._macs[conv.name] for conv in plan.convs) / sum(self._macs.values()), 6)
 
     def rank(self, pictures: Sequence[NDArray[np.uint8]]) -> None:
@@ -312,8 +314,8 @@ class _Search:
             middle = (low + high) // 2
             low, high = (low, middle) if self.holds(order[:middle]) else (middle, high)
         best = self.best()
-        for layer in reversed(best.kept if best else ()):
-            if best and self._room() and self.holds([name for name in best.kept if name != layer]):
+        for layer in reversed(best.ignored_layers if best else ()):
+            if best and self._room() and self.holds([name for name in best.ignored_layers if name != layer]):
                 best = self.best()
 
     def _room(self) -> bool:
@@ -326,7 +328,7 @@ class _Search:
 
     def table(self) -> str:
         """The trade-offs, most INT8 first."""
-        rows = [f"{t.int8_share:8.1%}  {len(t.kept):5d}  {t.score:.4f}" for t in self.trials]
+        rows = [f"{t.int8_share:8.1%}  {len(t.ignored_layers):5d}  {t.score:.4f}" for t in self.trials]
         return "\n".join(["    INT8  float  score", *rows, f"{0:8.1%}    all  {self.float_score:.4f}"])
 
     def _key(self) -> str:
@@ -347,7 +349,7 @@ class _Search:
             return
         if saved.key == self._key():
             self._float_score = saved.float_score
-            self._trials = {trial.kept: trial for trial in saved.trials}
+            self._trials = {trial.ignored_layers: trial for trial in saved.trials}
             self._known = {item.layer: item for item in saved.ranking}
 
     def _save(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calibration.dataset import CalibrationImage, CalibrationSet, read_picture
+from calibration.dataset import CalibrationImage, CalibrationSet
 from calibration.execution import Feeder
 from calibration.placement import load_graph
 from fcos_deploy.core.contract import read_contract, write_sidecar
@@ -83,7 +83,7 @@ def quantize_nncf(
 
     def feeds(image: CalibrationImage) -> dict[str, Any]:
         progress("calibrating", positions[image] + 1, len(images.images))
-        return feeder(read_picture(image))
+        return feeder(image.read())
 
     record = {
         "quantizer": "nncf",

@@ -275,7 +275,7 @@ class Placement:
     weights: WeightRange = WeightRange.PAIRWISE
     results: ResultRule = ResultRule.FLOAT
     adds: AddRule = AddRule.SKIP_INPUT
-    keep_predictions: bool = False
+    ignore_predictions: bool = False
 
 
 PLACEMENTS: dict[str, Placement] = {
@@ -292,7 +292,7 @@ PLACEMENTS: dict[str, Placement] = {
             activations=ActivationFormat.U8_ASYMMETRIC,
             results=ResultRule.QUANTIZED,
             adds=AddRule.WHOLE,
-            keep_predictions=True,
+            ignore_predictions=True,
         ),
         Placement(
             name="openvino",
@@ -345,22 +345,26 @@ class QdqPlan:
     scale_of: dict[str, str]
 
 
-def plan_pairs(graph: ConvGraph, placement: Placement, *, keep_float: Collection[str] = ()) -> QdqPlan:
-    """Which tensors get a pair. ``keep_float`` names layers, or single nodes, that stay as they are.
+def plan_pairs(graph: ConvGraph, placement: Placement, *, ignored_layers: Collection[str] = ()) -> QdqPlan:
+    """Which tensors get a pair. ``ignored_layers`` names layers, or single nodes, that stay as they are.
 
     Raises:
         ConfigError: a name that the graph does not have.
     """
     known = {name for conv in graph.convs for name in (conv.layer, conv.name)}
-    unknown = sorted(set(keep_float) - known)
+    unknown = sorted(set(ignored_layers) - known)
     if unknown:
         raise ConfigError(f"The graph has no layer {unknown}.", hint=f"such as {', '.join(graph.layers[:4])}")
-    convs = tuple(c for c in graph.convs if not _stays_float(c, placement, keep_float))
+    convs = tuple(c for c in graph.convs if not _stays_float(c, placement, ignored_layers))
     return _PLANNERS[placement.results](graph, placement, convs)
 
 
-def _stays_float(conv: ConvSite, placement: Placement, keep_float: Collection[str]) -> bool:
-    return conv.layer in keep_float or conv.name in keep_float or (placement.keep_predictions and conv.is_prediction)
+def _stays_float(conv: ConvSite, placement: Placement, ignored_layers: Collection[str]) -> bool:
+    return (
+        conv.layer in ignored_layers
+        or conv.name in ignored_layers
+        or (placement.ignore_predictions and conv.is_prediction)
+    )
 
 
 def _plan_inputs(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite, ...]) -> QdqPlan:

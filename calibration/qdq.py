@@ -161,13 +161,13 @@ def quantize_bias(bias: Floats, *, input_scale: np.float32, weight_scales: Float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedOnnx:
-    """What was written. ``layers``: quantized convolution nodes; ``kept``: those that stayed float."""
+    """What was written. ``int8_convolutions``, ``float_convolutions``: names of the nodes."""
 
     path: Path
     placement: Placement
     method: str
-    layers: tuple[str, ...]
-    kept: tuple[str, ...]
+    int8_convolutions: tuple[str, ...]
+    float_convolutions: tuple[str, ...]
     pairs: int
     fidelity: Fidelity
 
@@ -181,8 +181,8 @@ class QuantizedOnnx:
             "activations": str(self.placement.activations),
             "weights": str(self.placement.weights),
             "method": self.method,
-            "int8_convolutions": str(len(self.layers)),
-            "float_convolutions": ", ".join(self.kept),
+            "int8_convolutions": str(len(self.int8_convolutions)),
+            "float_convolutions": ", ".join(self.float_convolutions),
             "pairs": str(self.pairs),
             **{f"sqnr_db_{name}": f"{value:.2f}" for name, value in noise.items()},
         }
@@ -194,10 +194,10 @@ def quantize_qdq(
     output: Path,
     *,
     policy: Placement,
-    keep_float: Collection[str] = (),
+    ignored_layers: Collection[str] = (),
     pictures: Sequence[NDArray[np.uint8]] = (),
 ) -> QuantizedOnnx:
-    """Quantize the convolutions of ``source``; ``keep_float`` names layers or nodes that stay float.
+    """Quantize the convolutions of ``source``; ``ignored_layers`` names layers or nodes that stay float.
 
     Biases take back what the rounding of the weights shifts. The result is run beside its source on ``pictures``,
     (h, w, 3) uint8 RGB each, before it takes its name.
@@ -211,8 +211,8 @@ def quantize_qdq(
     if contract.precision is not Precision.FP32:
         raise CalibrationError(f"'{source}' is {contract.precision}.", hint="quantize the fp32 graph")
     graph = load_graph(source)
-    plan = plan_pairs(graph, policy, keep_float=keep_float)
-    model = quantized_model(graph, calibration, policy=policy, keep_float=keep_float)
+    plan = plan_pairs(graph, policy, ignored_layers=ignored_layers)
+    model = quantized_model(graph, calibration, policy=policy, ignored_layers=ignored_layers)
     _set_contract(model, contract_to_text(replace(contract, precision=Precision.INT8, placement=policy.name)))
     onnx = require("onnx", extra="export")
     onnx.checker.check_model(model)
@@ -220,13 +220,12 @@ def quantize_qdq(
     with atomic_file(output) as temporary:
         onnx.save(model, str(temporary))
     names = tuple(conv.name for conv in plan.convs)
-    kept = tuple(conv.name for conv in graph.convs if conv.name not in set(names))
     return QuantizedOnnx(
         path=output,
         placement=policy,
         method=str(calibration.method),
-        layers=names,
-        kept=kept,
+        int8_convolutions=names,
+        float_convolutions=tuple(conv.name for conv in graph.convs if conv.name not in set(names)),
         pairs=len(plan.readers),
         fidelity=fidelity,
     )
@@ -237,14 +236,14 @@ def quantized_model(
     calibration: Calibration,
     *,
     policy: Placement,
-    keep_float: Collection[str] = (),
+    ignored_layers: Collection[str] = (),
 ) -> Any:
     """The quantized onnx.ModelProto, under the source's contract; ``quantize_qdq`` is this with all its checks.
 
     Raises:
         CalibrationError: nothing would be quantized, or a range is missing.
     """
-    plan = plan_pairs(graph, policy, keep_float=keep_float)
+    plan = plan_pairs(graph, policy, ignored_layers=ignored_layers)
     if not plan.convs:
         raise CalibrationError("Every convolution would stay float.", hint="leave the model in fp32")
     return _Writer(graph, plan, calibration, policy=policy).model()
@@ -386,6 +385,6 @@ class _Writer:
 
     def _replace_initializers(self, model: Any) -> None:
         used = {name for node in model.graph.node for name in node.input}
-        kept = [tensor for name, tensor in self._graph.initializers.items() if name in used]
+        remaining = [tensor for name, tensor in self._graph.initializers.items() if name in used]
         del model.graph.initializer[:]
-        model.graph.initializer.extend(kept + list(self._new_initializers.values()))
+        model.graph.initializer.extend(remaining + list(self._new_initializers.values()))

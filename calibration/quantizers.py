@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from calibration.cache import Calibration, load_calibration
 from calibration.calibrate import range_method
-from calibration.dataset import SampleOptions, collect_images, read_picture
+from calibration.dataset import SampleOptions, collect_images
 from calibration.nncf_quantizer import quantize_nncf
 from calibration.placement import Placement, WeightRange, placement_for
 from calibration.qdq import quantize_qdq
@@ -42,7 +42,7 @@ class QuantizeRequest:
     seed: int = 0
     method: str = ""
     weights: WeightRange | None = None
-    keep_float: tuple[str, ...] = ()
+    ignored_layers: tuple[str, ...] = ()
 
     def load_calibration(self) -> Calibration:
         """The ranges, under the method that was asked for.
@@ -103,7 +103,7 @@ class _Qdq(Quantizer):
             request.load_calibration(),
             request.output,
             policy=request.placement,
-            keep_float=request.keep_float,
+            ignored_layers=request.ignored_layers,
             pictures=_pictures(request),
         )
         progress("quantizing", 1, 1)
@@ -114,7 +114,7 @@ def _pictures(request: QuantizeRequest) -> list[NDArray[np.uint8]]:
     if request.images is None:
         return []
     options = SampleOptions(count=_COMPARED, seed=request.seed, minimum=1)
-    return [read_picture(image) for image in collect_images(request.images, options=options).images]
+    return [image.read() for image in collect_images(request.images, options=options).images]
 
 
 class _Nncf(Quantizer):
@@ -126,7 +126,7 @@ class _Nncf(Quantizer):
                 f"An NNCF model is for OpenVINO, not for '{request.consumer}'.",
                 hint="--for openvino, or --quantizer qdq",
             )
-        if request.keep_float:
+        if request.ignored_layers:
             raise ConfigError("NNCF cannot be told layers to keep in float here.", hint="--quantizer qdq")
         if request.images is None:
             raise CalibrationError("NNCF measures on images itself.", hint="--images DIR")

@@ -38,7 +38,7 @@ class TimedTrial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TradeOffs:
-    """One search. Scores are AP (0..1) on ``backend``; ``trials`` most INT8 first; ``kept``: layers left in float.
+    """One search. Scores are AP (0..1) on ``backend``; ``trials`` begin with most INT8.
 
     ``ranking`` is empty where all layers in INT8 reached the goal at once, so that nothing had to be ranked.
     """
@@ -48,7 +48,7 @@ class TradeOffs:
     max_drop: float
     float_score: float
     float_p50_ms: float | None
-    kept: tuple[str, ...]
+    ignored_layers: tuple[str, ...]
     trials: tuple[TimedTrial, ...]
     ranking: tuple[LayerSensitivity, ...]
     drift: ScoreDrift
@@ -91,12 +91,12 @@ def trade_off_rows(found: TradeOffs) -> list[tuple[str, ...]]:
     """For ``TRADE_OFF_COLUMNS``."""
     rows = [
         (
-            str(len(timed.trial.kept)),
+            str(len(timed.trial.ignored_layers)),
             f"{100 * timed.trial.int8_share:.1f}",
             f"{timed.trial.score:.4f}",
             f"{found.float_score - timed.trial.score:.4f}",
             _milliseconds(timed.p50_ms),
-            "chosen" if timed.trial.kept == found.kept else "",
+            "chosen" if timed.trial.ignored_layers == found.ignored_layers else "",
         )
         for timed in found.trials
     ]

@@ -22,7 +22,9 @@ def command(
     quantizer: Annotated[str, typer.Option(help="qdq, or nncf for OpenVINO.")] = "qdq",
     method: Annotated[str, typer.Option(help="Range method, in place of the calibration's.")] = "",
     weights: Annotated[str, typer.Option(help="Range of weights: pairwise, reduced or full.")] = "",
-    keep_float: Annotated[list[str] | None, typer.Option(help="Layer to keep in float; may be repeated.")] = None,
+    ignored_layers: Annotated[
+        list[str] | None, typer.Option("--ignore-layer", help="Layer to leave in float; may be repeated.")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Images to measure accuracy or noise on; for nncf to calibrate on.")
     ] = None,
@@ -53,7 +55,7 @@ def command(
         images=images,
         method=method,
         weights=weight_range(weights),
-        keep_float=tuple(keep_float or ()),
+        ignored_layers=tuple(ignored_layers or ()),
     )
     goal = accuracy_goal(
         max_map_drop,

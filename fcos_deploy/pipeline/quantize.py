@@ -189,7 +189,7 @@ def _mixed(
         **_scores(found.float_score, found.chosen.score),
         **_drift_record(drift),
         "int8_share": f"{found.chosen.int8_share:.4f}",
-        "kept_float_layers": ", ".join(found.chosen.kept),
+        "ignored_layers": ", ".join(found.chosen.ignored_layers),
         "report": report.name,
     }
     return QuantizeResult(files=(found.result.path, report), record=record)
@@ -208,7 +208,7 @@ def _trade_offs(
     calibration = request.load_calibration()
 
     def make(trial: Trial, path: Path) -> None:
-        quantize_qdq(request.source, calibration, path, policy=request.placement, keep_float=trial.kept)
+        quantize_qdq(request.source, calibration, path, policy=request.placement, ignored_layers=trial.ignored_layers)
 
     float_ms: float | None = None
     times: dict[Trial, float] = {}
@@ -229,7 +229,7 @@ def _trade_offs(
         max_drop=goal.max_map_drop,
         float_score=found.float_score,
         float_p50_ms=float_ms,
-        kept=found.chosen.kept,
+        ignored_layers=found.chosen.ignored_layers,
         trials=tuple(TimedTrial(trial, times.get(trial)) for trial in found.trials),
         ranking=found.ranking,
         drift=drift,

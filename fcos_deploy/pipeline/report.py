@@ -470,11 +470,11 @@ def report_part(found: TradeOffs) -> MixedPrecisionPart:
     """What a report shows of them."""
     trials = tuple(
         TrialPoint(
-            float_layers=len(timed.trial.kept),
+            float_layers=len(timed.trial.ignored_layers),
             int8_share=timed.trial.int8_share,
             ap=timed.trial.score,
             p50_ms=timed.p50_ms,
-            chosen=timed.trial.kept == found.kept,
+            chosen=timed.trial.ignored_layers == found.ignored_layers,
         )
         for timed in found.trials
     )
@@ -484,7 +484,7 @@ def report_part(found: TradeOffs) -> MixedPrecisionPart:
             classes=item.effect.classes,
             boxes=item.effect.boxes,
             centerness=item.effect.centerness,
-            kept_float=item.layer in found.kept,
+            ignored=item.layer in found.ignored_layers,
         )
         for item in found.ranking
     )

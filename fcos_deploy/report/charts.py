@@ -165,7 +165,7 @@ def _sensitivity(part: MixedPrecisionPart) -> Chart:
 
 
 def _mark(label: Any, row: LayerRow) -> None:  # Any: matplotlib has no types here
-    if row.kept_float:
+    if row.ignored:
         label.set(color=PASS, fontweight="bold")
 
 

@@ -117,7 +117,7 @@ class LatencyRow:
 class LayerRow:
     """What quantizing this layer alone does where an object is seen: root mean square errors.
 
-    ``classes``, ``centerness``: of probabilities. ``boxes``: of sides, as a share of the box. ``kept_float``: the
+    ``classes``, ``centerness``: of probabilities. ``boxes``: of sides, as a share of the box. ``ignored``: the
     chosen model leaves it in float.
     """
 
@@ -125,7 +125,7 @@ class LayerRow:
     classes: float
     boxes: float
     centerness: float
-    kept_float: bool = False
+    ignored: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ def test_quantize_for_a_backend(mini_onnx: Path, calibration: Path, tmp_path: Pa
 
 
 def test_method_and_weights_can_be_replaced(mini_onnx: Path, calibration: Path, tmp_path: Path) -> None:
-    options = ("--method", "minmax", "--weights", "full", "--keep-float", "stem.weight", "--json")
+    options = ("--method", "minmax", "--weights", "full", "--ignore-layer", "stem.weight", "--json")
     result = call("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", *options)
     record = json.loads(result.stdout)["record"]
     assert record["weights"] == "full"
@@ -68,7 +68,7 @@ def test_noise_is_that_of_pictures_or_not_told(
         (("--method", "magic"), 2, "no range method 'magic'"),
         (("--weights", "half"), 2, "no range of weights 'half'"),
         (("--quantizer", "magic"), 2, "no quantizer 'magic'"),
-        (("--keep-float", "ghost"), 2, "no layer ['ghost']"),
+        (("--ignore-layer", "ghost"), 2, "no layer ['ghost']"),
         (("--max-map-drop", "0.01"), 2, "--max-map-drop needs images"),
     ],
 )

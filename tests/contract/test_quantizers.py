@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calibration.cache import save_calibration
-from calibration.dataset import collect_images, read_picture
+from calibration.dataset import collect_images
 from calibration.execution import Feeder
 from calibration.quantizers import QUANTIZERS, QuantizeRequest, quantizer
 from fcos_deploy.core.contract import read_contract
@@ -55,7 +55,7 @@ def test_openvino_runs_it_close_to_the_float_graph(
 ) -> None:
     openvino = pytest.importorskip("openvino")
     made = quantizer(name).quantize(request_for(name))
-    feeds = Feeder(onnx.load(str(mini_onnx)), mini_fcos.CONTRACT)(read_picture(collect_images(smooth_images).images[0]))
+    feeds = Feeder(onnx.load(str(mini_onnx)), mini_fcos.CONTRACT)(collect_images(smooth_images).images[0].read())
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     wanted, got = (
         openvino.Core().compile_model(str(path), "CPU", config)(feeds) for path in (mini_onnx, made.files[0])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.dataset import CalibrationImage, SampleOptions, collect_images, examine_set, read_picture
+from calibration.dataset import CalibrationImage, SampleOptions, collect_images, examine_set
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 
@@ -125,14 +125,14 @@ def test_count_must_be_positive() -> None:
 def test_what_is_no_picture_is_refused(tmp_path: Path, pixels: np.ndarray, problem: str) -> None:
     path = save(tmp_path / "odd.png", pixels)
     with pytest.raises(CalibrationError, match=rf"odd\.png' is {problem}"):
-        read_picture(CalibrationImage("odd.png", path, ""))
+        CalibrationImage("odd.png", path, "").read()
 
 
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     path = tmp_path / "torn.jpg"
     path.write_bytes(b"\xff\xd8\xff\xe0 not a picture")
     with pytest.raises(CalibrationError, match=r"torn\.jpg"):
-        read_picture(CalibrationImage("torn.jpg", path, ""))
+        CalibrationImage("torn.jpg", path, "").read()
 
 
 def test_report_finds_duplicates_and_overlap(tmp_path: Path, bundle_contract: ModelContract) -> None:

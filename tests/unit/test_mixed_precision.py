@@ -11,7 +11,7 @@ import pytest
 
 from calibration.cache import Calibration
 from calibration.calibrate import StatisticsOptions, collect_ranges
-from calibration.dataset import collect_images, read_picture
+from calibration.dataset import collect_images
 from calibration.execution import EffectMeter, compare_models
 from calibration.mixed_precision import PrecisionGoal, search_mixed_precision
 from calibration.placement import PLACEMENTS
@@ -24,7 +24,7 @@ PORTABLE = PLACEMENTS["portable"]
 
 @pytest.fixture(scope="module")
 def pictures(smooth_images: Path) -> list[Any]:
-    return [read_picture(image) for image in collect_images(smooth_images).images[:2]]
+    return [image.read() for image in collect_images(smooth_images).images[:2]]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def search(hard: tuple[Path, Calibration], score: Score, output: Path, **options
 
 def test_hard_model_misses_the_goal_in_plain_int8(hard: tuple[Path, Calibration], score: Score, tmp_path: Path) -> None:
     found = search(hard, score, tmp_path / "q.onnx")
-    (plain,) = (trial for trial in found.trials if not trial.kept)
+    (plain,) = (trial for trial in found.trials if not trial.ignored_layers)
     assert found.float_score - plain.score > 0.1
 
 
@@ -72,7 +72,7 @@ def test_goal_is_reached_by_keeping_the_culprit_float(
     hard: tuple[Path, Calibration], score: Score, tmp_path: Path
 ) -> None:
     found = search(hard, score, tmp_path / "q.onnx")
-    assert "block.b.weight" in found.chosen.kept
+    assert "block.b.weight" in found.chosen.ignored_layers
     assert found.ranking[0].layer == "block.b.weight"
     assert found.float_score - score(found.result.path) <= 0.1 + 1e-6
     assert found.chosen.int8_share == max(t.int8_share for t in found.trials if found.float_score - t.score <= 0.1)
@@ -96,7 +96,7 @@ def test_easy_model_needs_two_evaluations(
 ) -> None:
     score = Score(mini_onnx, mini_fcos.CONTRACT, pictures)
     found = search((mini_onnx, mini_calibration), score, tmp_path / "q.onnx")
-    assert found.chosen.kept == ()
+    assert found.chosen.ignored_layers == ()
     assert found.chosen.int8_share == 1.0
     assert score.calls == 2
 

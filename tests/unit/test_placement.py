@@ -58,7 +58,7 @@ def test_openvino_pairs_chains_and_predictions_but_not_what_norms_read(graph: Co
     plan = plan_pairs(graph, OPENVINO)
     assert len(plan.convs) == len(graph.convs)
     assert {"stem_relu", "pool", "b", "block", "inner4", "inner3", "up", "merged"} <= set(plan.readers)
-    everywhere = plan_pairs(graph, replace(CPU, keep_predictions=False))
+    everywhere = plan_pairs(graph, replace(CPU, ignore_predictions=False))
     assert set(plan.readers) == set(everywhere.readers) - {"tower0", "tower1"}
     assert set(plan.readers.values()) == {None}
 
@@ -68,14 +68,14 @@ def test_copies_take_their_sources_scale(graph: ConvGraph) -> None:
 
 
 def test_kept_layer_is_float_on_every_level(graph: ConvGraph) -> None:
-    plan = plan_pairs(graph, PORTABLE, keep_float={"tower.weight", "n_a"})
+    plan = plan_pairs(graph, PORTABLE, ignored_layers={"tower.weight", "n_a"})
     assert {"n_tower0", "n_tower1", "n_a"}.isdisjoint({c.name for c in plan.convs})
     assert {"p3", "p4"}.isdisjoint(plan.readers)
 
 
 def test_unknown_layer_is_an_error(graph: ConvGraph) -> None:
     with pytest.raises(ConfigError, match="no layer \\['ghost'\\]"):
-        plan_pairs(graph, PORTABLE, keep_float={"ghost"})
+        plan_pairs(graph, PORTABLE, ignored_layers={"ghost"})
 
 
 def test_placements_by_backend_and_by_name() -> None:
@@ -93,7 +93,7 @@ def test_weight_ranges_by_name() -> None:
 
 
 def test_whole_additions_need_both_inputs(graph: ConvGraph) -> None:
-    plan = plan_pairs(graph, replace(CPU, keep_predictions=False), keep_float={"block.b.weight"})
+    plan = plan_pairs(graph, replace(CPU, ignore_predictions=False), ignored_layers={"block.b.weight"})
     # The branch of the block's addition is float, so the addition is, but its result feeds a quantized convolution.
     assert "b" not in plan.readers
     assert "block" in plan.readers

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.dataset import collect_images, read_picture
+from calibration.dataset import collect_images
 from calibration.execution import executed_share
 from calibration.placement import PLACEMENTS, ActivationFormat, WeightRange
 from calibration.qdq import (
@@ -39,11 +39,11 @@ def nodes(path: Path, kind: str) -> list[Any]:
 def test_result_is_close_to_its_source(
     name: str, mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path
 ) -> None:
-    pictures = [read_picture(image) for image in collect_images(smooth_images).images[:3]]
+    pictures = [image.read() for image in collect_images(smooth_images).images[:3]]
     made = quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS[name], pictures=pictures)
     assert made.fidelity.images == 3
     assert min(made.fidelity.sqnr_db.values()) > 20.0
-    assert len(made.layers) + len(made.kept) == 17
+    assert len(made.int8_convolutions) + len(made.float_convolutions) == 17
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -139,12 +139,14 @@ def test_calibration_of_another_graph(mini_fcos: ModuleType, mini_calibration: A
     assert not (tmp_path / "q.onnx").exists()
 
 
-def test_everything_kept_float_is_refused(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
+def test_ignoring_every_layer_is_refused(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
     from calibration.placement import load_graph
 
     layers = load_graph(mini_onnx).layers
     with pytest.raises(CalibrationError, match="Every convolution would stay float"):
-        quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"], keep_float=layers)
+        quantize_qdq(
+            mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"], ignored_layers=layers
+        )
 
 
 def test_symmetric_scale_by_hand() -> None:
@@ -219,7 +221,7 @@ def test_biases_take_back_the_shift_of_rounded_weights(
     without = {name: replace(tensor, channel_means="") for name, tensor in mini_calibration.tensors.items()}
     policy = replace(PLACEMENTS["portable"], weights=WeightRange.REDUCED)
     feeder = Feeder(onnx.load(str(mini_onnx)), read_contract(mini_onnx))
-    feeds = [feeder(read_picture(image)) for image in collect_images(smooth_images).images]
+    feeds = [feeder(image.read()) for image in collect_images(smooth_images).images]
 
     def means(path: Path) -> Any:
         run = open_engine("onnxruntime", expose(onnx.load(str(path)), ["stem"]), threads=1)
@@ -259,6 +261,6 @@ def test_large_bias_over_tiny_weights_does_not_overflow(
     onnx.save(model, str(path))
     images = collect_images(smooth_images)
     calibration = collect_ranges(path, images, options=StatisticsOptions(engine="onnxruntime", threads=1))
-    pictures = [read_picture(images.images[0])]
+    pictures = [images.images[0].read()]
     made = quantize_qdq(path, calibration, tmp_path / "q.onnx", policy=PLACEMENTS["onnxruntime-cpu"], pictures=pictures)
     assert min(made.fidelity.sqnr_db.values()) > 15.0

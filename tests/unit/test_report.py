@@ -57,7 +57,7 @@ def search(placement: str, *, trials: int) -> MixedPrecisionPart:
             for i in range(trials)
         ),
         layers=tuple(
-            LayerRow(layer=f"layer{i}", classes=0.3 / (i + 1), boxes=0.02, centerness=0.01, kept_float=i < 3)
+            LayerRow(layer=f"layer{i}", classes=0.3 / (i + 1), boxes=0.02, centerness=0.01, ignored=i < 3)
             for i in range(30 if trials > 1 else 0)
         ),
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate, collect_histograms, collect_ranges
-from calibration.dataset import CalibrationSet, SampleOptions, collect_images, read_picture
+from calibration.dataset import CalibrationSet, SampleOptions, collect_images
 from calibration.execution import ENGINES, Feeder, expose, memory_groups, open_engine, pick_engine
 from calibration.placement import load_graph
 from fcos_deploy.core.contract import read_contract
@@ -34,7 +34,7 @@ def test_extremes_are_those_of_the_graph(mini_onnx: Path, mini_fcos: ModuleType,
     graph = load_graph(mini_onnx)
     run = open_engine("onnxruntime", expose(graph.model, ["block", "p3"]))
     feeder = Feeder(graph.model, mini_fcos.CONTRACT)
-    seen = [run(feeder(read_picture(image))) for image in images.images]
+    seen = [run(feeder(image.read())) for image in images.images]
     for name in ("block", "p3"):
         values = np.concatenate([s[name].ravel() for s in seen])
         # Exposing other tensors changes what the runtime fuses, and with it the last bits.
@@ -76,7 +76,7 @@ def test_a_short_pass_takes_the_first_engine_and_a_long_one_the_fastest(
     mini_onnx: Path, images: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = load_graph(mini_onnx)
-    feeds = Feeder(graph.model, read_contract(mini_onnx))(read_picture(images.images[0]))
+    feeds = Feeder(graph.model, read_contract(mini_onnx))(images.images[0].read())
     opened = []
 
     def watched(name: str, model: Any, *, threads: int | None = None) -> Any:

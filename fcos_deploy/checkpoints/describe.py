@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.checkpoints.ecosystems import detect_ecosystem, ecosystem
+from fcos_deploy.checkpoints.ecosystems import detect_ecosystem, get_ecosystem
 from fcos_deploy.checkpoints.pickle_reader import PickledArray
 from fcos_deploy.checkpoints.reader import StoredTensor, TensorFacts, open_checkpoint
 from fcos_deploy.checkpoints.rules import (
@@ -312,9 +312,9 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _ecosystem(options: CheckpointOptions, stated: Mapping[str, Any], weights: StoredWeights) -> Ecosystem:
     if options.ecosystem != AUTO:
-        return ecosystem(options.ecosystem)
+        return get_ecosystem(options.ecosystem)
     if "ecosystem" in stated:
-        return ecosystem(stated["ecosystem"])
+        return get_ecosystem(stated["ecosystem"])
     return detect_ecosystem(weights.tensors)
 
 

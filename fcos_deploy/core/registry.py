@@ -1,4 +1,4 @@
-"""Finds the plug-ins: modules of ours that define the marker, and entry points of third parties."""
+"""Finds the plug-ins: modules of ours that define the marker, and entry points of other distributions."""
 
 from __future__ import annotations
 
@@ -6,74 +6,85 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
 
 from fcos_deploy.core.backend import Backend
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import Exporter
 
-__all__ = ["all_backends", "all_exporters", "backends_for", "get_backend", "get_exporter"]
+__all__ = ["all_backends", "all_exporters", "backends_for", "discover", "get_backend", "get_exporter", "get_plugin"]
 
-P = TypeVar("P", Backend, Exporter)
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+PluginT = TypeVar("PluginT", bound=_Named)
+
+
+def discover(package: str, *, marker: str, kind: type[PluginT]) -> dict[str, PluginT]:
+    """Plug-ins by name, sorted: what public modules of ``package`` call ``marker``, and what entry points load.
+
+    The group of the entry points is ``fcos_deploy.`` and the last word of ``package``: ``fcos_deploy.runtimes``.
+
+    Raises:
+        ConfigError: two plug-ins of one name, or one that is not a ``kind``.
+    """
+    plugins: dict[str, PluginT] = {}
+
+    def add(plugin: object, origin: str) -> None:
+        if not isinstance(plugin, kind):
+            raise ConfigError(f"{origin} is not a {kind.__name__}.")
+        if plugin.name in plugins:
+            raise ConfigError(f"Two plug-ins are named '{plugin.name}'.")
+        plugins[plugin.name] = plugin
+
+    for module_info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if not module_info.name.startswith("_"):
+            module = importlib.import_module(f"{package}.{module_info.name}")
+            if hasattr(module, marker):
+                add(getattr(module, marker), f"'{marker}' of '{module.__name__}'")
+    for entry in importlib.metadata.entry_points(group=f"fcos_deploy.{package.rpartition('.')[2]}"):
+        add(entry.load(), f"Entry point '{entry.name}' of '{entry.value}'")
+    return dict(sorted(plugins.items()))
+
+
+def get_plugin(plugins: Mapping[str, PluginT], name: str, *, role: str) -> PluginT:
+    """The plug-in of this name; ``role`` is what messages call it, such as "backend".
+
+    Raises:
+        ConfigError: naming the ones that exist.
+    """
+    if name not in plugins:
+        raise ConfigError(f"There is no {role} '{name}'.", hint=f"{role}s: {', '.join(sorted(plugins))}")
+    return plugins[name]
 
 
 @functools.cache
 def all_backends() -> dict[str, Backend]:
     """All runtimes by name, installed libraries or not."""
-    return _discover("runtimes", "BACKEND", Backend)  # type: ignore[type-abstract]  # used for isinstance only
+    return discover("runtimes", marker="BACKEND", kind=Backend)  # type: ignore[type-abstract]  # for isinstance only
 
 
 @functools.cache
 def all_exporters() -> dict[str, Exporter]:
     """All makers of artifacts by name."""
-    return _discover("exporters", "EXPORTER", Exporter)  # type: ignore[type-abstract]  # used for isinstance only
-
-
-def get_backend(name: str) -> Backend:
-    """One runtime.
-
-    Raises:
-        ConfigError: naming the ones that exist.
-    """
-    if name not in all_backends():
-        raise ConfigError(f"There is no backend '{name}'.", hint=f"backends: {', '.join(sorted(all_backends()))}")
-    return all_backends()[name]
+    return discover("exporters", marker="EXPORTER", kind=Exporter)  # type: ignore[type-abstract]  # for isinstance only
 
 
 def backends_for(kind: ArtifactKind) -> list[Backend]:
     """The runtimes that open this kind, by name."""
-    return [b for _, b in sorted(all_backends().items()) if kind in b.accepts]
+    return [backend for backend in all_backends().values() if kind in backend.accepts]
+
+
+def get_backend(name: str) -> Backend:
+    """One runtime; ConfigError names those that exist."""
+    return get_plugin(all_backends(), name, role="backend")
 
 
 def get_exporter(name: str) -> Exporter:
-    """The maker of artifacts of this name.
-
-    Raises:
-        ConfigError: naming the ones that exist.
-    """
-    if name not in all_exporters():
-        raise ConfigError(f"There is no exporter '{name}'.", hint=f"exporters: {', '.join(sorted(all_exporters()))}")
-    return all_exporters()[name]
-
-
-def _discover(package: str, marker: str, kind: type[P]) -> dict[str, P]:
-    found: dict[str, P] = {}
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if module.name.startswith("_"):
-            continue
-        plugin = getattr(importlib.import_module(f"{package}.{module.name}"), marker, None)
-        if isinstance(plugin, kind):
-            _add(found, plugin)
-    for entry in importlib.metadata.entry_points(group=f"fcos_deploy.{package}"):
-        plugin = entry.load()
-        if not isinstance(plugin, kind):
-            raise ConfigError(f"Entry point '{entry.name}' of '{entry.value}' is not a {kind.__name__}.")
-        _add(found, plugin)
-    return dict(sorted(found.items()))
-
-
-def _add(found: dict[str, P], plugin: P) -> None:
-    if plugin.name in found:
-        raise ConfigError(f"Two plug-ins are named '{plugin.name}'.")
-    found[plugin.name] = plugin
+    """One maker of artifacts; ConfigError names those that exist."""
+    return get_plugin(all_exporters(), name, role="exporter")

@@ -1,5 +1,5 @@
 """From a bundle to the files that serving engines read."""
 
-from fcos_deploy.serving.package import ServingOptions, package_bundle, packagers
+from fcos_deploy.serving.package import ServingOptions, all_packagers, package_bundle
 
-__all__ = ["ServingOptions", "package_bundle", "packagers"]
+__all__ = ["ServingOptions", "all_packagers", "package_bundle"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import mmap
-import pkgutil
 import re
 import shutil
 from abc import ABC, abstractmethod
@@ -22,17 +20,18 @@ from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.files import atomic_directory
 from fcos_deploy.core.onnx_file import ByteSource, length_delimited_fields
 from fcos_deploy.core.preprocess import InputDtype
+from fcos_deploy.core.registry import discover, get_plugin
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = [
     "Packager",
     "ServedModel",
     "ServingOptions",
+    "all_packagers",
     "input_specs",
     "largest_batch",
     "output_specs",
     "package_bundle",
-    "packagers",
 ]
 
 _ANY = 1 << 16
@@ -229,15 +228,9 @@ class Packager(ABC):
 
 
 @cache
-def packagers() -> dict[str, Packager]:
+def all_packagers() -> dict[str, Packager]:
     """All writers by name."""
-    package = importlib.import_module("fcos_deploy.serving")
-    found = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
-        packager = getattr(importlib.import_module(f"fcos_deploy.serving.{module}"), "PACKAGER", None)
-        if isinstance(packager, Packager):
-            found[packager.name] = packager
-    return found
+    return discover("fcos_deploy.serving", marker="PACKAGER", kind=Packager)  # type: ignore[type-abstract]  # for isinstance only
 
 
 def package_bundle(bundle: Bundle, *, server: str, output: Path, options: ServingOptions | None = None) -> ServedModel:
@@ -247,9 +240,7 @@ def package_bundle(bundle: Bundle, *, server: str, output: Path, options: Servin
         ConfigError: no such server, a folder in use, or an artifact that the server does not read.
     """
     options = options or ServingOptions()
-    if server not in packagers():
-        raise ConfigError(f"There is no packager '{server}'.", hint=f"there are: {', '.join(packagers())}")
-    packager = packagers()[server]
+    packager = get_plugin(all_packagers(), server, role="packager")
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"'{output}' is not empty.", hint="choose another folder")
     model = _served_model(bundle, packager, options)

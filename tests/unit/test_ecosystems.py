@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, describe_weights
-from fcos_deploy.checkpoints.ecosystems import ecosystems
+from fcos_deploy.checkpoints.ecosystems import all_ecosystems
 from fcos_deploy.checkpoints.load import CheckpointOptions, assembled, build_network, to_tensors
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
 from fcos_deploy.core.decode import CenterMode
@@ -61,7 +61,7 @@ def _decision(described: CheckpointDescription, name: str) -> tuple[str, str]:
 def test_there_are_44_key_lists_of_5_ecosystems() -> None:
     assert len(ALL) == 44
     assert len(DCN) == 6
-    assert list(ecosystems()) == ["adelaidet", "detectron2", "mmdetection", "tianzhi", "torchvision"]
+    assert list(all_ecosystems()) == ["adelaidet", "detectron2", "mmdetection", "tianzhi", "torchvision"]
 
 
 @pytest.mark.parametrize("name", LOADED)

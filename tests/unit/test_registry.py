@@ -1,4 +1,4 @@
-"""A module in runtimes/ or exporters/ registers itself; entry points of others, too."""
+"""A module in a plug-in package registers itself; entry points of other distributions do so, too."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fcos_deploy.checkpoints.ecosystems import all_ecosystems, get_ecosystem
+from fcos_deploy.checkpoints.rules import Ecosystem
 from fcos_deploy.core import registry
 from fcos_deploy.core.backend import Backend, BackendProbe, Session, SessionOptions
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.serving.package import Packager, ServedModel, all_packagers
 
 
 class _ThirdParty(Backend):
@@ -26,16 +29,26 @@ class _ThirdParty(Backend):
         return BackendProbe(available=False)
 
 
-PLUGIN, NOT_A_PLUGIN = _ThirdParty(), object()
+class _Server(Packager):
+    name = "third-party"
+    accepts = frozenset({ArtifactKind.ONNX})
+
+    def write(self, model: ServedModel, folder: Path) -> None:
+        raise NotImplementedError
+
+
+PLUGIN, NOT_A_PLUGIN, PACKAGER = _ThirdParty(), object(), _Server()
+ECOSYSTEM = Ecosystem(name="third-party", signature=("x",), renames=(), rules=get_ecosystem("torchvision").rules)
+_CACHED = (registry.all_backends, registry.all_exporters, all_ecosystems, all_packagers)
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Discovery is cached; these tests change what there is to discover."""
-    for cached in (registry.all_backends, registry.all_exporters):
+    for cached in _CACHED:
         cached.cache_clear()
     yield
-    for cached in (registry.all_backends, registry.all_exporters):
+    for cached in _CACHED:
         cached.cache_clear()
 
 
@@ -43,9 +56,9 @@ def fresh() -> Iterator[None]:
 def install(monkeypatch: pytest.MonkeyPatch):
     """Make entry points visible as if a distribution had declared them."""
 
-    def visible(*names: str) -> None:
+    def visible(*names: str, group: str = "runtimes") -> None:
         points = [
-            importlib.metadata.EntryPoint(f"plugin{i}", f"{__name__}:{name}", "fcos_deploy.runtimes")
+            importlib.metadata.EntryPoint(f"plugin{i}", f"{__name__}:{name}", f"fcos_deploy.{group}")
             for i, name in enumerate(names)
         ]
 
@@ -97,6 +110,10 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 def test_entry_points_of_third_parties_are_found(install) -> None:
     install("PLUGIN")
     assert registry.get_backend("third-party") is PLUGIN
+    install("PACKAGER", group="serving")
+    assert all_packagers()["third-party"] is PACKAGER
+    install("ECOSYSTEM", group="ecosystems")
+    assert get_ecosystem("third-party") is ECOSYSTEM
 
 
 def test_two_plug_ins_of_one_name_are_an_error(install) -> None:

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Iterable
 
 from fcos_deploy.checkpoints.rules import Ecosystem
-from fcos_deploy.core.errors import CheckpointError, ConfigError
+from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.core.registry import discover, get_plugin
 
-__all__ = ["detect_ecosystem", "ecosystem", "ecosystems"]
+__all__ = ["all_ecosystems", "detect_ecosystem", "get_ecosystem"]
 
 
 @functools.cache
-def ecosystems() -> dict[str, Ecosystem]:
+def all_ecosystems() -> dict[str, Ecosystem]:
     """All ecosystems by name."""
-    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
-    found = [module.ECOSYSTEM for module in modules if hasattr(module, "ECOSYSTEM")]
-    return {item.name: item for item in sorted(found, key=lambda e: e.name)}
+    return discover(__name__, marker="ECOSYSTEM", kind=Ecosystem)
 
 
-def ecosystem(name: str) -> Ecosystem:
-    """One ecosystem.
-
-    Raises:
-        ConfigError: naming the ones that exist.
-    """
-    if name not in ecosystems():
-        raise ConfigError(f"There is no ecosystem '{name}'.", hint=f"ecosystems: auto, {', '.join(ecosystems())}")
-    return ecosystems()[name]
+def get_ecosystem(name: str) -> Ecosystem:
+    """One ecosystem; ConfigError names those that exist."""
+    return get_plugin(all_ecosystems(), name, role="ecosystem")
 
 
 def detect_ecosystem(names: Iterable[str]) -> Ecosystem:
@@ -39,7 +30,7 @@ def detect_ecosystem(names: Iterable[str]) -> Ecosystem:
         CheckpointError: when none or several fit, with names that were found.
     """
     present = frozenset(names)
-    fitting = [item for item in ecosystems().values() if item.matches(present)]
+    fitting = [item for item in all_ecosystems().values() if item.matches(present)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -49,5 +40,5 @@ def detect_ecosystem(names: Iterable[str]) -> Ecosystem:
     shown = ", ".join(f"'{n}'" for n in sorted(present)[:4])
     raise CheckpointError(
         f"This is not an FCOS checkpoint that we know: {len(present)} tensors, such as {shown}.",
-        hint=f"known: {', '.join(ecosystems())}; for a network of your own see docs/your-own-fcos.md",
+        hint=f"known: {', '.join(all_ecosystems())}; for a network of your own see docs/your-own-fcos.md",
     )

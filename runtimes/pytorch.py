@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode import level_sizes
-from fcos_deploy.core.enums import ArtifactKind, Tail
+from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendError, DeviceError, MissingDependencyError
 from fcos_deploy.core.libraries import require
 from fcos_deploy.core.machine import read_machine
@@ -146,8 +145,8 @@ def open_model(network: Fcos, *, contract: ModelContract, options: SessionOption
         exportable,
         device=device,
         options=options,
-        inputs=_input_specs(contract, exportable.input_names),
-        outputs=_output_specs(contract, network.config.num_classes),
+        inputs=contract.input_specs,
+        outputs=contract.output_specs,
     )
     session.contract = contract
     return session
@@ -176,50 +175,6 @@ def _computing_in(compute: ComputeType, device: torch.device) -> Iterator[None]:
         return
     with torch.autocast(device.type, dtype=dtypes[compute]):
         yield
-
-
-def _input_specs(contract: ModelContract, names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
-    height, width = contract.preprocess.canvas or (None, None)
-    known = {
-        "images": TensorSpec("images", str(contract.preprocess.input_dtype), (None, 3, height, width)),
-        "image_sizes": TensorSpec("image_sizes", "float32", (None, 4)),
-    }
-    return tuple(known[name] for name in names)
-
-
-def _output_specs(contract: ModelContract, classes: int) -> tuple[TensorSpec, ...]:
-    """Specs of the tail's outputs; see ``ModelContract`` for what they mean."""
-    locations, candidates = _counts(contract, classes)
-    kept = contract.decode.max_detections
-    shapes: dict[Tail, dict[str, tuple[str, tuple[int | None, ...]]]] = {
-        Tail.RAW: {
-            "cls_logits": ("float32", (None, locations, classes)),
-            "distances": ("float32", (None, locations, 4)),
-            "centerness": ("float32", (None, locations, 1)),
-        },
-        Tail.CANDIDATES: {
-            "boxes": ("float32", (None, candidates, 4)),
-            "scores": ("float32", (None, candidates)),
-            "labels": ("int32", (None, candidates)),
-        },
-        Tail.NMS: {
-            "boxes": ("float32", (None, kept, 4)),
-            "scores": ("float32", (None, kept)),
-            "labels": ("int32", (None, kept)),
-            "num_detections": ("int32", (None, 1)),
-        },
-    }
-    known = shapes[contract.tail]
-    return tuple(TensorSpec(name, *known[name]) for name in contract.outputs)
-
-
-def _counts(contract: ModelContract, classes: int) -> tuple[int | None, int | None]:
-    """Locations and candidates of a fixed canvas; None where they follow the image."""
-    if contract.preprocess.canvas is None:
-        return None, None
-    height, width = contract.preprocess.canvas
-    sizes = [rows * columns for rows, columns in level_sizes(height, width, strides=contract.decode.strides)]
-    return sum(sizes), sum(min(contract.decode.pre_nms_top_k, size * classes) for size in sizes)
 
 
 def _array(value: torch.Tensor, spec: TensorSpec) -> NDArray[Any]:

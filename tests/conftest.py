@@ -98,7 +98,7 @@ def make_bundle(bundle_contract: ModelContract) -> Callable[[Path], Path]:
                 name="cells",
                 contract=bundle_contract,
                 provenance=Provenance(checkpoint="cells.pth", checkpoint_sha256="ab" * 32),
-                defaults=RunDefaults(backend="onnxruntime", precision=Precision.INT8, fallback=("openvino",)),
+                defaults=RunDefaults(backend="tensorrt", precision=Precision.INT8, fallback=("openvino",)),
                 gates=DEFAULT_GATES,
                 golden=tuple(from_json(GoldenImage, value) for value in golden.values),
             )
@@ -139,7 +139,7 @@ def _quantize_step(folder: Path, parent: Artifact) -> StepOutput:
         kind=ArtifactKind.TENSORRT_ENGINE,
         precision=Precision.INT8,
         parent=parent.sha256,
-        backend="onnxruntime",
+        backend="tensorrt",
         companions=("model.int8.json",),
     )
     return StepOutput(artifacts=(draft,), values={"layers": 3})

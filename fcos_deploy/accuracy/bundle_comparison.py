@@ -16,6 +16,7 @@ from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, comp
 from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.manifest import Manifest
 from fcos_deploy.bundle.records import AccuracyFigure, BenchmarkFigure
+from fcos_deploy.bundle.selection import select_artifact
 from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
@@ -128,7 +129,8 @@ def _opened(spec: DetectorSpec) -> Bundle:
 
 
 def _variant(bundle: Bundle, spec: DetectorSpec) -> Variant:
-    selection = bundle.select(backend=spec.backend, precision=spec.precision)
+    precisions = (spec.precision,) if spec.precision else ()
+    selection = select_artifact(bundle, backend=spec.backend, precisions=precisions)
     return selection.backend, selection.artifact.precision
 
 

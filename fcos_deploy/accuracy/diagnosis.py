@@ -431,7 +431,7 @@ def _head_causes(evidence: Evidence) -> list[Cause]:
         causes += level_causes(mine, theirs, level_slices(evidence.input_size, strides))
         per_location = location_strides(*evidence.input_size, strides=strides)
         causes += activation_causes(mine["distances"], theirs["distances"], per_location)
-        causes += class_causes(mine["cls_logits"], theirs["cls_logits"], evidence.reference.contract.class_names)
+        causes += class_causes(mine["cls_logits"], theirs["cls_logits"], evidence.reference.contract.channel_names)
         for name, sentence, outputs in tried_mistakes(evidence):
             share = outputs_explained(mine, theirs, outputs)
             if share > _CONVINCING:

@@ -19,7 +19,8 @@ from fcos_deploy.accuracy.matching import MatchOptions, match_detections
 from fcos_deploy.bundle.golden import GoldenImage, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
 from fcos_deploy.bundle.preflight import Fallback, choose
-from fcos_deploy.bundle.store import Bundle, Selection
+from fcos_deploy.bundle.selection import Selection, select_artifact
+from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.detections import Detections
@@ -300,7 +301,8 @@ def verify_bundle(
 def _select(bundle: Bundle, options: VerifyOptions, machine: MachineFacts) -> tuple[Selection, tuple[Fallback, ...]]:
     """A server has its own machine, which preflight cannot see."""
     if options.server:
-        return bundle.select(backend=options.backend, precision=options.precision), ()
+        precisions = (options.precision,) if options.precision else ()
+        return select_artifact(bundle, backend=options.backend, precisions=precisions), ()
     return choose(
         bundle,
         backend=options.backend,

@@ -15,8 +15,9 @@ from fcos_deploy.bundle.records import (
     StepRecord,
     VersionRule,
 )
+from fcos_deploy.bundle.selection import Selection, select_artifact
 from fcos_deploy.bundle.signature import required_keys
-from fcos_deploy.bundle.store import Bundle, Selection, is_bundle, open_bundle, pack, select_artifact
+from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle, pack
 from fcos_deploy.bundle.writer import ArtifactDraft, BundleWriter, StepOutput, StepResult
 
 __all__ = [

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fcos_deploy.bundle.records import Artifact, Requirements, VersionRule
-from fcos_deploy.bundle.store import Bundle, Selection
+from fcos_deploy.bundle.selection import Selection, select_artifact
+from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, DeviceError, FcosDeployError
@@ -174,7 +175,8 @@ def choose(
     for name in (first, *chain):
         selection: Selection | None = None
         try:
-            selection = bundle.select(backend=name, precision=precision if name == first else None)
+            precisions = (precision,) if precision and name == first else ()
+            selection = select_artifact(bundle, backend=name, precisions=precisions)
             require_fit(bundle, selection, machine=machine, request=request)
         except (DeviceError, ConfigError) as error:
             if not allow_fallback:

@@ -8,7 +8,6 @@ import os
 import shutil
 import stat
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -24,17 +23,14 @@ from fcos_deploy.bundle.manifest import (
     Manifest,
     parse_manifest,
 )
-from fcos_deploy.bundle.records import Artifact, FileRecord
+from fcos_deploy.bundle.records import FileRecord
 from fcos_deploy.bundle.signature import check_envelope, check_signature, sign_bundle
-from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.onnx_file import ByteSource, length_delimited_fields
-from fcos_deploy.core.registry import get_backend
 
 __all__ = [
     "Bundle",
-    "Selection",
     "check_external_data",
     "check_files",
     "digest_line",
@@ -42,7 +38,6 @@ __all__ = [
     "open_bundle",
     "pack",
     "read_manifest",
-    "select_artifact",
     "sign",
 ]
 
@@ -204,14 +199,6 @@ def _location(data: ByteSource, start: int, end: int) -> set[str]:
     return {pair.get(2, b"").decode("utf-8")} if pair.get(1) == b"location" else set()
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """An artifact and the backend that runs it."""
-
-    artifact: Artifact
-    backend: str
-
-
 class Bundle:
     """A checked bundle. Close it (or use ``with``) to remove what was unpacked from an archive."""
 
@@ -251,49 +238,10 @@ class Bundle:
             raise BundleError(f"The bundle '{self.source}' has no file '{name}'.")
         return self.root / name
 
-    def select(self, *, backend: str = "", precision: Precision | None = None) -> Selection:
-        """The artifact for a backend and precision; the defaults of the manifest where they are not given.
-
-        Raises:
-            ConfigError: when the bundle has none, or several and nothing says which.
-        """
-        defaults = self.manifest.defaults
-        name = backend or defaults.backend
-        found = [a for a in self.manifest.artifacts if _fits(a, name)]
-        wanted = precision or _default_precision(found, defaults.precision)
-        chosen = [a for a in found if wanted is None or a.precision is wanted]
-        # An artifact made for this backend goes before one that it merely accepts, its own placement before another.
-        chosen = [a for a in chosen if a.backend == name] or chosen
-        own = get_backend(name).placements
-        chosen = next(filter(None, ([a for a in chosen if a.placement == p] for p in own)), chosen)
-        if len(chosen) == 1:
-            return Selection(chosen[0], name)
-        problem = "has several artifacts" if chosen else "has no artifact"
-        raise ConfigError(
-            f"The bundle '{self.source}' {problem} for backend '{name}'{f' in {precision}' if precision else ''}.",
-            hint=f"it has: {self._contents()}",
-        )
-
-    def _contents(self) -> str:
-        return (
-            ", ".join(f"{a.path} ({a.precision}, {a.backend or a.kind})" for a in self.manifest.artifacts) or "nothing"
-        )
-
     def close(self) -> None:
         """Remove what was unpacked; may be called twice."""
         if self._temporary:
             shutil.rmtree(self.root, ignore_errors=True)
-
-
-def _fits(artifact: Artifact, backend: str) -> bool:
-    if artifact.backend:
-        return artifact.backend == backend
-    runtime = get_backend(backend)
-    return artifact.kind in runtime.accepts and (not artifact.placement or artifact.placement in runtime.placements)
-
-
-def _default_precision(artifacts: list[Artifact], preferred: Precision) -> Precision | None:
-    return preferred if any(a.precision is preferred for a in artifacts) else None
 
 
 def is_bundle(path: Path) -> bool:
@@ -367,13 +315,3 @@ def sign(bundle: Path, *, private_key: Path) -> str:
         raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
     with open_bundle(bundle) as opened:
         return sign_bundle(opened.root, private_key=private_key).key_id
-
-
-def select_artifact(path: Path, *, backend: str = "", precision: Precision | None = None) -> tuple[Path, str]:
-    """Open a bundle, check it, and return the path of the artifact to run and the name of its backend.
-
-    What an archive needs is unpacked to a temporary folder, which goes when the process ends.
-    """
-    bundle = open_bundle(path)
-    selection = bundle.select(backend=backend, precision=precision)
-    return bundle.path(selection.artifact.path), selection.backend

@@ -7,13 +7,14 @@ import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fcos_deploy.core.decode import BoxClip, DecodeSpec, NmsSpace
+from fcos_deploy.core.decode import BoxClip, DecodeSpec, NmsSpace, level_sizes
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.onnx_file import length_delimited_fields
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = [
     "METADATA_KEY",
@@ -97,6 +98,47 @@ class ModelContract:
         profile = self.decode.profile
         in_image_pixels = profile.clip is not BoxClip.NONE or profile.nms_space is not NmsSpace.INPUT
         return self.tail is Tail.NMS and in_image_pixels
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """The class name of each class channel; what names the channels of ``cls_logits`` and a graph's ``labels``.
+
+        ``class_names`` has a name for every label, which may be more: a background that no channel maps to.
+        """
+        labels = self.decode.label_map or range(len(self.class_names))
+        return tuple(self.class_names[label] for label in labels)
+
+    @property
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Inputs of the graph, with a dynamic batch, and a dynamic height and width where there is no canvas."""
+        height, width = self.preprocess.canvas or (None, None)
+        images = TensorSpec("images", str(self.preprocess.input_dtype), (None, 3, height, width))
+        return (images, TensorSpec("image_sizes", "float32", (None, 4))) if self.needs_image_sizes else (images,)
+
+    @property
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        """Outputs of the graph with a dynamic batch; the number of locations is None where there is no canvas."""
+        decode, classes = self.decode, len(self.channel_names)
+        locations: int | None = None
+        rows: int | None = decode.max_detections if self.tail is Tail.NMS else None
+        if self.preprocess.canvas is not None:
+            levels = [height * width for height, width in level_sizes(*self.preprocess.canvas, strides=decode.strides)]
+            locations = sum(levels)
+            if self.tail is Tail.CANDIDATES:
+                rows = sum(decode.candidates_per_level(level, classes=classes) for level in levels)
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "cls_logits": (locations, classes),
+            "distances": (locations, 4),
+            "centerness": (locations, 1),
+            "boxes": (rows, 4),
+            "scores": (rows,),
+            "labels": (rows,),
+            "num_detections": (1,),
+        }
+        integers = ("labels", "num_detections")
+        return tuple(
+            TensorSpec(name, "int32" if name in integers else "float32", (None, *shapes[name])) for name in self.outputs
+        )
 
     def with_preprocess(self, preprocess: PreprocessSpec) -> ModelContract:
         """The same detector behind another preprocessing."""

@@ -16,6 +16,7 @@ from fcos_deploy.core.errors import ConfigError, TensorMismatchError
 from fcos_deploy.core.nms import best_first, best_of_groups
 
 __all__ = [
+    "MAX_TOP_K",
     "PROFILES",
     "SCORE_FORMS",
     "BoxClip",
@@ -34,6 +35,9 @@ __all__ = [
     "passing_pairs",
     "sigmoid",
 ]
+
+
+MAX_TOP_K = 3840  # the largest K of TensorRT's TopK layer
 
 
 class ScoreForm(StrEnum):
@@ -180,6 +184,12 @@ class DecodeSpec:
             raise ConfigError(f"The IoU threshold must be in (0, 1], got {self.iou_threshold}.")
         if self.pre_nms_top_k < 1 or self.max_detections < 1:
             raise ConfigError("pre_nms_top_k and max_detections must be at least 1.")
+
+    def candidates_per_level(self, locations: int, *, classes: int) -> int:
+        """How many pairs of location and class a graph's top-k keeps of a level with ``locations``."""
+        if self.profile.rank_per_location:
+            return min(MAX_TOP_K, min(self.pre_nms_top_k, locations) * classes)
+        return min(MAX_TOP_K, self.pre_nms_top_k, locations * classes)
 
 
 def level_sizes(height: int, width: int, *, strides: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode import BoxClip, BoxFilter, DecodeSpec, NmsSpace, PostprocessProfile, ScoreForm
+from fcos_deploy.core.decode import MAX_TOP_K, BoxClip, BoxFilter, DecodeSpec, NmsSpace, PostprocessProfile, ScoreForm
 from fcos_deploy.core.enums import CenterMode, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec
 from fcos_deploy.model.fcos import LevelOutput, flatten_levels
 
 __all__ = [
-    "MAX_TOP_K",
     "Candidates",
     "ExportableFcos",
     "GreedyNms",
@@ -26,12 +25,9 @@ __all__ = [
     "Suppression",
     "decode_boxes",
     "greedy_keep",
-    "needs_image_sizes",
     "select_candidates",
     "suppress",
 ]
-
-MAX_TOP_K = 3840  # TensorRT refuses a larger K in TopK.
 
 
 class Candidates(NamedTuple):
@@ -73,13 +69,11 @@ def _select_level(level: LevelOutput, input_size: tuple[int, int], *, stride: in
     rank = _FORMS[profile.rank](p, q)
     gate = rank if profile.gate is profile.rank else _FORMS[profile.gate](p, q)
     passed = gate > spec.score_threshold
-    pairs = min(spec.pre_nms_top_k, locations * classes)
     if profile.rank_per_location:
         best = _best_locations(rank, count=min(spec.pre_nms_top_k, locations, MAX_TOP_K))
         passed = torch.logical_and(passed, best)
-        pairs = min(MAX_TOP_K, min(spec.pre_nms_top_k, locations) * classes)
     ranked = torch.where(passed, rank, -1.0).flatten(1)
-    values, flat = torch.topk(ranked, min(pairs, MAX_TOP_K), dim=1)
+    values, flat = torch.topk(ranked, spec.candidates_per_level(locations, classes=classes), dim=1)
     values, flat = (values, flat) if profile.sort_by_score else _by_position(values, flat)
     location, label = _unravel(flat, classes)
     scores = values if profile.score is profile.rank else _scores(p, q, flat, location, values, form=profile.score)
@@ -355,13 +349,6 @@ def _unopposed(decides: Tensor, keep: Tensor) -> Tensor:
     return (against < 0.5).to(torch.float32)
 
 
-def needs_image_sizes(contract: ModelContract) -> bool:
-    """Whether the graph has the second input ``image_sizes`` (``ModelContract``, tail nms)."""
-    profile = contract.decode.profile
-    in_image_pixels = profile.clip is not BoxClip.NONE or profile.nms_space is not NmsSpace.INPUT
-    return contract.tail is Tail.NMS and in_image_pixels
-
-
 class ExportableFcos(nn.Module):
     """``model`` between the contract's input tensor and the outputs of the contract's tail.
 
@@ -387,7 +374,7 @@ class ExportableFcos(nn.Module):
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the arguments of ``forward``."""
-        return ("images", "image_sizes") if needs_image_sizes(self.contract) else ("images",)
+        return tuple(spec.name for spec in self.contract.input_specs)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -399,7 +386,7 @@ class ExportableFcos(nn.Module):
         """Images (n, 3, H, W) in the contract's input dtype -> the tensors that ``contract.outputs`` names.
 
         image_sizes: (n, 4) float32, resized height and width, original height and width; only where
-        ``needs_image_sizes``.
+        ``contract.needs_image_sizes``.
         """
         levels: Sequence[LevelOutput] = self.model(self.normalize(images))
         height, width = images.shape[2], images.shape[3]

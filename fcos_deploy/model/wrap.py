@@ -143,7 +143,7 @@ def _try(adapter: _Adapter, contract: ModelContract) -> None:
             f"The module's output is not what the convention says: {error}.",
             hint="compare OutputConvention and decode.strides with what module(images) returns",
         ) from error
-    channels = _class_channels(contract)
+    channels = len(contract.channel_names)
     sizes = level_sizes(height, width, strides=contract.decode.strides)
     for number, (level, size) in enumerate(zip(levels, sizes, strict=True)):
         for name, tensor, depth in zip(LevelOutput._fields, level, (channels, 4, 1), strict=True):
@@ -155,8 +155,3 @@ def _try(adapter: _Adapter, contract: ModelContract) -> None:
                 )
             if not torch.isfinite(tensor).all():
                 raise ConfigError(f"Level {number}: {name} holds NaN or infinite values for an empty image.")
-
-
-def _class_channels(contract: ModelContract) -> int:
-    """One channel a name, except for names (such as a background's) that no channel maps to."""
-    return len(contract.decode.label_map) or len(contract.class_names)

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from exporters._tensorrt_options import profile_shapes
+from fcos_deploy.bundle import open_bundle, select_artifact
 from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError
@@ -87,8 +88,8 @@ def _tensorrt_version(request: ArtifactRequest) -> str:
 
 def _resolved(request: ArtifactRequest) -> tuple[Path, ModelContract, BuildOptions]:
     """The ONNX file, its contract, and the options with the profile's choices."""
-    bundle = request.public_keys or request.source.is_dir() or request.source.suffix == ".tar"
-    source = _onnx_of(request) if bundle else request.source
+    in_bundle = request.public_keys or request.source.is_dir() or request.source.suffix == ".tar"
+    source = _onnx_of(request) if in_bundle else request.source
     contract = read_contract(source)
     options = _with_profile(request, contract, source) if request.target else request.options
     if options.precision is contract.precision:
@@ -97,38 +98,23 @@ def _resolved(request: ArtifactRequest) -> tuple[Path, ModelContract, BuildOptio
 
 
 def _onnx_of(request: ArtifactRequest) -> Path:
-    """The bundle's ONNX file that this backend reads as meant, of the precision asked for or the bundle's own."""
-    from fcos_deploy.bundle import open_bundle
-
+    """The bundle's ONNX file of the precision to build from and, for a device profile, with the profile's tail."""
     bundle = open_bundle(request.source, public_keys=request.public_keys)
-    placements = ["", *get_backend(request.backend).placements]
-    fitting = [a for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX and a.placement in placements]
-    fitting.sort(key=lambda artifact: placements.index(artifact.placement))
-    wanted = _precisions(request, own=bundle.manifest.defaults.precision)
-    for precision in wanted:
-        files = [bundle.path(artifact.path) for artifact in fitting if artifact.precision is precision]
-        if files:
-            return _with_tail_of_profile(files, target=request.target)
-    raise ConfigError(
-        f"The bundle '{request.source}' has no {wanted[0]} ONNX file that '{request.backend}' reads.",
-        hint=f"it has {', '.join(sorted({str(a.precision) for a in fitting})) or 'none'}; choose with --precision",
-    )
-
-
-def _precisions(request: ArtifactRequest, *, own: Precision) -> tuple[Precision, ...]:
-    """Of the ONNX file, best first: an unquantized one goes with a calibration cache, and becomes fp16 for an IR."""
-    asked = request.options.precision
+    precision = request.options.precision
+    precisions: tuple[Precision, ...] = (precision or bundle.manifest.defaults.precision,)
     if request.options.calibration_cache is not None:
-        return (Precision.FP32,)
-    return (asked, Precision.FP32) if asked is Precision.FP16 else (asked or own,)
-
-
-def _with_tail_of_profile(files: list[Path], *, target: str) -> Path:
-    """The file with the tail that the profile's plan made for it; the first without a profile, or if none has it."""
-    if not target or len(files) == 1:
-        return files[0]
-    tail = load_profile(target).tail
-    return next((file for file in files if read_contract(file).tail is tail), files[0])
+        precisions = (Precision.FP32,)  # a builder with a cache quantizes a float graph itself
+    elif precision is Precision.FP16:
+        precisions = (Precision.FP16, Precision.FP32)  # an IR is converted to fp16 while it is built
+    selection = select_artifact(
+        bundle,
+        backend=request.backend,
+        precisions=precisions,
+        tail=load_profile(request.target).tail if request.target else None,
+        readers={ArtifactKind.ONNX: request.backend},
+        purpose=f"a build for '{request.backend}'",
+    )
+    return bundle.path(selection.artifact.path)
 
 
 def _precision_built(options: BuildOptions, contract: ModelContract) -> Precision:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype
-from fcos_deploy.serving.package import Packager, ServedModel, input_specs
+from fcos_deploy.serving.package import Packager, ServedModel
 
 __all__ = ["PACKAGER", "nvinfer_config", "preprocess_config"]
 
@@ -31,7 +33,8 @@ CUDA ?= /usr/local/cuda
 
 class _DeepStream(Packager):
     name = "deepstream"
-    accepts = frozenset(_MODEL_KEY)
+    readers: ClassVar[Mapping[ArtifactKind, str]] = dict.fromkeys(_MODEL_KEY, "tensorrt")
+    tail = Tail.NMS
 
     def write(self, model: ServedModel, folder: Path) -> None:
         if model.contract.tail is not Tail.NMS:
@@ -54,7 +57,7 @@ PACKAGER = _DeepStream()
 def nvinfer_config(model: ServedModel) -> str:
     """The inference element. Its tensors come prepared from nvdspreprocess (``input-tensor-from-meta``)."""
     contract, options = model.contract, model.options
-    images = input_specs(contract)[0]
+    images = model.inputs[0]
     suffix = model.path.suffix
     settings: dict[str, object] = {
         "gpu-id": options.gpus[0] if options.gpus else 0,
@@ -64,7 +67,7 @@ def nvinfer_config(model: ServedModel) -> str:
         "batch-size": max(1, options.max_batch),
         "network-mode": _NETWORK_MODE[model.artifact.precision],
         "network-type": 0,
-        "num-detected-classes": len(contract.class_names),
+        "num-detected-classes": len(contract.channel_names),
         "infer-dims": ";".join(str(size) for size in images.shape[1:]),
         "input-tensor-from-meta": 1,
         "maintain-aspect-ratio": 1,
@@ -88,7 +91,7 @@ def preprocess_config(model: ServedModel) -> str:
         ConfigError: a normalisation with a deviation per channel, which its library does not do.
     """
     contract, batch = model.contract, max(1, model.options.max_batch)
-    spec, images = contract.preprocess, input_specs(contract)[0]
+    spec, images = contract.preprocess, model.inputs[0]
     if spec.input_dtype is InputDtype.FLOAT32 and len(set(spec.std)) > 1:
         raise ConfigError(
             f"DeepStream divides all channels by one number, this model by {list(spec.std)}.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
@@ -13,10 +15,10 @@ __all__ = ["PACKAGER"]
 
 
 class _KServe(Packager):
-    """Of the artifact only the contract is used; the server may serve any file that keeps it."""
+    """Only the artifact's contract is used: the server may serve any file that keeps it."""
 
     name = "kserve"
-    accepts = frozenset(ArtifactKind) - {ArtifactKind.REMOTE_MODEL, ArtifactKind.CHECKPOINT}
+    readers: ClassVar[Mapping[ArtifactKind, str]] = {}
 
     def write(self, model: ServedModel, folder: Path) -> None:
         if not model.options.url:

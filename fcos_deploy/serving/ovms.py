@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions, input_specs
+from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions
 
 __all__ = ["PACKAGER", "server_config"]
 
@@ -17,7 +19,10 @@ _MOUNT = "/models"  # where its container expects the repository
 
 class _Ovms(Packager):
     name = "ovms"
-    accepts = frozenset({ArtifactKind.OPENVINO_IR, ArtifactKind.ONNX})
+    readers: ClassVar[Mapping[ArtifactKind, str]] = {
+        ArtifactKind.OPENVINO_IR: "openvino",
+        ArtifactKind.ONNX: "openvino",
+    }
 
     def write(self, model: ServedModel, folder: Path) -> None:
         if model.options.max_batch or model.options.gpus:
@@ -25,7 +30,7 @@ class _Ovms(Packager):
                 "OpenVINO Model Server joins no requests to batches and knows no CUDA GPUs.",
                 hint="leave --max-batch and --gpu out; its requests run side by side, see --instances",
             )
-        input_specs(model.contract)  # refuses a model without a fixed input size
+        _ = model.inputs  # refuses a model without a fixed input size
         home = folder / model.name
         model.copy_to(home / str(model.options.version))
         (home / "labels.txt").write_text(model.label_text, encoding="utf-8")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.tensor_spec import TensorSpec
-from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions, input_specs, largest_batch, output_specs
+from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions
 
 __all__ = ["PACKAGER", "config_text"]
 
@@ -26,7 +27,8 @@ _LABELLED = frozenset({"cls_logits", "labels"})
 
 class _Triton(Packager):
     name = "triton"
-    accepts = frozenset(_BACKENDS)
+    # Triton's backends have the names of the runtimes that they are.
+    readers: ClassVar[Mapping[ArtifactKind, str]] = {kind: backend for kind, (backend, _) in _BACKENDS.items()}
 
     def write(self, model: ServedModel, folder: Path) -> None:
         home = folder / model.name
@@ -45,7 +47,7 @@ def config_text(model: ServedModel) -> str:
         ConfigError: ``max_batch`` is more than the model takes.
     """
     options, (backend, suffix) = model.options, _BACKENDS[model.artifact.kind]
-    limit = largest_batch(model.path, model.artifact)
+    limit = model.max_batch
     if options.max_batch > limit or (options.max_batch and limit == 1):
         raise ConfigError(
             f"'{model.artifact.path}' takes batches of at most {limit}, {options.max_batch} was asked for.",
@@ -57,11 +59,11 @@ def config_text(model: ServedModel) -> str:
             f"backend: {_quoted(backend)}",
             f'default_model_filename: "model{suffix}"',
             f"max_batch_size: {options.max_batch}",
-            *_tensors("input", input_specs(model.contract), options),
-            *_tensors("output", output_specs(model.contract), options),
+            *_tensors("input", model.inputs, options),
+            *_tensors("output", model.contract.output_specs, options),
             *_batching(options),
             *_instances(options),
-            *_warm_up(input_specs(model.contract), options),
+            *_warm_up(model.inputs, options),
             "version_policy { latest { num_versions: 1 } }",
             "parameters {",
             '  key: "fcos_deploy.contract"',

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from fcos_deploy.core.decode import MAX_TOP_K
 from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions
@@ -16,8 +17,6 @@ from fcos_deploy.targets.profiles import DeviceProfile
 from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 
 __all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "plan", "rule_name"]
-
-_MOST_TOP_K = 3840  # of TensorRT's TopK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +130,9 @@ def _nms_operator(draft: Draft) -> str:
 
 
 def _top_k_limit(draft: Draft) -> str:
-    if not draft.builds_engine or draft.tail is Tail.RAW or draft.request.pre_nms_top_k <= _MOST_TOP_K:
+    if not draft.builds_engine or draft.tail is Tail.RAW or draft.request.pre_nms_top_k <= MAX_TOP_K:
         return ""
-    return f"TensorRT's TopK takes at most {_MOST_TOP_K}, pre_nms_top_k is {draft.request.pre_nms_top_k}."
+    return f"TensorRT's TopK takes at most {MAX_TOP_K}, pre_nms_top_k is {draft.request.pre_nms_top_k}."
 
 
 def _static_shapes(draft: Draft) -> str:

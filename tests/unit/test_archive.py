@@ -36,9 +36,10 @@ def test_packing_twice_gives_the_same_bytes(make_bundle: MakeBundle, tmp_path: P
 
 def test_an_artifact_of_an_archive_can_be_run(make_bundle: MakeBundle, tmp_path: Path) -> None:
     pack(make_bundle(tmp_path / "cells"), tmp_path / "cells.tar")
-    path, backend = select_artifact(tmp_path / "cells.tar")
-    assert path.is_file()
-    assert backend == "onnxruntime"
+    with open_bundle(tmp_path / "cells.tar") as bundle:
+        selection = select_artifact(bundle)
+        assert bundle.path(selection.artifact.path).is_file()
+    assert selection.backend == "tensorrt"
 
 
 def test_only_tar_is_written(make_bundle: MakeBundle, tmp_path: Path) -> None:

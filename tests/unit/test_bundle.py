@@ -5,14 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fcos_deploy.bundle import Bundle, BundleWriter, StepOutput, is_bundle, open_bundle, select_artifact
+from fcos_deploy.bundle import BundleWriter, StepOutput, is_bundle, open_bundle
 from fcos_deploy.bundle.writer import replace_folder, restore_folder
-from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
 
 MakeBundle = Callable[[Path], Path]
@@ -83,27 +81,6 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
         open_bundle(tmp_path)
     with pytest.raises(BundleError, match="There is no bundle"):
         open_bundle(tmp_path / "nothing")
-
-
-def test_the_target_says_which_artifact_is_run(make_bundle: MakeBundle, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "cells")
-    path, backend = select_artifact(bundle)
-    assert (path.name, backend) == ("model.int8.engine", "onnxruntime")
-    path, backend = select_artifact(bundle, backend="openvino")
-    assert (path.name, backend) == ("model.fp32.onnx", "openvino")
-    with pytest.raises(ConfigError, match=r"no artifact for backend 'openvino' in int8") as caught:
-        select_artifact(bundle, backend="openvino", precision=Precision.INT8)
-    assert "model.int8.engine (int8, onnxruntime)" in caught.value.hint
-
-
-def test_of_several_placements_the_runtimes_own_is_run(make_bundle: MakeBundle, tmp_path: Path) -> None:
-    with open_bundle(make_bundle(tmp_path / "cells")) as bundle:
-        example = next(a for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX)
-        placements = ("openvino", "portable", "onnxruntime-cpu")
-        graphs = [replace(example, path=f"{p}.onnx", precision=Precision.INT8, placement=p) for p in placements]
-        several = Bundle(bundle.root, replace(bundle.manifest, artifacts=tuple(graphs)), source=bundle.source)
-        for backend, path in (("onnxruntime", "onnxruntime-cpu.onnx"), ("openvino", "openvino.onnx")):
-            assert several.select(backend=backend, precision=Precision.INT8).artifact.path == path
 
 
 def test_a_folder_that_is_not_a_bundle_is_never_overwritten(tmp_path: Path) -> None:

@@ -119,6 +119,15 @@ def test_the_configuration_follows_from_the_contract(nms_contract: ModelContract
     assert (folder / "labels.txt").read_text() == "cell\nplatelet\n"
 
 
+def test_labels_are_named_by_class_channel_without_a_background(nms_contract: ModelContract, tmp_path: Path) -> None:
+    """The engine's ``labels`` are channels: a background that no channel maps to is not in the file."""
+    decode = dataclasses.replace(nms_contract.decode, label_map=(1, 2))
+    names = ("background", "cell", "platelet")
+    folder = _write(dataclasses.replace(nms_contract, class_names=names, decode=decode), tmp_path)
+    assert (folder / "labels.txt").read_text() == "cell\nplatelet\n"
+    assert _read(folder / "config_infer.txt")["property"]["num-detected-classes"] == "2"
+
+
 def test_every_stream_is_detected_on_in_one_batch(nms_contract: ModelContract, tmp_path: Path) -> None:
     """One group takes all sources as whole frames, and what it joins is the batch that nvinfer expects."""
     folder = _write(nms_contract, tmp_path, ServingOptions(max_batch=4))

@@ -28,7 +28,6 @@ from fcos_deploy.model.tails import (  # noqa: E402
     ExportableFcos,
     StaticNms,
     decode_boxes,
-    needs_image_sizes,
 )
 
 SIZE = (160, 224)  # P6 is 3x4 and P7 2x2: torchvision's grid steps are not the strides there
@@ -66,7 +65,7 @@ def _contract(profile: str, tail: Tail, **decode: object) -> ModelContract:
 def _outputs(head: torch.nn.Module, contract: ModelContract, **options: object) -> dict[str, np.ndarray]:
     module = ExportableFcos(head, contract, **options).eval()
     feeds = [torch.zeros((2, 3, *SIZE), dtype=torch.uint8)]
-    if needs_image_sizes(contract):
+    if contract.needs_image_sizes:
         feeds.append(torch.from_numpy(np.stack([image_sizes_row(box) for box in LETTERBOXES])))
     with torch.no_grad():
         return {name: t.numpy() for name, t in zip(module.output_names, module(*feeds), strict=True)}
@@ -179,10 +178,28 @@ def test_float_input_is_taken_as_it_is() -> None:
     assert torch.equal(ExportableFcos(_Head(0), contract).normalize(images), images)
 
 
+@pytest.mark.parametrize(
+    ("profile", "tail", "top_k"),
+    [
+        ("torchvision", Tail.RAW, 150),
+        ("torchvision", Tail.CANDIDATES, 7),
+        ("torchvision", Tail.CANDIDATES, 150),
+        ("mmdetection2", Tail.CANDIDATES, 7),  # ranks locations: seven of them, with all their classes
+        ("mmdetection2", Tail.CANDIDATES, 150),
+        ("detectron2", Tail.NMS, 7),
+    ],
+)
+def test_outputs_have_the_shapes_that_the_contract_says(profile: str, tail: Tail, top_k: int) -> None:
+    contract = _contract(profile, tail, pre_nms_top_k=top_k)
+    outputs = _outputs(_Head(0), contract)
+    for spec in contract.output_specs:
+        spec.check(outputs[spec.name].astype(spec.dtype))
+
+
 @pytest.mark.parametrize(("profile", "wanted"), [("torchvision", True), ("mmdetection2", True), ("detectron2", False)])
 def test_image_sizes_are_an_input_only_where_the_profile_needs_them(profile: str, wanted: bool) -> None:
-    assert needs_image_sizes(_contract(profile, Tail.NMS)) is wanted
-    assert not needs_image_sizes(_contract(profile, Tail.CANDIDATES))
+    assert _contract(profile, Tail.NMS).needs_image_sizes is wanted
+    assert not _contract(profile, Tail.CANDIDATES).needs_image_sizes
 
 
 def test_nms_without_the_image_sizes_it_needs_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.files import sha256_file, write_text
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
+from runtimes._tensorrt_library import calibration_cache_number
 
 __all__ = [
     "DEFAULT_METHOD",
@@ -165,21 +165,10 @@ def cache_lines(calibration: Calibration, graph: Path, *, version: str) -> list[
     # TensorRT fuses the ReLU, but asks for the scale of what stands before it as well.
     amax |= {conv.output: amax[conv.result] for conv in found.convs}
     amax |= {add.output: amax[add.result] for add in found.adds}
-    return [f"TRT-{_version_number(version)}-{_ALGORITHM}", *(f"{name}: {_hex(a / 127.0)}" for name, a in amax.items())]
+    header = f"TRT-{calibration_cache_number(version)}-{_ALGORITHM}"
+    return [header, *(f"{name}: {_hex(a / 127.0)}" for name, a in amax.items())]
 
 
 def _hex(scale: float) -> str:
     """Eight digits: the float32 scale, most significant byte first."""
     return struct.pack("!f", scale).hex()
-
-
-def _version_number(version: str) -> int:
-    match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:\.\d+)*", version)
-    if match is None:
-        raise ConfigError(f"'{version}' is not a TensorRT version.", hint="such as 8.5.2 or 10.3.0")
-    major, minor, patch = (int(part or 0) for part in match.groups())
-    if not 7 <= major <= 10:
-        raise ConfigError(
-            f"TensorRT {version} takes no calibration cache.", hint="build from the portable INT8 graph instead"
-        )
-    return major * (10000 if major >= 10 else 1000) + minor * 100 + patch

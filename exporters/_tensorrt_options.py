@@ -1,31 +1,35 @@
-"""Optimisation profiles: the smallest, usual and largest shape of every dynamic input."""
+"""What a TensorRT build may be told, and what each generation of the library makes of it.
+
+``Generation`` holds every builder call that differs between TensorRT 8.6, 10, 11 and TensorRT-RTX.
+"""
 
 from __future__ import annotations
 
 import re
-import threading
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import BuildError, ConfigError
-from fcos_deploy.core.exporter import BatchRange, BuildOptions
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.exporter import BuildOptions
 from fcos_deploy.core.libraries import parse_version
-from fcos_deploy.core.progress import ProgressFn
-from runtimes._tensorrt_library import TensorRT
+from runtimes._tensorrt_library import TensorRT, calibration_cache_number
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
 Shape = tuple[int, ...]
 
+_OPTIMIZATION_LEVELS = range(6)
+_CACHE_HEADER = re.compile(r"TRT-(\d+)-(EntropyCalibration2|MinMaxCalibration)\s*")
+_CACHE_ENTRY = re.compile(r".+: [0-9a-fA-F]{1,8}\s*")
+
 
 @dataclass(frozen=True, slots=True)
 class ProfileShapes:
-    """Shapes of one input; all equal where the input is static."""
+    """Min, opt and max shape of one input, as in an optimization profile; all equal where the input is static."""
 
     minimum: Shape
     optimal: Shape
@@ -33,11 +37,16 @@ class ProfileShapes:
 
     @property
     def dynamic(self) -> bool:
-        """Whether the input has an axis that may vary in the graph."""
-        return self.minimum != self.maximum or self.minimum != self.optimal
+        """Whether the shape may vary."""
+        return self.minimum != self.maximum
 
     def __str__(self) -> str:
         return "/".join("x".join(map(str, shape)) for shape in (self.minimum, self.optimal, self.maximum))
+
+    @classmethod
+    def from_text(cls, text: str) -> ProfileShapes:
+        """From what ``str`` gives, ``"1x3x64x64/2x3x64x64/4x3x64x64"``."""
+        return cls(*(tuple(int(size) for size in shape.split("x")) for shape in text.split("/")))
 
 
 def profile_shapes(
@@ -50,247 +59,70 @@ def profile_shapes(
     Raises:
         ConfigError: a range is empty, missing, given for a fixed axis, or not a multiple of ``size_divisor``.
     """
-    batch = _batch(options.batch)
-    height = _size("height", options.height_range, size_divisor=size_divisor)
-    width = _size("width", options.width_range, size_divisor=size_divisor)
-    ranges = {0: ("batch", batch), 2: ("height", height), 3: ("width", width)}
-    return {name: _input_shapes(name, shape, ranges=ranges) for name, shape in inputs.items()}
+    batch = options.batch
+    ranges: dict[int, tuple[str, Shape | None]] = {
+        0: ("batch", (batch.minimum, batch.optimal, batch.maximum)),
+        2: ("height", options.height_range),
+        3: ("width", options.width_range),
+    }
+    for axis, (label, sizes) in ranges.items():
+        if sizes is None:
+            continue
+        if axis and any(size % size_divisor for size in sizes):
+            raise ConfigError(f"The {label} range {sizes} must hold multiples of {size_divisor}.")
+        if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            raise ConfigError(f"The {label} range must be 1 <= min <= opt <= max, got {'/'.join(map(str, sizes))}.")
+    return {
+        name: ProfileShapes(
+            *zip(
+                *(
+                    _axis_range(name, size, *ranges.get(axis, (f"axis {axis}", None)))
+                    for axis, size in enumerate(shape)
+                ),
+                strict=True,
+            )
+        )
+        for name, shape in inputs.items()
+    }
 
 
-def _input_shapes(
-    name: str, shape: tuple[int | None, ...], *, ranges: Mapping[int, tuple[str, Shape | None]]
-) -> ProfileShapes:
-    axes = [_axis(name, size, what=ranges.get(axis, (f"axis {axis}", None))) for axis, size in enumerate(shape)]
-    minimum, optimal, maximum = zip(*axes, strict=True)
-    return ProfileShapes(minimum, optimal, maximum)
-
-
-def _axis(name: str, size: int | None, *, what: tuple[str, Shape | None]) -> Shape:
-    label, wanted = what
-    if size is None and wanted is None:
+def _axis_range(name: str, size: int | None, label: str, sizes: Shape | None) -> Shape:
+    """Min, opt and max of one axis of input ``name``; ``size`` is the graph's, ``sizes`` what the build asks for."""
+    if size is None and sizes is None:
         raise ConfigError(
             f"The {label} of input '{name}' is dynamic in the ONNX file, and no range was given for it.",
-            hint=f"give the smallest, usual and largest {label}, or export with a fixed input size",
+            hint=f"give the min, opt and max {label}, or export with a fixed input size",
         )
-    if size is None:
-        return wanted or ()
-    if wanted is not None and set(wanted) != {size}:
+    if size is not None and sizes is not None and set(sizes) != {size}:
         raise ConfigError(
             f"The {label} of input '{name}' is fixed to {size} in the ONNX file, the build asks for "
-            f"{'/'.join(map(str, wanted))}.",
+            f"{'/'.join(map(str, sizes))}.",
             hint=f"ask for {size}, or export with a dynamic {label}",
         )
-    return size, size, size
+    return sizes or (size, size, size)  # type: ignore[return-value]  # one of the two is there
 
 
-def _batch(batch: BatchRange) -> Shape:
-    return _ordered("batch", (batch.minimum, batch.optimal, batch.maximum))
-
-
-def _size(label: str, wanted: Shape | None, *, size_divisor: int) -> Shape | None:
-    if wanted is None:
-        return None
-    if any(size % size_divisor for size in wanted):
-        raise ConfigError(f"The {label} range {wanted} must hold multiples of {size_divisor}.")
-    return _ordered(label, wanted)
-
-
-def _ordered(label: str, wanted: Shape) -> Shape:
-    minimum, optimal, maximum = wanted
-    if not 1 <= minimum <= optimal <= maximum:
-        raise ConfigError(
-            f"The {label} range must be 1 <= smallest <= usual <= largest, got {minimum}/{optimal}/{maximum}."
-        )
-    return wanted
-
-
-class BuildMonitor:
-    """Turns the builder's nested phases into one bar, and a request to stop into the answer that stops it.
-
-    The bar follows the outermost phase; its label names the phase that is running.
-    """
-
-    def __init__(self, progress: ProgressFn) -> None:
-        self._progress = progress
-        self._steps: dict[str, int] = {}
-        self._outermost = ""
-        self._stop = threading.Event()
-        self.failure: BaseException | None = None
-
-    def stop(self) -> None:
-        """Ask the builder to give up at its next step."""
-        self._stop.set()
-
-    @property
-    def stopped(self) -> bool:
-        """Whether ``stop`` was called, or the progress function raised."""
-        return self._stop.is_set()
-
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        """A phase begins; one without a parent is what the bar measures."""
-        if not parent_phase:
-            self._outermost = phase_name
-        self._steps[phase_name] = num_steps
-        self._report(phase_name, 0)
-
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        """A step is done; False stops the build."""
-        self._report(phase_name, step + 1)
-        return not self.stopped
-
-    def phase_finish(self, phase_name: str) -> None:
-        """A phase ends, perhaps early."""
-        self._report(phase_name, self._steps.get(phase_name, 0))
-
-    def _report(self, phase_name: str, done: int) -> None:
-        if phase_name != self._outermost:
-            return
-        try:
-            self._progress(phase_name, done, self._steps[phase_name])
-        except BaseException as error:  # noqa: BLE001  (an exception must not travel through the builder's C++ frames)
-            self.failure = error
-            self.stop()
-
-    def binding(self, library: Any) -> Any:  # Any: a subclass of a class that is known at run time only
-        """The object to hand to ``IBuilderConfig.progress_monitor``."""
-        monitor = self
-
-        class Monitor(library.IProgressMonitor):  # type: ignore[misc]  # its base is known at run time only
-            def __init__(self) -> None:
-                library.IProgressMonitor.__init__(self)
-
-            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-                monitor.phase_start(phase_name, parent_phase, num_steps)
-
-            def step_complete(self, phase_name: str, step: int) -> bool:
-                return monitor.step_complete(phase_name, step)
-
-            def phase_finish(self, phase_name: str) -> None:
-                monitor.phase_finish(phase_name)
-
-        return Monitor()
-
-
-def keep_nms_float(library: TensorRT, config: trt.IBuilderConfig, network: trt.INetworkDefinition) -> None:
-    """Coordinates in half precision are off by half a pixel: a weakly typed build must not choose it for NMS."""
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    for layer in layers:
-        if layer.type == library.LayerType.NMS:
-            config.set_flag(library.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-            layer.precision = library.DataType.FLOAT
-
-
-def has_quantize_layers(library: TensorRT, network: trt.INetworkDefinition) -> bool:
-    """Whether the parsed network has Q or DQ layers."""
-    wanted = (library.LayerType.QUANTIZE, library.LayerType.DEQUANTIZE)
-    return any(network.get_layer(index).type in wanted for index in range(network.num_layers))
-
-
-def has_half_tensors(library: TensorRT, network: trt.INetworkDefinition) -> bool:
-    """Whether any tensor of the parsed network is fp16."""
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    return any(layer.get_output(i).dtype == library.DataType.HALF for layer in layers for i in range(layer.num_outputs))
-
-
-_HEADER = re.compile(r"TRT-(\d+)-(EntropyCalibration2|MinMaxCalibration)\s*")
-_ENTRY = re.compile(r".+: [0-9a-fA-F]{1,8}\s*")
-
-
-def check_calibration_cache(path: Path, *, version: tuple[int, ...]) -> None:
+def check_calibration_cache(path: Path, *, version: str) -> None:
     """Refuse a cache that TensorRT would silently ignore: another version's, or one that is not in its format.
 
-    Line 1 is ``TRT-<number>-EntropyCalibration2``; the number is 1000 major + 100 minor + patch up to 8, and
-    10000 major + 100 minor + patch from 10.
+    Line 1 is ``TRT-<number>-EntropyCalibration2``; the others are ``tensor: float32 scale in hexadecimal``.
 
     Raises:
         ConfigError: naming the line.
     """
     lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-    header = _HEADER.fullmatch(lines[0]) if lines else None
+    header = _CACHE_HEADER.fullmatch(lines[0]) if lines else None
     if header is None:
         raise ConfigError(f"'{path}' is not a TensorRT calibration cache: its first line is not 'TRT-...'.")
-    major, minor, patch = (*version, 0, 0)[:3]
-    expected = (10000 if major >= 10 else 1000) * major + 100 * minor + patch
-    if int(header.group(1)) != expected:
+    expected = calibration_cache_number(version)
+    if int(header[1]) != expected:
         raise ConfigError(
-            f"'{path}' was written for version {header.group(1)}, this TensorRT is {expected} and would ignore it.",
+            f"'{path}' was written for version {header[1]}, this TensorRT is {expected} and would ignore it.",
             hint="write the cache again for this version with 'fcos-deploy calibrate'",
         )
     for number, line in enumerate(lines[1:], start=2):
-        if line and not _ENTRY.fullmatch(line):
+        if line and not _CACHE_ENTRY.fullmatch(line):
             raise ConfigError(f"Line {number} of '{path}' is not 'tensor: scale in hexadecimal': '{line[:60]}'.")
-
-
-def cache_only_calibrator(library: Any, path: Path) -> trt.IInt8EntropyCalibrator2:  # Any: gone in the stubs of 11
-    """A calibrator that has a cache and no data, so that ranges are ours or the build fails."""
-    content = path.read_bytes()
-
-    class CacheOnly(library.IInt8EntropyCalibrator2):  # type: ignore[misc]  # its base is known at run time only
-        def __init__(self) -> None:
-            library.IInt8EntropyCalibrator2.__init__(self)
-
-        def get_batch_size(self) -> int:
-            return 1
-
-        def get_batch(self, names: list[str]) -> None:
-            del names
-
-        def read_calibration_cache(self) -> bytes:
-            return content
-
-        def write_calibration_cache(self, cache: bytes) -> None:
-            del cache
-
-    return CacheOnly()
-
-
-def check_dla(builder: trt.Builder, options: BuildOptions, *, shapes: Mapping[str, ProfileShapes]) -> None:
-    """Refuse a core that is not there, and shapes that a DLA cannot have.
-
-    Raises:
-        ConfigError: naming the rule.
-    """
-    core, cores = options.dla_core, builder.num_DLA_cores
-    if core is not None and not 0 <= core < cores:
-        raise ConfigError(
-            f"DLA core {core} was asked for, this TensorRT reports {cores} cores.",
-            hint="build for the GPU; DLA is left out of TensorRT 10.8 to 11.3 and of every Orin Nano",
-        )
-    if any(shape.dynamic for shape in shapes.values()):
-        raise ConfigError("A DLA takes fixed shapes only.", hint="give one batch size and one input size")
-
-
-def place_on_dla(
-    library: TensorRT,
-    config: trt.IBuilderConfig,
-    network: trt.INetworkDefinition,
-    *,
-    options: BuildOptions,
-    precision: Precision,
-) -> list[str]:
-    """Put what fits on the DLA; returns the names of the layers that fall back to the GPU.
-
-    Raises:
-        ConfigError: an fp32 graph without a calibration cache; DLAs compute fp16 and int8 only.
-        BuildError: strict mode, and a layer does not fit.
-    """
-    if precision is Precision.FP32 and options.calibration_cache is None:
-        raise ConfigError(
-            "A DLA computes in fp16 or int8 only, this ONNX file is fp32.",
-            hint="build the fp16 file, or give a calibration cache",
-        )
-    config.default_device_type = library.DeviceType.DLA
-    config.DLA_core = options.dla_core or 0
-    if not options.dla_strict:
-        config.set_flag(library.BuilderFlag.GPU_FALLBACK)
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    fallback = [layer.name for layer in layers if not config.can_run_on_DLA(layer)]
-    if fallback and options.dla_strict:
-        raise BuildError(
-            f"{len(fallback)} of {len(layers)} layers do not fit the DLA, the first: {', '.join(fallback[:5])}.",
-            hint="leave strict mode out to run them on the GPU",
-        )
-    return fallback
 
 
 class Generation(ABC):
@@ -303,11 +135,20 @@ class Generation(ABC):
         self.trt: Any = library
 
     def check(self, options: BuildOptions) -> None:
-        """Refuse options that this generation does not have.
+        """Refuse values out of range, and options that this generation does not have.
 
         Raises:
             ConfigError: naming the option and the reason.
         """
+        level = options.optimization_level
+        if level is not None and level not in _OPTIMIZATION_LEVELS:
+            raise ConfigError(f"The optimization level must be 0 to 5, got {level}.")
+        if options.workspace_mib is not None and options.workspace_mib < 1:
+            raise ConfigError(f"The workspace must be at least 1 MiB, got {options.workspace_mib}.")
+        if options.dla_strict and options.dla_core is None:
+            raise ConfigError("DLA strict mode was asked for without a DLA core.", hint="give --dla-core 0")
+        if options.calibration_cache is not None and not options.calibration_cache.is_file():
+            raise ConfigError(f"The calibration cache '{options.calibration_cache}' is not there.")
         if options.compute_capabilities:
             raise ConfigError(
                 f"{self.label} builds for the GPU it runs on, so compute capabilities cannot be chosen.",
@@ -318,9 +159,9 @@ class Generation(ABC):
         """Whether the network takes its types from the ONNX file alone."""
         return options.calibration_cache is None
 
-    @abstractmethod
     def network_flags(self, *, typed: bool) -> int:
-        """The argument of ``Builder.create_network``."""
+        """The argument of ``Builder.create_network``. A flag's number differs between versions, so by its name."""
+        return 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if typed else 0
 
     def prepare_parser(self, parser: trt.OnnxParser) -> None:
         """Set the parser flags that the portable graph needs."""
@@ -330,9 +171,9 @@ class Generation(ABC):
         """Set precision flags where the types do not come from the ONNX file alone."""
         del config, network, options
 
-    def set_monitor(self, config: trt.IBuilderConfig, monitor: BuildMonitor) -> None:
+    def set_monitor(self, config: trt.IBuilderConfig, monitor: Any) -> None:  # Any: 8.6 lacks the class
         """Report progress, where the version can."""
-        config.progress_monitor = monitor.binding(self.trt)
+        config.progress_monitor = monitor
 
     def set_compatibility(self, config: trt.IBuilderConfig, options: BuildOptions) -> None:
         """Make the engine loadable by other versions or on other GPUs."""
@@ -346,22 +187,30 @@ class Generation(ABC):
         del config, options
         return ""
 
-    def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> trt.ITimingCache:
+    def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> None:
         """Start from a timing cache (empty: a new one)."""
         cache = config.create_timing_cache(content)
         if cache is None or not config.set_timing_cache(cache, False):
             raise ConfigError("The timing cache does not fit this TensorRT and GPU.", hint="delete the file")
-        return cache
+
+    def _refuse_calibration_cache(self, options: BuildOptions) -> None:
+        if options.calibration_cache is not None:
+            raise ConfigError(
+                f"{self.label} has no calibrators, INT8 must be in the ONNX file as Q/DQ nodes.",
+                hint="run 'fcos-deploy quantize' and build its ONNX file without a calibration cache",
+            )
 
 
 class _WeaklyTyped(Generation):
     """Versions with precision flags and calibrators."""
 
-    def _set_legacy_types(
+    def _set_precision_flags(
         self, config: trt.IBuilderConfig, network: trt.INetworkDefinition, options: BuildOptions
     ) -> None:
         """The flags that make a weakly typed build compute what the graph says, and what a cache adds to it."""
-        quantized = has_quantize_layers(self.trt, network)
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        quantizers = (self.trt.LayerType.QUANTIZE, self.trt.LayerType.DEQUANTIZE)
+        quantized = any(layer.type in quantizers for layer in layers)
         if quantized and options.calibration_cache is not None:
             raise ConfigError(
                 "A calibration cache goes with an unquantized ONNX file, this one has Q/DQ nodes.",
@@ -369,13 +218,42 @@ class _WeaklyTyped(Generation):
             )
         if quantized or options.calibration_cache is not None:
             config.set_flag(self.trt.BuilderFlag.INT8)
-        if has_half_tensors(self.trt, network) or options.dla_core is not None:
-            config.set_flag(self.trt.BuilderFlag.FP16)  # A DLA computes fp16 and int8 only.
-            keep_nms_float(self.trt, config, network)
+        outputs = (layer.get_output(index) for layer in layers for index in range(layer.num_outputs))
+        half = any(tensor.dtype == self.trt.DataType.HALF for tensor in outputs)
+        if half or options.dla_core is not None:  # A DLA computes fp16 and int8 only.
+            config.set_flag(self.trt.BuilderFlag.FP16)
+            # The builder may now choose half precision anywhere. Coordinates in half precision are off by half a
+            # pixel, so NMS keeps float.
+            for layer in layers:
+                if layer.type == self.trt.LayerType.NMS:
+                    config.set_flag(self.trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+                    layer.precision = self.trt.DataType.FLOAT
         if options.calibration_cache is not None:
-            version = parse_version(self.trt.__version__)
-            check_calibration_cache(options.calibration_cache, version=version)
-            config.int8_calibrator = cache_only_calibrator(self.trt, options.calibration_cache)
+            check_calibration_cache(options.calibration_cache, version=self.trt.__version__)
+            config.int8_calibrator = self._cache_only_calibrator(options.calibration_cache)
+
+    def _cache_only_calibrator(self, path: Path) -> trt.IInt8EntropyCalibrator2:
+        """A calibrator that has a cache and no data, so that ranges are ours or the build fails."""
+        content = path.read_bytes()
+        library = self.trt
+
+        class CacheOnly(library.IInt8EntropyCalibrator2):  # type: ignore[misc, name-defined]  # known at run time only
+            def __init__(self) -> None:
+                library.IInt8EntropyCalibrator2.__init__(self)
+
+            def get_batch_size(self) -> int:
+                return 1
+
+            def get_batch(self, names: list[str]) -> None:
+                del names
+
+            def read_calibration_cache(self) -> bytes:
+                return content
+
+            def write_calibration_cache(self, cache: bytes) -> None:
+                del cache
+
+        return CacheOnly()
 
 
 class Tensorrt8(_WeaklyTyped):
@@ -399,11 +277,11 @@ class Tensorrt8(_WeaklyTyped):
 
     def set_types(self, config: trt.IBuilderConfig, network: trt.INetworkDefinition, options: BuildOptions) -> None:
         """Set the flags of what the graph contains."""
-        self._set_legacy_types(config, network, options)
+        self._set_precision_flags(config, network, options)
         # Several contexts on one profile, which is how the runtime serves several threads; always on since 10.
         config.set_preview_feature(self.trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
-    def set_monitor(self, config: trt.IBuilderConfig, monitor: BuildMonitor) -> None:
+    def set_monitor(self, config: trt.IBuilderConfig, monitor: Any) -> None:  # Any: 8.6 lacks the class
         """8.6 does not report progress."""
         del config, monitor
 
@@ -417,19 +295,17 @@ class Tensorrt10(_WeaklyTyped):
         """Weak typing is left for what strong typing cannot express: implicit INT8, and a DLA's choice of types."""
         return options.calibration_cache is None and options.dla_core is None
 
-    def network_flags(self, *, typed: bool) -> int:
-        """Strong typing by its name; its number differs between versions."""
-        return 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if typed else 0
-
     def set_types(self, config: trt.IBuilderConfig, network: trt.INetworkDefinition, options: BuildOptions) -> None:
         """Nothing for a strongly typed network, whose flags would be refused."""
         if not self.typed(options):
-            self._set_legacy_types(config, network, options)
+            self._set_precision_flags(config, network, options)
 
-    def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> trt.ITimingCache:
-        """Editable where the version can (10.8 and later)."""
-        make_timing_cache_editable(self.trt, config)
-        return super().set_timing_cache(config, content)
+    def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> None:
+        """Editable, so that timings can be read and pinned, where the version has the flag (10.8 and later)."""
+        flag = self.trt.BuilderFlag.__members__.get("EDITABLE_TIMING_CACHE")
+        if flag is not None:
+            config.set_flag(flag)
+        super().set_timing_cache(config, content)
 
 
 class Tensorrt11(Generation):
@@ -439,18 +315,13 @@ class Tensorrt11(Generation):
 
     def check(self, options: BuildOptions) -> None:
         """Refuse calibration caches too."""
+        self._refuse_calibration_cache(options)
         super().check(options)
-        refuse_calibration_cache(self.label, options)
 
-    def network_flags(self, *, typed: bool) -> int:
-        """Strongly typed, said by name although 11 knows nothing else."""
-        del typed
-        return 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-
-    def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> trt.ITimingCache:
+    def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> None:
         """Always editable in 11."""
         config.set_flag(self.trt.BuilderFlag.EDITABLE_TIMING_CACHE)
-        return super().set_timing_cache(config, content)
+        super().set_timing_cache(config, content)
 
 
 class TensorrtRtx(Generation):
@@ -460,7 +331,7 @@ class TensorrtRtx(Generation):
 
     def check(self, options: BuildOptions) -> None:
         """Refuse what TensorRT-RTX does not have, and unknown compute capabilities."""
-        refuse_calibration_cache(self.label, options)
+        self._refuse_calibration_cache(options)
         lacks = {
             "a DLA": options.dla_core is not None,
             "version-compatible engines": options.version_compatible,
@@ -472,58 +343,33 @@ class TensorrtRtx(Generation):
         for what, asked in lacks.items():
             if asked:
                 raise ConfigError(f"{self.label} does not have {what}.", hint="leave the option out")
+        known = self._capabilities()
         for capability in options.compute_capabilities:
-            self._capability(capability)
-
-    def network_flags(self, *, typed: bool) -> int:
-        """Strongly typed."""
-        del typed
-        return 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            if capability not in known:
+                raise ConfigError(
+                    f"{self.label} cannot build for compute capability '{capability}'.",
+                    hint=f"it knows {', '.join(known)}; Jetson engines are built on the Jetson",
+                )
+        super().check(replace(options, compute_capabilities=()))
 
     def set_compute_capabilities(self, config: trt.IBuilderConfig, options: BuildOptions) -> str:
         """Build ahead of time for these GPUs; none given: the library's own portable set."""
-        chosen = [self._capability(text) for text in options.compute_capabilities]
-        if not chosen:
+        if not options.compute_capabilities:
             return "portable"
+        known = self._capabilities()
         rtx_config = cast(Any, config)  # Any: the stubs are TensorRT's, which cannot choose
-        rtx_config.num_compute_capabilities = len(chosen)
-        for index, capability in enumerate(chosen):
-            if not rtx_config.set_compute_capability(capability, index):
+        rtx_config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, capability in enumerate(options.compute_capabilities):
+            if not rtx_config.set_compute_capability(known[capability], index):
                 raise ConfigError(
-                    f"{self.label} refused compute capability {options.compute_capabilities[index]}.",
-                    hint=f"it knows {', '.join(self.capabilities())}",
+                    f"{self.label} refused compute capability {capability}.", hint=f"it knows {', '.join(known)}"
                 )
         return ",".join(options.compute_capabilities)
 
-    def capabilities(self) -> list[str]:
-        """What can be built for, as ``"8.6"``."""
-        names = [n for n in self.trt.ComputeCapability.__members__ if n.startswith("SM")]
-        return [f"{number[:-1]}.{number[-1]}" for number in (name[2:] for name in names)]
-
-    def _capability(self, text: str) -> Any:  # Any: a member of an enumeration that only RTX has
-        member = f"SM{text.replace('.', '')}"
-        if text not in self.capabilities():
-            raise ConfigError(
-                f"{self.label} cannot build for compute capability '{text}'.",
-                hint=f"it knows {', '.join(self.capabilities())}; Jetson engines are built on the Jetson",
-            )
-        return self.trt.ComputeCapability.__members__[member]
-
-
-def make_timing_cache_editable(library: Any, config: trt.IBuilderConfig) -> None:  # Any: a flag that 10.3 lacks
-    """Keep timings that can be read and pinned, in versions that have the flag."""
-    flag = library.BuilderFlag.__members__.get("EDITABLE_TIMING_CACHE")
-    if flag is not None:
-        config.set_flag(flag)
-
-
-def refuse_calibration_cache(label: str, options: BuildOptions) -> None:
-    """Raise ConfigError where calibrators are gone."""
-    if options.calibration_cache is not None:
-        raise ConfigError(
-            f"{label} has no calibrators, INT8 must be in the ONNX file as Q/DQ nodes.",
-            hint="run 'fcos-deploy quantize' and build its ONNX file without a calibration cache",
-        )
+    def _capabilities(self) -> dict[str, Any]:  # Any: members of an enumeration that only RTX has
+        """What can be built for, by names such as ``"8.6"`` (the member SM86)."""
+        members = self.trt.ComputeCapability.__members__.items()
+        return {f"{name[2:-1]}.{name[-1]}": member for name, member in members if name.startswith("SM")}
 
 
 def generation_of(library: TensorRT, *, import_name: str) -> Generation:

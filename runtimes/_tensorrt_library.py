@@ -63,6 +63,22 @@ def load_tensorrt(import_name: str, *, extra: str) -> TensorRT:
     return library
 
 
+def calibration_cache_number(version: str) -> int:
+    """The number in a calibration cache's first line, such as 100300 in ``TRT-100300-EntropyCalibration2`` of 10.3.0.
+
+    It is NV_TENSORRT_VERSION of NvInferVersion.h: 1000 major + 100 minor + patch up to 8, 10000 major + ... from 10 on.
+
+    Raises:
+        ConfigError: not a version, or one without calibration caches (11 and later).
+    """
+    major, minor, patch = (*parse_version(version), 0, 0)[:3]
+    if not 7 <= major <= 10:
+        raise ConfigError(
+            f"TensorRT {version} takes no calibration cache.", hint="build from the portable INT8 graph instead"
+        )
+    return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
+
+
 def register_plugins(library: TensorRT, logger: trt.ILogger) -> None:
     """Make the library's own plug-ins known to parsers and to engines that are loaded; the lean runtime has none."""
     register = getattr(library, "init_libnvinfer_plugins", None)

@@ -51,11 +51,7 @@ GENERATIONS = [
 FEWER_VERSIONS = {
     "BuildMonitor": [*TEN, *ELEVEN, *RTX],
     "save_timing_cache": [*EIGHT, *TEN, *ELEVEN],
-    "check_dla": [*EIGHT, *TEN, *ELEVEN],
     "place_on_dla": [*EIGHT, *TEN, *ELEVEN],
-    "keep_nms_float": [*EIGHT, *TEN],
-    "cache_only_calibrator": [*EIGHT, *TEN],
-    "make_timing_cache_editable": TEN,
     # The generations are read with what they inherit.
     **dict.fromkeys(("Generation", "_WeaklyTyped", *(owner.__name__ for owner, _ in GENERATIONS)), ()),
 }

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from exporters._tensorrt_build import convolutions, parse_layer_list, precision_counts, timing_cache_file
-from exporters._tensorrt_options import BuildMonitor, ProfileShapes, check_calibration_cache, profile_shapes
+from exporters._tensorrt_build import BuildMonitor, EngineLayer, convolution_inputs, parse_layer_list, timing_cache_file
+from exporters._tensorrt_options import ProfileShapes, check_calibration_cache, profile_shapes
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions
 
@@ -16,12 +16,9 @@ from fcos_deploy.core.exporter import BatchRange, BuildOptions
 def test_layer_list_is_read() -> None:
     """From a build of TensorRT-RTX 1.7.1: one convolution in INT8, one kernel that is none."""
     text = (Path(__file__).parents[1] / "data/tensorrt_layers.txt").read_text()
-    first, second = parse_layer_list(text)
-    assert (first.inputs, first.constants, first.outputs) == (("Int8",), ("Int8", "Float"), ("Float",))
-    assert first.onnx_nodes == ("/conv0/Conv", "node_of_dq0")
-    assert (second.kind, second.constants, second.outputs) == ("kgen", (), ("Half",))
-    assert convolutions([first, second]) == [first]
-    assert precision_counts([first, first, second]) == {"Int8": 2}
+    layers = parse_layer_list(text)
+    assert layers == [EngineLayer("correlation", ("Int8",)), EngineLayer("kgen", ("Float",))]
+    assert convolution_inputs([*layers, layers[0]]) == {"Int8": 2}
 
 
 def test_profile_shapes_by_hand() -> None:
@@ -33,6 +30,7 @@ def test_profile_shapes_by_hand() -> None:
     assert shapes["images"] == ProfileShapes((1, 3, 64, 32), (4, 3, 64, 64), (8, 3, 64, 96))
     assert shapes["image_sizes"] == ProfileShapes((1, 4), (4, 4), (8, 4))
     assert str(shapes["image_sizes"]) == "1x4/4x4/8x4"
+    assert ProfileShapes.from_text(str(shapes["images"])) == shapes["images"]
 
 
 @pytest.mark.parametrize(
@@ -66,14 +64,14 @@ def test_only_the_outermost_phase_moves_the_bar() -> None:
 @pytest.mark.parametrize(
     ("content", "version", "message"),
     [
-        ("TRT-8602-EntropyCalibration2\nimages: 3caa54fc\n", (10, 3, 0), "this TensorRT is 100300"),
-        ("images: 3caa54fc\n", (10, 3, 0), "its first line is not"),
-        ("", (10, 3, 0), "its first line is not"),
-        ("TRT-100300-EntropyCalibration2\nimages 3caa54fc\n", (10, 3, 0), "Line 2"),
+        ("TRT-8602-EntropyCalibration2\nimages: 3caa54fc\n", "10.3.0", "this TensorRT is 100300"),
+        ("images: 3caa54fc\n", "10.3.0", "its first line is not"),
+        ("", "10.3.0", "its first line is not"),
+        ("TRT-100300-EntropyCalibration2\nimages 3caa54fc\n", "10.3.0", "Line 2"),
     ],
 )
 def test_calibration_caches_that_would_be_ignored_are_refused(
-    content: str, version: tuple[int, ...], message: str, tmp_path: Path
+    content: str, version: str, message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "calibration.cache"
     path.write_text(content)
@@ -81,10 +79,8 @@ def test_calibration_caches_that_would_be_ignored_are_refused(
         check_calibration_cache(path, version=version)
 
 
-@pytest.mark.parametrize(
-    ("number", "version"), [("100300", (10, 3, 0)), ("8602", (8, 6, 2)), ("101401", (10, 14, 1, 48))]
-)
-def test_a_calibration_cache_of_this_version_is_taken(number: str, version: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "version"), [("100300", "10.3.0"), ("8602", "8.6.2"), ("101401", "10.14.1.48")])
+def test_a_calibration_cache_of_this_version_is_taken(number: str, version: str, tmp_path: Path) -> None:
     path = tmp_path / "calibration.cache"
     path.write_text(f"TRT-{number}-EntropyCalibration2\nimages: 3caa54fc\n/a/relu: 0\n")
     check_calibration_cache(path, version=version)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters._tensorrt_build import usual_shapes
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text, read_contract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
@@ -146,7 +145,7 @@ def test_open_batch_and_size_get_a_profile(tmp_path: Path) -> None:
     source = write_graph(tmp_path / "m.onnx", shape=("n", 3, "h", "w"))
     ranges = {"height_range": (64, 96, 128), "width_range": (64, 64, 64)}
     result = build(source, tmp_path / "m.engine", batch=BatchRange(1, 2, 4), **ranges)
-    assert usual_shapes(result.record) == {"images": (2, 3, 96, 64)}
+    assert json.loads(result.record["shapes"]) == {"images": "1x3x64x64/2x3x96x64/4x3x128x64"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,9 @@
-"""ResNet and ResNeXt backbones under torchvision's names (spec 2.1)."""
+"""Backbones: ResNet and ResNeXt, DLA-34, MobileNetV2. Each gives C3, C4 and C5, of strides 8, 16 and 32.
+
+Submodules have the names of published checkpoints: torchvision's for ResNet (``models/resnet.py``), AdelaiDet's for
+DLA-34 (``adet/modeling/backbone/dla.py``), those of tianzhi0549/FCOS for MobileNetV2
+(``fcos_core/modeling/backbone/mobilenet.py``).
+"""
 
 from __future__ import annotations
 
@@ -10,24 +15,40 @@ from fcos_deploy.core.network import BlockType, FcosConfig
 __all__ = ["Dla34Backbone", "MobileNetV2Backbone", "ResNetBackbone"]
 
 
-class _BasicBlock(nn.Module):
-    """3x3 - 3x3 with a shortcut; the stride sits on the first convolution."""
+class _Residual(nn.Module):
+    """3x3 - 3x3, added to a residual that the caller hands in; the stride sits on the first convolution."""
+
+    def __init__(self, in_channels: int, channels: int, *, stride: int, eps: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels, eps=eps)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels, eps=eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(n, in, h, w) and (n, c, h / stride, w / stride) -> (n, c, h / stride, w / stride)."""
+        branch = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(branch)) + residual)
+
+
+def _shortcut(in_channels: int, channels: int, *, stride: int, eps: float) -> nn.Sequential | None:
+    if stride == 1 and in_channels == channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels, eps=eps))
+
+
+class _BasicBlock(_Residual):
+    """The residual block of ResNet-18 and 34."""
 
     expansion = 1
 
     def __init__(self, in_channels: int, planes: int, *, stride: int, config: FcosConfig) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes, eps=config.norm_eps)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes, eps=config.norm_eps)
+        super().__init__(in_channels, planes, stride=stride, eps=config.norm_eps)
         self.downsample = _shortcut(in_channels, planes, stride=stride, eps=config.norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # finds its residual itself
         """(n, in, h, w) -> (n, planes, h / stride, w / stride)."""
-        branch = torch.relu(self.bn1(self.conv1(x)))
-        branch = self.bn2(self.conv2(branch))
-        return torch.relu(branch + (x if self.downsample is None else self.downsample(x)))
+        return super().forward(x, x if self.downsample is None else self.downsample(x))
 
 
 class _Bottleneck(nn.Module):
@@ -56,20 +77,6 @@ class _Bottleneck(nn.Module):
         return torch.relu(branch + (x if self.downsample is None else self.downsample(x)))
 
 
-def _shortcut(in_channels: int, out_channels: int, *, stride: int, eps: float) -> nn.Sequential | None:
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels, eps=eps)
-    )
-
-
-_BLOCKS: dict[BlockType, type[_BasicBlock] | type[_Bottleneck]] = {
-    BlockType.BASIC: _BasicBlock,
-    BlockType.BOTTLENECK: _Bottleneck,
-}
-
-
 class ResNetBackbone(nn.Module):
     """ResNet without its classifier; ``forward`` gives C3, C4 and C5 (strides 8, 16, 32)."""
 
@@ -81,7 +88,7 @@ class ResNetBackbone(nn.Module):
     def __init__(self, config: FcosConfig) -> None:
         super().__init__()
         stem = config.stem_channels
-        block = _BLOCKS[config.block]
+        block = _BasicBlock if config.block is BlockType.BASIC else _Bottleneck
         self.conv1 = nn.Conv2d(3, stem, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem, eps=config.norm_eps)
         channels = stem
@@ -105,25 +112,6 @@ class ResNetBackbone(nn.Module):
         return [c3, c4, self.layer4(c4)]
 
 
-_CHANNELS = (16, 32, 64, 128, 256, 512)
-
-
-class _Block(nn.Module):
-    """3x3 - 3x3 with a residual that the tree hands in."""
-
-    def __init__(self, in_channels: int, channels: int, *, stride: int, eps: float) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels, eps=eps)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels, eps=eps)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """(n, in, h, w) and (n, c, h / stride, w / stride) -> (n, c, h / stride, w / stride)."""
-        branch = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(branch)) + residual)
-
-
 class _Root(nn.Module):
     """A 1x1 convolution over everything that is aggregated."""
 
@@ -142,11 +130,11 @@ class _Leaf(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, *, stride: int, extra_channels: int, eps: float) -> None:
         super().__init__()
-        self.tree1 = _Block(in_channels, channels, stride=stride, eps=eps)
-        self.tree2 = _Block(channels, channels, stride=1, eps=eps)
+        self.tree1 = _Residual(in_channels, channels, stride=stride, eps=eps)
+        self.tree2 = _Residual(channels, channels, stride=1, eps=eps)
         self.root = _Root(2 * channels + extra_channels, channels, eps=eps)
         self.stride = stride
-        self.project = _projection(in_channels, channels, eps=eps)
+        self.project = _shortcut(in_channels, channels, stride=1, eps=eps)
 
     def forward(self, x: Tensor, extra: list[Tensor]) -> Tensor:
         """``extra``: maps of the output's size that the root takes in after the two blocks."""
@@ -163,7 +151,7 @@ class _Pair(nn.Module):
         super().__init__()
         self.tree1 = _Leaf(in_channels, channels, stride=2, extra_channels=0, eps=eps)
         self.tree2 = _Leaf(channels, channels, stride=1, extra_channels=in_channels + channels, eps=eps)
-        self.project = _projection(in_channels, channels, eps=eps)  # In every checkpoint, used by no output.
+        self.project = _shortcut(in_channels, channels, stride=1, eps=eps)  # In every checkpoint, used by no output.
 
     def forward(self, x: Tensor, _: list[Tensor]) -> Tensor:
         """(n, in, h, w) -> (n, channels, h / 2, w / 2)."""
@@ -177,12 +165,6 @@ class _Level5(_Leaf):
     def forward(self, x: Tensor, _: list[Tensor]) -> Tensor:
         """(n, in, h, w) -> (n, channels, h / 2, w / 2)."""
         return super().forward(x, [nn.functional.max_pool2d(x, 2)])
-
-
-def _projection(in_channels: int, channels: int, *, eps: float) -> nn.Sequential | None:
-    if in_channels == channels:
-        return None
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels, eps=eps))
 
 
 def _stem(in_channels: int, channels: int, *, kernel: int, stride: int, eps: float) -> nn.Sequential:
@@ -199,7 +181,7 @@ class Dla34Backbone(nn.Module):
     def __init__(self, config: FcosConfig) -> None:
         super().__init__()
         eps = config.norm_eps
-        c0, c1, c2, c3, c4, c5 = _CHANNELS
+        c0, c1, c2, c3, c4, c5 = 16, 32, 64, 128, 256, 512
         self.base_layer = _stem(3, c0, kernel=7, stride=1, eps=eps)
         self.level0 = _stem(c0, c0, kernel=3, stride=1, eps=eps)
         self.level1 = _stem(c0, c1, kernel=3, stride=2, eps=eps)
@@ -217,7 +199,7 @@ class Dla34Backbone(nn.Module):
         return [c3, c4, self.level5(c4, [])]
 
 
-# Expansion, channels, repetitions, stride (MobileNetV2, table 2).
+# Expansion, channels, repetitions, stride (Sandler et al., MobileNetV2, table 2).
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 _TAPS = (6, 13, 17)  # features at strides 8, 16 and 32
 

@@ -1,4 +1,8 @@
-"""Feature pyramid with the two extra levels of FCOS, under torchvision's names (spec 2.1)."""
+"""The FCOS network (Tian et al., ICCV 2019): backbone, feature pyramid, head.
+
+Submodules have the names of torchvision's ``fcos_resnet50_fpn`` (``models/detection/fcos.py``), so that its checkpoints
+load as they are. docs/fcos.md says how the variants that ``FcosConfig`` describes differ.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,55 @@ from torch import Tensor, nn
 from fcos_deploy.core.network import BackboneType, BoxActivation, FcosConfig, TowerNorm
 from fcos_deploy.model.backbones import Dla34Backbone, MobileNetV2Backbone, ResNetBackbone
 
-__all__ = ["Fcos", "FcosHead", "FeaturePyramid", "LevelOutput", "flatten_levels"]
+__all__ = ["Fcos", "LevelOutput", "flatten_levels"]
+
+
+class LevelOutput(NamedTuple):
+    """What the head says of one pyramid level.
+
+    cls_logits: (n, classes, h, w), before the sigmoid.
+    distances: (n, 4, h, w), left, top, right, bottom in network-input pixels.
+    centerness: (n, 1, h, w), before the sigmoid.
+    """
+
+    cls_logits: Tensor
+    distances: Tensor
+    centerness: Tensor
+
+
+class Fcos(nn.Module):
+    """The network that ``config`` describes."""
+
+    def __init__(self, config: FcosConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = _Backbone(config)
+        self.head = _FcosHead(config)
+
+    def forward(self, images: Tensor) -> list[LevelOutput]:
+        """Normalised images (n, 3, H, W) float32, H and W multiples of 32 -> one output a level."""
+        outputs: list[LevelOutput] = self.head(self.backbone(images))
+        return outputs
+
+
+_BACKBONES: dict[BackboneType, type[ResNetBackbone | Dla34Backbone | MobileNetV2Backbone]] = {
+    BackboneType.RESNET: ResNetBackbone,
+    BackboneType.DLA34: Dla34Backbone,
+    BackboneType.MOBILENET_V2: MobileNetV2Backbone,
+}
+
+
+class _Backbone(nn.Module):
+    """torchvision's ``BackboneWithFPN``, whose names put a ``body`` and an ``fpn`` under ``backbone``."""
+
+    def __init__(self, config: FcosConfig) -> None:
+        super().__init__()
+        self.body = _BACKBONES[config.backbone](config)
+        self.fpn = _FeaturePyramid(self.body.out_channels, channels=config.fpn_channels, num_levels=config.num_levels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        levels: list[Tensor] = self.fpn(self.body(images))
+        return levels
 
 
 class _ExtraLevels(nn.Module):
@@ -27,7 +79,7 @@ class _ExtraLevels(nn.Module):
         return [p6, self.p7(torch.relu(p6))]
 
 
-class FeaturePyramid(nn.Module):
+class _FeaturePyramid(nn.Module):
     """C3-C5 -> P3-P5, and P6-P7 when ``num_levels`` is 5; every level has ``channels`` channels."""
 
     def __init__(self, in_channels: tuple[int, ...], *, channels: int, num_levels: int) -> None:
@@ -46,19 +98,6 @@ class FeaturePyramid(nn.Module):
         return levels if self.extra_blocks is None else levels + self.extra_blocks(levels[-1])
 
 
-class LevelOutput(NamedTuple):
-    """What the head says of one pyramid level.
-
-    cls_logits: (n, classes, h, w), before the sigmoid.
-    distances: (n, 4, h, w), left, top, right, bottom in network-input pixels.
-    centerness: (n, 1, h, w), before the sigmoid.
-    """
-
-    cls_logits: Tensor
-    distances: Tensor
-    centerness: Tensor
-
-
 class _Tower(nn.Module):
     """Convolution, norm and ReLU, ``count`` times; entry 3i is a convolution and 3i + 1 its norm."""
 
@@ -67,7 +106,12 @@ class _Tower(nn.Module):
         channels = config.fpn_channels
         layers: list[nn.Module] = []
         for _ in range(count):
-            layers += [nn.Conv2d(channels, channels, 3, 1, 1), _norm(config), nn.ReLU()]
+            norm: nn.Module = nn.Identity()
+            if config.tower_norm is TowerNorm.GROUP:
+                norm = nn.GroupNorm(config.norm_groups, channels)
+            elif config.tower_norm is TowerNorm.BATCH_PER_LEVEL:
+                norm = nn.ModuleList(nn.BatchNorm2d(channels) for _ in config.strides)
+            layers += [nn.Conv2d(channels, channels, 3, 1, 1), norm, nn.ReLU()]
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, level: int) -> Tensor:
@@ -75,15 +119,6 @@ class _Tower(nn.Module):
         for layer in self.conv:
             x = layer[level](x) if isinstance(layer, nn.ModuleList) else layer(x)
         return x
-
-
-def _norm(config: FcosConfig) -> nn.Module:
-    channels = config.fpn_channels
-    if config.tower_norm is TowerNorm.GROUP:
-        return nn.GroupNorm(config.norm_groups, channels)
-    if config.tower_norm is TowerNorm.BATCH_PER_LEVEL:
-        return nn.ModuleList(nn.BatchNorm2d(channels) for _ in config.strides)
-    return nn.Identity()
 
 
 class _ClassificationHead(_Tower):
@@ -102,7 +137,7 @@ class _RegressionHead(_Tower):
             self.scales = nn.Parameter(torch.ones(config.num_levels))
 
 
-class FcosHead(nn.Module):
+class _FcosHead(nn.Module):
     """Classification, box regression and centerness over all levels."""
 
     def __init__(self, config: FcosConfig) -> None:
@@ -112,76 +147,34 @@ class FcosHead(nn.Module):
         self.regression_head = _RegressionHead(config)
         self.shared_tower = _Tower(config.shared_convs, config=config) if config.shared_convs else None
         # Weights on the meta device are assigned later; drawing them there imports torch._dynamo, which takes seconds.
-        if not self.regression_head.bbox_reg.weight.is_meta:
-            self._draw_weights()
-
-    def _draw_weights(self) -> None:
+        if self.regression_head.bbox_reg.weight.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        # Prior probability 0.01 for every class (focal loss paper, section 4.1).
-        with torch.no_grad():
-            self.classification_head.cls_logits.bias.sub_(math.log(99.0))  # type: ignore[union-attr]  # has a bias
+                nn.init.zeros_(cast(Tensor, module.bias))
+        # Every class begins with probability 0.01 (Lin et al., Focal Loss, section 4.1): sigmoid(-log(99)) = 1 / 100.
+        nn.init.constant_(cast(Tensor, self.classification_head.cls_logits.bias), -math.log(99.0))
 
     def forward(self, levels: list[Tensor]) -> list[LevelOutput]:
         """[P3, ...] -> one ``LevelOutput`` a level."""
-        return [self._level(feature, level) for level, feature in enumerate(levels)]
-
-    def _level(self, feature: Tensor, level: int) -> LevelOutput:
-        shared = feature if self.shared_tower is None else self.shared_tower(feature, level)
-        cls_feature = self.classification_head(shared, level)
-        reg_feature = self.regression_head(shared, level)
-        centerness_feature = reg_feature if self._config.centerness_on_reg else cls_feature
-        return LevelOutput(
-            self.classification_head.cls_logits(cls_feature),
-            self._distances(self.regression_head.bbox_reg(reg_feature), level),
-            self.regression_head.bbox_ctrness(centerness_feature),
-        )
+        outputs = []
+        for level, feature in enumerate(levels):
+            shared = feature if self.shared_tower is None else self.shared_tower(feature, level)
+            cls_feature = self.classification_head(shared, level)
+            reg_feature = self.regression_head(shared, level)
+            cls_logits = self.classification_head.cls_logits(cls_feature)
+            distances = self._distances(self.regression_head.bbox_reg(reg_feature), level)
+            centerness_feature = reg_feature if self._config.centerness_on_reg else cls_feature
+            outputs.append(LevelOutput(cls_logits, distances, self.regression_head.bbox_ctrness(centerness_feature)))
+        return outputs
 
     def _distances(self, raw: Tensor, level: int) -> Tensor:
         if self._config.has_scales:
             raw = raw * self.regression_head.scales[level]
         if self._config.box_activation is BoxActivation.EXP:
-            return torch.exp(raw)  # In pixels already: the exp variants never multiply by the stride (spec 10.1).
+            return torch.exp(raw)  # in pixels already: no variant with exp multiplies by the stride (docs/fcos.md)
         return torch.relu(raw) * self._config.strides[level]
-
-
-_BACKBONES: dict[BackboneType, type[ResNetBackbone] | type[Dla34Backbone] | type[MobileNetV2Backbone]] = {
-    BackboneType.RESNET: ResNetBackbone,
-    BackboneType.DLA34: Dla34Backbone,
-    BackboneType.MOBILENET_V2: MobileNetV2Backbone,
-}
-
-
-class _Backbone(nn.Module):
-    def __init__(self, config: FcosConfig) -> None:
-        super().__init__()
-        self.body = _BACKBONES[config.backbone](config)
-        self.fpn = FeaturePyramid(self.body.out_channels, channels=config.fpn_channels, num_levels=config.num_levels)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        levels: list[Tensor] = self.fpn(self.body(images))
-        return levels
-
-
-class Fcos(nn.Module):
-    """FCOS (Tian et al., ICCV 2019): fully convolutional one-stage detection.
-
-    ``state_dict`` keys are those of torchvision's ``fcos_resnet50_fpn``.
-    """
-
-    def __init__(self, config: FcosConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = _Backbone(config)
-        self.head = FcosHead(config)
-
-    def forward(self, images: Tensor) -> list[LevelOutput]:
-        """Normalised images (n, 3, H, W) float32, H and W multiples of 32 -> one output a level."""
-        outputs: list[LevelOutput] = self.head(self.backbone(images))
-        return outputs
 
 
 def flatten_levels(levels: list[LevelOutput]) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +183,7 @@ def flatten_levels(levels: list[LevelOutput]) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Class logits (n, L, classes), distances (n, L, 4) in pixels, centerness logits (n, L, 1).
     """
-    columns = zip(*levels, strict=True)
-    flat = (torch.cat([m.flatten(2) for m in column], 2).transpose(1, 2) for column in columns)
-    cls_logits, distances, centerness = flat
+    cls_logits, distances, centerness = (
+        torch.cat([level_map.flatten(2) for level_map in maps], 2).transpose(1, 2) for maps in zip(*levels, strict=True)
+    )
     return cls_logits, distances, centerness

@@ -1,4 +1,4 @@
-"""Which location learns which box: FCOS target assignment with centre sampling (spec 11)."""
+"""Training FCOS: which location learns which box (with centre sampling), and the three losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, on
 
 __all__ = ["FcosLosses", "Targets", "assign_targets", "centerness_target", "fcos_losses", "focal_loss", "giou_loss"]
 
-CENTER_RADIUS = 1.5  # strides (FCOS, journal version)
+_CENTER_RADIUS = 1.5  # strides, as in torchvision (center_sampling_radius)
 
 
 class Targets(NamedTuple):
@@ -40,7 +40,7 @@ def assign_targets(boxes: Tensor, labels: Tensor, *, centers: Tensor, strides: T
     distances = torch.cat([centers[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - centers[:, None]], 2)
     inside = distances.amin(2) > 0
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2
-    near = (centers[:, None] - middle[None]).abs().amax(2) < CENTER_RADIUS * strides[:, None]
+    near = (centers[:, None] - middle[None]).abs().amax(2) < _CENTER_RADIUS * strides[:, None]
     longest = distances.amax(2)
     lower = torch.where(strides == strides.min(), 0.0, 4.0 * strides)
     upper = torch.where(strides == strides.max(), torch.inf, 8.0 * strides)
@@ -79,17 +79,15 @@ def focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: f
 
 def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """1 - GIoU of boxes given as distances (p, 4) from a common location -> (p,)."""
-    low = torch.minimum(predicted, target)
-    high = torch.maximum(predicted, target)
-    intersection = (low[:, 0] + low[:, 2]) * (low[:, 1] + low[:, 3])
-    hull = (high[:, 0] + high[:, 2]) * (high[:, 1] + high[:, 3])
-    union = _area(predicted) + _area(target) - intersection
+    # The location lies in both boxes. The shorter distance to each side therefore bounds their intersection, the longer
+    # one the smallest box around both.
+    intersection, hull, predicted_area, target_area = (
+        (d[:, 0] + d[:, 2]) * (d[:, 1] + d[:, 3])
+        for d in (torch.minimum(predicted, target), torch.maximum(predicted, target), predicted, target)
+    )
+    union = predicted_area + target_area - intersection
     iou = intersection / union.clamp(min=1e-6)
     return 1 - iou + (hull - union) / hull.clamp(min=1e-6)
-
-
-def _area(distances: Tensor) -> Tensor:
-    return (distances[:, 0] + distances[:, 2]) * (distances[:, 1] + distances[:, 3])
 
 
 def fcos_losses(cls_logits: Tensor, distances: Tensor, centerness: Tensor, *, targets: list[Targets]) -> FcosLosses:
@@ -101,12 +99,12 @@ def fcos_losses(cls_logits: Tensor, distances: Tensor, centerness: Tensor, *, ta
     """
     labels = torch.stack([t.labels for t in targets])
     positive = labels >= 0
-    wanted = torch.stack([t.distances for t in targets])[positive]
-    count = max(1, len(wanted))
+    target_distances = torch.stack([t.distances for t in targets])[positive]
+    count = max(1, len(target_distances))
     classes = one_hot(labels.clamp(min=0), cls_logits.shape[-1]) * positive[..., None]
-    centers = centerness_target(wanted)
+    centers = centerness_target(target_distances)
     return FcosLosses(
         focal_loss(cls_logits, classes) / count,
-        giou_loss(distances[positive], wanted).sum() / count,
+        giou_loss(distances[positive], target_distances).sum() / count,
         binary_cross_entropy_with_logits(centerness[positive][:, 0], centers, reduction="sum") / count,
     )

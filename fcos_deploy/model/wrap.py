@@ -1,9 +1,9 @@
-"""An FCOS of one's own, an ``nn.Module`` of none of the ecosystems, as something to export (docs/your-own-fcos.md)."""
+"""Exporting your own FCOS: any ``nn.Module`` that keeps to an ``OutputConvention`` (docs/your-own-fcos.md)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,10 @@ def wrap_module(
     class_names: Sequence[str],
     convention: OutputConvention | None = None,
 ) -> WrappedModule:
-    """Put ``module`` under the contract that every later step relies on, after trying that it keeps to it.
+    """Wrap ``module`` for ``export_onnx``, after one run that checks the shapes of its outputs.
 
-    ``module`` takes normalised images (n, 3, H, W) float32, H and W multiples of ``preprocess.size_divisor``, and is
-    set to evaluation mode.
+    ``module`` takes normalised images (n, 3, H, W) float32, H and W multiples of ``preprocess.size_divisor``. It is set
+    to evaluation mode.
 
     Raises:
         ConfigError: its outputs are not what ``convention``, ``decode.strides`` or ``class_names`` say.
@@ -98,7 +98,7 @@ def wrap_module(
             for item in dataclasses.fields(convention)
         ),
     )
-    _try(adapter, contract)
+    _check_outputs(adapter, contract)
     return WrappedModule(adapter, contract)
 
 
@@ -113,27 +113,27 @@ class _Adapter(nn.Module):
 
     def forward(self, images: Tensor) -> list[LevelOutput]:
         """Normalised images (n, 3, H, W) -> one ``LevelOutput`` a level, distances in pixels."""
-        outputs: Any = self.module(images)  # Any: checked by ``_try``, which ran once before
+        outputs: Any = self.module(images)  # Any: ``_check_outputs`` ran once before
         if self._convention.grouping is Grouping.BY_KIND:
             outputs = list(zip(*outputs, strict=True))
         levels = []
         for maps, stride in zip(outputs, self._strides, strict=True):
             named = dict(zip(self._convention.order, maps, strict=True))
-            boxes = _to_pixels(named["boxes"], self._convention.boxes, stride)
-            levels.append(LevelOutput(named["classes"], boxes, named["centerness"]))
+            distances = _TO_PIXELS[self._convention.boxes](named["boxes"], stride)
+            levels.append(LevelOutput(named["classes"], distances, named["centerness"]))
         return levels
 
 
-def _to_pixels(boxes: Tensor, form: BoxOutput, stride: int) -> Tensor:
-    if form is BoxOutput.EXP_PIXELS:
-        return boxes.exp()
-    if form is BoxOutput.RELU_STRIDES:
-        boxes = boxes.relu()
-    return boxes if form is BoxOutput.PIXELS else boxes * stride
+_TO_PIXELS: dict[BoxOutput, Callable[[Tensor, int], Tensor]] = {
+    BoxOutput.PIXELS: lambda boxes, _stride: boxes,
+    BoxOutput.STRIDES: lambda boxes, stride: boxes * stride,
+    BoxOutput.RELU_STRIDES: lambda boxes, stride: boxes.relu() * stride,
+    BoxOutput.EXP_PIXELS: lambda boxes, _stride: boxes.exp(),
+}
 
 
-def _try(adapter: _Adapter, contract: ModelContract) -> None:
-    """Run once on an empty image, and compare shapes with what the contract says."""
+def _check_outputs(adapter: _Adapter, contract: ModelContract) -> None:
+    """Run once on a black image, and compare the shapes with what the contract says."""
     height, width = contract.preprocess.canvas or (4 * contract.preprocess.size_divisor,) * 2
     try:
         with torch.inference_mode():
@@ -147,11 +147,11 @@ def _try(adapter: _Adapter, contract: ModelContract) -> None:
     sizes = level_sizes(height, width, strides=contract.decode.strides)
     for number, (level, size) in enumerate(zip(levels, sizes, strict=True)):
         for name, tensor, depth in zip(LevelOutput._fields, level, (channels, 4, 1), strict=True):
-            wanted = (1, depth, *size)
-            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != wanted:
+            expected = (1, depth, *size)
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != expected:
                 got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ConfigError(
-                    f"Level {number}: {name} must have shape {wanted} for a {height}x{width} input, got {got}."
+                    f"Level {number}: {name} must have shape {expected} for a {height}x{width} input, got {got}."
                 )
             if not torch.isfinite(tensor).all():
-                raise ConfigError(f"Level {number}: {name} holds NaN or infinite values for an empty image.")
+                raise ConfigError(f"Level {number}: {name} holds NaN or infinite values for a black image.")

@@ -1,4 +1,4 @@
-"""The three losses, with numbers worked out by hand."""
+"""Target assignment and the three losses, with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,79 @@ import math
 import pytest
 import torch
 
-from fcos_deploy.model.losses import Targets, fcos_losses, focal_loss, giou_loss
+from fcos_deploy.core.decode import CenterMode, location_centers, location_strides
+from fcos_deploy.model.losses import (
+    Targets,
+    assign_targets,
+    centerness_target,
+    fcos_losses,
+    focal_loss,
+    giou_loss,
+)
+
+STRIDES = (8, 16, 32, 64, 128)
+
+
+def _assign(boxes: list[list[float]], labels: list[int]) -> Targets:
+    centers = torch.from_numpy(location_centers(256, 256, strides=STRIDES, mode=CenterMode.HALF))
+    steps = torch.from_numpy(location_strides(256, 256, strides=STRIDES))
+    return assign_targets(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels), centers=centers, strides=steps
+    )
+
+
+def _at(x: int, y: int) -> int:
+    """Index of a P3 location by column and row: 32 columns for a 256-pixel input."""
+    return y * 32 + x
+
+
+def test_an_image_without_boxes_is_all_background() -> None:
+    targets = _assign([], [])
+    assert targets.labels.tolist() == [-1] * (32 * 32 + 16 * 16 + 8 * 8 + 4 * 4 + 2 * 2)
+    assert not targets.distances.any()
+
+
+def test_distances_are_to_the_four_sides_in_pixels() -> None:
+    targets = _assign([[80, 88, 120, 112]], [2])
+    # Column 12, row 12 of P3 lies at (100, 100), the centre of the box.
+    assert targets.labels[_at(12, 12)] == 2
+    assert targets.distances[_at(12, 12)].tolist() == [20, 12, 20, 12]
+
+
+def test_only_locations_within_one_and_a_half_strides_of_the_centre_are_positive() -> None:
+    labels = _assign([[72, 72, 128, 128]], [0]).labels[: 32 * 32].view(32, 32)
+    # Centre (100, 100); |dx| < 12 leaves the columns at 92, 100 and 108.
+    positive = {(int(x), int(y)) for y, x in (labels >= 0).nonzero()}
+    assert positive == {(x, y) for x in (11, 12, 13) for y in (11, 12, 13)}
+
+
+@pytest.mark.parametrize(("half", "level"), [(30, 0), (100, 1), (180, 2)])
+def test_a_box_belongs_to_the_level_of_its_size(half: int, level: int) -> None:
+    labels = _assign([[128 - half, 128 - half, 128 + half, 128 + half]], [1]).labels
+    counts = [32 * 32, 16 * 16, 8 * 8, 4 * 4, 2 * 2]
+    positive = [int((part >= 0).sum()) for part in labels.split(counts)]
+    assert positive[level] == max(positive)
+    assert positive[level] > 0
+
+
+def test_upper_bound_belongs_to_the_finer_level() -> None:
+    # From (100, 100) the largest distance is 64 = 8 strides of P3: still P3's.
+    labels = _assign([[36, 90, 108, 110]], [0]).labels
+    assert labels[_at(9, 12)] == 0  # (76, 100): distances 40, 10, 32, 10
+    # One pixel more to the left, and locations with a distance over 64 are P4's.
+    far = _assign([[28, 90, 172, 110]], [0]).labels[: 32 * 32].view(32, 32)
+    assert far[12, 12] == -1  # (100, 100): right side is 72 away
+
+
+def test_the_smallest_of_two_boxes_wins() -> None:
+    targets = _assign([[72, 72, 128, 128], [90, 90, 110, 110]], [0, 1])
+    assert targets.labels[_at(12, 12)] == 1
+    assert targets.distances[_at(12, 12)].tolist() == [10, 10, 10, 10]
+
+
+def test_centerness_by_hand() -> None:
+    distances = torch.tensor([[10.0, 10, 10, 10], [2, 3, 8, 12], [0, 5, 10, 5]])
+    assert centerness_target(distances).tolist() == pytest.approx([1.0, math.sqrt(2 / 8 * 3 / 12), 0.0])
 
 
 def test_focal_loss_by_hand() -> None:

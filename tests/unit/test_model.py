@@ -48,7 +48,7 @@ def test_published_depths(depth: int, blocks: int) -> None:
 
 
 def test_resnet50_has_torchvisions_number_of_parameters() -> None:
-    """Counted with trainable batch norm: 32,322,720 (spec 2.3)."""
+    """Counted with trainable batch norm: 32,322,720 (the docs of torchvision give 32,269,600 for its frozen one)."""
     with torch.device("meta"):
         model = Fcos(resnet_config(50, num_classes=91))
     assert sum(p.numel() for p in model.parameters()) == 32_322_720
@@ -85,8 +85,8 @@ def test_centerness_follows_its_tower(on_reg: bool, tower: str) -> None:
         getattr(model.head, tower).conv[0].weight.mul_(-1)
         assert not torch.allclose(before, model(images)[0].centerness)
         getattr(model.head, tower).conv[0].weight.mul_(-1)
-        other = "classification_head" if on_reg else "regression_head"
-        getattr(model.head, other).conv[0].weight.mul_(-1)
+        unused = "classification_head" if on_reg else "regression_head"
+        getattr(model.head, unused).conv[0].weight.mul_(-1)
         assert torch.equal(before, model(images)[0].centerness)
 
 
@@ -111,7 +111,7 @@ def test_shared_tower_feeds_both_heads() -> None:
 @pytest.mark.parametrize(
     ("backbone", "channels"), [(Dla34Backbone, (128, 256, 512)), (MobileNetV2Backbone, (32, 96, 320))]
 )
-def test_bodies_give_strides_8_16_and_32(
+def test_backbones_give_strides_8_16_and_32(
     backbone: type[Dla34Backbone] | type[MobileNetV2Backbone], channels: tuple[int, ...]
 ) -> None:
     kind = BackboneType.DLA34 if backbone is Dla34Backbone else BackboneType.MOBILENET_V2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import mmap
 import os
 import shutil
 import stat
@@ -25,9 +24,9 @@ from fcos_deploy.bundle.manifest import (
 )
 from fcos_deploy.bundle.records import FileRecord
 from fcos_deploy.bundle.signature import check_envelope, check_signature, sign_bundle
-from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
+from fcos_deploy.core.errors import BackendLoadError, BundleError, ChecksumError, ConfigError
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.onnx_file import ByteSource, length_delimited_fields
+from fcos_deploy.core.onnx_file import external_locations
 
 __all__ = [
     "Bundle",
@@ -42,7 +41,6 @@ __all__ = [
 ]
 
 _MAX_FILES = 10_000
-_MAX_DEPTH = 64  # of nested ONNX messages; real graphs stay under 20
 _REMAKE = "copy the bundle again from where it was made, or make it again with 'fcos-deploy deploy'"
 
 
@@ -145,19 +143,6 @@ def _check_hash(root: Path, record: FileRecord) -> None:
         )
 
 
-# Which fields of which ONNX message lead to a TensorProto (field numbers of onnx.proto).
-_ONNX_FIELDS: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "external"},
-}
-
-
 def check_external_data(root: Path, name: str, *, allowed: frozenset[str]) -> None:
     """Refuse an ONNX file whose external data is not a listed file of the bundle.
 
@@ -165,38 +150,14 @@ def check_external_data(root: Path, name: str, *, allowed: frozenset[str]) -> No
         BundleError: when a location leaves the bundle or is not listed, or the file is not ONNX.
     """
     path = root / name
-    if path.stat().st_size == 0:
-        raise BundleError(f"'{path}' is empty.", hint=_REMAKE)
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            locations = _external_locations(data, len(data))
-        except (IndexError, ValueError) as error:
-            raise BundleError(f"'{path}' is not a complete ONNX file: {error}.", hint=_REMAKE) from error
+    try:
+        locations = external_locations(path)
+    except BackendLoadError as error:
+        raise BundleError(error.message, hint=_REMAKE) from error
     folder = PurePosixPath(name).parent
     for location in sorted(locations):
         if (folder / location).as_posix() not in allowed or ".." in PurePosixPath(location).parts:
             raise BundleError(f"'{path}' refers to the data file {location[:80]!r}, which is not in the bundle.")
-
-
-def _external_locations(data: mmap.mmap, size: int) -> set[str]:
-    found: set[str] = set()
-    pending = [("model", 0, size, 0)]
-    while pending:
-        kind, start, end, depth = pending.pop()
-        if depth > _MAX_DEPTH:
-            raise ValueError("its graphs are nested too deeply")
-        for number, first, last in length_delimited_fields(data, start=start, end=end):
-            child = _ONNX_FIELDS[kind].get(number)
-            if child == "external":
-                found.update(_location(data, first, last))
-            elif child:
-                pending.append((child, first, last, depth + 1))
-    return found
-
-
-def _location(data: ByteSource, start: int, end: int) -> set[str]:
-    pair = {n: bytes(data[i] for i in range(a, b)) for n, a, b in length_delimited_fields(data, start=start, end=end)}
-    return {pair.get(2, b"").decode("utf-8")} if pair.get(1) == b"location" else set()
 
 
 class Bundle:

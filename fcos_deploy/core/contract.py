@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from fcos_deploy.core.decode import BoxClip, DecodeSpec, NmsSpace, level_sizes
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.files import write_text
-from fcos_deploy.core.onnx_file import length_delimited_fields
+from fcos_deploy.core.onnx_file import onnx_metadata
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -23,7 +22,6 @@ __all__ = [
     "ModelContract",
     "contract_to_text",
     "find_contract",
-    "onnx_metadata",
     "read_contract",
     "sidecar_path",
     "write_sidecar",
@@ -146,7 +144,6 @@ class ModelContract:
 
 
 METADATA_KEY = "fcos_deploy.contract"
-_METADATA_PROPS = 14  # field number in onnx.ModelProto
 
 
 def contract_to_text(contract: ModelContract) -> str:
@@ -209,30 +206,3 @@ def _contract_text(path: Path) -> str:
     if not isinstance(content, dict) or "contract" not in content:
         raise BackendLoadError(f"'{sidecar}' holds no fcos-deploy contract.", hint="copy the one of this artifact")
     return json.dumps(content["contract"])
-
-
-def onnx_metadata(path: Path) -> dict[str, str]:
-    """The metadata properties of an ONNX file, read from the wire format without the onnx package.
-
-    Raises:
-        BackendLoadError: when the file is not a complete ONNX model.
-    """
-    try:
-        if path.stat().st_size == 0:
-            raise BackendLoadError(f"'{path}' is empty.")
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _metadata_of(data)
-    except OSError as error:
-        raise BackendLoadError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    except (IndexError, KeyError, ValueError) as error:
-        raise BackendLoadError(f"'{path}' is not a complete ONNX file.", hint="export it again") from error
-
-
-def _metadata_of(data: mmap.mmap) -> dict[str, str]:
-    properties: dict[str, str] = {}
-    for number, start, end in length_delimited_fields(data, start=0, end=len(data)):
-        if number == _METADATA_PROPS:
-            pairs = length_delimited_fields(data, start=start, end=end)
-            entry = {n: data[a:b].decode() for n, a, b in pairs if n in (1, 2)}
-            properties[entry[1]] = entry.get(2, "")
-    return properties

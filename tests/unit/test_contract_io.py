@@ -14,12 +14,12 @@ from fcos_deploy.core.contract import (
     ModelContract,
     contract_to_text,
     find_contract,
-    onnx_metadata,
     read_contract,
     sidecar_path,
     write_sidecar,
 )
 from fcos_deploy.core.errors import BackendLoadError
+from fcos_deploy.core.onnx_file import onnx_metadata
 
 
 def varint(value: int) -> bytes:

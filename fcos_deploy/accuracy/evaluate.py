@@ -38,6 +38,7 @@ from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.preprocess import Letterbox
 from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.score_drift import ScoreDrift, score_drift
 from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "collect_detections",
     "evaluate",
     "evaluate_run",
+    "evaluation_drift",
 ]
 
 
@@ -494,3 +496,15 @@ def _judge(
     if agreement is not None:
         verdicts += judge_agreement(gate, agreement, subject=run.subject)
     return verdicts
+
+
+def evaluation_drift(reference: Evaluation, candidate: Evaluation) -> ScoreDrift | None:
+    """How far the scores of ``candidate`` are from the reference's on the same images; None: their classes differ."""
+    if reference.run.names != candidate.run.names:
+        return None
+    image_ids = sorted(reference.run.detections)
+    return score_drift(
+        [reference.run.detections[image_id] for image_id in image_ids],
+        [candidate.run.detections[image_id] for image_id in image_ids],
+        class_names=reference.run.names,
+    )

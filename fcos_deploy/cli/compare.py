@@ -100,7 +100,7 @@ def command(
         print_json({"accuracy": [evaluation_json(e) for e in found.all], "speed": timed})
     if report is not None:
         made = shlex.join(["fcos-deploy", *sys.argv[1:]])
-        write_report(comparison_report(found, title=f"{second.name} against {first.name}", commands=[made]), report)
+        write_report(comparison_report(found, title=f"{second.name} against {first.name}", command=made), report)
         note(f"wrote {report}")
     require_all(found.evaluations.verdicts)
 

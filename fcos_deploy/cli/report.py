@@ -92,6 +92,6 @@ def command(
         found = compare_models(request, progress=progress)
     table("Accuracy", TABLE_COLUMNS, [evaluation_row(e) for e in found.all])
     made = shlex.join(["fcos-deploy", *sys.argv[1:]])
-    data = comparison_report(found, title=title or f"{model.name} against {reference.name}", commands=[made])
+    data = comparison_report(found, title=title or f"{model.name} against {reference.name}", command=made)
     for path in write_report(data, output):
         note(f"wrote {path}")

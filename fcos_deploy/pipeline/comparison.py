@@ -16,8 +16,7 @@ from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import DetectorSpec
-from fcos_deploy.pipeline.report import ReportParts, Shown, machine_rows, report_part, report_parts, report_verdict
-from fcos_deploy.report import ChainLink, Provenance, ReportData
+from fcos_deploy.report import ReportData, ReportFile, ReportVariant
 
 __all__ = ["Comparison", "ComparisonRequest", "compare_models", "comparison_report"]
 
@@ -79,34 +78,28 @@ def compare_models(request: ComparisonRequest, *, progress: ProgressFn = no_prog
     return Comparison(request=request, evaluations=evaluations, benchmark=benchmark)
 
 
-def comparison_report(found: Comparison, *, title: str, commands: Sequence[str] = ()) -> ReportData:
-    """The data of a report on a comparison."""
-    speeds = found.benchmark.results if found.benchmark else (None,) * len(found.all)
-    labels = _labels(found.all)
-    shown = [
-        Shown(
-            label=label,
-            evaluation=evaluation,
-            speed=speed,
-            reference=evaluation is found.evaluations.reference,
-            passed=all(v.passed for v in evaluation.verdicts) if evaluation.verdicts else None,
-        )
-        for label, evaluation, speed in zip(labels, found.all, speeds, strict=True)
-    ]
-    parts: ReportParts = report_parts(found.evaluations.dataset, shown)
+def comparison_report(comparison: Comparison, *, title: str, command: str = "") -> ReportData:
+    """The data of a report on a comparison that ``command`` made."""
+    results = comparison.benchmark.results if comparison.benchmark else (None,) * len(comparison.all)
+    models = [spec.model for spec in (comparison.request.reference, *comparison.request.candidates)]
     return ReportData(
         title=title,
-        verdict=report_verdict(found.evaluations),
-        figures=parts.figures,
-        data=parts.data,
-        variants=parts.variants,
-        classes=parts.classes,
-        curves=parts.curves,
-        drifts=parts.drifts,
-        latencies=parts.latencies,
-        images=parts.images,
-        mixed=tuple(report_part(one) for one in find_trade_offs([t.model for t in found.request.candidates])),
-        provenance=_provenance(found, commands),
+        dataset=comparison.evaluations.dataset,
+        variants=tuple(
+            ReportVariant(
+                label=label,
+                evaluation=evaluation,
+                result=result,
+                reference=evaluation is comparison.evaluations.reference,
+            )
+            for label, evaluation, result in zip(_labels(comparison.all), comparison.all, results, strict=True)
+        ),
+        searches=find_trade_offs(models[1:]),
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        files=tuple(map(_report_file, dict.fromkeys(models))),
+        machine=comparison.benchmark.machine if comparison.benchmark else None,
+        versions=_versions(),
+        command=command,
     )
 
 
@@ -118,25 +111,14 @@ def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
     return [f"{label} ({i})" if labels.index(label) != i else label for i, label in enumerate(labels)]
 
 
-def _provenance(found: Comparison, commands: Sequence[str]) -> Provenance:
-    models = dict.fromkeys(spec.model for spec in (found.request.reference, *found.request.candidates))
-    return Provenance(
-        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        chain=tuple(_link(path) for path in models),
-        versions=_versions(),
-        machine=machine_rows(found.benchmark.machine) if found.benchmark else (),
-        commands=tuple(commands),
-    )
-
-
-def _link(path: Path) -> ChainLink:
-    main = path / "manifest.json" if path.is_dir() else path
+def _report_file(path: Path) -> ReportFile:
+    hashed = path / "manifest.json" if path.is_dir() else path
     kind = "bundle (hash of its manifest)" if path.is_dir() else path.suffix.lstrip(".")
-    return ChainLink(path=path.name, kind=kind, sha256=sha256_file(main), size=model_bytes(path))
+    return ReportFile(path=path.name, kind=kind, sha256=sha256_file(hashed), size=model_bytes(path))
 
 
-def _versions() -> tuple[tuple[str, str], ...]:
+def _versions() -> dict[str, str]:
     installed = {
         d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
     }
-    return tuple((name, installed[name]) for name in _TOOLS if name in installed)
+    return {name: installed[name] for name in _TOOLS if name in installed}

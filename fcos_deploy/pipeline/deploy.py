@@ -17,29 +17,23 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
-from fcos_deploy.pipeline.proof import (
-    accuracy_figures,
-    benchmark_figures,
-    measure_accuracy,
-    measure_speed,
-    with_bf16,
-    write_golden,
-)
+from fcos_deploy.pipeline import proof
 from fcos_deploy.pipeline.report import write_report_step
 from fcos_deploy.pipeline.steps import (
     Calibrated,
     DeployContext,
     DeployRequest,
-    Graph,
     Variant,
     build,
     calibrate,
     export,
-    make_for_target,
+    make_for_device,
     quantize,
 )
 
-__all__ = ["DEMO_DATA", "Deployment", "demo_request", "deploy", "runnable_backends"]
+__all__ = ["DEMO_DATA", "Deployment", "demo_request", "deploy"]
+
+DEMO_DATA = Path(__file__).parent.parent / "demo_data"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +41,6 @@ class Deployment:
     """A finished bundle and the figures behind it; the reference is first in ``benchmark.results``."""
 
     bundle: Path
-    variants: tuple[Variant, ...]
     evaluations: Evaluations
     benchmark: Benchmark
     seconds: float
@@ -60,7 +53,7 @@ class Deployment:
 
 
 def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Deployment:
-    """Make the bundle; a killed run goes on where it was when it is started again.
+    """Make the bundle; an interrupted run resumes where it stopped when it is started again.
 
     Raises:
         AccuracyGateError: an INT8 variant cannot hold the gate (the bundle is made, with the float artifacts only), or
@@ -68,49 +61,44 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         FcosDeployError: a step failed; what was finished is kept for the next run.
     """
     started = time.perf_counter()
-    names = _measured_backends(request)
+    backends = _backends_to_measure(request)
     loaded = load_checkpoint(request.checkpoint, options=request.options)
-    contract = loaded.contract
     with BundleWriter(request.output) as writer:
-        context = DeployContext(request, loaded, contract, writer, progress)
-        variants, calibrated, refused = _make_variants(context, names)
-        golden = write_golden(context)
-        evaluations = measure_accuracy(context, variants)
+        context = DeployContext(request, loaded, loaded.contract, writer, progress)
+        variants, calibrated, refused = _make_artifacts(context, backends)
+        golden = proof.write_golden(context)
+        evaluations = proof.measure_accuracy(context, variants)
         require_all(evaluations.verdicts)
-        speed = measure_speed(context, variants)
+        benchmark = proof.measure_speed(context, variants)
         manifest = replace(
             _manifest(context, variants, calibrated=calibrated, golden=golden),
-            accuracy=accuracy_figures(context, variants, evaluations),
-            benchmark=benchmark_figures(context, variants, speed),
+            accuracy=proof.accuracy_figures(context, variants, evaluations),
+            benchmark=proof.benchmark_figures(context, variants, benchmark),
         )
         notes = tuple(f"No INT8: {error.message}" for error in refused)
-        write_report_step(context, manifest, variants=variants, evaluations=evaluations, speed=speed, notes=notes)
+        write_report_step(
+            context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes
+        )
         bundle = writer.finish(manifest)
     if refused:
         raise AccuracyGateError(
             f"{refused[0].message}\nThe bundle '{bundle}' holds the float artifacts only.", hint=refused[0].hint
         )
-    moved = tuple(replace(v, path=bundle / v.artifact.path) for v in variants)
     seconds = time.perf_counter() - started
-    return Deployment(bundle=bundle, variants=moved, evaluations=evaluations, benchmark=speed, seconds=seconds)
+    return Deployment(bundle=bundle, evaluations=evaluations, benchmark=benchmark, seconds=seconds)
 
 
-def runnable_backends() -> tuple[str, ...]:
-    """Backends that this machine can both build for and run."""
-    return tuple(name for name in sorted(all_exporters()) if name in all_backends() and _runs_here(name))
+def _backends_to_measure(request: DeployRequest) -> tuple[str, ...]:
+    """Those asked for, those of the device plans that run here as well, or all that this machine builds for and runs.
 
-
-def _runs_here(name: str) -> bool:
-    probe = get_backend(name).probe()
-    return probe.available and bool(probe.devices)
-
-
-def _measured_backends(request: DeployRequest) -> tuple[str, ...]:
-    """Those asked for, those of the targets that run here as well, or all of this machine."""
+    Raises:
+        ConfigError: a backend was asked for that cannot be built for, or does not run here.
+    """
+    exporters = sorted(all_exporters())
     for name in request.backends:
-        if name not in all_exporters():
+        if name not in exporters:
             raise ConfigError(
-                f"Nothing can be built for backend '{name}'.", hint=f"choose from: {', '.join(sorted(all_exporters()))}"
+                f"Nothing can be built for backend '{name}'.", hint=f"choose from: {', '.join(exporters)}"
             )
         if not _runs_here(name):
             problem = get_backend(name).probe().problem or "it has no device"
@@ -119,45 +107,44 @@ def _measured_backends(request: DeployRequest) -> tuple[str, ...]:
             )
     if request.backends:
         return request.backends
-    targets = tuple(dict.fromkeys(plan.backend for plan in request.plans if _runs_here(plan.backend)))
-    return targets or runnable_backends()
+    planned = tuple(dict.fromkeys(plan.backend for plan in request.plans if _runs_here(plan.backend)))
+    return planned or tuple(name for name in exporters if name in all_backends() and _runs_here(name))
 
 
-def _make_variants(
-    context: DeployContext, names: tuple[str, ...]
+def _runs_here(name: str) -> bool:
+    probe = get_backend(name).probe()
+    return probe.available and bool(probe.devices)
+
+
+def _make_artifacts(
+    context: DeployContext, backends: tuple[str, ...]
 ) -> tuple[list[Variant], Calibrated, list[AccuracyGateError]]:
+    """What is measured here, the calibration behind it, and why INT8 is missing where it is."""
     source = export(context)
     calibrated = calibrate(context, source)
     variants, refused = [], []
-    for name in names:
+    for name in backends:
         variants.append(build(context, source, backend=name))
         try:
             int8 = quantize(context, source, calibrated=calibrated, consumer=name)
             variants.append(build(context, int8, backend=name))
         except AccuracyGateError as error:
             refused.append(error)
-    refused += _make_for_elsewhere(context, source, calibrated)
-    return with_bf16(variants), calibrated, refused
-
-
-def _make_for_elsewhere(context: DeployContext, source: Graph, calibrated: Calibrated) -> list[AccuracyGateError]:
-    """What the targets need; without targets the portable INT8 graph, from which engines are built on other devices."""
-    refused = []
     try:
-        for wanted in context.request.plans:
-            make_for_target(context, wanted)
-        if not context.request.plans:
+        for plan in context.request.plans:
+            make_for_device(context, plan)
+        if not context.request.plans:  # The portable INT8 graph, from which other devices build their engines.
             quantize(context, source, calibrated=calibrated, consumer="portable")
     except AccuracyGateError as error:
         refused.append(error)
-    return refused
+    return proof.with_bf16(variants), calibrated, refused
 
 
 def _manifest(
     context: DeployContext, variants: list[Variant], *, calibrated: Calibrated, golden: tuple[GoldenImage, ...]
 ) -> Manifest:
     request = context.request
-    preferred = next((v for v in reversed(variants) if v.precision is Precision.INT8), variants[-1])
+    preferred = next((v for v in reversed(variants) if v.artifact.precision is Precision.INT8), variants[-1])
     int8_gate = replace(DEFAULT_GATES[Precision.INT8], max_map_drop=request.max_map_drop)
     return Manifest(
         name=request.output.stem,
@@ -173,7 +160,7 @@ def _manifest(
         ),
         defaults=RunDefaults(
             backend=preferred.backend,
-            precision=preferred.precision,
+            precision=preferred.artifact.precision,
             profile=", ".join(plan.profile.name for plan in request.plans),
             fallback=tuple(dict.fromkeys(v.backend for v in variants if v.backend != preferred.backend)),
         ),
@@ -184,16 +171,13 @@ def _manifest(
 
 
 def _created(context: DeployContext) -> str:
-    """When this bundle was begun; a run that goes on after an interruption keeps the moment."""
+    """When this bundle was begun; a resumed run keeps the moment."""
 
     def make(_: Path) -> StepOutput:
         return StepOutput(values=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     inputs = {"checkpoint": context.contract.source_sha256, "command": context.request.command}
     return str(context.writer.step("created", inputs=inputs, make=make).values)
-
-
-DEMO_DATA = Path(__file__).parent.parent / "demo_data"
 
 
 def demo_request(output: Path) -> DeployRequest:

@@ -1,10 +1,9 @@
-"""What a deployment is asked to do."""
+"""The steps of a deployment: each makes one kind of artifact, and is skipped where it was made from the same inputs."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from fcos_deploy.bundle import (
     StepOutput,
     VersionRule,
 )
-from fcos_deploy.core.backend import ComputeType, SessionOptions
+from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
@@ -29,8 +28,10 @@ from fcos_deploy.core.model_files import engine_file, graph_file
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.serialize import to_json
+from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
-from fcos_deploy.targets.plan import Plan, PlanRequest, plan
+from fcos_deploy.targets.plan import Plan, PlanRequest
+from fcos_deploy.targets.plan import plan as make_plan
 from fcos_deploy.targets.profiles import load_profile
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ __all__ = [
     "build",
     "calibrate",
     "export",
-    "make_for_target",
+    "make_for_device",
     "plan_targets",
     "quantize",
 ]
@@ -72,8 +73,6 @@ class DeployRequest:
     calibration_count: int | None = None
     seed: int = 0
     opset: int | None = None
-    golden_count: int = 4
-    benchmark_iterations: int = 30
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -83,61 +82,42 @@ class DeployRequest:
             )
         if self.annotations is not None and self.images is None:
             raise ConfigError("Annotations need the images they belong to.", hint="give --images DIR as well")
-        if self.golden_count < 1:
-            raise ConfigError("A bundle needs at least one golden image.")
 
 
-# An IR is read by every later OpenVINO; an engine is the builder's own version's.
-_VERSION_RULES: dict[ArtifactKind, VersionRule] = {
-    ArtifactKind.OPENVINO_IR: VersionRule.AT_LEAST,
-    ArtifactKind.TENSORRT_ENGINE: VersionRule.EXACT,
-    ArtifactKind.TENSORRT_RTX_ENGINE: VersionRule.EXACT,
-}
+def plan_targets(
+    names: tuple[str, ...], *, backend: str = "", input_size: tuple[int, int] | None = None
+) -> tuple[Plan, ...]:
+    """What each device profile gets; ``backend`` and ``input_size`` (height, width) replace the profile's choice.
+
+    Raises:
+        ConfigError: an unknown profile, a plan that cannot work there, with the rule that forbids it, or a profile that
+            wants another batch than the graphs of a bundle have.
+    """
+    request = PlanRequest(backend=backend, input_size=input_size or PlanRequest().input_size)
+    profiles = [load_profile(name) for name in names]
+    for profile in profiles:
+        if profile.batch != 1:
+            raise ConfigError(
+                f"Profile '{profile.name}' wants batches of {profile.batch}; the graphs of a bundle take one image.",
+                hint=f"set its batch to 1, or: fcos-deploy export --batch {profile.batch}, then build --target",
+            )
+    return tuple(make_plan(profile, request) for profile in profiles)
 
 
 @dataclass(frozen=True, slots=True)
 class DeployContext:
-    """What every step works with."""
+    """What every step works with. ``contract`` is the one that artifacts carry, with the tail that they have."""
 
     request: DeployRequest
     loaded: LoadedCheckpoint
-    contract: ModelContract  # the reference's, with the tail that is exported
+    contract: ModelContract
     writer: BundleWriter
     progress: ProgressFn
-
-    @property
-    def graph(self) -> Path:
-        """The fp32 graph, once it is exported."""
-        return self.writer.path("model.fp32.onnx")
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """An artifact on the backend it was made for, with the format in which its float parts are computed.
-
-    ``path`` is where it lies while the bundle is being made.
-    """
-
-    backend: str
-    precision: Precision
-    artifact: Artifact
-    path: Path
-    compute: ComputeType = ComputeType.F32
-
-    @property
-    def extra(self) -> bool:
-        """Whether this is another way to run an artifact that is among the variants already."""
-        return self.compute is not ComputeType.F32
-
-    @property
-    def options(self) -> SessionOptions:
-        """How a session runs it; the compute format is explicit, never the runtime's own choice."""
-        return SessionOptions(compute=self.compute)
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """An ONNX artifact and where it lies while the bundle is being made."""
+    """An ONNX artifact, and where it lies while the bundle is being made."""
 
     artifact: Artifact
     path: Path
@@ -146,10 +126,31 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """The ranges and the record that the manifest keeps of them."""
+    """Activation ranges, and the record that the manifest keeps of them."""
 
     path: Path
     record: CalibrationRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant(DetectorSpec):
+    """An artifact on the backend it was made for; ``model`` is where it lies while the bundle is being made.
+
+    The format in which its float parts are computed is always asked for, never the runtime's own choice.
+    """
+
+    artifact: Artifact
+
+    @property
+    def compute(self) -> ComputeType:
+        """The format of the parts that are not INT8."""
+        return self.options.compute
+
+    @property
+    def label(self) -> str:
+        """``openvino int8``; with the format where that is not float32: ``openvino int8 bf16``."""
+        compute = "" if self.compute is ComputeType.F32 else f" {self.compute}"
+        return f"{self.backend} {self.artifact.precision}{compute}"
 
 
 def export(
@@ -167,14 +168,14 @@ def export(
 
     def make(folder: Path) -> StepOutput:
         options = ExportOptions(tail=tail, opset=opset, precision=precision, nms_form=nms_form)
-        made = export_onnx(context.loaded, folder / name, options=options, progress=context.progress)
-        checks = {check.step: str(check) for check in made.checks}
+        exported = export_onnx(context.loaded, folder / name, options=options, progress=context.progress)
+        checks = {check.step: str(check) for check in exported.checks}
         draft = ArtifactDraft(
             path=name,
             kind=ArtifactKind.ONNX,
             precision=precision,
             parent=context.contract.source_sha256,
-            config={"tail": str(tail), "opset": str(made.opset), "nodes": str(made.nodes), **checks},
+            config={"tail": str(tail), "opset": str(exported.opset), "nodes": str(exported.nodes), **checks},
             tools=_versions("torch", "onnx", "onnxscript", "onnxsim"),
         )
         return StepOutput(artifacts=(draft,))
@@ -237,7 +238,7 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
     )
 
     def make(folder: Path) -> StepOutput:
-        wanted = QuantizeRequest(
+        quantization = QuantizeRequest(
             source=source.path,
             output=folder / name,
             consumer=policy.name,
@@ -245,14 +246,14 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
             seed=request.seed,
         )
         state = context.writer.scratch / f"{name}.search"
-        made = quantize_model(wanted, goal=goal, state=state, progress=context.progress)
+        quantized = quantize_model(quantization, goal=goal, state=state, progress=context.progress)
         draft = ArtifactDraft(
             path=name,
             kind=ArtifactKind.ONNX,
             precision=Precision.INT8,
             parent=source.artifact.sha256,
             placement=policy.name,
-            config=dict(made.record),
+            config=dict(quantized.record),
             tools=_versions("onnx"),
         )
         return StepOutput(artifacts=(draft,))
@@ -267,21 +268,37 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
     return Graph(step.artifacts[0], step.path(name), source.tail)
 
 
+# An IR is read by every later OpenVINO; an engine by the version that built it.
+_VERSION_RULES: dict[ArtifactKind, VersionRule] = {
+    ArtifactKind.OPENVINO_IR: VersionRule.AT_LEAST,
+    ArtifactKind.TENSORRT_ENGINE: VersionRule.EXACT,
+    ArtifactKind.TENSORRT_RTX_ENGINE: VersionRule.EXACT,
+}
+
+
 def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildOptions | None = None) -> Variant:
     """The engine of one graph for one backend; a backend that runs the ONNX file as it is needs none."""
     source, options = graph.artifact, options or BuildOptions()
-    exporter = get_exporter(backend)
+    exporter, version = get_exporter(backend), get_backend(backend).probe().version
     if exporter.produces is source.kind:
-        return Variant(backend, source.precision, source, graph.path)
+        return Variant(model=graph.path, backend=backend, precision=source.precision, artifact=source)
     name = engine_file(source.precision, backend=backend, kind=exporter.produces)
 
     def make(folder: Path) -> StepOutput:
         label = f"build {backend} {source.precision}"
         context.progress(label, 0, 1)
-        made = exporter.build(
+        engine = exporter.build(
             BuildRequest(source=graph.path, output=folder / name, options=options, progress=context.progress)
         )
         context.progress(label, 1, 1)
+        requires = Requirements()
+        if exporter.produces in _VERSION_RULES:
+            requires = Requirements(
+                backend_version=version,
+                version_rule=_VERSION_RULES[exporter.produces],
+                compute_capabilities=tuple(re.findall(r"\d+\.\d", engine.record.get("compute_capabilities", ""))),
+                rebuild=f"fcos-deploy build {graph.path.name} --backend {backend} -o {name}",
+            )
         draft = ArtifactDraft(
             path=name,
             kind=exporter.produces,
@@ -289,34 +306,35 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
             parent=source.sha256,
             backend=backend,
             placement=source.placement,
-            companions=tuple(file.name for file in made.files if file.name != name),
-            requires=_requirements(exporter.produces, backend, graph=graph, record=made.record),
-            config=dict(made.record),
-            tools={backend: get_backend(backend).probe().version},
+            companions=tuple(file.name for file in engine.files if file.name != name),
+            requires=requires,
+            config=dict(engine.record),
+            tools={backend: version},
         )
         return StepOutput(artifacts=(draft,))
 
     inputs = {
         "graph": source.sha256,
         "exporter": exporter.name,
-        "version": get_backend(backend).probe().version,
+        "version": version,
         "options": json.dumps(to_json(options), sort_keys=True, default=str),
     }
     step = context.writer.step(f"build-{backend}-{source.precision}", inputs=inputs, make=make)
-    return Variant(backend, source.precision, step.artifacts[0], step.path(name))
+    return Variant(model=step.path(name), backend=backend, precision=source.precision, artifact=step.artifacts[0])
 
 
-def _requirements(kind: ArtifactKind, backend: str, *, graph: Graph, record: Mapping[str, str]) -> Requirements:
-    """What a machine must have to open the engine: checked before it is given to a runtime."""
-    if kind not in _VERSION_RULES:
-        return Requirements()
-    name = engine_file(graph.artifact.precision, backend=backend, kind=kind)
-    return Requirements(
-        backend_version=get_backend(backend).probe().version,
-        version_rule=_VERSION_RULES[kind],
-        compute_capabilities=tuple(re.findall(r"\d+\.\d", record.get("compute_capabilities", ""))),
-        rebuild=f"fcos-deploy build {graph.path.name} --backend {backend} -o {name}",
-    )
+def make_for_device(context: DeployContext, plan: Plan) -> None:
+    """The graph with the plan's tail and precision and, where the builder does not need the device, the engine.
+
+    Raises:
+        AccuracyGateError: INT8 cannot hold the accuracy goal.
+    """
+    float_precision = Precision.FP32 if plan.precision is Precision.INT8 else plan.precision
+    graph = export(context, tail=plan.tail, precision=float_precision, nms_form=plan.nms_form)
+    if plan.precision is Precision.INT8:
+        graph = quantize(context, graph, calibrated=calibrate(context, graph), consumer=plan.placement)
+    if any(a.where == "here" and a.kind is not ArtifactKind.ONNX for a in plan.artifacts):
+        build(context, graph, backend=plan.backend, options=plan.options)
 
 
 def _versions(*distributions: str) -> dict[str, str]:
@@ -329,41 +347,3 @@ def _versions(*distributions: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def plan_targets(
-    names: tuple[str, ...], *, backend: str = "", input_size: tuple[int, int] | None = None
-) -> tuple[Plan, ...]:
-    """What each device profile gets; ``backend`` and ``input_size`` (height, width) replace the profile's choice.
-
-    Raises:
-        ConfigError: an unknown profile, a plan that cannot work there, with the rule that forbids it, or a profile that
-            wants another batch than the graphs of a bundle have.
-    """
-    request = PlanRequest(backend=backend, input_size=input_size or PlanRequest().input_size)
-    profiles = [load_profile(name) for name in names]
-    for profile in profiles:
-        if profile.batch != 1:
-            raise ConfigError(
-                f"Profile '{profile.name}' wants batches of {profile.batch}; the graphs of a bundle take one image.",
-                hint=f"set its batch to 1, or: fcos-deploy export --batch {profile.batch}, then build --target",
-            )
-    return tuple(plan(profile, request) for profile in profiles)
-
-
-def make_for_target(context: DeployContext, wanted: Plan) -> list[Artifact]:
-    """The graph with the plan's tail and precision and, where the builder needs no device, the engine.
-
-    Raises:
-        AccuracyGateError: INT8 cannot hold the accuracy goal.
-    """
-    float_precision = wanted.precision if wanted.precision is not Precision.INT8 else Precision.FP32
-    graph = export(context, tail=wanted.tail, precision=float_precision, nms_form=wanted.nms_form)
-    if wanted.precision is Precision.INT8:
-        calibrated = calibrate(context, graph)
-        graph = quantize(context, graph, calibrated=calibrated, consumer=wanted.placement)
-    engines = [a for a in wanted.artifacts if a.where == "here" and a.kind is not graph.artifact.kind]
-    made = [graph.artifact]
-    for _ in engines:
-        made.append(build(context, graph, backend=wanted.backend, options=wanted.options).artifact)
-    return made

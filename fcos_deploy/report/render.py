@@ -7,124 +7,200 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
+from calibration.trade_offs import TradeOffs
+from fcos_deploy.accuracy.evaluate import evaluation_drift
 from fcos_deploy.core.files import write_text
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.report.charts import make_charts
-from fcos_deploy.report.data import ReportData
-from fcos_deploy.report.panels import draw_panels
+from fcos_deploy.report.data import ReportData, ReportVariant
+from fcos_deploy.report.panels import image_panels
+from fcos_deploy.report.summary import dataset_sentence, key_figures, report_verdict
 
-__all__ = ["render_html", "render_markdown", "write_report"]
+__all__ = ["write_report"]
 
-_EXTRA = "report"
+jinja2 = lazy_import("jinja2", extra="report")
+
+_NOTHING = "–"  # noqa: RUF001  (a dash where a table has no figure)
 
 
 def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
-    """Write ``path`` (HTML, one file that needs no other) and the same in Markdown beside it.
+    """Write ``path`` (HTML, one file that needs no other) and the same in Markdown beside it, without its images.
 
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
+        ImageError: an image of the data set can no longer be read.
         ConfigError: the folder cannot be written.
     """
+    values = {
+        "data": data,
+        "verdict": report_verdict(data),
+        "figures": key_figures(data),
+        "dataset": dataset_sentence(data),
+        "variants": [_variant_cells(variant) for variant in data.variants],
+        "has_int8": any(variant.int8_share is not None for variant in data.variants),
+        "has_memory": any(v.result is not None and v.result.cold_start is not None for v in data.variants),
+        "classes": _class_cells(data),
+        **_score_tables(data),
+        "searches": [_search_cells(search) for search in data.searches],
+        "machine": _machine_cells(data),
+        "versions": sorted(data.versions.items()),
+    }
+    charts = [
+        {
+            "section": chart.section,
+            "title": chart.title,
+            "text": chart.text,
+            "source": base64.b64encode(chart.svg.encode()).decode("ascii"),
+        }
+        for chart in make_charts(data)
+    ]
+    css = _template("report.css")
+    html = _fill("report.html.j2", charts=charts, panels=image_panels(data), css=css, **values)
     markdown = path.with_suffix(".md")
-    write_text(path, render_html(data))
-    write_text(markdown, render_markdown(data))
+    write_text(path, html)
+    write_text(markdown, _fill("report.md.j2", **values))
     return path, markdown
 
 
-def render_html(data: ReportData) -> str:
-    """The report as one HTML document."""
-    charts = [
-        {
-            "section": c.section,
-            "title": c.title,
-            "text": c.text,
-            "source": base64.b64encode(c.svg.encode()).decode("ascii"),
-        }
-        for c in make_charts(data)
-    ]
-    css = _template_text("report.css")
-    images = draw_panels(data.images)
-    return _fill("report.html.j2", data=data, charts=charts, images=images, css=css, **_score_tables(data))
-
-
-def render_markdown(data: ReportData) -> str:
-    """The report in Markdown, without charts and images."""
-    return _fill("report.md.j2", data=data, **_score_tables(data))
-
-
-def _score_tables(data: ReportData) -> dict[str, Any]:  # Any: rows for a template
-    """The thresholds and the classes of all drifts, row by row: a value for each variant, None where it has none."""
-    moved = [drift.moved for drift in data.drifts if drift.moved is not None]
-    by_threshold = [dict(one.equivalents) for one in moved]
-    by_class = [{c.name: c for c in one.classes} for one in moved]
-    return {
-        "thresholds": [
-            {"threshold": t, "cells": [one.get(t) for one in by_threshold]}
-            for t in sorted({t for one in by_threshold for t in one})
-        ],
-        "shifts": [
-            {"name": name, "cells": [one.get(name) for one in by_class]}
-            for name in dict.fromkeys(name for one in by_class for name in one)
-        ],
-    }
-
-
 def _fill(name: str, **values: Any) -> str:  # Any: what a template is given
-    jinja2 = require("jinja2", extra=_EXTRA)
     environment = jinja2.Environment(
         autoescape=name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(_FILTERS)
-    text: str = environment.from_string(_template_text(name)).render(**values)
+    environment.filters.update(typeset=_typeset, mebibytes=_mebibytes)
+    text: str = environment.from_string(_template(name)).render(**values)
     return text
 
 
-def _template_text(name: str) -> str:
-    folder = importlib.resources.files("fcos_deploy.report") / "templates"
-    return (folder / name).read_text(encoding="utf-8")
+def _template(name: str) -> str:
+    return (importlib.resources.files("fcos_deploy.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _number(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001  (a dash in a table)
+def _variant_cells(variant: ReportVariant) -> dict[str, str]:
+    """A row of the large table."""
+    evaluation, result = variant.evaluation, variant.result
+    scores, interval, drop = evaluation.scores, evaluation.interval, evaluation.drop
+    latency, cold_start = (result.latency, result.cold_start) if result else (None, None)
+    return {
+        "label": variant.label,
+        "reference": "reference" if variant.reference else "",
+        "ap": _number(scores.ap, 3),
+        "ap_interval": f"{interval.low:.3f} to {interval.high:.3f}" if interval else "",
+        "ap50": _number(scores.ap50, 3),
+        "drop": _signed(drop.value if drop else None, 3),
+        "drop_interval": f"{_signed(drop.low, 3)} to {_signed(drop.high, 3)}" if drop and drop.resamples else "",
+        "match_rate": _percent(evaluation.agreement.match_rate if evaluation.agreement else None),
+        "p50": _number(latency.p50 if latency else None, 1),
+        "p90": _number(latency.p90 if latency else None, 1),
+        "p99": _number(latency.p99 if latency else None, 1),
+        "rate": _number(result.throughput_fps if result else None, 1),
+        "size": _mebibytes(result.file_bytes if result else None),
+        "memory": _number(cold_start.peak_memory_mib if cold_start else None, 0),
+        "int8_share": _percent(variant.int8_share),
+        "gate": {True: "passed", False: "failed", None: _NOTHING}[variant.passed],
+    }
 
 
-def _signed(value: float | None, digits: int = 3) -> str:
+def _class_cells(data: ReportData) -> list[tuple[str, list[str]]]:
+    """The name of each class, and its AP by each variant."""
+    per_class = zip(*(variant.evaluation.scores.per_class for variant in data.variants), strict=True)
+    return [
+        (name, [_number(score.ap, 3) for score in scores])
+        for name, scores in zip(data.dataset.class_names, per_class, strict=True)
+    ]
+
+
+def _score_tables(data: ReportData) -> dict[str, Any]:  # Any: rows for a template
+    """Equivalent thresholds, and the shift by class, of the variants whose classes are the reference's."""
+    drifts = {}
+    for variant in data.candidates:
+        drift = evaluation_drift(data.reference.evaluation, variant.evaluation) if data.reference else None
+        if drift is not None:
+            drifts[variant.label] = drift
+    by_threshold = [dict(drift.equivalents) for drift in drifts.values()]
+    by_class = [
+        {c.name: f"{_signed(c.mean_shift, 3)}; {c.threshold:.3f}" for c in drift.classes} for drift in drifts.values()
+    ]
+    return {
+        "drifts": drifts,
+        "thresholds": [
+            (f"{threshold:.2f}", [_number(column.get(threshold), 3) for column in by_threshold])
+            for threshold in sorted({threshold for column in by_threshold for threshold in column})
+        ],
+        "shifts": [
+            (name, [column.get(name, _NOTHING) for column in by_class])
+            for name in dict.fromkeys(name for column in by_class for name in column)
+        ],
+    }
+
+
+def _search_cells(search: TradeOffs) -> dict[str, Any]:  # Any: rows for a template
+    """The trials of a search, and the layers that it ranked, in percent."""
+    trials = [
+        {
+            "float_layers": len(timed.trial.ignored_layers),
+            "int8_share": _percent(timed.trial.int8_share),
+            "ap": _number(timed.trial.score, 4),
+            "drop": _signed(search.float_score - timed.trial.score, 4),
+            "p50": _number(timed.p50_ms, 1),
+            "chosen": timed.trial.ignored_layers == search.ignored_layers,
+            "missed": search.float_score - timed.trial.score > search.max_drop + 1e-6,
+        }
+        for timed in search.trials
+    ]
+    layers = [
+        {
+            "name": layer.layer.removesuffix(".weight"),
+            "errors": [f"{100 * e:.2f}" for e in (layer.effect.classes, layer.effect.boxes, layer.effect.centerness)],
+            "runs_in": "float" if layer.layer in search.ignored_layers else "INT8",
+        }
+        for layer in search.ranking
+    ]
+    return {
+        "placement": search.placement,
+        "backend": search.backend,
+        "max_drop": _number(search.max_drop, 4),
+        "float_ap": _number(search.float_score, 4),
+        "float_p50": _number(search.float_p50_ms, 1),
+        "trials": trials,
+        "layers": layers,
+    }
+
+
+def _machine_cells(data: ReportData) -> list[tuple[str, str]]:
+    machine = data.machine
+    if machine is None:
+        return []
+    return [
+        ("processor", machine.processor),
+        ("cores used", str(machine.cores)),
+        ("memory", f"{machine.memory_mib} MiB"),
+        ("system", machine.system),
+        ("load before", "unknown" if machine.load is None else f"{machine.load:.2f}"),
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return _NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None, digits: int) -> str:
     if value is None:
-        return "–"  # noqa: RUF001
-    # Nothing lost is neither plus nor minus nothing.
+        return _NOTHING
+    # What rounds to 0 has no sign.
     return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 
-def _interval(value: tuple[float, float] | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value[0]:.{digits}f} to {value[1]:.{digits}f}"
+def _mebibytes(value: int | None) -> str:
+    return _number(None if value is None else value / 2**20, 1)
 
 
-def _signed_interval(value: tuple[float, float] | None, digits: int = 3) -> str:
-    return "" if value is None else f"{_signed(value[0], digits)} to {_signed(value[1], digits)}"
+def _percent(value: float | None) -> str:
+    return _number(None if value is None else 100 * value, 1)
 
 
 def _typeset(text: str) -> str:
     """Arrows and comparisons as signs."""
     return text.replace(" -> ", " → ").replace(" <= ", " ≤ ").replace(" >= ", " ≥ ")
-
-
-def _mebibytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 2**20:.1f}"  # noqa: RUF001
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"  # noqa: RUF001
-
-
-_FILTERS = {
-    "number": _number,
-    "signed": _signed,
-    "interval": _interval,
-    "signed_interval": _signed_interval,
-    "typeset": _typeset,
-    "mebibytes": _mebibytes,
-    "percent": _percent,
-}

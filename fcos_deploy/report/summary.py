@@ -1,0 +1,91 @@
+"""The top of a report: the verdict in one sentence, the few numbers beside it, and the data they were measured on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcos_deploy.report.data import ReportData
+
+__all__ = ["KeyFigure", "ReportVerdict", "dataset_sentence", "key_figures", "report_verdict"]
+
+_EQUAL = 0.0005  # AP: equal to three decimals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportVerdict:
+    """``headline``: one sentence that can be signed; ``details``: what it rests on; ``passed`` None: nothing judged."""
+
+    passed: bool | None
+    headline: str
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFigure:
+    """A number with its unit, and what it is."""
+
+    value: str
+    meaning: str
+
+
+def report_verdict(data: ReportData) -> ReportVerdict:
+    """Passed when every gate holds; None when nothing was judged."""
+    verdicts = [verdict for variant in data.candidates for verdict in variant.evaluation.verdicts]
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    details = tuple(f"{verdict.subject}: {verdict.message}." for verdict in (failed or verdicts))
+    if failed:
+        subjects = ", ".join(sorted({verdict.subject for verdict in failed}))
+        return ReportVerdict(passed=False, headline=f"Not the same detector: {subjects}.", details=details)
+    return ReportVerdict(passed=True if verdicts else None, headline=_agreement_sentence(data), details=details)
+
+
+def _agreement_sentence(data: ReportData) -> str:
+    images = data.variants[0].evaluation.scores.images
+    drops = [v.evaluation.drop.value for v in data.candidates if v.evaluation.drop is not None]
+    if not drops:
+        return f"Measured on {images} images; there was no reference to compare with."
+    largest = max(drops)
+    subject = "The variant is" if len(drops) == 1 else f"All {len(drops)} variants are"
+    if largest < _EQUAL:
+        return f"{subject} as accurate as the reference on {images} images."
+    bound = math.ceil(1000 * largest) / 1000  # Rounded up: the sentence says "within".
+    return f"{subject} within {bound:.3f} AP of the reference on {images} images."
+
+
+def key_figures(data: ReportData) -> list[KeyFigure]:
+    """Largest loss of accuracy, gain in speed and size, smallest share in INT8: those that were measured."""
+    figures = []
+    drops = [(v.evaluation.drop.value, v.label) for v in data.candidates if v.evaluation.drop is not None]
+    if drops:
+        drop, label = max(drops)
+        figures.append(KeyFigure(f"{100 * max(drop, 0.0):.1f}", f"points of AP lost at most ({label})"))
+    reference = data.reference
+    timed = [(v.result.latency.p50, v.label) for v in data.candidates if v.result is not None]
+    if reference and reference.result and timed:
+        p50, label = min(timed)
+        gain = reference.result.latency.p50 / p50
+        meaning = f"as fast as {reference.label}: {p50:.1f} ms an image ({label})"
+        figures.append(KeyFigure(f"{gain:.1f} times", meaning))
+    sizes = [(v.result.file_bytes, v.label) for v in data.candidates if v.result and v.result.file_bytes]
+    if reference and reference.result and reference.result.file_bytes and sizes:
+        size, label = min(sizes)
+        checkpoint = f"{reference.result.file_bytes / 2**20:.1f} MiB"
+        meaning = f"smallest model ({label}); the checkpoint has {checkpoint}"
+        figures.append(KeyFigure(f"{size / 2**20:.1f} MiB", meaning))
+    shares = [(v.int8_share, v.label) for v in data.candidates if v.int8_share is not None]
+    if shares:
+        share, label = min(shares)
+        meaning = f"of the multiply-accumulates run in INT8 at least ({label})"
+        figures.append(KeyFigure(f"{100 * share:.1f} %", meaning))
+    return figures
+
+
+def dataset_sentence(data: ReportData) -> str:
+    """The evaluation images, their objects and classes, and where the ground truth comes from."""
+    scores, names = data.variants[0].evaluation.scores, data.dataset.class_names
+    return (
+        f"{scores.images} images with {scores.objects} objects of {len(names)} classes "
+        f"({', '.join(names[:8])}{', …' if len(names) > 8 else ''}); ground truth: {Path(data.dataset.source).name}."
+    )

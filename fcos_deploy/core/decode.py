@@ -1,4 +1,4 @@
-"""What happens to the head's output: how each ecosystem gates, ranks, scores, clips and suppresses (spec 1, 10)."""
+"""What happens to the head's output: how each ecosystem gates, ranks, scores, clips and suppresses (docs/fcos.md)."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class DecodeSpec:
 
 
 def level_sizes(height: int, width: int, *, strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Grid (h, w) of each level for a padded network input; every halving rounds up (spec 2.1)."""
+    """Grid (h, w) of each level for a padded network input; every halving rounds up (3x3, stride 2, padding 1)."""
     return [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 

@@ -33,7 +33,7 @@ class ArtifactKind(StrEnum):
 
 
 class Tail(StrEnum):
-    """Where the exported graph ends (design, section 5).
+    """Where the exported graph ends (docs/export.md).
 
     ``raw``: class logits, box distances and centerness logits of all locations; the host does the rest.
     ``candidates``: scores, labels and decoded boxes after the per-level top-k; the host suppresses.

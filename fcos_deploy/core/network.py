@@ -26,7 +26,7 @@ class BlockType(StrEnum):
 
 
 class BoxActivation(StrEnum):
-    """How the box convolution becomes distances in pixels (spec 10.1).
+    """How the box convolution becomes distances in pixels (docs/fcos.md).
 
     ``relu``: ``relu(scale * x) * stride``; ``exp``: ``exp(scale * x)``, which is in pixels already.
     """

@@ -1,4 +1,4 @@
-"""From a graph's outputs to detections in image pixels, whichever tail the graph has (spec 9, 10)."""
+"""From a graph's outputs to detections in image pixels, whichever tail the graph has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to an image before the network: the contract, without the arithmetic (spec 9)."""
+"""What happens to an image before the network: the contract and the arithmetic (docs/fcos.md, Pixels)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class ResizeFilter(StrEnum):
-    """Bilinear interpolation as a library does it (spec 9, "Interpolators").
+    """Bilinear interpolation as a library does it (docs/fcos.md, Pixels).
 
     ``torch``: half-pixel, no antialiasing, in float32. ``cv2``: the same on uint8, rounded.
     ``pil``: antialiased when shrinking, on uint8, rounded.
@@ -42,7 +42,7 @@ class ResizeFilter(StrEnum):
 
 
 class SizeRule(StrEnum):
-    """How the resized height and width follow from the image and the wanted size (spec 9).
+    """How the resized height and width follow from the image and the wanted size (docs/fcos.md, Pixels).
 
     ``letterbox``: the largest size of the same aspect ratio that fits the canvas, rounded to the nearest pixel. The
     other rules are the five ecosystems' own shortest-edge / longest-edge arithmetic.

@@ -44,8 +44,8 @@ def test_tensors_before_a_fused_relu_have_their_results_scale(mini_onnx: Path, m
     assert {conv.output for conv in load_graph(mini_onnx).convs} <= set(entries)
 
 
-def test_spec_example() -> None:
-    # spec 2.3: images: 3caa54fc is a scale of 0.0207925.
+def test_scales_are_written_as_the_bits_of_a_float() -> None:
+    # TensorRT writes the bits of a float32: 3caa54fc is a scale of 0.0207925.
     assert struct.unpack("!f", bytes.fromhex("3caa54fc"))[0] == pytest.approx(0.0207925, rel=1e-5)
     from calibration.cache import _hex
 

@@ -1,4 +1,4 @@
-"""How far a tensor is from the one that it should be."""
+"""How far a candidate is from the reference at each stage: input, head outputs, decoding, suppression, detections."""
 
 from __future__ import annotations
 
@@ -10,31 +10,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.accuracy.matching import DetectionAgreement
 from fcos_deploy.core.backend import ComputeType, Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import Candidates, DecodeSpec, HeadOutputs, decode, level_sizes
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import InputDtype, Letterbox, PreprocessSpec
 
 __all__ = [
-    "HEAD_OUTPUTS",
-    "LevelSlice",
     "SeenImage",
     "StageResult",
     "TensorDifference",
     "Tolerance",
-    "decoded",
+    "detections_stage",
     "head_stages",
     "host_stages",
     "level_slices",
     "measure_difference",
     "network_input",
     "preprocess_stage",
-    "same_candidates",
     "split_levels",
-    "suppression_of",
     "tolerance_for",
 ]
 
@@ -43,8 +40,8 @@ __all__ = [
 class TensorDifference:
     """``max_abs`` and ``mean_abs`` in the tensor's own unit; ``relative`` is ``max_abs`` over the reference's RMS.
 
-    ``sqnr_db``: signal to difference in decibels, infinite (None) when equal; ``bits``: the mantissa bits that a
-    rounding of this size leaves. ``where``: index of the largest difference; ``image``: on which image it was.
+    ``sqnr_db``: signal to difference in decibels, None (infinite) when equal. ``where``: index of the largest
+    difference; ``image``: the image that it is on.
     """
 
     max_abs: float
@@ -57,16 +54,16 @@ class TensorDifference:
 
     @property
     def bits(self) -> float:
-        """log2 of the signal over the difference (both RMS)."""
+        """Mantissa bits that a rounding of this size leaves: log2 of the signal over the difference (both RMS)."""
         return math.inf if self.sqnr_db is None else self.sqnr_db / (20 * math.log10(2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """What rounding alone may do: to a tensor, and to the detections.
+    """What rounding alone may do to a tensor, and to the detections.
 
-    ``relative``: largest difference over RMS. ``min_sqnr_db``: least signal to difference. ``min_match_rate``: least
-    share of detections that agree, in 0..1.
+    ``relative``: largest difference over RMS. ``min_sqnr_db``: lowest ratio of signal to difference.
+    ``min_match_rate``: lowest share of detections that agree, in 0..1.
     """
 
     relative: float
@@ -103,99 +100,34 @@ def tolerance_for(precision: Precision, compute: ComputeType) -> Tolerance:
 
 
 def measure_difference(
-    reference: NDArray[Any], candidate: NDArray[Any], *, image: str = "", least_rms: float = 0.0
+    reference: NDArray[Any], candidate: NDArray[Any], *, image: str = "", min_rms: float = 0.0
 ) -> TensorDifference:
-    """Compare two tensors of one shape; what is not finite in one alone counts as infinitely far.
+    """Compare two tensors of one shape; what is not finite in only one of them counts as infinitely far.
 
-    ``least_rms``: scale that ``relative`` uses at least, for tensors that are (nearly) all zero.
+    ``min_rms``: the smallest scale that ``relative`` and ``sqnr_db`` use, for tensors that are (nearly) all zero.
     """
     a, b = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
-    both = np.isfinite(a) & np.isfinite(b)
-    delta = np.where(both, np.abs(np.where(both, a, 0) - np.where(both, b, 0)), np.where(a == b, 0.0, np.inf))
+    finite = np.isfinite(a) & np.isfinite(b)
+    same = a == b  # before the values that are not finite are replaced: inf equals inf
+    a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+    delta = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
     worst = int(delta.argmax()) if delta.size else 0
-    a, b = np.where(both, a, 0), np.where(both, b, 0)
     signal, noise = float((a * a).sum()), float((delta * delta).sum())
-    rms = max(math.sqrt(signal / max(1, a.size)), least_rms, 1e-30)
     norms = math.sqrt(signal) * math.sqrt(float((b * b).sum()))
     largest = float(delta[worst]) if delta.size else 0.0
+    power = max(signal, min_rms**2 * a.size)
+    sqnr_db = None
+    if noise:
+        sqnr_db = -math.inf if power == 0 or math.isinf(noise) else 10 * math.log10(power / noise)
     return TensorDifference(
         max_abs=largest,
         mean_abs=float(delta.mean()) if delta.size else 0.0,
-        relative=largest / rms,
+        relative=largest / max(math.sqrt(signal / max(1, a.size)), min_rms, 1e-30),
         cosine=float(a @ b) / norms if norms else float(noise == 0),
-        sqnr_db=_sqnr(max(signal, least_rms**2 * a.size), noise),
+        sqnr_db=sqnr_db,
         where=tuple(int(i) for i in np.unravel_index(worst, reference.shape)) if delta.size else (),
         image=image,
     )
-
-
-def _sqnr(signal: float, noise: float) -> float | None:
-    if noise == 0:
-        return None
-    return -math.inf if signal == 0 or math.isinf(noise) else 10 * math.log10(signal / noise)
-
-
-# Name of each output of the raw tail, as people call it.
-HEAD_OUTPUTS: dict[str, str] = {"cls_logits": "class", "distances": "box", "centerness": "centerness"}
-
-
-@dataclass(frozen=True, slots=True)
-class LevelSlice:
-    """Where a pyramid level lies among the L locations: ``P3`` has stride 8."""
-
-    name: str
-    start: int
-    stop: int
-    rows: int
-    columns: int
-
-
-def level_slices(input_size: tuple[int, int], strides: tuple[int, ...]) -> list[LevelSlice]:
-    """The levels of a padded input (H, W), finest first."""
-    slices, start = [], 0
-    for (rows, columns), stride in zip(level_sizes(*input_size, strides=strides), strides, strict=True):
-        slices.append(LevelSlice(f"P{stride.bit_length() - 1}", start, start + rows * columns, rows, columns))
-        start += rows * columns
-    return slices
-
-
-def split_levels(outputs: Tensors, levels: Sequence[LevelSlice]) -> Iterator[tuple[LevelSlice, str, NDArray[Any]]]:
-    """(level, output name, (n, l, channels)) of the raw tail, in the order in which a network computes them."""
-    for level in levels:
-        for name in HEAD_OUTPUTS:
-            yield level, name, outputs[name][:, level.start : level.stop]
-
-
-def network_input(tensor: NDArray[Any], spec: PreprocessSpec) -> NDArray[np.float32]:
-    """What the first convolution sees of an input tensor (n, 3, H, W): normalised float32, whichever side does it."""
-    if spec.input_dtype is InputDtype.FLOAT32:
-        return tensor.astype(np.float32, copy=False)
-    mean, std = (np.array(v, np.float32).reshape(1, 3, 1, 1) for v in (spec.mean, spec.std))
-    normalized: NDArray[np.float32] = (tensor.astype(np.float32) / np.float32(spec.pixel_scale) - mean) / std
-    return normalized
-
-
-def decoded(outputs: Tensors, spec: DecodeSpec, *, index: int, input_size: tuple[int, int]) -> Candidates:
-    """The candidates of one image from the raw tail's outputs, before suppression."""
-    head = HeadOutputs(*(outputs[name][index] for name in HEAD_OUTPUTS))
-    return decode(head, spec, input_size=input_size)
-
-
-def same_candidates(first: Candidates, second: Candidates) -> bool:
-    """Whether two decodes of the same outputs gave exactly the same."""
-    return (
-        np.array_equal(first.channels, second.channels)
-        and np.array_equal(first.scores, second.scores)
-        and np.array_equal(first.boxes, second.boxes)
-    )
-
-
-def shows_head(contract: ModelContract) -> bool:
-    """Whether the head's outputs can be seen: behind the other tails they cannot."""
-    return contract.tail is Tail.RAW
-
-
-_PREPROCESS_TOLERANCE = Tolerance(relative=1e-4, min_sqnr_db=90.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,9 +140,12 @@ class StageResult:
     difference: TensorDifference | None = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SeenImage:
-    """Everything of one image that stages need: both detectors' tensors and detections."""
+    """One image through both detectors. ``pixels``: (h, w, 3) uint8 RGB.
+
+    ``candidate_outputs`` come from the reference's input tensor, ``candidate_detections`` from the candidate's own.
+    """
 
     name: str
     pixels: NDArray[np.uint8]
@@ -219,8 +154,8 @@ class SeenImage:
     reference_outputs: Tensors
     candidate_outputs: Tensors
     letterbox: Letterbox
-    reference_found: Detections
-    candidate_found: Detections
+    reference_detections: Detections
+    candidate_detections: Detections
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -228,83 +163,137 @@ class SeenImage:
         height, width = self.reference_feeds["images"].shape[2:]
         return int(height), int(width)
 
+    def finish(self, contract: ModelContract) -> Detections:
+        """The detections that ``contract`` makes of the reference's outputs."""
+        outputs, size = self.reference_outputs, self.input_size
+        return postprocess(outputs, contract, index=0, input_size=size, letterbox=self.letterbox)
+
+
+def network_input(tensor: NDArray[Any], spec: PreprocessSpec) -> NDArray[np.float32]:
+    """What the first convolution sees of an input tensor (n, 3, H, W): normalised float32, whichever side does it."""
+    if spec.input_dtype is InputDtype.FLOAT32:
+        return tensor.astype(np.float32, copy=False)
+    mean, std = (np.array(v, np.float32).reshape(1, 3, 1, 1) for v in (spec.mean, spec.std))
+    normalized: NDArray[np.float32] = (tensor.astype(np.float32) / np.float32(spec.pixel_scale) - mean) / std
+    return normalized
+
+
+def level_slices(input_size: tuple[int, int], strides: tuple[int, ...]) -> dict[str, slice]:
+    """Where each pyramid level lies among the L locations of a padded input (H, W); ``P3`` has stride 8."""
+    ends = np.cumsum([0, *(rows * columns for rows, columns in level_sizes(*input_size, strides=strides))]).tolist()
+    return {f"P{s.bit_length() - 1}": slice(a, b) for s, a, b in zip(strides, ends[:-1], ends[1:], strict=True)}
+
+
+# Outputs of the raw tail: how people call each one, and its unit.
+_HEAD_OUTPUTS = {
+    "cls_logits": ("class", "logits"),
+    "distances": ("box", "pixels"),
+    "centerness": ("centerness", "logits"),
+}
+
+
+def split_levels(outputs: Tensors, levels: dict[str, slice]) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """("P3 class", output name, (n, l, channels)) ... of the raw tail, in the order of computation."""
+    for level, where in levels.items():
+        for name, (kind, _) in _HEAD_OUTPUTS.items():
+            yield f"{level} {kind}", name, outputs[name][:, where]
+
+
+# Float arithmetic in another order moves a normalised pixel by a few units in the last place (1e-6), far below this.
+_PREPROCESS_TOLERANCE = Tolerance(relative=1e-4, min_sqnr_db=90.0)
+
 
 def preprocess_stage(seen: Sequence[SeenImage], reference: ModelContract, candidate: ModelContract) -> StageResult:
     """Whether both prepare the same input, as the first convolution sees it."""
     differences = []
     for image in seen:
-        mine = network_input(image.reference_feeds["images"], reference.preprocess)
-        theirs = network_input(image.candidate_feeds["images"], candidate.preprocess)
-        if mine.shape != theirs.shape:
-            detail = f"the input tensor of '{image.name}' is {_by(theirs.shape)}, the reference's {_by(mine.shape)}"
-            return StageResult(stage="preprocess", passed=False, detail=detail)
-        differences.append(measure_difference(mine, theirs, image=image.name))
+        expected = network_input(image.reference_feeds["images"], reference.preprocess)
+        tensor = network_input(image.candidate_feeds["images"], candidate.preprocess)
+        if expected.shape != tensor.shape:
+            shapes = f"is {_by(tensor.shape)}, the reference's {_by(expected.shape)}"
+            return StageResult(stage="preprocess", passed=False, detail=f"the input tensor of '{image.name}' {shapes}")
+        differences.append(measure_difference(expected, tensor, image=image.name))
     return _tensor_stage("preprocess", differences, tolerance=_PREPROCESS_TOLERANCE, unit="standard deviations")
 
 
 def head_stages(seen: Sequence[SeenImage], contract: ModelContract, *, tolerance: Tolerance) -> list[StageResult]:
     """Each level's class, box and centerness output, given the reference's input; ``contract`` is the reference's."""
-    found: dict[str, list[TensorDifference]] = {}
-    units = {"class": "logits", "box": "pixels", "centerness": "logits"}
+    differences: dict[str, list[TensorDifference]] = {}
+    units: dict[str, str] = {}
     for image in seen:
         if image.reference_outputs["cls_logits"].shape != image.candidate_outputs["cls_logits"].shape:
             shapes = [_by(o["cls_logits"].shape) for o in (image.candidate_outputs, image.reference_outputs)]
             detail = f"class logits of '{image.name}' are {shapes[0]}, the reference's {shapes[1]}"
             return [StageResult(stage="head", passed=False, detail=detail)]
         levels = level_slices(image.input_size, contract.decode.strides)
-        pairs = zip(
-            split_levels(image.reference_outputs, levels), split_levels(image.candidate_outputs, levels), strict=True
-        )
-        for (level, name, mine), (_, _, theirs) in pairs:
+        candidate = split_levels(image.candidate_outputs, levels)
+        for (stage, name, expected), (*_, values) in zip(
+            split_levels(image.reference_outputs, levels), candidate, strict=True
+        ):
             whole = image.reference_outputs[name].astype(np.float64)
             # A level without any activity must not turn rounding into a large relative difference.
-            least = 0.1 * float(np.sqrt((whole * whole).mean()))
-            difference = measure_difference(mine, theirs, image=image.name, least_rms=least)
-            found.setdefault(f"{level.name} {HEAD_OUTPUTS[name]}", []).append(difference)
-    return [
-        _tensor_stage(stage, differences, tolerance=tolerance, unit=units[stage.partition(" ")[2]])
-        for stage, differences in found.items()
-    ]
+            floor = 0.1 * float(np.sqrt((whole * whole).mean()))
+            difference = measure_difference(expected, values, image=image.name, min_rms=floor)
+            differences.setdefault(stage, []).append(difference)
+            units[stage] = _HEAD_OUTPUTS[name][1]
+    return [_tensor_stage(stage, d, tolerance=tolerance, unit=units[stage]) for stage, d in differences.items()]
 
 
 def _tensor_stage(
     stage: str, differences: Sequence[TensorDifference], *, tolerance: Tolerance, unit: str
 ) -> StageResult:
     worst = max(differences, key=lambda d: (not tolerance.holds(d), d.relative))
-    passed = all(tolerance.holds(d) for d in differences)
     sqnr = "equal" if worst.sqnr_db is None else f"SQNR {worst.sqnr_db:.1f} dB"
     detail = (
         f"max {worst.max_abs:.3g} {unit} ({worst.relative:.2g} of the RMS) at {list(worst.where)} of '{worst.image}', "
         f"mean {worst.mean_abs:.3g}, cosine {worst.cosine:.6f}, {sqnr}"
     )
-    return StageResult(stage=stage, passed=passed, detail=detail, difference=worst)
+    return StageResult(stage=stage, passed=tolerance.holds(worst), detail=detail, difference=worst)
 
 
 def host_stages(seen: Sequence[SeenImage], reference: ModelContract, candidate: ModelContract) -> list[StageResult]:
-    """Decode and suppression of the candidate's contract on the reference's outputs."""
-    mine, theirs = reference.decode, candidate.decode
-    parts = [
-        (decoded(i.reference_outputs, spec, index=0, input_size=i.input_size))
-        for i in seen
-        for spec in (mine, replace(theirs, strides=mine.strides))
+    """Decoding and suppression by the candidate's contract, on the reference's outputs."""
+    stated = _stated_otherwise(reference, candidate)
+    spec = replace(candidate.decode, strides=reference.decode.strides)
+    decoded = [i.name for i in seen if not _same_candidates(_decode(i, reference.decode), _decode(i, spec))]
+    changed = replace(reference, decode=_suppression_of(candidate.decode, onto=reference.decode))
+    finished = [i.name for i in seen if not _same_detections(i.finish(reference), i.finish(changed))]
+    return [
+        StageResult(stage="decode", passed=False, detail=f"the {stated} differ")
+        if stated
+        else _host_stage("decode", decoded, count=len(seen)),
+        _host_stage("nms", finished, count=len(seen)),
     ]
-    different = [i.name for i, a, b in zip(seen, parts[::2], parts[1::2], strict=True) if not same_candidates(a, b)]
-    stages = [_stated_otherwise(reference, candidate) or _host_stage("decode", different, count=len(seen))]
-    changed = replace(reference, decode=suppression_of(theirs, onto=mine))
-    different = [i.name for i in seen if not _same_detections(_finished(i, reference), _finished(i, changed))]
-    return [*stages, _host_stage("nms", different, count=len(seen))]
 
 
-def _stated_otherwise(reference: ModelContract, candidate: ModelContract) -> StageResult | None:
-    """What two contracts say of the outputs and no number shows: names of the classes, strides of the levels."""
-    for what, mine, theirs in (
-        ("strides of the levels", reference.decode.strides, candidate.decode.strides),
-        ("labels of the class channels", reference.decode.label_map, candidate.decode.label_map),
-        ("class names", reference.class_names, candidate.class_names),
-    ):
-        if mine != theirs:
-            return StageResult(stage="decode", passed=False, detail=f"the {what} differ")
-    return None
+def _stated_otherwise(reference: ModelContract, candidate: ModelContract) -> str:
+    """What two contracts say of the outputs and no number shows."""
+    pairs = {
+        "strides of the levels": (reference.decode.strides, candidate.decode.strides),
+        "labels of the class channels": (reference.decode.label_map, candidate.decode.label_map),
+        "class names": (reference.class_names, candidate.class_names),
+    }
+    return next((what for what, (a, b) in pairs.items() if a != b), "")
+
+
+def _decode(image: SeenImage, spec: DecodeSpec) -> Candidates:
+    head = HeadOutputs(*(image.reference_outputs[name][0] for name in _HEAD_OUTPUTS))
+    return decode(head, spec, input_size=image.input_size)
+
+
+def _same_candidates(first: Candidates, second: Candidates) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in ("channels", "scores", "boxes"))
+
+
+def _same_detections(first: Detections, second: Detections) -> bool:
+    return np.array_equal(first.boxes, second.boxes) and np.array_equal(first.labels, second.labels)
+
+
+def _suppression_of(spec: DecodeSpec, *, onto: DecodeSpec) -> DecodeSpec:
+    """``onto`` with everything from ``spec`` that acts after decoding: clipping, overlap, limits."""
+    after = ("clip", "nms_space", "box_filter", "iou_offset", "keep_ties", "sort_by_score")
+    profile = replace(onto.profile, **{name: getattr(spec.profile, name) for name in after})
+    return replace(onto, profile=profile, iou_threshold=spec.iou_threshold, max_detections=spec.max_detections)
 
 
 def _host_stage(stage: str, different: Sequence[str], *, count: int) -> StageResult:
@@ -315,29 +304,14 @@ def _host_stage(stage: str, different: Sequence[str], *, count: int) -> StageRes
     return StageResult(stage=stage, passed=not different, detail=detail)
 
 
-def suppression_of(spec: DecodeSpec, *, onto: DecodeSpec) -> DecodeSpec:
-    """``onto`` with everything from ``spec`` that acts after decoding: clipping, overlap, limits."""
-    theirs = spec.profile
-    profile = replace(
-        onto.profile,
-        clip=theirs.clip,
-        nms_space=theirs.nms_space,
-        box_filter=theirs.box_filter,
-        iou_offset=theirs.iou_offset,
-        keep_ties=theirs.keep_ties,
-        sort_by_score=theirs.sort_by_score,
+def detections_stage(agreement: DetectionAgreement, *, tolerance: Tolerance) -> StageResult:
+    """The final detections of the two, each from its own input."""
+    detail = (
+        f"{agreement.match_rate:.1%} agree ({agreement.missed} missed, {agreement.extra} extra of "
+        f"{agreement.reference}), boxes within {agreement.box_delta_px.max_abs:.3g} pixels, "
+        f"scores within {agreement.score_delta.max_abs:.3g}"
     )
-    return replace(onto, profile=profile, iou_threshold=spec.iou_threshold, max_detections=spec.max_detections)
-
-
-def _finished(image: SeenImage, contract: ModelContract) -> Detections:
-    return postprocess(
-        image.reference_outputs, contract, index=0, input_size=image.input_size, letterbox=image.letterbox
-    )
-
-
-def _same_detections(first: Detections, second: Detections) -> bool:
-    return np.array_equal(first.boxes, second.boxes) and np.array_equal(first.labels, second.labels)
+    return StageResult(stage="detections", passed=agreement.match_rate >= tolerance.min_match_rate, detail=detail)
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fcos_deploy.accuracy.dataset import folder_images
 from fcos_deploy.accuracy.layers import LayerFinding, OnnxLayers, first_diverging_layer
-from fcos_deploy.accuracy.parity import ParityImage, ParityOptions, ParityReport, compare_stages
+from fcos_deploy.accuracy.parity import ParityImage, ParityReport, compare_stages
 from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
 from fcos_deploy.core.backend import ComputeType, SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -63,7 +63,7 @@ def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) 
                 reference,
                 candidate,
                 pictures,
-                options=ParityOptions(tolerance=request.tolerance),
+                tolerance=request.tolerance,
                 network=loaded.model,
                 progress=progress,
             )
@@ -94,7 +94,7 @@ def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) ->
         reference = OnnxLayers(path, options=SessionOptions(threads=options.threads))
         other = OnnxLayers(model, backend=backend, options=options)
         tolerance = request.tolerance or tolerance_for(precision, options.compute)
-        return first_diverging_layer(reference, other, (feeds, feeds), tolerance=tolerance, progress=progress)
+        return first_diverging_layer(reference, other, feeds, tolerance=tolerance, progress=progress)
 
 
 def _load_like(request: ParityRequest, candidate: ModelContract) -> LoadedCheckpoint:

@@ -127,7 +127,7 @@ def layer(right: Path, candidate: Path) -> LayerFinding:
         feeds, _ = detector.prepare([next(iter(sorted(IMAGES.glob("*.jpg"))))])
     tolerance = tolerance_for(Precision.FP32, ComputeType.F32)
     sources = [OnnxLayers(path, options=ONE_THREAD) for path in (right, candidate)]
-    found = first_diverging_layer(*sources, (feeds, feeds), tolerance=tolerance)
+    found = first_diverging_layer(*sources, feeds, tolerance=tolerance)
     assert found is not None
     return found
 

@@ -12,7 +12,7 @@ from fcos_deploy.accuracy.diagnosis import (
     class_causes,
     explained,
     level_causes,
-    picture_place_causes,
+    padding_causes,
     pixel_causes,
     shifted,
 )
@@ -58,12 +58,12 @@ def test_rounding_shows_its_bits_and_is_tolerated_by_its_own_type_only(bits: int
 
 def test_levels_are_named_after_their_stride() -> None:
     levels = level_slices((256, 320), (8, 16, 32, 64, 128))
-    assert [level.name for level in levels] == ["P3", "P4", "P5", "P6", "P7"]
-    assert (levels[1].start, levels[1].stop, levels[1].rows, levels[1].columns) == (1280, 1600, 16, 20)
-    assert levels[-1].stop == 1280 + 320 + 80 + 20 + 6
+    assert list(levels) == ["P3", "P4", "P5", "P6", "P7"]
+    assert levels["P4"] == slice(1280, 1280 + 16 * 20)
+    assert levels["P7"].stop == 1280 + 320 + 80 + 20 + 6
 
 
-def picture() -> np.ndarray:
+def smooth_image() -> np.ndarray:
     rng = np.random.default_rng(3)
     coarse = rng.standard_normal((3, 8, 10)).astype(np.float32)
     smooth = np.stack([shifted(np.kron(c, np.ones((8, 8), np.float32))[None], 0.5, 0.5)[0] for c in coarse])
@@ -73,7 +73,7 @@ def picture() -> np.ndarray:
 
 
 def test_pixel_causes_are_told_apart() -> None:
-    image = picture()
+    image = smooth_image()
     swapped = pixel_causes(image, np.ascontiguousarray(image[::-1]))
     assert swapped[0].name == "channel-order"
     assert swapped[0].explained > 0.999
@@ -81,33 +81,37 @@ def test_pixel_causes_are_told_apart() -> None:
     assert brighter[0].name == "normalisation"
     moved = pixel_causes(image, shifted(image, 0.5, -0.5))
     assert moved[0].name == "shift"
-    assert "+0.50 pixels to the right and -0.50 down" in moved[0].sentence
+    assert "+0.5 pixels to the right and -0.5 down" in moved[0].sentence
 
 
 def test_noise_has_no_cause() -> None:
-    image = picture()
+    image = smooth_image()
     assert pixel_causes(image, image + np.random.default_rng(0).normal(0, 0.1, image.shape).astype(np.float32)) == []
 
 
-def test_swapped_levels_are_found() -> None:
+def test_swapped_and_reversed_levels_are_found() -> None:
     levels = level_slices((64, 64), (8, 16, 32))
     rng = np.random.default_rng(0)
-    mine = {"cls_logits": rng.standard_normal((1, levels[-1].stop, 2))}
-    order = np.concatenate([np.arange(levels[i].start, levels[i].stop) for i in (0, 2, 1)])
-    (cause,) = level_causes(mine, {"cls_logits": mine["cls_logits"][:, order]}, levels)
-    assert cause.sentence == "the levels P5 and P4 are swapped"
-    assert level_causes(mine, {"cls_logits": rng.standard_normal((1, levels[-1].stop, 2))}, levels) == []
+    logits = rng.standard_normal((1, levels["P5"].stop, 2))
+    for order, sentence in {
+        ("P3", "P5", "P4"): "the levels P5 and P4 are swapped",
+        ("P5", "P4", "P3"): "the levels come coarsest first",
+    }.items():
+        moved = np.concatenate([logits[:, levels[name]] for name in order], axis=1)
+        (cause,) = level_causes({"cls_logits": logits}, {"cls_logits": moved}, levels)
+        assert cause.sentence == sentence
+    assert level_causes({"cls_logits": logits}, {"cls_logits": rng.standard_normal(logits.shape)}, levels) == []
 
 
-def test_a_picture_on_another_side_of_its_canvas() -> None:
+def test_an_image_on_another_side_of_its_canvas() -> None:
     canvas = np.zeros((3, 96, 128), np.float32)
-    mine, theirs = canvas.copy(), canvas.copy()
-    mine[:, :64, :80] = picture()
-    theirs[:, 32:, 24:104] = picture()
-    (cause,) = picture_place_causes(mine, theirs)
-    assert cause.sentence == "the picture lies +24 pixels to the right and +32 down: it is padded on another side"
+    reference, candidate = canvas.copy(), canvas.copy()
+    reference[:, :64, :80] = smooth_image()
+    candidate[:, 32:, 24:104] = smooth_image()
+    (cause,) = padding_causes(reference, candidate, size=(64, 80))
+    assert cause.sentence == "the image lies +24 pixels to the right and +32 down: it is padded on another side"
     assert cause.explained > 0.99
-    assert picture_place_causes(mine, mine) == []
+    assert padding_causes(reference, reference, size=(64, 80)) == []
 
 
 def test_classes_in_another_order() -> None:
@@ -120,7 +124,7 @@ def test_classes_in_another_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "sentence"),
+    ("reference", "candidate", "sentence"),
     [
         (Layer("x", "Relu"), Layer("x", "Exp"), "x: the operator is Exp in place of Relu"),
         (Layer("x", "Conv", {"pads": "1"}), Layer("x", "Conv", {"pads": "0"}), "x: pads is 0 in place of 1"),
@@ -136,8 +140,8 @@ def test_classes_in_another_order() -> None:
         ),
     ],
 )
-def test_a_layer_says_what_differs(mine: Layer, theirs: Layer, sentence: str) -> None:
-    assert layer_causes(mine, theirs, measure_difference(np.ones(3), np.zeros(3)))[0].sentence == sentence
+def test_a_layer_says_what_differs(reference: Layer, candidate: Layer, sentence: str) -> None:
+    assert layer_causes(reference, candidate, measure_difference(np.ones(3), np.zeros(3)))[0].sentence == sentence
 
 
 def test_weights_that_the_graph_computes_are_not_missing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError
 from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.preprocess import ChannelOrder, PreprocessSpec, preprocess
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -292,7 +292,7 @@ def verify_bundle(
         seconds=round(time.perf_counter() - started, 3),
         session=dict(session),
         machine=_machine_text(machine),
-        versions=_versions(),
+        versions=library_versions("fcos-deploy", "numpy", "opencv-python-headless", "pillow"),
         fallbacks=fallbacks,
         signed_by=signed_by,
     )
@@ -366,14 +366,3 @@ def _machine_text(machine: MachineFacts) -> dict[str, str]:
         "cuda_driver": machine.cuda_driver,
     }
     return {name: text for name, text in texts.items() if text}
-
-
-def _versions() -> dict[str, str]:
-    names = ("fcos-deploy", "numpy", "opencv-python-headless", "pillow")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # A system package without metadata, as on a Jetson.
-    return found

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
 import re
 from types import ModuleType
 from typing import Any
 
 from fcos_deploy.core.errors import ConfigError, MissingDependencyError
 
-__all__ = ["lazy_import", "parse_version", "require"]
+__all__ = ["lazy_import", "library_versions", "parse_version", "require"]
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -19,6 +19,17 @@ def parse_version(text: str) -> tuple[int, ...]:
     if match is None:
         raise ConfigError(f"'{text}' is not a version number.")
     return tuple(int(part) for part in match.group().split("."))
+
+
+def library_versions(*distributions: str) -> dict[str, str]:
+    """Versions of those that are installed, in this order; a system package without metadata (Jetson) is left out."""
+    versions = {}
+    for name in distributions:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def require(module: str, *, extra: str = "") -> ModuleType:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.boxes import box_iou
+
 __all__ = ["Suppression", "best_first", "best_of_groups", "suppress"]
 
 _LOW = np.uint64(0xFFFFFFFF)
@@ -55,8 +57,6 @@ _MARGIN = 1e-5
 
 # With fewer than one pair in this many of the same class, the pairs are listed before their overlaps are measured.
 _DENSE = 8
-
-_TINY = 1e-300  # Keeps 0 / 0, the overlap of boxes without area, at 0.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +120,10 @@ def _overlapping_pairs(
     loser += settled
     before = winner < loser
     winner, loser = winner[before], loser[before]
-    exact = _overlap(boxes, winner, loser, rule=rule)
-    return winner[exact], loser[exact]
+    corners = boxes.T.astype(np.float64)  # (4, m): each row contiguous
+    iou = box_iou(corners.take(winner, axis=1).T, corners.take(loser, axis=1).T, offset=rule.iou_offset)
+    over = iou > rule.iou_threshold
+    return winner[over], loser[over]
 
 
 def _may_overlap(boxes: NDArray[np.float32], *, settled: int, rule: Suppression) -> NDArray[np.bool_]:
@@ -148,18 +150,3 @@ def _common(
     if offset:
         common += offset
     return common
-
-
-def _overlap(
-    boxes: NDArray[np.float32], first: NDArray[np.intp], second: NDArray[np.intp], *, rule: Suppression
-) -> NDArray[np.bool_]:
-    """Whether pairs of boxes have IoU > threshold, in float64; boxes without area overlap nothing."""
-    corners = boxes.T.astype(np.float64)  # (4, m), each row contiguous
-    width, height = corners[2:] - corners[:2] + rule.iou_offset
-    areas = width * height
-    one, other = corners.take(first, axis=1), corners.take(second, axis=1)
-    sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]) + rule.iou_offset
-    np.maximum(sides, 0, out=sides)
-    inter = sides[0] * sides[1]
-    overlaps: NDArray[np.bool_] = inter / np.maximum(areas[first] + areas[second] - inter, _TINY) > rule.iou_threshold
-    return overlaps

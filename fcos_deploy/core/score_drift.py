@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.boxes import pairwise_iou
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 
@@ -99,7 +100,7 @@ def _of_class(found: Detections, label: int) -> Detections:
 
 def _matched_scores(one: Detections, other: Detections) -> NDArray[np.float64]:
     """(m, 2) scores of the same objects: each of ``one``, best first, takes the most overlapping one that is left."""
-    overlaps = _iou(one.boxes, other.boxes)
+    overlaps = pairwise_iou(one.boxes, other.boxes)
     pairs = []
     for row in range(len(overlaps)):
         if not overlaps.shape[1]:
@@ -109,15 +110,6 @@ def _matched_scores(one: Detections, other: Detections) -> NDArray[np.float64]:
             pairs.append((one.scores[row], other.scores[column]))
             overlaps[:, column] = -1.0
     return np.array(pairs, np.float64).reshape(-1, 2)
-
-
-def _iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    inside = np.clip(high - low, 0, None).prod(2).astype(np.float64)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1).astype(np.float64) for boxes in (a, b)]
-    union = areas[0][:, None] + areas[1][None, :] - inside
-    shares: NDArray[np.float64] = inside / np.maximum(union, 1e-9)
-    return shares
 
 
 def equivalent_threshold(reference: NDArray[np.float32], quantized: NDArray[np.float32], *, threshold: float) -> float:

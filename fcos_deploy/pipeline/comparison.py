@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, run_benchmark
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant
@@ -98,7 +98,7 @@ def comparison_report(comparison: Comparison, *, title: str, command: str = "") 
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         files=tuple(map(_report_file, dict.fromkeys(models))),
         machine=comparison.benchmark.machine if comparison.benchmark else None,
-        versions=_versions(),
+        versions=library_versions(*_TOOLS),
         command=command,
     )
 
@@ -115,10 +115,3 @@ def _report_file(path: Path) -> ReportFile:
     hashed = path / "manifest.json" if path.is_dir() else path
     kind = "bundle (hash of its manifest)" if path.is_dir() else path.suffix.lstrip(".")
     return ReportFile(path=path.name, kind=kind, sha256=sha256_file(hashed), size=model_bytes(path))
-
-
-def _versions() -> dict[str, str]:
-    installed = {
-        d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
-    }
-    return {name: installed[name] for name in _TOOLS if name in installed}

@@ -24,6 +24,7 @@ from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest
 from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.model_files import engine_file, graph_file
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import get_backend, get_exporter
@@ -176,7 +177,7 @@ def export(
             precision=precision,
             parent=context.contract.source_sha256,
             config={"tail": str(tail), "opset": str(exported.opset), "nodes": str(exported.nodes), **checks},
-            tools=_versions("torch", "onnx", "onnxscript", "onnxsim"),
+            tools=library_versions("torch", "onnx", "onnxscript", "onnxsim"),
         )
         return StepOutput(artifacts=(draft,))
 
@@ -185,7 +186,7 @@ def export(
         "contract": contract_to_text(context.contract),
         "opset": str(opset),
         "nms_form": str(nms_form),
-        **_versions("torch", "onnx", "onnxsim"),
+        **librarylibrary_versions("torch", "onnx", "onnxsim"),
     }
     step = context.writer.step(f"export-{precision}-{tail}", inputs=inputs, make=make)
     return Graph(step.artifacts[0], step.path(name), tail)
@@ -254,7 +255,7 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
             parent=source.artifact.sha256,
             placement=policy.name,
             config=dict(quantized.record),
-            tools=_versions("onnx"),
+            tools=library_versions("onnx"),
         )
         return StepOutput(artifacts=(draft,))
 
@@ -335,15 +336,3 @@ def make_for_device(context: DeployContext, plan: Plan) -> None:
         graph = quantize(context, graph, calibrated=calibrate(context, graph), consumer=plan.placement)
     if any(a.where == "here" and a.kind is not ArtifactKind.ONNX for a in plan.artifacts):
         build(context, graph, backend=plan.backend, options=plan.options)
-
-
-def _versions(*distributions: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in distributions:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

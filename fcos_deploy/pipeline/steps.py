@@ -186,7 +186,7 @@ def export(
         "contract": contract_to_text(context.contract),
         "opset": str(opset),
         "nms_form": str(nms_form),
-        **librarylibrary_versions("torch", "onnx", "onnxsim"),
+        **library_versions("torch", "onnx", "onnxsim"),
     }
     step = context.writer.step(f"export-{precision}-{tail}", inputs=inputs, make=make)
     return Graph(step.artifacts[0], step.path(name), tail)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.coco_file import read_coco
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.files import sha256_file
@@ -131,7 +131,7 @@ def collect_images(
     options = options or SampleOptions()
     files = find_images(source)
     coco = annotations or (source if source.suffix == ".json" else None)
-    labels, categories = _read_coco(coco) if coco else ({}, {})
+    labels, categories = _read_objects(coco) if coco else ({}, {})
     strata = {name: _stratum(name, labels.get(name)) for name in files}
     chosen = sorted(_stratified(strata, count=options.limit, seed=options.seed))
     if len(chosen) < options.minimum:
@@ -188,23 +188,20 @@ def _hash(path: Path) -> str:
         raise CalibrationError(f"Cannot read the calibration image '{path}': {reason}.") from error
 
 
-def _read_coco(path: Path) -> tuple[dict[str, tuple[Box, ...]], dict[int, str]]:
+def _read_objects(path: Path) -> tuple[dict[str, tuple[Box, ...]], dict[int, str]]:
     """Objects by image name, and class names by category."""
     try:
-        content = parse_json(path.read_bytes())
-        entries = {entry["id"]: entry for entry in content["images"]}
-        found: dict[str, list[Box]] = {entry["file_name"]: [] for entry in content["images"]}
-        for item in content["annotations"]:
-            image = entries[item["image_id"]]
-            side = float(max(item["bbox"][2:]))
-            if not math.isfinite(side):
-                raise ValueError(f"the bbox {item['bbox']}")
-            box = Box(int(item["category_id"]), side, int(image["height"]), int(image["width"]))
-            found[image["file_name"]].append(box)
-        categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CalibrationError(f"'{path}' is not a COCO annotation file: {error!r}.") from error
-    return {name: tuple(items) for name, items in found.items()}, categories
+        coco = read_coco(path)
+    except ConfigError as error:
+        raise CalibrationError(error.message, hint=error.hint) from error
+    images = {image.image_id: image for image in coco.images}
+    boxes: dict[str, list[Box]] = {image.name: [] for image in coco.images}
+    for item in coco.objects:
+        image = images[item.image_id]
+        if image.size is None:
+            raise CalibrationError(f"'{path}' does not give the height and width of '{image.name}'.")
+        boxes[image.name].append(Box(item.category_id, max(item.box[2:]), *image.size))
+    return {name: tuple(items) for name, items in boxes.items()}, coco.categories
 
 
 def _stratum(name: str, items: tuple[Box, ...] | None) -> str:

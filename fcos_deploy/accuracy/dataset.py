@@ -1,20 +1,18 @@
-"""Evaluation images, and the boxes that are true on them."""
+"""Evaluation images and their ground truth, from COCO annotations or from a reference's detections."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.coco_file import CocoObject, read_coco
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.image import list_images
-from fcos_deploy.core.serialize import parse_json
 
 __all__ = [
     "Dataset",
@@ -26,12 +24,12 @@ __all__ = [
     "load_coco",
 ]
 
-_NAMED = 5  # how many file or class names an error spells out
+_SPELLED_OUT = 5  # how many file or class names an error spells out
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationImage:
-    """One image: its number in the annotations, and where it lies."""
+    """One image: its id in the annotations, and its file."""
 
     image_id: int
     path: Path
@@ -39,7 +37,7 @@ class EvaluationImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroundTruth:
-    """What is true of one image.
+    """The objects of one image.
 
     boxes: (n, 4) float64 xyxy, image pixels. classes: (n,) int64, positions in ``Dataset.class_names``.
     areas: (n,) float64, square pixels (of the object, which decides whether it is small, medium or large).
@@ -54,7 +52,7 @@ class GroundTruth:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """Images in the order of their numbers, what is true of each, and the names of the classes.
+    """Images in the order of their ids, the ground truth by image id, and the names of the classes.
 
     ``source`` says where the ground truth comes from: a file of annotations, or another model.
     """
@@ -67,8 +65,7 @@ class Dataset:
     def first(self, count: int | None) -> Dataset:
         """The same data, cut to the first ``count`` images; None keeps all."""
         images = self.images[:count]
-        ground_truth = {image.image_id: self.ground_truth[image.image_id] for image in images}
-        return Dataset(images, ground_truth, self.class_names, self.source)
+        return replace(self, images=images, ground_truth={i.image_id: self.ground_truth[i.image_id] for i in images})
 
 
 def load_coco(annotations: Path, *, images: Path) -> Dataset:
@@ -79,19 +76,38 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
     Raises:
         ConfigError: the file is not one of COCO annotations, contradicts itself, or names images that are not there.
     """
-    content = _read_json(annotations)
-    try:
-        names = _category_names(content["categories"], where=annotations)
-        entries = sorted(content["images"], key=lambda entry: int(entry["id"]))
-        records = tuple(EvaluationImage(int(e["id"]), images / str(e["file_name"])) for e in entries)
-        ground_truth = _collect_ground_truth(content["annotations"], records, names=names)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    coco = read_coco(annotations)
+    records = tuple(EvaluationImage(image.image_id, images / image.name) for image in coco.images)
+    missing = [record.path.name for record in records if not _exists(record.path)]
+    if missing:
         raise ConfigError(
-            f"'{annotations}' is not a complete file of COCO annotations: {type(error).__name__} {error}.",
-            hint="it needs 'images' (id, file_name), 'annotations' (image_id, category_id, bbox) and 'categories'",
-        ) from error
-    _check_images(records, annotations=annotations, folder=images)
-    return Dataset(records, ground_truth, tuple(name for _, name in sorted(names.items())), str(annotations))
+            f"{len(missing)} of the {len(records)} images of '{annotations}' are not in '{images}': {_some(missing)}.",
+            hint="give the folder that holds them with --images",
+        )
+    positions = {category: position for position, category in enumerate(sorted(coco.categories))}
+    objects: dict[int, list[CocoObject]] = {record.image_id: [] for record in records}
+    for item in coco.objects:
+        objects[item.image_id].append(item)
+    ground_truth = {image_id: _ground_truth(items, positions) for image_id, items in objects.items()}
+    return Dataset(records, ground_truth, tuple(coco.categories[c] for c in positions), str(annotations))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # A name that no file can have.
+        return False
+
+
+def _ground_truth(items: Sequence[CocoObject], positions: Mapping[int, int]) -> GroundTruth:
+    boxes = np.array([item.box for item in items], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]  # x, y, width, height -> xyxy
+    return GroundTruth(
+        boxes,
+        classes=np.array([positions[item.category_id] for item in items], np.int64),
+        areas=np.array([item.area for item in items], np.float64),
+        crowd=np.array([item.crowd for item in items], np.bool_),
+    )
 
 
 def folder_images(folder: Path) -> tuple[EvaluationImage, ...]:
@@ -118,13 +134,18 @@ def ground_truth_from_detections(
     Raises:
         ConfigError: when nothing was detected, so that there is nothing to agree with.
     """
-    kept = {number: found.above(min_score) for number, found in detections.items()}
-    if not any(len(found) for found in kept.values()):
+    kept = {number: objects.above(min_score) for number, objects in detections.items()}
+    if not any(len(objects) for objects in kept.values()):
         raise ConfigError(
             f"The reference finds nothing with a score of at least {min_score} on these {len(images)} images.",
             hint="give images that show the objects, or a lower --reference-score",
         )
-    return Dataset(tuple(images), {n: _detections_ground_truth(d) for n, d in kept.items()}, class_names, source)
+    ground_truth = {}
+    for number, objects in kept.items():
+        boxes = objects.boxes.astype(np.float64)
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        ground_truth[number] = GroundTruth(boxes, objects.labels, areas, np.zeros(len(objects), np.bool_))
+    return Dataset(tuple(images), ground_truth, class_names, source)
 
 
 def label_index(model_names: tuple[str, ...], dataset: Dataset) -> NDArray[np.int64]:
@@ -153,74 +174,6 @@ def _plain(name: str) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    names = [f"'{name}'" for name in names]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read the annotations '{path}': {error}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"'{path}' is not a file of COCO annotations: it holds a {type(content).__name__}.")
-    return content
-
-
-def _category_names(categories: list[dict[str, Any]], *, where: Path) -> dict[int, str]:
-    names = {int(c["id"]): str(c["name"]) for c in categories}
-    if len({_plain(name) for name in names.values()}) < len(categories) or not names:
-        raise ConfigError(f"The categories of '{where}' must have different ids and names, and be at least one.")
-    return names
-
-
-def _collect_ground_truth(
-    annotations: list[dict[str, Any]], images: Sequence[EvaluationImage], *, names: Mapping[int, str]
-) -> dict[int, GroundTruth]:
-    position = {category: index for index, category in enumerate(sorted(names))}
-    rows: dict[int, list[tuple[list[float], int, float, bool]]] = {image.image_id: [] for image in images}
-    if len(rows) < len(images):
-        raise ValueError("two images have the same id")
-    for annotation in annotations:
-        x, y, width, height = (float(v) for v in annotation["bbox"])
-        area = float(annotation.get("area", width * height))
-        crowd = bool(annotation.get("iscrowd", 0))
-        box = [x, y, x + width, y + height]
-        if not all(map(math.isfinite, (*box, area))) or width < 0 or height < 0:
-            raise ValueError(f"the bbox {annotation['bbox']} with area {area} is none (x, y, width, height)")
-        rows[int(annotation["image_id"])].append((box, position[int(annotation["category_id"])], area, crowd))
-    return {image_id: _ground_truth(found) for image_id, found in rows.items()}
-
-
-def _ground_truth(rows: list[tuple[list[float], int, float, bool]]) -> GroundTruth:
-    return GroundTruth(
-        np.array([r[0] for r in rows], np.float64).reshape(-1, 4),
-        np.array([r[1] for r in rows], np.int64),
-        np.array([r[2] for r in rows], np.float64),
-        np.array([r[3] for r in rows], np.bool_),
-    )
-
-
-def _detections_ground_truth(found: Detections) -> GroundTruth:
-    boxes = found.boxes.astype(np.float64)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    return GroundTruth(boxes, found.labels.astype(np.int64), areas, np.zeros(len(found), np.bool_))
-
-
-def _check_images(images: Sequence[EvaluationImage], *, annotations: Path, folder: Path) -> None:
-    if not images:
-        raise ConfigError(f"'{annotations}' has no images.")
-    missing = [image.path.name for image in images if not _is_there(image.path)]
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of the {len(images)} images of '{annotations}' are not in '{folder}': {_some(missing)}.",
-            hint="give the folder that holds them with --images",
-        )
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # A name that no file can have.
-        return False
+    quoted = [f"'{name}'" for name in names]
+    more = f" and {len(quoted) - _SPELLED_OUT} more" if len(quoted) > _SPELLED_OUT else ""
+    return ", ".join(quoted[:_SPELLED_OUT]) + more

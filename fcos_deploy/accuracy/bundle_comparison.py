@@ -14,8 +14,7 @@ from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, compare_detections
 from fcos_deploy.bundle.golden import read_golden_image
-from fcos_deploy.bundle.manifest import Manifest
-from fcos_deploy.bundle.records import AccuracyFigure, BenchmarkFigure
+from fcos_deploy.bundle.manifest import AccuracyFigure, BenchmarkFigure, Manifest
 from fcos_deploy.bundle.selection import select_artifact
 from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle
 from fcos_deploy.core.detections import Detections

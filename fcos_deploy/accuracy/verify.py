@@ -17,7 +17,7 @@ from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.matching import MatchOptions, match_detections
 from fcos_deploy.bundle.golden import GoldenImage, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
-from fcos_deploy.bundle.preflight import Fallback, choose
+from fcos_deploy.bundle.preflight import Fallback, select_runnable
 from fcos_deploy.bundle.selection import Selection, select_artifact
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.backend import SessionOptions
@@ -303,7 +303,7 @@ def _select(bundle: Bundle, options: VerifyOptions, machine: MachineFacts) -> tu
     if options.server:
         precisions = (options.precision,) if options.precision else ()
         return select_artifact(bundle, backend=options.backend, precisions=precisions), ()
-    return choose(
+    return select_runnable(
         bundle,
         backend=options.backend,
         precision=options.precision,

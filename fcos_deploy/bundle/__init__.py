@@ -1,14 +1,14 @@
 """The bundle: a detector, the contract around it and the proof, in one folder that can be trusted."""
 
 from fcos_deploy.bundle.golden import GoldenImage, make_golden
-from fcos_deploy.bundle.manifest import Manifest
-from fcos_deploy.bundle.records import (
+from fcos_deploy.bundle.manifest import (
     DEFAULT_GATES,
     AccuracyFigure,
     Artifact,
     BenchmarkFigure,
     CalibrationRecord,
     FileRecord,
+    Manifest,
     Provenance,
     Requirements,
     RunDefaults,

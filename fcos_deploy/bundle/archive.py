@@ -6,7 +6,7 @@ import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from fcos_deploy.bundle.records import check_relative_path
+from fcos_deploy.bundle.manifest import check_relative_path
 from fcos_deploy.core.errors import BundleError
 from fcos_deploy.core.files import atomic_file
 

@@ -1,4 +1,4 @@
-"""Golden images: the pictures whose detections a bundle promises on every machine."""
+"""Golden images: the images whose detections a bundle promises on every machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.bundle.records import check_relative_path
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import BundleError, ImageError
-from fcos_deploy.core.libraries import require
-from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec
+from fcos_deploy.core.image import read_image
+from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec, preprocess
 
 __all__ = [
-    "GOLDEN_FOLDER",
     "GoldenDetections",
     "GoldenImage",
     "TensorFingerprint",
@@ -30,8 +29,10 @@ __all__ = [
     "read_golden_image",
 ]
 
-GOLDEN_FOLDER = "golden"
-_GRID = 8  # cells per side of the numeric summary
+cv2 = lazy_import("cv2")
+
+_FOLDER = "golden"
+_GRID = 8  # cells per side of a fingerprint
 _MAX_PIXELS = 50_000_000
 _PNG_HEADER = struct.Struct(">8sI4sII")  # signature, chunk length, chunk name, width, height
 
@@ -63,11 +64,10 @@ class GoldenDetections:
 
     @classmethod
     def from_detections(cls, detections: Detections) -> GoldenDetections:
-        """Keep what a detector said."""
-        boxes = [(float(a), float(b), float(c), float(d)) for a, b, c, d in detections.boxes]
+        """From a detector's result."""
         return cls(
-            boxes=tuple(boxes),
-            scores=tuple(float(s) for s in detections.scores),
+            boxes=tuple((float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in detections.boxes),
+            scores=tuple(float(score) for score in detections.scores),
             labels=tuple(int(label) for label in detections.labels),
         )
 
@@ -82,7 +82,10 @@ class GoldenDetections:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenImage:
-    """A picture in the bundle, what preprocessing makes of it, and what the reference sees in it."""
+    """An image file of the bundle, what preprocessing makes of it, and what the reference detects in it.
+
+    ``path`` is relative to the bundle, whose manifest lists it among its files.
+    """
 
     path: str
     height: int
@@ -91,9 +94,8 @@ class GoldenImage:
     detections: GoldenDetections
 
     def __post_init__(self) -> None:
-        check_relative_path(self.path)
         if self.height < 1 or self.width < 1 or self.height * self.width > _MAX_PIXELS:
-            raise BundleError(f"Golden image '{self.path}' cannot be {self.height}x{self.width}.")
+            raise BundleError(f"Golden image '{self.path[:80]}' cannot be {self.height}x{self.width}.")
 
 
 def fingerprint(tensor: NDArray[Any]) -> TensorFingerprint:
@@ -115,14 +117,15 @@ def fingerprint(tensor: NDArray[Any]) -> TensorFingerprint:
     )
 
 
-def fingerprint_difference(found: TensorFingerprint, wanted: TensorFingerprint, *, spec: PreprocessSpec) -> float:
+def fingerprint_difference(actual: TensorFingerprint, expected: TensorFingerprint, *, spec: PreprocessSpec) -> float:
     """Largest difference of two cells, in levels of an 8-bit image; infinite when dtype or shape differ."""
-    if found.sha256 == wanted.sha256 and found.shape == wanted.shape and found.dtype == wanted.dtype:
+    if actual == expected:
         return 0.0
-    if (found.dtype, found.shape) != (wanted.dtype, wanted.shape) or len(found.cells) != len(wanted.cells):
+    if (actual.dtype, actual.shape, len(actual.cells)) != (expected.dtype, expected.shape, len(expected.cells)):
         return float("inf")
-    difference = np.abs(np.subtract(found.cells, wanted.cells)).reshape(len(spec.std), -1).max(1)
+    difference = np.abs(np.subtract(actual.cells, expected.cells)).reshape(len(spec.std), -1).max(1)
     if spec.input_dtype is InputDtype.FLOAT32:
+        # A float tensor is (pixel / pixel_scale - mean) / std: a level of a pixel is 1 / (pixel_scale * std) in it.
         difference = difference * np.asarray(spec.std) * spec.pixel_scale
     return float(difference.max())
 
@@ -134,19 +137,24 @@ def make_golden(
     contract: ModelContract,
     detect: Callable[[NDArray[np.uint8]], Detections],
 ) -> tuple[GoldenImage, ...]:
-    """Write ``images`` ((h, w, 3) uint8 RGB) losslessly under ``folder``/golden and record what must come of them.
+    """Write ``images`` ((h, w, 3) uint8 RGB) losslessly under ``folder``/golden, with what ``detect`` finds in them.
 
     ``detect`` is the reference detector. Returned paths are relative to ``folder``.
-    """
-    from fcos_deploy.core.preprocess import preprocess
 
-    records = []
-    (folder / GOLDEN_FOLDER).mkdir(parents=True, exist_ok=True)
+    Raises:
+        BundleError: the reference detects nothing on any of them.
+        ImageError: an image cannot be written as PNG.
+    """
+    golden = []
+    (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
-        path = f"{GOLDEN_FOLDER}/{index:03d}.png"
-        _write_png(folder / path, image)
+        path = f"{_FOLDER}/{index:03d}.png"
+        encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))
+        if not encoded:
+            raise ImageError(f"Cannot write '{folder / path}' as PNG.")
+        (folder / path).write_bytes(content.tobytes())
         tensor, _ = preprocess(image, contract.preprocess)
-        records.append(
+        golden.append(
             GoldenImage(
                 path=path,
                 height=image.shape[0],
@@ -155,30 +163,20 @@ def make_golden(
                 detections=GoldenDetections.from_detections(detect(image)),
             )
         )
-    if not any(record.detections.scores for record in records):
+    if not any(image.detections.scores for image in golden):
         raise BundleError(
-            "The reference detects nothing on the golden images, so that they would prove nothing.",
+            "The reference detects nothing on the golden images, so they would prove nothing.",
             hint="choose images with objects, or lower the score threshold",
         )
-    return tuple(records)
-
-
-def _write_png(path: Path, image: NDArray[np.uint8]) -> None:
-    cv2 = require("cv2")
-    done, encoded = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))
-    if not done:
-        raise ImageError(f"Cannot write '{path}' as PNG.")
-    path.write_bytes(encoded.tobytes())
+    return tuple(golden)
 
 
 def read_golden_image(path: Path, golden: GoldenImage) -> NDArray[np.uint8]:
-    """(h, w, 3) uint8 RGB; the header's size is compared with the manifest before anything is decoded.
+    """(h, w, 3) uint8 RGB; the size in the file's header must be the manifest's before anything is decoded.
 
     Raises:
-        ImageError: when the file is not a PNG of the recorded size.
+        ImageError: the file is not a PNG of the recorded size.
     """
-    from fcos_deploy.core.image import read_image
-
     header = path.read_bytes()[: _PNG_HEADER.size]
     if len(header) < _PNG_HEADER.size or not header.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ImageError(f"Golden image '{path}' is not a PNG file.")

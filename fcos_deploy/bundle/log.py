@@ -7,13 +7,12 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.errors import BundleError, ChecksumError
 
-__all__ = ["append_log", "check_log", "read_log"]
+__all__ = ["append_log", "read_log"]
 
 _MAX_BYTES = 256 << 20
 _FIRST = "0" * 64
@@ -23,14 +22,14 @@ def append_log(path: Path, record: dict[str, Any]) -> None:
     """Add ``record``, with the hash that binds it to the log so far, and flush it to the disk.
 
     Raises:
-        OSError: when the file cannot be written; the log is then as it was.
-        ChecksumError: when the log so far was changed.
+        OSError: the file cannot be written; the log is then as it was.
+        ChecksumError: the log so far was changed.
     """
-    with path.open("a+b") as stream, _locked(stream.fileno()):
+    with path.open("a+b") as stream:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX)  # released when the file is closed
         stream.seek(0)
         lines, complete = _split(stream.read(_MAX_BYTES + 1), path)
-        previous = _check_chain(lines, path)
-        body = json.dumps({**record, "previous": previous}, sort_keys=True, allow_nan=False)
+        body = json.dumps({**record, "previous": _check_chain(lines, path)}, sort_keys=True, allow_nan=False)
         line = json.dumps({**json.loads(body), "sha256": _digest(body)}, sort_keys=True) + "\n"
         stream.truncate(complete)  # drops a line that a power cut left half-written
         try:
@@ -47,31 +46,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """All records, oldest first.
 
     Raises:
-        ChecksumError: when a line was changed, added in between or removed.
+        BundleError: the file is too large.
+        ChecksumError: a line was changed, inserted or removed.
     """
-    if path.stat().st_size > _MAX_BYTES:
-        raise BundleError(f"'{path}' is larger than {_MAX_BYTES >> 20} MiB.", hint="move it away")
-    lines, _ = _split(path.read_bytes(), path)
+    with path.open("rb") as stream:
+        lines, _ = _split(stream.read(_MAX_BYTES + 1), path)
     _check_chain(lines, path)
     return [json.loads(line) for line in lines]
 
 
-def check_log(path: Path) -> None:
-    """Refuse a log whose lines are not what was written."""
-    read_log(path)
-
-
-@contextlib.contextmanager
-def _locked(descriptor: int) -> Iterator[None]:
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
 def _split(content: bytes, path: Path) -> tuple[list[bytes], int]:
-    """Complete lines, and how many bytes they take; the rest can only be the beginning of a record."""
+    """Complete lines, and how many bytes they take; what follows must be the beginning of a record."""
     if len(content) > _MAX_BYTES:
         raise BundleError(f"'{path}' is larger than {_MAX_BYTES >> 20} MiB.", hint="move it away")
     *lines, rest = content.split(b"\n")
@@ -81,6 +66,7 @@ def _split(content: bytes, path: Path) -> tuple[list[bytes], int]:
 
 
 def _check_chain(lines: list[bytes], path: Path) -> str:
+    """The hash of the last line, after checking that every line holds the hash of the one before and its own."""
     previous = _FIRST
     for number, line in enumerate(lines, 1):
         try:
@@ -88,6 +74,7 @@ def _check_chain(lines: list[bytes], path: Path) -> str:
             claimed = record.pop("sha256")
             body = json.dumps(record, sort_keys=True, allow_nan=False)
             intact = record["previous"] == previous and claimed == _digest(body)
+            # Another spelling of the same JSON (spaces, escapes) is a change as well.
             exact = json.dumps({**record, "sha256": claimed}, sort_keys=True).encode() == line
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise _changed(path, number) from error

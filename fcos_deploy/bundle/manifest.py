@@ -1,42 +1,47 @@
-"""What a bundle says of itself: manifest.json as frozen dataclasses."""
+"""The manifest of a bundle: what it holds, where it comes from, what it needs and what was measured, as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from fcos_deploy.bundle.golden import GoldenImage
-from fcos_deploy.bundle.records import (
-    AccuracyFigure,
-    Artifact,
-    BenchmarkFigure,
-    CalibrationRecord,
-    FileRecord,
-    Provenance,
-    RunDefaults,
-)
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.contract import Decision, ModelContract
+from fcos_deploy.core.enums import ArtifactKind, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
 from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.score_drift import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [
+    "DEFAULT_GATES",
     "DIGEST_NAME",
     "LOG_NAME",
     "MANIFEST_NAME",
     "MAX_MANIFEST_BYTES",
-    "SCHEMA_VERSION",
     "SIGNATURE_NAME",
     "UNLISTED",
+    "AccuracyFigure",
+    "Artifact",
+    "BenchmarkFigure",
+    "CalibrationRecord",
+    "FileRecord",
     "Manifest",
+    "Provenance",
+    "Requirements",
+    "RunDefaults",
+    "StepRecord",
+    "VersionRule",
+    "check_relative_path",
     "manifest_text",
     "parse_manifest",
 ]
 
-SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 SIGNATURE_NAME = "SIGNATURE"
@@ -44,6 +49,169 @@ LOG_NAME = "verification.jsonl"
 # Files of a bundle that its manifest cannot list; each one has a check of its own.
 UNLISTED = frozenset({MANIFEST_NAME, DIGEST_NAME, SIGNATURE_NAME, LOG_NAME})
 MAX_MANIFEST_BYTES = 32 << 20
+
+_SCHEMA_VERSION = 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_PATH = 240  # bytes; leaves room for a prefix within the 255 of common file systems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """A file of the bundle: path relative to the bundle, SHA-256 in hexadecimal, size in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        check_relative_path(self.path)
+        if not _SHA256.fullmatch(self.sha256):
+            raise BundleError(f"'{self.path}' has {self.sha256[:80]!r} in place of a SHA-256.")
+        if not 0 <= self.size < 1 << 40:
+            raise BundleError(f"'{self.path}' cannot have {self.size} bytes.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """How an artifact was made: options, versions of the tools, wall-clock seconds, machine."""
+
+    name: str
+    config: dict[str, str] = field(default_factory=dict)
+    tools: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    platform: str = ""
+
+
+class VersionRule(StrEnum):
+    """Which runtime versions open an artifact: the very one, one of the same major number, or that one and newer."""
+
+    EXACT = "exact"
+    SAME_MAJOR = "same-major"
+    AT_LEAST = "at-least"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What must be true of a machine before the artifact is opened; empty fields ask for nothing.
+
+    ``compute_capabilities`` such as ("8.7",), one of which the GPU must have; with ``hardware_compatible`` it may be
+    newer. ``driver`` is the lowest. ``machine`` is the processor architecture as ``platform.machine()`` names it,
+    ``cpu_features`` are flags of /proc/cpuinfo. ``device`` must occur among the backend's devices. ``rebuild`` is the
+    command that makes the artifact for another machine.
+    """
+
+    backend_version: str = ""
+    version_rule: VersionRule = VersionRule.EXACT
+    compute_capabilities: tuple[str, ...] = ()
+    hardware_compatible: bool = False
+    driver: str = ""
+    machine: str = ""
+    cpu_features: tuple[str, ...] = ()
+    device: str = ""
+    rebuild: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact(FileRecord):
+    """A model file.
+
+    ``backend`` is the runtime it was made for and certified with; empty: any that accepts the kind. ``placement`` is
+    the Q/DQ placement of an INT8 graph. ``parent`` is the SHA-256 of what it was made from. ``companions`` are files
+    without which it does not open (weights of an IR, the sidecar with the contract).
+    """
+
+    kind: ArtifactKind
+    precision: Precision
+    step: StepRecord
+    parent: str = ""
+    backend: str = ""
+    placement: str = ""
+    companions: tuple[str, ...] = ()
+    requires: Requirements = field(default_factory=Requirements)
+
+    def __post_init__(self) -> None:
+        FileRecord.__post_init__(self)  # super() without arguments does not work in a class with slots
+        if self.parent and not _SHA256.fullmatch(self.parent):
+            raise BundleError(f"'{self.path}' has {self.parent[:80]!r} in place of its parent's SHA-256.")
+
+
+# fp32: rounding only. fp16: 11 bits of mantissa through some sixty convolutions. int8: 8 bits. The detections of the
+# golden images are held to these; AP over a data set is held to `max_map_drop`. What a detector really shows is in
+# docs/accuracy.md: in fp16 boxes hardly move, but where two nearly tie in score the other one may survive.
+DEFAULT_GATES: dict[Precision, Gate] = {
+    Precision.FP32: Gate(max_map_drop=0.001, min_iou=0.99, max_score_delta=0.005, min_match_rate=1.0),
+    Precision.FP16: Gate(max_map_drop=0.005, min_iou=0.95, max_score_delta=0.02, min_match_rate=0.97),
+    Precision.INT8: Gate(max_map_drop=0.01, min_iou=0.75, max_score_delta=0.15, min_match_rate=0.9),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRecord:
+    """Where INT8 ranges came from. ``path``: the calibration file in the bundle; ``images``: their SHA-256, sorted."""
+
+    path: str
+    method: str
+    images: tuple[str, ...] = ()
+    details: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyFigure:
+    """Accuracy of one artifact on one backend. Metrics are fractions (0..1), such as ``ap`` and ``ap50``.
+
+    ``drop`` is reference AP minus this AP, ``drop_interval`` its 95 % confidence interval. ``score_drift``: how the
+    scores moved, and the thresholds that keep the reference's operating points; None for the reference itself.
+    """
+
+    artifact: str
+    backend: str
+    precision: Precision
+    dataset: str
+    images: int
+    metrics: dict[str, float]
+    drop: float | None = None
+    drop_interval: tuple[float, float] | None = None
+    score_drift: ScoreDrift | None = None
+    details: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkFigure:
+    """Speed of one artifact on one machine. Units are in the metrics' names, such as ``total_p50_ms``."""
+
+    artifact: str
+    backend: str
+    precision: Precision
+    device: str
+    metrics: dict[str, float]
+    details: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDefaults:
+    """What is run when nothing else is asked for: ``backend`` and ``precision``, made for ``profile`` or ``device``.
+
+    ``fallback``: the backends that may take its place, in this order, when the operator allows it.
+    """
+
+    backend: str
+    precision: Precision
+    profile: str = ""
+    device: str = ""
+    fallback: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where the bundle comes from. ``created`` is UTC, ISO 8601; ``command`` is what to type to make it again."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    created: str = ""
+    command: str = ""
+    platform: str = ""
+    tools: dict[str, str] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,39 +234,34 @@ class Manifest:
     calibration: tuple[CalibrationRecord, ...] = ()
     accuracy: tuple[AccuracyFigure, ...] = ()
     benchmark: tuple[BenchmarkFigure, ...] = ()
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = _SCHEMA_VERSION
 
     def check(self) -> None:
         """Raise BundleError unless the parts fit each other; done whenever a manifest is written or read."""
-        paths = [*(artifact.path for artifact in self.artifacts), *(record.path for record in self.files)]
-        repeated = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+        listed = Counter(record.path for record in (*self.artifacts, *self.files))
+        repeated = sorted(path for path, count in listed.items() if count > 1)
         if repeated:
             raise BundleError(f"The manifest lists {repeated} more than once.")
-        reserved = sorted(UNLISTED & set(paths))
+        reserved = sorted(UNLISTED & set(listed))
         if reserved:
             raise BundleError(f"The manifest cannot list {reserved}.")
-        listed = set(paths)
-        for golden in self.golden:
-            if golden.path not in listed:
-                raise BundleError(f"Golden image '{golden.path}' is not among the manifest's files.")
+        unlisted = [golden.path for golden in self.golden if golden.path not in listed]
+        if unlisted:
+            raise BundleError(f"Golden image '{unlisted[0][:80]}' is not among the manifest's files.")
+        hashes = {record.sha256 for record in self.all_files.values()} | {self.provenance.checkpoint_sha256, ""}
         for artifact in self.artifacts:
-            self._check_artifact(artifact, listed)
-
-    def _check_artifact(self, artifact: Artifact, listed: set[str]) -> None:
-        missing = sorted(set(artifact.companions) - listed)
-        if missing:
-            raise BundleError(f"Artifact '{artifact.path}' needs {missing}, which the manifest does not list.")
-        hashes = {record.sha256 for record in self.all_files.values()} | {self.provenance.checkpoint_sha256}
-        if artifact.parent and artifact.parent not in hashes:
-            raise BundleError(
-                f"Artifact '{artifact.path}' was made from {artifact.parent[:12]}..., which is not in the chain."
-            )
+            missing = sorted(set(artifact.companions) - set(listed))
+            if missing:
+                raise BundleError(f"Artifact '{artifact.path}' needs {missing}, which the manifest does not list.")
+            if artifact.parent not in hashes:
+                raise BundleError(
+                    f"Artifact '{artifact.path}' was made from {artifact.parent[:12]}..., which is not in the chain."
+                )
 
     @property
     def all_files(self) -> dict[str, FileRecord]:
         """Every listed file by its path."""
-        artifacts = (FileRecord(path=a.path, sha256=a.sha256, size=a.size) for a in self.artifacts)
-        return {record.path: record for record in (*artifacts, *self.files)}
+        return {record.path: record for record in (*self.artifacts, *self.files)}
 
     def gate(self, precision: Precision) -> Gate:
         """What must hold for artifacts of this precision.
@@ -114,18 +277,22 @@ class Manifest:
             )
         return gate
 
-    def artifact(self, path: str) -> Artifact:
-        """The artifact with this path.
 
-        Raises:
-            BundleError: naming the ones that exist.
-        """
-        for artifact in self.artifacts:
-            if artifact.path == path:
-                return artifact
-        raise BundleError(
-            f"The bundle has no artifact '{path}'.", hint=f"artifacts: {', '.join(a.path for a in self.artifacts)}"
-        )
+def check_relative_path(path: str) -> None:
+    """Accept a plain relative path with forward slashes.
+
+    Raises:
+        BundleError: for a path that is absolute, leaves the bundle, or is not portable.
+    """
+    parts = path.split("/")
+    plain = (
+        path.isprintable()
+        and "\\" not in path
+        and ":" not in path
+        and len(path.encode("utf-8", "replace")) <= _MAX_PATH
+    )
+    if not path or not plain or any(part in ("", ".", "..") for part in parts) or PurePosixPath(path).is_absolute():
+        raise BundleError(f"{path[:80]!r} is not a path inside a bundle.", hint="use relative paths with '/'")
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -149,10 +316,17 @@ def parse_manifest(text: str, *, where: str) -> Manifest:
         BundleError: when it is not a manifest.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"'{where}' is not JSON: {error}.") from error
-    _check_version(value, where)
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(f"'{where}' has no schema version.")
+    if version > _SCHEMA_VERSION:
+        raise ManifestVersionError(
+            f"'{where}' has schema version {version}, this fcos-deploy reads up to {_SCHEMA_VERSION}.",
+            hint="pip install --upgrade fcos-deploy",
+        )
     try:
         manifest = from_json(Manifest, value, where=MANIFEST_NAME)
     except FcosDeployError as error:
@@ -163,25 +337,15 @@ def parse_manifest(text: str, *, where: str) -> Manifest:
     return manifest
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         raise ValueError("a key occurs twice")
-    if any(isinstance(v, float) and not math.isfinite(v) for v in found.values()):
-        raise ValueError("a number is too large")
-    return found
-
-
-def _check_version(value: Any, where: str) -> None:
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BundleError(f"'{where}' has no schema version.")
-    if version > SCHEMA_VERSION:
-        raise ManifestVersionError(
-            f"'{where}' has schema version {version}, this fcos-deploy reads up to {SCHEMA_VERSION}.",
-            hint="pip install --upgrade fcos-deploy",
-        )
+    return mapping

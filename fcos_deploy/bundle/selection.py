@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fcos_deploy.bundle.records import Artifact
+from fcos_deploy.bundle.manifest import Artifact
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail

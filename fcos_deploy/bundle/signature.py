@@ -1,4 +1,4 @@
-"""Ed25519 signatures over a bundle's manifest, and thereby over every file that it lists."""
+"""Ed25519 signatures over a bundle's manifest, and so over every file whose hash it lists."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import base64
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fcos_deploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME
 from fcos_deploy.core.errors import ConfigError, SignatureError
 from fcos_deploy.core.files import write_text
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import from_json, to_json
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-__all__ = ["Envelope", "check_envelope", "check_signature", "generate_key", "key_id", "required_keys", "sign_bundle"]
+__all__ = ["Envelope", "check_envelope", "check_signature", "generate_key", "key_id", "required_keys", "sign_manifest"]
+
+ed25519 = lazy_import("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
+exceptions = lazy_import("cryptography.exceptions", extra="sign")
+serialization = lazy_import("cryptography.hazmat.primitives.serialization", extra="sign")
 
 # Binds the signature to its purpose, so that a signature made for something else cannot be reused.
 _PREFIX = b"fcos-deploy bundle manifest, version 1\n"
 _MAX_BYTES = 4096
+_NEW_KEY = "make one with 'fcos-deploy sign --generate-key'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,33 +53,25 @@ def generate_key(private: Path, *, public: Path) -> str:
     """Write a new key pair as PEM files, the private one readable by its owner only; returns the key's id.
 
     Raises:
-        ConfigError: when one of the files exists.
+        ConfigError: one of the files exists or cannot be written.
     """
-    serialization = require("cryptography.hazmat.primitives.serialization", extra="sign")
-    ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
     for path in (private, public):
         if path.exists():
             raise ConfigError(f"'{path}' exists and is not overwritten.", hint="choose another name")
     key = ed25519.Ed25519PrivateKey.generate()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    _write_private(private, pem)
-    write_text(
-        public,
-        key.public_key()
-        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        .decode(),
-    )
-    return key_id(key.public_key())
-
-
-def _write_private(path: Path, content: bytes) -> None:
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        private.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
-        raise ConfigError(f"Cannot write '{path}': {error.strerror}.", hint="choose a folder you can write") from error
+        raise ConfigError(
+            f"Cannot write '{private}': {error.strerror}.", hint="choose a folder you can write"
+        ) from error
     with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
+        stream.write(secret)
+    write_text(public, key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo).decode())
+    return key_id(key.public_key())
 
 
 def key_id(public: Ed25519PublicKey) -> str:
@@ -82,23 +79,21 @@ def key_id(public: Ed25519PublicKey) -> str:
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()
 
 
-def sign_bundle(root: Path, *, private_key: Path) -> Envelope:
+def sign_manifest(root: Path, *, private_key: Path) -> Envelope:
     """Sign the manifest of the bundle in ``root``, replacing an older signature.
 
     Raises:
-        ConfigError: when the key file cannot be used.
+        ConfigError: the key file cannot be used.
     """
-    key = _private_key(private_key)
-    signature = key.sign(_PREFIX + (root / MANIFEST_NAME).read_bytes())
-    draft = Envelope(
-        algorithm="ed25519",
-        key_id=key_id(key.public_key()),
-        signature=base64.b64encode(signature).decode(),
-        sha256="",
-    )
-    envelope = Envelope(
-        algorithm=draft.algorithm, key_id=draft.key_id, signature=draft.signature, sha256=draft.digest()
-    )
+    try:
+        key = serialization.load_pem_private_key(private_key.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"'{private_key}' is not an unencrypted private key in PEM form: {error}.") from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"'{private_key}' is not an Ed25519 key.", hint=_NEW_KEY)
+    signature = base64.b64encode(key.sign(_PREFIX + (root / MANIFEST_NAME).read_bytes())).decode()
+    draft = Envelope(algorithm="ed25519", key_id=key_id(key.public_key()), signature=signature, sha256="")
+    envelope = replace(draft, sha256=draft.digest())
     write_text(root / SIGNATURE_NAME, envelope.text())
     return envelope
 
@@ -107,7 +102,7 @@ def required_keys(public_keys: tuple[Path | str, ...], *, required: bool) -> tup
     """The keys of which one must have signed a bundle: those given; none given asks for no signature.
 
     Raises:
-        ConfigError: when a signature is required and there is no key to check it with.
+        ConfigError: a signature is required and there is no key to check it with.
     """
     if required and not public_keys:
         raise ConfigError(
@@ -121,7 +116,7 @@ def check_envelope(path: Path) -> Envelope:
     """Read SIGNATURE and check that it is intact; needs no key and no library, and proves nothing about the signer.
 
     Raises:
-        SignatureError: when it is not what was written.
+        SignatureError: it is not what was written.
     """
     if path.stat().st_size > _MAX_BYTES:
         raise SignatureError(f"'{path}' is too large for a signature.")
@@ -139,7 +134,7 @@ def check_signature(root: Path, *, public_keys: tuple[Path | str, ...]) -> str:
     """Require that one of ``public_keys`` signed the manifest in ``root``; returns the key's id.
 
     Raises:
-        SignatureError: when there is no signature, or none of these keys made it.
+        SignatureError: there is no signature, or none of these keys made it.
     """
     if not public_keys:
         raise ConfigError("A signature can only be checked with a public key.", hint="--public-key KEY.pem")
@@ -154,41 +149,23 @@ def check_signature(root: Path, *, public_keys: tuple[Path | str, ...]) -> str:
             f"{', '.join(f'{identity[:16]}...' for identity in sorted(keys))}.",
             hint="use the public key of the one who signed it",
         )
-    _verify(keys[envelope.key_id], envelope, root)
-    return envelope.key_id
-
-
-def _verify(key: Ed25519PublicKey, envelope: Envelope, root: Path) -> None:
-    exceptions = require("cryptography.exceptions", extra="sign")
     if (root / MANIFEST_NAME).stat().st_size > MAX_MANIFEST_BYTES:
         raise SignatureError(f"The manifest of '{root}' is larger than {MAX_MANIFEST_BYTES >> 20} MiB.")
     if envelope.algorithm != "ed25519":
         raise SignatureError(f"Signatures of type '{envelope.algorithm[:20]}' are not supported.")
     try:
-        key.verify(base64.b64decode(envelope.signature, validate=True), _PREFIX + (root / MANIFEST_NAME).read_bytes())
+        signature = base64.b64decode(envelope.signature, validate=True)
+        keys[envelope.key_id].verify(signature, _PREFIX + (root / MANIFEST_NAME).read_bytes())
     except (exceptions.InvalidSignature, ValueError) as error:
         raise SignatureError(
             f"The signature does not fit the manifest of '{root}': one of the two was changed after signing.",
             hint="get the bundle again from the one who signed it",
         ) from error
-
-
-def _private_key(path: Path) -> Ed25519PrivateKey:
-    serialization = require("cryptography.hazmat.primitives.serialization", extra="sign")
-    ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"'{path}' is not an unencrypted private key in PEM form: {error}.") from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise ConfigError(f"'{path}' is not an Ed25519 key.", hint="make one with 'fcos-deploy sign --generate-key'")
-    return cast("Ed25519PrivateKey", key)
+    return envelope.key_id
 
 
 def _public_key(source: Path | str) -> Ed25519PublicKey:
     """From a file in PEM form, or from such text."""
-    serialization = require("cryptography.hazmat.primitives.serialization", extra="sign")
-    ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
     is_text = isinstance(source, str) and source.lstrip().startswith("-----BEGIN")
     name = "The given text" if is_text else f"'{source}'"
     try:
@@ -200,5 +177,5 @@ def _public_key(source: Path | str) -> Ed25519PublicKey:
             hint="'fcos-deploy sign --generate-key' writes one as *.pub.pem",
         ) from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise ConfigError(f"{name} is not an Ed25519 key.", hint="make one with 'fcos-deploy sign --generate-key'")
+        raise ConfigError(f"{name} is not an Ed25519 key.", hint=_NEW_KEY)
     return cast("Ed25519PublicKey", key)

@@ -1,4 +1,4 @@
-"""Checks a bundle's files against its manifest before anything parses them."""
+"""Opens a bundle, a folder or a .tar: every file is checked against the manifest before anything parses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from fcos_deploy.bundle.archive import is_archive, pack_files, unpack
-from fcos_deploy.bundle.log import check_log
+from fcos_deploy.bundle.log import read_log
 from fcos_deploy.bundle.manifest import (
     DIGEST_NAME,
     LOG_NAME,
@@ -22,8 +22,7 @@ from fcos_deploy.bundle.manifest import (
     Manifest,
     parse_manifest,
 )
-from fcos_deploy.bundle.records import FileRecord
-from fcos_deploy.bundle.signature import check_envelope, check_signature, sign_bundle
+from fcos_deploy.bundle.signature import check_envelope, check_signature, sign_manifest
 from fcos_deploy.core.errors import BackendLoadError, BundleError, ChecksumError, ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.onnx_file import external_locations
@@ -42,122 +41,6 @@ __all__ = [
 
 _MAX_FILES = 10_000
 _REMAKE = "copy the bundle again from where it was made, or make it again with 'fcos-deploy deploy'"
-
-
-def digest_line(manifest_sha256: str) -> str:
-    """Contents of manifest.sha256, in the form that ``sha256sum --check`` reads."""
-    return f"{manifest_sha256}  {MANIFEST_NAME}\n"
-
-
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of the bundle in ``root`` after comparing it with manifest.sha256.
-
-    Raises:
-        BundleError: when it is missing, too large, or not a manifest.
-        ChecksumError: when it is not what was written.
-    """
-    for name in (MANIFEST_NAME, DIGEST_NAME):
-        if not _is_plain_file(root / name):
-            raise BundleError(f"'{root}' is not a complete bundle: it has no '{name}'.", hint=_REMAKE)
-    path = root / MANIFEST_NAME
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"'{path}' is larger than {MAX_MANIFEST_BYTES >> 20} MiB.", hint=_REMAKE)
-    if (root / DIGEST_NAME).stat().st_size > 1024 or (root / DIGEST_NAME).read_bytes() != digest_line(
-        sha256_file(path)
-    ).encode():
-        raise ChecksumError(f"'{path}' is not what '{DIGEST_NAME}' recorded.", hint=_REMAKE)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BundleError(f"'{path}' is not UTF-8 text: {error}.", hint=_REMAKE) from error
-    return parse_manifest(text, where=str(path))
-
-
-def _is_plain_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
-def check_files(root: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest: none missing, none extra, no links, sizes first, then hashes.
-
-    Raises:
-        ChecksumError: naming the first file whose size or contents differ.
-        BundleError: for missing and extra files, links, and external data that leaves the bundle.
-    """
-    present = _present_files(root)
-    listed = manifest.all_files
-    missing = sorted(set(listed) - present)
-    if missing:
-        raise BundleError(f"The bundle '{root}' lacks {_some(missing)}.", hint=_REMAKE)
-    extra = sorted(present - set(listed) - UNLISTED)
-    if extra:
-        raise BundleError(
-            f"The bundle '{root}' has files that its manifest does not list: {_some(extra)}.", hint=_REMAKE
-        )
-    for record in listed.values():
-        _check_size(root, record)
-    for record in listed.values():
-        _check_hash(root, record)
-    for name in listed:
-        if name.endswith(".onnx"):
-            check_external_data(root, name, allowed=frozenset(listed))
-    if SIGNATURE_NAME in present:
-        check_envelope(root / SIGNATURE_NAME)
-    if LOG_NAME in present:
-        check_log(root / LOG_NAME)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(f"'{name}'" for name in names[:5]) + more
-
-
-def _present_files(root: Path) -> set[str]:
-    """Paths of all files, relative, after refusing everything that is neither a plain file nor a folder."""
-    found: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=False):
-        for name in (*folders, *files):
-            path = Path(folder, name)
-            mode = path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise BundleError(f"'{path}' is a link or a device, which a bundle cannot contain.", hint=_REMAKE)
-            if stat.S_ISREG(mode):
-                found.add(path.relative_to(root).as_posix())
-        if len(found) > _MAX_FILES:
-            raise BundleError(f"'{root}' has more than {_MAX_FILES} files.", hint="is this the folder of a bundle?")
-    return found
-
-
-def _check_size(root: Path, record: FileRecord) -> None:
-    size = (root / record.path).stat().st_size
-    if size != record.size:
-        raise ChecksumError(f"'{root / record.path}' must have {record.size} bytes, it has {size}.", hint=_REMAKE)
-
-
-def _check_hash(root: Path, record: FileRecord) -> None:
-    sha256 = sha256_file(root / record.path)
-    if sha256 != record.sha256:
-        raise ChecksumError(
-            f"'{root / record.path}' was changed: its SHA-256 must be {record.sha256[:16]}..., it is {sha256[:16]}....",
-            hint=_REMAKE,
-        )
-
-
-def check_external_data(root: Path, name: str, *, allowed: frozenset[str]) -> None:
-    """Refuse an ONNX file whose external data is not a listed file of the bundle.
-
-    Raises:
-        BundleError: when a location leaves the bundle or is not listed, or the file is not ONNX.
-    """
-    path = root / name
-    try:
-        locations = external_locations(path)
-    except BackendLoadError as error:
-        raise BundleError(error.message, hint=_REMAKE) from error
-    folder = PurePosixPath(name).parent
-    for location in sorted(locations):
-        if (folder / location).as_posix() not in allowed or ".." in PurePosixPath(location).parts:
-            raise BundleError(f"'{path}' refers to the data file {location[:80]!r}, which is not in the bundle.")
 
 
 class Bundle:
@@ -194,7 +77,11 @@ class Bundle:
         return sha256_file(self.root / MANIFEST_NAME)
 
     def path(self, name: str) -> Path:
-        """Where a listed file lies."""
+        """Where a listed file lies.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
         if name not in self.manifest.all_files:
             raise BundleError(f"The bundle '{self.source}' has no file '{name}'.")
         return self.root / name
@@ -216,48 +103,45 @@ def open_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> Bund
     A key is a file in PEM form, or such text itself.
 
     Raises:
-        BundleError: when it is missing or incomplete, or has files that do not belong to it.
-        ChecksumError: when a file was changed.
-        SignatureError: when a signature is asked for and missing or wrong.
+        BundleError: it is missing or incomplete, or has files that do not belong to it.
+        ChecksumError: a file was changed.
+        SignatureError: a signature is asked for and missing or wrong.
     """
     if is_archive(path):
-        return _open_archive(path, public_keys)
+        folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
+        try:
+            unpack(path, folder)
+            manifest, signed_by = _check(folder, public_keys)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        bundle = Bundle(folder, manifest, source=path, temporary=True, signed_by=signed_by)
+        atexit.register(bundle.close)
+        return bundle
     if not path.is_dir():
         raise BundleError(
             f"There is no bundle '{path}'.", hint="give the folder or .tar that 'fcos-deploy deploy' made"
         )
-    manifest, signer = _checked(path, public_keys)
-    return Bundle(path, manifest, source=path, signed_by=signer)
+    manifest, signed_by = _check(path, public_keys)
+    return Bundle(path, manifest, source=path, signed_by=signed_by)
 
 
-def _checked(root: Path, public_keys: tuple[Path | str, ...]) -> tuple[Manifest, str]:
+def _check(root: Path, public_keys: tuple[Path | str, ...]) -> tuple[Manifest, str]:
+    """The manifest, and the id of the key that signed it; the signature first, since a manifest is parsed."""
     try:
-        signer = check_signature(root, public_keys=public_keys) if public_keys else ""
+        signed_by = check_signature(root, public_keys=public_keys) if public_keys else ""
         manifest = read_manifest(root)
         check_files(root, manifest)
     except OSError as error:
         raise BundleError(f"Cannot read the bundle '{root}': {error}.", hint="check its permissions") from error
-    return manifest, signer
-
-
-def _open_archive(path: Path, public_keys: tuple[Path | str, ...]) -> Bundle:
-    folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
-    try:
-        unpack(path, folder)
-        manifest, signer = _checked(folder, public_keys)
-        bundle = Bundle(folder, manifest, source=path, temporary=True, signed_by=signer)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    atexit.register(bundle.close)
-    return bundle
+    return manifest, signed_by
 
 
 def pack(bundle: Path, tar: Path, *, public_keys: tuple[Path | str, ...] = ()) -> None:
     """Write the bundle in the folder ``bundle`` to one uncompressed .tar, after checking it.
 
     Raises:
-        ConfigError: when ``tar`` is not named ``*.tar``.
+        ConfigError: ``tar`` is not named ``*.tar``.
     """
     if tar.suffix != ".tar":
         raise ConfigError(f"A bundle's archive is named '*.tar', got '{tar}'.")
@@ -270,9 +154,110 @@ def sign(bundle: Path, *, private_key: Path) -> str:
     """Check the bundle in the folder ``bundle`` and sign it; returns the key's id.
 
     Raises:
-        ConfigError: for an archive, or a key that cannot be used.
+        ConfigError: an archive, or a key that cannot be used.
     """
     if is_archive(bundle):
         raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
     with open_bundle(bundle) as opened:
-        return sign_bundle(opened.root, private_key=private_key).key_id
+        return sign_manifest(opened.root, private_key=private_key).key_id
+
+
+def digest_line(manifest_sha256: str) -> str:
+    """Contents of manifest.sha256, in the form that ``sha256sum --check`` reads."""
+    return f"{manifest_sha256}  {MANIFEST_NAME}\n"
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the bundle in ``root`` after comparing it with manifest.sha256.
+
+    Raises:
+        BundleError: it is missing, too large, or not a manifest.
+        ChecksumError: it is not what was written.
+    """
+    path, digest = root / MANIFEST_NAME, root / DIGEST_NAME
+    for file in (path, digest):
+        if not file.is_file() or file.is_symlink():
+            raise BundleError(f"'{root}' is not a complete bundle: it has no '{file.name}'.", hint=_REMAKE)
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"'{path}' is larger than {MAX_MANIFEST_BYTES >> 20} MiB.", hint=_REMAKE)
+    if digest.stat().st_size > 1024 or digest.read_bytes() != digest_line(sha256_file(path)).encode():
+        raise ChecksumError(f"'{path}' is not what '{DIGEST_NAME}' recorded.", hint=_REMAKE)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"'{path}' is not UTF-8 text: {error}.", hint=_REMAKE) from error
+    return parse_manifest(text, where=str(path))
+
+
+def check_files(root: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest: none missing, none extra, no links, sizes first, then hashes.
+
+    Raises:
+        ChecksumError: naming the first file whose size or contents differ.
+        BundleError: for missing and extra files, links, and external data that leaves the bundle.
+    """
+    present, listed = _present_files(root), manifest.all_files
+    missing, extra = sorted(set(listed) - present), sorted(present - set(listed) - UNLISTED)
+    if missing:
+        raise BundleError(f"The bundle '{root}' lacks {_some(missing)}.", hint=_REMAKE)
+    if extra:
+        raise BundleError(
+            f"The bundle '{root}' has files that its manifest does not list: {_some(extra)}.", hint=_REMAKE
+        )
+    for record in listed.values():
+        path, size = root / record.path, (root / record.path).stat().st_size
+        if size != record.size:
+            raise ChecksumError(f"'{path}' must have {record.size} bytes, it has {size}.", hint=_REMAKE)
+    for record in listed.values():
+        path, sha256 = root / record.path, sha256_file(root / record.path)
+        if sha256 != record.sha256:
+            raise ChecksumError(
+                f"'{path}' was changed: its SHA-256 must be {record.sha256[:16]}..., it is {sha256[:16]}....",
+                hint=_REMAKE,
+            )
+        if record.path.endswith(".onnx"):
+            check_external_data(root, record.path, allowed=frozenset(listed))
+    if SIGNATURE_NAME in present:
+        check_envelope(root / SIGNATURE_NAME)
+    if LOG_NAME in present:
+        read_log(root / LOG_NAME)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(f"'{name}'" for name in names[:5]) + more
+
+
+def _present_files(root: Path) -> set[str]:
+    """Paths of all files, relative, after refusing everything that is neither a plain file nor a folder."""
+    present: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=False):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise BundleError(f"'{path}' is a link or a device, which a bundle cannot contain.", hint=_REMAKE)
+            if stat.S_ISREG(mode):
+                present.add(path.relative_to(root).as_posix())
+        if len(present) > _MAX_FILES:
+            raise BundleError(f"'{root}' has more than {_MAX_FILES} files.", hint="is this the folder of a bundle?")
+    return present
+
+
+def check_external_data(root: Path, name: str, *, allowed: frozenset[str]) -> None:
+    """Refuse an ONNX file whose external data is not a listed file of the bundle.
+
+    A runtime opens the files that tensors refer to, so that a path out of the bundle would read any file of the user.
+
+    Raises:
+        BundleError: a location leaves the bundle or is not listed, or the file is not ONNX.
+    """
+    path = root / name
+    try:
+        locations = external_locations(path)
+    except BackendLoadError as error:
+        raise BundleError(error.message, hint=_REMAKE) from error
+    folder = PurePosixPath(name).parent
+    for location in sorted(locations):
+        if (folder / location).as_posix() not in allowed or ".." in PurePosixPath(location).parts:
+            raise BundleError(f"'{path}' refers to the data file {location[:80]!r}, which is not in the bundle.")

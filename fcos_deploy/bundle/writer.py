@@ -1,4 +1,4 @@
-"""Puts a finished folder in the place of an older one, so that at every moment one of the two is there."""
+"""Writes a bundle step by step, so that an interrupted run resumes, and puts it in place complete in one move."""
 
 from __future__ import annotations
 
@@ -14,183 +14,28 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from fcos_deploy.bundle.manifest import DIGEST_NAME, MANIFEST_NAME, Manifest, manifest_text
-from fcos_deploy.bundle.records import Artifact, FileRecord, Requirements, StepRecord
+from fcos_deploy.bundle.manifest import (
+    DIGEST_NAME,
+    MANIFEST_NAME,
+    Artifact,
+    FileRecord,
+    Manifest,
+    Requirements,
+    StepRecord,
+    manifest_text,
+)
 from fcos_deploy.bundle.store import check_files, digest_line, read_manifest
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError
 from fcos_deploy.core.files import sha256_file, write_text
 from fcos_deploy.core.serialize import from_json, to_json
 
-__all__ = [
-    "ArtifactDraft",
-    "BundleWriter",
-    "FinishedStep",
-    "Journal",
-    "StepOutput",
-    "StepResult",
-    "WorkLock",
-    "replace_folder",
-    "restore_folder",
-    "step_key",
-]
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Move ``new`` to ``target``; an older ``target`` is swapped with it and afterwards lies at ``new``.
-
-    Where the file system cannot swap (NFS, some overlays) it takes two moves; ``restore_folder`` repairs what a power
-    cut between them leaves.
-
-    Raises:
-        OSError: both folders are then where they were.
-    """
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
-        target.rename(_aside(target))
-        new.rename(target)
-        _aside(target).rename(new)
-    _sync(target.parent)
-
-
-def restore_folder(target: Path) -> None:
-    """Bring back the older folder when ``replace_folder`` was interrupted between its two moves."""
-    aside = _aside(target)
-    if aside.exists() and not target.exists():
-        aside.rename(target)
-    elif aside.exists():
-        shutil.rmtree(aside)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """``renameat2`` with RENAME_EXCHANGE, for which Python has no function; False where it is not supported."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE):
-        code = ctypes.get_errno()
-        if code in (errno.ENOSYS, errno.EINVAL, errno.EXDEV):
-            return False
-        raise OSError(code, os.strerror(code), str(second))
-    return True
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedStep:
-    """One line of the journal. ``key`` identifies the step's inputs; ``values`` is what it returned, as JSON."""
-
-    name: str
-    key: str
-    files: tuple[FileRecord, ...]
-    artifacts: tuple[Artifact, ...]
-    values: Any
-    seconds: float
-
-
-def step_key(name: str, inputs: Mapping[str, str]) -> str:
-    """SHA-256 over the step's name and inputs."""
-    return hashlib.sha256(json.dumps([name, dict(inputs)], sort_keys=True).encode()).hexdigest()
-
-
-class Journal:
-    """Finished steps, one JSON line each, flushed to the disk before a step counts as finished."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.steps: dict[str, FinishedStep] = {}
-        self._load()
-
-    def _load(self) -> None:
-        lines = self._path.read_bytes().split(b"\n")[:-1] if self._path.is_file() else []
-        for line in lines:
-            try:
-                step = from_json(FinishedStep, json.loads(line), where=self._path.name)
-            except (ValueError, ConfigError, BundleError):
-                break  # A line of another version or cut off by a power failure: that step and later ones run again.
-            self.steps[step.name] = step
-
-    def add(self, step: FinishedStep) -> None:
-        """Record a step; one of the same name is replaced."""
-        self.steps.pop(step.name, None)
-        self.steps[step.name] = step
-        self._write()
-
-    def drop(self, name: str) -> None:
-        """Forget a step."""
-        if self.steps.pop(name, None):
-            self._write()
-
-    def _write(self) -> None:
-        # Rewritten whole and renamed: a line appended behind a half-written one would be lost.
-        partial = self._path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(to_json(step)) + "\n" for step in self.steps.values())
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self._path)
-
-
-class WorkLock:
-    """An exclusive lock on a working folder, released by the kernel when the process dies."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "lock"
-        self._descriptor = self._acquire()
-
-    def _acquire(self) -> int:
-        while True:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:
-                continue  # The holder removed the folder between the two calls.
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                owner = os.read(descriptor, 32).decode(errors="replace").strip()
-                os.close(descriptor)
-                raise BundleError(
-                    f"Process {owner or '?'} is already writing '{self._path.parent}'.",
-                    hint="wait until it has finished, or choose another output",
-                ) from error
-            if self._is_current(descriptor):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-            os.close(descriptor)  # The holder finished and removed the file: try with a new one.
-
-    def _is_current(self, descriptor: int) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return self._path.stat().st_ino == os.fstat(descriptor).st_ino
-        return False
-
-    def release(self) -> None:
-        """Let others in; may be called twice."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+__all__ = ["ArtifactDraft", "BundleWriter", "Journal", "StepOutput", "StepResult", "replace_folder", "restore_folder"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,23 +62,23 @@ class StepOutput:
     """What a step hands over beside the files that it left in its folder. ``values`` must be JSON."""
 
     artifacts: tuple[ArtifactDraft, ...] = ()
-    values: Any = None
+    values: Any = None  # Any: JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """A finished step. ``skipped``: its result was there already; ``folder`` holds the files of all steps."""
+    """A finished step, as the journal keeps it. ``key`` identifies its inputs; ``values`` is what it returned, as JSON.
+
+    ``skipped``: an earlier run had finished it with the same inputs.
+    """
 
     name: str
-    folder: Path
-    skipped: bool
-    artifacts: tuple[Artifact, ...]
+    key: str
     files: tuple[FileRecord, ...]
-    values: Any
-
-    def path(self, name: str) -> Path:
-        """Where a file of the bundle lies while the bundle is being made."""
-        return self.folder / name
+    artifacts: tuple[Artifact, ...]
+    values: Any  # Any: JSON
+    seconds: float
+    skipped: bool = False
 
 
 class BundleWriter:
@@ -252,16 +97,16 @@ class BundleWriter:
                 raise ConfigError(
                     f"'{target}' exists and is not a bundle, so it is not overwritten.", hint="choose another output"
                 )
-            self._lock = WorkLock(self._work)
-            restore_folder(target)
-        try:
-            with _writing(target):
+            self._lock = _lock(self._work)
+            try:
+                restore_folder(target)
                 self._journal = self._recover()
-        except BaseException:
-            self._lock.release()
-            raise
+            except BaseException:
+                os.close(self._lock)
+                raise
 
     def _recover(self) -> Journal:
+        """The journal of an earlier run; whatever a killed step left behind is removed."""
         self._files.mkdir(parents=True, exist_ok=True)
         for leftover in self._work.glob("step-*"):
             shutil.rmtree(leftover)
@@ -281,7 +126,7 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        os.close(self._lock)
 
     def path(self, name: str) -> Path:
         """Where a file of the bundle lies while the bundle is being made."""
@@ -289,14 +134,14 @@ class BundleWriter:
 
     @property
     def scratch(self) -> Path:
-        """A folder for what an unfinished step goes on from in the next run; gone with ``finish``."""
+        """A folder in which an unfinished step keeps what its next run resumes from; gone with ``finish``."""
         folder = self._work / "scratch"
         with _writing(self.target):
             folder.mkdir(exist_ok=True)
         return folder
 
     @property
-    def finished(self) -> tuple[FinishedStep, ...]:
+    def finished(self) -> tuple[StepResult, ...]:
         """The steps of this run so far, those of an earlier one that were still valid included."""
         return tuple(step for name, step in self._journal.steps.items() if name in self._used)
 
@@ -308,111 +153,108 @@ class BundleWriter:
         Raises:
             BundleError: the disk is full or was removed; finished steps are kept.
         """
-        key = step_key(name, inputs)
-        finished = self._journal.steps.get(name)
-        skipped = finished is not None and finished.key == key and self._intact(finished)
+        key = hashlib.sha256(json.dumps([name, dict(inputs)], sort_keys=True).encode()).hexdigest()
         with _writing(self.target):
-            if finished is None or not skipped:
+            step = self._journal.steps.get(name)
+            if step is not None and step.key == key and all(map(self._is_intact, step.files)):
+                step = replace(step, skipped=True)
+            else:
                 self._forget(name)
-                finished = self._run(name, key, make)
+                step = self._run(name, key, make)
         self._used.add(name)
-        return StepResult(
-            name=name,
-            folder=self._files,
-            skipped=skipped,
-            artifacts=finished.artifacts,
-            files=finished.files,
-            values=finished.values,
-        )
+        return step
 
-    def _intact(self, step: FinishedStep) -> bool:
-        return all(
-            (self._files / record.path).is_file()
-            and (self._files / record.path).stat().st_size == record.size
-            and sha256_file(self._files / record.path) == record.sha256
-            for record in step.files
-        )
+    def _is_intact(self, record: FileRecord) -> bool:
+        path = self.path(record.path)
+        return path.is_file() and path.stat().st_size == record.size and sha256_file(path) == record.sha256
 
     def _forget(self, name: str) -> None:
-        step = self._journal.steps.get(name)
-        if step:
-            self._journal.drop(name)
-            for record in step.files:
-                (self._files / record.path).unlink(missing_ok=True)
+        step = self._journal.drop(name)
+        for record in step.files if step else ():
+            self.path(record.path).unlink(missing_ok=True)
 
-    def _run(self, name: str, key: str, make: Callable[[Path], StepOutput]) -> FinishedStep:
+    def _run(self, name: str, key: str, make: Callable[[Path], StepOutput]) -> StepResult:
         folder = self._work / f"step-{uuid.uuid4().hex[:8]}"
         folder.mkdir()
         started = time.perf_counter()
         try:
             output = make(folder)
-            seconds = time.perf_counter() - started
-            records = {record.path: record for record in (_record(folder, path) for path in _files_below(folder))}
-            artifacts = tuple(_artifact(draft, records, name, seconds) for draft in output.artifacts)
-            self._adopt(folder, records)
+            seconds = round(time.perf_counter() - started, 3)
+            records = _record_files(folder)
+            step = StepResult(
+                name=name,
+                key=key,
+                files=tuple(records.values()),
+                artifacts=tuple(_artifact(draft, records, step=name, seconds=seconds) for draft in output.artifacts),
+                values=output.values,
+                seconds=seconds,
+            )
+            taken = {record.path for finished in self._journal.steps.values() for record in finished.files}
+            if taken & set(records):
+                raise BundleError(f"Two steps made the same files: {sorted(taken & set(records))}.")
+            for path in records:
+                target = self._files.joinpath(*PurePosixPath(path).parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).replace(target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        step = FinishedStep(
-            name=name,
-            key=key,
-            files=tuple(records.values()),
-            artifacts=artifacts,
-            values=output.values,
-            seconds=round(seconds, 3),
-        )
         self._journal.add(step)
         return step
-
-    def _adopt(self, folder: Path, records: Mapping[str, FileRecord]) -> None:
-        taken = {record.path for step in self._journal.steps.values() for record in step.files}
-        clash = sorted(taken & set(records))
-        if clash:
-            raise BundleError(f"Two steps made the same files: {clash}.")
-        for name in records:
-            target = self._files.joinpath(*PurePosixPath(name).parts)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).replace(target)
 
     def finish(self, manifest: Manifest) -> Path:
         """Write the manifest, check the whole, and give it the final name in one move.
 
-        ``manifest`` comes without artifacts and files; those of the steps of this run are filled in, and what earlier
-        runs left behind is dropped.
+        ``manifest`` comes without artifacts and files: those of this run's steps are filled in. What only earlier runs
+        made is dropped.
 
         Raises:
-            BundleError: when the result is not consistent.
+            BundleError: the result is not consistent.
         """
         for name in sorted(set(self._journal.steps) - self._used):
             self._forget(name)
         steps = self._journal.steps.values()
         artifacts = tuple(artifact for step in steps for artifact in step.artifacts)
-        made = {artifact.path for artifact in artifacts}
-        files = tuple(record for step in steps for record in step.files if record.path not in made)
-        full = replace(manifest, artifacts=artifacts, files=tuple(sorted(files, key=lambda record: record.path)))
+        models = {artifact.path for artifact in artifacts}
+        files = sorted((r for step in steps for r in step.files if r.path not in models), key=lambda r: r.path)
         with _writing(self.target):
-            write_text(self._files / MANIFEST_NAME, manifest_text(full))
-            write_text(self._files / DIGEST_NAME, digest_line(sha256_file(self._files / MANIFEST_NAME)))
+            text = manifest_text(replace(manifest, artifacts=artifacts, files=tuple(files)))
+            write_text(self.path(MANIFEST_NAME), text)
+            write_text(self.path(DIGEST_NAME), digest_line(sha256_file(self.path(MANIFEST_NAME))))
             check_files(self._files, read_manifest(self._files))
             replace_folder(self._files, self.target)
             shutil.rmtree(self._work)
         return self.target
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turn an OSError into a BundleError that says how to go on."""
+    try:
+        yield
+    except FcosDeployError:
+        raise
+    except OSError as error:
+        raise BundleError(
+            f"Cannot write the bundle '{target}': {error.strerror or error}.",
+            hint="finished steps are kept: make room or choose a folder you can write, then run the command again",
+        ) from error
+
+
+def _record_files(folder: Path) -> dict[str, FileRecord]:
+    """Every file below ``folder`` by its relative path, after its contents have reached the disk."""
+    records = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise BundleError(f"A step made the link '{path.name}'; a bundle holds plain files only.")
         if path.is_file():
-            yield path
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            name = path.relative_to(folder).as_posix()
+            records[name] = FileRecord(path=name, sha256=sha256_file(path), size=path.stat().st_size)
+    return records
 
 
-def _record(folder: Path, path: Path) -> FileRecord:
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    return FileRecord(path=path.relative_to(folder).as_posix(), sha256=sha256_file(path), size=path.stat().st_size)
-
-
-def _artifact(draft: ArtifactDraft, records: Mapping[str, FileRecord], step: str, seconds: float) -> Artifact:
+def _artifact(draft: ArtifactDraft, records: Mapping[str, FileRecord], *, step: str, seconds: float) -> Artifact:
     absent = [name for name in (draft.path, *draft.companions) if name not in records]
     if absent:
         raise BundleError(f"Step '{step}' did not make {absent}.")
@@ -426,7 +268,7 @@ def _artifact(draft: ArtifactDraft, records: Mapping[str, FileRecord], step: str
             name=step,
             config=dict(draft.config),
             tools=dict(draft.tools),
-            seconds=round(seconds, 3),
+            seconds=seconds,
             platform=platform.platform(),
         ),
         parent=draft.parent,
@@ -437,14 +279,118 @@ def _artifact(draft: ArtifactDraft, records: Mapping[str, FileRecord], step: str
     )
 
 
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
+class Journal:
+    """Finished steps by name, one JSON line each in the file ``path``, on the disk before a step counts as finished."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.steps: dict[str, StepResult] = {}
+        for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+            try:
+                step = from_json(StepResult, json.loads(line), where=path.name)
+            except (ValueError, ConfigError, BundleError):
+                break  # A line of another version or cut off by a power failure: that step and later ones run again.
+            self.steps[step.name] = step
+
+    def add(self, step: StepResult) -> None:
+        """Record a step; one of the same name is replaced."""
+        self.steps.pop(step.name, None)
+        self.steps[step.name] = step
+        self._write()
+
+    def drop(self, name: str) -> StepResult | None:
+        """Forget a step, and return what was known of it."""
+        step = self.steps.pop(name, None)
+        if step:
+            self._write()
+        return step
+
+    def _write(self) -> None:
+        # Rewritten whole and renamed: a line appended behind a half-written one would be lost.
+        partial = self._path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(to_json(step)) + "\n" for step in self.steps.values())
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(self._path)
+
+
+def _lock(folder: Path) -> int:
+    """Lock ``folder`` for this process, and write the process' id into the lock file for others to see.
+
+    Returns the file descriptor; the kernel releases the lock when it is closed, also by the death of the process.
+
+    Raises:
+        BundleError: another process holds the lock.
+    """
+    path = folder / "lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # The holder removed the folder between the two calls.
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 32).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise BundleError(
+                f"Process {owner or '?'} is already writing '{folder}'.",
+                hint="wait until it has finished, or choose another output",
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+        os.close(descriptor)  # The holder finished and removed the file: try again with a new one.
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Move ``new`` to ``target``; an older ``target`` is swapped with it and afterwards lies at ``new``.
+
+    Where the file system cannot swap (NFS, some overlays) it takes two moves; ``restore_folder`` repairs what a power
+    cut between them leaves.
+
+    Raises:
+        OSError: both folders are then where they were.
+    """
+    if not target.exists():
+        new.rename(target)
+    elif not _swap(new, target):
+        target.rename(_aside(target))
+        new.rename(target)
+        _aside(target).rename(new)
+    descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield
-    except FcosDeployError:
-        raise
-    except OSError as error:
-        raise BundleError(
-            f"Cannot write the bundle '{target}': {error.strerror or error}.",
-            hint="finished steps are kept: make room or choose a folder you can write, then run the command again",
-        ) from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def restore_folder(target: Path) -> None:
+    """Bring back the older folder when ``replace_folder`` was interrupted between its two moves."""
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+    elif aside.exists():
+        shutil.rmtree(aside)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """``renameat2`` with RENAME_EXCHANGE, for which Python has no function; False where it is not supported."""
+    at_current_folder, rename_exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(at_current_folder, os.fsencode(first), at_current_folder, os.fsencode(second), rename_exchange):
+        code = ctypes.get_errno()
+        if code in (errno.ENOSYS, errno.EINVAL, errno.EXDEV):
+            return False
+        raise OSError(code, os.strerror(code), str(second))
+    return True

@@ -78,10 +78,12 @@ def find_model(
 
 def _of_bundle(model: Path, *, backend: str, precision: Precision | None, options: SessionOptions) -> ModelSource:
     from fcos_deploy.bundle import open_bundle
-    from fcos_deploy.bundle.preflight import choose
+    from fcos_deploy.bundle.preflight import select_runnable
 
     bundle = open_bundle(model, public_keys=options.public_keys)
-    selection, fallbacks = choose(bundle, backend=backend, precision=precision, allow_fallback=options.allow_fallback)
+    selection, fallbacks = select_runnable(
+        bundle, backend=backend, precision=precision, allow_fallback=options.allow_fallback
+    )
     for fallback in fallbacks:
         _LOG.warning("'%s' falls back from '%s': %s", model, fallback.backend, fallback.reason)
     return ModelSource(bundle.path(selection.artifact.path), get_backend(selection.backend), fallbacks)

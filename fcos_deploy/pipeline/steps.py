@@ -189,7 +189,7 @@ def export(
         **library_versions("torch", "onnx", "onnxsim"),
     }
     step = context.writer.step(f"export-{precision}-{tail}", inputs=inputs, make=make)
-    return Graph(step.artifacts[0], step.path(name), tail)
+    return Graph(step.artifacts[0], context.writer.path(name), tail)
 
 
 def calibrate(context: DeployContext, source: Graph) -> Calibrated:
@@ -211,8 +211,8 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
         return StepOutput()
 
     inputs = {"graph": source.artifact.sha256, "images": json.dumps(hashes)}
-    step = context.writer.step(f"calibrate-{source.tail}", inputs=inputs, make=make)
-    path = step.path(name)
+    context.writer.step(f"calibrate-{source.tail}", inputs=inputs, make=make)
+    path = context.writer.path(name)
     method = str(load_calibration(path, graph=source.path).method)
     details = {"images": str(len(hashes)), "of": str(images.candidates), "seed": str(images.seed)}
     return Calibrated(path, CalibrationRecord(path=name, method=method, images=tuple(hashes), details=details))
@@ -266,7 +266,7 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
         "goal": f"{request.max_map_drop} {request.images} {request.annotations}",
     }
     step = context.writer.step(f"quantize-{policy.name}-{source.tail}", inputs=inputs, make=make)
-    return Graph(step.artifacts[0], step.path(name), source.tail)
+    return Graph(step.artifacts[0], context.writer.path(name), source.tail)
 
 
 # An IR is read by every later OpenVINO; an engine by the version that built it.
@@ -321,7 +321,9 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
         "options": json.dumps(to_json(options), sort_keys=True, default=str),
     }
     step = context.writer.step(f"build-{backend}-{source.precision}", inputs=inputs, make=make)
-    return Variant(model=step.path(name), backend=backend, precision=source.precision, artifact=step.artifacts[0])
+    return Variant(
+        model=context.writer.path(name), backend=backend, precision=source.precision, artifact=step.artifacts[0]
+    )
 
 
 def make_for_device(context: DeployContext, plan: Plan) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from fcos_deploy.bundle.records import Artifact
+from fcos_deploy.bundle.manifest import Artifact
 from fcos_deploy.bundle.selection import select_artifact
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.contract import ModelContract, read_contract
@@ -99,8 +99,6 @@ class ServedModel:
         Raises:
             BackendLoadError: the file is not of its kind.
         """
-        if self.artifact.requires.max_batch:
-            return self.artifact.requires.max_batch
         dynamic = False
         if self.artifact.kind is ArtifactKind.ONNX:
             dynamic = all(spec.shape[:1] == (None,) for spec in onnx_interface(self.path).inputs)

@@ -196,7 +196,7 @@ def test_a_step_with_other_inputs_runs_again(tmp_path: Path) -> None:
         with BundleWriter(tmp_path / "b") as writer:
             result = writer.step("one", inputs=inputs, make=make)
     assert len(runs) == 2
-    assert result.path("file").read_text() == "2"
+    assert writer.path("file").read_text() == "2"
     assert (result.values, result.skipped) == ({"runs": 2}, False)
 
 

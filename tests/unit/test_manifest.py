@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fcos_deploy.bundle import DEFAULT_GATES, AccuracyFigure, FileRecord, open_bundle
-from fcos_deploy.bundle.manifest import Manifest, manifest_text, parse_manifest
-from fcos_deploy.bundle.records import check_relative_path
+from fcos_deploy.bundle.manifest import Manifest, check_relative_path, manifest_text, parse_manifest
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
 from fcos_deploy.core.gate import Gate

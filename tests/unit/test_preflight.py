@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from fcos_deploy.bundle import Artifact, Requirements, StepRecord, VersionRule
-from fcos_deploy.bundle.preflight import PreflightRequest, preflight
+from fcos_deploy.bundle.preflight import preflight
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.machine import MachineFacts
@@ -23,10 +23,8 @@ MACHINE = MachineFacts(
 PROBE = BackendProbe(available=True, version="10.3.0", devices=("cuda:0 Orin",))
 
 
-def _differences(
-    requires: Requirements, *, probe: BackendProbe = PROBE, request: PreflightRequest | None = None
-) -> list[str]:
-    return [str(d) for d in preflight(_artifact(requires), probe=probe, machine=MACHINE, request=request)]
+def _differences(requires: Requirements, *, probe: BackendProbe = PROBE) -> list[str]:
+    return [str(d) for d in preflight(_artifact(requires), probe=probe, machine=MACHINE)]
 
 
 def _artifact(requires: Requirements) -> Artifact:
@@ -53,10 +51,8 @@ def test_what_fits_in_everything_fits() -> None:
         machine="aarch64",
         cpu_features=("asimd",),
         device="cuda",
-        max_batch=4,
-        input_sizes=((320, 416),),
     )
-    assert _differences(requires, request=PreflightRequest(batch=4, input_size=(320, 416))) == []
+    assert _differences(requires) == []
 
 
 @pytest.mark.parametrize(
@@ -94,15 +90,6 @@ def test_newer_is_accepted_where_the_rule_says_so(requires: Requirements) -> Non
 def test_version_10_is_newer_than_9() -> None:
     requires = Requirements(backend_version="9.12", version_rule=VersionRule.AT_LEAST)
     assert _differences(requires, probe=dataclasses.replace(PROBE, version="10.1")) == []
-
-
-def test_requests_beyond_the_input_profile_are_refused() -> None:
-    requires = Requirements(max_batch=4, input_sizes=((320, 416), (640, 640)))
-    found = _differences(requires, request=PreflightRequest(batch=8, input_size=(320, 320)))
-    assert found == [
-        "the batch must be at most 4, it is 8",
-        "the input size must be 320x416 or 640x640, it is 320x320",
-    ]
 
 
 def test_everything_is_told_at_once() -> None:

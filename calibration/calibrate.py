@@ -29,7 +29,7 @@ from calibration.placement import ConvGraph, load_graph
 from calibration.ranges import Histogram, RangeMethod, all_ranges, find_range
 from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
 from fcos_deploy.core.files import atomic_file, sha256_file
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -376,7 +376,7 @@ def range_method(name: str) -> RangeMethod:
     """
     known = [str(method) for method in RangeMethod]
     if name and name not in known:
-        raise ConfigError(f"There is no range method '{name}'.", hint=f"methods: {', '.join(known)}")
+        raise unknown_name("range method", name, known)
     return RangeMethod(name) if name else DEFAULT_METHOD
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from calibration.placement import ConvGraph, ConvSite, load_graph
 from fcos_deploy.core.contract import ModelContract, read_contract
-from fcos_deploy.core.errors import CalibrationError, ConfigError, MissingDependencyError, StepCheckError
+from fcos_deploy.core.errors import CalibrationError, ConfigError, MissingDependencyError, StepCheckError, unknown_name
 from fcos_deploy.core.libraries import require
 from fcos_deploy.core.postprocess import image_sizes_row
 from fcos_deploy.core.preprocess import preprocess
@@ -161,7 +161,7 @@ def open_engine(name: str, model: Any, *, threads: int | None = None) -> Run:
         MissingDependencyError: it is not installed.
     """
     if name not in ENGINES:
-        raise ConfigError(f"There is no calibration engine '{name}'.", hint=f"engines: {', '.join(ENGINES)}, auto")
+        raise unknown_name("calibration engine", name, ["auto", *ENGINES])
     return ENGINES[name](model, threads=threads)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.enums import StrEnum
-from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
 from fcos_deploy.core.libraries import require
 
 __all__ = [
@@ -328,7 +328,7 @@ def weight_range(name: str) -> WeightRange | None:
     """
     known = [str(kind) for kind in WeightRange]
     if name and name not in known:
-        raise ConfigError(f"There is no range of weights '{name}'.", hint=f"ranges: {', '.join(known)}")
+        raise unknown_name("range of weights", name, known)
     return WeightRange(name) if name else None
 
 

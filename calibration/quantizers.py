@@ -16,7 +16,7 @@ from calibration.dataset import SampleOptions, collect_images
 from calibration.nncf_quantizer import quantize_nncf
 from calibration.placement import Placement, WeightRange, placement_for
 from calibration.qdq import quantize_qdq
-from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "quantizer"]
@@ -145,5 +145,5 @@ def quantizer(name: str) -> Quantizer:
         ConfigError: naming the ones that exist.
     """
     if name not in QUANTIZERS:
-        raise ConfigError(f"There is no quantizer '{name}'.", hint=f"quantizers: {', '.join(sorted(QUANTIZERS))}")
+        raise unknown_name("quantizer", name, sorted(QUANTIZERS))
     return QUANTIZERS[name]

@@ -138,7 +138,7 @@ def ground_truth_from_detections(
     if not any(len(objects) for objects in kept.values()):
         raise ConfigError(
             f"The reference finds nothing with a score of at least {min_score} on these {len(images)} images.",
-            hint="give images that show the objects, or a lower --reference-score",
+            hint="give images that show the objects, or annotations: --annotations FILE",
         )
     ground_truth = {}
     for number, objects in kept.items():

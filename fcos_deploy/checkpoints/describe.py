@@ -30,6 +30,7 @@ from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerN
 __all__ = [
     "CheckpointDescription",
     "StoredWeights",
+    "decided_options",
     "describe_checkpoint",
     "describe_weights",
     "find_weights",
@@ -334,3 +335,35 @@ def _origin(
         rule = "rule: averaged weights are what is evaluated" if weights.has_both else "the only weights in the file"
         decisions.append(Decision("weights", weights.container, "option" if options.weights else rule))
     return tuple(decisions)
+
+
+def decided_options(described: CheckpointDescription) -> CheckpointOptions:
+    """All decisions as options: the file, read again with them, has the same configuration and contract."""
+    contract, config = described.contract, described.config
+    preprocess, decode = contract.preprocess, contract.decode
+    decided = {decision.name: decision.value for decision in contract.decisions}
+    variant, container = decided.get("variant", ""), decided.get("weights", "")
+    return CheckpointOptions(
+        ecosystem=contract.ecosystem,
+        variant=variant if variant in get_ecosystem(contract.ecosystem).variants else "",
+        weights=("ema" if container in _EMA_CONTAINERS else "model") if container else "",
+        class_names=contract.class_names,
+        stride_in_1x1=config.stride_in_1x1,
+        box_activation=config.box_activation,
+        centerness_on_reg=config.centerness_on_reg,
+        norm_eps=config.norm_eps,
+        input_size=preprocess.canvas,
+        shortest=preprocess.shortest,
+        longest=preprocess.longest,
+        input_dtype=preprocess.input_dtype,
+        channel_order=preprocess.channel_order,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        resize_filter=preprocess.resize_filter,
+        score_threshold=decode.score_threshold,
+        iou_threshold=decode.iou_threshold,
+        max_detections=decode.max_detections,
+        pre_nms_top_k=decode.pre_nms_top_k,
+        centers=decode.profile.centers,
+        profile=decode.profile.name,
+    )

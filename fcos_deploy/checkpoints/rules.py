@@ -13,7 +13,7 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import CenterMode
-from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError
+from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError, unknown_name
 from fcos_deploy.core.network import BoxActivation, FcosConfig
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
 
@@ -338,7 +338,7 @@ def _preprocess_spec(rules: Rules, canvas: tuple[int, int] | None) -> Preprocess
 def decode_spec(rules: Rules, config: FcosConfig) -> DecodeSpec:
     """The post-processing part of the contract."""
     if rules.profile not in PROFILES:
-        raise ConfigError(f"There is no profile '{rules.profile}'.", hint=f"profiles: {', '.join(PROFILES)}")
+        raise unknown_name("profile", rules.profile, PROFILES)
     offset = rules.label_offset
     return DecodeSpec(
         profile=dataclasses.replace(PROFILES[rules.profile], centers=rules.centers),

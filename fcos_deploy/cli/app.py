@@ -1,63 +1,108 @@
-"""Collects the commands, and turns errors into one screen and an exit code."""
+"""Collects the commands, prints their help, and turns errors into one screen and an exit code."""
 
 from __future__ import annotations
 
-import functools
 import importlib
+import importlib.metadata
+import inspect
 import logging
-import pkgutil
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
-import fcos_deploy.cli
+from fcos_deploy.cli.options import OUTPUT, with_parameters
+from fcos_deploy.cli.output import verbosity
 from fcos_deploy.core.errors import FcosDeployError
 
-__all__ = ["build_app", "main"]
+__all__ = ["COMMANDS", "build_app", "main"]
 
 _LOG = logging.getLogger(__name__)
 
+# Panels of the help, each with its commands in the order of use; a command is a module here that defines ``command``.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "From a checkpoint to a bundle": ("deploy", "demo", "inspect", "doctor"),
+    "Its steps": ("export", "simplify", "calibrate", "quantize", "build", "package"),
+    "Accuracy": ("verify", "evaluate", "parity", "compare", "report"),
+    "Running a model": ("predict", "benchmark", "soak"),
+    "Signatures": ("sign", "verify-signature"),
+}
+
+_VERBOSE = typer.Option(
+    "-v",
+    "--verbose",
+    count=True,
+    show_default=False,
+    help="Logged steps on stderr; -vv for everything that is logged, with the traceback of an error.",
+    rich_help_panel=OUTPUT,
+)
+_QUIET = typer.Option(
+    "-q", "--quiet", help="Only errors on stderr: no progress, tables or notes.", rich_help_panel=OUTPUT
+)
+
+
+def _wide_help(self: Any, ctx: Any, formatter: Any) -> None:  # noqa: ARG001  # Any: Click's, or Typer's copy of it
+    """Print help in titled panels as wide as the terminal.
+
+    ``rich_markup_mode`` would do it too, but would also put a box around usage errors, whose lines then break in the
+    middle of a path and can neither be copied nor searched.
+    """
+    from typer.rich_utils import rich_format_help
+
+    rich_format_help(obj=self, ctx=ctx, markup_mode="rich")
+
+
+class _Command(TyperCommand):
+    format_help = _wide_help
+
+
+class _Group(TyperGroup):
+    format_help = _wide_help
+
 
 def build_app(*, only: str = "") -> typer.Typer:
-    """A Typer application with one command for every module here that defines ``command``.
-
-    ``only`` is a command whose module alone is imported, to start sooner; any other word leaves all.
-    """
+    """The application. ``only``: a command whose module alone is imported, to start sooner; other words do nothing."""
     app = typer.Typer(
-        help="Takes a trained FCOS detector to an engine on an edge device, and proves that it is still the same.",
+        cls=_Group,
+        help="Take a trained FCOS detector to an engine for an edge device, and prove that it still detects the same.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_group)
-    for name in _modules(only):
-        command = getattr(importlib.import_module(f"fcos_deploy.cli.{name}"), "command", None)
-        if command is not None:
-            app.command(name.replace("_", "-"))(_guard(command))
+    known = any(only in names for names in COMMANDS.values())
+    for panel, names in COMMANDS.items():
+        for name in names:
+            if not known or name == only:
+                module = importlib.import_module(f"fcos_deploy.cli.{name.replace('-', '_')}")
+                app.command(name, cls=_Command, rich_help_panel=panel)(_guard(module.command))
     return app
 
 
-def _modules(only: str) -> list[str]:
-    names = sorted(module.name for module in pkgutil.iter_modules(fcos_deploy.cli.__path__))
-    wanted = only.replace("-", "_")
-    return [wanted] if wanted in names else names
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"fcos-deploy {importlib.metadata.version('fcos-deploy')}")
+        raise typer.Exit
 
 
-def _group() -> None:
-    """Keeps Typer from making a single command the whole application."""
+def _group(
+    version: Annotated[  # the callback has printed it
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version of fcos-deploy.")
+    ] = False,
+) -> None:
+    """Options of the application itself."""
 
 
 def _guard(command: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:  # Any: the wrapped command's own parameters
+    def guarded(*, verbose: int, quiet: bool, **arguments: Any) -> None:  # Any: the command's own parameters
         try:
-            command(*args, **kwargs)
+            with verbosity(verbose=verbose, quiet=quiet):
+                _call(command, arguments)
         except FcosDeployError as error:
             _show(error)
             raise typer.Exit(error.exit_code) from None
@@ -66,12 +111,31 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise typer.Exit(0) from None
-        except OSError as error:  # A disk, a device or a permission that went away in the middle.
-            _LOG.debug("%s", error, exc_info=True)
-            _show(FcosDeployError(f"{error}.", hint="check the free space, the permissions and the device"))
-            raise typer.Exit(1) from None
 
-    return guarded
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [
+        inspect.Parameter("verbose", keyword, default=0, annotation=Annotated[int, _VERBOSE]),
+        inspect.Parameter("quiet", keyword, default=False, annotation=Annotated[bool, _QUIET]),
+    ]
+    return with_parameters(guarded, command, added)
+
+
+def _call(command: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Call it, with a disk, device or permission that fails in the middle as an error with a hint.
+
+    Raises:
+        FcosDeployError: the command's own, or such a failure.
+    """
+    try:
+        command(**arguments)
+    except BrokenPipeError:
+        raise
+    except FcosDeployError as error:
+        _LOG.debug("%s", error, exc_info=True)
+        raise
+    except OSError as error:
+        _LOG.debug("%s", error, exc_info=True)
+        raise FcosDeployError(f"{error}.", hint="check the free space, the permissions and the device") from error
 
 
 def _show(error: FcosDeployError) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import RUNTIME, Graph, Json, Threads, output
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.serialize import to_json
 
@@ -14,28 +15,58 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Float ONNX graph.")],
+    model: Graph,
     *,
-    images: Annotated[Path, typer.Option(help="Folder, list file or COCO json of calibration images.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The calibration.json to write.")],
+    images: Annotated[Path, typer.Option(metavar="PATH", help="Calibration images: a folder, list file or COCO JSON.")],
+    output: Annotated[Path, output("Calibration file (.json) to write.")],
     annotations: Annotated[
-        Path | None, typer.Option(help="COCO json of the images: the sample then covers classes and sizes.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="COCO annotations of the images, to choose images that cover all classes and object sizes. "
+            "Default: images are chosen at random.",
+        ),
     ] = None,
-    method: Annotated[str, typer.Option(help="minmax, percentile, entropy, mse or l3.")] = "",
-    count: Annotated[int | None, typer.Option(min=1, help="Images to use (default: up to 128).")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    count: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of images to choose. Default: up to 128.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed for choosing calibration images.")] = 0,
     evaluation_images: Annotated[
-        Path | None, typer.Option(help="Images that accuracy will be measured on: overlap is reported.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Images that accuracy will be measured on; an overlap is reported."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="onnxruntime, openvino, or auto: the faster one.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine.")] = None,
-    convergence: Annotated[bool, typer.Option(help="Report how the ranges settle with more images.")] = False,
-    tensorrt_cache: Annotated[
-        str, typer.Option(help="Also write a calibration cache (.cache) for this TensorRT version, such as 8.5.2.")
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Method that turns statistics into ranges: minmax, percentile, entropy, mse or l3. "
+            "Default: percentile.",
+            show_default=False,
+        ),
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    convergence: Annotated[
+        bool, typer.Option("--convergence", help="Report of how the ranges settle with more images.")
+    ] = False,
+    tensorrt_cache: Annotated[
+        str,
+        typer.Option(
+            metavar="VERSION",
+            help="TensorRT version, such as 8.5.2, to also write a calibration cache (.cache) for. Default: none.",
+            show_default=False,
+        ),
+    ] = "",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Runtime that measures: onnxruntime, openvino, or auto for the faster one.",
+            rich_help_panel=RUNTIME,
+        ),
+    ] = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
-    """Measure the ranges of a graph's activations on images."""
+    """Calibrate: measure the ranges of a graph's activations on images, for 'fcos-deploy quantize'."""
     from calibration.calibrate import CalibrationRequest, calibrate
 
     request = CalibrationRequest(

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fcos_deploy.cli.options import PublicKeys, RequireSignature, for_checkpoints, trusted_keys, with_checkpoint_options
-from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.options import (
+    OUTPUT,
+    RUNTIME,
+    Annotations,
+    Backend,
+    BundlePrecision,
+    Json,
+    Limit,
+    MaxMapDrop,
+    MinMatchRate,
+    PublicKeys,
+    RequireSignature,
+    Rounds,
+    Threads,
+    session_options,
+    trusted_keys,
+    with_common_checkpoint_options,
+)
+from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
@@ -23,41 +37,58 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@with_checkpoint_options
+@with_common_checkpoint_options
 def command(
-    first: Annotated[Path, typer.Argument(help="The one to compare with: bundle, engine, ONNX file or checkpoint.")],
-    second: Annotated[Path, typer.Argument(help="The one that is compared.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="FIRST", help="Model to compare with: checkpoint, ONNX file, engine or bundle.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Model that is compared.")],
     *,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of images; without, two bundles are compared by what they record.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the images. Default: two bundles are compared by what they record."
+        ),
     ] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="COCO annotations; without, the first is the ground truth.")
+    annotations: Annotations = None,
+    limit: Limit = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Benchmark of both in turns.")] = True,
+    rounds: Rounds = 10,
+    max_map_drop: MaxMapDrop = None,
+    min_match_rate: MinMatchRate = None,
+    backend: Backend = "",
+    second_backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Runtime of the second model. Default: that of --backend.",
+            rich_help_panel=RUNTIME,
+            show_default=False,
+        ),
+    ] = "",
+    precision: BundlePrecision = None,
+    second_precision: Annotated[
+        Precision | None,
+        typer.Option(help="Precision of the second bundle. Default: that of --precision.", rich_help_panel=RUNTIME),
     ] = None,
-    backend: Annotated[str, typer.Option(help="Runtime of both.")] = "",
-    second_backend: Annotated[str, typer.Option(help="Runtime of the second, if another.")] = "",
-    precision: Annotated[Precision | None, typer.Option(help="Of both, where they are bundles.")] = None,
-    second_precision: Annotated[Precision | None, typer.Option(help="Of the second, if another.")] = None,
-    max_map_drop: Annotated[float | None, typer.Option(help="Exit 4 when the second loses more AP.")] = None,
-    min_match_rate: Annotated[float | None, typer.Option(help="Exit 4 when fewer detections agree (0..1).")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtimes.")] = None,
-    speed: Annotated[bool, typer.Option(help="Also time them in turns.")] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of the benchmark.")] = 10,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    threads: Threads = None,
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
-    report: Annotated[Path | None, typer.Option(help="Write the comparison as an HTML report.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="HTML report of the comparison to write.", rich_help_panel=OUTPUT),
+    ] = None,
+    as_json: Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Put two models or bundles side by side: AP with its interval, single detections, speed.
+    """Compare two models or bundles: AP with its confidence interval, single detections, speed.
 
     Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
-    The options of 'export' say how the models are read where they are checkpoints.
+    Checkpoint options apply to the models that are checkpoints. Exit code 4: a gate does not hold.
     """
     from fcos_deploy.accuracy.gate import require_all
     from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
-    from fcos_deploy.benchmark import run as speeds
+    from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate
@@ -65,21 +96,20 @@ def command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    keys = trusted_keys(public_key, required=require_signature)
-    checkpoint = for_checkpoints(options, [first, second])
-    session = SessionOptions(threads=threads, public_keys=keys)
-    other, other_precision = second_backend or backend, second_precision or precision
-    reference = DetectorSpec(
-        model=first, backend=backend, precision=precision, options=replace(session, checkpoint=checkpoint[first])
-    )
+    base = SessionOptions(threads=threads, public_keys=trusted_keys(public_key, required=require_signature))
+    sessions = session_options(base, [first, second], checkpoint=options)
+    reference = DetectorSpec(model=first, backend=backend, precision=precision, options=sessions[first])
     candidate = DetectorSpec(
-        model=second, backend=other, precision=other_precision, options=replace(session, checkpoint=checkpoint[second])
+        model=second,
+        backend=second_backend or backend,
+        precision=second_precision or precision,
+        options=sessions[second],
     )
     gate = Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate)
     if images is None:
         if annotations is not None or report is not None:
             raise ConfigError("--annotations and --report need images.", hint="give --images DIR")
-        _show_bundles(reference, candidate, gate=gate, as_json=as_json)
+        _compare_bundles(reference, candidate, gate=gate, as_json=as_json)
         return
     request = ComparisonRequest(
         reference=reference,
@@ -91,43 +121,36 @@ def command(
         limit=limit,
     )
     with progress_bar() as progress:
-        found = compare_models(request, progress=progress)
-    table("Accuracy", TABLE_COLUMNS, [evaluation_row(e) for e in found.all])
-    if found.benchmark is not None:
-        table("Speed", speeds.TABLE_COLUMNS, [speeds.result_row(r) for r in found.benchmark.results])
+        comparison = compare_models(request, progress=progress)
+    table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in comparison.all])
+    if comparison.benchmark is not None:
+        table("Speed", run.TABLE_COLUMNS, [run.result_row(measured) for measured in comparison.benchmark.results])
     if as_json:
-        timed = speeds.benchmark_json(found.benchmark) if found.benchmark else None
-        print_json({"accuracy": [evaluation_json(e) for e in found.all], "speed": timed})
+        timed = run.benchmark_json(comparison.benchmark) if comparison.benchmark else None
+        print_json({"accuracy": [evaluation_json(evaluation) for evaluation in comparison.all], "speed": timed})
     if report is not None:
-        made = shlex.join(["fcos-deploy", *sys.argv[1:]])
-        write_report(comparison_report(found, title=f"{second.name} against {first.name}", command=made), report)
+        title = f"{second.name} against {first.name}"
+        write_report(comparison_report(comparison, title=title, command=command_line()), report)
         note(f"wrote {report}")
-    require_all(found.evaluations.verdicts)
+    require_all(comparison.evaluations.verdicts)
 
 
-def _show_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_json: bool) -> None:
-    from fcos_deploy.accuracy.bundle_comparison import (
-        FIGURE_COLUMNS,
-        BundleComparisonRequest,
-        bundles_json,
-        compare_bundles,
-        fact_rows,
-        figure_rows,
-    )
+def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_json: bool) -> None:
+    from fcos_deploy.accuracy import bundle_comparison as bundles
     from fcos_deploy.accuracy.gate import require_all
 
-    request = BundleComparisonRequest(first=first, second=second, gate=gate)
+    request = bundles.BundleComparisonRequest(first=first, second=second, gate=gate)
     with progress_bar() as progress:
-        found = compare_bundles(request, progress=progress)
-    table("Bundles", ("", "first", "second"), fact_rows(found))
-    table("Recorded figures", FIGURE_COLUMNS, figure_rows(found))
-    for sentence in found.contract:
+        comparison = bundles.compare_bundles(request, progress=progress)
+    table("Bundles", ("", "first", "second"), bundles.fact_rows(comparison))
+    table("Recorded figures", bundles.FIGURE_COLUMNS, bundles.figure_rows(comparison))
+    for sentence in comparison.contract:
         note(f"contract: {sentence}")
-    agreement = found.agreement
+    agreement, (reference, candidate) = comparison.agreement, comparison.subjects
     note(
-        f"golden images ({agreement.images}), {found.subjects[0]} against {found.subjects[1]}, run here: "
+        f"golden images ({agreement.images}), {reference} against {candidate}, run here: "
         f"{agreement.match_rate:.1%} of the detections agree, {agreement.missed} missed, {agreement.extra} extra"
     )
     if as_json:
-        print_json(bundles_json(found))
-    require_all(found.verdicts)
+        print_json(bundles.bundles_json(comparison))
+    require_all(comparison.verdicts)

@@ -1,20 +1,18 @@
-"""``fcos-deploy doctor``: what works on this machine."""
+"""``fcos-deploy doctor``."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from fcos_deploy.cli.options import Json, Target
+from fcos_deploy.cli.output import note, print_json
 
 __all__ = ["command"]
 
 
-def command(
-    target: Annotated[str, typer.Option(help="Device profile to compare this machine with.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
-) -> None:
-    """Say what works here, what does not, and what mends it."""
-    from fcos_deploy.cli.output import note, print_json
+def command(*, target: Target = "", as_json: Json = False) -> None:
+    """List what works on this machine, what does not, and how to fix it.
+
+    With --target the machine is compared with a device profile; exit code 1 when it differs.
+    """
     from fcos_deploy.core.errors import DeviceError
     from fcos_deploy.core.serialize import to_json
     from fcos_deploy.targets.doctor import compare, difference_lines, examine, lines
@@ -25,9 +23,7 @@ def command(
     differences = compare(examination, profile) if profile else ()
     if as_json:
         print_json({"findings": to_json(examination.findings), "differences": to_json(differences)})
-    for line in lines(examination.findings):
-        note(line)
-    for line in difference_lines(differences):
+    for line in (*lines(examination.findings), *difference_lines(differences)):
         note(line)
     if differences:
         raise DeviceError(f"This machine is not a '{target}': {', '.join(d.name for d in differences)}.")

@@ -1,51 +1,64 @@
-"""``fcos-deploy inspect``: what a checkpoint, ONNX file, engine or bundle is."""
+"""``fcos-deploy inspect``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import PublicKeys, RequireSignature, trusted_keys, with_checkpoint_options
-from fcos_deploy.core.checkpoint_options import CheckpointOptions
-
-if TYPE_CHECKING:
-    from fcos_deploy.pipeline.inspect import Inspection
+from fcos_deploy.cli.options import (
+    OUTPUT,
+    Json,
+    Model,
+    PublicKeys,
+    RequireSignature,
+    trusted_keys,
+    with_all_checkpoint_options,
+)
+from fcos_deploy.cli.output import note, print_json, table
+from fcos_deploy.core.checkpoint_options import CheckpointOptions, format_checkpoint_options
 
 __all__ = ["command"]
 
 
-@with_checkpoint_options
+@with_all_checkpoint_options
 def command(
-    file: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file, IR, engine or bundle.")],
+    model: Model,
+    *,
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-    *,
+    write_options: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="TOML file to write with all options that were decided for a checkpoint, for --checkpoint-options.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    as_json: Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Say what a file is, and who decided what its tensors do not tell."""
-    from fcos_deploy.cli.output import print_json, table
+    """Show what a file is, and who decided what the tensors of a checkpoint do not tell."""
+    from fcos_deploy.bundle.store import is_bundle
+    from fcos_deploy.core.errors import ConfigError
+    from fcos_deploy.core.files import write_text
+    from fcos_deploy.pipeline.inspect import inspect_bundle, inspect_file
 
-    found = _inspect(file, trusted_keys(public_key, required=require_signature), options)
+    keys = trusted_keys(public_key, required=require_signature)
+    inspection = (
+        inspect_bundle(model, public_keys=keys) if keys or is_bundle(model) else inspect_file(model, options=options)
+    )
+    if write_options is not None:
+        if inspection.options is None:
+            raise ConfigError(f"'{model}' carries its own contract; only a checkpoint has options.")
+        sources = {decision.name: decision.source for decision in inspection.decisions}
+        write_text(write_options, format_checkpoint_options(inspection.options, sources=sources))
+        note(f"wrote '{write_options}'")
     if as_json:
-        print_json(found.to_json())
+        print_json(inspection.to_json())
         return
-    table(f"{found.path.name}: {found.kind}", ("what", "value"), found.facts)
-    if found.decisions:
-        rows = [(decision.name, decision.value, decision.source) for decision in found.decisions]
-        table("Decisions", ("what", "value", "who says so"), rows)
-
-
-def _inspect(file: Path, keys: tuple[Path | str, ...], options: CheckpointOptions) -> Inspection:
-    # A plain file does without the bundle package, whose import takes a tenth of a second.
-    if keys or file.is_dir() or file.suffix == ".tar":
-        from fcos_deploy.bundle.store import is_bundle
-        from fcos_deploy.pipeline.inspect import inspect_bundle
-
-        if keys or is_bundle(file):
-            return inspect_bundle(file, public_keys=keys)
-    from fcos_deploy.pipeline.inspect import inspect_file
-
-    return inspect_file(file, options=options)
+    table(f"{inspection.path.name}: {inspection.kind}", ("fact", "value"), inspection.facts)
+    if inspection.decisions:
+        rows = [(decision.name, decision.value, decision.source) for decision in inspection.decisions]
+        table("Decisions", ("decision", "value", "decided by"), rows)

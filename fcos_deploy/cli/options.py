@@ -1,201 +1,291 @@
-"""The options that say what a checkpoint leaves open, declared once for every command that reads one."""
+"""Options that several commands share, each declared once, and what they become."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
-from fcos_deploy.core.enums import ArtifactKind, CenterMode
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.checkpoint_options import (
+    CheckpointOptions,
+    OptionInfo,
+    option_infos,
+    override_options,
+    read_checkpoint_options,
+)
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision
 from fcos_deploy.core.model_files import KINDS_BY_SUFFIX
-from fcos_deploy.core.network import BoxActivation
-from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter
 
 __all__ = [
+    "GATE",
+    "OUTPUT",
+    "RUNTIME",
+    "SERVING",
+    "SHAPES",
+    "TENSORRT",
+    "TRUST",
     "AllowFallback",
+    "Also",
+    "Annotations",
+    "Backend",
+    "Backends",
+    "Bundle",
+    "BundlePrecision",
+    "BundlePrecisions",
+    "Checkpoint",
+    "Compute",
+    "Device",
+    "Graph",
+    "Images",
+    "Json",
+    "Junit",
+    "Limit",
+    "MaxMapDrop",
+    "MinMatchRate",
+    "Model",
+    "Opset",
     "PublicKeys",
+    "Reference",
     "RequireSignature",
-    "checkpoint_options",
-    "for_checkpoints",
-    "parse_size",
-    "parse_triple",
-    "read_class_names",
-    "reference_keys",
+    "Rounds",
+    "Server",
+    "Target",
+    "Threads",
+    "output",
+    "reference_options",
+    "session_options",
     "trusted_keys",
-    "with_checkpoint_options",
+    "with_all_checkpoint_options",
+    "with_common_checkpoint_options",
+    "with_parameters",
 ]
 
-_LONGEST_NAMES_FILE = 1 << 20  # bytes
+# Titles of the panels in the help of a command, and their order; options without a panel come before them.
+GATE, RUNTIME, SERVING, SHAPES, TENSORRT, TRUST, OUTPUT = (
+    *("Gate", "Runtime", "Serving", "Shapes", "TensorRT", "Trust", "Output"),
+)
+_PANELS = (None, GATE, RUNTIME, SERVING, SHAPES, TENSORRT, "Checkpoint", "Preprocessing", "Detection", TRUST, OUTPUT)
 
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of any supported ecosystem.")]
+Graph = Annotated[Path, typer.Argument(metavar="MODEL", help="Float ONNX graph.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint, ONNX file, OpenVINO IR, engine or bundle.")]
+Bundle = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Bundle: the folder or .tar that 'fcos-deploy deploy' wrote.")
+]
 
-def checkpoint_options(
-    *,
-    ecosystem: Annotated[
-        str, typer.Option(help="auto, torchvision, mmdetection, adelaidet, detectron2 or tianzhi.")
-    ] = AUTO,
-    variant: Annotated[str, typer.Option(help="tianzhi: original, imprv. mmdetection: plain, tricks.")] = "",
-    weights: Annotated[str, typer.Option(help="model or ema, where the file holds both.")] = "",
-    classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
-    input_size: Annotated[str, typer.Option(metavar="HxW", help="A fixed input size, such as 640x640.")] = "",
-    shortest: Annotated[int | None, typer.Option(help="Length of the shorter side; goes with --longest.")] = None,
-    longest: Annotated[int | None, typer.Option(help="Limit of the longer side; goes with --shortest.")] = None,
-    input_dtype: Annotated[
-        InputDtype | None, typer.Option(help="uint8: pixels, normalised in the graph. float32: normalised before.")
-    ] = None,
-    score_threshold: Annotated[float | None, typer.Option(help="Least score of a detection.")] = None,
-    iou_threshold: Annotated[float | None, typer.Option(help="Overlap above which a detection goes.")] = None,
-    max_detections: Annotated[int | None, typer.Option(help="Most detections of an image.")] = None,
-    pre_nms_top_k: Annotated[int | None, typer.Option(help="Candidates of a level that reach suppression.")] = None,
-    stride_in_1x1: Annotated[
-        bool | None,
-        typer.Option("--stride-in-1x1/--stride-in-3x3", help="Convolution of a bottleneck with the stride."),
-    ] = None,
-    box_activation: Annotated[BoxActivation | None, typer.Option(help="How box outputs become pixels.")] = None,
-    centerness_on_reg: Annotated[
-        bool | None,
-        typer.Option("--centerness-on-reg/--centerness-on-cls", help="Tower that feeds the centerness."),
-    ] = None,
-    norm_eps: Annotated[float | None, typer.Option(help="Epsilon of the backbone's batch norm.")] = None,
-    channel_order: Annotated[ChannelOrder | None, typer.Option(help="Order of the colour channels.")] = None,
-    mean: Annotated[str, typer.Option(metavar="A,B,C", help="Mean, in the order of the channels.")] = "",
-    std: Annotated[str, typer.Option(metavar="A,B,C", help="Standard deviation, likewise.")] = "",
-    resize_filter: Annotated[ResizeFilter | None, typer.Option(help="Whose bilinear interpolation.")] = None,
-    centers: Annotated[CenterMode | None, typer.Option(help="Where the locations of a level lie.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Post-processing, by name: see docs/checkpoints.md.")] = None,
-) -> CheckpointOptions:
-    """Options in the command line's words to ``CheckpointOptions``; also the declaration of those options.
+Also = Annotated[
+    list[Path] | None, typer.Option(metavar="MODEL", help="Another model to measure with this one; repeatable.")
+]
+Reference = Annotated[
+    Path, typer.Option(metavar="MODEL", help="Model to compare with, usually the checkpoint it was made from.")
+]
+Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the images.")]
+Annotations = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="COCO annotations of the images. Default: the reference model's detections are the ground truth.",
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of images to use. Default: all.")]
+Rounds = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Rounds of the benchmark; each times 5 detections of every model.")
+]
+Opset = Annotated[int | None, typer.Option(metavar="N", help="ONNX operator set, 17 to 23. Default: 17.")]
+Target = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Device profile, such as jetson-orin-nano, or a TOML file of one. Default: none.",
+        show_default=False,
+    ),
+]
 
-    Raises:
-        ConfigError: when a text cannot be read as what it should be.
-    """
-    return CheckpointOptions(
-        ecosystem=ecosystem,
-        variant=variant,
-        weights=weights,
-        class_names=() if classes is None else read_class_names(classes),
-        input_size=parse_size(input_size) if input_size else None,
-        shortest=shortest,
-        longest=longest,
-        input_dtype=input_dtype,
-        score_threshold=score_threshold,
-        iou_threshold=iou_threshold,
-        max_detections=max_detections,
-        pre_nms_top_k=pre_nms_top_k,
-        stride_in_1x1=stride_in_1x1,
-        box_activation=box_activation,
-        centerness_on_reg=centerness_on_reg,
-        norm_eps=norm_eps,
-        channel_order=channel_order,
-        mean=parse_triple(mean) if mean else None,
-        std=parse_triple(std) if std else None,
-        resize_filter=resize_filter,
-        centers=centers,
-        profile=profile,
-    )
+_BACKEND = "'fcos-deploy doctor' lists them. Default: the one that the model is meant for."
+Backend = Annotated[
+    str, typer.Option(metavar="NAME", help=f"Runtime to use; {_BACKEND}", rich_help_panel=RUNTIME, show_default=False)
+]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help=f"Runtime to use, repeatable; {_BACKEND}", rich_help_panel=RUNTIME),
+]
+_PRECISION = "Precision of the bundle's artifact to use{}. Default: the bundle's choice."
+BundlePrecision = Annotated[Precision | None, typer.Option(help=_PRECISION.format(""), rich_help_panel=RUNTIME)]
+BundlePrecisions = Annotated[
+    list[Precision] | None, typer.Option(help=_PRECISION.format(", repeatable"), rich_help_panel=RUNTIME)
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Device as the runtime names it, such as cpu, GPU.0 or cuda:0. Default: the runtime's choice.",
+        rich_help_panel=RUNTIME,
+        show_default=False,
+    ),
+]
+Compute = Annotated[
+    ComputeType, typer.Option(help="Type that the runtime computes float layers in.", rich_help_panel=RUNTIME)
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Threads of the runtime. Default: the runtime's choice.", rich_help_panel=RUNTIME
+    ),
+]
+Server = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        help="Served model in place of a local runtime, such as http://HOST:8000/v2/models/NAME. Default: none.",
+        rich_help_panel=RUNTIME,
+        show_default=False,
+    ),
+]
 
-
-def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command all options of ``checkpoint_options``; it receives them as one parameter, ``options``.
-
-    An option that the command declares itself keeps the command's meaning.
-    """
-    own = inspect.signature(command, eval_str=True)
-    declared = inspect.signature(checkpoint_options, eval_str=True).parameters
-    added = {name: item for name, item in declared.items() if name not in own.parameters}
-
-    @functools.wraps(command)
-    def merged(**arguments: object) -> None:
-        chosen = {name: arguments.pop(name) for name in added}
-        command(**arguments, options=checkpoint_options(**chosen))  # type: ignore[arg-type]  # typed by ``declared``
-
-    kept = [item for name, item in own.parameters.items() if name != "options"]
-    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in (*kept, *added.values())]
-    # Typer reads the signature and the annotations; without ``__wrapped__`` they are not those of ``command``.
-    merged.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # a known protocol
-    merged.__annotations__ = {item.name: item.annotation for item in parameters}
-    del merged.__wrapped__
-    return merged
-
-
-def for_checkpoints(options: CheckpointOptions, models: Sequence[Path]) -> dict[Path, CheckpointOptions | None]:
-    """The options of each model where a command takes several: its checkpoints get them, the others carry a contract.
-
-    Where none is a checkpoint all get them, so that opening one refuses them.
-    """
-    checkpoints = {model for model in models if _is_checkpoint(model)}
-    return {model: options if model in checkpoints or not checkpoints else None for model in models}
-
-
-def reference_keys(reference: Path, keys: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys that ``reference`` needs: a checkpoint is read as data and has no signature, the rest is executed."""
-    return () if _is_checkpoint(reference) else keys
-
-
-def _is_checkpoint(model: Path) -> bool:
-    return ArtifactKind.CHECKPOINT in KINDS_BY_SUFFIX.get(model.suffix.lower(), ())
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``"320x416"`` to (height, width).
-
-    Raises:
-        ConfigError: when it is anything else.
-    """
-    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
-    if match is None:
-        raise ConfigError(f"--input-size must be height x width such as 640x800, got '{text}'.")
-    return int(match[1]), int(match[2])
-
-
-def parse_triple(text: str) -> tuple[float, float, float]:
-    """``"1,2,3"`` to three numbers.
-
-    Raises:
-        ConfigError: when it is anything else.
-    """
-    try:
-        first, second, third = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"Expected three numbers separated by commas, got '{text}'.") from error
-    return first, second, third
-
-
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """Names from a text file, one a line in the order of the labels; empty lines at the end do not count.
-
-    Raises:
-        ConfigError: when the file cannot be read, is empty, or has an empty line between names.
-    """
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(_LONGEST_NAMES_FILE + 1)
-        names = tuple(line.strip() for line in content.decode("utf-8-sig").rstrip().splitlines())
-    except OSError as error:
-        raise ConfigError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{path}' is not a UTF-8 text file.", hint="one class name a line") from error
-    if len(content) > _LONGEST_NAMES_FILE or not names or not all(names):
-        raise ConfigError(f"'{path}' must hold one class name a line, without empty lines.")
-    return names
-
+MaxMapDrop = Annotated[
+    float | None,
+    typer.Option(
+        metavar="AP",
+        help="Largest loss of AP against the reference, such as 0.01 for one point; exit code 4 beyond it. "
+        "Default: no limit.",
+        rich_help_panel=GATE,
+    ),
+]
+MinMatchRate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RATE",
+        help="Smallest share of the reference's detections that must match (0 to 1); exit code 4 below it. "
+        "Default: no limit.",
+        rich_help_panel=GATE,
+    ),
+]
 
 PublicKeys = Annotated[
     list[str] | None,
-    typer.Option("--public-key", metavar="PEM", help="Trusted key, a file or its text; may be repeated."),
+    typer.Option(
+        "--public-key",
+        metavar="PEM",
+        help="Trusted public key, as a file or its text; repeatable. The bundle must be signed with one of them.",
+        rich_help_panel=TRUST,
+    ),
 ]
 RequireSignature = Annotated[
-    bool, typer.Option("--require-signature", help="Refuse what is not a bundle that a --public-key signed.")
+    bool,
+    typer.Option(
+        "--require-signature",
+        help="Refuse everything but bundles signed with a --public-key.",
+        rich_help_panel=TRUST,
+    ),
 ]
 AllowFallback = Annotated[
-    bool, typer.Option("--allow-fallback", help="Fall back along the chain of backends that a bundle declares.")
+    bool,
+    typer.Option(
+        "--allow-fallback",
+        help="Permission to use the next backend of the bundle's fallback list when its first does not fit.",
+        rich_help_panel=TRUST,
+    ),
 ]
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel=OUTPUT)]
+Junit = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="JUnit XML file of the verdicts to write.", rich_help_panel=OUTPUT),
+]
+
+
+def output(help: str, *, metavar: str = "FILE") -> Any:  # noqa: A002  # as in typer.Option, whose return type this is
+    """``-o/--output``, the same in every command."""
+    return typer.Option("-o", "--output", metavar=metavar, help=help)
+
+
+def with_parameters(
+    function: Callable[..., None], command: Callable[..., None], added: Sequence[inspect.Parameter], *, hidden: str = ""
+) -> Callable[..., None]:
+    """``function`` with the parameters of ``command`` but ``hidden``, and those ``added`` that it does not declare.
+
+    They are in the order of their help panels.
+    """
+    own = inspect.signature(command, eval_str=True)
+    parameters = [item for name, item in own.parameters.items() if name != hidden]
+    parameters += [item for item in added if item.name not in own.parameters]
+    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in parameters]
+    parameters.sort(key=lambda item: _PANELS.index(item.annotation.__metadata__[0].rich_help_panel))
+    functools.update_wrapper(function, command)
+    # Typer reads the signature and the annotations; without ``__wrapped__`` they are not those of ``command``.
+    function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # a known protocol
+    function.__annotations__ = {item.name: item.annotation for item in parameters}
+    del function.__wrapped__  # type: ignore[attr-defined]  # set by update_wrapper
+    return function
+
+
+def with_all_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every field of ``CheckpointOptions`` as an option; it receives them as ``options``."""
+    return _with_checkpoint_options(command, option_infos())
+
+
+def with_common_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same with the common options only; ``--checkpoint-options`` takes the rest from a file."""
+    return _with_checkpoint_options(command, {name: info for name, info in option_infos().items() if info.common})
+
+
+def _with_checkpoint_options(command: Callable[..., None], infos: Mapping[str, OptionInfo]) -> Callable[..., None]:
+    # An option that the command declares itself keeps the command's meaning.
+    infos = {name: info for name, info in infos.items() if name not in inspect.signature(command).parameters}
+    types = typing.get_type_hints(CheckpointOptions)
+    parameters = [_parameter(name, info, types[name]) for name, info in infos.items()]
+    file = typer.Option(
+        metavar="FILE",
+        help="TOML file of checkpoint options, as 'fcos-deploy inspect --write-options' writes it; "
+        "options of the command line override it.",
+        rich_help_panel="Checkpoint",
+    )
+    parameters.append(_optional("checkpoint_options", Annotated[Path | None, file]))
+
+    def with_options(*, checkpoint_options: Path | None, **arguments: Any) -> None:  # Any: each option's own type
+        texts = {name: arguments.pop(name) for name in infos}
+        given = {
+            name: parse(text) if (parse := infos[name].parse) else text
+            for name, text in texts.items()
+            if text not in (None, "")
+        }
+        stated = read_checkpoint_options(checkpoint_options) if checkpoint_options else CheckpointOptions()
+        command(**arguments, options=override_options(stated, given))
+
+    return with_parameters(with_options, command, parameters, hidden="options")
+
+
+def _parameter(name: str, info: OptionInfo, kind: Any) -> inspect.Parameter:  # Any: a type form such as ``int | None``
+    flags = [info.flags] if info.flags else []
+    option = typer.Option(*flags, metavar=info.metavar or None, help=info.help, rich_help_panel=info.panel)
+    if info.parse is not None or kind is str:
+        kind = Path | None if info.is_file else str | None
+    return _optional(name, Annotated[kind, option])
+
+
+def _optional(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def session_options(
+    base: SessionOptions, models: Sequence[Path], *, checkpoint: CheckpointOptions
+) -> dict[Path, SessionOptions]:
+    """How each model is opened where a command takes several: its checkpoints as ``checkpoint`` says.
+
+    Where none is a checkpoint all get the options, so that opening one refuses them.
+    """
+    checkpoints = {model for model in models if _is_checkpoint(model)}
+    return {
+        model: replace(base, checkpoint=checkpoint if model in checkpoints or not checkpoints else None)
+        for model in models
+    }
 
 
 def trusted_keys(public_key: list[str] | None, *, required: bool) -> tuple[str, ...]:
@@ -209,3 +299,16 @@ def trusted_keys(public_key: list[str] | None, *, required: bool) -> tuple[str, 
     from fcos_deploy.bundle import required_keys
 
     return tuple(str(key) for key in required_keys(tuple(public_key or ()), required=required))
+
+
+def reference_options(session: SessionOptions, reference: Path) -> SessionOptions:
+    """How the reference of a comparison is opened: on its runtime's own device, and a checkpoint without a signature.
+
+    A checkpoint is read as data; everything else is executed and must be signed as the model itself.
+    """
+    keys = () if _is_checkpoint(reference) else session.public_keys
+    return SessionOptions(threads=session.threads, checkpoint=session.checkpoint, public_keys=keys)
+
+
+def _is_checkpoint(model: Path) -> bool:
+    return ArtifactKind.CHECKPOINT in KINDS_BY_SUFFIX.get(model.suffix.lower(), ())

@@ -1,30 +1,71 @@
-"""What commands print: tables and progress for people on stderr, JSON for machines on stdout."""
+"""What commands print: tables, notes and progress for people on stderr, JSON for machines on stdout."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn
 
-__all__ = ["note", "print_json", "progress_bar", "table"]
+__all__ = ["command_line", "note", "print_json", "progress_bar", "table", "verbosity"]
+
+_LOG = logging.getLogger(__name__)
+_PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+class _Stderr(logging.Handler):
+    """Writes to what ``sys.stderr`` is at that moment, so that lines and progress bars don't overwrite each other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
+
+
+@contextlib.contextmanager
+def verbosity(*, verbose: int, quiet: bool) -> Iterator[None]:
+    """What is printed on stderr within: a line for every step (1), all that is logged (2), or only errors.
+
+    Raises:
+        ConfigError: both are asked for.
+    """
+    if verbose and quiet:
+        raise ConfigError("--verbose and --quiet contradict each other.", hint="give one of them")
+    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    loggers = [logging.getLogger(name) for name in _PACKAGES]
+    before = [logger.level for logger in loggers]
+    handler = _Stderr()
+    token = _QUIET.set(quiet)
+    for logger in loggers:
+        logger.setLevel(level)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+        for logger, earlier in zip(loggers, before, strict=True):
+            logger.setLevel(earlier)
+            logger.removeHandler(handler)
 
 
 def print_json(value: Any) -> None:  # Any: a JSON value has no narrower type
-    """One JSON document on stdout; NaN, which JSON lacks, is an error."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """One JSON document on stdout; what JSON lacks becomes its text, but NaN is an error."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
 
 
 def note(text: str) -> None:
     """A line for people, on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False, quiet=_QUIET.get()).print(text, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -34,12 +75,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         sheet.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         sheet.add_row(*row)
-    Console(stderr=True, width=None if sys.stderr.isatty() else 160).print(sheet)
+    Console(stderr=True, width=None if sys.stderr.isatty() else 160, quiet=_QUIET.get()).print(sheet)
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[ProgressFn]:
-    """A function for libraries to report to, drawn as bars on a terminal and silent elsewhere."""
+    """A function for libraries to report to: bars on a terminal, a logged line when each step begins and ends."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -47,12 +88,21 @@ def progress_bar() -> Iterator[ProgressFn]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=_QUIET.get() or not sys.stderr.isatty()) as progress:
         tasks: dict[str, Any] = {}
 
         def report(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 tasks[label] = progress.add_task(label, total=total or None)
+                _LOG.info("%s", label)
             progress.update(tasks[label], completed=done, total=total or None)
+            if total and done >= total:
+                _LOG.info("%s: done (%d)", label, total)
 
         yield report
+
+
+def command_line() -> str:
+    """The command as the user typed it, for reports and manifests."""
+    return shlex.join(["fcos-deploy", *sys.argv[1:]])

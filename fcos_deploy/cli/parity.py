@@ -2,74 +2,91 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import PublicKeys, RequireSignature, trusted_keys, with_checkpoint_options
+from fcos_deploy.cli.options import (
+    Backend,
+    BundlePrecision,
+    Compute,
+    Device,
+    Images,
+    Json,
+    Model,
+    PublicKeys,
+    Reference,
+    RequireSignature,
+    Threads,
+    trusted_keys,
+    with_common_checkpoint_options,
+)
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import AccuracyGateError
 
 __all__ = ["command"]
 
 
-@with_checkpoint_options
+@with_common_checkpoint_options
 def command(
-    model: Annotated[Path, typer.Argument(help="ONNX file, engine or bundle.")],
+    model: Model,
     *,
-    reference: Annotated[Path, typer.Option(help="The checkpoint that it was made from.")],
-    images: Annotated[Path, typer.Option(help="Folder of images.")],
-    count: Annotated[int, typer.Option(min=1, help="How many of them.")] = 4,
-    backend: Annotated[str, typer.Option(help="Runtime.")] = "",
-    precision: Annotated[Precision | None, typer.Option(help="Of a bundle.")] = None,
-    device: Annotated[str, typer.Option(help="In the runtime's own words.")] = "",
-    compute: Annotated[ComputeType, typer.Option(help="What the runtime computes in.")] = ComputeType.F32,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtimes.")] = None,
-    strict: Annotated[bool, typer.Option(help="Judge as float32, whatever the precision.")] = False,
-    layers: Annotated[bool, typer.Option(help="Also find the first layer that diverges (ONNX files).")] = False,
+    reference: Reference,
+    images: Images,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images to use.")] = 4,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Tolerances of float32, whatever the model's precision.")
+    ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Search for the first layer that diverges (ONNX files).")
+    ] = False,
+    backend: Backend = "",
+    precision: BundlePrecision = None,
+    device: Device = "",
+    compute: Compute = ComputeType.F32,
+    threads: Threads = None,
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Compare with PyTorch stage by stage; name the first stage that diverges, and why. Exit 4 when one does.
+    """Check a model against its checkpoint in PyTorch stage by stage, and explain the first stage that diverges.
 
-    The options of 'export' say how the checkpoint is read where its own rules are not meant.
+    Checkpoint options apply to --reference. Exit code 4: a stage diverges.
     """
     from fcos_deploy.accuracy.summary import parity_json
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.parity import ParityRequest, check_parity, find_layer
 
-    session = SessionOptions(
-        device=device,
-        compute=compute,
-        threads=threads,
-        public_keys=trusted_keys(public_key, required=require_signature),
-    )
-    candidate = DetectorSpec(model=model, backend=backend, precision=precision, options=session)
+    keys = trusted_keys(public_key, required=require_signature)
+    session = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
     request = ParityRequest(
-        candidate=candidate, checkpoint=reference, images=images, count=count, strict=strict, options=options
+        candidate=DetectorSpec(model=model, backend=backend, precision=precision, options=session),
+        checkpoint=reference,
+        images=images,
+        count=limit,
+        strict=strict,
+        options=options,
     )
     with progress_bar() as progress:
-        report = check_parity(request, progress=progress)
+        parity = check_parity(request, progress=progress)
         layer = find_layer(request, progress=progress) if layers else None
-    rows = [(stage.stage, "ok" if stage.passed else "DIVERGES", stage.detail) for stage in report.stages]
+    rows = [(stage.stage, "ok" if stage.passed else "DIVERGES", stage.detail) for stage in parity.stages]
     table("Parity with the reference", ("stage", "", "largest difference"), rows)
-    for cause in report.causes:
+    for cause in parity.causes:
         note(f"cause: {cause.sentence} (explains {cause.explained:.1%})")
     if layer is not None:
         note(f"first layer: {layer.layer} ({layer.kind}), after {layer.compared} that hold")
         for cause in layer.causes:
             note(f"cause: {cause.sentence}")
     if as_json:
-        print_json(parity_json(report, layer))
-    if report.first is not None:
-        known = report.causes or layer is not None
+        print_json(parity_json(parity, layer))
+    if parity.first is not None:
+        explained = parity.causes or layer is not None
         raise AccuracyGateError(
-            f"The first stage that diverges is '{report.first.stage}': {report.first.detail}.",
-            hint="" if known else "no known mistake explains it; --layers names the layer of an ONNX file",
+            f"The first stage that diverges is '{parity.first.stage}': {parity.first.detail}.",
+            hint="" if explained else "no known mistake explains it; --layers names the layer of an ONNX file",
         )

@@ -1,4 +1,4 @@
-"""``fcos-deploy predict``: the detections of images, folders and videos."""
+"""``fcos-deploy predict``."""
 
 from __future__ import annotations
 
@@ -7,47 +7,83 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import AllowFallback, PublicKeys, RequireSignature, trusted_keys, with_checkpoint_options
+from fcos_deploy.cli.options import (
+    OUTPUT,
+    RUNTIME,
+    AllowFallback,
+    Backend,
+    BundlePrecision,
+    Compute,
+    Device,
+    Json,
+    Model,
+    PublicKeys,
+    RequireSignature,
+    Threads,
+    trusted_keys,
+    with_common_checkpoint_options,
+)
+from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import ImageError
 
 __all__ = ["command"]
 
-_DRAWN = 0.3  # least score that is drawn: what scores less hides what matters
-_SHOWN = 200  # rows of the table
+_DRAWN = 0.3  # lowest score that is drawn by default: boxes of lower scores hide the others
+_ROWS = 200  # of the table
 
 
-@with_checkpoint_options
+@with_common_checkpoint_options
 def command(
-    model: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file, IR, engine or bundle.")],
-    images: Annotated[list[Path], typer.Argument(help="Images, folders of images, videos.")],
-    backend: Annotated[str, typer.Option(help="Runtime; the one meant for MODEL when not given.")] = "",
-    precision: Annotated[Precision | None, typer.Option(help="Which artifact of a bundle.")] = None,
-    device: Annotated[str, typer.Option(help="In the runtime's own words, such as GPU.0 or cuda:0.")] = "",
-    compute: Annotated[ComputeType, typer.Option(help="What the runtime computes float in.")] = ComputeType.F32,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for compiled models.")] = None,
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, folders of images, videos.")],
+    *,
     score_threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Least score; the model's own when not given.")
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="SCORE",
+            help="Minimum score of a detection. Default: the model's.",
+            rich_help_panel="Detection",
+        ),
+    ] = None,
+    backend: Backend = "",
+    precision: BundlePrecision = None,
+    device: Device = "",
+    compute: Compute = ComputeType.F32,
+    threads: Threads = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder for compiled models. Default: ~/.cache/fcos-deploy.", rich_help_panel=RUNTIME
+        ),
     ] = None,
     allow_fallback: AllowFallback = False,
     require_signature: RequireSignature = False,
     public_key: PublicKeys = None,
-    draw: Annotated[Path | None, typer.Option(help="Folder for annotated copies (.jpg, .mp4).")] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for annotated copies (.jpg, .mp4).", rich_help_panel=OUTPUT),
+    ] = None,
     draw_threshold: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Least score that is drawn: --score-threshold, or else 0.3."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="SCORE",
+            help="Minimum score of a box that is drawn. Default: --score-threshold, or else 0.3.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-    *,
+    as_json: Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Detect objects; boxes are x1, y1, x2, y2 in pixels of the image.
+    """Predict the objects in images and videos; boxes are x1, y1, x2, y2 in image pixels.
 
     Images that cannot be read do not stop the others; the exit code is then 1.
     """
-    from fcos_deploy.cli.output import note, print_json, progress_bar, table
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.draw import DrawOptions
@@ -65,25 +101,25 @@ def command(
     opened = Detector.open(
         model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
     )
-    least = next(t for t in (draw_threshold, score_threshold, _DRAWN) if t is not None)
-    found, unread = [], None
+    drawn = next(t for t in (draw_threshold, score_threshold, _DRAWN) if t is not None)
+    predictions, unread = [], None
     with opened as detector, progress_bar() as progress:
         try:
-            drawing = DrawOptions(score_threshold=least)
-            for one in predict(detector, images, draw=draw, options=drawing, progress=progress):
-                found.append(one)
+            drawing = DrawOptions(score_threshold=drawn)
+            for prediction in predict(detector, images, draw=draw, options=drawing, progress=progress):
+                predictions.append(prediction)
         except ImageError as error:
             unread = error
     for fallback in detector.fallbacks:
         note(f"fallback from {fallback.backend}: {fallback.reason}")
-    rows = [row for one in found for row in prediction_rows(one, detector.names)]
-    if as_json and (found or unread is None):
-        print_json([prediction_json(one, detector) for one in found])
+    rows = [row for prediction in predictions for row in prediction_rows(prediction, detector.names)]
+    if as_json and (predictions or unread is None):
+        print_json([prediction_json(prediction, detector) for prediction in predictions])
     elif rows and not as_json:
-        table("Detections", TABLE_COLUMNS, rows[:_SHOWN])
-    if len(rows) > _SHOWN and not as_json:
-        note(f"and {len(rows) - _SHOWN} more; --json prints all")
-    if draw is not None and found:
-        note(f"annotated copies are in '{draw}' (scores of at least {least:g})")
+        table("Detections", TABLE_COLUMNS, rows[:_ROWS])
+    if len(rows) > _ROWS and not as_json:
+        note(f"and {len(rows) - _ROWS} more; --json prints all")
+    if draw is not None and predictions:
+        note(f"annotated copies are in '{draw}' (scores of at least {drawn:g})")
     if unread is not None:
         raise unread

@@ -8,40 +8,69 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import GATE, Annotations, Graph, Json, MaxMapDrop, Threads, output
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 
 __all__ = ["command"]
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Float ONNX graph.")],
+    model: Graph,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="INT8 model to write: .onnx, for nncf .xml.")],
-    calibration: Annotated[Path | None, typer.Option(help="calibration.json of this graph.")] = None,
-    consumer: Annotated[str, typer.Option("--for", help="Backend, or placement, it is meant for.")] = "portable",
-    quantizer: Annotated[str, typer.Option(help="qdq, or nncf for OpenVINO.")] = "qdq",
-    method: Annotated[str, typer.Option(help="Range method, in place of the calibration's.")] = "",
-    weights: Annotated[str, typer.Option(help="Range of weights: pairwise, reduced or full.")] = "",
-    ignored_layers: Annotated[
-        list[str] | None, typer.Option("--ignore-layer", help="Layer to leave in float; may be repeated.")
+    output: Annotated[Path, output("INT8 model to write: .onnx, or .xml with --quantizer nncf.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ranges of this graph, as 'fcos-deploy calibrate' writes them."),
+    ] = None,
+    consumer: Annotated[
+        str, typer.Option("--for", metavar="NAME", help="Backend that will run the model, or a Q/DQ placement.")
+    ] = "portable",
+    quantizer: Annotated[str, typer.Option(metavar="NAME", help="Quantizer: qdq, or nncf for an OpenVINO IR.")] = "qdq",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Method that turns statistics into ranges: minmax, percentile, entropy, mse or l3. "
+            "Default: the calibration's.",
+            show_default=False,
+        ),
+    ] = "",
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="RANGE",
+            help="Range of the weights: pairwise, reduced or full. Default: the placement's.",
+            show_default=False,
+        ),
+    ] = "",
+    ignore_layer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Layer to keep in float, repeatable. Default: none.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Images to measure accuracy or noise on; for nncf to calibrate on.")
-    ] = None,
-    annotations: Annotated[
         Path | None,
-        typer.Option(help="COCO json of the images; without, the float model's detections are the ground truth."),
+        typer.Option(
+            metavar="DIR",
+            help="Images to measure the accuracy or quantization noise on; with --quantizer nncf to calibrate on.",
+        ),
     ] = None,
-    max_map_drop: Annotated[
-        float | None, typer.Option(min=0.0, help="Largest loss of AP (0.01 is a point): reached, or exit code 4.")
-    ] = None,
+    annotations: Annotations = None,
+    max_map_drop: MaxMapDrop = None,
     evaluations: Annotated[
-        int, typer.Option(min=1, help="Most mixtures of INT8 and float to evaluate; 1: all layers in INT8 or nothing.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Largest number of INT8 and float mixtures to evaluate; 1 allows no layer in float.",
+            rich_help_panel=GATE,
+        ),
     ] = 16,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime that measures.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
-    """Make an INT8 model from a float ONNX graph."""
+    """Quantize a float ONNX graph to INT8.
+
+    With --max-map-drop layers stay in float until the gate holds; exit code 4 when it does not.
+    """
     from calibration.placement import weight_range
     from calibration.quantizers import QuantizeRequest
     from calibration.trade_offs import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
@@ -55,7 +84,7 @@ def command(
         images=images,
         method=method,
         weights=weight_range(weights),
-        ignored_layers=tuple(ignored_layers or ()),
+        ignored_layers=tuple(ignore_layer or ()),
     )
     goal = accuracy_goal(
         max_map_drop,
@@ -66,11 +95,11 @@ def command(
         evaluations=evaluations,
     )
     with progress_bar() as progress:
-        made = quantize_model(request, kind=quantizer, goal=goal, progress=progress)
-    rows = [(key.replace("_", " "), shorten(value, 90, placeholder=" ...")) for key, value in made.record.items()]
-    table(made.files[0].name, ("what", "value"), [row for row in rows if row[1]])
-    for found in find_trade_offs(made.files[:1]):
-        table("Trade-offs, most INT8 first", TRADE_OFF_COLUMNS, trade_off_rows(found))
-    note(f"wrote {', '.join(str(file) for file in made.files)}")
+        result = quantize_model(request, kind=quantizer, goal=goal, progress=progress)
+    rows = [(key.replace("_", " "), shorten(value, 90, placeholder=" ...")) for key, value in result.record.items()]
+    table(result.files[0].name, ("what", "value"), [row for row in rows if row[1]])
+    for trade_offs in find_trade_offs(result.files[:1]):
+        table("Trade-offs, most INT8 first", TRADE_OFF_COLUMNS, trade_off_rows(trade_offs))
+    note(f"wrote {', '.join(str(file) for file in result.files)}")
     if as_json:
-        print_json({"files": [str(file) for file in made.files], "record": dict(made.record)})
+        print_json({"files": [str(file) for file in result.files], "record": dict(result.record)})

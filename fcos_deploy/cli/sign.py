@@ -1,4 +1,4 @@
-"""``fcos-deploy sign``: an Ed25519 signature over a bundle."""
+"""``fcos-deploy sign``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,33 @@ from typing import Annotated
 
 import typer
 
+from fcos_deploy.cli.options import TRUST, Json
+from fcos_deploy.cli.output import note, print_json
+
 __all__ = ["command"]
 
 
 def command(
-    bundle: Annotated[Path | None, typer.Argument(help="folder made by 'fcos-deploy deploy'")] = None,
-    key: Annotated[Path, typer.Option(help="private key, PEM")] = Path("fcos-deploy-key.pem"),
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle: the folder that 'fcos-deploy deploy' wrote.")
+    ] = None,
+    *,
+    key: Annotated[Path, typer.Option(metavar="PEM", help="Private key file.", rich_help_panel=TRUST)] = Path(
+        "fcos-deploy-key.pem"
+    ),
     generate_key: Annotated[
-        bool, typer.Option("--generate-key", help="first make a key pair: --key and the same name ending in .pub.pem")
+        bool,
+        typer.Option(
+            "--generate-key",
+            help="New key pair, written before signing: --key and the same name ending in .pub.pem.",
+            rich_help_panel=TRUST,
+        ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="print the key's id as JSON on stdout")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Sign a bundle's manifest, and thereby every file that it lists; the bundle is checked first."""
-    from fcos_deploy.bundle.signature import generate_key as make_key
+    """Sign a bundle's manifest with an Ed25519 key, and thereby every file it lists; the bundle is checked first."""
+    from fcos_deploy.bundle.signature import generate_key as write_key_pair
     from fcos_deploy.bundle.store import sign
-    from fcos_deploy.cli.output import note, print_json
     from fcos_deploy.core.errors import ConfigError
 
     if bundle is None and not generate_key:
@@ -29,10 +41,10 @@ def command(
     identity = ""
     if generate_key:
         public = key.with_suffix(".pub.pem")
-        identity = make_key(key, public=public)
+        identity = write_key_pair(key, public=public)
         note(f"wrote '{key}' (keep it secret) and '{public}' (give it to the devices)")
     if bundle is not None:
         identity = sign(bundle, private_key=key)
         note(f"signed '{bundle}' with key {identity[:16]}...")
-    if json:
+    if as_json:
         print_json({"key_id": identity, "bundle": str(bundle) if bundle else None})

@@ -5,24 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from fcos_deploy.cli.options import Graph, Json, output
 from fcos_deploy.cli.output import note, print_json, progress_bar
 
 __all__ = ["command"]
 
 
-def command(
-    model: Annotated[Path, typer.Argument(help="ONNX graph.")],
-    *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
-) -> None:
-    """Write a smaller graph with the same outputs; open axes stay open."""
+def command(model: Graph, *, output: Annotated[Path, output("ONNX file to write.")], as_json: Json = False) -> None:
+    """Simplify an ONNX graph and check that its outputs stay the same; dynamic axes stay dynamic."""
     from exporters.simplify import simplify_onnx
 
     with progress_bar() as progress:
-        made = simplify_onnx(model, output, progress=progress)
-    note(made.summary())
+        result = simplify_onnx(model, output, progress=progress)
+    note(result.summary())
     if as_json:
-        print_json(made.to_json())
+        print_json(result.to_json())

@@ -1,17 +1,95 @@
-"""What a user may say about a checkpoint."""
+"""What a user may say about a checkpoint: one declaration for Python, the command line and TOML files."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import difflib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BoxActivation
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter
+from fcos_deploy.core.serialize import from_json, to_json
 
-__all__ = ["AUTO", "CheckpointOptions"]
+__all__ = [
+    "AUTO",
+    "CheckpointOptions",
+    "OptionInfo",
+    "format_checkpoint_options",
+    "option_infos",
+    "override_options",
+    "read_checkpoint_options",
+]
 
 AUTO = "auto"
+_LARGEST_FILE = 1 << 20  # bytes, of a file of class names or of options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionInfo:
+    """A field of ``CheckpointOptions`` on the command line.
+
+    ``flags`` replaces the name that follows from the field's; ``parse`` makes the field's value of a text (raising
+    ConfigError), or of a path with ``is_file``. ``common`` options are those of every command that reads a checkpoint.
+    """
+
+    help: str
+    panel: str
+    flags: str = ""
+    metavar: str = ""
+    parse: Callable[[Any], Any] | None = None  # Any: a str or a Path; the field's own type
+    is_file: bool = False
+    common: bool = False
+
+
+def _option(help: str, *, panel: str = "Checkpoint", **info: Any) -> dict[str, OptionInfo]:  # noqa: A002  # as in Typer
+    """The metadata of a field; Any: each of ``OptionInfo``'s own types."""
+    return {"option": OptionInfo(help=help, panel=panel, **info)}
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
+    if match is None:
+        square = f"{text.strip()}x{text.strip()}" if text.strip().isdecimal() else "640x800"
+        raise ConfigError(f"--input-size must be height x width such as {square}, got '{text}'.")
+    return int(match[1]), int(match[2])
+
+
+def _triple(text: str) -> tuple[float, float, float]:
+    try:
+        first, second, third = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"Expected three numbers separated by commas, got '{text}'.") from error
+    return first, second, third
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    names = tuple(line.strip() for line in _read_text(path).rstrip().splitlines())
+    if not names or not all(names):
+        raise ConfigError(f"'{path}' must hold one class name a line, without empty lines.")
+    return names
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not a UTF-8 text file.") from error
+    if len(content) > _LARGEST_FILE:
+        raise ConfigError(f"'{path}' is larger than {_LARGEST_FILE} bytes.")
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,33 +98,175 @@ class CheckpointOptions:
 
     ``input_size`` (height, width) makes a fixed canvas, ``shortest`` and ``longest`` follow the image; without either
     the ecosystem's own test size holds. ``input_dtype`` is uint8 for a canvas and float32 otherwise, because only
-    float32 reproduces the ecosystem's own resize arithmetic to the last digit. ``weights`` chooses between ``model``
-    and ``ema`` in a file that holds both. ``variant`` is the ecosystem's word (tianzhi: ``original``, ``imprv``;
-    mmdetection: ``plain``, ``tricks``). ``profile`` is a name in ``core.decode_spec.PROFILES``.
+    float32 reproduces the ecosystem's own resize arithmetic to the last digit. ``profile`` is a name in
+    ``core.decode.PROFILES``.
+
+    Raises:
+        ConfigError: when two options contradict each other, or a size cannot be meant.
     """
 
-    ecosystem: str = AUTO
-    variant: str = ""
-    weights: str = ""
-    class_names: tuple[str, ...] = ()
-    input_size: tuple[int, int] | None = None
-    shortest: int | None = None
-    longest: int | None = None
-    input_dtype: InputDtype | None = None
-    score_threshold: float | None = None
-    iou_threshold: float | None = None
-    max_detections: int | None = None
-    pre_nms_top_k: int | None = None
-    stride_in_1x1: bool | None = None
-    box_activation: BoxActivation | None = None
-    centerness_on_reg: bool | None = None
-    norm_eps: float | None = None
-    channel_order: ChannelOrder | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    resize_filter: ResizeFilter | None = None
-    centers: CenterMode | None = None
-    profile: str | None = None
+    ecosystem: str = field(
+        default=AUTO,
+        metadata=_option(
+            "Library that trained the checkpoint: auto, torchvision, mmdetection, adelaidet, detectron2 or tianzhi. "
+            "Default: auto, recognised by the tensors' names.",
+            metavar="NAME",
+            common=True,
+        ),
+    )
+    variant: str = field(
+        default="",
+        metadata=_option(
+            "Variant of the ecosystem's FCOS. tianzhi: original or imprv; mmdetection: plain or tricks. "
+            "Default: recognised where the file shows it.",
+            metavar="NAME",
+            common=True,
+        ),
+    )
+    weights: str = field(
+        default="",
+        metadata=_option(
+            "Weights to load from a file that holds both: model or ema. Default: ema, which training scripts evaluate.",
+            metavar="model|ema",
+        ),
+    )
+    class_names: tuple[str, ...] = field(
+        default=(),
+        metadata=_option(
+            "Text file with one class name a line, in the order of the training labels. "
+            "Default: the names in the file, or COCO's where the number of classes is COCO's.",
+            flags="--classes",
+            metavar="FILE",
+            parse=_class_names,
+            is_file=True,
+            common=True,
+        ),
+    )
+    stride_in_1x1: bool | None = field(
+        default=None,
+        metadata=_option(
+            "Convolution of a bottleneck block that has the stride. Default: the ecosystem's.",
+            flags="--stride-in-1x1/--stride-in-3x3",
+        ),
+    )
+    box_activation: BoxActivation | None = field(
+        default=None, metadata=_option("Function that turns box outputs into pixels. Default: the ecosystem's.")
+    )
+    centerness_on_reg: bool | None = field(
+        default=None,
+        metadata=_option(
+            "Tower that feeds the centerness output. Default: the ecosystem's.",
+            flags="--centerness-on-reg/--centerness-on-cls",
+        ),
+    )
+    norm_eps: float | None = field(
+        default=None, metadata=_option("Epsilon of the backbone's batch norm. Default: the ecosystem's.")
+    )
+    input_size: tuple[int, int] | None = field(
+        default=None,
+        metadata=_option(
+            "Fixed input size, height x width, such as 640x640 (other tools' --imgsz 640). The image keeps its aspect "
+            "ratio; the rest is padded. Default: the ecosystem's test size.",
+            panel="Preprocessing",
+            metavar="HxW",
+            parse=_size,
+            common=True,
+        ),
+    )
+    shortest: int | None = field(
+        default=None,
+        metadata=_option(
+            "Length of the image's shorter side after resizing; needs --longest.",
+            panel="Preprocessing",
+            metavar="PIXELS",
+        ),
+    )
+    longest: int | None = field(
+        default=None,
+        metadata=_option(
+            "Limit of the longer side after resizing; needs --shortest.", panel="Preprocessing", metavar="PIXELS"
+        ),
+    )
+    input_dtype: InputDtype | None = field(
+        default=None,
+        metadata=_option(
+            "Type of the network input. uint8: pixels, normalised inside the graph; float32: normalised before it. "
+            "Default: uint8 with --input-size, float32 otherwise.",
+            panel="Preprocessing",
+        ),
+    )
+    channel_order: ChannelOrder | None = field(
+        default=None, metadata=_option("Order of the colour channels. Default: the ecosystem's.", panel="Preprocessing")
+    )
+    mean: tuple[float, float, float] | None = field(
+        default=None,
+        metadata=_option(
+            "Mean that is subtracted, in the order of the channels. Default: the ecosystem's.",
+            panel="Preprocessing",
+            metavar="A,B,C",
+            parse=_triple,
+        ),
+    )
+    std: tuple[float, float, float] | None = field(
+        default=None,
+        metadata=_option(
+            "Standard deviation to divide by, in the order of the channels. Default: the ecosystem's.",
+            panel="Preprocessing",
+            metavar="A,B,C",
+            parse=_triple,
+        ),
+    )
+    resize_filter: ResizeFilter | None = field(
+        default=None,
+        metadata=_option(
+            "Library whose bilinear interpolation is reproduced. Default: the ecosystem's.", panel="Preprocessing"
+        ),
+    )
+    score_threshold: float | None = field(
+        default=None,
+        metadata=_option(
+            "Minimum score of a detection. Default: the checkpoint's.",
+            panel="Detection",
+            metavar="SCORE",
+            common=True,
+        ),
+    )
+    iou_threshold: float | None = field(
+        default=None,
+        metadata=_option(
+            "IoU above which NMS drops the lower-scored box. Default: the checkpoint's.",
+            panel="Detection",
+            metavar="IOU",
+        ),
+    )
+    max_detections: int | None = field(
+        default=None,
+        metadata=_option(
+            "Maximum number of detections in an image. Default: the checkpoint's.", panel="Detection", metavar="N"
+        ),
+    )
+    pre_nms_top_k: int | None = field(
+        default=None,
+        metadata=_option(
+            "Maximum number of candidates a level before NMS. Default: the checkpoint's.",
+            panel="Detection",
+            metavar="N",
+        ),
+    )
+    centers: CenterMode | None = field(
+        default=None,
+        metadata=_option("Position of a level's locations in the image. Default: the profile's.", panel="Detection"),
+    )
+    profile: str | None = field(
+        default=None,
+        metadata=_option(
+            "Post-processing of this library: torchvision, mmdetection, mmdetection2 (2.17 and older), adelaidet, "
+            "detectron2 or tianzhi. "
+            "Default: the ecosystem's.",
+            panel="Detection",
+            metavar="NAME",
+        ),
+    )
 
     def __post_init__(self) -> None:
         if (self.shortest is None) != (self.longest is None):
@@ -62,3 +282,56 @@ class CheckpointOptions:
             raise ConfigError(f"--shortest {self.shortest} is larger than --longest {self.longest}.")
         if self.weights not in ("", "model", "ema"):
             raise ConfigError(f"weights must be 'model' or 'ema', got '{self.weights}'.")
+
+
+def option_infos() -> dict[str, OptionInfo]:
+    """Every option by the name of its field, in order."""
+    return {item.name: item.metadata["option"] for item in dataclasses.fields(CheckpointOptions)}
+
+
+def override_options(options: CheckpointOptions, values: Mapping[str, Any]) -> CheckpointOptions:
+    """``options`` with ``values`` (by field) in place of its own, and without its own that contradict them.
+
+    Raises:
+        ConfigError: as ``CheckpointOptions`` does.
+    """
+    dropped: dict[str, Any] = {}
+    if "input_size" in values:
+        dropped = {"shortest": None, "longest": None}
+    elif "shortest" in values or "longest" in values:
+        dropped = {"input_size": None}
+    if "profile" in values:
+        dropped["centers"] = None  # A profile brings its own.
+    return dataclasses.replace(options, **{**dropped, **values})
+
+
+def read_checkpoint_options(path: Path) -> CheckpointOptions:
+    """Options from a TOML file: one ``field = value`` a line, as ``format_checkpoint_options`` writes them.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or holds an option that does not exist or has another type.
+    """
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        values = toml.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError.
+        raise ConfigError(f"'{path}' is not a TOML file: {error}.") from error
+    for name in values:
+        if name not in option_infos():
+            similar = difflib.get_close_matches(name, option_infos(), n=1)
+            hint = f"did you mean '{similar[0]}'?" if similar else "'fcos-deploy inspect --write-options' writes a file"
+            raise ConfigError(f"'{path}' has an unknown option '{name}'.", hint=hint)
+    return from_json(CheckpointOptions, values, where=str(path))
+
+
+def format_checkpoint_options(options: CheckpointOptions, *, sources: Mapping[str, str] | None = None) -> str:
+    """``options`` as TOML, without those that decide nothing; ``sources`` (by field) become comments."""
+    lines = ["# Options of a checkpoint for fcos-deploy: give this file with --checkpoint-options."]
+    for name, value in to_json(options).items():
+        if value in (None, "", [], AUTO):
+            continue
+        # A JSON string, number, boolean or array of them is TOML too, but for DEL, which TOML wants escaped.
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007F")
+        comment = " ".join((sources or {}).get(name, "").split())
+        lines.append(f"{name} = {text}" + (f"  # {comment}" if comment else ""))
+    return "\n".join(lines) + "\n"

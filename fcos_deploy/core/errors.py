@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "AccuracyGateError",
     "BackendError",
@@ -23,6 +26,7 @@ __all__ = [
     "SlowdownError",
     "StepCheckError",
     "TensorMismatchError",
+    "unknown_name",
 ]
 
 
@@ -44,6 +48,14 @@ class ConfigError(FcosDeployError):
     """An option or a combination of options that cannot be meant."""
 
     exit_code = 2
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a ``name`` that is none of the ``known`` ones of its ``kind``: suggests the nearest, lists all."""
+    names = list(known)
+    similar = difflib.get_close_matches(name, names, n=1)
+    suggestion = f"did you mean '{similar[0]}'? " if similar else ""
+    return ConfigError(f"There is no {kind} '{name}'.", hint=f"{suggestion}known: {', '.join(names)}")
 
 
 class InputSizeError(ConfigError):

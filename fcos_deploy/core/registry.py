@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from fcos_deploy.core.backend import Backend
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, unknown_name
 from fcos_deploy.core.exporter import Exporter
 
 __all__ = ["all_backends", "all_exporters", "backends_for", "discover", "get_backend", "get_exporter", "get_plugin"]
@@ -59,7 +59,7 @@ def get_plugin(plugins: Mapping[str, PluginT], name: str, *, role: str) -> Plugi
         ConfigError: naming the ones that exist.
     """
     if name not in plugins:
-        raise ConfigError(f"There is no {role} '{name}'.", hint=f"{role}s: {', '.join(sorted(plugins))}")
+        raise unknown_name(role, name, sorted(plugins))
     return plugins[name]
 
 

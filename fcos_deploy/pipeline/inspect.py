@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fcos_deploy.bundle.manifest import Manifest
 from fcos_deploy.bundle.store import open_bundle
-from fcos_deploy.checkpoints.describe import CheckpointDescription, describe_checkpoint
+from fcos_deploy.checkpoints.describe import CheckpointDescription, decided_options, describe_checkpoint
 from fcos_deploy.checkpoints.reader import count_of
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract, read_contract, sidecar_path
@@ -42,13 +42,17 @@ _WITHOUT_SIDECAR = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a file is. ``facts`` are lines for people, ``decisions`` what tensors do not tell and who decided it."""
+    """What a file is. ``facts`` are lines for people, ``decisions`` what tensors do not tell and who decided it.
+
+    ``options`` are the decisions on a checkpoint as options that make them again.
+    """
 
     path: Path
     kind: str
     facts: tuple[tuple[str, str], ...]
     decisions: tuple[Decision, ...] = ()
     contract: ModelContract | None = None
+    options: CheckpointOptions | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value with the same contents; ``contract`` in full."""
@@ -77,7 +81,8 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
         return _inspect_engine(path)
     described = describe_checkpoint(path, options=options)
     facts = (*_network_facts(described), *contract_facts(described.contract))
-    return Inspection(path, "checkpoint", facts, described.decisions, described.contract)
+    options = decided_options(described)
+    return Inspection(path, "checkpoint", facts, described.decisions, described.contract, options)
 
 
 def contract_facts(contract: ModelContract) -> tuple[tuple[str, str], ...]:

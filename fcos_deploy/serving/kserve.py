@@ -22,7 +22,7 @@ class _KServe(Packager):
 
     def write(self, model: ServedModel, folder: Path) -> None:
         if not model.options.url:
-            raise ConfigError("A remote model needs its address.", hint="--url http://HOST:8000/v2/models/NAME")
+            raise ConfigError("A remote model needs its address.", hint="--server http://HOST:8000/v2/models/NAME")
         write_remote_model(folder / f"{model.name}.kserve", RemoteModel(url=model.options.url, contract=model.contract))
 
 

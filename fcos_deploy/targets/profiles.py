@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fcos_deploy.core.enums import Precision, StrEnum, Tail
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, unknown_name
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.serialize import from_json
 
@@ -103,7 +103,7 @@ def load_profile(name: str) -> DeviceProfile:
     """
     path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"There is no device profile '{name}'.", hint=f"profiles: {', '.join(profile_names())}")
+        raise unknown_name("device profile", name, profile_names())
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         content = toml.loads(path.read_text(encoding="utf-8"))

@@ -1,40 +1,148 @@
-"""The command line as a whole: commands, errors on one screen, exit codes."""
+"""The command line as a whole: commands, help, errors on one screen, exit codes, verbosity."""
 
 from __future__ import annotations
 
-import pytest
-from typer.testing import CliRunner
+import importlib
+import importlib.metadata
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
-from fcos_deploy.cli.app import build_app
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+import fcos_deploy.cli
+from fcos_deploy.cli.app import COMMANDS, build_app
 from fcos_deploy.core import errors
 
-COMMANDS = (
-    *("export", "simplify", "calibrate", "quantize", "build", "deploy", "verify"),
-    *("predict", "evaluate", "benchmark", "inspect", "doctor", "demo"),
-)
+APP = build_app()
+GROUP: Any = typer.main.get_command(APP)  # Any: Click's group, or Typer's copy of it
+NAMES = [name for names in COMMANDS.values() for name in names]
 
 
-def test_every_documented_command_exists() -> None:
-    result = CliRunner().invoke(build_app(), ["--help"])
-    assert result.exit_code == 0
-    listed = {line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ") and line.strip()}
-    assert set(COMMANDS) <= listed
+def _run(*words: object) -> Result:
+    return CliRunner().invoke(APP, [str(word) for word in words])
+
+
+def test_every_module_with_a_command_is_listed_once() -> None:
+    modules = [module.name for module in pkgutil.iter_modules(fcos_deploy.cli.__path__)]
+    defining = [m for m in modules if hasattr(importlib.import_module(f"fcos_deploy.cli.{m}"), "command")]
+    assert sorted(name.replace("-", "_") for name in NAMES) == defining
+    listed = _run("--help")
+    assert listed.exit_code == 0
+    assert all(f" {name} " in listed.stdout for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_complete_and_in_one_form(name: str) -> None:
+    shown = _run(name, "--help")
+    assert shown.exit_code == 0
+    assert "Usage:" in shown.stdout
+    summary = GROUP.commands[name].help.splitlines()[0]
+    assert summary[0].isupper()
+    assert GROUP.commands[name].help.rstrip().endswith(".")
+    for parameter in GROUP.commands[name].params:
+        assert parameter.help[0].isupper() or parameter.help.startswith("'"), parameter.name
+        assert parameter.help.endswith("."), parameter.name
+        if parameter.default is None and not parameter.required and parameter.param_type_name == "option":
+            said = ("Default:", "repeatable", "needs --", "to write", "with_checkpoint_options")
+            assert any(word in parameter.help for word in said) or parameter.rich_help_panel or parameter.metavar
+
+
+def test_options_of_the_same_name_have_the_same_help() -> None:
+    """Apart from those that mean what the command does with them."""
+    own = {"output", "images", "image", "precision", "backend", "annotations", "limit", "max_map_drop", "target"}
+    own |= {"score_threshold", "batch", "weights", "method", "rounds", "reference", "consumer", "serving", "version"}
+    texts: dict[str, set[str]] = {}
+    for name in NAMES:
+        for parameter in GROUP.commands[name].params:
+            if parameter.param_type_name == "option" and parameter.name not in own:
+                texts.setdefault(parameter.name, set()).add(f"{parameter.help} {parameter.opts}")
+    assert {name: told for name, told in texts.items() if len(told) > 1} == {}
+
+
+def test_checkpoint_options_are_in_titled_panels() -> None:
+    shown = _run("export", "--help").stdout
+    for panel in ("Checkpoint", "Preprocessing", "Detection", "Output"):
+        assert f"─ {panel} ─" in shown
+    assert "--imgsz" in shown
+    for name in ("export", "deploy", "inspect"):
+        assert "--norm-eps" in {opt for p in GROUP.commands[name].params for opt in p.opts}
+    common = {opt for p in GROUP.commands["evaluate"].params for opt in p.opts}
+    assert {"--ecosystem", "--variant", "--classes", "--input-size", "--score-threshold"} <= common
+    assert "--checkpoint-options" in common
+    assert "--norm-eps" not in common
+
+
+def test_help_is_as_wide_as_the_terminal() -> None:
+    command = [sys.executable, "-c", "from fcos_deploy.cli.app import main; main()", "export", "--help"]
+    environment = {**os.environ, "COLUMNS": "150"}
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert max(map(len, shown.splitlines())) == 150
+
+
+def test_help_imports_no_framework() -> None:
+    code = (
+        "import sys\nfrom fcos_deploy.cli.app import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'onnx', 'onnxruntime', 'openvino', 'cv2', 'PIL', 'runtimes', 'exporters'}\n"
+        "    assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, check=True)
 
 
 def test_a_named_command_is_loaded_alone_and_works_the_same() -> None:
-    alone, everything = (build_app(only=word) for word in ("verify-signature", "verify-signatures"))
+    alone = build_app(only="verify-signature")
     assert [item.name for item in alone.registered_commands] == ["verify-signature"]
-    assert len(everything.registered_commands) == len(build_app().registered_commands)
-    asked = [CliRunner().invoke(app, ["verify-signature", "--help"]).stdout for app in (alone, everything)]
-    assert asked[0] == asked[1]
-    assert "did you mean" in CliRunner().invoke(everything, ["verify-signatures"]).stderr.lower()
+    assert len(build_app(only="verify-signatures").registered_commands) == len(NAMES)
+    assert CliRunner().invoke(alone, ["verify-signature", "--help"]).stdout == _run("verify-signature", "--help").stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str) -> None:
-    result = CliRunner().invoke(build_app(), [command, "--help"])
-    assert result.exit_code == 0
-    assert "Usage:" in result.stdout
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [
+        (("evalaute",), "evaluate"),
+        (("verify-signatures",), "verify-signature"),
+        (("predict", "m.onnx", "a.png", "--treads", "2"), "--threads"),
+        (("export", "m.pth", "-o", "m.onnx", "--score-treshold", "0.5"), "--score-threshold"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(words: tuple[str, ...], suggestion: str) -> None:
+    refused = _run(*words)
+    assert refused.exit_code == 2
+    assert any(words in refused.stderr for words in ("Did you mean", "Possible options"))
+    assert suggestion in refused.stderr
+
+
+def test_a_mistyped_backend_is_answered_with_the_nearest(tiny_onnx: Path) -> None:
+    refused = _run("predict", tiny_onnx, "a.png", "--backend", "openvinoo")
+    assert refused.exit_code == 2
+    assert "did you mean 'openvino'?" in refused.stderr
+
+
+def test_version_and_completion() -> None:
+    assert _run("--version").stdout == f"fcos-deploy {importlib.metadata.version('fcos-deploy')}\n"
+    assert {"--install-completion", "--show-completion"} <= {opt for p in GROUP.params for opt in p.opts}
+
+
+def test_verbose_tells_the_steps_and_quiet_only_errors(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    export = ("export", tiny_checkpoint, "-o", tmp_path / "m.onnx", "--no-simplify", "--json")
+    quiet = _run(*export, "-q")
+    assert quiet.exit_code == 0
+    assert quiet.stderr == ""
+    assert json.loads(quiet.stdout)["opset"] == 17
+    told = _run(*export, "--verbose").stderr
+    assert "info: " in told
+    missing = ("inspect", tmp_path / "none.pth")
+    assert "error: " in _run(*missing, "--quiet").stderr
+    assert "Traceback" not in _run(*missing, "-v").stderr
+    assert "Traceback" in _run(*missing, "-vv").stderr
+    assert _run(*missing, "-v", "-q").exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -52,7 +160,7 @@ def test_exit_codes_of_the_errors(error: type[errors.FcosDeployError], code: int
 
 
 def test_missing_file_is_one_sentence_and_no_traceback() -> None:
-    result = CliRunner().invoke(build_app(), ["predict", "nothing.onnx", "nothing.jpg"])
+    result = _run("predict", "nothing.onnx", "nothing.jpg")
     assert result.exit_code != 0
     assert "nothing.onnx" in result.stderr
     assert "Traceback" not in result.stderr

@@ -25,7 +25,7 @@ _SECONDS = 60.0  # includes the first import of the frameworks
 # So that a command line which happens to be right does little work.
 _SHORT = {
     "demo": ["-o", "file/below"],
-    "soak": ["--inferences", "4", "--threads", "2"],
+    "soak": ["--inferences", "4", "--concurrency", "2"],
     "benchmark": ["--rounds", "1", "--seconds", "0.1", "--no-cold-start"],
     "report": ["--limit", "0"],
     "doctor": ["--target", "none"],

@@ -194,9 +194,11 @@ def test_a_checkpoint_is_read_as_its_options_say(tiny_checkpoint: Path, data: Pa
     wider = json.loads(run("evaluate", tiny_checkpoint, *on(data), *kept, *WIDER).stdout)
     assert (own["resumed_images"], wider["resumed_images"]) == (0, 0)
     assert own["ap"] != wider["ap"]
-    for option in (("--norm-eps", 1e-4), ("--stride-in-1x1",), ("--iou-threshold", 0.5), ("--centerness-on-cls",)):
-        other = run("evaluate", tiny_checkpoint, *on(data), *kept, *option)
-        assert json.loads(other.stdout)["resumed_images"] == 0, option
+    options = tmp_path / "options.toml"
+    for line in ("norm_eps = 1e-4", "stride_in_1x1 = true", "iou_threshold = 0.5", "centerness_on_reg = false"):
+        options.write_text(line)
+        read_anew = run("evaluate", tiny_checkpoint, *on(data), *kept, "--checkpoint-options", options)
+        assert json.loads(read_anew.stdout)["resumed_images"] == 0, line
     arguments = (tiny_checkpoint, "--reference", tiny_checkpoint, *on(data), *kept, *WIDER)
     both = json.loads(run("evaluate", *arguments, "--min-match-rate", 1.0).stdout)
     assert (both["resumed_images"], both["ap"]) == (4, wider["ap"])
@@ -272,7 +274,7 @@ def test_evaluation_runs_without_torch_and_onnx(tiny_onnx: Path, data: Path) -> 
 
 
 def test_parity_holds_and_is_told(demo_onnx: Path) -> None:
-    arguments = ("--reference", CHECKPOINT, "--images", DEMO / "evaluation", "--count", 2, "--threads", 1)
+    arguments = ("--reference", CHECKPOINT, "--images", DEMO / "evaluation", "--limit", 2, "--threads", 1)
     result = run("parity", demo_onnx, *arguments, "--backend", "onnxruntime", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -289,7 +291,7 @@ def test_parity_that_fails_is_exit_4(tiny_onnx: Path, tiny_checkpoint: Path, dat
     target = weights[len(weights) // 2]
     target.CopyFrom(onnx.numpy_helper.from_array(1.05 * onnx.numpy_helper.to_array(target), target.name))
     onnx.save(model, str(tmp_path / "spoilt.onnx"))
-    arguments = ("--reference", tiny_checkpoint, "--images", data, "--count", 1, "--threads", 1)
+    arguments = ("--reference", tiny_checkpoint, "--images", data, "--limit", 1, "--threads", 1)
     result = run("parity", tmp_path / "spoilt.onnx", *arguments, "--backend", "onnxruntime", "--layers", "--json")
     assert result.exit_code == 4
     found = json.loads(result.stdout)

@@ -168,8 +168,11 @@ def test_the_score_threshold_is_the_least_score(tiny_onnx: Path, folder: Path) -
     assert min(scores) >= 0.45
 
 
-def test_a_checkpoint_is_read_as_its_options_say(tiny_checkpoint: Path, tiny_onnx: Path, folder: Path) -> None:
-    options = ("--input-size", "128x192", "--max-detections", "2")
+def test_a_checkpoint_is_read_as_its_options_say(
+    tiny_checkpoint: Path, tiny_onnx: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "options.toml").write_text("max_detections = 2\ninput_size = [64, 64]\n")
+    options = ("--input-size", "128x192", "--checkpoint-options", tmp_path / "options.toml")
     done = _run("predict", tiny_checkpoint, folder / "b.png", "--json", *options)
     assert done.exit_code == 0, done.stderr
     assert len(json.loads(done.stdout)[0]["detections"]) == 2
@@ -258,7 +261,7 @@ def test_build_mistakes_are_one_sentence(
 
 
 def test_soak_succeeds_and_fails_with_an_exit_code(tiny_onnx: Path, folder: Path) -> None:
-    usual = ("soak", tiny_onnx, "--inferences", "60", "--threads", "3", "--images", folder, "--json")
+    usual = ("soak", tiny_onnx, "--inferences", "60", "--concurrency", "3", "--images", folder, "--json")
     done = _run(*usual, "--max-memory-growth", "0.5")
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
@@ -267,7 +270,7 @@ def test_soak_succeeds_and_fails_with_an_exit_code(tiny_onnx: Path, folder: Path
 
 
 def test_soak_reads_a_checkpoint_as_its_options_say(tiny_checkpoint: Path, folder: Path) -> None:
-    usual = ("--inferences", "6", "--threads", "2", "--images", folder, "--max-memory-growth", "1", "--json")
+    usual = ("--inferences", "6", "--concurrency", "2", "--images", folder, "--max-memory-growth", "1", "--json")
     refused = _run("soak", tiny_checkpoint, *usual, "--input-size", "100x160")
     assert refused.exit_code == 2
     assert "not a multiple of 32" in refused.stderr

@@ -368,7 +368,7 @@ def test_a_bias_that_got_lost(checkpoint: Path, right: Path, spoilt: Callable[..
 def test_what_is_meant_can_be_said(checkpoint: Path, spoilt: Callable[..., Path]) -> None:
     """The command, with the layer; and without a complaint where the checkpoint is to be read in that way."""
     candidate = spoilt(score_threshold=0.3)
-    arguments = ["parity", candidate, "--reference", checkpoint, "--images", IMAGES, "--count", 1, "--threads", 1]
+    arguments = ["parity", candidate, "--reference", checkpoint, "--images", IMAGES, "--limit", 1, "--threads", 1]
     runner = CliRunner()
     refused = runner.invoke(build_app(), [str(a) for a in [*arguments, "--json"]])
     assert refused.exit_code == 4

@@ -112,6 +112,21 @@ def test_the_command_prints_json(tiny_checkpoint: Path) -> None:
     assert {"name": "score_threshold", "value": "0.4", "source": "option"} in printed["decisions"]
 
 
+def test_the_command_writes_the_options_that_it_decided(tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    file, app = str(tmp_path / "o.toml"), build_app()
+    words = ["inspect", str(tiny_checkpoint), "--iou-threshold", "0.5", "--write-options", file, "--json"]
+    written = CliRunner().invoke(app, words)
+    assert written.exit_code == 0, written.output
+    assert "iou_threshold = 0.5  # option\n" in Path(file).read_text()
+    assert "input_size = [128, 160]  # the file's metadata\n" in Path(file).read_text()
+    again = CliRunner().invoke(app, ["inspect", str(tiny_checkpoint), "--checkpoint-options", file, "--json"])
+    contracts = [json.loads(result.stdout)["contract"] for result in (written, again)]
+    assert {**contracts[0], "decisions": []} == {**contracts[1], "decisions": []}
+    refused = CliRunner().invoke(app, ["inspect", str(tiny_onnx), "--write-options", str(tmp_path / "no.toml")])
+    assert refused.exit_code == 2
+    assert list(tmp_path.iterdir()) == [Path(file)]
+
+
 def test_the_command_asks_for_the_variant_it_cannot_see(tmp_path: Path, state_dict_keys_dir: Path) -> None:
     names = json.loads((state_dict_keys_dir / "tianzhi_fcos_syncbn_bs32_c128_MNV2_FPN_1x.json").read_text())
     small = {n: torch.zeros(s) for n, s in names.items()}

@@ -19,14 +19,17 @@ from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["FP16_ROW_SHARE", "FP16_TOLERANCE", "convert_to_fp16", "half_precision"]
+__all__ = ["convert_to_fp16", "half_precision"]
 
-FP16_TOLERANCE = 3e-2  # relative; half precision keeps 11 bits, and some hundred layers add up their roundings
-FP16_ROW_SHARE = 0.1  # of candidates that change places, or cross the gate or another box's overlap, with that
-_LARGEST = 65504.0
+onnx = lazy_import("onnx", extra="export")
+ir = lazy_import("onnx_ir", extra="export")
+
+_TOLERANCE = 3e-2  # relative; half precision keeps 11 bits, and some hundred layers add up their roundings
+_ROW_SHARE = 0.1  # of candidates that change places, or cross the gate or another box's overlap, with that
+_LARGEST = 65504.0  # the largest finite half precision number: (2 - 2**-10) * 2**15
 _TENSORS_AT_ONCE = 32  # that are looked at in one run: bounds the memory
 # The weights of these are half, but only these inputs: the others are sizes, scales and limits.
 _FLOAT_INPUTS = {"Resize": (0,), "Clip": (0, 1, 2)}
@@ -58,8 +61,7 @@ def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -
     """
     if contract.precision is not Precision.FP32:
         raise ConfigError(f"Only an fp32 graph becomes fp16, this one is {contract.precision}.")
-    ir = require("onnx_ir", extra="export")
-    graph = ir.from_proto(require("onnx.shape_inference", extra="export").infer_shapes(model))
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(model))
     half = _half_nodes(graph)
     names = [v.name for node in graph.graph if node in half for v in node.outputs if _is_float(v)]
     _Halving(graph, half).run()
@@ -73,8 +75,8 @@ def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -
         onnx_runner(result),
         feeds,
         step="convert to fp16",
-        tolerance=FP16_TOLERANCE,
-        row_share=FP16_ROW_SHARE,
+        tolerance=_TOLERANCE,
+        row_share=_ROW_SHARE,
     )
     return result, check
 
@@ -89,7 +91,6 @@ def _require_in_range(model: Any, names: list[str], feeds: list[Feeds]) -> None:
     Raises:
         StepCheckError: a tensor that becomes half leaves its range.
     """
-    onnx = require("onnx", extra="export")
     for start in range(0, len(names), _TENSORS_AT_ONCE):
         shown = onnx.ModelProto()
         shown.CopyFrom(model)
@@ -126,28 +127,27 @@ class _Halving:
     """Turns a set of nodes to half precision in place, with one cast a tensor where the two formats meet."""
 
     def __init__(self, model: Any, half: set[Any]) -> None:
-        self._ir = require("onnx_ir", extra="export")
-        self._model = model
         self._graph = model.graph
         self._half = half
-        self._float = self._ir.DataType.FLOAT
         self._halved: dict[int, Any] = {}  # id of a float32 value -> its half copy
 
     def run(self) -> None:
-        """Convert inputs and weights, then outputs."""
+        """Convert inputs and weights, then outputs; drop the float32 weights that nothing reads any more."""
         nodes = [node for node in self._graph if node in self._half]
         for node in nodes:
             for index in _FLOAT_INPUTS.get(node.op_type, tuple(range(len(node.inputs)))):
                 self._halve_input(node, index)
         for node in nodes:
             for value in node.outputs:
-                if value.dtype in (self._float, None) and node.op_type not in _READ_NO_VALUES:
+                if value.dtype in (ir.DataType.FLOAT, None) and node.op_type not in _READ_NO_VALUES:
                     self._halve_output(value)
-        self._drop_unused_weights()
+        for name, value in list(self._graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self._graph.initializers[name]
 
     def _halve_input(self, node: Any, index: int) -> None:
         value = node.inputs[index] if index < len(node.inputs) else None
-        if value is None or value.producer() in self._half or value.dtype != self._float:
+        if value is None or value.producer() in self._half or value.dtype != ir.DataType.FLOAT:
             return
         if id(value) not in self._halved:
             self._halved[id(value)] = self._halved_weight(value) if value.is_initializer() else self._cast(value)
@@ -161,14 +161,14 @@ class _Halving:
                 hint="use --precision fp32",
             )
         name = f"{value.name}.fp16"
-        half = self._ir.Value(name=name, const_value=self._ir.tensor(array.astype(np.float16), name=name))
-        half.shape, half.dtype = value.shape, self._ir.DataType.FLOAT16
+        half = ir.Value(name=name, const_value=ir.tensor(array.astype(np.float16), name=name))
+        half.shape, half.dtype = value.shape, ir.DataType.FLOAT16
         self._graph.initializers[name] = half
         return half
 
     def _cast(self, value: Any) -> Any:
         """``value`` in half precision, cast right after it is made."""
-        node = self._cast_node(value, to=self._ir.DataType.FLOAT16, name=f"{value.name}/to_fp16")
+        node = self._cast_node(value, to=ir.DataType.FLOAT16, name=f"{value.name}/to_fp16")
         producer = value.producer()
         if producer is None:
             self._graph.insert_before(self._graph[0], node)
@@ -183,10 +183,10 @@ class _Halving:
             for use in value.uses()
             if use.node not in self._half and use.node.op_type not in _READ_NO_VALUES
         ]
-        value.dtype = self._ir.DataType.FLOAT16
+        value.dtype = ir.DataType.FLOAT16
         if not outside and not value.is_graph_output():
             return
-        back = self._cast_node(value, to=self._float, name=f"{value.name}/to_fp32")
+        back = self._cast_node(value, to=ir.DataType.FLOAT, name=f"{value.name}/to_fp32")
         self._graph.insert_after(value.producer(), back)
         for node, index in outside:
             node.replace_input_with(index, back.outputs[0])
@@ -196,11 +196,6 @@ class _Halving:
             self._graph.outputs[position] = back.outputs[0]
 
     def _cast_node(self, value: Any, *, to: Any, name: str) -> Any:
-        node = self._ir.Node("", "Cast", [value], [self._ir.AttrInt64("to", int(to))], name=name)
+        node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(to))], name=name)
         node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{name}_output", to, value.shape
         return node
-
-    def _drop_unused_weights(self) -> None:
-        for name, value in list(self._graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output():
-                del self._graph.initializers[name]

@@ -1,4 +1,4 @@
-"""Large weights kept out of a graph while somebody works on it who copies it many times and never looks at them."""
+"""ONNX models in memory: read, written whole, and with the contract that travels in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, ExportError
 from fcos_deploy.core.files import atomic_file
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import from_json
 
 __all__ = [
@@ -25,33 +25,10 @@ __all__ = [
     "with_weights_aside",
 ]
 
-LARGE = 65536  # bytes; smaller ones may be shapes or factors, which a rewriting looks at
-
-
-def with_weights_aside(model: Any, rewrite: Callable[[Any], Any]) -> Any:
-    """What ``rewrite`` makes of ``model``, an ``onnx.ModelProto`` that is left as it is.
-
-    ``rewrite`` gets the graph with an input in place of every initializer of more than ``LARGE`` bytes.
-    """
-    onnx = require("onnx", extra="export")
-    lean = onnx.ModelProto()
-    lean.CopyFrom(model)
-    graph = lean.graph
-    large = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.raw_data) > LARGE}
-    small = [tensor for tensor in model.graph.initializer if tensor.name not in large]
-    del graph.initializer[:]
-    graph.initializer.extend(small)
-    for name, tensor in large.items():
-        graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
-    result = rewrite(lean)
-    inputs = [value for value in result.graph.input if value.name not in large]
-    del result.graph.input[:]
-    result.graph.input.extend(inputs)
-    result.graph.initializer.extend(large.values())
-    return result
-
+onnx = lazy_import("onnx", extra="export")
 
 NAMES_KEY = "fcos_deploy.class_names"  # JSON list, for people and for tools that don't know the contract
+LARGE = 65536  # bytes; smaller tensors may be shapes or factors, which a rewriting looks at
 
 
 def load_onnx(path: Path) -> Any:  # Any: onnx.ModelProto, whose package ships no types
@@ -60,7 +37,6 @@ def load_onnx(path: Path) -> Any:  # Any: onnx.ModelProto, whose package ships n
     Raises:
         ExportError: the file is missing, truncated, or not an ONNX model.
     """
-    onnx = require("onnx", extra="export")
     if not path.is_file():
         raise ExportError(f"'{path}' is not there.")
     try:
@@ -105,7 +81,6 @@ def save_onnx(model: Any, path: Path) -> None:
 
 def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, str] | None = None) -> Any:
     """A copy of the model that carries ``contract``, its class names and how it was made."""
-    onnx = require("onnx", extra="export")
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     properties = {p.key: p.value for p in model.metadata_props}
@@ -130,3 +105,26 @@ def contract_of(model: Any, path: Path) -> ModelContract:
     if text is None:
         raise BackendLoadError(f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'")
     return from_json(ModelContract, json.loads(text), where="contract")
+
+
+def with_weights_aside(model: Any, rewrite: Callable[[Any], Any]) -> Any:
+    """What ``rewrite`` makes of ``model``, an ``onnx.ModelProto`` that is left as it is.
+
+    ``rewrite`` gets the graph with an input in place of every initializer of more than ``LARGE`` bytes. Tools that
+    copy a graph many times and never look at its weights then take a fraction of the time.
+    """
+    lean = onnx.ModelProto()
+    lean.CopyFrom(model)
+    graph = lean.graph
+    large = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.raw_data) > LARGE}
+    small = [tensor for tensor in model.graph.initializer if tensor.name not in large]
+    del graph.initializer[:]
+    graph.initializer.extend(small)
+    for name, tensor in large.items():
+        graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    result = rewrite(lean)
+    inputs = [value for value in result.graph.input if value.name not in large]
+    del result.graph.input[:]
+    result.graph.input.extend(inputs)
+    result.graph.initializer.extend(large.values())
+    return result

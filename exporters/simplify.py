@@ -1,4 +1,4 @@
-"""onnxsim, then our own passes where it leaves something; outputs are compared before anything is returned."""
+"""Simplifies a graph: onnxsim, then our own passes; outputs are compared before anything is returned."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from exporters.step_check import Feeds, Runner, StepCheck, compare, feed_of, onn
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["Simplification", "input_shapes", "rewrite_onnx", "simplified", "simplify_onnx"]
+__all__ = ["Simplification", "rewrite_onnx", "simplified", "simplify_onnx"]
+
+ir = lazy_import("onnx_ir", extra="export")
+ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
+onnxsim = lazy_import("onnxsim", extra="export")
 
 # The model (onnx.ModelProto), its contract and inputs -> the new model, and what the comparison of both found.
 Rewrite = Callable[[Any, ModelContract, list[Feeds]], tuple[Any, StepCheck]]
@@ -90,7 +94,7 @@ def rewrite_onnx(
     require_writable(output)
     model = load_onnx(source)
     contract = contract_of(model, source)
-    feeds = [feed_of(contract, input_shapes(model))]
+    feeds = [feed_of(contract, {name: shape for name, _, shape in map(_interface, model.graph.input)})]
     progress(step, 1, 2)
     result, check = rewrite(model, contract, feeds)
     save_onnx(result, output)
@@ -112,21 +116,25 @@ def simplified(
 ) -> tuple[Any, StepCheck]:
     """A smaller graph with the same outputs on ``feeds``; ``model`` (onnx.ModelProto) is left as it is.
 
-    What would be larger than its source is not used. ``run`` gives the outputs of ``model``, where somebody has them.
+    What would be larger than its source is not used. ``run`` gives the outputs of ``model``, where the caller has them.
     Raises as ``simplify_onnx`` does.
     """
     smaller = _with_own_passes(_with_onnxsim(model))
     result = smaller if smaller.ByteSize() <= model.ByteSize() else _with_own_passes(model)
     for value, declared in zip(result.graph.output, model.graph.output, strict=True):
         value.type.CopyFrom(declared.type)  # onnxsim writes the sizes that it inferred over open axes.
-    _require_same_interface(model, result)
+    for kind in ("input", "output"):
+        before, after = ([_interface(value) for value in getattr(m.graph, kind)] for m in (model, result))
+        if before != after:
+            raise ExportError(f"Simplifying changed the {kind}s from {before} to {after}.", hint="--no-simplify")
+    if opset_of(model) != opset_of(result):
+        raise ExportError(f"Simplifying changed the opset from {opset_of(model)} to {opset_of(result)}.")
     tolerance = _TOLERANCES[precision]
     check = compare(run or onnx_runner(model), onnx_runner(result), feeds, step="simplify", tolerance=tolerance)
     return result, check
 
 
 def _with_onnxsim(model: Any) -> Any:
-    onnxsim = require("onnxsim", extra="export")
     try:
         # check_n: its own comparison takes random images, and no second input. Larger results of constant nodes are
         # left to the runtime, which folds them when it loads.
@@ -138,13 +146,11 @@ def _with_onnxsim(model: Any) -> Any:
 
 
 def _with_own_passes(model: Any) -> Any:
-    ir = require("onnx_ir", extra="export")
-    passes = require("onnx_ir.passes.common", extra="export")
     graph = ir.from_proto(model)
     # As onnx.shape_inference does by default, without the weights.
-    passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(graph)
+    ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(graph)
     while sum(run(graph) for run in PASSES):
-        pass
+        pass  # One pass may make room for another, which is over when none changes anything.
     result = ir.to_proto(graph)
     del result.graph.output[:]
     result.graph.output.extend(model.graph.output)  # Inference names open axes anew ("unk__5").
@@ -152,22 +158,8 @@ def _with_own_passes(model: Any) -> Any:
     return result
 
 
-def _require_same_interface(before: Any, after: Any) -> None:
-    for kind in ("input", "output"):
-        left, right = ([_interface(v) for v in getattr(m.graph, kind)] for m in (before, after))
-        if left != right:
-            raise ExportError(f"Simplifying changed the graph's {kind}s from {left} to {right}.", hint="--no-simplify")
-    if opset_of(before) != opset_of(after):
-        raise ExportError(f"Simplifying changed the opset from {opset_of(before)} to {opset_of(after)}.")
-
-
 def _interface(value: Any) -> tuple[str, int, tuple[int | None, ...]]:
     """Name, element type and shape, None for an open axis."""
     tensor = value.type.tensor_type
     shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
     return value.name, tensor.elem_type, shape
-
-
-def input_shapes(model: Any) -> dict[str, tuple[int | None, ...]]:
-    """Shape of each input of an ``onnx.ModelProto``, None for an open axis."""
-    return {name: shape for name, _, shape in map(_interface, model.graph.input)}

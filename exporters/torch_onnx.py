@@ -1,4 +1,4 @@
-"""How our own torch operators are written in ONNX, and those of torch that its exporter would decompose first."""
+"""PyTorch to ONNX: trace the network with its tail, simplify it, and compare every step with PyTorch."""
 
 from __future__ import annotations
 
@@ -19,335 +19,28 @@ from exporters.fp16 import half_precision
 from exporters.graph_passes import name_weights_after_convolutions
 from exporters.onnx_file import opset_of, require_writable, save_onnx, with_contract, with_weights_aside
 from exporters.simplify import simplified
-from exporters.step_check import Feeds, StepCheck, compare, onnx_runner, provoking_feed, remembering
+from exporters.step_check import Feeds, Runner, StepCheck, compare, onnx_runner, provoking_feed, remembering
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, ExportError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = [
-    "DEFAULT_OPSET",
-    "OPSETS",
-    "Axes",
-    "ExportOptions",
-    "NmsForm",
-    "OnnxExport",
-    "export_onnx",
-    "parse_options",
-    "trace",
-    "translations",
-]
+__all__ = ["DEFAULT_OPSET", "Axes", "ExportOptions", "OnnxExport", "export_onnx", "parse_options", "trace"]
 
-_NATIVE_GROUP_NORM = 21  # the first opset whose GroupNormalization has a scale for every channel, as torch's has
-
-
-def translations(*, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For ``torch.onnx.export(custom_translation_table=...)``."""
-    torch = require("torch", extra="export")
-    require("onnxscript", extra="export")
-    require("fcos_deploy.model.tails", extra="export")  # registers the operators
-    own, aten = torch.ops.fcos_deploy, torch.ops.aten
-    table: dict[Callable[..., Any], Callable[..., Any]] = {
-        own.nms_keep.default: _nms_keep,
-        own.divide.default: _divide,
-        aten.batch_norm.default: _batch_norm,
-        aten.detach_.default: _itself,
-        aten.to.dtype: _cast,
-    }
-    if opset < _NATIVE_GROUP_NORM:
-        table[aten.group_norm.default] = _group_norm
-    return table
-
-
-def _itself(tensor: Any) -> Any:
-    return require("onnxscript", extra="export").opset18.Identity(tensor)
-
-
-def _cast(tensor: Any, dtype: int, non_blocking: bool = False, copy: bool = False) -> Any:  # noqa: ARG001
-    return require("onnxscript", extra="export").opset18.Cast(tensor, to=dtype)
-
-
-def _batch_norm(  # noqa: PLR0917  (the operator's own signature)
-    images: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    variance: Any,
-    training: bool = False,  # noqa: ARG001  (what is exported is in eval mode)
-    momentum: float = 0.1,  # noqa: ARG001
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,  # noqa: ARG001
-) -> Any:
-    op = require("onnxscript", extra="export").opset18
-    return op.BatchNormalization(images, weight, bias, mean, variance, epsilon=eps)
-
-
-def _group_norm(  # noqa: PLR0917  (the operator's own signature)
-    images: Any,
-    groups: int,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,  # noqa: ARG001
-) -> Any:
-    """InstanceNormalization with each group as one channel: what torch's exporter writes, less what it works out."""
-    op = require("onnxscript", extra="export").opset18
-    ones, zeros = (op.Constant(value_floats=[value] * groups) for value in (1.0, 0.0))
-    grouped = op.Reshape(images, op.Constant(value_ints=[0, groups, -1]))
-    result = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(images))
-    inner = op.Constant(value_ints=list(range(1, len(images.shape) - 1)))
-    result = result if weight is None else op.Mul(result, op.Unsqueeze(weight, inner))
-    return result if bias is None else op.Add(result, op.Unsqueeze(bias, inner))
-
-
-def _divide(index: Any, divisor: int) -> Any:
-    op = require("onnxscript", extra="export").opset18
-    return op.Div(index, op.Constant(value_int=divisor))
-
-
-def _nms_keep(  # noqa: PLR0917  (the operator's own signature)
-    boxes: Any, scores: Any, labels: Any, classes: int, iou_threshold: float, limit: int
-) -> Any:
-    """NonMaxSuppression once over (n, classes, K) scores, and its list of survivors as a mask of fixed shape.
-
-    A score plane of its own for each class keeps suppression exact: the usual trick of moving classes apart by adding
-    to coordinates costs their last bits.
-    """
-    onnx = require("onnx", extra="export")
-    op = require("onnxscript", extra="export").opset18
-    channel = onnx.helper.make_tensor("channels", onnx.TensorProto.INT64, [1, classes, 1], list(range(classes)))
-    axis = op.Constant(value_ints=[1])
-    of_class = op.Equal(op.Unsqueeze(labels, axis), op.Constant(value=channel))
-    planes = op.Where(of_class, op.Unsqueeze(scores, axis), op.Constant(value_float=-1.0))
-    selected = op.NonMaxSuppression(
-        boxes,
-        planes,
-        op.Constant(value_ints=[limit]),
-        op.Constant(value_floats=[iou_threshold]),
-        op.Constant(value_floats=[0.0]),
-        center_point_box=0,
-    )
-    image_and_row = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)
-    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(selected, start=0, end=1))
-    mask = op.ScatterND(op.Mul(scores, op.Constant(value_float=0.0)), image_and_row, ones)
-    return op.Greater(mask, op.Constant(value_float=0.5))
-
-
-OPSETS = range(17, 24)
-_TRACED_OPSET = 18  # the exporter's own; older ones are converted afterwards, newer ones are asked for directly
-
-
-class Axes(StrEnum):
-    """Axes of the input that the graph leaves open, beside the batch."""
-
-    FIXED = "fixed"
-    DYNAMIC = "dynamic"
-
-
-def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes) -> Any:
-    """The ``onnx.ModelProto`` of ``module``, an ``ExportableFcos`` in eval mode.
-
-    Every weight is one initializer, however many levels use it. BatchNorm is folded into convolutions. Names of nodes
-    and tensors say which module made them, with the level's number where a module runs once a level.
-
-    Raises:
-        ExportError: torch cannot trace the model, or the opset cannot be had.
-    """
-    if opset not in OPSETS:
-        raise ExportError(
-            f"Opset {opset} is not supported.", hint=f"choose {OPSETS.start} to {OPSETS.stop - 1}; see docs/export.md"
-        )
-    program = _program(module, example, opset=max(opset, _TRACED_OPSET), dynamic_batch=dynamic_batch, size=size)
-    _fold(program.model)
-    _name_after_modules(program.model)
-    name_weights_after_convolutions(program.model)
-    _shorten_dimensions(program.model)
-    _drop_metadata(program.model)
-    model = _to_proto(program.model)
-    if opset < _TRACED_OPSET:
-        model = _lower(model, opset)
-    # What was inferred for tensors inside: runtimes infer it themselves, and trust it even where two open axes that
-    # torch could not tell apart got one name.
-    del model.graph.value_info[:]
-    return model
-
-
-def _program(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes) -> Any:
-    torch = require("torch", extra="export")
-    shapes = _dynamic_shapes(len(example), dynamic_batch=dynamic_batch, size=size)
-
-    def translated(program: Any) -> Any:
-        return torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(module.input_names),
-            output_names=list(module.output_names),
-            dynamic_shapes=shapes,
-            custom_translation_table=translations(opset=opset),
-            optimize=False,
-            verbose=False,
-        )
-
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-            return _translated_as_traced(program, translated) or translated(program)
-    except Exception as error:  # torch wraps every failure of a traced model in types of its own
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ExportError(f"torch cannot export this model: {lines[-1].strip()}") from error
-
-
-def _translated_as_traced(program: Any, translated: Callable[[Any], Any]) -> Any:
-    """What ``translated`` makes of the program without decomposing it, None where an operator has no translation.
-
-    Decomposing traces the program a second time, which takes as long as the first, to split up operators that ONNX has
-    no counterpart of and to undo changes in place; operators of either kind are refused here. An FCOS has none.
-    """
-    torch = require("torch", extra="export")
-    decompose = program.run_decompositions
-    program.run_decompositions = lambda *_arguments, **_options: program
-    try:
-        return translated(program)
-    except torch.onnx.OnnxExporterError:
-        return None
-    finally:
-        program.run_decompositions = decompose
-
-
-def _dynamic_shapes(inputs: int, *, dynamic_batch: bool, size: Axes) -> tuple[dict[int, Any], ...] | None:
-    torch = require("torch", extra="export")
-    axes: dict[int, Any] = {}
-    if dynamic_batch:
-        axes[0] = torch.export.Dim("batch", min=1, max=1024)
-    if size is Axes.DYNAMIC:
-        axes[2] = 32 * torch.export.Dim("rows", min=1, max=512)
-        axes[3] = 32 * torch.export.Dim("columns", min=1, max=512)
-    if not axes:
-        return None
-    return (axes, *({k: v for k, v in axes.items() if k == 0} for _ in range(inputs - 1)))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's own remarks, none of which a user can act on."""
-    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-    before = {name: logging.getLogger(name).level for name in names}
-    with warnings.catch_warnings():
-        # torch 2.13 deprecates a check that its own exporter still makes.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        # It renames dynamic axes to the names given, which is what was asked for.
-        warnings.filterwarnings("ignore", message=".*# The axis name.*", category=UserWarning)
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in before.items():
-                logging.getLogger(name).setLevel(level)
-
-
-def _fold(model: Any) -> None:
-    """Constants, shapes and BatchNorm: what an FCOS needs of all that torch looks for with ``optimize=True``."""
-    passes = require("onnx_ir.passes.common", extra="export")
-    rules = require("onnxscript.rewriter.rules.common", extra="export")
-    passes.InlinePass()(model)
-    require("onnxscript.optimizer", extra="export").fold_constants(model)
-    needed = (
-        rules.fuse_batchnorm_into_conv_rule,
-        rules.materialize_reshape_shape_rule,
-        rules.mul_by_1_rule,
-        rules.squeeze_reshape_1d_rule,
-    )
-    require("onnxscript.rewriter", extra="export").rewrite(model, needed)
-    for clean in (
-        passes.RemoveUnusedNodesPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.OutputFixPass(),
-        passes.NameFixPass(),
-    ):
-        clean(model)
-
-
-def _name_after_modules(model: Any) -> None:
-    """Rename nodes and tensors to ``head.regression_head.conv.0/Conv_2``: the third call, so level P5."""
-    outputs = {id(value) for value in model.graph.outputs}
-    for initializer in list(model.graph.initializers.values()):
-        initializer.name = initializer.name.removeprefix("model.")
-    seen: collections.Counter[str] = collections.Counter()
-    for node in model.graph:
-        scope = _weight_owner(node) or _scope(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-        base = f"{scope}/{node.op_type}" if scope else node.op_type
-        node.name = f"{base}_{seen[base]}" if seen[base] else base
-        seen[base] += 1
-        for position, value in enumerate(node.outputs):
-            if id(value) not in outputs:
-                value.name = node.name + "_output" + (str(position) if position else "")
-
-
-def _weight_owner(node: Any) -> str:
-    """The convolution's module, by its weight: one that a BatchNorm was folded into was recorded under the latter."""
-    weight = node.inputs[1] if node.op_type == "Conv" else None
-    return weight.name.rpartition(".weight")[0] if weight is not None and weight.name else ""
-
-
-def _scope(recorded: str) -> str:
-    """``"['', 'model', 'model.head.conv', 'conv2d_3']"`` -> ``head.conv``."""
-    names = re.findall(r"'([^']*)'", recorded)
-    modules = [name for name in names[:-1] if name and not name.startswith("_empty_nn_module_stack")]
-    return modules[-1].removeprefix("model").removeprefix(".") if modules else ""
-
-
-def _shorten_dimensions(model: Any) -> None:
-    """Name open axes ``batch``, ``height``, ``width``; forget the expressions that torch derives from them."""
-    ir = require("onnx_ir", extra="export")
-    names = {"32*rows": "height", "32*columns": "width"}
-    inputs = {id(value) for value in model.graph.inputs}
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    for value in values:
-        if value.shape is None or all(isinstance(d, int) for d in value.shape):
-            continue
-        short = [_short(d, names, keep=id(value) in inputs) for d in value.shape]
-        value.shape = ir.Shape(short)
-
-
-def _short(dimension: Any, names: dict[str, str], *, keep: bool) -> int | str | None:
-    if isinstance(dimension, int):
-        return dimension
-    text = str(dimension.value)
-    if text in names and keep:
-        return names[text]
-    return text if text.isidentifier() else None
-
-
-def _drop_metadata(model: Any) -> None:
-    """Stack traces of the exporting machine are a seventh of a small file, and nobody's business."""
-    passes = require("onnx_ir.passes.common", extra="export")
-    passes.ClearMetadataAndDocStringPass()(model)
-    model.metadata_props.clear()
-    model.producer_name, model.producer_version = "fcos-deploy", ""
-
-
-def _to_proto(model: Any) -> Any:
-    return require("onnx_ir", extra="export").to_proto(model)
-
-
-def _lower(model: Any, opset: int) -> Any:
-    converter = require("onnx.version_converter", extra="export")
-    try:
-        return with_weights_aside(model, lambda lean: converter.convert_version(lean, opset))
-    except RuntimeError as error:
-        raise ExportError(
-            f"The graph cannot be expressed in opset {opset}: {error}.", hint=f"--opset {_TRACED_OPSET}"
-        ) from error
-
+torch = lazy_import("torch", extra="export")
+onnx = lazy_import("onnx", extra="export")
+ir = lazy_import("onnx_ir", extra="export")
+ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
+onnxscript = lazy_import("onnxscript", extra="export")
+tails = lazy_import("fcos_deploy.model.tails", extra="export")  # imports torch
 
 DEFAULT_OPSET = 17  # docs/export.md has the measurements
+_OPSETS = range(17, 24)
+_TRACED_OPSET = 18  # the exporter's own; older ones are converted afterwards, newer ones are asked for directly
+_NATIVE_GROUP_NORM = 21  # the first opset whose GroupNormalization has a scale for every channel, as torch's has
 _TOLERANCE = 1e-3  # relative; torch and ONNX Runtime sum convolutions in different orders
-_DYNAMIC_EXAMPLE = (256, 320)
+_OPEN_SIZE = (256, 320)  # example height and width where the graph leaves them open
 _Word = TypeVar("_Word", bound=StrEnum)
 
 
@@ -355,14 +48,14 @@ class HasModel(Protocol):
     """What is exported: the network and its contract (``LoadedCheckpoint`` is one)."""
 
     @property
-    def model(self) -> Any: ...  # Any: torch.nn.Module; this package imports torch in functions only
+    def model(self) -> Any: ...  # Any: torch.nn.Module
     @property
     def contract(self) -> ModelContract: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """``batch`` None leaves the batch open. ``nms_boxes`` and ``nms_rounds`` are those of ``StaticNms``."""
+    """``batch`` None leaves the batch open. ``nms_boxes`` is how many candidates the static form of NMS looks at."""
 
     opset: int = DEFAULT_OPSET
     tail: Tail = Tail.RAW
@@ -371,13 +64,12 @@ class ExportOptions:
     precision: Precision = Precision.FP32
     nms_form: NmsForm = NmsForm.ONNX
     nms_boxes: int = 1000
-    nms_rounds: int = 16
 
     def __post_init__(self) -> None:
-        if self.opset not in OPSETS:
+        if self.opset not in _OPSETS:
             raise ConfigError(
                 f"Opset {self.opset} is not supported.",
-                hint=f"choose {OPSETS.start} to {OPSETS.stop - 1}; docs/export.md says who reads which",
+                hint=f"choose {_OPSETS.start} to {_OPSETS.stop - 1}; docs/export.md says who reads which",
             )
         if self.batch is not None and self.batch < 1:
             raise ConfigError(f"The batch must be at least 1, got {self.batch}.", hint="or 'dynamic'")
@@ -400,14 +92,15 @@ def parse_options(
         tail=tail,
         batch=None if batch == "dynamic" else int(batch),
         simplify=simplify,
-        precision=_word(Precision, precision, "--precision"),
-        nms_form=_word(NmsForm, nms_form, "--nms-form"),
+        precision=_word(Precision, precision, option="--precision"),
+        nms_form=_word(NmsForm, nms_form, option="--nms-form"),
     )
 
 
-def _word(kind: type[_Word], text: str, option: str) -> _Word:
-    if text not in [member.value for member in kind]:
-        raise ConfigError(f"{option} must be one of {', '.join(m.value for m in kind)}, got '{text}'.")
+def _word(kind: type[_Word], text: str, *, option: str) -> _Word:
+    words = [member.value for member in kind]
+    if text not in words:
+        raise ConfigError(f"{option} must be one of {', '.join(words)}, got '{text}'.")
     return kind(text)
 
 
@@ -463,7 +156,7 @@ def _collector_paused() -> Iterator[None]:
 def export_onnx(
     loaded: HasModel, output: Path, *, options: ExportOptions | None = None, progress: ProgressFn = no_progress
 ) -> OnnxExport:
-    """Write ``loaded`` as an ONNX file that carries its contract.
+    """Write ``loaded`` as an ONNX file that carries its contract; ``loaded`` stays as it is.
 
     Raises:
         ConfigError: impossible options, or a folder that cannot be written.
@@ -476,16 +169,19 @@ def export_onnx(
     contract = replace(loaded.contract, tail=options.tail, precision=Precision.FP32)
     label, steps = "export to ONNX", 4
     progress(label, 0, steps)
-    module = _exportable(loaded.model, contract, options)
+    suppression = tails.StaticNms(boxes=options.nms_boxes) if options.nms_form is NmsForm.STATIC else None
+    network = copy.deepcopy(loaded.model).to(device="cpu").float()
+    # With the raw outputs as well: the checks look at them, because ready detections hide small differences.
+    module = tails.ExportableFcos(network, contract, suppression=suppression, with_raw=True).eval()
+    feeds = _feeds(contract, batch=options.batch, image_sizes="image_sizes" in module.input_names)
     model = trace(
         module,
-        _example(module, contract, options),
+        tuple(torch.from_numpy(feeds[0][name].copy()) for name in module.input_names),
         opset=options.opset,
         dynamic_batch=options.batch is None,
         size=Axes.DYNAMIC if contract.preprocess.canvas is None else Axes.FIXED,
     )
     progress(label, 1, steps)
-    feeds = _feeds(module, contract, options)
     run = remembering(onnx_runner(model))
     checks = [compare(_torch_runner(module), run, feeds, step="export", tolerance=_TOLERANCE)]
     progress(label, 2, steps)
@@ -497,8 +193,8 @@ def export_onnx(
         model, check = half_precision(model, feeds, contract=contract)
         checks.append(check)
         contract = replace(contract, precision=Precision.FP16)
-    model = _without_extra_outputs(model, contract)
-    model = with_contract(model, contract, record=_record(checks))
+    record = {"exporter": f"torch {torch.__version__} dynamo", "checks": "; ".join(map(str, checks))}
+    model = with_contract(_without_extra_outputs(model, contract), contract, record=record)
     save_onnx(model, output)
     progress(label, steps, steps)
     return OnnxExport(
@@ -513,48 +209,20 @@ def export_onnx(
     )
 
 
-def _exportable(model: Any, contract: ModelContract, options: ExportOptions) -> Any:
-    """The network with its tail, in float32 on the CPU, leaving ``model`` as it is."""
-    tails = require("fcos_deploy.model.tails", extra="export")
-    static = require("fcos_deploy.model.tails", extra="export")
-    suppression = None
-    if options.nms_form is NmsForm.STATIC:
-        suppression = static.StaticNms(boxes=options.nms_boxes, rounds=options.nms_rounds)
-    network = copy.deepcopy(model).to(device="cpu").float()
-    return tails.ExportableFcos(network, contract, suppression=suppression, with_raw=True).eval()
-
-
-def _shape(contract: ModelContract, options: ExportOptions) -> tuple[int, int, int, int]:
-    """Input shape of the example; of open axes some usual value, at least 2, which torch does not specialise."""
-    height, width = contract.preprocess.canvas or _DYNAMIC_EXAMPLE
-    return (options.batch or 2, 3, height, width)
-
-
-def _example(module: Any, contract: ModelContract, options: ExportOptions) -> tuple[Any, ...]:
-    torch = require("torch", extra="export")
-    feed = _feed(module, contract, _shape(contract, options))
-    return tuple(torch.from_numpy(feed[name]) for name in module.input_names)
-
-
-def _feeds(module: Any, contract: ModelContract, options: ExportOptions) -> list[Feeds]:
-    """A feed of the example's shape; where axes are open, of a single image and of another size as well."""
-    batch, channels, height, width = _shape(contract, options)
-    shapes = [(batch, channels, height, width)]
-    if options.batch is None:
-        shapes.append((1, channels, height, width))
+def _feeds(contract: ModelContract, *, batch: int | None, image_sizes: bool) -> list[Feeds]:
+    """A feed of the traced example's shape; where axes are open, of a single image and of another size as well."""
+    height, width = contract.preprocess.canvas or _OPEN_SIZE
+    count = batch or 2  # of an open batch not 1, which torch would take for a constant
+    shapes = [(count, 3, height, width)]
+    if batch is None:
+        shapes.append((1, 3, height, width))
     if contract.preprocess.canvas is None:
-        shapes.append((batch, channels, height // 2 + 32, width + 64))
-    return [_feed(module, contract, shape) for shape in shapes]
-
-
-def _feed(module: Any, contract: ModelContract, shape: tuple[int, int, int, int]) -> Feeds:
+        shapes.append((count, 3, height // 2 + 32, width + 64))
     dtype = contract.preprocess.input_dtype.value
-    return provoking_feed(shape, dtype=dtype, image_sizes="image_sizes" in module.input_names)
+    return [provoking_feed(shape, dtype=dtype, image_sizes=image_sizes) for shape in shapes]
 
 
-def _torch_runner(module: Any) -> Any:
-    torch = require("torch", extra="export")
-
+def _torch_runner(module: Any) -> Runner:
     def run(feeds: Feeds) -> Feeds:
         with torch.inference_mode():
             tensors = module(*(torch.from_numpy(feeds[name]) for name in module.input_names))
@@ -565,17 +233,268 @@ def _torch_runner(module: Any) -> Any:
 
 def _without_extra_outputs(model: Any, contract: ModelContract) -> Any:
     """The graph without the raw outputs that the checks looked at; what only they needed goes with them."""
-    keep = [output for output in model.graph.output if output.name in contract.outputs]
-    if len(keep) == len(model.graph.output):
+    outputs = [output for output in model.graph.output if output.name in contract.outputs]
+    if len(outputs) == len(model.graph.output):
         return model
     trimmed = copy.deepcopy(model)
     del trimmed.graph.output[:]
-    trimmed.graph.output.extend(keep)
-    passes = require("onnx_ir.passes.common", extra="export")
-    ir = require("onnx_ir", extra="export")
-    return ir.to_proto(passes.RemoveUnusedNodesPass()(ir.from_proto(trimmed)).model)
+    trimmed.graph.output.extend(outputs)
+    return ir.to_proto(ir_passes.RemoveUnusedNodesPass()(ir.from_proto(trimmed)).model)
 
 
-def _record(checks: list[StepCheck]) -> dict[str, str]:
-    torch = require("torch", extra="export")
-    return {"exporter": f"torch {torch.__version__} dynamo", "checks": "; ".join(map(str, checks))}
+class Axes(StrEnum):
+    """Whether the graph leaves the height and width of its input open."""
+
+    FIXED = "fixed"
+    DYNAMIC = "dynamic"
+
+
+def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes) -> Any:
+    """The ``onnx.ModelProto`` of ``module``, an ``ExportableFcos`` in eval mode.
+
+    Every weight is one initializer, however many levels use it. BatchNorm is folded into convolutions. Names of nodes
+    and tensors say which module made them, with the level's number where a module runs once a level.
+
+    Raises:
+        ExportError: torch cannot trace the model, or the opset cannot express it.
+    """
+    traced_opset = max(opset, _TRACED_OPSET)
+    graph = _program(module, example, opset=traced_opset, dynamic_batch=dynamic_batch, size=size).model
+    _fold(graph)
+    _name_after_modules(graph)
+    name_weights_after_convolutions(graph)
+    _shorten_dimensions(graph)
+    # Stack traces of the exporting machine are a seventh of a small file, and nobody's business.
+    ir_passes.ClearMetadataAndDocStringPass()(graph)
+    graph.metadata_props.clear()
+    graph.producer_name, graph.producer_version = "fcos-deploy", ""
+    model = ir.to_proto(graph)
+    if opset < traced_opset:
+        converter = require("onnx.version_converter", extra="export")
+        try:
+            model = with_weights_aside(model, lambda lean: converter.convert_version(lean, opset))
+        except RuntimeError as error:
+            raise ExportError(
+                f"The graph cannot be expressed in opset {opset}: {error}.", hint=f"--opset {_TRACED_OPSET}"
+            ) from error
+    # What was inferred for tensors inside: runtimes infer it themselves, and trust it even where two open axes that
+    # torch could not tell apart got one name.
+    del model.graph.value_info[:]
+    return model
+
+
+def _program(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes) -> Any:
+    """Torch's ONNXProgram of the module, with operators as ``_translations`` writes them."""
+    axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1024)} if dynamic_batch else {}
+    other_inputs = [dict(axes) for _ in example[1:]]
+    if size is Axes.DYNAMIC:
+        axes |= {axis: 32 * torch.export.Dim(name, min=1, max=512) for axis, name in ((2, "rows"), (3, "columns"))}
+    shapes = (axes, *other_inputs) if axes else None
+
+    def translate(program: Any) -> Any:
+        return torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(module.input_names),
+            output_names=list(module.output_names),
+            dynamic_shapes=shapes,
+            custom_translation_table=_translations(opset=opset),
+            optimize=False,
+            verbose=False,
+        )
+
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            return _translated_as_traced(program, translate) or translate(program)
+    except Exception as error:  # torch wraps every failure of a traced model in types of its own
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ExportError(f"torch cannot export this model: {lines[-1].strip()}") from error
+
+
+def _translated_as_traced(program: Any, translate: Callable[[Any], Any]) -> Any:
+    """What ``translate`` makes of the program without decomposing it, None where an operator has no translation.
+
+    Decomposing traces the program a second time, which takes as long as the first, to split up operators that ONNX has
+    no counterpart of and to undo changes in place; operators of either kind are refused here. An FCOS has none.
+    """
+    decompose = program.run_decompositions
+    program.run_decompositions = lambda *_arguments, **_options: program
+    try:
+        return translate(program)
+    except torch.onnx.OnnxExporterError:
+        return None
+    finally:
+        program.run_decompositions = decompose
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's own remarks, none of which a user can act on."""
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    before = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        # torch 2.13 deprecates a check that its own exporter still makes.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        # It renames dynamic axes to the names given, which is what was asked for.
+        warnings.filterwarnings("ignore", message=".*# The axis name.*", category=UserWarning)
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def _fold(model: Any) -> None:
+    """Constants, shapes and BatchNorm: what an FCOS needs of all that torch looks for with ``optimize=True``."""
+    rules = require("onnxscript.rewriter.rules.common", extra="export")
+    ir_passes.InlinePass()(model)
+    require("onnxscript.optimizer", extra="export").fold_constants(model)
+    needed = (
+        rules.fuse_batchnorm_into_conv_rule,
+        rules.materialize_reshape_shape_rule,
+        rules.mul_by_1_rule,
+        rules.squeeze_reshape_1d_rule,
+    )
+    require("onnxscript.rewriter", extra="export").rewrite(model, needed)
+    for clean in (
+        ir_passes.RemoveUnusedNodesPass(),
+        ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        ir_passes.DeduplicateInitializersPass(),
+        ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.OutputFixPass(),
+        ir_passes.NameFixPass(),
+    ):
+        clean(model)
+
+
+def _name_after_modules(model: Any) -> None:
+    """Rename nodes and tensors to ``head.regression_head.conv.0/Conv_2``: the third call, so level P5."""
+    outputs = {id(value) for value in model.graph.outputs}
+    for initializer in list(model.graph.initializers.values()):
+        initializer.name = initializer.name.removeprefix("model.")
+    seen: collections.Counter[str] = collections.Counter()
+    for node in model.graph:
+        scope = _module_of(node)
+        base = f"{scope}/{node.op_type}" if scope else node.op_type
+        node.name = f"{base}_{seen[base]}" if seen[base] else base
+        seen[base] += 1
+        for position, value in enumerate(node.outputs):
+            if id(value) not in outputs:
+                value.name = node.name + "_output" + (str(position) if position else "")
+
+
+def _module_of(node: Any) -> str:
+    """Name of the module that computed the node, ``head.conv``; empty for the network itself."""
+    # A convolution's own name is in its weight's: one that a BatchNorm was folded into was recorded under the latter.
+    weight = node.inputs[1].name if node.op_type == "Conv" and node.inputs[1] is not None else ""
+    if weight and ".weight" in weight:
+        return str(weight.rpartition(".weight")[0])
+    # torch records "['', 'model', 'model.head.conv', 'conv2d_3']": the modules from the outermost in, then the call.
+    names = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+    modules = [name for name in names[:-1] if name and not name.startswith("_empty_nn_module_stack")]
+    return modules[-1].removeprefix("model").removeprefix(".") if modules else ""
+
+
+def _shorten_dimensions(model: Any) -> None:
+    """Name open axes ``batch``, ``height``, ``width``; forget the expressions that torch derives from them."""
+    sizes = {"32*rows": "height", "32*columns": "width"}
+    inputs = {id(value) for value in model.graph.inputs}
+    for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
+        if value.shape is None or all(isinstance(dimension, int) for dimension in value.shape):
+            continue
+        names = sizes if id(value) in inputs else {}
+        dimensions = [d if isinstance(d, int) else names.get(str(d.value), str(d.value)) for d in value.shape]
+        value.shape = ir.Shape([d if isinstance(d, int) or d.isidentifier() else None for d in dimensions])
+
+
+def _translations(*, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How operators are written in ONNX: ours, and those of torch that its exporter would decompose first."""
+    require("fcos_deploy.model.tails", extra="export")  # registers ours
+    own, aten = torch.ops.fcos_deploy, torch.ops.aten
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        own.nms_keep.default: _nms_keep,
+        own.divide.default: _divide,
+        aten.batch_norm.default: _batch_norm,
+        aten.detach_.default: _itself,
+        aten.to.dtype: _cast,
+    }
+    if opset < _NATIVE_GROUP_NORM:
+        table[aten.group_norm.default] = _group_norm
+    return table
+
+
+def _itself(tensor: Any) -> Any:
+    return onnxscript.opset18.Identity(tensor)
+
+
+def _cast(tensor: Any, dtype: int, non_blocking: bool = False, copy: bool = False) -> Any:  # noqa: ARG001
+    return onnxscript.opset18.Cast(tensor, to=dtype)
+
+
+def _batch_norm(  # noqa: PLR0917  (the operator's own signature)
+    images: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool = False,  # noqa: ARG001  (what is exported is in eval mode)
+    momentum: float = 0.1,  # noqa: ARG001
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Any:
+    op = onnxscript.opset18
+    return op.BatchNormalization(images, weight, bias, mean, variance, epsilon=eps)
+
+
+def _group_norm(  # noqa: PLR0917  (the operator's own signature)
+    images: Any,
+    groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Any:
+    """InstanceNormalization with each group as one channel: what torch's exporter writes, less what it works out."""
+    op = onnxscript.opset18
+    ones, zeros = (op.Constant(value_floats=[value] * groups) for value in (1.0, 0.0))
+    grouped = op.Reshape(images, op.Constant(value_ints=[0, groups, -1]))
+    result = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(images))
+    inner = op.Constant(value_ints=list(range(1, len(images.shape) - 1)))
+    result = result if weight is None else op.Mul(result, op.Unsqueeze(weight, inner))
+    return result if bias is None else op.Add(result, op.Unsqueeze(bias, inner))
+
+
+def _divide(index: Any, divisor: int) -> Any:
+    op = onnxscript.opset18
+    return op.Div(index, op.Constant(value_int=divisor))
+
+
+def _nms_keep(  # noqa: PLR0917  (the operator's own signature)
+    boxes: Any, scores: Any, labels: Any, classes: int, iou_threshold: float, limit: int
+) -> Any:
+    """NonMaxSuppression once over (n, classes, K) scores, and its list of survivors as a mask of fixed shape.
+
+    A score plane of its own for each class keeps suppression exact: the usual trick of moving classes apart by adding
+    to coordinates costs their last bits.
+    """
+    op = onnxscript.opset18
+    channel = onnx.helper.make_tensor("channels", onnx.TensorProto.INT64, [1, classes, 1], list(range(classes)))
+    axis = op.Constant(value_ints=[1])
+    of_class = op.Equal(op.Unsqueeze(labels, axis), op.Constant(value=channel))
+    planes = op.Where(of_class, op.Unsqueeze(scores, axis), op.Constant(value_float=-1.0))
+    selected = op.NonMaxSuppression(
+        boxes,
+        planes,
+        op.Constant(value_ints=[limit]),
+        op.Constant(value_floats=[iou_threshold]),
+        op.Constant(value_floats=[0.0]),
+        center_point_box=0,
+    )
+    image_and_row = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)
+    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(selected, start=0, end=1))
+    mask = op.ScatterND(op.Mul(scores, op.Constant(value_float=0.0)), image_and_row, ones)
+    return op.Greater(mask, op.Constant(value_float=0.5))

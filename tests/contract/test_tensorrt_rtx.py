@@ -21,11 +21,11 @@ from calibration.placement import placement_for
 from calibration.qdq import quantize_qdq
 from exporters.fp16 import convert_to_fp16
 from exporters.tensorrt_rtx_engine import EXPORTER
-from exporters.torch_onnx import ExportOptions, NmsForm, export_onnx
+from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import read_contract
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import BuildError
 from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.network import resnet_config

@@ -17,10 +17,10 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from exporters import torch_onnx  # noqa: E402
 from exporters.onnx_file import NAMES_KEY, load_onnx, opset_of  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
-from exporters.torch_onnx import ExportOptions, NmsForm, OnnxExport, export_onnx, parse_options  # noqa: E402
+from exporters.torch_onnx import ExportOptions, OnnxExport, export_onnx, parse_options  # noqa: E402
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
-from fcos_deploy.core.enums import Precision, Tail  # noqa: E402
+from fcos_deploy.core.enums import NmsForm, Precision, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
 from fcos_deploy.core.onnx_file import onnx_metadata  # noqa: E402
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402

@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
 from exporters.step_check import onnx_runner  # noqa: E402
-from exporters.torch_onnx import Axes, ExportOptions, NmsForm, export_onnx, trace  # noqa: E402  # noqa: E402
+from exporters.torch_onnx import Axes, ExportOptions, export_onnx, trace  # noqa: E402
 from fcos_deploy.checkpoints.load import load_checkpoint  # noqa: E402
-from fcos_deploy.core.enums import Tail  # noqa: E402
+from fcos_deploy.core.enums import NmsForm, Tail  # noqa: E402
 
 
 class Small(torch.nn.Module):

@@ -1,4 +1,8 @@
-"""The one step that passes share: a tensor takes another's place."""
+"""Passes over a graph (``onnx_ir.Model``, changed in place) that simplify what onnxsim leaves.
+
+Each returns how many changes it made, and says what it requires of the graph and what it ensures. The outputs of the
+graph keep their names, types and values.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 
 __all__ = [
     "PASSES",
-    "bypass",
-    "constant_of",
     "merge_duplicate_tensors",
     "merge_same_computations",
     "name_weights_after_convolutions",
@@ -21,56 +23,40 @@ __all__ = [
     "simplify_open_reshapes",
 ]
 
+ir = lazy_import("onnx_ir", extra="export")
+ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
 
-def bypass(model: Any, node: Any, source: Any) -> bool:  # Any: onnx_ir types, of an optional dependency
-    """Let ``source`` take the place of the only output of ``node``, and remove the node.
-
-    Returns:
-        False, with nothing changed, when the output is one of the graph's and ``source`` cannot take its name.
-    """
-    (output,) = node.outputs
-    if output.is_graph_output():
-        return False
-    output.replace_all_uses_with(source)
-    model.graph.remove(node, safe=True)
-    return True
+_NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Sub": 0.0, "Add": 0.0}
+_COMMUTATIVE = {"Mul", "Add"}
+_KEEP_BATCH = frozenset({
+    "Add", "BatchNormalization", "Cast", "Clip", "Conv", "Div", "Exp", "GroupNormalization", "InstanceNormalization",
+    "MaxPool", "Mul", "Relu", "Resize", "Sigmoid", "Sqrt", "Sub", "Where",
+})  # fmt: skip
+_ROLES = {1: "weight", 2: "bias"}  # of a convolution's inputs
 
 
-def constant_of(value: Any) -> Any | None:
-    """The NumPy array of an initializer, None for everything else."""
-    if value is None or value.const_value is None or not value.is_initializer():
-        return None
-    return value.const_value.numpy()
-
-
-def remove_dead_code(model: Any) -> int:  # Any: onnx_ir.Model
+def remove_dead_code(model: Any) -> int:
     """Remove what no output needs, and Identity nodes.
 
     Requires: nothing. Ensures: every node and initializer left has a path to an output.
     """
-    passes = require("onnx_ir.passes.common", extra="export")
     before = len(model.graph) + len(model.graph.initializers)
-    passes.IdentityEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
+    ir_passes.IdentityEliminationPass()(model)
+    ir_passes.RemoveUnusedNodesPass()(model)
     return before - len(model.graph) - len(model.graph.initializers)
 
 
-def merge_duplicate_tensors(model: Any) -> int:  # Any: onnx_ir.Model
+def merge_duplicate_tensors(model: Any) -> int:
     """Store equal initializers once.
 
     Requires: nothing. Ensures: byte-equal tensors of one type and shape are one initializer.
     """
-    passes = require("onnx_ir.passes.common", extra="export")
     before = len(model.graph.initializers)
-    passes.DeduplicateInitializersPass()(model)
+    ir_passes.DeduplicateInitializersPass()(model)
     return before - len(model.graph.initializers)
 
 
-_NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Sub": 0.0, "Add": 0.0}
-_COMMUTATIVE = {"Mul", "Add"}
-
-
-def remove_neutral_arithmetic(model: Any) -> int:  # Any: onnx_ir.Model
+def remove_neutral_arithmetic(model: Any) -> int:
     """Remove Mul and Div by ones, and Add and Sub of zeros.
 
     Requires: the constant is an initializer of the same type that broadcasts into the other input's known shape.
@@ -78,26 +64,31 @@ def remove_neutral_arithmetic(model: Any) -> int:  # Any: onnx_ir.Model
     """
     removed = 0
     for node in list(model.graph):
-        if node.op_type in _NEUTRAL and node.domain == "":
-            source = _other_input(node)
-            if source is not None:
-                removed += bypass(model, node, source)
+        if node.op_type not in _NEUTRAL or node.domain != "" or node.outputs[0].is_graph_output():
+            continue
+        pairs = [tuple(node.inputs)]
+        if node.op_type in _COMMUTATIVE:
+            pairs.append(pairs[0][::-1])
+        source = next((x for x, operand in pairs if _changes_nothing(operand, x, neutral=_NEUTRAL[node.op_type])), None)
+        if source is not None:
+            node.outputs[0].replace_all_uses_with(source)
+            model.graph.remove(node, safe=True)
+            removed += 1
     return removed
 
 
-def _other_input(node: Any) -> Any | None:
-    pairs = [(node.inputs[0], node.inputs[1])]
-    if node.op_type in _COMMUTATIVE:
-        pairs.append((node.inputs[1], node.inputs[0]))
-    for source, operand in pairs:
-        constant = constant_of(operand)
-        if constant is not None and bool(np.all(constant == _NEUTRAL[node.op_type])) and _keeps_shape(source, constant):
-            return source
-    return None
+def _constant(value: Any) -> Any | None:
+    """The NumPy array of an initializer, None for everything else."""
+    if value is None or value.const_value is None or not value.is_initializer():
+        return None
+    return value.const_value.numpy()
 
 
-def _keeps_shape(source: Any, constant: Any) -> bool:
-    """Whether broadcasting against ``constant`` leaves the shape of ``source``."""
+def _changes_nothing(operand: Any, source: Any, *, neutral: float) -> bool:
+    """Whether ``operand`` is a constant full of ``neutral`` against which ``source`` keeps its shape."""
+    constant = _constant(operand)
+    if constant is None or not np.all(constant == neutral):
+        return False
     if source.shape is None:
         return bool(constant.size == 1 and constant.ndim == 0)
     if constant.ndim > len(source.shape):
@@ -106,13 +97,7 @@ def _keeps_shape(source: Any, constant: Any) -> bool:
     return all(extent in (1, dimension) for dimension, extent in paired)
 
 
-_KEEP_BATCH = frozenset({
-    "Add", "BatchNormalization", "Cast", "Clip", "Conv", "Div", "Exp", "GroupNormalization", "InstanceNormalization",
-    "MaxPool", "Mul", "Relu", "Resize", "Sigmoid", "Sqrt", "Sub", "Where",
-})  # fmt: skip
-
-
-def simplify_open_reshapes(model: Any) -> int:  # Any: onnx_ir.Model
+def simplify_open_reshapes(model: Any) -> int:
     """Give ``Reshape(x, Concat(batch, ..., computed, ...))`` the constant shape ``[0, ..., -1, ...]``.
 
     Requires: the first size is the batch of a graph input, and the first axis of ``x`` is that batch because every
@@ -124,18 +109,24 @@ def simplify_open_reshapes(model: Any) -> int:  # Any: onnx_ir.Model
         if node.op_type == "Reshape" and node.domain == "":
             shape = _constant_shape(node.inputs[1].producer())
             if shape is not None and _has_batch_axis(node.inputs[0]):
-                node.replace_input_with(1, _initializer(model, shape))
+                name = "shape" + "".join(f"_{n}" for n in shape).replace("-", "m")
+                if name not in model.graph.initializers:
+                    value = ir.Value(name=name, const_value=ir.tensor(np.array(shape, np.int64), name=name))
+                    value.shape, value.dtype = ir.Shape((len(shape),)), ir.DataType.INT64
+                    model.graph.initializers[name] = value
+                node.replace_input_with(1, model.graph.initializers[name])
                 node.attributes.pop("allowzero", None)  # With it, 0 would mean no elements.
                 changed += 1
     return changed
 
 
 def _constant_shape(concat: Any) -> tuple[int, ...] | None:
+    """What the node puts together, 0 for the batch and -1 for one size that is computed; None where that is not so."""
     if concat is None or concat.op_type != "Concat" or not _is_batch(concat.inputs[0]):
         return None
     sizes: list[int] = [0]
     for part in concat.inputs[1:]:
-        constant = constant_of(part)
+        constant = _constant(part)
         if constant is not None:
             sizes.extend(int(n) for n in constant)
         elif part.shape is not None and list(part.shape) == [1]:
@@ -167,21 +158,17 @@ def _has_batch_axis(value: Any) -> bool:
             if len(operands) > 1:
                 return any(_has_batch_axis(i) for i in operands)
             value = operands[0] if operands else None
-        elif _permutes_or_reshapes_behind_batch(node):
+        elif node.op_type == "Reshape":
+            return _reshape_keeps_batch(node) and _has_batch_axis(node.inputs[0])
+        elif node.op_type == "Transpose" and node.attributes["perm"].as_ints()[0] == 0:
             value = node.inputs[0]
         else:
             return False
     return value is not None
 
 
-def _permutes_or_reshapes_behind_batch(node: Any) -> bool:
-    if node.op_type == "Transpose":
-        return bool(node.attributes["perm"].as_ints()[0] == 0)
-    return bool(node.op_type == "Reshape") and _reshape_keeps_batch(node)
-
-
 def _reshape_keeps_batch(node: Any) -> bool:
-    constant = constant_of(node.inputs[1])
+    constant = _constant(node.inputs[1])
     if constant is not None:
         return bool(constant[0] == 0)
     shape = node.inputs[1].producer()
@@ -191,32 +178,17 @@ def _reshape_keeps_batch(node: Any) -> bool:
     return (start is None or start.as_int() == 0) and _has_batch_axis(shape.inputs[0])
 
 
-def _initializer(model: Any, shape: tuple[int, ...]) -> Any:
-    ir = require("onnx_ir", extra="export")
-    name = "shape" + "".join(f"_{n}" for n in shape).replace("-", "m")
-    found = model.graph.initializers.get(name)
-    if found is None:
-        found = ir.Value(name=name, const_value=ir.tensor(np.array(shape, np.int64), name=name))
-        found.shape, found.dtype = ir.Shape((len(shape),)), ir.DataType.INT64
-        model.graph.initializers[name] = found
-    return found
-
-
-def merge_same_computations(model: Any) -> int:  # Any: onnx_ir.Model
+def merge_same_computations(model: Any) -> int:
     """Compute once what several nodes compute alike.
 
     Requires: deterministic operators, which all of ours are. Ensures: the outputs keep their names and values.
     """
-    passes = require("onnx_ir.passes.common", extra="export")
     before = len(model.graph)
-    passes.CommonSubexpressionEliminationPass()(model)
+    ir_passes.CommonSubexpressionEliminationPass()(model)
     return before - len(model.graph)
 
 
-_INPUTS = {1: "weight", 2: "bias"}
-
-
-def name_weights_after_convolutions(model: Any) -> int:  # Any: onnx_ir.Model
+def name_weights_after_convolutions(model: Any) -> int:
     """Call what ``backbone.body.conv1/Conv`` reads ``backbone.body.conv1.weight`` and ``backbone.body.conv1.bias``.
 
     Requires: nodes named as the export names them; others are left alone. Ensures: names stay unique; only
@@ -228,7 +200,7 @@ def name_weights_after_convolutions(model: Any) -> int:  # Any: onnx_ir.Model
         if node.op_type != "Conv" or operator != "Conv" or not module:
             continue
         for position, value in enumerate(node.inputs):
-            role = _INPUTS.get(position)
+            role = _ROLES.get(position)
             if role is None or value is None or not value.is_initializer() or value.name.endswith(f".{role}"):
                 continue
             name = f"{module}.{role}"

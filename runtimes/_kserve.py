@@ -1,4 +1,8 @@
-"""What the HTTP and the gRPC client of the Open Inference Protocol v2 share."""
+"""Clients of the Open Inference Protocol v2: addresses, and the protocol over HTTP and over gRPC.
+
+The protocol: https://github.com/kserve/open-inference-protocol; its extension for binary tensors over HTTP is
+Triton's (docs/protocol/extension_binary_data.md of triton-inference-server/server).
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,12 @@ import numpy as np
 
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.core.tensor_spec import TensorSpec
+
+grpc = lazy_import("tritonclient.grpc", extra="serving")
+grpc_utils = lazy_import("tritonclient.utils", extra="serving")
 
 # The protocol's names and NumPy's.
 DATATYPES: dict[str, str] = {
@@ -36,8 +43,12 @@ DATATYPES: dict[str, str] = {
     "FP32": "float32",
     "FP64": "float64",
 }
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 _PATH = re.compile(r"(?:/v2/models)?/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/?")
 _PORTS = {"http": 8000, "https": 443, "grpc": 8001}
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_BINARY = "binary_tensor_data"  # the protocol extension, as servers announce it
+_MAX_ANSWER = 1 << 30  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +99,39 @@ class ModelMetadata:
     outputs: tuple[TensorSpec, ...]
 
 
+def model_metadata(server: dict[str, Any], model: dict[str, Any]) -> ModelMetadata:
+    """From the server's answers about itself and about a model.
+
+    Raises:
+        BackendLoadError: the tensors are not described as the protocol says.
+    """
+    return ModelMetadata(
+        server=f"{server.get('name', '?')} {server.get('version', '')}".strip(),
+        platform=str(model.get("platform", "")),
+        versions=tuple(map(str, model.get("versions") or ())),
+        inputs=_tensor_specs(model.get("inputs"), where="inputs"),
+        outputs=_tensor_specs(model.get("outputs"), where="outputs"),
+    )
+
+
+def _tensor_specs(tensors: Any, *, where: str) -> tuple[TensorSpec, ...]:  # Any: whatever the server sent
+    """From ``[{"name", "datatype", "shape"}]``; a size of -1 is dynamic.
+
+    JSON made of protobuf, as gRPC clients do it, gives sizes as text and leaves out a shape that is empty.
+    """
+    specs = []
+    try:
+        for tensor in tensors:
+            shape = tensor.get("shape", [])
+            if not isinstance(shape, list):
+                raise TypeError(f"shape {shape!r}")
+            sizes = tuple(None if int(size) < 0 else int(size) for size in shape)
+            specs.append(TensorSpec(str(tensor["name"]), DATATYPES[str(tensor["datatype"])], sizes))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BackendLoadError(f"The {where} of the server's model are not understood: {error!r}.") from error
+    return tuple(specs)
+
+
 class Client(ABC):
     """A connection to one model; ``infer`` may be called from several threads at a time."""
 
@@ -113,30 +157,29 @@ class Client(ABC):
         """Close the connections."""
 
 
-def tensor_specs(tensors: object, *, where: str) -> tuple[TensorSpec, ...]:
-    """From ``[{"name", "datatype", "shape"}]``; a size of -1 is dynamic.
-
-    Raises:
-        BackendLoadError: when the server's answer is something else.
-    """
-    try:
-        return tuple(_tensor_spec(tensor) for tensor in tensors)  # type: ignore[attr-defined]  # anything may come
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BackendLoadError(f"The {where} of the server's model are not understood: {error!r}.") from error
+def _no_answer(address: ModelAddress, reason: str) -> DeviceError:
+    return DeviceError(
+        f"The server at {address.host}:{address.port} does not answer: {reason}.",
+        hint="start it, or correct the address",
+    )
 
 
-def _tensor_spec(tensor: dict[str, object]) -> TensorSpec:
-    shape = tensor["shape"]
-    if not isinstance(shape, list):
-        raise TypeError(f"shape {shape!r}")
-    sizes = tuple(None if int(size) < 0 else int(size) for size in shape)
-    return TensorSpec(str(tensor["name"]), DATATYPES[str(tensor["datatype"])], sizes)
+def _not_served(address: ModelAddress, reason: str) -> BackendLoadError:
+    return BackendLoadError(
+        f"The server at {address.host}:{address.port} does not serve '{address.model}': {reason}.",
+        hint="look at the names of its models, and at its log",
+    )
 
 
-_HEADER_LENGTH = "Inference-Header-Content-Length"
-_BINARY = "binary_tensor_data"  # the protocol extension, as servers announce it
-_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
-_MAX_ANSWER = 1 << 30  # bytes
+def _too_slow(seconds: float) -> BackendError:
+    return BackendError(f"The server did not answer within {seconds:g} s.", hint="is it overloaded? raise timeout_s")
+
+
+def _connection_lost(address: ModelAddress, reason: str) -> BackendError:
+    return BackendError(
+        f"The connection to {address} was lost: {reason}.",
+        hint="the next request connects again; check that the server runs",
+    )
 
 
 class _Answer(Exception):  # noqa: N818  (an HTTP status, raised where it is found and translated by the caller)
@@ -164,25 +207,12 @@ class HttpClient(Client):
             model = self._json("GET", self._path)
             self._json("GET", f"{self._path}/ready")
         except _Answer as answer:
-            raise BackendLoadError(
-                f"The server at {self._address.host}:{self._address.port} does not serve '{self._address.model}': "
-                f"{answer} (HTTP {answer.status}).",
-                hint="look at the names of its models, and at its log",
-            ) from answer
+            raise _not_served(self._address, f"{answer} (HTTP {answer.status})") from answer
         except (OSError, http.client.HTTPException) as error:
-            raise DeviceError(
-                f"The server at {self._address.host}:{self._address.port} does not answer: {_reason(error)}.",
-                hint="start it, or correct the address",
-            ) from error
+            raise _no_answer(self._address, _reason(error)) from error
         extensions = server.get("extensions")
         self._binary = isinstance(extensions, list) and _BINARY in extensions
-        return ModelMetadata(
-            server=f"{server.get('name', '?')} {server.get('version', '')}".strip(),
-            platform=str(model.get("platform", "")),
-            versions=tuple(map(str, model.get("versions") or ())),
-            inputs=tensor_specs(model.get("inputs"), where="inputs"),
-            outputs=tensor_specs(model.get("outputs"), where="outputs"),
-        )
+        return model_metadata(server, model)
 
     def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
         body, headers = self._request(feeds, outputs)
@@ -191,14 +221,9 @@ class HttpClient(Client):
         except _Answer as answer:
             raise BackendError(f"The server refused the request: {answer} (HTTP {answer.status}).") from answer
         except TimeoutError as error:
-            raise BackendError(
-                f"The server did not answer within {self._timeout:g} s.", hint="is it overloaded? raise timeout_s"
-            ) from error
+            raise _too_slow(self._timeout) from error
         except (OSError, http.client.HTTPException) as error:
-            raise BackendError(
-                f"The connection to {self._address} was lost: {_reason(error)}.",
-                hint="the next request connects again; check that the server runs",
-            ) from error
+            raise _connection_lost(self._address, _reason(error)) from error
         try:
             return _read_outputs(content, received, outputs)
         except (KeyError, TypeError, ValueError) as error:
@@ -214,8 +239,8 @@ class HttpClient(Client):
             else:
                 tensor["data"] = array.reshape(-1).tolist()
             tensors.append(tensor)
-        wanted = [{"name": spec.name, "parameters": {"binary_data": self._binary}} for spec in outputs]
-        head = json.dumps({"inputs": tensors, "outputs": wanted}).encode()
+        requested = [{"name": spec.name, "parameters": {"binary_data": self._binary}} for spec in outputs]
+        head = json.dumps({"inputs": tensors, "outputs": requested}).encode()
         if self._binary:
             headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(len(head))}
         else:
@@ -292,34 +317,29 @@ def _error_text(content: bytes) -> str:
 def _read_outputs(content: bytes, headers: Mapping[str, str], outputs: Sequence[TensorSpec]) -> Tensors:
     head_size = int(headers.get(_HEADER_LENGTH.lower(), len(content)))
     position = head_size
-    found: Tensors = {}
+    arrays: Tensors = {}
     for tensor in parse_json(content[:head_size])["outputs"]:
         dtype = np.dtype(DATATYPES[tensor["datatype"]])
         shape = tuple(int(size) for size in tensor["shape"])
         size = tensor.get("parameters", {}).get("binary_data_size")
         if size is None:
-            found[tensor["name"]] = np.asarray(tensor["data"], dtype).reshape(shape)
+            arrays[tensor["name"]] = np.asarray(tensor["data"], dtype).reshape(shape)
             continue
         if math.prod(shape) * dtype.itemsize != size:
             raise ValueError(f"{size} bytes for {tensor['datatype']}{list(shape)}")
-        found[tensor["name"]] = np.frombuffer(content, dtype, math.prod(shape), position).reshape(shape)
+        arrays[tensor["name"]] = np.frombuffer(content, dtype, math.prod(shape), position).reshape(shape)
         position += size
-    return {spec.name: found[spec.name] for spec in outputs}
-
-
-_NAMES_KSERVE_GRPC = {dtype: name for name, dtype in DATATYPES.items()}
-_NOT_ANSWERING = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+    return {spec.name: arrays[spec.name] for spec in outputs}
 
 
 class GrpcClient(Client):
     """One channel for all threads; gRPC connects again by itself."""
 
     def __init__(self, address: ModelAddress, *, timeout: float) -> None:
-        self._library = require("tritonclient.grpc", extra="serving")
-        self._failure = require("tritonclient.utils", extra="serving").InferenceServerException
+        self._failure = grpc_utils.InferenceServerException
         self._address = address
         self._timeout = timeout
-        self._client = self._library.InferenceServerClient(f"{address.host}:{address.port}")
+        self._client = grpc.InferenceServerClient(f"{address.host}:{address.port}")
 
     def metadata(self) -> ModelMetadata:
         address = self._address
@@ -329,68 +349,41 @@ class GrpcClient(Client):
                 address.model, address.version, as_json=True, client_timeout=self._timeout
             )
         except self._failure as error:
-            if any(word in str(error.status()) for word in _NOT_ANSWERING):
-                raise DeviceError(
-                    f"The server at {address.host}:{address.port} does not answer: {error.message()}.",
-                    hint="start it, or correct the address",
-                ) from error
-            raise BackendLoadError(
-                f"The server at {address.host}:{address.port} does not serve '{address.model}': {error.message()}.",
-                hint="look at the names of its models, and at its log",
-            ) from error
-        return ModelMetadata(
-            server=f"{server.get('name', '?')} {server.get('version', '')}".strip(),
-            platform=str(model.get("platform", "")),
-            versions=tuple(map(str, model.get("versions") or ())),
-            inputs=tensor_specs(_plain(model.get("inputs")), where="inputs"),
-            outputs=tensor_specs(_plain(model.get("outputs")), where="outputs"),
-        )
+            if any(word in str(error.status()) for word in ("UNAVAILABLE", "DEADLINE_EXCEEDED")):
+                raise _no_answer(address, error.message()) from error
+            raise _not_served(address, error.message()) from error
+        return model_metadata(server, model)
 
     def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
         inputs = []
         for name, array in feeds.items():
-            tensor = self._library.InferInput(name, list(array.shape), _NAMES_KSERVE_GRPC[array.dtype.name])
+            tensor = grpc.InferInput(name, list(array.shape), _NAMES[array.dtype.name])
             tensor.set_data_from_numpy(array)
             inputs.append(tensor)
-        wanted = [self._library.InferRequestedOutput(spec.name) for spec in outputs]
+        requested = [grpc.InferRequestedOutput(spec.name) for spec in outputs]
         try:
             answer = self._client.infer(
                 self._address.model,
                 inputs,
                 model_version=self._address.version,
-                outputs=wanted,
+                outputs=requested,
                 client_timeout=self._timeout,
             )
         except self._failure as error:
-            raise self._translated(error) from error
+            status = str(error.status())
+            if "DEADLINE_EXCEEDED" in status:
+                raise _too_slow(self._timeout) from error
+            if "UNAVAILABLE" in status:
+                raise _connection_lost(self._address, error.message()) from error
+            raise BackendError(f"The server refused the request: {error.message()} ({status}).") from error
         try:
-            found = {spec.name: answer.as_numpy(spec.name) for spec in outputs}
+            tensors = {spec.name: answer.as_numpy(spec.name) for spec in outputs}
         except ValueError as error:
             raise BackendError(f"The answer of {self._address} is not understood: {error}.") from error
-        missing = sorted(name for name, array in found.items() if array is None)
+        missing = sorted(name for name, array in tensors.items() if array is None)
         if missing:
             raise BackendError(f"The answer of {self._address} lacks {missing}.")
-        return found
-
-    def _translated(self, error: Any) -> BackendError:  # Any: the class is known only when the library is loaded
-        status = str(error.status())
-        if "DEADLINE_EXCEEDED" in status:
-            return BackendError(
-                f"The server did not answer within {self._timeout:g} s.", hint="is it overloaded? raise timeout_s"
-            )
-        if "UNAVAILABLE" in status:
-            return BackendError(
-                f"The connection to {self._address} was lost: {error.message()}.",
-                hint="the next request connects again; check that the server runs",
-            )
-        return BackendError(f"The server refused the request: {error.message()} ({status}).")
+        return tensors
 
     def close(self) -> None:
         self._client.close()
-
-
-def _plain(tensors: object) -> object:
-    """Protobuf's JSON gives 64-bit sizes as text, and leaves a shape out that is empty."""
-    if not isinstance(tensors, list):
-        return tensors
-    return [{**tensor, "shape": [int(size) for size in tensor.get("shape", [])]} for tensor in tensors]

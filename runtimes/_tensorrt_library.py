@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -41,21 +41,28 @@ class TensorRT(Protocol):
     TensorIOMode: type[trt.TensorIOMode]
 
 
-def load_tensorrt(import_name: str, *, extra: str) -> TensorRT:
-    """The bindings under ``import_name``: ``tensorrt``, ``tensorrt_lean`` or ``tensorrt_rtx``.
+def load_tensorrt(*import_names: str, extra: str) -> TensorRT:
+    """The first of these bindings that is installed: ``tensorrt``, ``tensorrt_lean``, ``tensorrt_rtx``, ...
 
     Raises:
-        MissingDependencyError: not installed, or only its type stubs are.
+        MissingDependencyError: none is; the message is about the first. Or only type stubs are installed.
         ConfigError: older than 8.6.
     """
-    module = require(import_name, extra=extra)
-    if not hasattr(module, "Runtime"):
-        raise MissingDependencyError(
-            f"Of '{import_name}' only type stubs are installed, not the library.",
-            hint=f"pip install 'fcos-deploy[{extra}]'; on a Jetson use JetPack's own package (python3-libnvinfer)",
-        )
+    first, *others = import_names
+    try:
+        module = require(first, extra=extra)
+        if not hasattr(module, "Runtime"):
+            raise MissingDependencyError(
+                f"Of '{first}' only type stubs are installed, not the library.",
+                hint=f"pip install 'fcos-deploy[{extra}]'; on a Jetson use JetPack's own package (python3-libnvinfer)",
+            )
+    except MissingDependencyError as error:
+        for name in others:
+            with suppress(MissingDependencyError):
+                return load_tensorrt(name, extra=extra)
+        raise error from None
     library = cast(TensorRT, module)
-    if import_name != "tensorrt_rtx" and parse_version(library.__version__) < OLDEST:
+    if first != "tensorrt_rtx" and parse_version(library.__version__) < OLDEST:
         raise ConfigError(
             f"TensorRT {library.__version__} is too old, 8.6 or later is needed.",
             hint="build with the trtexec line that 'fcos-deploy deploy --dry-run' prints",
@@ -77,13 +84,6 @@ def calibration_cache_number(version: str) -> int:
             f"TensorRT {version} takes no calibration cache.", hint="build from the portable INT8 graph instead"
         )
     return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
-
-
-def register_plugins(library: TensorRT, logger: trt.ILogger) -> None:
-    """Make the library's own plug-ins known to parsers and to engines that are loaded; the lean runtime has none."""
-    register = getattr(library, "init_libnvinfer_plugins", None)
-    if register is not None:
-        register(logger, "")
 
 
 def shape_tuple(dims: trt.Dims) -> tuple[int, ...]:

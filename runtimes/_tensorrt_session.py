@@ -1,4 +1,8 @@
-"""Memory of one tensor on host and GPU, and outputs whose size only the network knows."""
+"""Sessions of TensorRT and TensorRT-RTX engines: what both backends share.
+
+``TensorrtFamily`` opens an engine, ``TensorrtSession`` lends its lanes to threads, and a ``Lane`` is one execution
+context with its memory, its CUDA stream and, where that can be recorded, its CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +38,428 @@ from fcos_deploy.core.errors import (
     ConfigError,
     DeviceError,
     FcosDeployError,
-    MissingDependencyError,
     TensorMismatchError,
 )
 from fcos_deploy.core.tensor_spec import TensorSpec
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
-from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, register_plugins, shape_tuple
+from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, shape_tuple
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+Shapes = dict[str, tuple[int, ...]]
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
+_THROUGHPUT_LANES = 2  # the second one's copies overlap with the first one's computation
+_CLOSE_NOTICED_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTensor:
+    """An input or output of an engine; ``shape`` has -1 on dynamic axes, ``largest`` is the profile's maximum."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    largest: tuple[int, ...]
+    is_input: bool
+
+    @property
+    def spec(self) -> TensorSpec:
+        """As sessions declare it."""
+        return TensorSpec(self.name, self.dtype.name, tuple(None if n < 0 else n for n in self.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class ContextFactory:
+    """How contexts of an engine are made, what a session's description says about them, and how to let them go."""
+
+    make: Callable[[], trt.IExecutionContext | None]
+    description: Mapping[str, str]
+    close: Callable[[], None] = lambda: None
+    own_graphs: bool = True  # False: the library records launches itself
+
+
+class TensorrtFamily(Backend):
+    """``device`` is ``cuda`` or ``cuda:N``; ``streams`` is the number of execution contexts."""
+
+    @abstractmethod
+    def _load(self, record: Mapping[str, str]) -> TensorRT: ...
+
+    @abstractmethod
+    def _contexts(
+        self, library: TensorRT, engine: trt.ICudaEngine, *, path: Path, options: SessionOptions
+    ) -> ContextFactory: ...
+
+    def open(self, path: Path, options: SessionOptions) -> Session:
+        """Load the engine on the chosen GPU."""
+        contract = options.contract or find_contract(path)
+        if contract:
+            self.check_placement(contract)
+        if options.compute is not ComputeType.F32:
+            raise ConfigError(
+                f"An engine computes in the types that it was built with, not in {options.compute} on request.",
+                hint="build an engine from the fp16 ONNX file",
+            )
+        record = build_record(path)
+        library = self._load(record)
+        cuda = load_cuda(extra=self.extra)
+        device = choose_device(cuda.devices(), options.device)
+        cuda.select(device.index)
+        engine = self._engine(library, path, record=record, device=device)
+        return self._session(library, engine, path=path, options=options, cuda=cuda, device=device)
+
+    def _engine(
+        self, library: TensorRT, path: Path, *, record: Mapping[str, str], device: CudaDevice
+    ) -> trt.ICudaEngine:
+        with library_log(library) as (logger, log):
+            # Engines that trtexec built of TensorRT 8 may hold plug-ins (InstanceNormalization); the lean runtime has
+            # no function to register them.
+            register_plugins = getattr(library, "init_libnvinfer_plugins", None)
+            if register_plugins is not None:
+                register_plugins(logger, "")
+            runtime = library.Runtime(logger)
+            if "version_compatible" in record.get("options", ""):
+                runtime.engine_host_code_allowed = True  # A version-compatible engine brings its own lean runtime.
+            engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise _load_error(path, library=library, record=record, device=device, log=log)
+        return engine
+
+    def _session(
+        self,
+        library: TensorRT,
+        engine: trt.ICudaEngine,
+        *,
+        path: Path,
+        options: SessionOptions,
+        cuda: Cuda,
+        device: CudaDevice,
+    ) -> Session:
+        tensors = _engine_tensors(library, engine)
+        contexts = self._contexts(library, engine, path=path, options=options)
+
+        def make_lane() -> Lane:
+            with library_log(library) as (_, log):
+                context = contexts.make()
+            if context is None:
+                raise BackendLoadError(f"'{path}' cannot start: {' | '.join(log.last_lines())}")
+            return Lane(
+                library, context, cuda=cuda, tensors=tensors, unified=device.integrated, graphs=contexts.own_graphs
+            )
+
+        lanes = options.streams or (_THROUGHPUT_LANES if options.hint is PerformanceHint.THROUGHPUT else 1)
+        return TensorrtSession(
+            cuda=cuda,
+            device=device.index,
+            tensors=tensors,
+            make_lane=make_lane,
+            lanes=lanes,
+            description={
+                "backend": self.name,
+                "version": library.__version__,
+                "device": str(device),
+                "contexts": str(lanes),
+                "memory": "unified" if device.integrated else "copied",
+                **contexts.description,
+            },
+            on_close=contexts.close,
+        )
+
+    def probe(self) -> BackendProbe:
+        """The library's version and the GPUs, or what is missing."""
+        version = ""
+        try:
+            library = self._load({})
+            version = library.__version__
+            devices = tuple(str(device) for device in load_cuda(extra=self.extra).devices())
+        except (FcosDeployError, ImportError, OSError) as error:
+            message, hint = (error.message, error.hint) if isinstance(error, FcosDeployError) else (str(error), "")
+            return BackendProbe(available=False, version=version, problem=message, remedy=hint)
+        return BackendProbe(available=True, version=version, devices=devices)
+
+
+def choose_device(devices: list[CudaDevice], name: str) -> CudaDevice:
+    """The GPU called ``cuda:N``; the first one for ``cuda`` or nothing.
+
+    Raises:
+        ConfigError: not the name of a GPU.
+        DeviceError: there is no such GPU.
+    """
+    match = re.fullmatch(r"(?:cuda(?::(\d+))?)?", name)
+    if match is None:
+        raise ConfigError(f"TensorRT runs on 'cuda:0' and so on, not on '{name}'.")
+    index = int(match[1] or 0)
+    if index >= len(devices):
+        raise DeviceError(
+            f"There is no cuda:{index}, this machine has {len(devices)} GPUs.", hint="see 'fcos-deploy doctor'"
+        )
+    return devices[index]
+
+
+def build_record(path: Path) -> dict[str, str]:
+    """How an engine was made, from the json beside it; empty for an engine of elsewhere."""
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        return {}
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))["record"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackendLoadError(f"'{sidecar}' is damaged: {error}.", hint="copy it again with its engine") from error
+    return {str(key): str(value) for key, value in record.items()}
+
+
+def _load_error(
+    path: Path, *, library: TensorRT, record: Mapping[str, str], device: CudaDevice, log: LibraryLog
+) -> BackendLoadError:
+    builder = record.get("version", "")
+    reason = ""
+    if builder and builder != library.__version__:
+        reason = f"It was built by version {builder}, this is {library.__version__}. "
+    built_for = record.get("compute_capabilities") or record.get("built_on", "")
+    if built_for:
+        reason += f"It was built for {built_for}, this is {device}. "
+    return BackendLoadError(
+        f"'{path}' cannot be loaded. {reason}{' | '.join(log.last_lines(2))}",
+        hint="build the engine on this machine: 'fcos-deploy build'",
+    )
+
+
+def _engine_tensors(library: TensorRT, engine: trt.ICudaEngine) -> tuple[EngineTensor, ...]:
+    """All inputs and outputs, with shapes from profile 0.
+
+    Raises:
+        BackendError: a type that NumPy does not have.
+    """
+    tensors = []
+    for name in [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]:
+        dtype = engine.get_tensor_dtype(name).name
+        if dtype not in _DTYPES:
+            raise BackendError(f"Tensor '{name}' of the engine has the type {dtype}, which NumPy does not have.")
+        shape = largest = shape_tuple(engine.get_tensor_shape(name))
+        is_input = engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
+        if is_input and min(shape, default=0) < 0:
+            largest = shape_tuple(engine.get_tensor_profile_shape(name, 0)[2])
+        tensors.append(EngineTensor(name, np.dtype(_DTYPES[dtype]), shape, largest, is_input))
+    return tuple(tensors)
+
+
+class TensorrtSession(Session):
+    """Lends a lane to each call; the first is made at once, up to ``lanes`` more when threads compete for them."""
+
+    def __init__(
+        self,
+        *,
+        cuda: Cuda,
+        device: int,
+        tensors: tuple[EngineTensor, ...],
+        make_lane: Callable[[], Lane],
+        lanes: int,
+        description: dict[str, str],
+        on_close: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            inputs=tuple(tensor.spec for tensor in tensors if tensor.is_input),
+            outputs=tuple(tensor.spec for tensor in tensors if not tensor.is_input),
+            description=description,
+        )
+        self._cuda = cuda
+        self._device = device
+        self._make_lane = make_lane
+        self._on_close = on_close
+        self._all = [make_lane()]
+        self._limit = lanes
+        self._idle: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self._idle.put(self._all[0])
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(lanes, "tensorrt") if lanes > 1 else None
+
+    def _run(self, feeds: Tensors) -> Tensors:
+        self._cuda.select(self._device)  # CUDA's current device belongs to the thread
+        lane = self._take()
+        try:
+            return {name: array.copy() for name, array in lane.infer(feeds).items()}
+        finally:
+            self._idle.put(lane)
+
+    def _take(self) -> Lane:
+        """An idle lane; a new one while there are fewer than allowed; else the next that becomes idle."""
+        with contextlib.suppress(queue.Empty):
+            return self._idle.get_nowait()
+        with self._lock:
+            if self._closed:
+                raise BackendError("The session is closed.")
+            if len(self._all) < self._limit:
+                lane = self._make_lane()
+                self._all.append(lane)
+                return lane
+        while not self._closed:
+            with contextlib.suppress(queue.Empty):
+                return self._idle.get(timeout=_CLOSE_NOTICED_SECONDS)
+        raise BackendError("The session is closed.")
+
+    def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
+        return list(self._pool.map(self._run, feeds)) if self._pool else super()._run_many(feeds)
+
+    def _close(self) -> None:
+        if self._pool:
+            self._pool.shutdown()
+        with self._lock:
+            lanes = [self._idle.get() for _ in self._all]  # waits for running calls
+            self._all.clear()
+        with contextlib.suppress(BackendError):  # A GPU that is gone: what is left here is released all the same.
+            self._cuda.select(self._device)
+        try:
+            self._on_close()
+        finally:
+            for lane in lanes:
+                lane.close()
+            del self._make_lane, self._on_close  # They hold the engine, whose memory goes with them.
+
+
+class Lane:
+    """An execution context with its memory and stream. Not thread-safe: one thread at a time has it.
+
+    ``unified``: host and GPU share memory. ``graphs``: record the launch once for each shape, and replay it.
+    """
+
+    def __init__(
+        self,
+        library: TensorRT,
+        context: trt.IExecutionContext,
+        *,
+        cuda: Cuda,
+        tensors: tuple[EngineTensor, ...],
+        unified: bool,
+        graphs: bool,
+    ) -> None:
+        self._trt = library
+        self._context = context
+        self._cuda = cuda
+        self._inputs = [tensor for tensor in tensors if tensor.is_input]
+        self._outputs = [tensor for tensor in tensors if not tensor.is_input]
+        self._buffers = {t.name: TensorBuffer(cuda, dtype=t.dtype, unified=unified) for t in tensors}
+        self._allocators: dict[str, Any] = {}  # Any: see make_output_allocator
+        self._shapes: Shapes = {}
+        self._output_shapes: Shapes = {}
+        self._graphs = graphs
+        self._graph: Any = None  # Any: cuda-python's opaque graph
+        self._stream = cuda.create_stream()
+        try:
+            self._set_shapes({tensor.name: tensor.largest for tensor in self._inputs})
+        except BaseException:
+            self.close()  # Memory that it already has: the session may ask for a lane again and again.
+            raise
+
+    def infer(self, feeds: Tensors) -> Tensors:
+        """Outputs as views of this lane's memory, which its next call overwrites.
+
+        Raises:
+            TensorMismatchError: a shape outside the optimisation profile.
+            BackendError: TensorRT or CUDA failed.
+        """
+        shapes = {name: array.shape for name, array in feeds.items()}
+        if shapes != self._shapes:
+            self._set_shapes(shapes)
+        for name, array in feeds.items():
+            np.copyto(self._buffers[name].view(array.shape), array)
+        if self._graph is not None:
+            self._cuda.launch(self._graph, self._stream)
+            self._cuda.synchronize(self._stream)
+        else:
+            self._enqueue()
+            self._cuda.synchronize(self._stream)
+            self._capture()
+        return {tensor.name: self._result(tensor.name) for tensor in self._outputs}
+
+    def _set_shapes(self, shapes: Shapes) -> None:
+        self._drop_graph()
+        self._shapes = {}
+        for tensor in self._inputs:
+            with library_log(self._trt) as (_, log):
+                if not self._context.set_input_shape(tensor.name, shapes[tensor.name]):
+                    raise TensorMismatchError(
+                        f"Tensor '{tensor.name}' of shape {shapes[tensor.name]} does not fit the engine, whose largest "
+                        f"is {tensor.largest}: {' | '.join(log.last_lines(1))}"
+                    )
+            self._bind(tensor.name, shapes[tensor.name])
+        for tensor in self._outputs:
+            shape = shape_tuple(self._context.get_tensor_shape(tensor.name))
+            if min(shape, default=0) < 0:
+                # Its size depends on the data: TensorRT asks for memory while it runs, so no launch can be recorded.
+                self._graphs = False
+                if tensor.name not in self._allocators:
+                    self._allocators[tensor.name] = make_output_allocator(self._trt, self._cuda)
+                    self._context.set_output_allocator(tensor.name, self._allocators[tensor.name])
+            else:
+                self._output_shapes[tensor.name] = shape
+                self._bind(tensor.name, shape)
+        self._shapes = shapes
+
+    def _bind(self, name: str, shape: tuple[int, ...]) -> None:
+        buffer = self._buffers[name]
+        buffer.reserve(shape)
+        self._context.set_tensor_address(name, buffer.device)
+
+    def _enqueue(self) -> None:
+        for name, shape in self._shapes.items():
+            self._buffers[name].to_device(shape, stream=self._stream)
+        with library_log(self._trt) as (_, log):
+            if not self._context.execute_async_v3(self._stream):
+                raise BackendError(f"TensorRT failed: {' | '.join(log.last_lines())}")
+        for name, shape in self._output_shapes.items():
+            self._buffers[name].to_host(shape, stream=self._stream)
+
+    def _capture(self) -> None:
+        """Record the launch for the next call: TensorRT settles its own state in a first one of the same shape."""
+        if not self._graphs:
+            return
+        self._cuda.begin_capture(self._stream)
+        try:
+            self._enqueue()
+        except BackendError:
+            self._graphs = False  # Some networks cannot be recorded; they run as well without.
+        try:
+            graph = self._cuda.end_capture(self._stream)
+        except BackendError:
+            self._graphs = False
+            return
+        if self._graphs:
+            self._graph = graph
+        else:
+            self._cuda.destroy_graph(graph)
+
+    def _result(self, name: str) -> NDArray[Any]:
+        if name in self._output_shapes:
+            return self._buffers[name].view(self._output_shapes[name])
+        allocator, buffer = self._allocators[name], self._buffers[name]
+        buffer.reserve(allocator.shape)
+        buffer.to_host(allocator.shape, stream=self._stream, source=allocator.address)
+        self._cuda.synchronize(self._stream)
+        return buffer.view(allocator.shape)
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._cuda.destroy_graph(self._graph)
+            self._graph = None
+
+    def close(self) -> None:
+        """Release everything but the context, which goes with its last reference."""
+        self._drop_graph()
+        for buffer in self._buffers.values():
+            buffer.free()
+        for allocator in self._allocators.values():
+            allocator.free()
+        self._cuda.destroy_stream(self._stream)
+        del self._context
 
 
 class TensorBuffer:
@@ -126,452 +543,3 @@ def make_output_allocator(library: TensorRT, cuda: Cuda) -> Any:  # Any: a subcl
             self.address = self._capacity = 0
 
     return OutputAllocator()
-
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineTensor:
-    """An input or output of an engine; ``shape`` has -1 on dynamic axes, ``largest`` is the profile's maximum."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    largest: tuple[int, ...]
-    is_input: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneOptions:
-    """``unified``: host and GPU share memory. ``graphs``: record the launch once per shape and replay it."""
-
-    unified: bool
-    graphs: bool
-
-
-class Lane:
-    """Not thread-safe: the session lends each lane to one thread at a time."""
-
-    def __init__(
-        self,
-        library: TensorRT,
-        context: trt.IExecutionContext,
-        *,
-        cuda: Cuda,
-        tensors: tuple[EngineTensor, ...],
-        options: LaneOptions,
-    ) -> None:
-        self._trt = library
-        self._context = context
-        self._cuda = cuda
-        self._inputs = [tensor for tensor in tensors if tensor.is_input]
-        self._outputs = [tensor for tensor in tensors if not tensor.is_input]
-        self._buffers = {t.name: TensorBuffer(cuda, dtype=t.dtype, unified=options.unified) for t in tensors}
-        self._allocators: dict[str, Any] = {}  # Any: see make_output_allocator
-        self._shapes: Shapes = {}
-        self._output_shapes: Shapes = {}
-        self._graphs = options.graphs
-        self._graph: Any = None  # Any: cuda-python's opaque graph
-        self._stream = cuda.create_stream()
-        try:
-            self._set_shapes({tensor.name: tensor.largest for tensor in self._inputs})
-        except BaseException:
-            self.close()  # Memory that it already has: the session may ask for a lane again and again.
-            raise
-
-    def infer(self, feeds: Tensors) -> Tensors:
-        """Outputs as views of this lane's memory, which its next call overwrites.
-
-        Raises:
-            TensorMismatchError: a shape outside the optimisation profile.
-            BackendError: TensorRT or CUDA failed.
-        """
-        shapes = {name: array.shape for name, array in feeds.items()}
-        if shapes != self._shapes:
-            self._set_shapes(shapes)
-        for name, array in feeds.items():
-            np.copyto(self._buffers[name].view(array.shape), array)
-        if self._graph is not None:
-            self._cuda.launch(self._graph, self._stream)
-            self._cuda.synchronize(self._stream)
-        else:
-            self._enqueue()
-            self._cuda.synchronize(self._stream)
-            self._capture()
-        return {tensor.name: self._result(tensor.name) for tensor in self._outputs}
-
-    def _set_shapes(self, shapes: Shapes) -> None:
-        self._drop_graph()
-        self._shapes = {}
-        for tensor in self._inputs:
-            with library_log(self._trt) as (_, log):
-                if not self._context.set_input_shape(tensor.name, shapes[tensor.name]):
-                    raise TensorMismatchError(
-                        f"Tensor '{tensor.name}' of shape {shapes[tensor.name]} does not fit the engine, whose largest "
-                        f"is {tensor.largest}: {' | '.join(log.last_lines(1))}"
-                    )
-            self._bind(tensor.name, shapes[tensor.name])
-        for tensor in self._outputs:
-            shape = shape_tuple(self._context.get_tensor_shape(tensor.name))
-            if min(shape, default=0) < 0:
-                self._allocate_late(tensor.name)
-            else:
-                self._output_shapes[tensor.name] = shape
-                self._bind(tensor.name, shape)
-        self._shapes = shapes
-
-    def _bind(self, name: str, shape: tuple[int, ...]) -> None:
-        buffer = self._buffers[name]
-        buffer.reserve(shape)
-        self._context.set_tensor_address(name, buffer.device)
-
-    def _allocate_late(self, name: str) -> None:
-        """An output whose size depends on the data: TensorRT asks for its memory while it runs, so no graph either."""
-        self._graphs = False
-        if name not in self._allocators:
-            self._allocators[name] = make_output_allocator(self._trt, self._cuda)
-            self._context.set_output_allocator(name, self._allocators[name])
-
-    def _enqueue(self) -> None:
-        for name, shape in self._shapes.items():
-            self._buffers[name].to_device(shape, stream=self._stream)
-        with library_log(self._trt) as (_, log):
-            if not self._context.execute_async_v3(self._stream):
-                raise BackendError(f"TensorRT failed: {' | '.join(log.last_lines())}")
-        for name, shape in self._output_shapes.items():
-            self._buffers[name].to_host(shape, stream=self._stream)
-
-    def _capture(self) -> None:
-        """Record the launch for the next call: TensorRT settles its own state in a first one of the same shape."""
-        if not self._graphs:
-            return
-        self._cuda.begin_capture(self._stream)
-        try:
-            self._enqueue()
-        except BackendError:
-            self._graphs = False  # Some networks cannot be recorded; they run as well without.
-        try:
-            graph = self._cuda.end_capture(self._stream)
-        except BackendError:
-            self._graphs = False
-            return
-        if self._graphs:
-            self._graph = graph
-        else:
-            self._cuda.destroy_graph(graph)
-
-    def _result(self, name: str) -> NDArray[Any]:
-        if name in self._output_shapes:
-            return self._buffers[name].view(self._output_shapes[name])
-        allocator, buffer = self._allocators[name], self._buffers[name]
-        buffer.reserve(allocator.shape)
-        buffer.to_host(allocator.shape, stream=self._stream, source=allocator.address)
-        self._cuda.synchronize(self._stream)
-        return buffer.view(allocator.shape)
-
-    @property
-    def uses_graph(self) -> bool:
-        """Whether the next call of the same shape replays a recorded launch."""
-        return self._graph is not None
-
-    def _drop_graph(self) -> None:
-        if self._graph is not None:
-            self._cuda.destroy_graph(self._graph)
-            self._graph = None
-
-    def close(self) -> None:
-        """Release everything but the context, which goes with its last reference."""
-        self._drop_graph()
-        for buffer in self._buffers.values():
-            buffer.free()
-        for allocator in self._allocators.values():
-            allocator.free()
-        self._cuda.destroy_stream(self._stream)
-        del self._context
-
-
-def engine_tensors(
-    library: TensorRT, engine: trt.ICudaEngine, *, dtypes: Mapping[str, str]
-) -> tuple[EngineTensor, ...]:
-    """All inputs and outputs, with shapes from profile 0.
-
-    Raises:
-        BackendError: a type that NumPy does not have.
-    """
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    return tuple(_engine_tensor(library, engine, name=name, dtypes=dtypes) for name in names)
-
-
-def _engine_tensor(library: TensorRT, engine: trt.ICudaEngine, *, name: str, dtypes: Mapping[str, str]) -> EngineTensor:
-    dtype = engine.get_tensor_dtype(name).name
-    if dtype not in dtypes:
-        raise BackendError(f"Tensor '{name}' of the engine has the type {dtype}, which NumPy does not have.")
-    shape = shape_tuple(engine.get_tensor_shape(name))
-    is_input = engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
-    dynamic_input = is_input and min(shape, default=0) < 0
-    largest = shape_tuple(engine.get_tensor_profile_shape(name, 0)[2]) if dynamic_input else shape
-    return EngineTensor(name=name, dtype=np.dtype(dtypes[dtype]), shape=shape, largest=largest, is_input=is_input)
-
-
-_CLOSE_NOTICED_SECONDS = 0.2
-
-
-class TensorrtSession(Session):
-    """Lends a lane to each call; the first is made at once, up to ``lanes`` more when threads compete for them."""
-
-    def __init__(
-        self,
-        *,
-        cuda: Cuda,
-        device: int,
-        tensors: tuple[EngineTensor, ...],
-        make_lane: Callable[[], Lane],
-        lanes: int,
-        description: dict[str, str],
-        on_close: Callable[[], None],
-    ) -> None:
-        super().__init__(
-            inputs=tuple(_spec(tensor) for tensor in tensors if tensor.is_input),
-            outputs=tuple(_spec(tensor) for tensor in tensors if not tensor.is_input),
-            description=description,
-        )
-        self._cuda = cuda
-        self._device = device
-        self._make_lane = make_lane
-        self._on_close = on_close
-        self._all = [make_lane()]
-        self._limit = lanes
-        self._idle: queue.LifoQueue[Lane] = queue.LifoQueue()
-        self._idle.put(self._all[0])
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(lanes, "tensorrt") if lanes > 1 else None
-
-    def _run(self, feeds: Tensors) -> Tensors:
-        self._cuda.select(self._device)  # CUDA's current device belongs to the thread
-        lane = self._take()
-        try:
-            return {name: array.copy() for name, array in lane.infer(feeds).items()}
-        finally:
-            self._idle.put(lane)
-
-    def _take(self) -> Lane:
-        try:
-            return self._idle.get_nowait()
-        except queue.Empty:
-            pass
-        with self._lock:
-            if self._closed:
-                raise BackendError("The session is closed.")
-            if len(self._all) < self._limit:
-                lane = self._make_lane()
-                self._all.append(lane)
-                return lane
-        return self._wait()
-
-    def _wait(self) -> Lane:
-        while not self._closed:
-            try:
-                return self._idle.get(timeout=_CLOSE_NOTICED_SECONDS)
-            except queue.Empty:
-                continue
-        raise BackendError("The session is closed.")
-
-    def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
-        return list(self._pool.map(self._run, feeds)) if self._pool else super()._run_many(feeds)
-
-    def _close(self) -> None:
-        if self._pool:
-            self._pool.shutdown()
-        with self._lock:
-            lanes = [self._idle.get() for _ in self._all]  # waits for running calls
-            self._all.clear()
-        with contextlib.suppress(BackendError):  # A GPU that is gone: what is left here is released all the same.
-            self._cuda.select(self._device)
-        try:
-            self._on_close()
-        finally:
-            for lane in lanes:
-                lane.close()
-            del self._make_lane, self._on_close  # They hold the engine, whose memory goes with them.
-
-
-def _spec(tensor: EngineTensor) -> TensorSpec:
-    return TensorSpec(tensor.name, tensor.dtype.name, tuple(None if n < 0 else n for n in tensor.shape))
-
-
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-}
-_THROUGHPUT_LANES = 2  # the second one's copies overlap with the first one's computation
-
-
-@dataclass(frozen=True, slots=True)
-class ContextFactory:
-    """How contexts of an engine are made, what that says about them, and what is to be done when they go."""
-
-    make: Callable[[], trt.IExecutionContext | None]
-    description: Mapping[str, str]
-    close: Callable[[], None] = lambda: None
-    own_graphs: bool = True  # False: the library records launches itself
-
-
-class TensorrtFamily(Backend):
-    """``device`` is ``cuda`` or ``cuda:N``; ``streams`` is the number of execution contexts."""
-
-    @abstractmethod
-    def _load(self, record: Mapping[str, str]) -> TensorRT: ...
-
-    @abstractmethod
-    def _contexts(
-        self, library: TensorRT, engine: trt.ICudaEngine, *, path: Path, options: SessionOptions
-    ) -> ContextFactory: ...
-
-    def open(self, path: Path, options: SessionOptions) -> Session:
-        """Load the engine on the chosen GPU."""
-        contract = options.contract or find_contract(path)
-        if contract:
-            self.check_placement(contract)
-        if options.compute is not ComputeType.F32:
-            raise ConfigError(
-                f"An engine computes in the types that it was built with, not in {options.compute} on request.",
-                hint="build an engine from the fp16 ONNX file",
-            )
-        record = build_record(path)
-        library = self._load(record)
-        cuda = load_cuda(extra=self.extra)
-        device = choose_device(cuda.devices(), options.device)
-        cuda.select(device.index)
-        engine = self._engine(library, path, record=record, device=device)
-        return self._session(library, engine, path=path, options=options, cuda=cuda, device=device)
-
-    def _engine(
-        self, library: TensorRT, path: Path, *, record: Mapping[str, str], device: CudaDevice
-    ) -> trt.ICudaEngine:
-        with library_log(library) as (logger, log):
-            register_plugins(library, logger)
-            runtime = library.Runtime(logger)
-            if "version_compatible" in record.get("options", ""):
-                runtime.engine_host_code_allowed = True  # A version-compatible engine brings its own lean runtime.
-            engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if engine is None:
-            raise _load_error(path, library=library, record=record, device=device, log=log)
-        return engine
-
-    def _session(
-        self,
-        library: TensorRT,
-        engine: trt.ICudaEngine,
-        *,
-        path: Path,
-        options: SessionOptions,
-        cuda: Cuda,
-        device: CudaDevice,
-    ) -> Session:
-        tensors = engine_tensors(library, engine, dtypes=_DTYPES)
-        contexts = self._contexts(library, engine, path=path, options=options)
-        lane_options = LaneOptions(unified=device.integrated, graphs=contexts.own_graphs)
-
-        def make_lane() -> Lane:
-            with library_log(library) as (_, log):
-                context = contexts.make()
-            if context is None:
-                raise BackendLoadError(f"'{path}' cannot start: {' | '.join(log.last_lines())}")
-            return Lane(library, context, cuda=cuda, tensors=tensors, options=lane_options)
-
-        lanes = options.streams or (_THROUGHPUT_LANES if options.hint is PerformanceHint.THROUGHPUT else 1)
-        return TensorrtSession(
-            cuda=cuda,
-            device=device.index,
-            tensors=tensors,
-            make_lane=make_lane,
-            lanes=lanes,
-            description={
-                "backend": self.name,
-                "version": library.__version__,
-                "device": str(device),
-                "contexts": str(lanes),
-                "memory": "unified" if device.integrated else "copied",
-                **contexts.description,
-            },
-            on_close=contexts.close,
-        )
-
-    def probe(self) -> BackendProbe:
-        """The library's version and the GPUs, or what is missing."""
-        version = ""
-        try:
-            library = self._load({})
-            version = library.__version__
-            devices = tuple(str(device) for device in load_cuda(extra=self.extra).devices())
-        except (FcosDeployError, ImportError, OSError) as error:
-            message, hint = (error.message, error.hint) if isinstance(error, FcosDeployError) else (str(error), "")
-            return BackendProbe(available=False, version=version, problem=message, remedy=hint)
-        return BackendProbe(available=True, version=version, devices=devices)
-
-
-def choose_device(devices: list[CudaDevice], wanted: str) -> CudaDevice:
-    """The GPU called ``cuda:N``; the first one for ``cuda`` or nothing.
-
-    Raises:
-        ConfigError: not the name of a GPU.
-        DeviceError: there is no such GPU.
-    """
-    match = re.fullmatch(r"(?:cuda(?::(\d+))?)?", wanted)
-    if match is None:
-        raise ConfigError(f"TensorRT runs on 'cuda:0' and so on, not on '{wanted}'.")
-    index = int(match[1] or 0)
-    if index >= len(devices):
-        raise DeviceError(
-            f"There is no cuda:{index}, this machine has {len(devices)} GPUs.", hint="see 'fcos-deploy doctor'"
-        )
-    return devices[index]
-
-
-def build_record(path: Path) -> dict[str, str]:
-    """How an engine was made, from the json beside it; empty for an engine of elsewhere."""
-    sidecar = sidecar_path(path)
-    if not sidecar.is_file():
-        return {}
-    try:
-        record = json.loads(sidecar.read_text(encoding="utf-8"))["record"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackendLoadError(f"'{sidecar}' is damaged: {error}.", hint="copy it again with its engine") from error
-    return {str(key): str(value) for key, value in record.items()}
-
-
-def _load_error(
-    path: Path, *, library: TensorRT, record: Mapping[str, str], device: CudaDevice, log: LibraryLog
-) -> BackendLoadError:
-    made = record.get("version", "")
-    reason = ""
-    if made and made != library.__version__:
-        reason = f"It was built by version {made}, this is {library.__version__}. "
-    built_for = record.get("compute_capabilities") or record.get("built_on", "")
-    if built_for:
-        reason += f"It was built for {built_for}, this is {device}. "
-    return BackendLoadError(
-        f"'{path}' cannot be loaded. {reason}{' | '.join(log.last_lines(2))}",
-        hint="build the engine on this machine: 'fcos-deploy build'",
-    )
-
-
-def load_first(names: tuple[str, ...], load: Callable[[str], TensorRT]) -> TensorRT:
-    """The first of several libraries that is installed.
-
-    Raises:
-        MissingDependencyError: of the first, when none is.
-    """
-    first: MissingDependencyError | None = None
-    for name in names:
-        try:
-            return load(name)
-        except MissingDependencyError as error:
-            first = first or error
-    raise first or ConfigError("No library was named.")

@@ -55,10 +55,9 @@ class _RemoteSession(Session):
     def __init__(self, client: Client, metadata: ModelMetadata, *, model: RemoteModel) -> None:
         self._client = client
         self.contract = model.contract
-        wanted = model.contract.outputs
         super().__init__(
             inputs=metadata.inputs,
-            outputs=tuple(spec for spec in metadata.outputs if spec.name in wanted),
+            outputs=tuple(spec for spec in metadata.outputs if spec.name in model.contract.outputs),
             description={
                 "backend": "kserve",
                 "server": metadata.server,
@@ -70,10 +69,10 @@ class _RemoteSession(Session):
         )
 
     def _run(self, feeds: Tensors) -> Tensors:
-        found = self._client.infer(feeds, outputs=self.outputs)
+        outputs = self._client.infer(feeds, outputs=self.outputs)
         for spec in self.outputs:
-            spec.check(found[spec.name])
-        return found
+            spec.check(outputs[spec.name])
+        return outputs
 
     def _close(self) -> None:
         self._client.close()
@@ -90,9 +89,21 @@ class _KServe(Backend):
     placements = ("onnxruntime-cpu", "openvino", "portable")
 
     def open(self, path: Path, options: SessionOptions) -> Session:
-        _refuse_local_options(options)
-        model = _read_remote_model(path)
-        client = _CLIENTS[parse_address(model.url).scheme](parse_address(model.url), timeout=model.timeout_s)
+        local = {
+            "device": bool(options.device),
+            "compute": options.compute is not ComputeType.F32,
+            "threads": options.threads is not None,
+            "streams": options.streams is not None,
+        }
+        refused = sorted(name for name, given in local.items() if given)
+        if refused:
+            raise ConfigError(f"A remote model cannot be told {', '.join(refused)}.", hint="set it on the server")
+        try:
+            model = from_json(RemoteModel, json.loads(path.read_text(encoding="utf-8")), where=path.name)
+        except (OSError, ValueError, RecursionError) as error:
+            raise BackendLoadError(f"Cannot read '{path}': {error}.") from error
+        address = parse_address(model.url)
+        client = _CLIENTS[address.scheme](address, timeout=model.timeout_s)
         try:
             metadata = client.metadata()
             missing = sorted(set(model.contract.outputs) - {spec.name for spec in metadata.outputs})
@@ -113,22 +124,3 @@ class _KServe(Backend):
 
 
 BACKEND = _KServe()
-
-
-def _refuse_local_options(options: SessionOptions) -> None:
-    given = {
-        "device": bool(options.device),
-        "compute": options.compute is not ComputeType.F32,
-        "threads": options.threads is not None,
-        "streams": options.streams is not None,
-    }
-    refused = sorted(name for name, present in given.items() if present)
-    if refused:
-        raise ConfigError(f"A remote model cannot be told {', '.join(refused)}.", hint="set it on the server")
-
-
-def _read_remote_model(path: Path) -> RemoteModel:
-    try:
-        return from_json(RemoteModel, json.loads(path.read_text(encoding="utf-8")), where=path.name)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BackendLoadError(f"Cannot read '{path}': {error}.") from error

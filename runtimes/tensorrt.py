@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.enums import ArtifactKind
 from runtimes._tensorrt_library import TensorRT, load_tensorrt
-from runtimes._tensorrt_session import ContextFactory, TensorrtFamily, load_first
+from runtimes._tensorrt_session import ContextFactory, TensorrtFamily
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -27,7 +27,7 @@ class _Tensorrt(TensorrtFamily):
         # The lean runtime only runs version-compatible engines; probing (no record) takes what there is.
         lean_enough = not record or "version_compatible" in record.get("options", "")
         names = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch") if lean_enough else ("tensorrt",)
-        return load_first(names, lambda name: load_tensorrt(name, extra=self.extra))
+        return load_tensorrt(*names, extra=self.extra)
 
     def _contexts(
         self, library: TensorRT, engine: trt.ICudaEngine, *, path: Path, options: SessionOptions

@@ -20,7 +20,7 @@ import pytest
 
 from fcos_deploy.core.errors import BackendError, ConfigError, DeviceError
 from runtimes._cuda import Cuda
-from runtimes._tensorrt_session import EngineTensor, Lane, LaneOptions, TensorrtSession
+from runtimes._tensorrt_session import EngineTensor, Lane, TensorrtSession
 from runtimes.tensorrt_rtx import _RuntimeCache
 
 runtime: Any = pytest.importorskip("cuda.bindings.runtime")  # Any: cuda-python has no type information
@@ -104,8 +104,8 @@ def _session(device: _Device, context: _Context, *, on_close: Callable[[], None]
     made = [context]  # Handed over, so that the lane alone holds it.
 
     def make_lane() -> Lane:
-        options = LaneOptions(unified=False, graphs=False)
-        return Lane(LIBRARY, cast(Any, made.pop()), cuda=cuda, tensors=TENSORS, options=options)
+        context = cast(Any, made.pop())
+        return Lane(LIBRARY, context, cuda=cuda, tensors=TENSORS, unified=False, graphs=False)
 
     return TensorrtSession(
         cuda=cuda, device=0, tensors=TENSORS, make_lane=make_lane, lanes=1, description={}, on_close=on_close

@@ -16,7 +16,8 @@ from fcos_deploy.core.contract import ModelContract, write_sidecar
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError, MissingDependencyError
 from runtimes import _cuda as cuda_module
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
-from runtimes._tensorrt_session import build_record, choose_device, load_first
+from runtimes._tensorrt_library import load_tensorrt
+from runtimes._tensorrt_session import build_record, choose_device
 from runtimes.tensorrt import BACKEND as TENSORRT
 from runtimes.tensorrt_rtx import BACKEND as RTX
 
@@ -144,14 +145,10 @@ def test_device_that_is_not_there_is_refused(wanted: str, error: type[Exception]
 
 
 def test_the_first_installed_library_is_taken() -> None:
-    def load(name: str) -> str:
-        if name == "full":
-            raise MissingDependencyError("no full one")
-        return name
-
-    assert load_first(("full", "lean"), load) == "lean"  # type: ignore[arg-type]  # any value will do
-    with pytest.raises(MissingDependencyError, match="no full one"):
-        load_first(("full",), load)  # type: ignore[arg-type]
+    library = pytest.importorskip("tensorrt_rtx")
+    assert load_tensorrt("no_full_one", "tensorrt_rtx", extra="tensorrt") is library
+    with pytest.raises(MissingDependencyError, match="no_full_one"):
+        load_tensorrt("no_full_one", "no_lean_one", extra="tensorrt")
 
 
 def test_damaged_sidecar_is_refused(engine: Path) -> None:

@@ -8,17 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendError, DeviceError, MissingDependencyError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.tensor_spec import TensorSpec
 
@@ -26,10 +24,11 @@ if TYPE_CHECKING:
     import torch
 
     from fcos_deploy.model.fcos import Fcos
+else:
+    torch = lazy_import("torch", extra="export")
 
 __all__ = ["BACKEND", "open_model"]
 
-_EXTRA = "export"
 _Network = Callable[..., "tuple[torch.Tensor, ...]"]
 
 
@@ -43,7 +42,6 @@ class _PyTorchSession(Session):
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
     ) -> None:
-        torch = require("torch", extra=_EXTRA)
         if options.threads is not None:
             torch.set_num_threads(options.threads)  # PyTorch has one setting for the whole process.
         description = {
@@ -60,7 +58,6 @@ class _PyTorchSession(Session):
         self._compute = options.compute
 
     def _run(self, feeds: Tensors) -> Tensors:
-        torch = require("torch", extra=_EXTRA)
         network = self._network
         if network is None:
             raise BackendError("The session is closed.")
@@ -70,7 +67,10 @@ class _PyTorchSession(Session):
         try:
             with torch.inference_mode(), _computing_in(self._compute, self._device):
                 values = network(*arguments)
-            return {spec.name: _array(value, spec) for spec, value in zip(self.outputs, values, strict=True)}
+            return {
+                spec.name: value.to("cpu", getattr(torch, spec.dtype)).numpy()
+                for spec, value in zip(self.outputs, values, strict=True)
+            }
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"PyTorch failed: {str(error).splitlines()[0]}") from error
 
@@ -83,7 +83,7 @@ class _PyTorch(Backend):
 
     name = "pytorch"
     accepts = frozenset({ArtifactKind.CHECKPOINT})
-    extra = _EXTRA
+    extra = "export"
     preferred_for = frozenset({ArtifactKind.CHECKPOINT})
 
     def open(self, path: Path, options: SessionOptions) -> Session:
@@ -94,17 +94,15 @@ class _PyTorch(Backend):
         return open_model(loaded.model, contract=options.contract or loaded.contract, options=options)
 
     def probe(self) -> BackendProbe:
-        seen = None if "torch" in sys.modules else _probe_files()
-        return seen or self._probe_library()
-
-    def _probe_library(self) -> BackendProbe:
+        probe = None if "torch" in sys.modules else _probe_files()
+        if probe is not None:
+            return probe
         try:
-            torch = require("torch", extra=self.extra)
+            return BackendProbe(available=True, version=torch.__version__, devices=_devices())
         except MissingDependencyError as error:
             return BackendProbe(available=False, problem=error.message, remedy=error.hint)
         except (ImportError, OSError) as error:
             return BackendProbe(available=False, problem=str(error), remedy="reinstall torch")
-        return BackendProbe(available=True, version=torch.__version__, devices=_devices(torch))
 
 
 BACKEND = _PyTorch()
@@ -116,11 +114,11 @@ def _probe_files() -> BackendProbe | None:
     That is where it is missing or incomplete, and where it may find a GPU.
     """
     try:
-        found = importlib.util.find_spec("torch")
+        spec = importlib.util.find_spec("torch")
         version = importlib.metadata.version("torch")
     except (ImportError, ValueError):
         return None
-    folder = Path(found.origin).parent if found is not None and found.origin else None
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
     if folder is None or not list(folder.glob("_C.*")) or sys.platform == "darwin":
         return None
     facts = read_machine()
@@ -139,7 +137,10 @@ def open_model(network: Fcos, *, contract: ModelContract, options: SessionOption
     from fcos_deploy.model.tails import ExportableFcos
 
     options = options or SessionOptions()
-    device = _device(options.device or "cpu")
+    name, devices = options.device or "cpu", _devices()
+    if name not in devices and not (name == "cuda" and len(devices) > 1):  # "cuda" is PyTorch's name of the current one
+        raise DeviceError(f"PyTorch has no device '{name}' here.", hint=f"devices: {', '.join(devices)}")
+    device = torch.device(name)
     exportable = ExportableFcos(network, contract).eval().to(device)
     session = _PyTorchSession(
         exportable,
@@ -152,32 +153,16 @@ def open_model(network: Fcos, *, contract: ModelContract, options: SessionOption
     return session
 
 
-def _device(asked: str) -> torch.device:
-    pytorch = require("torch", extra=_EXTRA)
-    first = ("cuda",) if pytorch.cuda.is_available() else ()  # PyTorch's name of the current one
-    if asked not in (*_devices(pytorch), *first):
-        raise DeviceError(f"PyTorch has no device '{asked}' here.", hint=f"devices: {', '.join(_devices(pytorch))}")
-    device: torch.device = pytorch.device(asked)
-    return device
-
-
-def _devices(torch: ModuleType) -> tuple[str, ...]:
+def _devices() -> tuple[str, ...]:
     return ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
 
 
 @contextmanager
 def _computing_in(compute: ComputeType, device: torch.device) -> Iterator[None]:
     """Convolutions in another type than the float32 of the weights; what needs the range stays float32."""
-    torch = require("torch", extra=_EXTRA)
     dtypes = {ComputeType.F16: torch.float16, ComputeType.BF16: torch.bfloat16}
     if compute not in dtypes:
         yield
         return
     with torch.autocast(device.type, dtype=dtypes[compute]):
         yield
-
-
-def _array(value: torch.Tensor, spec: TensorSpec) -> NDArray[Any]:
-    torch = require("torch", extra=_EXTRA)
-    array: NDArray[Any] = value.to("cpu", getattr(torch, spec.dtype)).numpy()
-    return array

@@ -1,11 +1,13 @@
-"""ONNX files of a real small detector: what they hold, and that ONNX Runtime gets the host's detections from them."""
+"""ONNX files of a real small detector: how it is traced, what they hold, and that ONNX Runtime detects the same."""
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from exporters import torch_onnx  # noqa: E402
 from exporters.onnx_file import NAMES_KEY, load_onnx, opset_of  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
-from exporters.torch_onnx import ExportOptions, OnnxExport, export_onnx, parse_options  # noqa: E402
+from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, parse_options, trace  # noqa: E402
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.enums import NmsForm, Precision, Tail  # noqa: E402
@@ -45,16 +47,46 @@ def loaded(tiny_checkpoint: Path) -> LoadedCheckpoint:
 
 
 @pytest.fixture(scope="module")
-def export(loaded: LoadedCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OnnxExport]:
+def decomposed() -> Iterator[list[object]]:
+    """Programs that were traced a second time since the tests of this module began."""
+    programs: list[object] = []
+    original = torch.export.ExportedProgram.run_decompositions
+
+    def run(program: Any, *args: Any, **options: Any) -> Any:
+        programs.append(program)
+        return original(program, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export.ExportedProgram, "run_decompositions", run)
+        yield programs
+
+
+@pytest.fixture(scope="module")
+def collector_enabled() -> set[bool]:
+    """Whether Python looked for garbage, at each step of the exports of this module."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def export(
+    loaded: LoadedCheckpoint,
+    decomposed: list[object],  # counts from the first export on
+    collector_enabled: set[bool],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., OnnxExport]:
     """Exports once for each set of options."""
     folder = tmp_path_factory.mktemp("onnx")
-    made: dict[ExportOptions, OnnxExport] = {}
+    exports: dict[ExportOptions, OnnxExport] = {}
+
+    def progress(_label: str, _done: int, _total: int) -> None:
+        collector_enabled.add(gc.isenabled())
 
     def run(**options: object) -> OnnxExport:
         chosen = ExportOptions(**options)
-        if chosen not in made:
-            made[chosen] = export_onnx(loaded, folder / f"{len(made)}.onnx", options=chosen)
-        return made[chosen]
+        if chosen not in exports:
+            path = folder / f"{len(exports)}.onnx"
+            exports[chosen] = export_onnx(loaded, path, options=chosen, progress=progress)
+        return exports[chosen]
 
     return run
 
@@ -257,3 +289,56 @@ def test_a_model_that_torch_cannot_trace_is_an_export_error(loaded: LoadedCheckp
 class _Stand:
     def __init__(self, model: object, contract: object) -> None:
         self.model, self.contract = model, replace(contract)
+
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnx")
+
+
+class Small(torch.nn.Module):
+    input_names = ("images",)
+    output_names = ("result",)
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: ((x > 1) | (x < -1)).to(torch.float32), lambda x: (x * 2).relu_() + 1],
+    ids=["an operator without translation", "a change in place"],
+)
+def test_what_has_no_translation_is_decomposed(decomposed: list[object], function: Callable[[Any], Any]) -> None:
+    images = torch.linspace(-3, 3, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    before = len(decomposed)
+    model = trace(Small(function).eval(), (images,), opset=17, dynamic_batch=False, size=Axes.FIXED)
+    assert len(decomposed) == before + 1
+    decomposed.pop()
+    np.testing.assert_array_equal(onnx_runner(model)({"images": images.numpy()})["result"], function(images).numpy())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"opset": 21},
+        {"tail": Tail.CANDIDATES, "batch": 2},
+        {"tail": Tail.NMS, "batch": None},
+        {"tail": Tail.NMS, "nms_form": NmsForm.STATIC},
+    ],
+    ids=["raw", "opset-21", "candidates", "nms", "static-nms"],
+)
+def test_an_fcos_is_traced_once(
+    export: Callable[..., OnnxExport], decomposed: list[object], options: dict[str, object]
+) -> None:
+    export(**options)
+    assert decomposed == []
+
+
+def test_the_collector_pauses_for_an_export_and_goes_on_after_it(
+    export: Callable[..., OnnxExport], collector_enabled: set[bool]
+) -> None:
+    export()
+    assert collector_enabled == {False}
+    assert gc.isenabled()

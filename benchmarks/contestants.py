@@ -77,7 +77,7 @@ def resnet_subject(threads: int, *, size: tuple[int, int], classes: int, depth: 
     names = tuple(f"class{i}" for i in range(classes))
     decode = replace(contract.decode, score_threshold=0.2)
     contract = replace(contract, class_names=names, preprocess=spec, decode=decode)
-    loaded = LoadedCheckpoint(model, contract, config)
+    loaded = LoadedCheckpoint(model, contract)
     return Subject(loaded, DEMO / "calibration", DEMO / "evaluation", None, threads, 8)
 
 

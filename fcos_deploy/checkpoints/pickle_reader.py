@@ -1,4 +1,9 @@
-"""What names in a pickle stand for when it is read as data: inert holders in the place of classes and functions."""
+"""Reads a pickle as data: no class is imported, no function of the file is called.
+
+A pickle is a program that names classes and functions and calls them. Here every name is looked up in a fixed table,
+where inert holders stand in the place of what was pickled; a name that is not in it ends the reading. Memory is bounded
+by the size of the file.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "DATA_GLOBALS",
-    "Inert",
-    "PickleHooks",
-    "PickledArray",
-    "RestrictedUnpickler",
-    "StatefulStub",
-    "UnsafeGlobalError",
-    "checked_key",
-    "read_pickle",
-]
+__all__ = ["Inert", "PickleHooks", "PickledArray", "UnsafeGlobalError", "read_pickle"]
+
+# Real training checkpoints need tens of thousands; each costs up to 250 bytes of memory, so this bounds it.
+_MAX_OPERATIONS = 3_000_000
 
 
 class UnsafeGlobalError(CheckpointError):
@@ -42,7 +40,7 @@ class Inert:
 
 
 class PickledArray:
-    """In place of ``numpy.ndarray``: made into one by ``take``, when it is wanted."""
+    """In place of ``numpy.ndarray``: made into one by ``take``, when its numbers are needed."""
 
     def __init__(self, *_: object) -> None:
         self.state: object = None
@@ -79,23 +77,55 @@ class PickledArray:
         try:
             state: Any = self.state  # Any: what it is not is caught below
             _, shape, dtype, _, content = state
-            found, size = dtype.name, _length(content)
-            axes = tuple(shape)
+            axes, size = tuple(shape), len(_text(content))
             if not all(type(n) is int and n >= 0 for n in axes) or math.prod(axes) * dtype.itemsize != size:
                 raise ValueError(f"{size} bytes are not of shape {axes}")
+            return axes, dtype.name
         except (AttributeError, TypeError, ValueError, UnicodeError) as error:
             raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
-        return axes, found
 
     def _view(self) -> NDArray[Any]:
-        import numpy as np
+        import numpy as np  # Not at the top: a checkpoint without arrays is inspected without NumPy.
 
         shape, _ = self._facts()
+        state: Any = self.state  # Any: checked by ``_facts``
         try:
-            state: Any = self.state  # Any: what it is not was found by ``_facts``
             return np.frombuffer(_raw(state[4]), state[2].resolve()).reshape(shape, order="F" if state[3] else "C")
         except (TypeError, ValueError, UnicodeError) as error:
             raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class PickleHooks:
+    """More known names, and what a reference to data outside of the pickle (a storage of torch) becomes."""
+
+    globals: dict[tuple[str, str], Any]  # Any: stub classes and functions
+    persistent: Callable[[object], object] | None = None
+
+
+class _Source(Protocol):
+    def read(self, size: int = ..., /) -> bytes: ...
+    def readline(self) -> bytes: ...
+
+
+def read_pickle(source: _Source | bytes, *, hooks: PickleHooks | None = None) -> Any:  # Any: whatever was pickled
+    """Read one pickle as data; NumPy arrays come as ``PickledArray``.
+
+    Raises:
+        UnsafeGlobalError: it names something that is not known to be data.
+        CheckpointError: it is damaged.
+    """
+    stream = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return _Unpickler(stream, hooks or PickleHooks({})).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # A damaged pickle can fail in any way; none of them is a bug here.
+        raise CheckpointError(f"The pickle is damaged: {type(error).__name__}: {error}.") from error
+
+
+# ---- what stands in the place of NumPy's and Python's own classes and functions ----
+# None of these copies what it is given: a pickle may call them with the same large object many times.
 
 
 class _Dtype:
@@ -125,8 +155,8 @@ class _Dtype:
     def resolve(self) -> np.dtype[Any]:
         import numpy as np
 
-        big = isinstance(self.state, tuple) and self.state[1:2] in ((">",), (b">",))
-        return np.dtype((">" if big else "<") + self._code)
+        big_endian = isinstance(self.state, tuple) and self.state[1:2] in ((">",), (b">",))
+        return np.dtype((">" if big_endian else "<") + self._code)
 
 
 # NumPy's codes of numbers, kind and bytes, and its names.
@@ -138,19 +168,10 @@ _NUMBERS = {
 
 
 class _Encoded:
-    """The call ``_codecs.encode(text, 'latin1')``, with which Python 3 writes bytes in old protocols; made lazily."""
+    """In place of ``_codecs.encode(text, "latin1")``, as which Python 3 writes bytes in old protocols."""
 
     def __init__(self, text: object = "", *_: object) -> None:
         self.text = text
-
-
-def _raw(content: object) -> bytes:
-    text = _text(content)
-    return text if isinstance(text, bytes) else text.encode("latin1")
-
-
-def _length(content: object) -> int:
-    return len(_text(content))
 
 
 def _text(content: object) -> bytes | str:
@@ -160,7 +181,9 @@ def _text(content: object) -> bytes | str:
     raise TypeError(f"a {type(text).__name__} is not bytes")
 
 
-# The functions below never copy what they are given: a pickle may call them with the same large object many times.
+def _raw(content: object) -> bytes:
+    text = _text(content)
+    return text if isinstance(text, bytes) else text.encode("latin1")
 
 
 def _from_buffer(content: object = b"", dtype: object = None, shape: object = (), order: object = "C") -> PickledArray:
@@ -175,17 +198,13 @@ def _scalar(dtype: object = None, content: object = b"") -> Any:  # Any: int, fl
     return _from_buffer(content, dtype).take().item()
 
 
-def _array(*_: object) -> PickledArray:
-    return PickledArray()
-
-
 def _dict(items: object = None, *_: object) -> dict[Any, Any]:
     if isinstance(items, dict):
         return items
     result: dict[Any, Any] = {}
     if isinstance(items, list):  # Python 2 writes an OrderedDict as a list of pairs.
         for key, value in items:
-            result[checked_key(key)] = value
+            result[_checked_key(key)] = value
         items.clear()
     return result
 
@@ -198,28 +217,11 @@ def _reconstruct(kind: object = None, *_: object) -> object:
     return {} if kind is _dict else Inert()
 
 
-def _table() -> dict[tuple[str, str], Any]:
-    table: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): _dict,
-        ("collections", "Counter"): _dict,
-        ("collections", "defaultdict"): Inert,
-        ("collections", "deque"): _list,
-        ("_codecs", "encode"): _Encoded,
-        ("numpy", "ndarray"): PickledArray,
-        ("numpy", "dtype"): _Dtype,
-    }
-    for module in ("numpy.core", "numpy._core"):
-        table[f"{module}.multiarray", "_reconstruct"] = _array
-        table[f"{module}.multiarray", "scalar"] = _scalar
-        table[f"{module}.numeric", "_frombuffer"] = _from_buffer
-    for module in ("copyreg", "copy_reg"):
-        table[module, "_reconstructor"] = _reconstruct
-    for module in ("builtins", "__builtin__"):
-        for name in _BUILTINS:
-            table[module, name] = Inert
-    table.update(dict.fromkeys(_INERT, Inert))
-    table.update(dict.fromkeys(_DICTS, _dict))
-    return table
+def _checked_key(key: object) -> str | int | float | bytes | None:
+    # Only these: hashing a deeply nested tuple overflows the C stack.
+    if key is None or isinstance(key, (str, int, float, bytes)):
+        return key
+    raise UnsafeGlobalError(f"The pickle uses a {type(key).__name__} as a key.")
 
 
 # Types that pickles name, for example as the default of a defaultdict. mmengine's HistoryBuffer names its methods with
@@ -228,90 +230,60 @@ _BUILTINS = (
     *("object", "list", "dict", "tuple", "set", "frozenset", "int", "float", "bool", "str", "unicode", "long"),
     *("complex", "slice", "bytes", "bytearray", "type", "range", "getattr"),
 )
-_INERT = (
-    ("argparse", "Namespace"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib._local", "PosixPath"),
-    ("datetime", "datetime"),
-    ("datetime", "timedelta"),
-    ("types", "SimpleNamespace"),
-    ("mmengine.logging.history_buffer", "HistoryBuffer"),
-)
-_DICTS = (
-    ("mmengine.config.config", "ConfigDict"),
-    ("mmengine.config.config", "Config"),
-    ("mmcv.utils.config", "ConfigDict"),
-    ("mmcv.utils.config", "Config"),
-    ("addict.addict", "Dict"),
-    ("pytorch_lightning.utilities.parsing", "AttributeDict"),
-    ("lightning.fabric.utilities.data", "AttributeDict"),
-    ("lightning.pytorch.utilities.parsing", "AttributeDict"),
-    ("yacs.config", "CfgNode"),
-    ("fvcore.common.config", "CfgNode"),
-    ("detectron2.config.config", "CfgNode"),
-)
+_KNOWN_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _dict,
+    ("collections", "Counter"): _dict,
+    ("collections", "defaultdict"): Inert,
+    ("collections", "deque"): _list,
+    ("_codecs", "encode"): _Encoded,
+    ("copyreg", "_reconstructor"): _reconstruct,
+    ("copy_reg", "_reconstructor"): _reconstruct,
+    ("argparse", "Namespace"): Inert,
+    ("datetime", "datetime"): Inert,
+    ("datetime", "timedelta"): Inert,
+    ("pathlib", "PosixPath"): Inert,
+    ("pathlib", "WindowsPath"): Inert,
+    ("pathlib._local", "PosixPath"): Inert,
+    ("types", "SimpleNamespace"): Inert,
+    **{(module, name): Inert for module in ("builtins", "__builtin__") for name in _BUILTINS},
+    ("numpy", "ndarray"): PickledArray,
+    ("numpy", "dtype"): _Dtype,
+    **{(f"{core}.multiarray", "_reconstruct"): PickledArray for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.multiarray", "scalar"): _scalar for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.numeric", "_frombuffer"): _from_buffer for core in ("numpy.core", "numpy._core")},
+    ("mmengine.logging.history_buffer", "HistoryBuffer"): Inert,
+    # Configurations of training libraries, all of them subclasses of dict.
+    ("mmengine.config.config", "ConfigDict"): _dict,
+    ("mmengine.config.config", "Config"): _dict,
+    ("mmcv.utils.config", "ConfigDict"): _dict,
+    ("mmcv.utils.config", "Config"): _dict,
+    ("addict.addict", "Dict"): _dict,
+    ("pytorch_lightning.utilities.parsing", "AttributeDict"): _dict,
+    ("lightning.fabric.utilities.data", "AttributeDict"): _dict,
+    ("lightning.pytorch.utilities.parsing", "AttributeDict"): _dict,
+    ("yacs.config", "CfgNode"): _dict,
+    ("fvcore.common.config", "CfgNode"): _dict,
+    ("detectron2.config.config", "CfgNode"): _dict,
+}
 
 
-def checked_key(key: object) -> str | int | float | bytes | None:
-    """``key``, if it is of a type whose hash takes no time.
-
-    Raises:
-        UnsafeGlobalError: otherwise.
-    """
-    # Only these: hashing a deeply nested tuple overflows the C stack.
-    if key is None or isinstance(key, (str, int, float, bytes)):
-        return key
-    raise UnsafeGlobalError(f"The pickle uses a {type(key).__name__} as a key.")
-
-
-StatefulStub = (Inert, PickledArray, _Dtype)
-DATA_GLOBALS = _table()
-
-
-# Real training checkpoints need tens of thousands; each costs up to 250 bytes of memory, so this bounds it.
-MAX_OPERATIONS = 3_000_000
-
-
-class _Source(Protocol):
-    def read(self, size: int = ..., /) -> bytes: ...
-    def readline(self) -> bytes: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PickleHooks:
-    """More known names, and what a reference to a storage (torch) becomes."""
-
-    globals: dict[tuple[str, str], Any]  # Any: stub classes and functions
-    persistent: Callable[[object], object] | None = None
-
-
-class RestrictedUnpickler(pickle._Unpickler):
-    """An unpickler that knows a fixed table of harmless names and refuses every other by name.
+class _Unpickler(pickle._Unpickler):
+    """Handlers of the opcodes that make objects; the others are those of the standard library.
 
     The pure-Python base is used because its memory is bounded by the file: the C one allocates what an index claims.
+    Each handler is entered into ``dispatch`` below it, as in the standard library.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    for _code in (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER):
+        del dispatch[_code[0]]  # no checkpoint needs them
 
-    def __init__(self, source: _Source, *, hooks: PickleHooks | None = None) -> None:
+    def __init__(self, source: _Source, hooks: PickleHooks) -> None:
         super().__init__(source, encoding="latin1")
-        self._hooks = hooks or PickleHooks({}, None)
+        self._hooks = hooks
 
     def load(self) -> Any:  # Any: whatever was pickled
-        """Read one pickle."""
-        self._prepare()
-        try:
-            for _ in range(MAX_OPERATIONS):
-                key = self.read(1)
-                if not key:
-                    raise EOFError
-                self.dispatch[key[0]](self)
-        except pickle._Stop as stop:  # type: ignore[attr-defined]
-            return stop.value
-        raise UnsafeGlobalError(f"The pickle has more than {MAX_OPERATIONS} operations.")
-
-    def _prepare(self) -> None:
+        """Read one pickle: the loop of the standard library, with a bound."""
         self._unframer = pickle._Unframer(self._file_read, self._file_readline)  # type: ignore[attr-defined]
         self.read = self._unframer.read
         self.readinto = self._unframer.readinto
@@ -320,6 +292,15 @@ class RestrictedUnpickler(pickle._Unpickler):
         self.stack: list[Any] = []
         self.append = self.stack.append
         self.proto = 0
+        try:
+            for _ in range(_MAX_OPERATIONS):
+                key = self.read(1)
+                if not key:
+                    raise EOFError
+                self.dispatch[key[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            return stop.value
+        raise UnsafeGlobalError(f"The pickle has more than {_MAX_OPERATIONS} operations.")
 
     def find_class(self, module: str, name: str, /) -> Any:  # Any: a stub class or function
         """The stub for a name.
@@ -327,10 +308,10 @@ class RestrictedUnpickler(pickle._Unpickler):
         Raises:
             UnsafeGlobalError: when it is not in the table.
         """
-        for table in (self._hooks.globals, DATA_GLOBALS):
+        for table in (self._hooks.globals, _KNOWN_GLOBALS):
             if (module, name) in table:
                 return table[module, name]
-        if DATA_GLOBALS.get((module, name.partition(".")[0])) is Inert:
+        if _KNOWN_GLOBALS.get((module, name.partition(".")[0])) is Inert:
             return Inert  # A method of a class that is not imported.
         module = module.replace("__builtin__", "builtins")  # Python 2's name, which old protocols write
         raise UnsafeGlobalError(
@@ -344,103 +325,75 @@ class RestrictedUnpickler(pickle._Unpickler):
             raise UnsafeGlobalError("The pickle refers to data outside of itself.")
         return self._hooks.persistent(pid)
 
-    def _call(self) -> None:
+    def load_reduce(self) -> None:
         arguments = self.stack.pop()
         function = self.stack[-1]
-        if not any(function is known for known in (*DATA_GLOBALS.values(), *self._hooks.globals.values())):
+        if not any(function is known for known in (*_KNOWN_GLOBALS.values(), *self._hooks.globals.values())):
             raise UnsafeGlobalError("The pickle calls something that is not in the table of known names.")
         self.stack[-1] = function(*arguments)
 
-    def _new(self) -> None:
-        arguments = self.stack.pop()
-        self.stack.append(arguments)
-        self._call()
+    dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = load_reduce
 
-    def _new_with_keywords(self) -> None:
-        keywords = self.stack.pop()
-        if keywords:
+    def load_newobj_ex(self) -> None:
+        if self.stack.pop():
             raise UnsafeGlobalError("The pickle makes an object with keyword arguments.")
-        self._new()
+        self.load_reduce()
 
-    def _build(self) -> None:
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+
+    def load_build(self) -> None:
         state = self.stack.pop()
         instance = self.stack[-1]
-        if isinstance(instance, StatefulStub):
+        if isinstance(instance, (Inert, PickledArray, _Dtype)):
             instance.state = state
         elif not isinstance(instance, dict):  # An OrderedDict's own state (torch's _metadata) is of no use.
             raise UnsafeGlobalError(f"The pickle sets the state of a {type(instance).__name__}.")
 
-    def _items(self) -> list[Any]:
-        items = self.stack
-        self.stack = self.metastack.pop()
-        self.append = self.stack.append
-        return items
-
-    def _set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._store([key, value])
-
-    def _set_items(self) -> None:
-        self._store(self._items())
-
-    def _dict(self) -> None:
-        items = self._items()
-        self.append({})
-        self._store(items)
+    dispatch[pickle.BUILD[0]] = load_build
 
     def _store(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise UnsafeGlobalError(f"The pickle stores an item in a {type(target).__name__}.")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[checked_key(key)] = value
+            target[_checked_key(key)] = value
 
-    def _set(self) -> None:
-        self.append([])  # A set's members are kept in a list: nothing here needs hashing.
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._store([key, value])
 
-    def _add_items(self) -> None:
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def _items(self) -> list[Any]:
+        items: list[Any] = self.pop_mark()  # type: ignore[attr-defined]  # the standard library's, not in its stubs
+        return items
+
+    def load_setitems(self) -> None:
+        self._store(self._items())
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_dict(self) -> None:
+        items = self._items()
+        self.append({})
+        self._store(items)
+
+    dispatch[pickle.DICT[0]] = load_dict
+
+    # A set's members are kept in a list: nothing here needs hashing.
+    dispatch[pickle.EMPTY_SET[0]] = dispatch[pickle.EMPTY_LIST[0]]
+
+    def load_additems(self) -> None:
         items = self._items()
         if not isinstance(self.stack[-1], list):
             raise UnsafeGlobalError("The pickle adds members to something that is not a set.")
         self.stack[-1].extend(items)
 
-    def _frozen_set(self) -> None:
-        self.append(self._items())
+    dispatch[pickle.ADDITEMS[0]] = load_additems
 
-    def _bytes8(self) -> None:
+    dispatch[pickle.FROZENSET[0]] = dispatch[pickle.LIST[0]]
+
+    def load_bytearray8(self) -> None:
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
-
-_OPERATIONS: dict[bytes, Callable[[RestrictedUnpickler], None]] = {
-    pickle.REDUCE: RestrictedUnpickler._call,
-    pickle.NEWOBJ: RestrictedUnpickler._new,
-    pickle.NEWOBJ_EX: RestrictedUnpickler._new_with_keywords,
-    pickle.BUILD: RestrictedUnpickler._build,
-    pickle.SETITEM: RestrictedUnpickler._set_item,
-    pickle.SETITEMS: RestrictedUnpickler._set_items,
-    pickle.DICT: RestrictedUnpickler._dict,
-    pickle.EMPTY_SET: RestrictedUnpickler._set,
-    pickle.ADDITEMS: RestrictedUnpickler._add_items,
-    pickle.FROZENSET: RestrictedUnpickler._frozen_set,
-    pickle.BYTEARRAY8: RestrictedUnpickler._bytes8,
-}
-for _code, _operation in _OPERATIONS.items():
-    RestrictedUnpickler.dispatch[_code[0]] = _operation
-for _code in (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER):
-    del RestrictedUnpickler.dispatch[_code[0]]
-
-
-def read_pickle(source: _Source | bytes, *, hooks: PickleHooks | None = None) -> Any:  # Any: whatever was pickled
-    """Read one pickle as data; NumPy arrays come as ``PickledArray``.
-
-    Raises:
-        UnsafeGlobalError: it names something that is not known to be data.
-        CheckpointError: it is damaged.
-    """
-    stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
-        return RestrictedUnpickler(stream, hooks=hooks).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # A damaged pickle can fail in any way; none of them is a bug here.
-        raise CheckpointError(f"The pickle is damaged: {type(error).__name__}: {error}.") from error
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8

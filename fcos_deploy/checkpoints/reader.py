@@ -1,4 +1,7 @@
-"""Tensors that are still in a file: shape and dtype are known, the numbers are read when they are wanted."""
+"""Opens a checkpoint file without torch: files of ``torch.save`` (new and old), safetensors, plain pickles.
+
+Tensors stay in the file. Their shapes and dtypes are known at once, their numbers are read when they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from fcos_deploy.checkpoints.pickle_reader import PickleHooks, UnsafeGlobalError, read_pickle
+from fcos_deploy.checkpoints.pickle_reader import Inert, PickleHooks, read_pickle
 from fcos_deploy.core.errors import CheckpointError
 
 __all__ = [
     "ITEM_SIZES",
-    "LEGACY_MAGIC",
-    "TRUNCATED",
-    "Archive",
     "CheckpointFile",
-    "Storage",
     "StoredTensor",
     "TensorFacts",
     "count_of",
     "flat_values",
     "open_checkpoint",
-    "read_legacy_archive",
-    "read_safetensors",
-    "read_zip_archive",
 ]
-
-TRUNCATED = "was the file copied completely?"
 
 # The letters by which ``struct`` knows them; bfloat16, the upper half of a float32, is read as an integer.
 _LETTERS = {
@@ -51,6 +45,8 @@ _LETTERS = {
 
 # Bytes of a number, by the names that NumPy and torch share; bfloat16 is only torch's.
 ITEM_SIZES = {name: struct.calcsize("<" + letter) for name, letter in _LETTERS.items()}
+
+_INCOMPLETE = "was the file copied completely?"
 
 
 class TensorFacts(Protocol):
@@ -82,19 +78,20 @@ def flat_values(tensor: TensorFacts) -> list[float]:
 
 
 @dataclass(slots=True, eq=False)
-class Archive:
-    """A file, and at which byte each run of numbers begins; filled in after tensors refer to them."""
+class _Archive:
+    """A file, and its storages by key with the byte at which each begins. Filled in after tensors refer to them."""
 
     path: Path
     size: int  # bytes
+    storages: dict[str, _Storage] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
+class _Storage:
     """A run of ``count`` numbers of an archive."""
 
-    archive: Archive
+    archive: _Archive
     key: str
     dtype: str
     count: int
@@ -104,7 +101,7 @@ class Storage:
 class StoredTensor:
     """A tensor over a storage; ``offset`` and ``strides`` count numbers of ``dtype``."""
 
-    storage: Storage
+    storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -122,7 +119,7 @@ class StoredTensor:
         size = self.storage.count * ITEM_SIZES[self.storage.dtype]
         if start is None or size < 0 or start + size > archive.size:
             raise CheckpointError(
-                f"'{archive.path}' lacks the data of tensor storage '{self.storage.key}'.", hint=TRUNCATED
+                f"'{archive.path}' lacks the data of tensor storage '{self.storage.key}'.", hint=_INCOMPLETE
             )
         return start
 
@@ -142,6 +139,20 @@ class StoredTensor:
         if 0 not in self.shape and (last >= self.elements or math.prod(self.shape) > self.elements):
             raise CheckpointError(f"A tensor of shape {list(self.shape)} reaches beyond its {self.elements} elements.")
 
+    def read_storage(self) -> bytearray:
+        """The bytes of the whole storage.
+
+        Raises:
+            CheckpointError: the file became shorter.
+        """
+        content = bytearray(self.elements * ITEM_SIZES[self.dtype])
+        path = self.storage.archive.path
+        with path.open("rb") as stream:
+            stream.seek(self.start)
+            if stream.readinto(content) != len(content):
+                raise CheckpointError(f"'{path}' became shorter while it was read.", hint=_INCOMPLETE)
+        return content
+
     def tolist(self) -> Any:  # Any: nested lists
         """The numbers, read from the file; for small tensors.
 
@@ -149,23 +160,11 @@ class StoredTensor:
             CheckpointError: as ``check``, or the file became shorter.
         """
         self.check()
-        return _nested(_numbers(self._read(), self.dtype), self.offset, shape=self.shape, strides=self.strides)
-
-    def _read(self) -> bytes:
-        size = self.elements * ITEM_SIZES[self.dtype]
-        with self.storage.archive.path.open("rb") as stream:
-            stream.seek(self.start)
-            content = stream.read(size)
-        if len(content) != size:
-            raise CheckpointError(f"'{self.storage.archive.path}' became shorter while it was read.", hint=TRUNCATED)
-        return content
-
-
-def _numbers(content: bytes, dtype: str) -> Sequence[float]:
-    numbers = struct.unpack(f"<{len(content) // ITEM_SIZES[dtype]}{_LETTERS[dtype]}", content)
-    if dtype != "bfloat16":
-        return numbers
-    return struct.unpack(f"<{len(numbers)}f", b"".join(struct.pack("<I", number << 16) for number in numbers))
+        numbers: Sequence[float] = struct.unpack(f"<{self.elements}{_LETTERS[self.dtype]}", self.read_storage())
+        if self.dtype == "bfloat16":
+            upper_halves = b"".join(struct.pack("<I", int(number) << 16) for number in numbers)
+            numbers = struct.unpack(f"<{len(numbers)}f", upper_halves)
+        return _nested(numbers, self.offset, shape=self.shape, strides=self.strides)
 
 
 def _nested(
@@ -180,10 +179,70 @@ def _nested(
     ]
 
 
-_LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
-_METADATA = "__metadata__"
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """What a file holds. ``reader`` says how it was read; ``metadata`` is that of a safetensors file.
 
-_DTYPES = {
+    Tensors in ``content`` are ``StoredTensor`` or ``PickledArray``.
+    """
+
+    content: object
+    reader: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_EXPECTED = "expected a file of torch.save (.pth, .pt), a safetensors file, or a detectron2 .pkl"
+_OTHER_FORMATS = (
+    (b"\x89HDF", "an HDF5 (Keras) file"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x7fELF", "an executable"),
+    (b"<?xml", "an XML file (OpenVINO models are built from ONNX)"),
+    (b"\x08", "perhaps an ONNX file, which needs no export"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself (run 'git lfs pull')"),
+)
+
+
+def open_checkpoint(path: Path) -> CheckpointFile:
+    """Read a checkpoint; tensors stay in the file.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, not a checkpoint, or names what is not data.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(64)
+        return _reader_for(path, head)(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except CheckpointError as error:
+        message = error.message if str(path) in error.message else f"'{path}': {error.message}"
+        raise type(error)(message, hint=error.hint) from error
+
+
+def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
+    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return _read_zip
+    if head.startswith(_LEGACY_MAGIC):
+        return _read_legacy
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return _read_safetensors
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _read_plain_pickle
+    if not head:
+        raise CheckpointError(f"'{path}' is empty.", hint=_EXPECTED)
+    kind = next((name for magic, name in _OTHER_FORMATS if head.startswith(magic)), "of an unknown format")
+    if kind == "of an unknown format" and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head):
+        kind = f"a text file beginning {head[:24].decode('ascii')!r}"
+    raise CheckpointError(f"'{path}' is not a checkpoint: it is {kind}.", hint=_EXPECTED)
+
+
+# ---- safetensors: a JSON header, then the numbers ----
+
+_LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
+_SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -197,36 +256,32 @@ _DTYPES = {
 }
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors by name, still in the file, and the file's metadata.
-
-    Raises:
-        CheckpointError: a damaged header, or one that does not fit the file.
-    """
+def _read_safetensors(path: Path) -> CheckpointFile:
+    archive = _Archive(path, path.stat().st_size)
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            archive = Archive(path, path.stat().st_size)
             if length > min(_LARGEST_HEADER, archive.size - 8):
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
-        metadata = {str(key): str(value) for key, value in dict(header.pop(_METADATA, {})).items()}
-        return {name: _tensor(name, entry, archive, begin=8 + length) for name, entry in header.items()}, metadata
+        metadata = {str(key): str(value) for key, value in dict(header.pop("__metadata__", {})).items()}
+        tensors = {name: _safetensor(name, entry, archive, begin=8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' is a damaged safetensors file: {error}.", hint=TRUNCATED) from error
+        raise CheckpointError(f"'{path}' is a damaged safetensors file: {error}.", hint=_INCOMPLETE) from error
+    return CheckpointFile(tensors, "safetensors", metadata)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    names = dict(pairs)
+    if len(names) != len(pairs):
         raise ValueError("a name occurs twice")
-    return found
+    return names
 
 
-def _tensor(name: str, entry: dict[str, Any], archive: Archive, *, begin: int) -> StoredTensor:
-    if entry["dtype"] not in _DTYPES:
+def _safetensor(name: str, entry: dict[str, Any], archive: _Archive, *, begin: int) -> StoredTensor:
+    if entry["dtype"] not in _SAFETENSORS_DTYPES:
         raise ValueError(f"'{name}' is of type {entry['dtype']}, which is not read")
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
     first, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (first, end, *shape)):
         raise ValueError(f"'{name}' has an impossible shape or place")
@@ -235,11 +290,86 @@ def _tensor(name: str, entry: dict[str, Any], archive: Archive, *, begin: int) -
         raise ValueError(f"'{name}' of shape {list(shape)} does not lie in bytes {first} to {end}")
     archive.offsets[name] = begin + first
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return StoredTensor(Storage(archive, name, dtype, count), 0, shape, strides, dtype)
+    return StoredTensor(_Storage(archive, name, dtype, count), 0, shape, strides, dtype)
 
 
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# ---- torch.save: a pickle that refers to storages outside of itself ----
+
 _LARGEST_PICKLE = 256 << 20  # bytes; a checkpoint's structure takes less than 20 MB, its tensors are outside
+
+
+def _read_zip(path: Path) -> CheckpointFile:
+    """Since torch 1.6: a zip file of one folder with ``data.pkl``, and ``data/0``, ``data/1``, ... uncompressed."""
+    try:
+        with zipfile.ZipFile(path) as container:
+            entries = {entry.filename.partition("/")[2]: entry for entry in container.infolist()}
+            shown = ", ".join(f"'{name}'" for name in container.namelist()[:3])
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"'{path}' is a damaged zip file: {error}.", hint=_INCOMPLETE) from error
+    if "data.pkl" not in entries:
+        raise CheckpointError(f"'{path}' is a zip file, but not one of torch.save: it holds {shown or 'nothing'}.")
+    if "constants.pkl" in entries:
+        raise CheckpointError(
+            f"'{path}' is a TorchScript program, not a checkpoint.", hint="save the weights: torch.save(m.state_dict())"
+        )
+    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values())
+    if compressed or entries["data.pkl"].file_size > _LARGEST_PICKLE:
+        raise CheckpointError(f"'{path}' is compressed or has a structure of gigabytes; torch.save makes neither.")
+    archive = _Archive(path, path.stat().st_size)
+    with path.open("rb") as stream:
+        for name, entry in entries.items():
+            if name.startswith("data/"):
+                archive.offsets[name.removeprefix("data/")] = _data_offset(stream.fileno(), entry)
+        order = _content(stream.fileno(), entries["byteorder"]) if "byteorder" in entries else b"little"
+        pickled = _content(stream.fileno(), entries["data.pkl"])
+    if order != b"little":
+        raise CheckpointError(f"'{path}' was written on a big-endian machine, which is not read.")
+    return CheckpointFile(read_pickle(pickled, hooks=_torch_hooks(archive)), "torch")
+
+
+def _data_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
+    header = os.pread(descriptor, 30, entry.header_offset)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise CheckpointError("The zip file's directory does not fit its contents.", hint=_INCOMPLETE)
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return entry.header_offset + 30 + name + extra
+
+
+def _content(descriptor: int, entry: zipfile.ZipInfo) -> bytes:
+    return os.pread(descriptor, entry.file_size, _data_offset(descriptor, entry))
+
+
+def _read_legacy(path: Path) -> CheckpointFile:
+    """Before torch 1.6: pickles one after another, then the keys of the storages, then size and numbers of each."""
+    archive = _Archive(path, path.stat().st_size)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for _ in range(3):  # magic number, protocol version, sizes of the C types
+            read_pickle(data)
+        content = read_pickle(data, hooks=_torch_hooks(archive))
+        keys = read_pickle(data)
+        for key in keys if isinstance(keys, list) else []:
+            storage = archive.storages.get(key) if isinstance(key, str) else None
+            if storage is None or int.from_bytes(data.read(8), "little") != storage.count:
+                raise CheckpointError(f"'{path}' lacks the data of tensor storage '{key}'.", hint=_INCOMPLETE)
+            archive.offsets[storage.key] = data.tell()
+            data.seek(min(len(data), data.tell() + storage.count * ITEM_SIZES[storage.dtype]))
+    return CheckpointFile(content, "torch before 1.6")
+
+
+@dataclass(frozen=True, slots=True)
+class _Dtype:
+    """In place of ``torch.float32`` and the like."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _StorageType:
+    """In place of ``torch.FloatStorage`` and the like."""
+
+    dtype: str
+
 
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64",
@@ -256,28 +386,8 @@ _STORAGE_DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Dtype:
-    """In place of ``torch.float32`` and the like."""
-
-    name: str
-
-    def __call__(self) -> None:
-        raise UnsafeGlobalError("The pickle calls a dtype.")
-
-
-@dataclass(frozen=True, slots=True)
-class _StorageType:
-    """In place of ``torch.FloatStorage`` and the like."""
-
-    dtype: str
-
-    def __call__(self) -> None:
-        raise UnsafeGlobalError("The pickle makes a storage of its own.")
-
-
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: object) -> StoredTensor:
-    if not isinstance(storage, Storage):
+    if not isinstance(storage, _Storage):
         raise CheckpointError("A tensor in the file has no storage.")
     return StoredTensor(storage, offset, tuple(shape), tuple(strides), storage.dtype)
 
@@ -290,207 +400,50 @@ def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, *res
     return replace(stored, dtype=dtype.name)
 
 
-def _rebuild_parameter(data: object, *_: object) -> object:
-    return data
+def _first(value: object = (), *_: object) -> object:
+    return value
 
 
-def _size(shape: object = (), *_: object) -> object:
-    return shape
+# A storage type or a dtype that a pickle calls is an error of its own: they are not callable.
+_TORCH_GLOBALS: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch", "Size"): _first,
+    ("torch", "device"): Inert,
+    **{
+        (module, name): _StorageType(dtype)
+        for module in ("torch", "torch.storage", "torch.cuda")
+        for name, dtype in _STORAGE_DTYPES.items()
+    },
+    **{("torch", dtype): _Dtype(dtype) for dtype in ITEM_SIZES},
+}
 
 
-def _device(*names: object) -> str:
-    return ":".join(str(n)[:16] for n in names[:2])
+def _torch_hooks(archive: _Archive) -> PickleHooks:
+    """What torch's pickles name; each storage that they refer to is entered into ``archive.storages``."""
+
+    def storage(pid: Any) -> _Storage:  # Any: ("storage", type, key, location, count, ...) if the file is sound
+        sound = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)
+        if not sound or not isinstance(pid[2], str) or not isinstance(pid[4], int):
+            raise CheckpointError("The file refers to a storage in a way that torch does not.")
+        if len(pid) > 5 and pid[5] is not None:
+            raise CheckpointError("The file has storages that share memory (torch before 0.4), which are not read.")
+        archive.storages[pid[2]] = _Storage(archive, pid[2], pid[1].dtype, pid[4])
+        return archive.storages[pid[2]]
+
+    return PickleHooks(_TORCH_GLOBALS, storage)
 
 
-def _hooks(archive: Archive, seen: dict[str, Storage]) -> PickleHooks:
-    """``seen`` receives each storage that the pickle refers to."""
-    table: dict[tuple[str, str], Any] = {
-        ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-        ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-        ("torch", "Size"): _size,
-        ("torch", "device"): _device,
-    }
-    for name, dtype in _STORAGE_DTYPES.items():
-        for module in ("torch", "torch.storage", "torch.cuda"):
-            table[module, name] = _StorageType(dtype)
-    for dtype in ITEM_SIZES:
-        table["torch", dtype] = _Dtype(dtype)
-    return PickleHooks(table, lambda pid: _storage(pid, archive, seen))
-
-
-def _storage(pid: Any, archive: Archive, seen: dict[str, Storage]) -> Storage:  # Any: a tuple, if the file is sound
-    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
-        raise CheckpointError("The file refers to a storage in a way that torch does not.")
-    if not isinstance(pid[2], str) or not isinstance(pid[4], int):
-        raise CheckpointError("The file refers to a storage in a way that torch does not.")
-    if len(pid) > 5 and pid[5] is not None:
-        raise CheckpointError("The file has storages that share memory (torch before 0.4), which are not read.")
-    storage = Storage(archive, pid[2], pid[1].dtype, pid[4])
-    seen[storage.key] = storage
-    return storage
-
-
-def _checked_entries(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The entries of a torch zip file by name without its folder; nothing in it is compressed.
-
-    Raises:
-        CheckpointError: when the zip is damaged or is not one of ``torch.save``.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"'{path}' is a damaged zip file: {error}.", hint=TRUNCATED) from error
-    by_name = {entry.filename.partition("/")[2]: entry for entry in entries}
-    if "data.pkl" not in by_name:
-        shown = ", ".join(f"'{e.filename}'" for e in entries[:3])
-        raise CheckpointError(f"'{path}' is a zip file, but not one of torch.save: it holds {shown or 'nothing'}.")
-    if "constants.pkl" in by_name:
-        raise CheckpointError(
-            f"'{path}' is a TorchScript program, not a checkpoint.", hint="save the weights: torch.save(m.state_dict())"
-        )
-    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or by_name["data.pkl"].file_size > _LARGEST_PICKLE:
-        raise CheckpointError(f"'{path}' is compressed or has a structure of gigabytes; torch.save makes neither.")
-    return by_name
-
-
-def read_zip_archive(path: Path) -> Any:  # Any: whatever was saved
-    """The object of a zip file of ``torch.save``, tensors as ``StoredTensor``.
-
-    Raises:
-        CheckpointError: when it is damaged or names what is not data.
-    """
-    entries = _checked_entries(path)
-    archive = Archive(path, path.stat().st_size)
-    with path.open("rb") as stream:
-        for name, entry in entries.items():
-            if name.startswith("data/"):
-                archive.offsets[name.removeprefix("data/")] = _data_offset(stream.fileno(), entry)
-        order = _content(stream.fileno(), entries["byteorder"]) if "byteorder" in entries else b"little"
-        content = _content(stream.fileno(), entries["data.pkl"])
-    if order != b"little":
-        raise CheckpointError(f"'{path}' was written on a big-endian machine, which is not read.")
-    return read_pickle(content, hooks=_hooks(archive, {}))
-
-
-def _data_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
-    header = os.pread(descriptor, 30, entry.header_offset)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise CheckpointError("The zip file's directory does not fit its contents.", hint=TRUNCATED)
-    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-    return entry.header_offset + 30 + name + extra
-
-
-def _content(descriptor: int, entry: zipfile.ZipInfo) -> bytes:
-    return os.pread(descriptor, entry.file_size, _data_offset(descriptor, entry))
-
-
-def read_legacy_archive(path: Path) -> Any:  # Any: whatever was saved
-    """The object of a file that torch before 1.6 saved, tensors as ``StoredTensor``.
-
-    Raises:
-        CheckpointError: when it is damaged or names what is not data.
-    """
-    archive, seen = Archive(path, path.stat().st_size), dict[str, Storage]()
-    hooks = _hooks(archive, seen)
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for _ in range(3):  # magic number, protocol version, sizes of the C types
-            read_pickle(data)
-        content = read_pickle(data, hooks=hooks)
-        keys = read_pickle(data)
-        for key in keys if isinstance(keys, list) else []:
-            storage = seen.get(key) if isinstance(key, str) else None
-            if storage is None or int.from_bytes(data.read(8), "little") != storage.count:
-                raise CheckpointError(f"'{path}' lacks the data of tensor storage '{key}'.", hint=TRUNCATED)
-            archive.offsets[storage.key] = data.tell()
-            data.seek(min(len(data), data.tell() + storage.count * ITEM_SIZES[storage.dtype]))
-    return content
-
-
-_EXPECTED = "expected a file of torch.save (.pth, .pt), a safetensors file, or a detectron2 .pkl"
-
-_OTHER_FORMATS = (
-    (b"\x89HDF", "an HDF5 (Keras) file"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"\x7fELF", "an executable"),
-    (b"<?xml", "an XML file (OpenVINO models are built from ONNX)"),
-    (b"\x08", "perhaps an ONNX file, which needs no export"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself (run 'git lfs pull')"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointFile:
-    """What a file holds. ``reader`` says how it was read; ``metadata`` is that of a safetensors file.
-
-    Tensors in ``content`` are ``StoredTensor`` or ``PickledArray``.
-    """
-
-    content: object
-    reader: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def open_checkpoint(path: Path) -> CheckpointFile:
-    """Read a checkpoint; tensors stay in the mapped file.
-
-    Raises:
-        CheckpointError: when it is missing, damaged, not a checkpoint, or names what is not data.
-    """
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(64)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    try:
-        return _reader_for(path, head)(path)
-    except CheckpointError as error:
-        message = error.message if str(path) in error.message else f"'{path}': {error.message}"
-        raise type(error)(message, hint=error.hint) from error
-    except OSError as error:
-        raise CheckpointError(f"Cannot read '{path}': {error.strerror or error}.") from error
-
-
-def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
-    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return _read_zip
-    if head.startswith(LEGACY_MAGIC):
-        return _read_legacy
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        return _read_safetensors
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return _read_plain_pickle
-    if not head:
-        raise CheckpointError(f"'{path}' is empty.", hint=_EXPECTED)
-    found = next((what for magic, what in _OTHER_FORMATS if head.startswith(magic)), None)
-    text = all(32 <= b < 127 or b in b"\t\n\r" for b in head)
-    found = found or (f"a text file beginning {head[:24].decode('ascii')!r}" if text else "of an unknown format")
-    raise CheckpointError(f"'{path}' is not a checkpoint: it is {found}.", hint=_EXPECTED)
-
-
-def _read_safetensors(path: Path) -> CheckpointFile:
-    tensors, metadata = read_safetensors(path)
-    return CheckpointFile(tensors, "safetensors", metadata)
-
-
-def _read_zip(path: Path) -> CheckpointFile:
-    return CheckpointFile(read_zip_archive(path), "torch")
-
-
-def _read_legacy(path: Path) -> CheckpointFile:
-    return CheckpointFile(read_legacy_archive(path), "torch before 1.6")
+# ---- plain pickles ----
 
 
 def _read_plain_pickle(path: Path) -> CheckpointFile:
     """detectron2's model zoo: ``{'model': {name: ndarray}, '__author__': ...}``."""
     with path.open("rb") as stream:
-        return CheckpointFile(read_pickle(_Bounded(stream, path.stat().st_size), hooks=PickleHooks({})), "pickle")
+        return CheckpointFile(read_pickle(_Bounded(stream, path.stat().st_size)), "pickle")
 
 
 class _Bounded:

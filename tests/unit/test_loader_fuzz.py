@@ -64,7 +64,7 @@ def _load(content: bytes, path: Path) -> None:
 @pytest.mark.parametrize("form", sorted(FILES))
 def test_the_files_that_are_damaged_below_are_good(form: str, tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(FILES[form])
-    assert load_checkpoint(tmp_path / "m", options=OPTIONS).config.num_classes == 2
+    assert load_checkpoint(tmp_path / "m", options=OPTIONS).model.config.num_classes == 2
 
 
 @FUZZ

@@ -19,7 +19,7 @@ import torch
 from fcos_deploy.checkpoints.describe import find_weights
 from fcos_deploy.checkpoints.load import to_tensors
 from fcos_deploy.checkpoints.pickle_reader import PickledArray, UnsafeGlobalError, read_pickle
-from fcos_deploy.checkpoints.reader import ITEM_SIZES, open_checkpoint, read_safetensors
+from fcos_deploy.checkpoints.reader import ITEM_SIZES, open_checkpoint
 from fcos_deploy.core.errors import CheckpointError
 
 
@@ -199,19 +199,19 @@ def test_numbers_are_read_without_torch_as_torch_reads_them(dtype: str, zipped: 
     whole = torch.arange(24).view(4, 6).to(getattr(torch, dtype))
     views = {"whole": whole, "part": whole[1:3, ::2].t(), "one": whole[2, 3], "none": whole[:, :0]}
     torch.save(views, tmp_path / "m.pth", _use_new_zipfile_serialization=zipped)
-    found = find_weights(open_checkpoint(tmp_path / "m.pth").content).tensors
-    made = to_tensors(found)
+    stored = find_weights(open_checkpoint(tmp_path / "m.pth").content).tensors
+    tensors = to_tensors(stored)
     for name, tensor in views.items():
-        assert found[name].tolist() == tensor.tolist()
-        assert torch.equal(made[name], tensor)
-        assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), dtype)
+        assert stored[name].tolist() == tensor.tolist()
+        assert torch.equal(tensors[name], tensor)
+        assert (stored[name].shape, stored[name].dtype) == (tuple(tensor.shape), dtype)
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
         ("{", "damaged"),
-        ("[]", "damaged"),
+        ("[]", "is not a checkpoint"),
         ('{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "does not lie in bytes 0 to 4"),
         ('{"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}', "does not lie in bytes"),
         ('{"w": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}', "impossible"),
@@ -229,7 +229,7 @@ def test_safetensors_headers_that_do_not_fit_the_file(header: str, message: str,
     content = header.encode()
     (tmp_path / "m.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + bytes(8))
     with pytest.raises(CheckpointError, match=message):
-        read_safetensors(tmp_path / "m.safetensors")
+        open_checkpoint(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])

@@ -12,11 +12,11 @@ from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
-from fcos_deploy.core.onnx_file import onnx_interface
+from fcos_deploy.core.onnx_file import OnnxInterface, onnx_interface
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.targets.plan import PlanRequest, plan
-from fcos_deploy.targets.profiles import load_profile
+from fcos_deploy.targets.profiles import DeviceProfile, load_profile
 from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 
 __all__ = ["ArtifactRequest", "build_artifact", "equivalent_trtexec"]
@@ -46,107 +46,118 @@ def build_artifact(request: ArtifactRequest, *, progress: ProgressFn = no_progre
         MissingDependencyError: the builder is not installed.
     """
     exporter = get_exporter(request.backend)
-    source, _, options = _resolved(request)
-    return exporter.build(BuildRequest(source=source, output=request.output, options=options, progress=progress))
+    source = _resolve(request)
+    return exporter.build(
+        BuildRequest(source=source.path, output=request.output, options=source.options, progress=progress)
+    )
 
 
 def equivalent_trtexec(request: ArtifactRequest) -> str:
     """The ``trtexec`` line that builds the engine that ``build_artifact`` would; nothing is built.
 
-    For the TensorRT of the device profile or, without one, of this machine.
+    It is for the TensorRT of the device profile or, without one, for that of this machine.
 
     Raises:
-        ConfigError: not an engine of TensorRT, or it is not known of which version.
+        ConfigError: not an engine of TensorRT, or the version of TensorRT is not known.
     """
     if get_exporter(request.backend).produces is not ArtifactKind.TENSORRT_ENGINE:
         raise ConfigError(f"trtexec builds TensorRT engines, not those of '{request.backend}'.")
-    source, contract, options = _resolved(request)
-    inputs = {spec.name: spec.shape for spec in onnx_interface(source).inputs}
-    shapes = profile_shapes(inputs, options=options, size_divisor=contract.preprocess.size_divisor)
-    return trtexec_command(
-        TrtexecRequest(
-            onnx=PurePosixPath(source),
-            engine=PurePosixPath(request.output),
-            version=_tensorrt_version(request),
-            precision=contract.precision,
-            shapes={n: (s.minimum, s.optimal, s.maximum) for n, s in shapes.items() if None in inputs[n]},
-            options=options,
-        )
-    )
-
-
-def _tensorrt_version(request: ArtifactRequest) -> str:
-    facts = load_profile(request.target).nvidia if request.target else None
-    version = facts.tensorrt if facts else get_backend(request.backend).probe().version
+    source = _resolve(request)
+    device = source.profile.nvidia if source.profile else None
+    version = device.tensorrt if device else get_backend(request.backend).probe().version
     if not version:
         raise ConfigError(
             "The trtexec line differs between versions of TensorRT, and none is installed here.",
             hint="name the device with --target",
         )
-    return version
+    inputs = {spec.name: spec.shape for spec in source.graph.inputs}
+    shapes = profile_shapes(inputs, options=source.options, size_divisor=source.contract.preprocess.size_divisor)
+    return trtexec_command(
+        TrtexecRequest(
+            onnx=PurePosixPath(source.path),
+            engine=PurePosixPath(request.output),
+            version=version,
+            precision=source.contract.precision,
+            shapes={n: (s.minimum, s.optimal, s.maximum) for n, s in shapes.items() if None in inputs[n]},
+            options=source.options,
+        )
+    )
 
 
-def _resolved(request: ArtifactRequest) -> tuple[Path, ModelContract, BuildOptions]:
-    """The ONNX file, its contract, and the options with the profile's choices."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """The ONNX file to build from, and the options with the profile's choices."""
+
+    path: Path
+    contract: ModelContract
+    graph: OnnxInterface
+    profile: DeviceProfile | None
+    options: BuildOptions
+
+
+def _resolve(request: ArtifactRequest) -> _Source:
+    profile = load_profile(request.target) if request.target else None
     in_bundle = request.public_keys or request.source.is_dir() or request.source.suffix == ".tar"
-    source = _onnx_of(request) if in_bundle else request.source
-    contract = read_contract(source)
-    options = _with_profile(request, contract, source) if request.target else request.options
+    path = _onnx_in_bundle(request, profile) if in_bundle else request.source
+    contract, graph = read_contract(path), onnx_interface(path)
+    options = request.options
+    if profile is not None:
+        options = _with_profile(profile, request, contract, graph)
     if options.precision is contract.precision:
         options = replace(options, precision=None)  # Nothing to convert.
-    return source, contract, options
+    return _Source(path=path, contract=contract, graph=graph, profile=profile, options=options)
 
 
-def _onnx_of(request: ArtifactRequest) -> Path:
+def _onnx_in_bundle(request: ArtifactRequest, profile: DeviceProfile | None) -> Path:
     """The bundle's ONNX file of the precision to build from and, for a device profile, with the profile's tail."""
     bundle = open_bundle(request.source, public_keys=request.public_keys)
     precision = request.options.precision
     precisions: tuple[Precision, ...] = (precision or bundle.manifest.defaults.precision,)
     if request.options.calibration_cache is not None:
-        precisions = (Precision.FP32,)  # a builder with a cache quantizes a float graph itself
+        precisions = (Precision.FP32,)  # A builder with a cache quantizes a float graph itself.
     elif precision is Precision.FP16:
-        precisions = (Precision.FP16, Precision.FP32)  # an IR is converted to fp16 while it is built
+        precisions = (Precision.FP16, Precision.FP32)  # An IR is converted to fp16 while it is built.
     selection = select_artifact(
         bundle,
         backend=request.backend,
         precisions=precisions,
-        tail=load_profile(request.target).tail if request.target else None,
+        tail=profile.tail if profile else None,
         readers={ArtifactKind.ONNX: request.backend},
         purpose=f"a build for '{request.backend}'",
     )
     return bundle.path(selection.artifact.path)
 
 
-def _precision_built(options: BuildOptions, contract: ModelContract) -> Precision:
-    """What comes out: a cache makes an fp32 graph int8, and an IR may be asked for in fp16."""
-    if options.calibration_cache is not None:
-        return Precision.INT8
-    return contract.precision if contract.precision is not Precision.FP32 else options.precision or Precision.FP32
-
-
-def _with_profile(request: ArtifactRequest, contract: ModelContract, source: Path) -> BuildOptions:
+def _with_profile(
+    profile: DeviceProfile, request: ArtifactRequest, contract: ModelContract, graph: OnnxInterface
+) -> BuildOptions:
     """The profile's build options, overruled by those that were given."""
-    own, default = request.options, BuildOptions()
-    given: dict[str, Any] = {  # Any: the fields' own types
-        option.name: getattr(own, option.name)
-        for option in fields(own)
-        if getattr(own, option.name) != getattr(default, option.name)
+    given, default = request.options, BuildOptions()
+    overrides: dict[str, Any] = {  # Any: the fields' own types
+        option.name: getattr(given, option.name)
+        for option in fields(given)
+        if getattr(given, option.name) != getattr(default, option.name)
     }
+    precision = contract.precision
+    if given.calibration_cache is not None:
+        precision = Precision.INT8  # The builder quantizes with the cache's ranges.
+    elif precision is Precision.FP32 and given.precision is not None:
+        precision = given.precision  # An IR is converted while it is built.
     planned = plan(
-        load_profile(request.target),
+        profile,
         PlanRequest(
             backend=request.backend,
-            precision=_precision_built(own, contract),
+            precision=precision,
             tail=contract.tail,
-            nms_form=onnx_interface(source).nms_form,
+            nms_form=graph.nms_form,
             image_sizes=contract.needs_image_sizes,
-            opset=onnx_interface(source).opset,
-            batch=given.get("batch"),
+            opset=graph.opset,
+            batch=overrides.get("batch"),
             input_size=contract.preprocess.canvas,
             pre_nms_top_k=contract.decode.pre_nms_top_k,
-            dla_core=own.dla_core,
-            calibration_cache=own.calibration_cache is not None,
-            workspace_mib=own.workspace_mib,
+            dla_core=given.dla_core,
+            calibration_cache=given.calibration_cache is not None,
+            workspace_mib=given.workspace_mib,
         ),
     )
-    return replace(planned.options, **given)
+    return replace(planned.options, **overrides)

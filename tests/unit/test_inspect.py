@@ -26,37 +26,37 @@ MMDET = "mmdet_fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-ls
 
 
 def test_a_checkpoint(tiny_checkpoint: Path) -> None:
-    found = inspect_file(tiny_checkpoint)
-    facts = dict(found.facts)
-    assert found.kind == "checkpoint"
+    inspection = inspect_file(tiny_checkpoint)
+    facts = dict(inspection.facts)
+    assert inspection.kind == "checkpoint"
     assert facts["ecosystem"] == "torchvision"
     assert facts["backbone"] == "ResNet-18, width 8/64"
     assert facts["levels"] == "5, strides 8, 16, 32, 64, 128"
     assert facts["class names"] == "3: red, white, platelet"
     assert "uint8 rgb, 128x160" in facts["input"]
-    sources = {d.name: d.source for d in found.decisions}
+    sources = {d.name: d.source for d in inspection.decisions}
     assert sources["input_size"] == "the file's metadata"
     assert sources["stride_in_1x1"] == "rule of torchvision"
 
 
 def test_an_onnx_file(tiny_onnx: Path) -> None:
-    found = inspect_file(tiny_onnx)
-    facts = dict(found.facts)
+    inspection = inspect_file(tiny_onnx)
+    facts = dict(inspection.facts)
     assert facts["inputs"] == "images uint8[1, 3, 128, 160]"
     assert "cls_logits float32[1, 428, 3]" in facts["outputs"]
     assert facts["tail"] == "raw"
-    assert found.contract is not None
-    assert found.contract.class_names == ("red", "white", "platelet")
+    assert inspection.contract is not None
+    assert inspection.contract.class_names == ("red", "white", "platelet")
 
 
 def test_the_interface_of_an_onnx_file_is_what_the_onnx_package_reads(tiny_onnx: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model = onnx.load(tiny_onnx)
-    found = onnx_interface(tiny_onnx)
-    assert [spec.name for spec in found.outputs] == [item.name for item in model.graph.output]
-    assert found.inputs == (TensorSpec("images", "uint8", (1, 3, 128, 160)),)
-    assert found.opset == next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    assert found.nodes == len(model.graph.node)
+    interface = onnx_interface(tiny_onnx)
+    assert [spec.name for spec in interface.outputs] == [item.name for item in model.graph.output]
+    assert interface.inputs == (TensorSpec("images", "uint8", (1, 3, 128, 160)),)
+    assert interface.opset == next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    assert interface.nodes == len(model.graph.node)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
@@ -71,25 +71,25 @@ def test_an_engine_with_its_sidecar(tiny_checkpoint: Path, tmp_path: Path) -> No
     engine = tmp_path / "m.engine"
     engine.write_bytes(b"engine")
     write_sidecar(engine, load_checkpoint(tiny_checkpoint).contract, {"tensorrt": "10.13"})
-    found = inspect_file(engine)
-    assert found.kind == "engine"
-    assert dict(found.facts)["tensorrt"] == "10.13"
+    inspection = inspect_file(engine)
+    assert inspection.kind == "engine"
+    assert dict(inspection.facts)["tensorrt"] == "10.13"
 
 
 def test_a_bundle(make_bundle: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make_bundle(tmp_path / "cells")
-    found = inspect_bundle(path)
-    facts = dict(found.facts)
-    assert found.kind == "bundle"
+    inspection = inspect_bundle(path)
+    facts = dict(inspection.facts)
+    assert inspection.kind == "bundle"
     assert facts["name"] == "cells"
     assert facts["checkpoint"] == "cells.pth " + "ab" * 6
-    assert facts["default"] == "onnxruntime, int8"
+    assert facts["default"] == "tensorrt, int8"
     assert facts["model.fp32.onnx"].startswith("onnx, fp32, ")
     assert facts["model.int8.engine"] == "tensorrt-engine, int8, 2,048 bytes, by quantize"
-    assert found.contract is not None
-    assert found.contract.class_names == ("cell", "platelet")
+    assert inspection.contract is not None
+    assert inspection.contract.class_names == ("cell", "platelet")
     printed = CliRunner().invoke(build_app(), ["inspect", str(path), "--json"])
-    assert json.loads(printed.stdout)["default"] == "onnxruntime, int8"
+    assert json.loads(printed.stdout)["default"] == "tensorrt, int8"
     (path / "model.int8.json").write_text("{}")
     with pytest.raises(ChecksumError):
         inspect_bundle(path)

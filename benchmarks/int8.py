@@ -23,12 +23,12 @@ from calibration.calibrate import StatisticsOptions, collect_ranges
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder, executed_share, open_engine
 from calibration.nncf_quantizer import NncfOptions, quantize_nncf
-from calibration.placement import PLACEMENTS, load_graph
+from calibration.placement import PLACEMENTS, open_graph
 from calibration.qdq import quantize_qdq
 from calibration.ranges import RangeMethod
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.registry import get_backend
 from fcos_deploy.detector import DetectorSpec
 
@@ -88,24 +88,24 @@ def _arguments() -> argparse.Namespace:
 
 def make_variants(options: argparse.Namespace) -> list[Variant]:
     """The float model, every method in every placement, and NNCF in our and its own settings."""
-    sample = SampleOptions(count=options.count)
+    graph, sample = open_graph(options.model), SampleOptions(count=options.count)
     images = collect_images(options.train, annotations=options.train_annotations, options=sample)
     file = options.work / "calibration.json"
     if not file.is_file():
         settings = StatisticsOptions(threads=options.threads)
-        save_calibration(collect_ranges(options.model, images, options=settings, state=file.with_suffix(".npz")), file)
-    calibration = load_calibration(file, graph=options.model)
+        save_calibration(collect_ranges(graph, images, options=settings, state=file.with_suffix(".npz")), file)
+    calibration = load_calibration(file)
     variants = [Variant(options.model, name, "float", "fp32") for name in ("onnxruntime", "openvino")]
-    for name, policy in PLACEMENTS.items():
+    for name, placement in PLACEMENTS.items():
         for method in map(RangeMethod, options.methods):
             path = options.work / f"{name}.{method}.onnx"
             if not path.is_file():
-                quantize_qdq(options.model, calibration.with_method(method), path, policy=policy)
+                quantize_qdq(graph, calibration.with_method(method), path, placement=placement)
             variants += [Variant(path, runtime, name, str(method)) for runtime in RUNS_ON[name]]
     for name, settings in NNCF_SETTINGS.items():
         path = options.work / f"nncf.{name}.xml"
         if not path.is_file():
-            quantize_nncf(options.model, images, path, options=settings)
+            quantize_nncf(graph.source, images, path, options=settings)
         variants.append(Variant(path, "openvino", "nncf", name))
     return variants
 
@@ -132,22 +132,22 @@ def measure(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     scores = evaluate(request).candidates[0].scores
     found: dict[str, Any] = {"ap": scores.ap, "ap50": scores.ap50, "ap75": scores.ap75}
     if variant.placement != "float":
-        found["int8_share"] = executed_share(options.model, variant.path, variant.backend).share
+        found["int8_share"] = executed_share(open_graph(options.model), variant.path, variant.backend).share
         found["sqnr_db"] = noise(variant, options)
     return found
 
 
 def noise(variant: Variant, options: argparse.Namespace) -> dict[str, float]:
     """Of the runtime's own INT8 arithmetic against the float graph, on four evaluation images."""
-    graph, contract = load_graph(options.model), read_contract(options.model)
-    feeder = Feeder(graph.model, contract)
-    reference = open_engine("onnxruntime", graph.model, threads=options.threads)
+    source = OnnxGraph(options.model)
+    feeder, contract = Feeder(source), source.contract
+    reference = open_engine("onnxruntime", source.model, threads=options.threads)
     signal, error = dict.fromkeys(contract.outputs, 0.0), dict.fromkeys(contract.outputs, 0.0)
     images = collect_images(options.images, options=SampleOptions(count=4, minimum=1)).images
     with get_backend(variant.backend).open(variant.path, SessionOptions(threads=options.threads)) as session:
         for image in images:
             feeds = feeder(image.read())
-            wanted, got = reference(feeds), session.run(feeds)
+            wanted, got = reference.run(feeds), session.run(feeds)
             for name in contract.outputs:
                 signal[name] += float(np.square(wanted[name], dtype=np.float64).sum())
                 error[name] += float(np.square(got[name].astype(np.float64) - wanted[name]).sum())
@@ -158,7 +158,7 @@ def latencies(variants: list[Variant], options: argparse.Namespace) -> dict[str,
     """Median milliseconds of one inference for the float models and the default method's, interleaved."""
     chosen = [v for v in variants if v.placement in {"float", "nncf"} or v.method == "percentile"]
     picture = collect_images(options.images, options=SampleOptions(count=1, minimum=1)).images[0]
-    feeds = Feeder(load_graph(options.model).model, read_contract(options.model))(picture.read())
+    feeds = Feeder(OnnxGraph(options.model))(picture.read())
     sessions = {v.key: get_backend(v.backend).open(v.path, SessionOptions(threads=options.threads)) for v in chosen}
     times: dict[str, list[float]] = {key: [] for key in sessions}
     for round_number in range(options.rounds + 2):

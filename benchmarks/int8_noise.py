@@ -18,9 +18,8 @@ import onnx
 
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder
-from calibration.placement import load_graph
 from exporters.step_check import Feeds, Runner, onnx_runner
-from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.onnx_graph import OnnxGraph
 
 
 def without_activation_pairs(model: Any) -> Any:
@@ -78,8 +77,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--count", type=int, default=8)
     options = parser.parse_args()
-    graph = load_graph(options.model)
-    feeder = Feeder(graph.model, read_contract(options.model))
+    graph = OnnxGraph(options.model)
+    feeder = Feeder(graph)
     images = collect_images(options.images, options=SampleOptions(count=options.count, minimum=1)).images
     feeds = [feeder(image.read()) for image in images]
     reference = onnx_runner(graph.model)

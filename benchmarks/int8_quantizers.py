@@ -24,10 +24,10 @@ import numpy as np
 
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images
 from calibration.execution import Feeder
-from calibration.placement import load_graph
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract import read_contract, write_sidecar
+from fcos_deploy.core.contract import write_sidecar
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.registry import get_backend
 from fcos_deploy.detector import DetectorSpec
 
@@ -35,11 +35,12 @@ from fcos_deploy.detector import DetectorSpec
 def ours(model: Path, images: CalibrationSet, output: Path, *, consumer: str, threads: int) -> None:
     """Statistics, ranges and Q/DQ placement of this project."""
     from calibration.calibrate import StatisticsOptions, collect_ranges
-    from calibration.placement import placement_for
+    from calibration.placement import open_graph, placement_for
     from calibration.qdq import quantize_qdq
 
-    calibration = collect_ranges(model, images, options=StatisticsOptions(threads=threads))
-    quantize_qdq(model, calibration, output, policy=placement_for(consumer))
+    graph = open_graph(model)
+    calibration = collect_ranges(graph, images, options=StatisticsOptions(threads=threads))
+    quantize_qdq(graph, calibration, output, placement=placement_for(consumer))
 
 
 def quantize_static(model: Path, images: CalibrationSet, output: Path, *, method: str, threads: int) -> None:
@@ -48,7 +49,7 @@ def quantize_static(model: Path, images: CalibrationSet, output: Path, *, method
     from onnxruntime.quantization import quantize_static as run
 
     del threads  # It has no such option.
-    feeder = Feeder(load_graph(model).model, read_contract(model))
+    feeder = Feeder(OnnxGraph(model))
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # the library has no types
         def __init__(self) -> None:
@@ -76,12 +77,12 @@ def nncf_default(model: Path, images: CalibrationSet, output: Path, *, threads: 
     import openvino as ov
 
     del threads
-    contract = read_contract(model)
-    feeder = Feeder(load_graph(model).model, contract)
+    source = OnnxGraph(model)
+    feeder = Feeder(source)
     dataset = nncf.Dataset(list(images.images), lambda image: feeder(image.read()))
     quantized = nncf.quantize(ov.convert_model(str(model)), dataset, subset_size=len(images.images))
     ov.save_model(quantized, str(output), compress_to_fp16=False)
-    write_sidecar(output, contract)
+    write_sidecar(output, source.contract)
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def result_path(name: str, count: int, options: argparse.Namespace) -> Path:
 
 
 def _session(options: argparse.Namespace) -> SessionOptions:
-    return SessionOptions(threads=options.threads, contract=read_contract(options.model))
+    return SessionOptions(threads=options.threads, contract=OnnxGraph(options.model).contract)
 
 
 def _ap(model: Path, runtime: str, session: SessionOptions, options: argparse.Namespace) -> float:
@@ -234,7 +235,7 @@ def latencies(runtime: str, results: dict[str, Any], options: argparse.Namespace
         if count is not None and runtime in entry.runtimes:
             paths[name] = result_path(name, count, options)
     picture = collect_images(options.images, options=SampleOptions(count=1, minimum=1)).images[0].read()
-    feeds = Feeder(load_graph(options.model).model, read_contract(options.model))(picture)
+    feeds = Feeder(OnnxGraph(options.model))(picture)
     times: dict[str, list[float]] = {name: [] for name in paths}
     with contextlib.ExitStack() as stack:
         sessions = {

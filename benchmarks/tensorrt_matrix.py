@@ -22,7 +22,7 @@ from typing import Any
 
 from calibration.calibrate import collect_ranges
 from calibration.dataset import SampleOptions, collect_images
-from calibration.placement import placement_for
+from calibration.placement import open_graph, placement_for
 from calibration.qdq import quantize_qdq
 from exporters.fp16 import convert_to_fp16
 from exporters.torch_onnx import ExportOptions, export_onnx
@@ -76,9 +76,9 @@ def graphs(detector: Detector, folder: Path, *, tail: Tail, batch: int | None) -
     export_onnx(detector, source, options=options)
     yield Precision.FP32, source
     yield Precision.FP16, convert_to_fp16(source, folder / "fp16.onnx").path
-    ranges = collect_ranges(source, collect_images(DEMO / "calibration", options=SampleOptions(count=8)))
-    policy = placement_for("tensorrt-rtx")
-    yield Precision.INT8, quantize_qdq(source, ranges, folder / "int8.onnx", policy=policy).path
+    graph, placement = open_graph(source), placement_for("tensorrt-rtx")
+    ranges = collect_ranges(graph, collect_images(DEMO / "calibration", options=SampleOptions(count=8)))
+    yield Precision.INT8, quantize_qdq(graph, ranges, folder / "int8.onnx", placement=placement).path
 
 
 def build(source: Path, folder: Path, *, capability: str, batch: BatchRange) -> dict[str, str]:

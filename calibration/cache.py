@@ -1,4 +1,4 @@
-"""calibration.json: the ranges of one graph, by every method, readable and tied to that graph."""
+"""Calibration files: ``calibration.json``, tied to one graph, and the calibration cache of old TensorRT versions."""
 
 from __future__ import annotations
 
@@ -10,28 +10,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.placement import load_graph
+from calibration.placement import ConvGraph
 from calibration.ranges import Range, RangeMethod
 from fcos_deploy.core.errors import CalibrationError, ConfigError
-from fcos_deploy.core.files import sha256_file, write_text
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
 from runtimes._tensorrt_library import calibration_cache_number
 
 __all__ = [
-    "DEFAULT_METHOD",
     "Calibration",
     "ImageRecord",
     "TensorRanges",
-    "cache_lines",
     "load_calibration",
     "save_calibration",
     "write_trt_cache",
 ]
 
 SCHEMA_VERSION = 1
-# Shares the lead over the models and placements of docs/int8.md.
-DEFAULT_METHOD = RangeMethod.PERCENTILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class TensorRanges:
-    """What was seen of a tensor, and what each method makes of it.
+    """What was seen of a tensor, and the range that each method finds.
 
     ``channel_means``: numbers in one text, so that the file stays readable; empty where they are not known.
     """
@@ -72,10 +69,7 @@ class TensorRanges:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Ranges of the activations of the graph with this hash.
-
-    ``method`` is the one a quantizer uses unless ``overrides`` names another for a tensor.
-    """
+    """Ranges of the activations of the graph with this hash; ``method`` is the one that a quantizer uses."""
 
     graph_sha256: str
     method: RangeMethod
@@ -84,7 +78,6 @@ class Calibration:
     engine: str
     images: tuple[ImageRecord, ...]
     tensors: dict[str, TensorRanges]
-    overrides: dict[str, RangeMethod]
     schema_version: int = SCHEMA_VERSION
 
     def range_of(self, tensor: str) -> Range:
@@ -95,11 +88,24 @@ class Calibration:
         """
         if tensor not in self.tensors:
             raise CalibrationError(f"The calibration has no range for tensor '{tensor}'.", hint="calibrate again")
-        return self.tensors[tensor].ranges[self.overrides.get(tensor, self.method)]
+        return self.tensors[tensor].ranges[self.method]
 
     def with_method(self, method: RangeMethod) -> Calibration:
         """The same statistics under another method."""
-        return replace(self, method=method, overrides={})
+        return replace(self, method=method)
+
+    def check_graph(self, graph: OnnxGraph) -> None:
+        """Refuse a graph that this calibration was not made on.
+
+        Raises:
+            CalibrationError: naming both hashes.
+        """
+        if graph.sha256 != self.graph_sha256:
+            raise CalibrationError(
+                f"The calibration belongs to the graph {self.graph_sha256[:12]}, '{graph.path}' is "
+                f"{graph.sha256[:12]}.",
+                hint=f"fcos-deploy calibrate {graph.path} --images DIR -o calibration.json",
+            )
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -107,11 +113,11 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     write_text(path, json.dumps(to_json(calibration), indent=1, sort_keys=True) + "\n")
 
 
-def load_calibration(path: Path, *, graph: Path | None = None) -> Calibration:
-    """Read a calibration, and check that it belongs to ``graph``.
+def load_calibration(path: Path) -> Calibration:
+    """Read a calibration; whether it belongs to a graph is checked where both are used.
 
     Raises:
-        CalibrationError: not a calibration file, of a newer version, or of another graph.
+        CalibrationError: not a calibration file, or of another schema version.
     """
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
@@ -124,51 +130,30 @@ def load_calibration(path: Path, *, graph: Path | None = None) -> Calibration:
             hint="calibrate again",
         )
     try:
-        calibration = from_json(Calibration, content, where="calibration")
+        return from_json(Calibration, content, where="calibration")
     except ConfigError as error:
         raise CalibrationError(f"'{path}' is damaged: {error.message}", hint="calibrate again") from error
-    if graph is not None:
-        check_graph(calibration, graph)
-    return calibration
-
-
-def check_graph(calibration: Calibration, graph: Path) -> None:
-    """Raise CalibrationError unless the calibration was made on this file."""
-    found = sha256_file(graph)
-    if found != calibration.graph_sha256:
-        raise CalibrationError(
-            f"The calibration belongs to the graph {calibration.graph_sha256[:12]}, '{graph}' is {found[:12]}.",
-            hint=f"fcos-deploy calibrate {graph} --images DIR -o calibration.json",
-        )
 
 
 _ALGORITHM = "EntropyCalibration2"  # The only one that DLAs take; with a complete cache it computes nothing.
 
 
-def write_trt_cache(calibration: Calibration, graph: Path, output: Path, *, version: str) -> None:
+def write_trt_cache(calibration: Calibration, graph: ConvGraph, output: Path, *, version: str) -> None:
     """Write the cache for the float graph that the calibration belongs to and one TensorRT version, such as "10.3.0".
 
-    Tensors are named as in the ONNX graph. TensorRT refuses a cache of another version than its own.
+    A header, then one line a tensor in graph order, named as in the ONNX graph, with the scale as the eight hexadecimal
+    digits of a big-endian float32. TensorRT refuses a cache of another version than its own.
 
     Raises:
         ConfigError: a version that has no calibration cache, or is none.
         CalibrationError: the calibration is of another graph.
     """
-    check_graph(calibration, graph)
-    write_text(output, "\n".join(cache_lines(calibration, graph, version=version)) + "\n")
-
-
-def cache_lines(calibration: Calibration, graph: Path, *, version: str) -> list[str]:
-    """Header and one line a tensor, in graph order."""
-    found = load_graph(graph)
-    amax = {name: calibration.range_of(name).amax for name in found.activations()}
-    # TensorRT fuses the ReLU, but asks for the scale of what stands before it as well.
-    amax |= {conv.output: amax[conv.result] for conv in found.convs}
-    amax |= {add.output: amax[add.result] for add in found.adds}
     header = f"TRT-{calibration_cache_number(version)}-{_ALGORITHM}"
-    return [header, *(f"{name}: {_hex(a / 127.0)}" for name, a in amax.items())]
-
-
-def _hex(scale: float) -> str:
-    """Eight digits: the float32 scale, most significant byte first."""
-    return struct.pack("!f", scale).hex()
+    calibration.check_graph(graph.source)
+    amax = {name: calibration.range_of(name).amax for name in graph.activations}
+    # TensorRT fuses the ReLU, but asks for the scale of what stands before it as well.
+    amax |= {conv.output: amax[conv.result] for conv in graph.convs}
+    amax |= {add.output: amax[add.result] for add in graph.adds}
+    # Symmetric int8: the largest magnitude becomes 127.
+    scales = [f"{name}: {struct.pack('!f', value / 127.0).hex()}" for name, value in amax.items()]
+    write_text(output, "\n".join([header, *scales]) + "\n")

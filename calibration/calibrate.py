@@ -1,4 +1,4 @@
-"""How the ranges settle as images are added: whether there were enough."""
+"""One pass over the calibration images: histograms of a graph's activations, and the ranges that follow from them."""
 
 from __future__ import annotations
 
@@ -6,331 +6,51 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibration.cache import DEFAULT_METHOD, Calibration, ImageRecord, TensorRanges, save_calibration, write_trt_cache
-from calibration.dataset import (
-    CalibrationImage,
-    CalibrationSet,
-    SampleOptions,
-    SetReport,
-    collect_images,
-    examine_set,
-)
-from calibration.execution import Feeder, Run, Tensors, expose, memory_groups, open_engine, pick_engine
-from calibration.placement import ConvGraph, load_graph
-from calibration.ranges import Histogram, RangeMethod, all_ranges, find_range
-from fcos_deploy.core.contract import ModelContract, read_contract
-from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
-from fcos_deploy.core.files import atomic_file, sha256_file
+from calibration.cache import Calibration, ImageRecord, TensorRanges, save_calibration, write_trt_cache
+from calibration.dataset import CalibrationImage, CalibrationSet, SampleOptions, SetReport, collect_images, examine_set
+from calibration.execution import Feeder, expose, memory_groups, open_engine, pick_engine
+from calibration.placement import ConvGraph, open_graph
+from calibration.ranges import DEFAULT_METHOD, Histogram, RangeMethod, find_range, range_method
+from fcos_deploy.core.backend import Tensors
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.serialize import to_json
 
 __all__ = [
     "CalibrationReport",
     "CalibrationRequest",
     "ConvergencePoint",
-    "ConvergenceRecorder",
     "StatisticsOptions",
     "calibrate",
-    "collect_histograms",
     "collect_ranges",
-    "convergence_curve",
-    "range_method",
-    "ranges_from",
 ]
 
-_STEPS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class ConvergencePoint:
-    """After ``images`` images, how far the symmetric ranges are from the final ones, as shares of those."""
-
-    images: int
-    median_change: float
-    largest_change: float
-
-
-class ConvergenceRecorder:
-    """Notes every tensor's range after 1, 2, 4, ... images of a pass."""
-
-    def __init__(self, total: int, *, method: RangeMethod) -> None:
-        self._method = method
-        self._stops = set(stops(total))
-        self._seen: dict[int, dict[str, float]] = {}
-
-    def __call__(self, done: int, histograms: dict[str, Histogram]) -> None:
-        """Look at the histograms after ``done`` images."""
-        if done in self._stops:
-            self._seen[done] = {n: find_range(h, self._method).amax for n, h in histograms.items() if h.amax > 0}
-
-    def curve(self) -> tuple[ConvergencePoint, ...]:
-        """One point a stop, the last of which is the final state."""
-        return convergence_curve(self._seen)
-
-
-def stops(total: int) -> Iterator[int]:
-    """``total`` and its halves down to one image, at most ``_STEPS`` of them."""
-    for _ in range(_STEPS):
-        yield total
-        if total <= 1:
-            return
-        total //= 2
-
-
-def convergence_curve(seen: dict[int, dict[str, float]]) -> tuple[ConvergencePoint, ...]:
-    """Compare each stop's ranges with the last stop's."""
-    if not seen:
-        return ()
-    final = seen[max(seen)]
-    return tuple(_point(images, seen[images], final) for images in sorted(seen))
-
-
-def _point(images: int, ranges: dict[str, float], final: dict[str, float]) -> ConvergencePoint:
-    changes: Sequence[float] = [abs(ranges[name] / value - 1.0) for name, value in final.items() if name in ranges]
-    return ConvergencePoint(images, round(float(np.median(changes)), 5), round(float(np.max(changes)), 5))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatisticsOptions:
-    """How the pass runs.
-
-    ``memory``: bytes of intermediate tensors that one inference hands out; less memory means more inferences an image.
-    ``samples``: values of one tensor of one image that enter its histogram, evenly spaced; extremes are always exact.
-    ``save_every``: seconds between two saved states.
-    """
-
-    method: RangeMethod = DEFAULT_METHOD
-    engine: str = "auto"
-    threads: int | None = None
-    memory: int = 512 << 20
-    samples: int = 1 << 17
-    save_every: float = 15.0
-
-    def __post_init__(self) -> None:
-        if self.memory < 1 or self.samples < 1 or self.save_every < 0:
-            raise ConfigError("memory and samples must be at least 1, save_every at least 0.")
-
-
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+# Values of one tensor of one image that enter its histogram, evenly spaced; extremes are always exact.
+_SAMPLES = 1 << 17
+_SAVE_INTERVAL = 15.0  # seconds between two saved states
+_STEPS = 6  # points of a convergence curve
 
 Histograms = dict[str, Histogram]
 Observer = Callable[[int, Histograms], None]  # called with the number of images done
 
 
-def collect_ranges(
-    source: Path,
-    images: CalibrationSet,
-    *,
-    options: StatisticsOptions | None = None,
-    state: Path | None = None,
-    progress: ProgressFn = no_progress,
-    observer: Observer | None = None,
-) -> Calibration:
-    """Measure the ranges of a float ONNX graph on calibration images.
-
-    ``state`` is a file in which an interrupted pass keeps what it has; it goes when the pass is complete. ``observer``
-    sees the histograms after every image.
-
-    Raises:
-        CalibrationError: a graph that is not float, an unreadable image, NaN or infinity, a tensor that is always zero.
-    """
-    options = _with_engine(source, images, options or StatisticsOptions(), state=state)
-    histograms = collect_histograms(source, images, options=options, state=state, progress=progress, observer=observer)
-    calibration = ranges_from(histograms, source=source, images=images, options=options)
-    if state is not None:
-        state.unlink(missing_ok=True)
-    return calibration
-
-
-def ranges_from(
-    histograms: Histograms, *, source: Path, images: CalibrationSet, options: StatisticsOptions
-) -> Calibration:
-    """The ranges by every method, bound to the graph's hash."""
-    tensors = {}
-    for name, histogram in histograms.items():
-        try:
-            ranges = all_ranges(histogram)
-        except CalibrationError as error:
-            raise CalibrationError(
-                f"Tensor '{name}' of '{source}': {error.message} ({len(images.images)} images, first "
-                f"'{images.images[0].path}').",
-                hint="is the checkpoint trained, and do the images fit it?",
-            ) from error
-        share = round(histogram.zeros / histogram.elements, 6)
-        means = " ".join(f"{mean:.6g}" for mean in histogram.channel_means)
-        tensors[name] = TensorRanges(histogram.minimum, histogram.maximum, share, ranges, means)
-    return Calibration(
-        graph_sha256=sha256_file(source),
-        method=options.method,
-        preprocess=read_contract(source).preprocess,
-        seed=images.seed,
-        engine=options.engine,
-        images=tuple(ImageRecord(image.name, image.sha256) for image in images.images),
-        tensors=tensors,
-        overrides={},
-    )
-
-
-def collect_histograms(
-    source: Path,
-    images: CalibrationSet,
-    *,
-    options: StatisticsOptions,
-    state: Path | None = None,
-    progress: ProgressFn = no_progress,
-    observer: Observer | None = None,
-) -> Histograms:
-    """Histograms of all quantizable tensors, by name in graph order.
-
-    Raises:
-        CalibrationError: as ``collect_ranges``.
-    """
-    options = _with_engine(source, images, options, state=state)
-    graph = load_graph(source)
-    key = _key(source, images, options)
-    done, histograms = _resume(state, key, graph.activations())
-    saved = time.monotonic()
-    with closing(_Pass(graph, _float_contract(source), options=options)) as walk:
-        for index, image in enumerate(images.images[done:], done):
-            progress("calibrating", index, len(images.images))
-            walk.add(image, histograms)
-            if observer is not None:
-                observer(index + 1, histograms)
-            if state is not None and time.monotonic() - saved >= options.save_every:
-                _save(state, key, options.engine, done=index + 1, histograms=histograms)
-                saved = time.monotonic()
-    progress("calibrating", len(images.images), len(images.images))
-    return histograms
-
-
-def _float_contract(source: Path) -> ModelContract:
-    contract = read_contract(source)
-    if contract.precision is not Precision.FP32:
-        raise CalibrationError(f"'{source}' is {contract.precision}.", hint="calibrate the fp32 graph")
-    return contract
-
-
-def _with_engine(
-    source: Path, images: CalibrationSet, options: StatisticsOptions, *, state: Path | None
-) -> StatisticsOptions:
-    """``auto`` becomes the engine of the pass that is to be resumed, otherwise the fastest on the first image."""
-    if options.engine != "auto":
-        return options
-    engine = _saved_engine(state)
-    if not engine:
-        graph, contract = load_graph(source), _float_contract(source)
-        feeds = Feeder(graph.model, contract)(images.images[0].read())
-        first = expose(graph.model, _groups(graph, options)[0])
-        engine = pick_engine(first, feeds, images=len(images.images), threads=options.threads)
-    return replace(options, engine=engine)
-
-
-class _Pass:
-    """The graph, opened once for each group of tensors."""
-
-    def __init__(self, graph: ConvGraph, contract: ModelContract, *, options: StatisticsOptions) -> None:
-        self._feeder = Feeder(graph.model, contract)
-        self._samples = options.samples
-        inputs = {value.name for value in graph.model.graph.input}
-        self._inputs = [name for name in graph.activations() if name in inputs]
-        self._runs: Sequence[Run] = [
-            open_engine(options.engine, expose(graph.model, group), threads=options.threads)
-            for group in _groups(graph, options)
-        ]
-        self._pool = ThreadPoolExecutor(options.threads or usable_cpus(), "histograms")
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-    def add(self, image: CalibrationImage, histograms: Histograms) -> None:
-        feeds = self._feeder(image.read())
-        self._count({name: feeds[name] for name in self._inputs}, image, histograms)
-        for run in self._runs:
-            self._count(run(feeds), image, histograms)
-
-    def _count(self, tensors: Tensors, image: CalibrationImage, histograms: Histograms) -> None:
-        def count(name: str) -> None:
-            try:
-                histograms[name].add(tensors[name], samples=self._samples)
-            except CalibrationError as error:
-                raise CalibrationError(
-                    f"Tensor '{name}' for the image '{image.path}': {error.message}.",
-                    hint="does the float model work on this image?",
-                ) from error
-
-        # Counting releases the interpreter's lock; every tensor has a histogram of its own.
-        for _ in self._pool.map(count, tensors):
-            pass
-
-
-def _groups(graph: ConvGraph, options: StatisticsOptions) -> list[list[str]]:
-    """Tensors that one inference hands out together; the graph's inputs are known without one."""
-    inputs = {value.name for value in graph.model.graph.input}
-    names = [name for name in graph.activations() if name not in inputs]
-    return memory_groups(graph.model, names, memory=options.memory)
-
-
-def _key(source: Path, images: CalibrationSet, options: StatisticsOptions) -> str:
-    """Hash of everything that the histograms depend on."""
-    settings = {k: v for k, v in asdict(options).items() if k in {"samples", "engine"}}
-    parts = {
-        "graph": sha256_file(source),
-        "images": [image.sha256 for image in images.images],
-        "preprocess": to_json(read_contract(source).preprocess),
-        "settings": settings,
-        "version": 2,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _save(state: Path, key: str, engine: str, *, done: int, histograms: Histograms) -> None:
-    arrays: dict[str, Any] = {"key": np.array(key), "done": np.array(done), "engine": np.array(engine)}
-    for name, histogram in histograms.items():
-        arrays |= {f"{name}\n{part}": value for part, value in histogram.state().items()}
-    with atomic_file(state) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **arrays)
-
-
-def _saved_engine(state: Path | None) -> str:
-    if state is None or not state.is_file():
-        return ""
-    try:
-        with state.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return str(arrays["engine"])
-    except _DAMAGED:
-        return ""
-
-
-def _resume(state: Path | None, key: str, names: Sequence[str]) -> tuple[int, Histograms]:
-    """Images done and their histograms; a state of other inputs, or a damaged one, starts again."""
-    fresh = {name: Histogram() for name in names}
-    if state is None or not state.is_file():
-        return 0, fresh
-    try:
-        with state.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            if str(arrays["key"]) != key:
-                return 0, fresh
-            parts = ("positive", "negative", "channels", "numbers", "counts")
-            found = {n: Histogram.from_state({p: arrays[f"{n}\n{p}"] for p in parts}) for n in names}
-            return int(arrays["done"]), found
-    except _DAMAGED:
-        return 0, fresh
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRequest:
-    """One calibration; ``method`` empty means the default."""
+    """One calibration; ``method`` empty means the default.
+
+    ``evaluation_images``: a folder, list file or COCO json; images that are in both sets are reported.
+    ``tensorrt_version``: also write a calibration cache for this version of TensorRT.
+    """
 
     model: Path
     images: Path
@@ -347,9 +67,18 @@ class CalibrationRequest:
     tensorrt_version: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ConvergencePoint:
+    """After ``images`` images, how far the symmetric ranges are from the final ones, as shares of those."""
+
+    images: int
+    median_change: float
+    largest_change: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationReport:
-    """What was made, and what is to be said of the images."""
+    """What was written, and what is to be said of the images."""
 
     output: str
     method: RangeMethod
@@ -359,42 +88,50 @@ class CalibrationReport:
 
     def lines(self) -> list[str]:
         """For people."""
-        found = [*self.images.lines(), f"{self.tensors} tensors, method {self.method}: {self.output}"]
-        found += [
-            f"{p.images:5d} images: ranges differ from the final ones by {p.median_change:.2%} in the median, "
-            f"{p.largest_change:.1%} at most"
-            for p in self.convergence
+        return [
+            *self.images.lines(),
+            f"{self.tensors} tensors, method {self.method}: {self.output}",
+            *(
+                f"{p.images:5d} images: ranges differ from the final ones by {p.median_change:.2%} in the median, "
+                f"{p.largest_change:.1%} at most"
+                for p in self.convergence
+            ),
         ]
-        return found
 
 
-def range_method(name: str) -> RangeMethod:
-    """A method by name, the default for an empty one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsOptions:
+    """How the pass runs.
 
-    Raises:
-        ConfigError: naming the ones that exist.
+    ``engine``: ``onnxruntime``, ``openvino``, or ``auto`` for the one that runs this graph faster.
+    ``memory``: bytes of intermediate tensors that one inference hands out; less memory means more inferences an image.
     """
-    known = [str(method) for method in RangeMethod]
-    if name and name not in known:
-        raise unknown_name("range method", name, known)
-    return RangeMethod(name) if name else DEFAULT_METHOD
+
+    method: RangeMethod = DEFAULT_METHOD
+    engine: str = "auto"
+    threads: int | None = None
+    memory: int = 512 << 20
+
+    def __post_init__(self) -> None:
+        if self.memory < 1:
+            raise ConfigError(f"The memory must be at least 1 byte, got {self.memory}.")
 
 
 def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress) -> CalibrationReport:
     """Choose images, measure, write. An interrupted run resumes from a hidden file beside the output.
 
     Raises:
+        BackendLoadError: the graph cannot be read.
         CalibrationError: images or statistics that cannot be used.
         ConfigError: an unknown method or engine, or an output that cannot be written.
     """
-    method = range_method(request.method)
-    contract = read_contract(request.model)
+    method, graph = range_method(request.method), open_graph(request.model)
     sample = SampleOptions(count=request.count, seed=request.seed, minimum=request.minimum)
     images = collect_images(request.images, annotations=request.annotations, options=sample)
-    report = examine_set(images, contract, evaluation_images=request.evaluation_images)
-    recorder = ConvergenceRecorder(len(images.images), method=method) if request.convergence else None
-    calibration: Calibration = collect_ranges(
-        request.model,
+    report = examine_set(images, graph.source.contract, evaluation_images=request.evaluation_images)
+    recorder = _ConvergenceRecorder(len(images.images), method=method) if request.convergence else None
+    calibration = collect_ranges(
+        graph,
         images,
         options=StatisticsOptions(method=method, engine=request.engine, threads=request.threads),
         state=request.output.with_name(f".{request.output.stem}.state.npz"),
@@ -404,7 +141,7 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
     save_calibration(calibration, request.output)
     if request.tensorrt_version:
         cache = request.output.with_suffix(".cache")
-        write_trt_cache(calibration, request.model, cache, version=request.tensorrt_version)
+        write_trt_cache(calibration, graph, cache, version=request.tensorrt_version)
     return CalibrationReport(
         output=str(request.output),
         method=method,
@@ -412,3 +149,173 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
         images=report,
         convergence=recorder.curve() if recorder else (),
     )
+
+
+class _ConvergenceRecorder:
+    """Notes every tensor's range after 1, 2, 4, ... images of a pass: whether there were enough."""
+
+    def __init__(self, total: int, *, method: RangeMethod) -> None:
+        self._method = method
+        self._stops = {total >> halvings for halvings in range(_STEPS)} - {0}
+        self._amax: dict[int, dict[str, float]] = {}
+
+    def __call__(self, done: int, histograms: Histograms) -> None:
+        if done in self._stops:
+            self._amax[done] = {n: find_range(h, self._method).amax for n, h in histograms.items() if h.amax > 0}
+
+    def curve(self) -> tuple[ConvergencePoint, ...]:
+        """One point a stop, compared with the last, which is the final state."""
+        return tuple(self._point(images) for images in sorted(self._amax))
+
+    def _point(self, images: int) -> ConvergencePoint:
+        final, ranges = self._amax[max(self._amax)], self._amax[images]
+        changes = [abs(ranges[name] / value - 1.0) for name, value in final.items() if name in ranges]
+        return ConvergencePoint(images, round(float(np.median(changes)), 5), round(float(np.max(changes)), 5))
+
+
+def collect_ranges(
+    graph: ConvGraph,
+    images: CalibrationSet,
+    *,
+    options: StatisticsOptions | None = None,
+    state: Path | None = None,
+    progress: ProgressFn = no_progress,
+    observer: Observer | None = None,
+) -> Calibration:
+    """Measure the ranges of a float graph's activations on calibration images.
+
+    ``state`` is a file in which an interrupted pass keeps what it has; it goes when the pass is complete. ``observer``
+    sees the histograms after every image.
+
+    Raises:
+        CalibrationError: an unreadable image, NaN or infinity, a tensor that is always zero.
+        ConfigError: there is no such engine.
+    """
+    options = options or StatisticsOptions()
+    key = _key(graph, images)
+    resumed = _load_state(state, key, graph.activations)
+    if resumed is None or options.engine not in {"auto", resumed.engine}:
+        resumed = _Resumed(options.engine, 0, {name: Histogram() for name in graph.activations})
+    histograms, saved = resumed.histograms, time.monotonic()
+    with _Pass(graph, images, engine=resumed.engine, options=options) as walk:
+        for index, image in enumerate(images.images[resumed.done :], resumed.done):
+            progress("calibrating", index, len(images.images))
+            walk.add(image, histograms)
+            if observer is not None:
+                observer(index + 1, histograms)
+            if state is not None and time.monotonic() - saved >= _SAVE_INTERVAL:
+                _save_state(state, key, _Resumed(walk.engine, index + 1, histograms))
+                saved = time.monotonic()
+    progress("calibrating", len(images.images), len(images.images))
+    calibration = Calibration(
+        graph_sha256=graph.source.sha256,
+        method=options.method,
+        preprocess=graph.source.contract.preprocess,
+        seed=images.seed,
+        engine=walk.engine,
+        images=tuple(ImageRecord(image.name, image.sha256) for image in images.images),
+        tensors={name: _tensor_ranges(name, histogram, images) for name, histogram in histograms.items()},
+    )
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return calibration
+
+
+def _tensor_ranges(name: str, histogram: Histogram, images: CalibrationSet) -> TensorRanges:
+    try:
+        ranges = {str(method): find_range(histogram, method) for method in RangeMethod}
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"Tensor '{name}': {error.message} ({len(images.images)} images, first '{images.images[0].path}').",
+            hint="is the checkpoint trained, and do the images fit it?",
+        ) from error
+    share = round(histogram.zeros / histogram.elements, 6)
+    means = " ".join(f"{mean:.6g}" for mean in histogram.channel_means)
+    return TensorRanges(histogram.minimum, histogram.maximum, share, ranges, means)
+
+
+class _Pass(ExitStack):
+    """The graph, opened once for each group of tensors that fit into memory together."""
+
+    def __init__(self, graph: ConvGraph, images: CalibrationSet, *, engine: str, options: StatisticsOptions) -> None:
+        super().__init__()
+        model, threads = graph.source.model, options.threads
+        self._feeder = Feeder(graph.source)
+        # The graph's inputs are known without an inference.
+        inputs = {value.name for value in model.graph.input}
+        self._inputs = [name for name in graph.activations if name in inputs]
+        inner = [name for name in graph.activations if name not in inputs]
+        graphs = [expose(model, group) for group in memory_groups(model, inner, memory=options.memory)]
+        if engine == "auto":
+            feeds = self._feeder(images.images[0].read())
+            engine = pick_engine(graphs[0], feeds, images=len(images.images), threads=threads)
+        self.engine = engine
+        self._sessions = [self.enter_context(open_engine(engine, graph, threads=threads)) for graph in graphs]
+        self._pool = self.enter_context(ThreadPoolExecutor(threads or usable_cpus(), "histograms"))
+
+    def add(self, image: CalibrationImage, histograms: Histograms) -> None:
+        """Count every tensor's values for one image."""
+        feeds = self._feeder(image.read())
+        self._count({name: feeds[name] for name in self._inputs}, image, histograms)
+        for session in self._sessions:
+            self._count(session.borrow(feeds), image, histograms)
+
+    def _count(self, tensors: Tensors, image: CalibrationImage, histograms: Histograms) -> None:
+        def count(name: str) -> None:
+            try:
+                histograms[name].add(tensors[name], samples=_SAMPLES)
+            except CalibrationError as error:
+                raise CalibrationError(
+                    f"Tensor '{name}' for the image '{image.path}': {error.message}.",
+                    hint="does the float model work on this image?",
+                ) from error
+
+        # Counting releases the interpreter's lock; every tensor has a histogram of its own.
+        list(self._pool.map(count, tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class _Resumed:
+    """What an interrupted pass keeps."""
+
+    engine: str
+    done: int
+    histograms: Histograms
+
+
+def _key(graph: ConvGraph, images: CalibrationSet) -> str:
+    """Hash of everything that the histograms depend on, but for the engine; the graph holds its preprocessing."""
+    parts = {
+        "graph": graph.source.sha256,
+        "images": [image.sha256 for image in images.images],
+        "samples": _SAMPLES,
+        "version": 3,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _save_state(state: Path, key: str, resumed: _Resumed) -> None:
+    arrays: dict[str, Any] = {
+        "key": np.array(key),
+        "done": np.array(resumed.done),
+        "engine": np.array(resumed.engine),
+    }
+    for name, histogram in resumed.histograms.items():
+        arrays |= {f"{name}\n{part}": value for part, value in histogram.state().items()}
+    with atomic_file(state) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)
+
+
+def _load_state(state: Path | None, key: str, names: tuple[str, ...]) -> _Resumed | None:
+    """None where there is none, or one of other inputs, or a damaged one: the pass then starts again."""
+    if state is None or not state.is_file():
+        return None
+    try:
+        with state.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            if str(arrays["key"]) != key:
+                return None
+            parts = ("positive", "negative", "channels", "numbers", "counts")
+            histograms = {n: Histogram.from_state({p: arrays[f"{n}\n{p}"] for p in parts}) for n in names}
+            return _Resumed(str(arrays["engine"]), int(arrays["done"]), histograms)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

@@ -1,10 +1,10 @@
-"""Which layers hurt: each is quantized alone, and its effect on detections measured."""
+"""Mixed precision: which layers quantization hurts, and the smallest set to leave in float that reaches a goal."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,81 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.cache import Calibration
-from calibration.execution import DetectionEffect, EffectMeter, Feeder, conv_macs, open_engine
-from calibration.placement import ConvGraph, Placement, load_graph, plan_pairs
+from calibration.execution import Feeder, conv_macs, open_engine
+from calibration.placement import ConvGraph, Placement, plan_pairs
 from calibration.qdq import QuantizedOnnx, quantize_qdq, quantized_model
-from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.files import sha256_file, write_text
+from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [
     "DEFAULT_EVALUATIONS",
+    "AccuracyGoal",
+    "DetectionEffect",
     "LayerSensitivity",
     "MixedPrecision",
-    "PrecisionGoal",
     "Trial",
-    "measure_sensitivity",
+    "detection_effect",
     "pareto_front",
     "search_mixed_precision",
 ]
 
-Remember = Callable[["LayerSensitivity"], None]
+DEFAULT_EVALUATIONS = 16
+# Images that layers are ranked on: each costs one inference per layer.
+_RANKING_IMAGES = 8
+# A location takes part in a detection from about this probability on.
+_FOREGROUND = 0.05
+# Scores are compared to a millionth: AP has that many digits.
+_SCORE_DIGIT = 1e-6
+
+Evaluate = Callable[[Path], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyGoal:
+    """How far AP (0..1) may fall, measured on which images; without annotations the float model's detections count.
+
+    ``evaluations``: how many candidates may be evaluated; 1 is all layers in INT8 or nothing.
+    """
+
+    max_map_drop: float
+    images: Path
+    annotations: Path | None = None
+    backend: str = "onnxruntime"
+    threads: int | None = None
+    evaluations: int = DEFAULT_EVALUATIONS
+
+    def __post_init__(self) -> None:
+        if self.max_map_drop < 0:
+            raise ConfigError(f"The allowed drop must not be negative, got {self.max_map_drop}.")
+        if self.evaluations < 1:
+            raise ConfigError(f"At least 1 candidate must be evaluated, got {self.evaluations}.")
+
+    def fingerprint(self) -> list[str]:
+        """Stands for everything that scores depend on beside the model."""
+        files = [*list_images(self.images), *([self.annotations] if self.annotations else [])]
+        return [self.backend, *(sha256_file(path) for path in files)]
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionEffect:
+    """Root mean square errors over the locations that see an object.
+
+    ``classes``, ``centerness``: of probabilities. ``boxes``: of distances, as a share of the box's size.
+    """
+
+    classes: float
+    boxes: float
+    centerness: float
+
+    @property
+    def total(self) -> float:
+        """One number to rank by: a box side off by 1 % weighs as much as a probability off by 0.01."""
+        return float(np.sqrt(self.classes**2 + self.boxes**2 + self.centerness**2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,90 +98,17 @@ class LayerSensitivity:
     effect: DetectionEffect
 
 
-def measure_sensitivity(
-    graph: ConvGraph,
-    calibration: Calibration,
-    *,
-    contract: ModelContract,
-    policy: Placement,
-    pictures: Sequence[NDArray[np.uint8]],
-    known: Mapping[str, LayerSensitivity] | None = None,
-    remember: Remember | None = None,
-    progress: ProgressFn = no_progress,
-) -> tuple[LayerSensitivity, ...]:
-    """All layers that ``policy`` would quantize, the most harmful first.
-
-    ``known`` holds measurements of an interrupted run, ``remember`` is called with every new one.
-
-    Raises:
-        ConfigError: the graph does not end in raw outputs.
-    """
-    if contract.tail is not Tail.RAW:
-        raise ConfigError(f"Sensitivity needs the raw tail, the graph has '{contract.tail}'.", hint="export --tail raw")
-    known = known or {}
-    feeder = Feeder(graph.model, contract)
-    feeds = [feeder(picture) for picture in pictures]
-    reference = open_engine("onnxruntime", graph.model)
-    wanted = [reference(feed) for feed in feeds]
-    layers = quantizable_layers(graph, policy)
-    found = []
-    for index, layer in enumerate(layers):
-        progress("measuring layers", index, len(layers))
-        if layer not in known:
-            others = set(graph.layers) - {layer}
-            model = quantized_model(graph, calibration, policy=policy, ignored_layers=others)
-            known = {**known, layer: LayerSensitivity(layer, _effect(model, feeds, wanted))}
-            if remember is not None:
-                remember(known[layer])
-        found.append(known[layer])
-    progress("measuring layers", len(layers), len(layers))
-    return tuple(sorted(found, key=lambda item: (-item.effect.total, item.layer)))
-
-
-def quantizable_layers(graph: ConvGraph, policy: Placement) -> tuple[str, ...]:
-    """Layers with a convolution that the placement does not keep float itself."""
-    convs = (c for c in graph.convs if not (policy.ignore_predictions and c.is_prediction))
-    return tuple(dict.fromkeys(conv.layer for conv in convs))
-
-
-def _effect(
-    model: Any, feeds: Sequence[Mapping[str, NDArray[Any]]], wanted: Sequence[Mapping[str, NDArray[Any]]]
-) -> DetectionEffect:
-    run = open_engine("onnxruntime", model)
-    meter = EffectMeter()
-    for feed, reference in zip(feeds, wanted, strict=True):
-        meter.add(reference, run(feed))
-    return meter.effect
-
-
-Evaluate = Callable[[Path], float]
-DEFAULT_EVALUATIONS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrecisionGoal:
-    """``max_drop``: how much the score (0..1) may fall. ``evaluations``: how many candidates may be evaluated.
-
-    One evaluation is all layers in INT8 or nothing.
-    """
-
-    max_drop: float
-    evaluations: int = DEFAULT_EVALUATIONS
-
-    def __post_init__(self) -> None:
-        if self.max_drop < 0:
-            raise ConfigError(f"The allowed drop must not be negative, got {self.max_drop}.")
-        if self.evaluations < 1:
-            raise ConfigError(f"At least 1 candidate must be evaluated, got {self.evaluations}.")
-
-
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A candidate: the layers kept in float, its share of multiply-accumulates in INT8, its score."""
+    """A candidate: the layers left in float, its share of multiply-accumulates in INT8, its score.
+
+    ``p50_ms``: median milliseconds of one image; None where it was not timed.
+    """
 
     ignored_layers: tuple[str, ...]
     int8_share: float
     score: float
+    p50_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,53 +133,44 @@ class _Saved:
 
 
 def search_mixed_precision(
-    source: Path,
+    graph: ConvGraph,
     calibration: Calibration,
     output: Path,
     *,
-    policy: Placement,
-    goal: PrecisionGoal,
+    placement: Placement,
+    goal: AccuracyGoal,
     evaluate: Evaluate,
-    pictures: Sequence[NDArray[np.uint8]],
-    measured_on: str = "",
     state: Path | None = None,
     progress: ProgressFn = no_progress,
 ) -> MixedPrecision:
-    """Find the graph; ``evaluate`` scores a model file, higher is better.
+    """Find the INT8 graph that reaches the goal with the fewest layers in float.
 
-    An interrupted search goes on from ``state``, provided that the files and ``measured_on``, which stands for the data
-    behind ``evaluate``, are the same. Refusal and success remove it.
+    ``evaluate`` scores a model file on the goal's images, higher is better. An interrupted search resumes from
+    ``state`` if graph, calibration, placement and the goal's images are the same. Refusal and success remove it.
 
     All layers in INT8 are tried first. If they miss the goal, layers return to float in the order of their effect on
     detections: first doubling their number, then halving the interval, then offering single layers back to INT8.
 
     Raises:
         AccuracyGateError: no candidate reached the goal; the message holds the trade-offs. ``output`` is not written.
+        ConfigError: the graph does not end in raw outputs.
     """
     search = _Search(
-        source,
-        calibration,
-        output,
-        policy=policy,
-        evaluate=evaluate,
-        measured_on=measured_on,
-        state=state,
-        progress=progress,
+        graph, calibration, output, placement=placement, goal=goal, evaluate=evaluate, state=state, progress=progress
     )
-    search.begin(goal)
-    if not search.holds(()) and goal.evaluations > 1:
-        search.rank(pictures)
-        search.narrow()
+    if not search.reaches_goal(()) and goal.evaluations > 1:
+        search.narrow(search.rank())
     chosen = search.best()
     if chosen is None:
         search.finish()
-        message = f"INT8 misses the goal: float {search.float_score:.4f}, allowed drop {goal.max_drop:.4f}."
+        message = f"INT8 misses the goal: float {search.float_score:.4f}, allowed drop {goal.max_map_drop:.4f}."
         raise AccuracyGateError(
             f"{message}\n{search.table()}",
-            hint=f"allow a larger drop or more evaluations, calibrate on other images, or use the float '{source}'",
+            hint="allow a larger drop or more evaluations, calibrate on other images, or use the float "
+            f"'{graph.source.path}'",
         )
     result = quantize_qdq(
-        source, calibration, output, policy=policy, ignored_layers=chosen.ignored_layers, pictures=pictures
+        graph, calibration, output, placement=placement, ignored_layers=chosen.ignored_layers, images=search.images
     )
     search.finish()
     return MixedPrecision(
@@ -212,7 +183,7 @@ def search_mixed_precision(
 
 
 def pareto_front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """Those that no other beats in both share and score, most INT8 first."""
+    """Those that no other trial beats in both share and score, most INT8 first."""
     front: list[Trial] = []
     for trial in sorted(trials, key=lambda t: (-t.int8_share, -t.score)):
         if not front or trial.score > front[-1].score:
@@ -220,31 +191,62 @@ def pareto_front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     return tuple(front)
 
 
+def detection_effect(reference: Sequence[Tensors], results: Sequence[Tensors]) -> DetectionEffect:
+    """Compare the raw outputs (``ModelContract``, tail raw) of the same images; zeros where nothing sees an object."""
+    squares, count = np.zeros(3), 0
+    for expected, measured in zip(reference, results, strict=True):
+        before, after = _sigmoid(expected["cls_logits"]), _sigmoid(measured["cls_logits"])
+        seen = np.maximum(before, after).max(2) > _FOREGROUND  # (n, L)
+        if not seen.any():
+            continue
+        distances = expected["distances"].astype(np.float64)
+        size = np.maximum((distances[..., :2] + distances[..., 2:])[seen], 1.0)  # (m, 2) width and height
+        error = (measured["distances"] - distances)[seen] / np.concatenate([size, size], 1)
+        centerness = (_sigmoid(measured["centerness"]) - _sigmoid(expected["centerness"]))[seen]
+        squares += [
+            np.square((after - before)[seen]).max(1).sum(),
+            np.square(error).mean(1).sum(),
+            np.square(centerness).sum(),
+        ]
+        count += int(seen.sum())
+    return DetectionEffect(*(float(v) for v in np.sqrt(squares / max(count, 1))))
+
+
+def _sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
+    # tanh does not overflow, as exp does.
+    probabilities: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
+    return probabilities
+
+
 class _Search:
-    """The candidates of one search, evaluated at most once each."""
+    """The candidates of one search, each evaluated at most once."""
 
     def __init__(
         self,
-        source: Path,
+        graph: ConvGraph,
         calibration: Calibration,
         output: Path,
         *,
-        policy: Placement,
+        placement: Placement,
+        goal: AccuracyGoal,
         evaluate: Evaluate,
-        measured_on: str,
         state: Path | None,
         progress: ProgressFn,
     ) -> None:
-        self._source, self._calibration, self._output = source, calibration, output
-        self._policy, self._evaluate, self._measured_on = policy, evaluate, measured_on
-        self._state, self._progress = state, progress
-        self._graph, self._contract = load_graph(source), read_contract(source)
-        self._macs = conv_macs(self._graph, self._contract)
+        self._graph, self._calibration, self._output, self._placement = graph, calibration, output, placement
+        self._goal, self._evaluate, self._state, self._progress = goal, evaluate, state, progress
+        self._macs = conv_macs(graph)
         self._trials: dict[tuple[str, ...], Trial] = {}
-        self._known: dict[str, LayerSensitivity] = {}
+        self._sensitivities: dict[str, LayerSensitivity] = {}
+        self.images = [read_image(path) for path in list_images(goal.images)[:_RANKING_IMAGES]]
         self.ranking: tuple[LayerSensitivity, ...] = ()
-        self._float_score: float | None = None
-        self._goal = PrecisionGoal(max_drop=0.0)
+        parts = [graph.source.sha256, to_json(calibration), to_json(placement), goal.fingerprint()]
+        self._key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        self._float_score = self._resume()
+        if self._float_score is None:
+            self._report_evaluation()
+            self._float_score = evaluate(graph.source.path)
+            self._save()
 
     @property
     def float_score(self) -> float:
@@ -254,114 +256,106 @@ class _Search:
     def trials(self) -> tuple[Trial, ...]:
         return tuple(sorted(self._trials.values(), key=lambda trial: -trial.int8_share))
 
-    def begin(self, goal: PrecisionGoal) -> None:
-        self._goal = goal
-        self._load()
-        if self._float_score is None:
-            self._report()
-            self._float_score = self._evaluate(self._source)
-            self._save()
-
-    def holds(self, ignored_layers: Sequence[str]) -> bool:
-        """Whether this candidate reaches the goal. Scores are compared to a millionth: AP has that many digits."""
+    def reaches_goal(self, ignored_layers: Sequence[str]) -> bool:
+        """Evaluate the candidate that leaves these layers in float, unless it was evaluated before."""
         key = tuple(sorted(ignored_layers))
         if key not in self._trials:
-            self._report()
-            self._trials[key] = Trial(key, self._share(key), self._try(key))
+            self._report_evaluation()
+            quantized = plan_pairs(self._graph, self._placement, ignored_layers=key).convs
+            share = round(sum(self._macs[conv.name] for conv in quantized) / sum(self._macs.values()), 6)
+            candidate = self._output.with_name(f".{self._output.stem}.trial.onnx")
+            try:
+                quantize_qdq(self._graph, self._calibration, candidate, placement=self._placement, ignored_layers=key)
+                self._trials[key] = Trial(key, share, self._evaluate(candidate))
+            finally:
+                candidate.unlink(missing_ok=True)
             self._save()
-        return self.float_score - self._trials[key].score <= self._goal.max_drop + 1e-6
+        return self._within_goal(self._trials[key])
 
-    def _try(self, ignored_layers: tuple[str, ...]) -> float:
-        candidate = self._output.with_name(f".{self._output.stem}.trial.onnx")
-        try:
-            quantize_qdq(self._source, self._calibration, candidate, policy=self._policy, ignored_layers=ignored_layers)
-            return self._evaluate(candidate)
-        finally:
-            candidate.unlink(missing_ok=True)
+    def _within_goal(self, trial: Trial) -> bool:
+        return self.float_score - trial.score <= self._goal.max_map_drop + _SCORE_DIGIT
 
-    def _report(self) -> None:
-        self._progress("evaluating candidates", len(self._trials), self._goal.evaluations)
+    def rank(self) -> list[str]:
+        """All layers that the placement would quantize, the most harmful first; each is quantized alone."""
+        source = self._graph.source
+        if source.contract.tail is not Tail.RAW:
+            raise ConfigError(
+                f"Ranking layers needs the raw tail, the graph has '{source.contract.tail}'.", hint="export --tail raw"
+            )
+        feeder = Feeder(source)
+        feeds = [feeder(image) for image in self.images]
+        with open_engine("onnxruntime", source.model) as session:
+            reference = [session.run(feed) for feed in feeds]
+        every = plan_pairs(self._graph, self._placement).convs
+        layers = tuple(dict.fromkeys(conv.layer for conv in every))
+        for index, layer in enumerate(layers):
+            self._progress("measuring layers", index, len(layers))
+            if layer in self._sensitivities:
+                continue
+            others = set(self._graph.layers) - {layer}
+            plan = plan_pairs(self._graph, self._placement, ignored_layers=others)
+            with open_engine("onnxruntime", quantized_model(plan, self._calibration)) as session:
+                effect = detection_effect(reference, [session.run(feed) for feed in feeds])
+            self._sensitivities[layer] = LayerSensitivity(layer, effect)
+            self._save()
+        self._progress("measuring layers", len(layers), len(layers))
+        measured = [self._sensitivities[layer] for layer in layers]
+        self.ranking = tuple(sorted(measured, key=lambda item: (-item.effect.total, item.layer)))
+        return [item.layer for item in self.ranking]
 
-    def _share(self, ignored_layers: tuple[str, ...]) -> float:
-        plan = plan_pairs(self._graph, self._policy, ignored_layers=ignored_layers)
-        return round(sum(self._macs[conv.name] for conv in plan.convs) / sum(self._macs.values()), 6)
-
-    def rank(self, pictures: Sequence[NDArray[np.uint8]]) -> None:
-        if not pictures:
-            raise ConfigError("Ranking the layers needs images.", hint="--images DIR")
-        self.ranking = measure_sensitivity(
-            self._graph,
-            self._calibration,
-            contract=self._contract,
-            policy=self._policy,
-            pictures=pictures,
-            known=self._known,
-            remember=self._remember,
-            progress=self._progress,
-        )
-
-    def _remember(self, found: LayerSensitivity) -> None:
-        self._known[found.layer] = found
-        self._save()
-
-    def narrow(self) -> None:
+    def narrow(self, order: Sequence[str]) -> None:
         """Double the number of float layers until the goal holds, halve back, then try single layers in INT8 again."""
-        order = [item.layer for item in self.ranking]
         low, high = 0, 1
-        while high < len(order) and self._room() and not self.holds(order[:high]):
+        while high < len(order) and self._may_evaluate() and not self.reaches_goal(order[:high]):
             low, high = high, min(high * 2, len(order) - 1) if high < len(order) - 1 else len(order)
-        while high - low > 1 and self._room():
+        while high - low > 1 and self._may_evaluate():
             middle = (low + high) // 2
-            low, high = (low, middle) if self.holds(order[:middle]) else (middle, high)
+            low, high = (low, middle) if self.reaches_goal(order[:middle]) else (middle, high)
         best = self.best()
         for layer in reversed(best.ignored_layers if best else ()):
-            if best and self._room() and self.holds([name for name in best.ignored_layers if name != layer]):
+            fewer = [name for name in best.ignored_layers if name != layer] if best else []
+            if self._may_evaluate() and self.reaches_goal(fewer):
                 best = self.best()
 
-    def _room(self) -> bool:
+    def _may_evaluate(self) -> bool:
         return len(self._trials) < self._goal.evaluations
 
     def best(self) -> Trial | None:
         """The candidate with most in INT8 among those that reach the goal."""
-        good = [t for t in self.trials if self.float_score - t.score <= self._goal.max_drop + 1e-6]
-        return good[0] if good else None
+        return next((trial for trial in self.trials if self._within_goal(trial)), None)
 
     def table(self) -> str:
         """The trade-offs, most INT8 first."""
         rows = [f"{t.int8_share:8.1%}  {len(t.ignored_layers):5d}  {t.score:.4f}" for t in self.trials]
         return "\n".join(["    INT8  float  score", *rows, f"{0:8.1%}    all  {self.float_score:.4f}"])
 
-    def _key(self) -> str:
-        parts: list[Any] = [
-            sha256_file(self._source),
-            to_json(self._calibration),
-            to_json(self._policy),
-            self._measured_on,
-        ]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def finish(self) -> None:
+        if self._state is not None:
+            self._state.unlink(missing_ok=True)
 
-    def _load(self) -> None:
+    def _report_evaluation(self) -> None:
+        self._progress("evaluating candidates", len(self._trials), self._goal.evaluations)
+
+    def _resume(self) -> float | None:
+        """Take over what an interrupted search of the same inputs has, and return its float score."""
         if self._state is None or not self._state.is_file():
-            return
+            return None
         try:
             saved = from_json(_Saved, json.loads(self._state.read_text(encoding="utf-8")))
         except (OSError, ValueError, ConfigError):
-            return
-        if saved.key == self._key():
-            self._float_score = saved.float_score
-            self._trials = {trial.ignored_layers: trial for trial in saved.trials}
-            self._known = {item.layer: item for item in saved.ranking}
+            return None
+        if saved.key != self._key:
+            return None
+        self._trials = {trial.ignored_layers: trial for trial in saved.trials}
+        self._sensitivities = {item.layer: item for item in saved.ranking}
+        return saved.float_score
 
     def _save(self) -> None:
         if self._state is not None:
             saved = _Saved(
-                key=self._key(),
+                key=self._key,
                 float_score=self._float_score,
                 trials=self.trials,
-                ranking=tuple(self._known.values()),
+                ranking=tuple(self._sensitivities.values()),
             )
             write_text(self._state, json.dumps(to_json(saved)))
-
-    def finish(self) -> None:
-        if self._state is not None:
-            self._state.unlink(missing_ok=True)

@@ -16,12 +16,12 @@ from typing import Any
 
 from calibration.dataset import CalibrationImage, CalibrationSet
 from calibration.execution import Feeder
-from calibration.placement import load_graph
-from fcos_deploy.core.contract import read_contract, write_sidecar
+from fcos_deploy.core.contract import write_sidecar
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import atomic_directory
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["NncfOptions", "QuantizedIr", "quantize_nncf"]
@@ -58,7 +58,7 @@ class QuantizedIr:
 
 
 def quantize_nncf(
-    source: Path,
+    source: OnnxGraph,
     images: CalibrationSet,
     output: Path,
     *,
@@ -69,16 +69,13 @@ def quantize_nncf(
 
     Raises:
         MissingDependencyError: NNCF or OpenVINO is not installed.
-        CalibrationError: the graph is not float, or an image cannot be read.
+        CalibrationError: an image cannot be read.
         ConfigError: ``output`` has another suffix.
     """
     if output.suffix != ".xml":
         raise ConfigError(f"NNCF writes an OpenVINO IR, '{output}' must end in .xml.")
     options = options or NncfOptions()
-    contract = read_contract(source)
-    if contract.precision is not Precision.FP32:
-        raise CalibrationError(f"'{source}' is {contract.precision}.", hint="quantize the fp32 graph")
-    feeder = Feeder(load_graph(source).model, contract)
+    feeder = Feeder(source)
     positions = {image: index for index, image in enumerate(images.images)}
 
     def feeds(image: CalibrationImage) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def quantize_nncf(
         "overflow_fix": options.overflow_fix,
         "images": str(len(images.images)),
     }
-    model = ov.convert_model(str(source))
+    model = ov.convert_model(str(source.path))
     with _quiet():
         quantized = nncf.quantize(
             model,
@@ -109,7 +106,8 @@ def quantize_nncf(
             ),
         )
     files = _save_ir(quantized, output)
-    sidecar = write_sidecar(output, replace(contract, precision=Precision.INT8, placement=_PLACEMENT), record)
+    contract = replace(source.contract, precision=Precision.INT8, placement=_PLACEMENT)
+    sidecar = write_sidecar(output, contract, record)
     return QuantizedIr(files=(*files, sidecar), record=record)
 
 

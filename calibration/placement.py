@@ -1,19 +1,19 @@
-"""What a quantizer has to know of an ONNX graph: its convolutions, its residual additions and what lies between.
+"""Where quantization goes: the convolutions and residual additions of a graph, and each consumer's rules for them.
 
-Everything is found by structure, never by name, so that any exporter's graph will do.
+The quantizable part of a graph is found by structure, never by name, so that any exporter's graph will do.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.enums import Precision, StrEnum
 from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.onnx_graph import OnnxGraph
 
 __all__ = [
     "PLACEMENTS",
@@ -26,14 +26,10 @@ __all__ = [
     "ResidualAdd",
     "ResultRule",
     "WeightRange",
-    "load_graph",
+    "open_graph",
     "placement_for",
     "plan_pairs",
-    "weight_range",
 ]
-
-# Operators that move values without changing them: a quantized input gives a quantized output of the same scale.
-_COPIES = frozenset({"MaxPool", "Resize"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,65 +66,56 @@ class ResidualAdd:
 
 @dataclass(frozen=True, slots=True)
 class ConvGraph:
-    """The quantizable part of one ONNX model; ``model`` is not changed by anyone."""
+    """The quantizable part of one float ONNX graph.
 
-    path: Path
-    model: Any  # onnx.ModelProto; the onnx package has no types
+    copies: (node, input, output) of the copying operators between convolutions and additions.
+    initializers: the constants, onnx.TensorProto by name.
+    activations: every tensor that some placement may quantize, in graph order, each once.
+    """
+
+    source: OnnxGraph
     convs: tuple[ConvSite, ...]
     adds: tuple[ResidualAdd, ...]
-    copies: tuple[tuple[str, str, str], ...]  # (node, input, output) of the copying operators on the way
-    initializers: dict[str, Any] = field(repr=False)  # onnx.TensorProto
+    copies: tuple[tuple[str, str, str], ...]
+    initializers: dict[str, Any] = field(repr=False)
+    activations: tuple[str, ...]
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the distinct convolution weights, in graph order."""
         return tuple(dict.fromkeys(conv.layer for conv in self.convs))
 
-    @property
-    def opset(self) -> int:
-        """Version of the default operator set."""
-        return max((int(o.version) for o in self.model.opset_import if o.domain in {"", "ai.onnx"}), default=0)
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the graph's outputs."""
-        return tuple(output.name for output in self.model.graph.output)
-
-    def activations(self) -> tuple[str, ...]:
-        """Every tensor that some placement may quantize, in graph order, each once."""
-        found: dict[str, None] = {}
-        for conv in self.convs:
-            found[conv.input] = found[conv.result] = None
-        for add in self.adds:
-            found[add.branch] = found[add.skip] = found[add.result] = None
-        for _, source, result in self.copies:
-            found[source] = found[result] = None
-        position = {name: i for i, node in enumerate(self.model.graph.node) for name in node.output}
-        return tuple(sorted(found, key=lambda name: position.get(name, -1)))
-
-
-def load_graph(path: Path) -> ConvGraph:
-    """Read an ONNX file and find its convolutions.
+def open_graph(path: Path) -> ConvGraph:
+    """Open a float ONNX file and find its convolutions.
 
     Raises:
-        CalibrationError: the file is not a complete ONNX model, or has no convolution with constant weights.
+        BackendLoadError: the file is missing, damaged, or carries no contract.
+        CalibrationError: the graph is not float, or has no convolution with constant weights.
     """
-    onnx = require("onnx", extra="export")
-    try:
-        model = onnx.load(str(path))
-        onnx.checker.check_model(model)
-    except FileNotFoundError as error:
-        raise CalibrationError(f"'{path}' is not there.") from error
-    except Exception as error:
-        raise CalibrationError(f"'{path}' is not a complete ONNX model: {error}.", hint="export it again") from error
-    graph = _Scan(model).result(path)
-    if not graph.convs:
+    source = OnnxGraph(path)
+    model = source.model
+    if source.contract.precision is not Precision.FP32:
+        raise CalibrationError(f"'{path}' is {source.contract.precision}.", hint="give the fp32 graph")
+    scan = _Scan(model)
+    convs = tuple(scan.site(node) for node in scan.nodes if scan.is_conv(node))
+    if not convs:
         raise CalibrationError(f"'{path}' has no convolution with constant weights.", hint="simplify it first")
-    return graph
+    adds = tuple(scan.add(node) for node in scan.nodes if scan.is_residual_add(node))
+    ends = dict.fromkeys(name for conv in convs for name in (conv.input, conv.result))
+    ends |= dict.fromkeys(name for add in adds for name in (add.branch, add.skip, add.result))
+    copies = tuple(
+        (scan.name(node), node.input[0], node.output[0])
+        for node in scan.nodes
+        if scan.copies_exactly(node) and {node.input[0], node.output[0]} <= set(ends)
+    )
+    position = {name: index for index, node in enumerate(scan.nodes) for name in node.output}
+    activations = tuple(sorted(ends, key=lambda name: position.get(name, -1)))
+    return ConvGraph(source, convs, adds, copies, scan.initializers, activations)
 
 
 class _Scan:
-    """One walk over the nodes, in the topological order that ONNX demands."""
+    """What can be asked of single nodes. ONNX demands nodes in topological order, which the walks here rely on."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -143,41 +130,30 @@ class _Scan:
         self.feeds_conv = self._feeds_conv()
         self.depth = self._conv_depth()
 
-    def result(self, path: Path) -> ConvGraph:
-        convs = tuple(self._site(node) for node in self.nodes if self._is_conv(node))
-        adds = tuple(self._add(node) for node in self.nodes if self._is_residual_add(node))
-        reached = {name for conv in convs for name in (conv.input, conv.result)}
-        reached |= {name for add in adds for name in (add.branch, add.skip, add.result)}
-        copies = tuple(
-            (self._name(n), n.input[0], n.output[0])
-            for n in self.nodes
-            if n.op_type in _COPIES and {n.input[0], n.output[0]} <= reached and self._copies_exactly(n)
-        )
-        return ConvGraph(path, self.model, convs, adds, copies, self.initializers)
-
-    def _is_conv(self, node: Any) -> bool:
+    def is_conv(self, node: Any) -> bool:
         return node.op_type == "Conv" and node.input[1] in self.initializers
 
-    def _is_residual_add(self, node: Any) -> bool:
+    def is_residual_add(self, node: Any) -> bool:
         constant = any(name in self.initializers for name in node.input)
         if node.op_type != "Add" or constant or node.output[0] not in self.feeds_conv:
             return False
         return all(self.depth.get(name, 0) > 0 for name in node.input)
 
     @staticmethod
-    def _copies_exactly(node: Any) -> bool:
-        if node.op_type != "Resize":
-            return True
-        return all(a.s == b"nearest" for a in node.attribute if a.name == "mode")
+    def copies_exactly(node: Any) -> bool:
+        """Whether a quantized input gives a quantized output of the same scale: values move and do not change."""
+        if node.op_type == "Resize":
+            return all(attribute.s == b"nearest" for attribute in node.attribute if attribute.name == "mode")
+        return bool(node.op_type == "MaxPool")
 
     @staticmethod
-    def _name(node: Any) -> str:
+    def name(node: Any) -> str:
         return str(node.name or node.output[0])
 
-    def _site(self, node: Any) -> ConvSite:
+    def site(self, node: Any) -> ConvSite:
         output = str(node.output[0])
         return ConvSite(
-            name=self._name(node),
+            name=self.name(node),
             layer=str(node.input[1]),
             input=str(node.input[0]),
             output=output,
@@ -187,14 +163,14 @@ class _Scan:
             is_prediction=output not in self.feeds_conv,
         )
 
-    def _add(self, node: Any) -> ResidualAdd:
+    def add(self, node: Any) -> ResidualAdd:
         first, second = (str(name) for name in node.input)
         # Only a convolution directly before the addition can fuse with it; of two, the one on the longer way.
         branch, skip = sorted((first, second), key=lambda name: (not self._made_by_conv(name), -self.depth[name]))
-        return ResidualAdd(self._name(node), branch, skip, str(node.output[0]), self._after_relu(str(node.output[0])))
+        return ResidualAdd(self.name(node), branch, skip, str(node.output[0]), self._after_relu(str(node.output[0])))
 
     def _made_by_conv(self, tensor: str) -> bool:
-        return tensor in self.producers and self._is_conv(self.producers[tensor])
+        return tensor in self.producers and self.is_conv(self.producers[tensor])
 
     def _after_relu(self, tensor: str) -> str:
         users = self.consumers[tensor]
@@ -203,15 +179,13 @@ class _Scan:
 
     def _feeds_conv(self) -> set[str]:
         """Tensors from which a convolution can be reached."""
-        found: set[str] = set()
+        reaching: set[str] = set()
         for node in reversed(self.nodes):
-            if self._is_conv(node):
-                found.add(node.input[0])
-            elif not found.isdisjoint(node.output):
-                found.update(name for name in node.input if name not in self.initializers)
-            if self._is_conv(node) and not found.isdisjoint(node.output):
-                found.add(node.input[0])
-        return found
+            if self.is_conv(node):
+                reaching.add(node.input[0])
+            elif not reaching.isdisjoint(node.output):
+                reaching.update(name for name in node.input if name not in self.initializers)
+        return reaching
 
     def _conv_depth(self) -> dict[str, int]:
         """Most convolutions on any way from the image to each tensor."""
@@ -243,9 +217,8 @@ class ResultRule(StrEnum):
 
 
 class AddRule(StrEnum):
-    """Residual additions: left alone, the skip input quantized (TensorRT fuses it), or the whole addition."""
+    """Of residual additions, the skip input is quantized (TensorRT fuses the rest), or the whole addition."""
 
-    NONE = "none"
     SKIP_INPUT = "skip-input"
     WHOLE = "whole"
 
@@ -254,9 +227,9 @@ class WeightRange(StrEnum):
     """Integers that weights may take.
 
     ``full``: -127 to 127. ``reduced``: -64 to 64. x86 processors without VNNI multiply unsigned activations with signed
-    weights by an instruction that adds two products in sixteen bits and saturates: 2 * 255 * 127 overflows, 2 * 255 *
-    64 does not. ``pairwise``: full unless two weights that such an instruction adds could overflow; the channel's scale
-    is then just large enough that they cannot.
+    weights by an instruction (PMADDUBSW) that adds two products in sixteen bits and saturates at 32767: 2 * 255 * 127 =
+    64770 overflows, 2 * 255 * 64 = 32640 does not. ``pairwise``: full unless two weights that such an instruction adds
+    could overflow; the channel's scale is then just large enough that they cannot.
     """
 
     FULL = "full"
@@ -305,69 +278,66 @@ PLACEMENTS: dict[str, Placement] = {
 }
 
 
-def placement_for(backend: str) -> Placement:
-    """The placement for a backend or of this name.
+def placement_for(consumer: str, *, weights: str = "") -> Placement:
+    """The placement for a backend or of this name; ``weights`` names another range of weights than its own.
 
     Raises:
         ConfigError: naming the ones that exist.
     """
-    if backend in PLACEMENTS:
-        return PLACEMENTS[backend]
-    found = [p for p in PLACEMENTS.values() if backend in p.backends]
-    if not found:
-        known = sorted({b for p in PLACEMENTS.values() for b in p.backends} | set(PLACEMENTS))
-        raise ConfigError(f"There is no INT8 placement for '{backend}'.", hint=f"choose one of {', '.join(known)}")
-    return found[0]
-
-
-def weight_range(name: str) -> WeightRange | None:
-    """A range of weights by name; None, the placement's own, for an empty one.
-
-    Raises:
-        ConfigError: naming the ones that exist.
-    """
-    known = [str(kind) for kind in WeightRange]
-    if name and name not in known:
-        raise unknown_name("range of weights", name, known)
-    return WeightRange(name) if name else None
+    named = {**{backend: p for p in PLACEMENTS.values() for backend in p.backends}, **PLACEMENTS}
+    if consumer not in named:
+        raise ConfigError(
+            f"There is no INT8 placement for '{consumer}'.", hint=f"choose one of {', '.join(sorted(named))}"
+        )
+    ranges = [str(kind) for kind in WeightRange]
+    if weights and weights not in ranges:
+        raise unknown_name("range of weights", weights, ranges)
+    return replace(named[consumer], weights=WeightRange(weights)) if weights else named[consumer]
 
 
 @dataclass(frozen=True, slots=True)
 class QdqPlan:
     """A placement applied to one graph.
 
-    ``readers``: for each tensor that gets a pair, the nodes that read the dequantized value; None means all of them.
-    ``scale_of``: for tensors that a copying operator made, the tensor whose scale they take.
+    convs: the convolutions that compute in eight bits.
+    readers: for each tensor that gets a Q/DQ pair, the nodes that read the dequantized value; None means all of them.
+    scale_of: for tensors that a copying operator wrote, the tensor whose scale they take.
     """
 
+    graph: ConvGraph
+    placement: Placement
     convs: tuple[ConvSite, ...]
     readers: dict[str, frozenset[str] | None]
     scale_of: dict[str, str]
 
 
 def plan_pairs(graph: ConvGraph, placement: Placement, *, ignored_layers: Collection[str] = ()) -> QdqPlan:
-    """Which tensors get a pair. ``ignored_layers`` names layers, or single nodes, that stay as they are.
+    """Which tensors get a Q/DQ pair. ``ignored_layers`` names layers, or single nodes, that stay in float.
 
     Raises:
         ConfigError: a name that the graph does not have.
+        CalibrationError: nothing would be quantized.
     """
-    known = {name for conv in graph.convs for name in (conv.layer, conv.name)}
-    unknown = sorted(set(ignored_layers) - known)
+    unknown = sorted(set(ignored_layers) - {name for conv in graph.convs for name in (conv.layer, conv.name)})
     if unknown:
         raise ConfigError(f"The graph has no layer {unknown}.", hint=f"such as {', '.join(graph.layers[:4])}")
-    convs = tuple(c for c in graph.convs if not _stays_float(c, placement, ignored_layers))
-    return _PLANNERS[placement.results](graph, placement, convs)
-
-
-def _stays_float(conv: ConvSite, placement: Placement, ignored_layers: Collection[str]) -> bool:
-    return (
-        conv.layer in ignored_layers
-        or conv.name in ignored_layers
-        or (placement.ignore_predictions and conv.is_prediction)
+    convs = tuple(
+        conv
+        for conv in graph.convs
+        if not (placement.ignore_predictions and conv.is_prediction)
+        and conv.layer not in ignored_layers
+        and conv.name not in ignored_layers
     )
+    if not convs:
+        raise CalibrationError("Every convolution would stay float.", hint="leave the model in fp32")
+    if placement.results is ResultRule.FLOAT:
+        return QdqPlan(graph, placement, convs, _pairs_on_inputs(graph, placement, convs), {})
+    return _pairs_on_results(graph, placement, convs)
 
 
-def _plan_inputs(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite, ...]) -> QdqPlan:
+def _pairs_on_inputs(
+    graph: ConvGraph, placement: Placement, convs: tuple[ConvSite, ...]
+) -> dict[str, frozenset[str] | None]:
     """Pairs on what convolutions and fusing additions read; everybody else keeps reading the float value."""
     readers: dict[str, set[str]] = {}
     for conv in convs:
@@ -376,10 +346,10 @@ def _plan_inputs(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite, 
     for add in graph.adds:
         if placement.adds is AddRule.SKIP_INPUT and add.branch in fusing:
             readers.setdefault(add.skip, set()).add(add.name)
-    return QdqPlan(convs, {name: frozenset(nodes) for name, nodes in readers.items()}, {})
+    return {name: frozenset(nodes) for name, nodes in readers.items()}
 
 
-def _plan_results(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite, ...]) -> QdqPlan:
+def _pairs_on_results(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite, ...]) -> QdqPlan:
     """Pairs on inputs and results, read by everybody, so that whole chains stay in eight bits."""
     chained = {name for add in graph.adds for name in (add.branch, add.skip)}
     chained |= {source for _, source, _ in graph.copies}
@@ -398,11 +368,4 @@ def _plan_results(graph: ConvGraph, placement: Placement, convs: tuple[ConvSite,
                 paired[result] = None
                 scale_of[result] = source
         growing = len(paired) > before
-    return QdqPlan(convs, dict.fromkeys(paired), scale_of)
-
-
-_PLANNERS: dict[ResultRule, Callable[[ConvGraph, Placement, tuple[ConvSite, ...]], QdqPlan]] = {
-    ResultRule.FLOAT: _plan_inputs,
-    ResultRule.CHAINED: _plan_results,
-    ResultRule.QUANTIZED: _plan_results,
-}
+    return QdqPlan(graph, placement, convs, dict.fromkeys(paired), scale_of)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from calibration.cache import Calibration, load_calibration
-from calibration.calibrate import range_method
+from calibration.cache import Calibration
 from calibration.dataset import SampleOptions, collect_images
 from calibration.nncf_quantizer import quantize_nncf
-from calibration.placement import Placement, WeightRange, placement_for
+from calibration.placement import ConvGraph, Placement
 from calibration.qdq import quantize_qdq
 from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "quantizer"]
+__all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "get_quantizer"]
 
 _COMPARED = 4  # images: two inferences each
 
@@ -29,40 +25,32 @@ class QuantizeRequest:
     """One graph to quantize for one consumer.
 
     ``calibration`` is what the Q/DQ quantizer reads, ``images`` what NNCF measures on; the Q/DQ quantizer compares its
-    result with its source on a few of them. ``method`` and ``weights`` replace the calibration's method and the
-    placement's range of weights when given.
+    result with its source on a few of them. ``count`` and ``seed`` choose NNCF's images. ``ignored_layers``: names of
+    layers (weights) or nodes that stay in float.
     """
 
-    source: Path
+    graph: ConvGraph
     output: Path
-    consumer: str = "portable"
-    calibration: Path | None = None
+    placement: Placement
+    calibration: Calibration | None = None
     images: Path | None = None
     count: int | None = None
     seed: int = 0
-    method: str = ""
-    weights: WeightRange | None = None
     ignored_layers: tuple[str, ...] = ()
 
-    def load_calibration(self) -> Calibration:
-        """The ranges, under the method that was asked for.
+    @property
+    def ranges(self) -> Calibration:
+        """The calibration.
 
         Raises:
-            CalibrationError: missing, damaged or of another graph.
+            CalibrationError: there is none.
         """
         if self.calibration is None:
             raise CalibrationError(
                 "The Q/DQ quantizer needs a calibration.",
-                hint=f"fcos-deploy calibrate {self.source} --images DIR -o calibration.json",
+                hint=f"fcos-deploy calibrate {self.graph.source.path} --images DIR -o calibration.json",
             )
-        calibration = load_calibration(self.calibration, graph=self.source)
-        return calibration.with_method(range_method(self.method)) if self.method else calibration
-
-    @property
-    def placement(self) -> Placement:
-        """The consumer's placement."""
-        policy = placement_for(self.consumer)
-        return replace(policy, weights=self.weights) if self.weights else policy
+        return self.calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,23 +86,18 @@ class _Qdq(Quantizer):
 
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
         progress("quantizing", 0, 1)
-        made = quantize_qdq(
-            request.source,
-            request.load_calibration(),
+        options = SampleOptions(count=_COMPARED, seed=request.seed, minimum=1)
+        images = collect_images(request.images, options=options).images if request.images else ()
+        result = quantize_qdq(
+            request.graph,
+            request.ranges,
             request.output,
-            policy=request.placement,
+            placement=request.placement,
             ignored_layers=request.ignored_layers,
-            pictures=_pictures(request),
+            images=[image.read() for image in images],
         )
         progress("quantizing", 1, 1)
-        return QuantizeResult(files=(made.path,), record=made.record)
-
-
-def _pictures(request: QuantizeRequest) -> list[NDArray[np.uint8]]:
-    if request.images is None:
-        return []
-    options = SampleOptions(count=_COMPARED, seed=request.seed, minimum=1)
-    return [image.read() for image in collect_images(request.images, options=options).images]
+        return QuantizeResult(files=(result.path,), record=result.record)
 
 
 class _Nncf(Quantizer):
@@ -123,22 +106,22 @@ class _Nncf(Quantizer):
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
         if "openvino" not in request.placement.backends:
             raise ConfigError(
-                f"An NNCF model is for OpenVINO, not for '{request.consumer}'.",
+                f"An NNCF model is for OpenVINO, not for the placement '{request.placement.name}'.",
                 hint="--for openvino, or --quantizer qdq",
             )
         if request.ignored_layers:
-            raise ConfigError("NNCF cannot be told layers to keep in float here.", hint="--quantizer qdq")
+            raise ConfigError("The NNCF quantizer takes no layers to ignore.", hint="--quantizer qdq")
         if request.images is None:
             raise CalibrationError("NNCF measures on images itself.", hint="--images DIR")
         images = collect_images(request.images, options=SampleOptions(count=request.count, seed=request.seed))
-        result = quantize_nncf(request.source, images, request.output, progress=progress)
+        result = quantize_nncf(request.graph.source, images, request.output, progress=progress)
         return QuantizeResult(files=result.files, record=result.record)
 
 
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in (_Qdq(), _Nncf())}
 
 
-def quantizer(name: str) -> Quantizer:
+def get_quantizer(name: str) -> Quantizer:
     """One quantizer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A histogram of fixed size whose range grows: bounded memory, whatever the number of values."""
+"""From values to ranges: a histogram of bounded memory for each tensor, and the methods that find a range in it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.enums import StrEnum
-from fcos_deploy.core.errors import CalibrationError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.errors import CalibrationError, unknown_name
+from fcos_deploy.core.libraries import lazy_import
 
-__all__ = ["BINS", "PERCENTILE", "Histogram", "Range", "RangeMethod", "all_ranges", "find_range"]
+__all__ = ["BINS", "DEFAULT_METHOD", "Histogram", "Range", "RangeMethod", "find_range", "range_method"]
 
-# Bins for each sign. The largest magnitude always lies in the upper half, so that at least 2048 bins resolve it.
+cv2 = lazy_import("cv2", extra="onnxruntime")
+
+# Bins for each sign. The largest magnitude always lies in the upper half, so that at least 2048 bins resolve it: eight
+# for each of the 256 levels that a quantizer has.
 BINS = 4096
-_CHUNK = 1 << 22  # cv2 counts in float32, which is exact up to 2^24
+_CHUNK = 1 << 22  # cv2.calcHist counts in float32, which holds every whole number up to 2^24
 
 
 class Histogram:
@@ -58,10 +61,6 @@ class Histogram:
         """Width of a bin."""
         return math.ldexp(1.0, self.exponent or 0)
 
-    def magnitudes(self) -> NDArray[np.int64]:
-        """(BINS,) counts of absolute values without the exact zeros."""
-        return self.positive + self.negative
-
     def add(self, values: NDArray[np.float32], *, samples: int = 1 << 62) -> None:
         """Count the values of an array of any shape.
 
@@ -83,7 +82,7 @@ class Histogram:
             means = values.reshape(*values.shape[:2], -1).mean(2).mean(0)
             self.channel_sums = means + (self.channel_sums if self.additions else 0.0)
             self.additions += 1
-        # An odd step does not beat against the even widths of feature maps.
+        # ceil(size / samples), made odd: an even step would see the same columns of every row of an even-width map.
         step = -(-flat.size // samples)
         flat = np.ascontiguousarray(flat[:: step | 1]) if step > 1 else flat
         zeros = flat.size - int(np.count_nonzero(flat))
@@ -92,28 +91,29 @@ class Histogram:
         if zeros == flat.size:
             return
         self._widen(max(-low, high))
-        self._count(flat, negative=low < 0)
-        self.positive[0] -= zeros
-
-    def _widen(self, amax: float) -> None:
-        # amax < BINS * 2**e, and subnormal widths are of no use.
-        wanted = max(math.frexp(amax)[1] - int(math.log2(BINS)), -120)
-        if self.exponent is None:
-            self.exponent = wanted
-        while self.exponent < wanted:
-            self.positive, self.negative = _merge_pairs(self.positive), _merge_pairs(self.negative)
-            self.exponent += 1
-
-    def _count(self, flat: NDArray[np.float32], *, negative: bool) -> None:
         reach = BINS * self.width
         for start in range(0, flat.size, _CHUNK):
             chunk = flat[start : start + _CHUNK]
-            if not negative:
-                self.positive += _count_bins(chunk, 0.0, reach, bins=BINS)
+            if low >= 0:
+                self.positive += _count(chunk, 0.0, reach, bins=BINS)
                 continue
-            counts = _count_bins(chunk, -reach, reach, bins=2 * BINS)
+            counts = _count(chunk, -reach, reach, bins=2 * BINS)
             self.positive += counts[BINS:]
             self.negative += counts[BINS - 1 :: -1]
+        self.positive[0] -= zeros
+
+    def _widen(self, amax: float) -> None:
+        """Merge pairs of bins until the range holds ``amax``."""
+        # frexp gives amax = m * 2^e with 0.5 <= m < 1, so that BINS bins of 2^e / BINS reach to 2^e: more than amax and
+        # at most twice as far. float32 has no normal numbers below 2^-126; narrower bins are of no use.
+        exponent = max(math.frexp(amax)[1] - int(math.log2(BINS)), -120)
+        if self.exponent is None:
+            self.exponent = exponent
+        while self.exponent < exponent:
+            for counts in (self.positive, self.negative):
+                counts[: BINS // 2] = counts[0::2] + counts[1::2]
+                counts[BINS // 2 :] = 0
+            self.exponent += 1
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything, as arrays that an npz file can hold."""
@@ -135,27 +135,19 @@ class Histogram:
         return histogram
 
 
-def _merge_pairs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    merged = np.zeros_like(counts)
-    merged[: BINS // 2] = counts[0::2] + counts[1::2]
-    return merged
-
-
-def _count_bins(values: NDArray[np.float32], low: float, high: float, *, bins: int) -> NDArray[np.int64]:
+def _count(values: NDArray[np.float32], low: float, high: float, *, bins: int) -> NDArray[np.int64]:
     """(bins,) counts of the values in [low, high)."""
-    cv2 = require("cv2", extra="onnxruntime")
-    counts = cv2.calcHist([values.reshape(1, -1)], [0], None, [bins], [low, high])
-    whole: NDArray[np.int64] = counts.reshape(-1).astype(np.int64)
-    return whole
+    counts: NDArray[np.int64] = cv2.calcHist([values.reshape(1, -1)], [0], None, [bins], [low, high])
+    return counts.reshape(-1).astype(np.int64)
 
 
 # 99.9 % costs an FCOS seven points: large objects live in the tails (docs/int8.md).
-PERCENTILE = 99.999
+_PERCENTILE = 99.999
 _LEVELS = 256
-_STOPS = 64
+_STOPS = 64  # clipping points that the entropy method tries
 # Shares of the full range that are tried, the widest first so that it wins among equals.
 _SHARES = np.linspace(1.0, 0.02, 50)
-# Bins merged for the searches: at least 512 cover each side, four a level.
+# Bins merged for the searches: at least 512 remain on the longer side, two for each of 256 levels.
 _COARSE = 4
 
 Floats = NDArray[np.float64]
@@ -169,6 +161,22 @@ class RangeMethod(StrEnum):
     ENTROPY = "entropy"
     MSE = "mse"
     L3 = "l3"
+
+
+# Shares the lead over the models and placements of docs/int8.md.
+DEFAULT_METHOD = RangeMethod.PERCENTILE
+
+
+def range_method(name: str) -> RangeMethod:
+    """A method by name, the default for an empty one.
+
+    Raises:
+        ConfigError: naming the ones that exist.
+    """
+    known = [str(method) for method in RangeMethod]
+    if name and name not in known:
+        raise unknown_name("range method", name, known)
+    return RangeMethod(name) if name else DEFAULT_METHOD
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,31 +203,29 @@ def find_range(histogram: Histogram, method: RangeMethod) -> Range:
     return _METHODS[method](histogram)
 
 
-def all_ranges(histogram: Histogram) -> dict[str, Range]:
-    """The range by every method."""
-    return {str(method): find_range(histogram, method) for method in RangeMethod}
-
-
 def _minmax(histogram: Histogram) -> Range:
     return Range(min(histogram.minimum, 0.0), max(histogram.maximum, 0.0), histogram.amax)
 
 
 def _percentile(histogram: Histogram) -> Range:
-    outside = histogram.elements * (1.0 - PERCENTILE / 100.0)
-    high = _upper_tail(histogram.positive, outside) * histogram.width
-    low = -_upper_tail(histogram.negative, outside) * histogram.width
-    amax = _upper_tail(histogram.magnitudes(), outside) * histogram.width
-    return _clipped(histogram, low=low, high=high, amax=amax)
+    """The range outside of which 1 of 100,000 values lies on each side.
 
+    Exact zeros count among the values, as in ``numpy.percentile`` of the tensor.
+    """
+    outside = histogram.elements * (1.0 - _PERCENTILE / 100.0)
 
-def _upper_tail(counts: NDArray[np.int64], outside: float) -> float:
-    """Position, in bins, above which ``outside`` counts lie; linear inside a bin."""
-    above = np.cumsum(counts[::-1])[::-1]  # above[i]: counts in bin i and higher
-    if above[0] <= outside:
-        return 0.0
-    last = int(np.flatnonzero(above > outside)[-1])
-    beyond = float(above[last + 1]) if last + 1 < BINS else 0.0
-    return last + 1.0 - (outside - beyond) / float(counts[last])
+    def tail(counts: NDArray[np.int64]) -> float:
+        """The value above which ``outside`` counts lie."""
+        above = np.cumsum(counts[::-1])[::-1]  # above[i]: counts in bin i and higher
+        if above[0] <= outside:
+            return 0.0
+        # The bin in which the count passes `outside`; its values are taken to be spread evenly over it.
+        last = int(np.flatnonzero(above > outside)[-1])
+        beyond = float(above[last + 1]) if last + 1 < BINS else 0.0
+        return (last + 1.0 - (outside - beyond) / float(counts[last])) * histogram.width
+
+    low, high = -tail(histogram.negative), tail(histogram.positive)
+    return _clipped(histogram, low=low, high=high, amax=tail(histogram.positive + histogram.negative))
 
 
 def _clipped(histogram: Histogram, *, low: float, high: float, amax: float) -> Range:
@@ -232,78 +238,68 @@ def _clipped(histogram: Histogram, *, low: float, high: float, amax: float) -> R
 
 
 def _power(exponent: int) -> Callable[[Histogram], Range]:
-    """The range with the least mean |error|^exponent; 2 is MSE, 3 weighs the tails more."""
+    """The range with the smallest sum of |error|^exponent; 2 is MSE, 3 weighs the tails more."""
 
     def search(histogram: Histogram) -> Range:
         full = _minmax(histogram)
-        cost = _Cost(*_signed(histogram), exponent)
-        symmetric = cost.best(full.amax)
-        amax = symmetric * full.amax
+        values, counts = _occupied_bins(histogram)
+
+        def best(limit: float, low: float | None = None, high: float | None = None) -> float:
+            """The cheapest share of ``limit`` as the open end, or as both ends when neither is given."""
+            if limit == 0.0:
+                return 1.0
+            limits = limit * _SHARES
+            lows = -limits if low is None else np.full_like(limits, low)
+            highs = limits if high is None else np.full_like(limits, high)
+            errors = _quantization_errors(values, lows, highs)
+            powers = errors.copy()
+            for _ in range(1, exponent):  # much faster than a power
+                np.multiply(powers, errors, out=powers)
+            return float(_SHARES[int(np.argmin(powers @ counts))])
+
         # The tail that reaches farther decides first; the other then follows with that one fixed.
         if full.high >= -full.low:
-            high = full.high * cost.best(full.high, low=full.low)
-            low = full.low * cost.best(-full.low, high=high)
+            high = full.high * best(full.high, low=full.low)
+            low = full.low * best(-full.low, high=high)
         else:
-            low = full.low * cost.best(-full.low, high=full.high)
-            high = full.high * cost.best(full.high, low=low)
-        return Range(low, high, amax)
+            low = full.low * best(-full.low, high=full.high)
+            high = full.high * best(full.high, low=low)
+        return Range(low, high, full.amax * best(full.amax))
 
     return search
 
 
-def _signed(histogram: Histogram) -> tuple[Floats, Floats]:
-    """Centres and counts of the occupied bins; exact zeros cost nothing in any range and are left out."""
+def _occupied_bins(histogram: Histogram) -> tuple[Floats, Floats]:
+    """(b,) centres and (b,) counts of the occupied bins; exact zeros cost nothing in any range and are left out."""
     centres = (np.arange(BINS // _COARSE) + 0.5) * histogram.width * _COARSE
-    values = np.concatenate([-centres[::-1], centres])
-    counts = np.concatenate([_coarse(histogram.negative)[::-1], _coarse(histogram.positive)])
-    occupied = counts > 0
-    return values[occupied], counts[occupied]
+    negative, positive = (
+        counts.reshape(-1, _COARSE).sum(1).astype(np.float64) for counts in (histogram.negative, histogram.positive)
+    )
+    values, counts = np.concatenate([-centres[::-1], centres]), np.concatenate([negative[::-1], positive])
+    return values[counts > 0], counts[counts > 0]
 
 
-def _coarse(counts: NDArray[np.int64]) -> Floats:
-    merged: Floats = counts.reshape(-1, _COARSE).sum(1).astype(np.float64)
-    return merged
-
-
-@dataclass(frozen=True, slots=True)
-class _Cost:
-    """values, counts: (b,) centres and counts of bins."""
-
-    values: Floats
-    counts: Floats
-    exponent: int
-
-    def best(self, full: float, *, low: float | None = None, high: float | None = None) -> float:
-        """The cheapest share of ``full`` as the open end, or as both ends when neither is given."""
-        limits = full * _SHARES
-        lows = -limits if low is None else np.full_like(limits, low)
-        highs = limits if high is None else np.full_like(limits, high)
-        if full == 0.0:
-            return 1.0
-        return float(_SHARES[int(np.argmin(self._errors(lows, highs)))])
-
-    def _errors(self, lows: Floats, highs: Floats) -> Floats:
-        """Sum of |error|^exponent for each pair of ends."""
-        steps = ((highs - lows) / (_LEVELS - 1))[:, None]
-        quantized = np.clip(self.values[None], lows[:, None], highs[:, None])
-        np.divide(quantized, steps, out=quantized)
-        np.rint(quantized, out=quantized)
-        np.multiply(quantized, steps, out=quantized)
-        np.subtract(quantized, self.values[None], out=quantized)
-        np.abs(quantized, out=quantized)
-        powers = quantized.copy()
-        for _ in range(1, self.exponent):  # Much faster than a power.
-            np.multiply(powers, quantized, out=powers)
-        sums: Floats = powers @ self.counts
-        return sums
+def _quantization_errors(values: Floats, lows: Floats, highs: Floats) -> Floats:
+    """(s, b) |error| of each value (b,) when it is rounded to one of 256 levels between each pair of ends (s,)."""
+    steps = ((highs - lows) / (_LEVELS - 1))[:, None]
+    errors: Floats = np.clip(values[None], lows[:, None], highs[:, None])
+    np.divide(errors, steps, out=errors)
+    np.rint(errors, out=errors)
+    np.multiply(errors, steps, out=errors)
+    np.subtract(errors, values[None], out=errors)
+    np.abs(errors, out=errors)
+    return errors
 
 
 def _entropy(histogram: Histogram) -> Range:
-    """Least Kullback-Leibler divergence between the clipped and the quantized distribution of magnitudes.
+    """The clipping point with the smallest Kullback-Leibler divergence from the clipped to the quantized distribution.
 
-    Exact zeros are left out: they survive any range, and their spike would hide everything else.
+    The method of TensorRT's entropy calibrator (S. Migacz, "8-bit Inference with TensorRT", GTC 2017): P is the
+    histogram of magnitudes with everything beyond the clipping point added to its last bin, Q the same bins without
+    that, averaged over 128 levels; the divergence is the sum of P log(P / Q). Exact zeros are left out: they survive
+    any range, and their spike would hide everything else.
     """
-    magnitudes = histogram.magnitudes().reshape(-1, 2).sum(1).astype(np.float64)
+    magnitudes = (histogram.positive + histogram.negative).reshape(-1, 2).sum(1).astype(np.float64)
     width = histogram.width * 2
     top = int(np.flatnonzero(magnitudes)[-1]) + 1
     levels = _LEVELS // 2

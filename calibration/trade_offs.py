@@ -1,4 +1,4 @@
-"""What a search for mixed precision found, kept beside its result: the trade-offs, their speed, the ranking."""
+"""The record of a search for mixed precision, beside its result: the trade-offs, their speed, the ranking."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from fcos_deploy.core.serialize import from_json, to_json
 __all__ = [
     "SUFFIX",
     "TRADE_OFF_COLUMNS",
-    "TimedTrial",
     "TradeOffs",
     "find_trade_offs",
     "read_trade_offs",
@@ -28,18 +27,11 @@ SUFFIX = ".mixed-precision.json"
 TRADE_OFF_COLUMNS = ("layers in float", "in INT8, %", "AP", "drop", "p50 ms", "")
 
 
-@dataclass(frozen=True, slots=True)
-class TimedTrial:
-    """A candidate, and the median milliseconds of one image; None: it is not on the Pareto front and was not timed."""
-
-    trial: Trial
-    p50_ms: float | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TradeOffs:
-    """One search. Scores are AP (0..1) on ``backend``; ``trials`` begin with most INT8.
+    """One search. Scores are AP (0..1) on ``backend``.
 
+    ``trials`` begin with most INT8; those on the Pareto front are timed.
     ``ranking`` is empty where all layers in INT8 reached the goal at once, so that nothing had to be ranked.
     """
 
@@ -49,7 +41,7 @@ class TradeOffs:
     float_score: float
     float_p50_ms: float | None
     ignored_layers: tuple[str, ...]
-    trials: tuple[TimedTrial, ...]
+    trials: tuple[Trial, ...]
     ranking: tuple[LayerSensitivity, ...]
     drift: ScoreDrift
     schema_version: int = 1
@@ -59,10 +51,10 @@ class TradeOffs:
             raise ConfigError(f"Trade-offs of schema version {self.schema_version}, this fcos-deploy reads 1.")
 
 
-def write_trade_offs(found: TradeOffs, model: Path) -> Path:
+def write_trade_offs(trade_offs: TradeOffs, model: Path) -> Path:
     """Write them beside ``model``."""
     path = model.with_name(model.stem + SUFFIX)
-    write_text(path, json.dumps(to_json(found), indent=1) + "\n")
+    write_text(path, json.dumps(to_json(trade_offs), indent=1) + "\n")
     return path
 
 
@@ -80,27 +72,30 @@ def read_trade_offs(path: Path) -> TradeOffs:
 
 def find_trade_offs(models: Sequence[Path]) -> tuple[TradeOffs, ...]:
     """Those that lie beside these models, or in these bundles."""
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for model in models:
         beside = sorted(model.glob("*" + SUFFIX)) if model.is_dir() else [model.with_name(model.stem + SUFFIX)]
-        found.update(dict.fromkeys(path for path in beside if path.is_file()))
-    return tuple(read_trade_offs(path) for path in found)
+        paths.update(dict.fromkeys(path for path in beside if path.is_file()))
+    return tuple(read_trade_offs(path) for path in paths)
 
 
-def trade_off_rows(found: TradeOffs) -> list[tuple[str, ...]]:
+def trade_off_rows(trade_offs: TradeOffs) -> list[tuple[str, ...]]:
     """For ``TRADE_OFF_COLUMNS``."""
     rows = [
         (
-            str(len(timed.trial.ignored_layers)),
-            f"{100 * timed.trial.int8_share:.1f}",
-            f"{timed.trial.score:.4f}",
-            f"{found.float_score - timed.trial.score:.4f}",
-            _milliseconds(timed.p50_ms),
-            "chosen" if timed.trial.ignored_layers == found.ignored_layers else "",
+            str(len(trial.ignored_layers)),
+            f"{100 * trial.int8_share:.1f}",
+            f"{trial.score:.4f}",
+            f"{trade_offs.float_score - trial.score:.4f}",
+            _milliseconds(trial.p50_ms),
+            "chosen" if trial.ignored_layers == trade_offs.ignored_layers else "",
         )
-        for timed in found.trials
+        for trial in trade_offs.trials
     ]
-    return [*rows, ("all", "0.0", f"{found.float_score:.4f}", "-", _milliseconds(found.float_p50_ms), "float")]
+    return [
+        *rows,
+        ("all", "0.0", f"{trade_offs.float_score:.4f}", "-", _milliseconds(trade_offs.float_p50_ms), "float"),
+    ]
 
 
 def _milliseconds(value: float | None) -> str:

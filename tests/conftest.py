@@ -286,10 +286,18 @@ def smooth_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mini_calibration(mini_onnx: Path, smooth_images: Path) -> Any:
-    """Ranges of ``mini_onnx`` on ``smooth_images``: a ``calibration.cache.Calibration``."""
+def mini_graph(mini_onnx: Path) -> Any:
+    """``mini_onnx``, opened: a ``calibration.placement.ConvGraph``."""
+    from calibration.placement import open_graph
+
+    return open_graph(mini_onnx)
+
+
+@pytest.fixture(scope="session")
+def mini_calibration(mini_graph: Any, smooth_images: Path) -> Any:
+    """Ranges of ``mini_graph`` on ``smooth_images``: a ``calibration.cache.Calibration``."""
     from calibration.calibrate import StatisticsOptions, collect_ranges
     from calibration.dataset import collect_images
 
     options = StatisticsOptions(engine="onnxruntime", threads=1)
-    return collect_ranges(mini_onnx, collect_images(smooth_images), options=options)
+    return collect_ranges(mini_graph, collect_images(smooth_images), options=options)

@@ -71,19 +71,20 @@ def command(
 
     With --max-map-drop layers stay in float until the gate holds; exit code 4 when it does not.
     """
-    from calibration.placement import weight_range
+    from calibration.cache import load_calibration
+    from calibration.placement import open_graph, placement_for
     from calibration.quantizers import QuantizeRequest
+    from calibration.ranges import range_method
     from calibration.trade_offs import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
     from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
 
+    ranges = load_calibration(calibration) if calibration else None
     request = QuantizeRequest(
-        source=model,
+        graph=open_graph(model),
         output=output,
-        consumer=consumer,
-        calibration=calibration,
+        placement=placement_for(consumer, weights=weights),
+        calibration=ranges.with_method(range_method(method)) if ranges and method else ranges,
         images=images,
-        method=method,
-        weights=weight_range(weights),
         ignored_layers=tuple(ignore_layer or ()),
     )
     goal = accuracy_goal(
@@ -95,7 +96,7 @@ def command(
         evaluations=evaluations,
     )
     with progress_bar() as progress:
-        result = quantize_model(request, kind=quantizer, goal=goal, progress=progress)
+        result = quantize_model(request, quantizer=quantizer, goal=goal, progress=progress)
     rows = [(key.replace("_", " "), shorten(value, 90, placeholder=" ...")) for key, value in result.record.items()]
     table(result.files[0].name, ("what", "value"), [row for row in rows if row[1]])
     for trade_offs in find_trade_offs(result.files[:1]):

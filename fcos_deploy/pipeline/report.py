@@ -66,6 +66,7 @@ def _variants(
 ) -> tuple[ReportVariant, ...]:
     """The reference, and the variants with the share of each that its runtime really executes in INT8."""
     from calibration.execution import PROFILERS, executed_share
+    from calibration.placement import open_graph
 
     shown = []
     reference, *results = benchmark.results
@@ -77,7 +78,7 @@ def _variants(
     for variant, evaluation, result in zip(variants, evaluations.candidates, results, strict=True):
         share = None
         if variant.artifact.precision is Precision.INT8 and variant.backend in PROFILERS:
-            share = executed_share(float_graph, variant.model, variant.backend).share
+            share = executed_share(open_graph(float_graph), variant.model, variant.backend).share
         shown.append(ReportVariant(label=variant.label, evaluation=evaluation, result=result, int8_share=share))
     return tuple(shown)
 

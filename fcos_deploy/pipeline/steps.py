@@ -197,6 +197,7 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
     from calibration.cache import load_calibration, save_calibration
     from calibration.calibrate import collect_ranges
     from calibration.dataset import SampleOptions, collect_images
+    from calibration.placement import open_graph
 
     request = context.request
     options = SampleOptions(count=request.calibration_count, seed=request.seed)
@@ -206,14 +207,14 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
 
     def make(folder: Path) -> StepOutput:
         state = context.writer.scratch / f"{name}.state"
-        ranges = collect_ranges(source.path, images, state=state, progress=context.progress)
+        ranges = collect_ranges(open_graph(source.path), images, state=state, progress=context.progress)
         save_calibration(ranges, folder / name)
         return StepOutput()
 
     inputs = {"graph": source.artifact.sha256, "images": json.dumps(hashes)}
     context.writer.step(f"calibrate-{source.tail}", inputs=inputs, make=make)
     path = context.writer.path(name)
-    method = str(load_calibration(path, graph=source.path).method)
+    method = str(load_calibration(path).method)
     details = {"images": str(len(hashes)), "of": str(images.candidates), "seed": str(images.seed)}
     return Calibrated(path, CalibrationRecord(path=name, method=method, images=tuple(hashes), details=details))
 
@@ -226,7 +227,8 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
     Raises:
         AccuracyGateError: the goal cannot be reached.
     """
-    from calibration.placement import placement_for
+    from calibration.cache import load_calibration
+    from calibration.placement import open_graph, placement_for
     from calibration.quantizers import QuantizeRequest
 
     policy, request = placement_for(consumer), context.request
@@ -240,10 +242,10 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
 
     def make(folder: Path) -> StepOutput:
         quantization = QuantizeRequest(
-            source=source.path,
+            graph=open_graph(source.path),
             output=folder / name,
-            consumer=policy.name,
-            calibration=calibrated.path,
+            placement=policy,
+            calibration=load_calibration(calibrated.path),
             seed=request.seed,
         )
         state = context.writer.scratch / f"{name}.search"

@@ -252,11 +252,11 @@ def _trade_offs(search: TradeOffs) -> Chart | None:
     if len(search.trials) < 2:
         return None
     figure, (left, right) = _figure(3.5, ncols=2, sharey=True)
-    by_share = [(100 * timed.trial.int8_share, timed.trial) for timed in search.trials]
-    by_latency = [(timed.p50_ms, timed.trial) for timed in search.trials if timed.p50_ms is not None]
+    by_share = [(100 * trial.int8_share, trial) for trial in search.trials]
+    by_latency = [(trial.p50_ms, trial) for trial in search.trials if trial.p50_ms is not None]
     _draw_trials(left, search, by_share, float_at=0.0)
     _draw_trials(right, search, by_latency, float_at=search.float_p50_ms)
-    on_front = [timed.trial for timed in search.trials if timed.p50_ms is not None]
+    on_front = [trial for trial in search.trials if trial.p50_ms is not None]
     front = sorted([(0.0, search.float_score), *((100 * trial.int8_share, trial.score) for trial in on_front)])
     left.plot(*np.array(front).T, color="#9fb6cc", linewidth=1.2, zorder=1)
     left.set(xlabel="multiply-accumulates in INT8 (%)", ylabel="AP (IoU 0.50 to 0.95)", xlim=(-4, 104))

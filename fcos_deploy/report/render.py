@@ -140,15 +140,15 @@ def _search_cells(search: TradeOffs) -> dict[str, Any]:  # Any: rows for a templ
     """The trials of a search, and the layers that it ranked, in percent."""
     trials = [
         {
-            "float_layers": len(timed.trial.ignored_layers),
-            "int8_share": _percent(timed.trial.int8_share),
-            "ap": _number(timed.trial.score, 4),
-            "drop": _signed(search.float_score - timed.trial.score, 4),
-            "p50": _number(timed.p50_ms, 1),
-            "chosen": timed.trial.ignored_layers == search.ignored_layers,
-            "missed": search.float_score - timed.trial.score > search.max_drop + 1e-6,
+            "float_layers": len(trial.ignored_layers),
+            "int8_share": _percent(trial.int8_share),
+            "ap": _number(trial.score, 4),
+            "drop": _signed(search.float_score - trial.score, 4),
+            "p50": _number(trial.p50_ms, 1),
+            "chosen": trial.ignored_layers == search.ignored_layers,
+            "missed": search.float_score - trial.score > search.max_drop + 1e-6,
         }
-        for timed in search.trials
+        for trial in search.trials
     ]
     layers = [
         {

@@ -31,7 +31,7 @@ def call(*words: object) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundle(mini_onnx: Path, mini_calibration: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(mini_onnx: Path, mini_graph: Any, mini_calibration: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """fp32 with the raw and (by its contract) the candidates tail, int8 for TensorRT and for ONNX Runtime's CPU."""
 
     def make(folder: Path) -> StepOutput:
@@ -41,7 +41,7 @@ def bundle(mini_onnx: Path, mini_calibration: Any, tmp_path_factory: pytest.Temp
         drafts = [draft(f"model.fp32{tail}.onnx", Precision.FP32) for tail in ("", ".candidates")]
         for placement in ("onnxruntime-cpu", "portable"):
             name = f"model.int8.{placement}.onnx"
-            quantize_qdq(mini_onnx, mini_calibration, folder / name, policy=PLACEMENTS[placement])
+            quantize_qdq(mini_graph, mini_calibration, folder / name, placement=PLACEMENTS[placement])
             drafts.append(draft(name, Precision.INT8, placement=placement))
         return StepOutput(artifacts=tuple(drafts))
 

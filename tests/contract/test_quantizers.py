@@ -9,37 +9,36 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cache import save_calibration
 from calibration.dataset import collect_images
 from calibration.execution import Feeder
-from calibration.quantizers import QUANTIZERS, QuantizeRequest, quantizer
+from calibration.placement import placement_for
+from calibration.quantizers import QUANTIZERS, QuantizeRequest, get_quantizer
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.onnx_graph import OnnxGraph
 
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 NAMES = sorted(QUANTIZERS)
 NEEDS = {"qdq": "openvino", "nncf": "nncf"}
 
 
 @pytest.fixture
-def request_for(mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path) -> Any:
+def request_for(mini_graph: Any, mini_calibration: Any, smooth_images: Path, tmp_path: Path) -> Any:
     """A request that every quantizer can honour."""
-    calibration = tmp_path / "calibration.json"
-    save_calibration(mini_calibration, calibration)
 
     def make(name: str, **changes: Any) -> QuantizeRequest:
         pytest.importorskip(NEEDS[name])
         output = tmp_path / "out" / f"model{QUANTIZERS[name].suffix}"
-        values = {"source": mini_onnx, "output": output, "consumer": "openvino", "calibration": calibration}
-        return QuantizeRequest(**{**values, "images": smooth_images, **changes})
+        values = {"graph": mini_graph, "output": output, "placement": placement_for("openvino")}
+        return QuantizeRequest(**{**values, "calibration": mini_calibration, "images": smooth_images, **changes})
 
     return make
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_contract_is_the_sources_in_int8(name: str, request_for: Any, mini_fcos: ModuleType) -> None:
-    made = quantizer(name).quantize(request_for(name))
+    made = get_quantizer(name).quantize(request_for(name))
     contract = read_contract(made.files[0])
     assert contract.precision is Precision.INT8
     assert contract.placement == "openvino"
@@ -51,11 +50,11 @@ def test_contract_is_the_sources_in_int8(name: str, request_for: Any, mini_fcos:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_openvino_runs_it_close_to_the_float_graph(
-    name: str, request_for: Any, mini_onnx: Path, mini_fcos: ModuleType, smooth_images: Path
+    name: str, request_for: Any, mini_onnx: Path, smooth_images: Path
 ) -> None:
     openvino = pytest.importorskip("openvino")
-    made = quantizer(name).quantize(request_for(name))
-    feeds = Feeder(onnx.load(str(mini_onnx)), mini_fcos.CONTRACT)(collect_images(smooth_images).images[0].read())
+    made = get_quantizer(name).quantize(request_for(name))
+    feeds = Feeder(OnnxGraph(mini_onnx))(collect_images(smooth_images).images[0].read())
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     wanted, got = (
         openvino.Core().compile_model(str(path), "CPU", config)(feeds) for path in (mini_onnx, made.files[0])
@@ -65,29 +64,22 @@ def test_openvino_runs_it_close_to_the_float_graph(
         assert 10 * np.log10(float(np.square(wanted[output]).sum()) / noise) > 15.0, output
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_graph_that_is_not_there(name: str, request_for: Any, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"none\.onnx"):
-        quantizer(name).quantize(request_for(name, source=tmp_path / "none.onnx"))
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(("name", "missing"), [("qdq", "calibration"), ("nncf", "images")])
 def test_what_it_measures_with_is_demanded(name: str, missing: str, request_for: Any) -> None:
     with pytest.raises(CalibrationError):
-        quantizer(name).quantize(request_for(name, **{missing: None}))
+        get_quantizer(name).quantize(request_for(name, **{missing: None}))
 
 
 def test_nncf_is_for_openvino_only(request_for: Any) -> None:
-    with pytest.raises(ConfigError, match="NNCF model is for OpenVINO, not for 'tensorrt'"):
-        quantizer("nncf").quantize(request_for("nncf", consumer="tensorrt"))
+    with pytest.raises(ConfigError, match="NNCF model is for OpenVINO, not for the placement 'portable'"):
+        get_quantizer("nncf").quantize(request_for("nncf", placement=placement_for("tensorrt")))
 
 
 def test_nncf_writes_an_ir(request_for: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must end in \.xml"):
-        quantizer("nncf").quantize(request_for("nncf", output=tmp_path / "model.onnx"))
+        get_quantizer("nncf").quantize(request_for("nncf", output=tmp_path / "model.onnx"))
 
 
 def test_unknown_quantizer() -> None:
     with pytest.raises(ConfigError, match="no quantizer 'magic'"):
-        quantizer("magic")
+        get_quantizer("magic")

@@ -17,7 +17,7 @@ pytest.importorskip("onnx")
 
 from calibration.calibrate import collect_ranges
 from calibration.dataset import SampleOptions, collect_images
-from calibration.placement import placement_for
+from calibration.placement import open_graph, placement_for
 from calibration.qdq import quantize_qdq
 from exporters.fp16 import convert_to_fp16
 from exporters.tensorrt_rtx_engine import EXPORTER
@@ -68,7 +68,8 @@ def onnx_file(checkpoint: LoadedCheckpoint, tmp_path_factory: pytest.TempPathFac
 
 def quantized(source: Path, output: Path) -> Path:
     images = collect_images(DEMO / "calibration", options=SampleOptions(count=8))
-    return quantize_qdq(source, collect_ranges(source, images), output, policy=placement_for("tensorrt-rtx")).path
+    graph, placement = open_graph(source), placement_for("tensorrt-rtx")
+    return quantize_qdq(graph, collect_ranges(graph, images), output, placement=placement).path
 
 
 @pytest.fixture(scope="module")

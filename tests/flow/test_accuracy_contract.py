@@ -129,12 +129,12 @@ def test_search_goes_on_after_a_kill_and_holds_the_goal(hard: Path, tmp_path: Pa
     assert "Trade-offs" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"q.onnx", "q.mixed-precision.json"}
     (found,) = find_trade_offs([tmp_path / "q.onnx"])
-    plain = found.trials[0].trial
+    plain = found.trials[0]
     assert plain.ignored_layers == ()
     assert found.float_score - plain.score > 0.05
     assert found.float_score - _ap(hard, tmp_path / "q.onnx") <= GOAL + 1e-6
-    chosen = next(timed for timed in found.trials if timed.trial.ignored_layers == found.ignored_layers)
-    assert 0.5 < chosen.trial.int8_share < 1.0
+    chosen = next(trial for trial in found.trials if trial.ignored_layers == found.ignored_layers)
+    assert 0.5 < chosen.int8_share < 1.0
     assert chosen.p50_ms is not None
     assert 0.0123456789 in [item.effect.centerness for item in found.ranking]
     # Those that are hurt most write or read a spoiled channel.

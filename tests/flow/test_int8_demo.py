@@ -10,7 +10,7 @@ import fcos_deploy
 from calibration.cache import load_calibration
 from calibration.calibrate import CalibrationRequest, calibrate
 from calibration.execution import executed_share
-from calibration.placement import placement_for
+from calibration.placement import open_graph, placement_for
 from calibration.qdq import quantize_qdq
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.backend import SessionOptions
@@ -65,9 +65,9 @@ def test_int8_executes_and_keeps_average_precision(
 ) -> None:
     pytest.importorskip(backend)
     pytest.importorskip("faster_coco_eval")
-    calibration = load_calibration(demo_calibration, graph=demo_onnx)
-    quantized = quantize_qdq(demo_onnx, calibration, tmp_path / "q.onnx", policy=placement_for(backend))
-    assert executed_share(demo_onnx, quantized.path, backend).share >= 0.95
+    graph, calibration = open_graph(demo_onnx), load_calibration(demo_calibration)
+    quantized = quantize_qdq(graph, calibration, tmp_path / "q.onnx", placement=placement_for(backend))
+    assert executed_share(graph, quantized.path, backend).share >= 0.95
     before, after = (average_precision(path, backend) for path in (demo_onnx, quantized.path))
     assert before > 0.4
     # A few dozen images: one detection more or less moves AP by tenths of a point.

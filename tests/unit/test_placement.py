@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from calibration.placement import PLACEMENTS, ConvGraph, load_graph, placement_for, plan_pairs, weight_range
-from fcos_deploy.core.errors import CalibrationError, ConfigError
+from calibration.placement import PLACEMENTS, ConvGraph, WeightRange, open_graph, placement_for, plan_pairs
+from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.registry import all_backends
 
 PORTABLE, CPU, OPENVINO = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"], PLACEMENTS["openvino"]
 
 
-@pytest.fixture(scope="module")
-def graph(mini_onnx: Path) -> ConvGraph:
-    return load_graph(mini_onnx)
+@pytest.fixture
+def graph(mini_graph: ConvGraph) -> ConvGraph:
+    return mini_graph
 
 
 def test_convolutions_are_found_with_their_shared_layers(graph: ConvGraph) -> None:
@@ -67,7 +67,7 @@ def test_copies_take_their_sources_scale(graph: ConvGraph) -> None:
     assert plan_pairs(graph, CPU).scale_of == {"pool": "stem_relu", "up": "inner4"}
 
 
-def test_kept_layer_is_float_on_every_level(graph: ConvGraph) -> None:
+def test_ignored_layer_is_float_on_every_level(graph: ConvGraph) -> None:
     plan = plan_pairs(graph, PORTABLE, ignored_layers={"tower.weight", "n_a"})
     assert {"n_tower0", "n_tower1", "n_a"}.isdisjoint({c.name for c in plan.convs})
     assert {"p3", "p4"}.isdisjoint(plan.readers)
@@ -86,10 +86,9 @@ def test_placements_by_backend_and_by_name() -> None:
 
 
 def test_weight_ranges_by_name() -> None:
-    assert weight_range("") is None
-    assert str(weight_range("full")) == "full"
+    assert placement_for("tensorrt", weights="full") == replace(PORTABLE, weights=WeightRange.FULL)
     with pytest.raises(ConfigError, match="no range of weights 'half'"):
-        weight_range("half")
+        placement_for("tensorrt", weights="half")
 
 
 def test_whole_additions_need_both_inputs(graph: ConvGraph) -> None:
@@ -101,13 +100,13 @@ def test_whole_additions_need_both_inputs(graph: ConvGraph) -> None:
 
 def test_text_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("hello, this is not a graph")
-    with pytest.raises(CalibrationError, match=r"text\.onnx' is not a complete ONNX model"):
-        load_graph(tmp_path / "text.onnx")
+    with pytest.raises(BackendLoadError, match=r"text\.onnx' is not a complete ONNX model"):
+        open_graph(tmp_path / "text.onnx")
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="is not there"):
-        load_graph(tmp_path / "none.onnx")
+    with pytest.raises(BackendLoadError, match="is not there"):
+        open_graph(tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize("name", sorted(all_backends()))

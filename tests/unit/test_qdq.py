@@ -12,8 +12,9 @@ import pytest
 
 from calibration.dataset import collect_images
 from calibration.execution import executed_share
-from calibration.placement import PLACEMENTS, ActivationFormat, WeightRange
+from calibration.placement import PLACEMENTS, ActivationFormat, ConvGraph, WeightRange, open_graph
 from calibration.qdq import (
+    QuantizedOnnx,
     WeightValues,
     activation_scale,
     bias_correction,
@@ -31,141 +32,139 @@ onnx = pytest.importorskip("onnx")
 ALL = sorted(PLACEMENTS)
 
 
+@pytest.fixture(scope="module")
+def written(
+    mini_graph: ConvGraph, mini_calibration: Any, smooth_images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, QuantizedOnnx]:
+    """``mini_graph`` in every placement, compared with its source on three images; read-only."""
+    folder = tmp_path_factory.mktemp("qdq")
+    images = [image.read() for image in collect_images(smooth_images).images[:3]]
+    return {
+        name: quantize_qdq(mini_graph, mini_calibration, folder / f"{name}.onnx", placement=placement, images=images)
+        for name, placement in PLACEMENTS.items()
+    }
+
+
+@pytest.fixture
+def portable(written: dict[str, QuantizedOnnx]) -> Path:
+    return written["portable"].path
+
+
 def nodes(path: Path, kind: str) -> list[Any]:
     return [node for node in onnx.load(str(path)).graph.node if node.op_type == kind]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_result_is_close_to_its_source(
-    name: str, mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path
-) -> None:
-    pictures = [image.read() for image in collect_images(smooth_images).images[:3]]
-    made = quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS[name], pictures=pictures)
-    assert made.fidelity.images == 3
-    assert min(made.fidelity.sqnr_db.values()) > 20.0
-    assert len(made.int8_convolutions) + len(made.float_convolutions) == 17
+def test_result_is_close_to_its_source(name: str, written: dict[str, QuantizedOnnx]) -> None:
+    result = written[name]
+    assert result.fidelity.images == 3
+    assert min(result.fidelity.sqnr_db.values()) > 20.0
+    assert len(result.int8_convolutions) + len(result.float_convolutions) == 17
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_contract_says_what_it_is(name: str, mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS[name])
-    contract, source = read_contract(tmp_path / "q.onnx"), read_contract(mini_onnx)
+def test_contract_says_what_it_is(name: str, written: dict[str, QuantizedOnnx], mini_graph: ConvGraph) -> None:
+    contract = read_contract(written[name].path)
     assert (contract.precision, contract.placement) == (Precision.INT8, name)
-    assert replace(contract, precision=Precision.FP32, placement="") == source
+    assert replace(contract, precision=Precision.FP32, placement="") == mini_graph.source.contract
 
 
 @pytest.mark.parametrize(
     ("name", "backend"), [("onnxruntime-cpu", "onnxruntime"), ("openvino", "openvino"), ("portable", "openvino")]
 )
 def test_runtime_executes_it_in_int8(
-    name: str, backend: str, mini_onnx: Path, mini_calibration: Any, tmp_path: Path
+    name: str, backend: str, written: dict[str, QuantizedOnnx], mini_graph: ConvGraph
 ) -> None:
     pytest.importorskip(backend)
-    quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS[name])
-    found = executed_share(mini_onnx, tmp_path / "q.onnx", backend)
+    executed = executed_share(mini_graph, written[name].path, backend)
     # The prediction layers of this small graph are 4 % of the work; the CPU placement keeps them float.
-    assert found.share > 0.95
-    assert found.total_macs == 2_276_096
+    assert executed.share > 0.95
+    assert executed.total_macs == 2_276_096
 
 
-def test_float_graph_executes_nothing_in_int8(mini_onnx: Path) -> None:
-    assert executed_share(mini_onnx, mini_onnx, "onnxruntime").share == 0.0
+def test_float_graph_executes_nothing_in_int8(mini_graph: ConvGraph) -> None:
+    assert executed_share(mini_graph, mini_graph.source.path, "onnxruntime").share == 0.0
 
 
-def test_unknown_profiler(mini_onnx: Path) -> None:
+def test_unknown_profiler(mini_graph: ConvGraph) -> None:
     with pytest.raises(ConfigError, match="'tensorrt' cannot be profiled here"):
-        executed_share(mini_onnx, mini_onnx, "tensorrt")
+        executed_share(mini_graph, mini_graph.source.path, "tensorrt")
 
 
-def test_portable_has_no_pairs_on_biases_outputs_or_zero_points(
-    mini_onnx: Path, mini_calibration: Any, tmp_path: Path
-) -> None:
-    quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"])
-    model = onnx.load(str(tmp_path / "q.onnx"))
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    for node in nodes(tmp_path / "q.onnx", "QuantizeLinear"):
+def constants_of(path: Path) -> dict[str, Any]:
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}
+
+
+def test_portable_has_no_pairs_on_biases_outputs_or_zero_points(portable: Path) -> None:
+    constants = constants_of(portable)
+    for node in nodes(portable, "QuantizeLinear"):
         assert constants[node.input[2]] == 0
         assert constants[node.input[2]].dtype == np.int8
     assert not any(value.dtype == np.int32 for value in constants.values())
-    assert all(constants[node.input[2]].dtype == np.float32 for node in nodes(tmp_path / "q.onnx", "Conv"))
+    assert all(constants[node.input[2]].dtype == np.float32 for node in nodes(portable, "Conv"))
 
 
-def test_scale_is_the_ranges(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"])
-    model = onnx.load(str(tmp_path / "q.onnx"))
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    assert constants["block/scale"] == np.float32(mini_calibration.range_of("block").amax / 127)
+def test_scale_is_the_ranges(portable: Path, mini_calibration: Any) -> None:
+    assert constants_of(portable)["block/scale"] == np.float32(mini_calibration.range_of("block").amax / 127)
 
 
-def test_shared_weight_is_stored_once(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"])
-    names = [t.name for t in onnx.load(str(tmp_path / "q.onnx")).graph.initializer]
+def test_shared_weight_is_stored_once(portable: Path) -> None:
+    names = [t.name for t in onnx.load(str(portable)).graph.initializer]
     assert names.count("tower.weight/quantized") == 1
     assert "tower.weight" not in names
     assert len(names) == len(set(names))
 
 
-def test_group_norm_and_decoding_stay_float(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"])
+def test_group_norm_and_decoding_stay_float(portable: Path, mini_onnx: Path) -> None:
     for kind in ("InstanceNormalization", "Mul", "Concat"):
-        assert nodes(tmp_path / "q.onnx", kind) == nodes(mini_onnx, kind)
+        assert nodes(portable, kind) == nodes(mini_onnx, kind)
 
 
-def test_source_is_untouched(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    before = mini_onnx.read_bytes()
-    quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["onnxruntime-cpu"])
-    assert mini_onnx.read_bytes() == before
+def test_source_is_untouched_and_the_same_input_gives_the_same_bytes(
+    written: dict[str, QuantizedOnnx], mini_graph: ConvGraph, mini_calibration: Any, tmp_path: Path
+) -> None:
+    path, before = mini_graph.source.path, mini_graph.source.model.SerializeToString()
+    for name, result in written.items():
+        quantize_qdq(open_graph(path), mini_calibration, tmp_path / "q.onnx", placement=PLACEMENTS[name])
+        assert (tmp_path / "q.onnx").read_bytes() == result.path.read_bytes()
+    assert mini_graph.source.model.SerializeToString() == onnx.load(str(path)).SerializeToString() == before
 
 
-def test_same_input_same_bytes(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        quantize_qdq(mini_onnx, mini_calibration, tmp_path / f"{name}.onnx", policy=PLACEMENTS["openvino"])
-    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
-
-
-def test_int8_graph_is_not_quantized_again(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    from fcos_deploy.core.files import sha256_file
-
-    quantize_qdq(mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"])
-    calibration = replace(mini_calibration, graph_sha256=sha256_file(tmp_path / "q.onnx"))
+def test_int8_graph_is_not_quantized_again(portable: Path) -> None:
     with pytest.raises(CalibrationError, match="is int8"):
-        quantize_qdq(tmp_path / "q.onnx", calibration, tmp_path / "again.onnx", policy=PLACEMENTS["portable"])
+        open_graph(portable)
 
 
 def test_calibration_of_another_graph(mini_fcos: ModuleType, mini_calibration: Any, tmp_path: Path) -> None:
-    other = mini_fcos.write(tmp_path / "other.onnx", seed=3)
+    other = open_graph(mini_fcos.write(tmp_path / "other.onnx", seed=3))
     with pytest.raises(CalibrationError, match="belongs to the graph"):
-        quantize_qdq(other, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"])
+        quantize_qdq(other, mini_calibration, tmp_path / "q.onnx", placement=PLACEMENTS["portable"])
     assert not (tmp_path / "q.onnx").exists()
 
 
-def test_ignoring_every_layer_is_refused(mini_onnx: Path, mini_calibration: Any, tmp_path: Path) -> None:
-    from calibration.placement import load_graph
-
-    layers = load_graph(mini_onnx).layers
+def test_ignoring_every_layer_is_refused(mini_graph: ConvGraph, mini_calibration: Any, tmp_path: Path) -> None:
+    options = {"placement": PLACEMENTS["portable"], "ignored_layers": mini_graph.layers}
     with pytest.raises(CalibrationError, match="Every convolution would stay float"):
-        quantize_qdq(
-            mini_onnx, mini_calibration, tmp_path / "q.onnx", policy=PLACEMENTS["portable"], ignored_layers=layers
-        )
+        quantize_qdq(mini_graph, mini_calibration, tmp_path / "q.onnx", **options)
 
 
 def test_symmetric_scale_by_hand() -> None:
-    found = activation_scale(Range(-1.0, 2.0, 2.54), ActivationFormat.S8_SYMMETRIC)
-    assert found.scale == np.float32(0.02)
-    assert (found.zero_point, found.zero_point.dtype) == (0, np.int8)
+    result = activation_scale(Range(-1.0, 2.0, 2.54), ActivationFormat.S8_SYMMETRIC)
+    assert result.scale == np.float32(0.02)
+    assert (result.zero_point, result.zero_point.dtype) == (0, np.int8)
 
 
 def test_asymmetric_scale_by_hand() -> None:
-    found = activation_scale(Range(-0.55, 2.0, 2.0), ActivationFormat.U8_ASYMMETRIC)
-    assert found.scale == np.float32(0.01)
-    assert (found.zero_point, found.zero_point.dtype) == (55, np.uint8)
+    result = activation_scale(Range(-0.55, 2.0, 2.0), ActivationFormat.U8_ASYMMETRIC)
+    assert result.scale == np.float32(0.01)
+    assert (result.zero_point, result.zero_point.dtype) == (55, np.uint8)
 
 
 def test_weight_by_hand() -> None:
     weight = np.float32([[1.27, -0.50], [0.0, 0.0]]).reshape(2, 2, 1, 1)
-    found = quantize_weight(weight, WeightRange.FULL)
-    assert found.values.reshape(2, 2).tolist() == [[127, -50], [0, 0]]
-    assert np.allclose(found.dequantized(), weight)
+    result = quantize_weight(weight, WeightRange.FULL)
+    assert result.values.reshape(2, 2).tolist() == [[127, -50], [0, 0]]
+    assert np.allclose(result.dequantized(), weight)
 
 
 @pytest.mark.parametrize("kind", [WeightRange.PAIRWISE, WeightRange.REDUCED])
@@ -196,8 +195,8 @@ def test_bias_correction_by_hand() -> None:
     weight = np.float32([[[[0.5, 0.25]], [[2.0, 0.0]]]])  # one output, two inputs, a kernel of 1 x 2
     values = WeightValues(np.int8([[[[1, 0]], [[4, 0]]]]), np.float32([0.4]))
     # Lost of the first input 0.5 - 0.4 + 0.25, of the second 2.0 - 1.6.
-    found = bias_correction(weight, values, means=np.float32([2.0, 10.0]))
-    assert found == pytest.approx([0.35 * 2.0 + 0.4 * 10.0], rel=1e-6)
+    result = bias_correction(weight, values, means=np.float32([2.0, 10.0]))
+    assert result == pytest.approx([0.35 * 2.0 + 0.4 * 10.0], rel=1e-6)
 
 
 def test_bias_correction_of_groups_by_hand() -> None:
@@ -213,24 +212,24 @@ def test_bias_correction_refuses_means_of_another_tensor() -> None:
 
 
 def test_biases_take_back_the_shift_of_rounded_weights(
-    mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path
+    mini_graph: ConvGraph, mini_calibration: Any, smooth_images: Path, tmp_path: Path
 ) -> None:
     """The mean of each channel behind the first convolution, over the calibration images, against the float graph's."""
     from calibration.execution import Feeder, expose, open_engine
 
     without = {name: replace(tensor, channel_means="") for name, tensor in mini_calibration.tensors.items()}
-    policy = replace(PLACEMENTS["portable"], weights=WeightRange.REDUCED)
-    feeder = Feeder(onnx.load(str(mini_onnx)), read_contract(mini_onnx))
+    placement = replace(PLACEMENTS["portable"], weights=WeightRange.REDUCED)
+    feeder = Feeder(mini_graph.source)
     feeds = [feeder(image.read()) for image in collect_images(smooth_images).images]
 
     def means(path: Path) -> Any:
-        run = open_engine("onnxruntime", expose(onnx.load(str(path)), ["stem"]), threads=1)
-        return np.mean([run(feed)["stem"].mean((0, 2, 3)) for feed in feeds], axis=0)
+        with open_engine("onnxruntime", expose(onnx.load(str(path)), ["stem"]), threads=1) as session:
+            return np.mean([session.run(feed)["stem"].mean((0, 2, 3)) for feed in feeds], axis=0)
 
     shifts = []
     for calibration in (replace(mini_calibration, tensors=without), mini_calibration):
-        quantize_qdq(mini_onnx, calibration, tmp_path / "q.onnx", policy=policy)
-        shifts.append(float(np.abs(means(tmp_path / "q.onnx") - means(mini_onnx)).mean()))
+        quantize_qdq(mini_graph, calibration, tmp_path / "q.onnx", placement=placement)
+        shifts.append(float(np.abs(means(tmp_path / "q.onnx") - means(mini_graph.source.path)).mean()))
     assert shifts[1] < 0.5 * shifts[0]
 
 
@@ -242,9 +241,7 @@ def test_bias_by_hand() -> None:
     assert scales.tolist() == [0.125, 0.25]
 
 
-def test_large_bias_over_tiny_weights_does_not_overflow(
-    mini_fcos: ModuleType, mini_onnx: Path, mini_calibration: Any, smooth_images: Path, tmp_path: Path
-) -> None:
+def test_large_bias_over_tiny_weights_does_not_overflow(mini_onnx: Path, smooth_images: Path, tmp_path: Path) -> None:
     from calibration.calibrate import StatisticsOptions, collect_ranges
 
     model = onnx.load(str(mini_onnx))
@@ -259,8 +256,8 @@ def test_large_bias_over_tiny_weights_does_not_overflow(
             tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
     path = tmp_path / "dead.onnx"
     onnx.save(model, str(path))
-    images = collect_images(smooth_images)
-    calibration = collect_ranges(path, images, options=StatisticsOptions(engine="onnxruntime", threads=1))
-    pictures = [images.images[0].read()]
-    made = quantize_qdq(path, calibration, tmp_path / "q.onnx", policy=PLACEMENTS["onnxruntime-cpu"], pictures=pictures)
-    assert min(made.fidelity.sqnr_db.values()) > 15.0
+    images, graph = collect_images(smooth_images), open_graph(path)
+    calibration = collect_ranges(graph, images, options=StatisticsOptions(engine="onnxruntime", threads=1))
+    options = {"placement": PLACEMENTS["onnxruntime-cpu"], "images": [images.images[0].read()]}
+    result = quantize_qdq(graph, calibration, tmp_path / "q.onnx", **options)
+    assert min(result.fidelity.sqnr_db.values()) > 15.0

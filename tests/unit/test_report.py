@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.execution import DetectionEffect
-from calibration.mixed_precision import LayerSensitivity, Trial
-from calibration.trade_offs import TimedTrial, TradeOffs
+from calibration.mixed_precision import DetectionEffect, LayerSensitivity, Trial
+from calibration.trade_offs import TradeOffs
 from fcos_deploy.accuracy.coco import ClassScores, CocoScores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage
 from fcos_deploy.accuracy.evaluate import DetectionRun, Evaluation, StageSeconds
@@ -98,10 +97,7 @@ def timing(p50: float, size: int) -> BenchmarkResult:
 
 def search(placement: str, *, trials: int) -> TradeOffs:
     layers = [f"layer{i}.weight" for i in range(30)]
-    tried = [
-        TimedTrial(Trial(tuple(layers[:i]), 1 - i / 10, 0.55 + i / 50), 5.0 + i if i != 1 else None)
-        for i in range(trials)
-    ]
+    tried = [Trial(tuple(layers[:i]), 1 - i / 10, 0.55 + i / 50, 5.0 + i if i != 1 else None) for i in range(trials)]
     ranking = [LayerSensitivity(layer, DetectionEffect(0.3 / (i + 1), 0.02, 0.01)) for i, layer in enumerate(layers)]
     return TradeOffs(
         placement=placement,
@@ -109,7 +105,7 @@ def search(placement: str, *, trials: int) -> TradeOffs:
         max_drop=0.01,
         float_score=0.6,
         float_p50_ms=12.3,
-        ignored_layers=tried[-1].trial.ignored_layers,
+        ignored_layers=tried[-1].ignored_layers,
         trials=tuple(tried),
         ranking=tuple(ranking) if trials > 1 else (),
         drift=ScoreDrift(0.3, 0.3, ()),

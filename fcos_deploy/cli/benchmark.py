@@ -6,26 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import (
-    GATE,
-    OUTPUT,
-    Also,
-    Backends,
-    BundlePrecisions,
-    Compute,
-    Device,
-    Json,
-    Model,
-    PublicKeys,
-    RequireSignature,
-    Rounds,
-    Threads,
-    session_options,
-    trusted_keys,
-    with_common_checkpoint_options,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
@@ -33,54 +14,43 @@ from fcos_deploy.core.enums import ComputeType, Precision
 __all__ = ["command"]
 
 
-@with_common_checkpoint_options
+@cli.with_common_checkpoint_options
 def command(
-    model: Model,
+    model: cli.Model,
     *,
-    also: Also = None,
-    image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Image to detect on. Default: one of the demo's.")
-    ] = None,
-    rounds: Rounds = 20,
-    warmup: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Detections of every model before the first is timed.")
-    ] = 5,
+    also: cli.Also = None,
+    image: Annotated[Path | None, cli.option("Image to detect on. Default: one of the demo's.", metavar="FILE")] = None,
+    rounds: cli.Rounds = 20,
+    warmup: Annotated[int, cli.option("Detections of every model before the first is timed.", min=0, metavar="N")] = 5,
     seconds: Annotated[
-        float, typer.Option(min=0.1, metavar="S", help="Duration of the throughput measurement in seconds.")
+        float, cli.option("Duration of the throughput measurement in seconds.", min=0.1, metavar="S")
     ] = 3.0,
     cold_start: Annotated[
-        bool,
-        typer.Option("--cold-start/--no-cold-start", help="Start-up time and peak memory, measured in a new process."),
+        bool, cli.option("Start-up time and peak memory, measured in a new process.", "--cold-start/--no-cold-start")
     ] = True,
     baseline: Annotated[
         Path | None,
-        typer.Option(
+        cli.option(
+            "JSON of an earlier run to compare with; exit code 4 when this one is slower. Default: none.",
             metavar="FILE",
-            help="JSON of an earlier run to compare with; exit code 4 when this one is slower. Default: none.",
-            rich_help_panel=GATE,
+            panel=cli.GATE,
         ),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(
-            min=0.0,
-            metavar="SHARE",
-            help="Slowdown against --baseline that passes, 0.1 for 10 %.",
-            rich_help_panel=GATE,
-        ),
+        cli.option("Slowdown against --baseline that passes, 0.1 for 10 %.", min=0.0, metavar="SHARE", panel=cli.GATE),
     ] = 0.1,
-    backend: Backends = None,
-    precision: BundlePrecisions = None,
-    device: Device = "",
-    compute: Compute = ComputeType.F32,
-    threads: Threads = None,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
+    backend: cli.Backends = None,
+    precision: cli.BundlePrecisions = None,
+    device: cli.Device = "",
+    compute: cli.Compute = ComputeType.F32,
+    threads: cli.Threads = None,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
     output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="JSON file to write.", rich_help_panel=OUTPUT),
+        Path | None, cli.option("JSON file to write.", "-o", "--output", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
-    as_json: Json = False,
+    as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Benchmark a model: latency by stage, throughput, cold start and memory.
@@ -92,9 +62,9 @@ def command(
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import DetectorSpec
 
-    keys = trusted_keys(public_key, required=require_signature)
+    keys = cli.trusted_keys(public_key, required=require_signature)
     base = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
-    sessions = session_options(base, [model, *(also or [])], checkpoint=options)
+    sessions = cli.session_options(base, [model, *(also or [])], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
     candidates = tuple(
         DetectorSpec(model=path, backend=name, precision=value, options=session)

@@ -7,17 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import (
-    RUNTIME,
-    SHAPES,
-    TENSORRT,
-    Json,
-    PublicKeys,
-    RequireSignature,
-    Target,
-    output,
-    trusted_keys,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.enums import Precision
 
@@ -29,132 +19,110 @@ def command(
     *,
     backend: Annotated[
         str,
-        typer.Option(
+        cli.option(
+            "Backend to build for, such as openvino or tensorrt; 'fcos-deploy doctor' lists them.",
             metavar="NAME",
-            help="Backend to build for, such as openvino or tensorrt; 'fcos-deploy doctor' lists them.",
-            rich_help_panel=RUNTIME,
+            panel=cli.RUNTIME,
         ),
     ],
-    output: Annotated[Path, output("Artifact to write; its contract goes beside it.")],
-    target: Target = "",
+    output: Annotated[Path, cli.output("Artifact to write; its contract goes beside it.")],
+    target: cli.Target = "",
     precision: Annotated[
         Precision | None,
-        typer.Option(
-            help="Precision of the bundle's graph to build from; for openvino also fp16 from fp32. "
-            "Default: the profile's or the bundle's choice.",
-            rich_help_panel=RUNTIME,
+        cli.option(
+            "Precision of the bundle's graph to build from; for openvino also fp16 from fp32. Default: the "
+            "profile's or the bundle's choice.",
+            panel=cli.RUNTIME,
         ),
     ] = None,
     batch: Annotated[
-        str,
-        typer.Option(metavar="N|MIN,OPT,MAX", help="Batch size; a range for a dynamic batch.", rich_help_panel=SHAPES),
+        str, cli.option("Batch size; a range for a dynamic batch.", metavar="N|MIN,OPT,MAX", panel=cli.SHAPES)
     ] = "1",
     heights: Annotated[
         str,
-        typer.Option(
+        cli.option(
+            "Range of a dynamic input height. Default: the graph's fixed height.",
             metavar="MIN,OPT,MAX",
-            help="Range of a dynamic input height. Default: the graph's fixed height.",
-            rich_help_panel=SHAPES,
-            show_default=False,
+            panel=cli.SHAPES,
         ),
     ] = "",
     widths: Annotated[
         str,
-        typer.Option(
-            metavar="MIN,OPT,MAX",
-            help="Range of a dynamic input width. Default: the graph's fixed width.",
-            rich_help_panel=SHAPES,
-            show_default=False,
+        cli.option(
+            "Range of a dynamic input width. Default: the graph's fixed width.", metavar="MIN,OPT,MAX", panel=cli.SHAPES
         ),
     ] = "",
     workspace_mib: Annotated[
         int | None,
-        typer.Option(
+        cli.option(
+            "Workspace memory of the builder. Default: the profile's or TensorRT's.",
             min=1,
             metavar="MIB",
-            help="Workspace memory of the builder. Default: the profile's or TensorRT's.",
-            rich_help_panel=TENSORRT,
+            panel=cli.TENSORRT,
         ),
     ] = None,
     optimization_level: Annotated[
         int | None,
-        typer.Option(
+        cli.option(
+            "Builder optimization level; higher searches longer. Default: TensorRT's.",
             min=0,
             max=5,
             metavar="0-5",
-            help="Builder optimization level; higher searches longer. Default: TensorRT's.",
-            rich_help_panel=TENSORRT,
+            panel=cli.TENSORRT,
         ),
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(
+        cli.option(
+            "Compute capability to build for, such as 8.6; repeatable, TensorRT-RTX only. Default: this GPU's.",
             metavar="X.Y",
-            help="Compute capability to build for, such as 8.6; repeatable, TensorRT-RTX only. Default: this GPU's.",
-            rich_help_panel=TENSORRT,
+            panel=cli.TENSORRT,
         ),
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="File or folder of the timing cache to read and write. Default: none.",
-            rich_help_panel=TENSORRT,
+        cli.option(
+            "File or folder of the timing cache to read and write. Default: none.", metavar="PATH", panel=cli.TENSORRT
         ),
     ] = None,
     builds: Annotated[
-        int,
-        typer.Option(
-            min=1, metavar="N", help="Number of builds, of which the fastest is kept.", rich_help_panel=TENSORRT
-        ),
+        int, cli.option("Number of builds, of which the fastest is kept.", min=1, metavar="N", panel=cli.TENSORRT)
     ] = 1,
     dla_core: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", help="DLA core to build for. Default: the GPU.", rich_help_panel=TENSORRT),
+        int | None, cli.option("DLA core to build for. Default: the GPU.", min=0, metavar="N", panel=cli.TENSORRT)
     ] = None,
     dla_strict: Annotated[
-        bool,
-        typer.Option(
-            "--dla-strict", help="Refusal of layers that would fall back to the GPU.", rich_help_panel=TENSORRT
-        ),
+        bool, cli.option("Refusal of layers that would fall back to the GPU.", "--dla-strict", panel=cli.TENSORRT)
     ] = False,
     tf32: Annotated[
-        bool,
-        typer.Option("--tf32", help="Permission for TF32 in fp32 convolutions.", rich_help_panel=TENSORRT),
+        bool, cli.option("Permission for TF32 in fp32 convolutions.", "--tf32", panel=cli.TENSORRT)
     ] = False,
     version_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--version-compatible", help="An engine for newer TensorRT versions too.", rich_help_panel=TENSORRT
-        ),
+        bool, cli.option("An engine for newer TensorRT versions too.", "--version-compatible", panel=cli.TENSORRT)
     ] = False,
     hardware_compatible: Annotated[
-        bool,
-        typer.Option("--hardware-compatible", help="An engine for newer GPUs too.", rich_help_panel=TENSORRT),
+        bool, cli.option("An engine for newer GPUs too.", "--hardware-compatible", panel=cli.TENSORRT)
     ] = False,
     calibration_cache: Annotated[
         Path | None,
-        typer.Option(
+        cli.option(
+            "Calibration cache for INT8 from a float graph, where the builder cannot read Q/DQ. Default: none.",
             metavar="FILE",
-            help="Calibration cache for INT8 from a float graph, where the builder cannot read Q/DQ. Default: none.",
-            rich_help_panel=TENSORRT,
+            panel=cli.TENSORRT,
         ),
     ] = None,
     trtexec: Annotated[
-        bool,
-        typer.Option(
-            "--trtexec", help="Equivalent trtexec command on stdout; nothing is built.", rich_help_panel=TENSORRT
-        ),
+        bool, cli.option("Equivalent trtexec command on stdout; nothing is built.", "--trtexec", panel=cli.TENSORRT)
     ] = False,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
-    as_json: Json = False,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
+    as_json: cli.Json = False,
 ) -> None:
     """Build an engine, an OpenVINO IR or an optimized model, and check it against its source."""
     from fcos_deploy.core.exporter import BatchRange, BuildOptions, optional_range, size_range
     from fcos_deploy.pipeline.build import ArtifactRequest, build_artifact, equivalent_trtexec
 
-    keys = trusted_keys(public_key, required=require_signature)
+    keys = cli.trusted_keys(public_key, required=require_signature)
     options = BuildOptions(
         batch=BatchRange(*size_range(batch)),
         workspace_mib=workspace_mib,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import RUNTIME, Graph, Json, Threads, output
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.serialize import to_json
 
@@ -15,56 +13,52 @@ __all__ = ["command"]
 
 
 def command(
-    model: Graph,
+    model: cli.Graph,
     *,
-    images: Annotated[Path, typer.Option(metavar="PATH", help="Calibration images: a folder, list file or COCO JSON.")],
-    output: Annotated[Path, output("Calibration file (.json) to write.")],
+    images: Annotated[Path, cli.option("Calibration images: a folder, list file or COCO JSON.", metavar="PATH")],
+    output: Annotated[Path, cli.output("Calibration file (.json) to write.")],
     annotations: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="COCO annotations of the images, to choose images that cover all classes and object sizes. "
+        cli.option(
+            "COCO annotations of the images, to choose images that cover all classes and object sizes. "
             "Default: images are chosen at random.",
+            metavar="FILE",
         ),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of images to choose. Default: up to 128.")
+        int | None, cli.option("Number of images to choose. Default: up to 128.", min=1, metavar="N")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Random seed for choosing calibration images.")] = 0,
+    seed: Annotated[int, cli.option("Random seed for choosing calibration images.", metavar="N")] = 0,
     evaluation_images: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Images that accuracy will be measured on; an overlap is reported."),
+        Path | None, cli.option("Images that accuracy will be measured on; an overlap is reported.", metavar="PATH")
     ] = None,
     method: Annotated[
         str,
-        typer.Option(
+        cli.option(
+            "Method that turns statistics into ranges: minmax, percentile, entropy, mse or l3. Default: percentile.",
             metavar="NAME",
-            help="Method that turns statistics into ranges: minmax, percentile, entropy, mse or l3. "
-            "Default: percentile.",
-            show_default=False,
         ),
     ] = "",
     convergence: Annotated[
-        bool, typer.Option("--convergence", help="Report of how the ranges settle with more images.")
+        bool, cli.option("Report of how the ranges settle with more images.", "--convergence")
     ] = False,
     tensorrt_cache: Annotated[
         str,
-        typer.Option(
+        cli.option(
+            "TensorRT version, such as 8.5.2, to also write a calibration cache (.cache) for. Default: none.",
             metavar="VERSION",
-            help="TensorRT version, such as 8.5.2, to also write a calibration cache (.cache) for. Default: none.",
-            show_default=False,
         ),
     ] = "",
     engine: Annotated[
         str,
-        typer.Option(
+        cli.option(
+            "Runtime that measures: onnxruntime, openvino, or auto for the faster one.",
             metavar="NAME",
-            help="Runtime that measures: onnxruntime, openvino, or auto for the faster one.",
-            rich_help_panel=RUNTIME,
+            panel=cli.RUNTIME,
         ),
     ] = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    threads: cli.Threads = None,
+    as_json: cli.Json = False,
 ) -> None:
     """Calibrate: measure the ranges of a graph's activations on images, for 'fcos-deploy quantize'."""
     from calibration.calibrate import CalibrationRequest, calibrate

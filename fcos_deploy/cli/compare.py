@@ -7,24 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fcos_deploy.cli.options import (
-    OUTPUT,
-    RUNTIME,
-    Annotations,
-    Backend,
-    BundlePrecision,
-    Json,
-    Limit,
-    MaxMapDrop,
-    MinMatchRate,
-    PublicKeys,
-    RequireSignature,
-    Rounds,
-    Threads,
-    session_options,
-    trusted_keys,
-    with_common_checkpoint_options,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
@@ -37,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@with_common_checkpoint_options
+@cli.with_common_checkpoint_options
 def command(
     first: Annotated[
         Path, typer.Argument(metavar="FIRST", help="Model to compare with: checkpoint, ONNX file, engine or bundle.")
@@ -46,39 +29,29 @@ def command(
     *,
     images: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of the images. Default: two bundles are compared by what they record."
-        ),
+        cli.option("Folder of the images. Default: two bundles are compared by what they record.", metavar="DIR"),
     ] = None,
-    annotations: Annotations = None,
-    limit: Limit = None,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Benchmark of both in turns.")] = True,
-    rounds: Rounds = 10,
-    max_map_drop: MaxMapDrop = None,
-    min_match_rate: MinMatchRate = None,
-    backend: Backend = "",
+    annotations: cli.Annotations = None,
+    limit: cli.Limit = None,
+    speed: Annotated[bool, cli.option("Benchmark of both in turns.", "--speed/--no-speed")] = True,
+    rounds: cli.Rounds = 10,
+    max_map_drop: cli.MaxMapDrop = None,
+    min_match_rate: cli.MinMatchRate = None,
+    backend: cli.Backend = "",
     second_backend: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Runtime of the second model. Default: that of --backend.",
-            rich_help_panel=RUNTIME,
-            show_default=False,
-        ),
+        str, cli.option("Runtime of the second model. Default: that of --backend.", metavar="NAME", panel=cli.RUNTIME)
     ] = "",
-    precision: BundlePrecision = None,
+    precision: cli.BundlePrecision = None,
     second_precision: Annotated[
-        Precision | None,
-        typer.Option(help="Precision of the second bundle. Default: that of --precision.", rich_help_panel=RUNTIME),
+        Precision | None, cli.option("Precision of the second bundle. Default: that of --precision.", panel=cli.RUNTIME)
     ] = None,
-    threads: Threads = None,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
+    threads: cli.Threads = None,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
     report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="HTML report of the comparison to write.", rich_help_panel=OUTPUT),
+        Path | None, cli.option("HTML report of the comparison to write.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
-    as_json: Json = False,
+    as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Compare two models or bundles: AP with its confidence interval, single detections, speed.
@@ -96,8 +69,8 @@ def command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    base = SessionOptions(threads=threads, public_keys=trusted_keys(public_key, required=require_signature))
-    sessions = session_options(base, [first, second], checkpoint=options)
+    base = SessionOptions(threads=threads, public_keys=cli.trusted_keys(public_key, required=require_signature))
+    sessions = cli.session_options(base, [first, second], checkpoint=options)
     reference = DetectorSpec(model=first, backend=backend, precision=precision, options=sessions[first])
     candidate = DetectorSpec(
         model=second,

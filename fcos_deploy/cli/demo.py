@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.deploy import show_deployment
-from fcos_deploy.cli.options import Json, output
 from fcos_deploy.cli.output import note, progress_bar
 
 __all__ = ["command"]
@@ -14,8 +14,8 @@ __all__ = ["command"]
 
 def command(
     *,
-    output: Annotated[Path, output("Folder of the bundle.", metavar="DIR")] = Path("fcos-demo"),
-    as_json: Json = False,
+    output: Annotated[Path, cli.output("Folder of the bundle.", metavar="DIR")] = Path("fcos-demo"),
+    as_json: cli.Json = False,
 ) -> None:
     """Deploy the blood-cell detector that comes with fcos-deploy: export, INT8, engines, accuracy, speed, report."""
     from fcos_deploy.pipeline.deploy import demo_request, deploy

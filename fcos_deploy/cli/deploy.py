@@ -5,18 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from fcos_deploy.cli.options import (
-    GATE,
-    RUNTIME,
-    Annotations,
-    Checkpoint,
-    Json,
-    Opset,
-    output,
-    with_all_checkpoint_options,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.serialize import to_json
@@ -27,44 +16,40 @@ if TYPE_CHECKING:
 __all__ = ["command", "show_deployment"]
 
 
-@with_all_checkpoint_options
+@cli.with_all_checkpoint_options
 def command(
-    checkpoint: Checkpoint,
+    checkpoint: cli.Checkpoint,
     *,
-    output: Annotated[Path, output("Folder of the bundle.", metavar="DIR")],
+    output: Annotated[Path, cli.output("Folder of the bundle.", metavar="DIR")],
     calibration_images: Annotated[
-        Path, typer.Option(metavar="PATH", help="Images to calibrate INT8 on: a folder, list file or COCO JSON.")
+        Path, cli.option("Images to calibrate INT8 on: a folder, list file or COCO JSON.", metavar="PATH")
     ],
     images: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Images to measure the accuracy on. Default: the calibration images."),
+        Path | None, cli.option("Images to measure the accuracy on. Default: the calibration images.", metavar="DIR")
     ] = None,
-    annotations: Annotations = None,
+    annotations: cli.Annotations = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Device profile to build for, such as jetson-orin-nano; repeatable."),
+        cli.option("Device profile to build for, such as jetson-orin-nano; repeatable.", metavar="NAME"),
     ] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(
+        cli.option(
+            "Backend to build for, repeatable. Default: every backend that runs on this machine.",
             metavar="NAME",
-            help="Backend to build for, repeatable. Default: every backend that runs on this machine.",
-            rich_help_panel=RUNTIME,
+            panel=cli.RUNTIME,
         ),
     ] = None,
     max_map_drop: Annotated[
-        float,
-        typer.Option(metavar="AP", help="Largest loss of AP of INT8, 0.01 for one point.", rich_help_panel=GATE),
+        float, cli.option("Largest loss of AP of INT8, 0.01 for one point.", metavar="AP", panel=cli.GATE)
     ] = 0.01,
     calibration_count: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of calibration images to choose. Default: up to 128.")
+        int | None, cli.option("Number of calibration images to choose. Default: up to 128.", metavar="N")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Random seed for choosing calibration images.")] = 0,
-    opset: Opset = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan of what would be built, without building it.")
-    ] = False,
-    as_json: Json = False,
+    seed: Annotated[int, cli.option("Random seed for choosing calibration images.", metavar="N")] = 0,
+    opset: cli.Opset = None,
+    dry_run: Annotated[bool, cli.option("Plan of what would be built, without building it.", "--dry-run")] = False,
+    as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Deploy a checkpoint: export, quantize, build, measure and pack it into a verified bundle.

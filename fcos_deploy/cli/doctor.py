@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fcos_deploy.cli.options import Json, Target
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json
 
 __all__ = ["command"]
 
 
-def command(*, target: Target = "", as_json: Json = False) -> None:
+def command(*, target: cli.Target = "", as_json: cli.Json = False) -> None:
     """List what works on this machine, what does not, and how to fix it.
 
     With --target the machine is compared with a device profile; exit code 1 when it differs.

@@ -6,30 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import (
-    GATE,
-    Annotations,
-    Backends,
-    BundlePrecisions,
-    Compute,
-    Device,
-    Images,
-    Json,
-    Junit,
-    Limit,
-    MaxMapDrop,
-    MinMatchRate,
-    Model,
-    PublicKeys,
-    RequireSignature,
-    Threads,
-    reference_options,
-    session_options,
-    trusted_keys,
-    with_common_checkpoint_options,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
@@ -37,42 +14,39 @@ from fcos_deploy.core.enums import ComputeType, Precision
 __all__ = ["command"]
 
 
-@with_common_checkpoint_options
+@cli.with_common_checkpoint_options
 def command(
-    model: Model,
+    model: cli.Model,
     *,
-    images: Images,
-    annotations: Annotations = None,
+    images: cli.Images,
+    annotations: cli.Annotations = None,
     reference: Annotated[
-        Path | None, typer.Option(metavar="MODEL", help="Model to compare with, usually the checkpoint.")
+        Path | None, cli.option("Model to compare with, usually the checkpoint.", metavar="MODEL")
     ] = None,
-    limit: Limit = None,
+    limit: cli.Limit = None,
     resamples: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Bootstrap resamples of the intervals; 0 for no intervals.")
+        int, cli.option("Bootstrap resamples of the intervals; 0 for no intervals.", min=0, metavar="N")
     ] = 1000,
     predictions: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder to keep detections in; an interrupted run resumes from it."),
+        Path | None, cli.option("Folder to keep detections in; an interrupted run resumes from it.", metavar="DIR")
     ] = None,
-    max_map_drop: MaxMapDrop = None,
+    max_map_drop: cli.MaxMapDrop = None,
     min_ap: Annotated[
-        float | None,
-        typer.Option(metavar="AP", help="Smallest AP; exit code 4 below it. Default: no limit.", rich_help_panel=GATE),
+        float | None, cli.option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP", panel=cli.GATE)
     ] = None,
-    min_match_rate: MinMatchRate = None,
+    min_match_rate: cli.MinMatchRate = None,
     certain: Annotated[
-        bool,
-        typer.Option("--certain", help="Gate on the upper end of the drop's interval.", rich_help_panel=GATE),
+        bool, cli.option("Gate on the upper end of the drop's interval.", "--certain", panel=cli.GATE)
     ] = False,
-    backend: Backends = None,
-    precision: BundlePrecisions = None,
-    device: Device = "",
-    compute: Compute = ComputeType.F32,
-    threads: Threads = None,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
-    junit: Junit = None,
-    as_json: Json = False,
+    backend: cli.Backends = None,
+    precision: cli.BundlePrecisions = None,
+    device: cli.Device = "",
+    compute: cli.Compute = ComputeType.F32,
+    threads: cli.Threads = None,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
+    junit: cli.Junit = None,
+    as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Evaluate a model on one or more backends: COCO AP, its confidence interval, and a gate.
@@ -86,9 +60,9 @@ def command(
     from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
 
-    keys = trusted_keys(public_key, required=require_signature)
+    keys = cli.trusted_keys(public_key, required=require_signature)
     base = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
-    sessions = session_options(base, [model, *([reference] if reference else [])], checkpoint=options)
+    sessions = cli.session_options(base, [model, *([reference] if reference else [])], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
     request = EvaluationRequest(
         candidates=tuple(
@@ -97,7 +71,7 @@ def command(
         ),
         images=images,
         annotations=annotations,
-        reference=DetectorSpec(model=reference, options=reference_options(sessions[reference], reference))
+        reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference], reference))
         if reference
         else None,
         gate=Gate(max_map_drop=max_map_drop, min_ap=min_ap, min_match_rate=min_match_rate, certain=certain),

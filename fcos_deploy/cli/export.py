@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import Checkpoint, Json, Opset, output, with_all_checkpoint_options
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
@@ -15,26 +13,24 @@ from fcos_deploy.core.enums import NmsForm, Precision, Tail
 __all__ = ["command"]
 
 
-@with_all_checkpoint_options
+@cli.with_all_checkpoint_options
 def command(
-    checkpoint: Checkpoint,
+    checkpoint: cli.Checkpoint,
     *,
-    output: Annotated[Path, output("ONNX file to write.")],
+    output: Annotated[Path, cli.output("ONNX file to write.")],
     tail: Annotated[
         Tail,
-        typer.Option(
-            help="End of the graph. raw: head outputs; candidates: decoded boxes before NMS; nms: final detections."
-        ),
+        cli.option("End of the graph. raw: head outputs; candidates: decoded boxes before NMS; nms: final detections."),
     ] = Tail.RAW,
-    batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Batch size of the graph.")] = "1",
-    precision: Annotated[Precision, typer.Option(metavar="fp32|fp16", help="Type of the weights.")] = Precision.FP32,
-    opset: Opset = None,
-    simplify: Annotated[bool, typer.Option("--simplify/--no-simplify", help="Simplification of the graph.")] = True,
+    batch: Annotated[str, cli.option("Batch size of the graph.", metavar="N|dynamic")] = "1",
+    precision: Annotated[Precision, cli.option("Type of the weights.", metavar="fp32|fp16")] = Precision.FP32,
+    opset: cli.Opset = None,
+    simplify: Annotated[bool, cli.option("Simplification of the graph.", "--simplify/--no-simplify")] = True,
     nms_form: Annotated[
         NmsForm,
-        typer.Option(help="NMS of the nms tail. onnx: the operator NonMaxSuppression; static: plain tensor operators."),
+        cli.option("NMS of the nms tail. onnx: the operator NonMaxSuppression; static: plain tensor operators."),
     ] = NmsForm.ONNX,
-    as_json: Json = False,
+    as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Export a checkpoint to an ONNX graph that carries its contract, and compare the graph with PyTorch."""

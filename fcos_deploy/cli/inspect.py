@@ -5,38 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import (
-    OUTPUT,
-    Json,
-    Model,
-    PublicKeys,
-    RequireSignature,
-    trusted_keys,
-    with_all_checkpoint_options,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, format_checkpoint_options
 
 __all__ = ["command"]
 
 
-@with_all_checkpoint_options
+@cli.with_all_checkpoint_options
 def command(
-    model: Model,
+    model: cli.Model,
     *,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
     write_options: Annotated[
         Path | None,
-        typer.Option(
+        cli.option(
+            "TOML file to write with all options that were decided for a checkpoint, for --checkpoint-options.",
             metavar="FILE",
-            help="TOML file to write with all options that were decided for a checkpoint, for --checkpoint-options.",
-            rich_help_panel=OUTPUT,
+            panel=cli.OUTPUT,
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Show what a file is, and who decided what the tensors of a checkpoint do not tell."""
@@ -45,7 +35,7 @@ def command(
     from fcos_deploy.core.files import write_text
     from fcos_deploy.pipeline.inspect import inspect_bundle, inspect_file
 
-    keys = trusted_keys(public_key, required=require_signature)
+    keys = cli.trusted_keys(public_key, required=require_signature)
     inspection = (
         inspect_bundle(model, public_keys=keys) if keys or is_bundle(model) else inspect_file(model, options=options)
     )

@@ -58,6 +58,7 @@ __all__ = [
     "Server",
     "Target",
     "Threads",
+    "option",
     "output",
     "reference_options",
     "session_options",
@@ -73,6 +74,17 @@ GATE, RUNTIME, SERVING, SHAPES, TENSORRT, TRUST, OUTPUT = (
 )
 _PANELS = (None, GATE, RUNTIME, SERVING, SHAPES, TENSORRT, "Checkpoint", "Preprocessing", "Detection", TRUST, OUTPUT)
 
+
+def option(help: str, *flags: str, panel: str | None = None, **more: Any) -> Any:  # noqa: A002  # as in typer.Option
+    """``typer.Option`` with its help first; Any: its other arguments, and its result's type."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, show_default="Default:" not in help, **more)
+
+
+def output(help: str, *, metavar: str = "FILE") -> Any:  # noqa: A002  # as in typer.Option
+    """``-o/--output``, the same in every command; Any: as ``option``."""
+    return option(help, "-o", "--output", metavar=metavar)
+
+
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of any supported ecosystem.")]
 Graph = Annotated[Path, typer.Argument(metavar="MODEL", help="Float ONNX graph.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint, ONNX file, OpenVINO IR, engine or bundle.")]
@@ -80,32 +92,21 @@ Bundle = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Bundle: the folder or .tar that 'fcos-deploy deploy' wrote.")
 ]
 
-Also = Annotated[
-    list[Path] | None, typer.Option(metavar="MODEL", help="Another model to measure with this one; repeatable.")
-]
-Reference = Annotated[
-    Path, typer.Option(metavar="MODEL", help="Model to compare with, usually the checkpoint it was made from.")
-]
-Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the images.")]
+Also = Annotated[list[Path] | None, option("Another model to measure with this one; repeatable.", metavar="MODEL")]
+Reference = Annotated[Path, option("Model to compare with, usually the checkpoint it was made from.", metavar="MODEL")]
+Images = Annotated[Path, option("Folder of the images.", metavar="DIR")]
 Annotations = Annotated[
     Path | None,
-    typer.Option(
+    option(
+        "COCO annotations of the images. Default: the reference model's detections are the ground truth.",
         metavar="FILE",
-        help="COCO annotations of the images. Default: the reference model's detections are the ground truth.",
     ),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of images to use. Default: all.")]
-Rounds = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Rounds of the benchmark; each times 5 detections of every model.")
-]
-Opset = Annotated[int | None, typer.Option(metavar="N", help="ONNX operator set, 17 to 23. Default: 17.")]
+Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1, metavar="N")]
+Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1, metavar="N")]
+Opset = Annotated[int | None, option("ONNX operator set, 17 to 23. Default: 17.", metavar="N")]
 Target = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        help="Device profile, such as jetson-orin-nano, or a TOML file of one. Default: none.",
-        show_default=False,
-    ),
+    str, option("Device profile, such as jetson-orin-nano, or a TOML file of one. Default: none.", metavar="NAME")
 ]
 
 _BACKEND = "'fcos-deploy doctor' lists them. Default: the one that the model is meant for."
@@ -123,87 +124,67 @@ BundlePrecisions = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option(
+    option(
+        "Device as the runtime names it, such as cpu, GPU.0 or cuda:0. Default: the runtime's choice.",
         metavar="NAME",
-        help="Device as the runtime names it, such as cpu, GPU.0 or cuda:0. Default: the runtime's choice.",
-        rich_help_panel=RUNTIME,
-        show_default=False,
+        panel=RUNTIME,
     ),
 ]
-Compute = Annotated[
-    ComputeType, typer.Option(help="Type that the runtime computes float layers in.", rich_help_panel=RUNTIME)
-]
+Compute = Annotated[ComputeType, option("Type that the runtime computes float layers in.", panel=RUNTIME)]
 Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", help="Threads of the runtime. Default: the runtime's choice.", rich_help_panel=RUNTIME
-    ),
+    int | None, option("Threads of the runtime. Default: the runtime's choice.", min=1, metavar="N", panel=RUNTIME)
 ]
 Server = Annotated[
     str,
-    typer.Option(
+    option(
+        "Served model in place of a local runtime, such as http://HOST:8000/v2/models/NAME. Default: none.",
         metavar="URL",
-        help="Served model in place of a local runtime, such as http://HOST:8000/v2/models/NAME. Default: none.",
-        rich_help_panel=RUNTIME,
-        show_default=False,
+        panel=RUNTIME,
     ),
 ]
 
 MaxMapDrop = Annotated[
     float | None,
-    typer.Option(
-        metavar="AP",
-        help="Largest loss of AP against the reference, such as 0.01 for one point; exit code 4 beyond it. "
+    option(
+        "Largest loss of AP against the reference, such as 0.01 for one point; exit code 4 beyond it. "
         "Default: no limit.",
-        rich_help_panel=GATE,
+        metavar="AP",
+        panel=GATE,
     ),
 ]
 MinMatchRate = Annotated[
     float | None,
-    typer.Option(
-        metavar="RATE",
-        help="Smallest share of the reference's detections that must match (0 to 1); exit code 4 below it. "
+    option(
+        "Smallest share of the reference's detections that must match (0 to 1); exit code 4 below it. "
         "Default: no limit.",
-        rich_help_panel=GATE,
+        metavar="RATE",
+        panel=GATE,
     ),
 ]
 
 PublicKeys = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
+        "Trusted public key, as a file or its text; repeatable. The bundle must be signed with one of them.",
         "--public-key",
         metavar="PEM",
-        help="Trusted public key, as a file or its text; repeatable. The bundle must be signed with one of them.",
-        rich_help_panel=TRUST,
+        panel=TRUST,
     ),
 ]
 RequireSignature = Annotated[
-    bool,
-    typer.Option(
-        "--require-signature",
-        help="Refuse everything but bundles signed with a --public-key.",
-        rich_help_panel=TRUST,
-    ),
+    bool, option("Refuse everything but bundles signed with a --public-key.", "--require-signature", panel=TRUST)
 ]
 AllowFallback = Annotated[
     bool,
-    typer.Option(
+    option(
+        "Permission to use the next backend of the bundle's fallback list when its first does not fit.",
         "--allow-fallback",
-        help="Permission to use the next backend of the bundle's fallback list when its first does not fit.",
-        rich_help_panel=TRUST,
+        panel=TRUST,
     ),
 ]
 
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel=OUTPUT)]
-Junit = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="JUnit XML file of the verdicts to write.", rich_help_panel=OUTPUT),
-]
-
-
-def output(help: str, *, metavar: str = "FILE") -> Any:  # noqa: A002  # as in typer.Option, whose return type this is
-    """``-o/--output``, the same in every command."""
-    return typer.Option("-o", "--output", metavar=metavar, help=help)
+Json = Annotated[bool, option("JSON on stdout.", "--json", panel=OUTPUT)]
+Junit = Annotated[Path | None, option("JUnit XML file of the verdicts to write.", metavar="FILE", panel=OUTPUT)]
 
 
 def with_parameters(

@@ -4,23 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import (
-    Backend,
-    BundlePrecision,
-    Compute,
-    Device,
-    Images,
-    Json,
-    Model,
-    PublicKeys,
-    Reference,
-    RequireSignature,
-    Threads,
-    trusted_keys,
-    with_common_checkpoint_options,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType
@@ -29,27 +13,23 @@ from fcos_deploy.core.errors import AccuracyGateError
 __all__ = ["command"]
 
 
-@with_common_checkpoint_options
+@cli.with_common_checkpoint_options
 def command(
-    model: Model,
+    model: cli.Model,
     *,
-    reference: Reference,
-    images: Images,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images to use.")] = 4,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Tolerances of float32, whatever the model's precision.")
-    ] = False,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Search for the first layer that diverges (ONNX files).")
-    ] = False,
-    backend: Backend = "",
-    precision: BundlePrecision = None,
-    device: Device = "",
-    compute: Compute = ComputeType.F32,
-    threads: Threads = None,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
-    as_json: Json = False,
+    reference: cli.Reference,
+    images: cli.Images,
+    limit: Annotated[int, cli.option("Number of images to use.", min=1, metavar="N")] = 4,
+    strict: Annotated[bool, cli.option("Tolerances of float32, whatever the model's precision.", "--strict")] = False,
+    layers: Annotated[bool, cli.option("Search for the first layer that diverges (ONNX files).", "--layers")] = False,
+    backend: cli.Backend = "",
+    precision: cli.BundlePrecision = None,
+    device: cli.Device = "",
+    compute: cli.Compute = ComputeType.F32,
+    threads: cli.Threads = None,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
+    as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Check a model against its checkpoint in PyTorch stage by stage, and explain the first stage that diverges.
@@ -61,7 +41,7 @@ def command(
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.parity import ParityRequest, check_parity, find_layer
 
-    keys = trusted_keys(public_key, required=require_signature)
+    keys = cli.trusted_keys(public_key, required=require_signature)
     session = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
     request = ParityRequest(
         candidate=DetectorSpec(model=model, backend=backend, precision=precision, options=session),

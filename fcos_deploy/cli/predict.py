@@ -7,22 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import (
-    OUTPUT,
-    RUNTIME,
-    AllowFallback,
-    Backend,
-    BundlePrecision,
-    Compute,
-    Device,
-    Json,
-    Model,
-    PublicKeys,
-    RequireSignature,
-    Threads,
-    trusted_keys,
-    with_common_checkpoint_options,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType
@@ -34,50 +19,43 @@ _DRAWN = 0.3  # lowest score that is drawn by default: boxes of lower scores hid
 _ROWS = 200  # of the table
 
 
-@with_common_checkpoint_options
+@cli.with_common_checkpoint_options
 def command(
-    model: Model,
+    model: cli.Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, folders of images, videos.")],
     *,
     score_threshold: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            metavar="SCORE",
-            help="Minimum score of a detection. Default: the model's.",
-            rich_help_panel="Detection",
+        cli.option(
+            "Minimum score of a detection. Default: the model's.", min=0.0, max=1.0, metavar="SCORE", panel="Detection"
         ),
     ] = None,
-    backend: Backend = "",
-    precision: BundlePrecision = None,
-    device: Device = "",
-    compute: Compute = ComputeType.F32,
-    threads: Threads = None,
+    backend: cli.Backend = "",
+    precision: cli.BundlePrecision = None,
+    device: cli.Device = "",
+    compute: cli.Compute = ComputeType.F32,
+    threads: cli.Threads = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder for compiled models. Default: ~/.cache/fcos-deploy.", rich_help_panel=RUNTIME
-        ),
+        cli.option("Folder for compiled models. Default: ~/.cache/fcos-deploy.", metavar="DIR", panel=cli.RUNTIME),
     ] = None,
-    allow_fallback: AllowFallback = False,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
+    allow_fallback: cli.AllowFallback = False,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
     draw: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder for annotated copies (.jpg, .mp4).", rich_help_panel=OUTPUT),
+        Path | None, cli.option("Folder for annotated copies (.jpg, .mp4).", metavar="DIR", panel=cli.OUTPUT)
     ] = None,
     draw_threshold: Annotated[
         float | None,
-        typer.Option(
+        cli.option(
+            "Minimum score of a box that is drawn. Default: --score-threshold, or else 0.3.",
             min=0.0,
             max=1.0,
             metavar="SCORE",
-            help="Minimum score of a box that is drawn. Default: --score-threshold, or else 0.3.",
-            rich_help_panel=OUTPUT,
+            panel=cli.OUTPUT,
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Predict the objects in images and videos; boxes are x1, y1, x2, y2 in image pixels.
@@ -95,7 +73,7 @@ def command(
         threads=threads,
         cache_dir=cache,
         checkpoint=options,
-        public_keys=trusted_keys(public_key, required=require_signature),
+        public_keys=cli.trusted_keys(public_key, required=require_signature),
         allow_fallback=allow_fallback,
     )
     opened = Detector.open(

@@ -6,66 +6,57 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import GATE, Annotations, Graph, Json, MaxMapDrop, Threads, output
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 
 __all__ = ["command"]
 
 
 def command(
-    model: Graph,
+    model: cli.Graph,
     *,
-    output: Annotated[Path, output("INT8 model to write: .onnx, or .xml with --quantizer nncf.")],
+    output: Annotated[Path, cli.output("INT8 model to write: .onnx, or .xml with --quantizer nncf.")],
     calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Ranges of this graph, as 'fcos-deploy calibrate' writes them."),
+        Path | None, cli.option("Ranges of this graph, as 'fcos-deploy calibrate' writes them.", metavar="FILE")
     ] = None,
     consumer: Annotated[
-        str, typer.Option("--for", metavar="NAME", help="Backend that will run the model, or a Q/DQ placement.")
+        str, cli.option("Backend that will run the model, or a Q/DQ placement.", "--for", metavar="NAME")
     ] = "portable",
-    quantizer: Annotated[str, typer.Option(metavar="NAME", help="Quantizer: qdq, or nncf for an OpenVINO IR.")] = "qdq",
+    quantizer: Annotated[str, cli.option("Quantizer: qdq, or nncf for an OpenVINO IR.", metavar="NAME")] = "qdq",
     method: Annotated[
         str,
-        typer.Option(
+        cli.option(
+            "Method that turns statistics into ranges: minmax, percentile, entropy, mse or l3. Default: the "
+            "calibration's.",
             metavar="NAME",
-            help="Method that turns statistics into ranges: minmax, percentile, entropy, mse or l3. "
-            "Default: the calibration's.",
-            show_default=False,
         ),
     ] = "",
     weights: Annotated[
-        str,
-        typer.Option(
-            metavar="RANGE",
-            help="Range of the weights: pairwise, reduced or full. Default: the placement's.",
-            show_default=False,
-        ),
+        str, cli.option("Range of the weights: pairwise, reduced or full. Default: the placement's.", metavar="RANGE")
     ] = "",
     ignore_layer: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Layer to keep in float, repeatable. Default: none.")
+        list[str] | None, cli.option("Layer to keep in float, repeatable. Default: none.", metavar="NAME")
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(
+        cli.option(
+            "Images to measure the accuracy or quantization noise on; with --quantizer nncf to calibrate on.",
             metavar="DIR",
-            help="Images to measure the accuracy or quantization noise on; with --quantizer nncf to calibrate on.",
         ),
     ] = None,
-    annotations: Annotations = None,
-    max_map_drop: MaxMapDrop = None,
+    annotations: cli.Annotations = None,
+    max_map_drop: cli.MaxMapDrop = None,
     evaluations: Annotated[
         int,
-        typer.Option(
+        cli.option(
+            "Largest number of INT8 and float mixtures to evaluate; 1 allows no layer in float.",
             min=1,
             metavar="N",
-            help="Largest number of INT8 and float mixtures to evaluate; 1 allows no layer in float.",
-            rich_help_panel=GATE,
+            panel=cli.GATE,
         ),
     ] = 16,
-    threads: Threads = None,
-    as_json: Json = False,
+    threads: cli.Threads = None,
+    as_json: cli.Json = False,
 ) -> None:
     """Quantize a float ONNX graph to INT8.
 

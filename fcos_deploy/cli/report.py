@@ -6,29 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import (
-    OUTPUT,
-    Also,
-    Annotations,
-    Backends,
-    BundlePrecisions,
-    Images,
-    Limit,
-    MaxMapDrop,
-    Model,
-    PublicKeys,
-    Reference,
-    RequireSignature,
-    Rounds,
-    Threads,
-    output,
-    reference_options,
-    session_options,
-    trusted_keys,
-    with_common_checkpoint_options,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
@@ -36,30 +14,27 @@ from fcos_deploy.core.enums import Precision
 __all__ = ["command"]
 
 
-@with_common_checkpoint_options
+@cli.with_common_checkpoint_options
 def command(
-    model: Model,
+    model: cli.Model,
     *,
-    reference: Reference,
-    images: Images,
-    annotations: Annotations = None,
-    also: Also = None,
-    limit: Limit = None,
-    rounds: Rounds = 20,
-    max_map_drop: MaxMapDrop = None,
-    backend: Backends = None,
-    precision: BundlePrecisions = None,
-    threads: Threads = None,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
-    output: Annotated[Path, output("HTML file to write; the same in Markdown goes beside it.")] = Path("report.html"),
+    reference: cli.Reference,
+    images: cli.Images,
+    annotations: cli.Annotations = None,
+    also: cli.Also = None,
+    limit: cli.Limit = None,
+    rounds: cli.Rounds = 20,
+    max_map_drop: cli.MaxMapDrop = None,
+    backend: cli.Backends = None,
+    precision: cli.BundlePrecisions = None,
+    threads: cli.Threads = None,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
+    output: Annotated[Path, cli.output("HTML file to write; the same in Markdown goes beside it.")] = Path(
+        "report.html"
+    ),
     title: Annotated[
-        str,
-        typer.Option(
-            help="Title of the report. Default: the names of the two models.",
-            rich_help_panel=OUTPUT,
-            show_default=False,
-        ),
+        str, cli.option("Title of the report. Default: the names of the two models.", panel=cli.OUTPUT)
     ] = "",
     options: CheckpointOptions,
 ) -> None:
@@ -76,11 +51,11 @@ def command(
     from fcos_deploy.report import write_report
 
     models = [model, *(also or [])]
-    base = SessionOptions(threads=threads, public_keys=trusted_keys(public_key, required=require_signature))
-    sessions = session_options(base, [*models, reference], checkpoint=options)
+    base = SessionOptions(threads=threads, public_keys=cli.trusted_keys(public_key, required=require_signature))
+    sessions = cli.session_options(base, [*models, reference], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
     request = ComparisonRequest(
-        reference=DetectorSpec(model=reference, options=reference_options(sessions[reference], reference)),
+        reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference], reference)),
         candidates=tuple(
             DetectorSpec(model=path, backend=name, precision=value, options=sessions[path])
             for path, name, value in product(models, backend or [""], precisions)

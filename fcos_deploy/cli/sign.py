@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcos_deploy.cli.options import TRUST, Json
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json
 
 __all__ = ["command"]
@@ -18,18 +18,16 @@ def command(
         Path | None, typer.Argument(metavar="BUNDLE", help="Bundle: the folder that 'fcos-deploy deploy' wrote.")
     ] = None,
     *,
-    key: Annotated[Path, typer.Option(metavar="PEM", help="Private key file.", rich_help_panel=TRUST)] = Path(
-        "fcos-deploy-key.pem"
-    ),
+    key: Annotated[Path, cli.option("Private key file.", metavar="PEM", panel=cli.TRUST)] = Path("fcos-deploy-key.pem"),
     generate_key: Annotated[
         bool,
-        typer.Option(
+        cli.option(
+            "New key pair, written before signing: --key and the same name ending in .pub.pem.",
             "--generate-key",
-            help="New key pair, written before signing: --key and the same name ending in .pub.pem.",
-            rich_help_panel=TRUST,
+            panel=cli.TRUST,
         ),
     ] = False,
-    as_json: Json = False,
+    as_json: cli.Json = False,
 ) -> None:
     """Sign a bundle's manifest with an Ed25519 key, and thereby every file it lists; the bundle is checked first."""
     from fcos_deploy.bundle.signature import generate_key as write_key_pair

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from fcos_deploy.cli.options import Graph, Json, output
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 
 __all__ = ["command"]
 
 
-def command(model: Graph, *, output: Annotated[Path, output("ONNX file to write.")], as_json: Json = False) -> None:
+def command(
+    model: cli.Graph, *, output: Annotated[Path, cli.output("ONNX file to write.")], as_json: cli.Json = False
+) -> None:
     """Simplify an ONNX graph and check that its outputs stay the same; dynamic axes stay dynamic."""
     from exporters.simplify import simplify_onnx
 

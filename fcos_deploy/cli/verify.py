@@ -5,45 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from fcos_deploy.cli.options import (
-    OUTPUT,
-    AllowFallback,
-    Backend,
-    Bundle,
-    BundlePrecision,
-    Device,
-    Json,
-    Junit,
-    PublicKeys,
-    RequireSignature,
-    Server,
-    trusted_keys,
-)
+from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 
 __all__ = ["command"]
 
 
 def command(
-    bundle: Bundle,
+    bundle: cli.Bundle,
     *,
-    backend: Backend = "",
-    precision: BundlePrecision = None,
-    device: Device = "",
-    server: Server = "",
-    allow_fallback: AllowFallback = False,
-    require_signature: RequireSignature = False,
-    public_key: PublicKeys = None,
+    backend: cli.Backend = "",
+    precision: cli.BundlePrecision = None,
+    device: cli.Device = "",
+    server: cli.Server = "",
+    allow_fallback: cli.AllowFallback = False,
+    require_signature: cli.RequireSignature = False,
+    public_key: cli.PublicKeys = None,
     log: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Log to append the record to. Default: the bundle's.", rich_help_panel=OUTPUT
-        ),
+        Path | None, cli.option("Log to append the record to. Default: the bundle's.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
-    junit: Junit = None,
-    as_json: Json = False,
+    junit: cli.Junit = None,
+    as_json: cli.Json = False,
 ) -> None:
     """Verify on this machine that a bundle gives the detections it was certified with, on its golden images.
 
@@ -62,7 +44,7 @@ def command(
         allow_fallback=allow_fallback,
         session=SessionOptions(device=device),
     )
-    keys = trusted_keys(public_key, required=require_signature)
+    keys = cli.trusted_keys(public_key, required=require_signature)
     with open_bundle(bundle, public_keys=keys) as opened, progress_bar() as progress:
         record = verify.verify_bundle(opened, options=options, signed_by=opened.signed_by, progress=progress)
         written = verify.write_record(record, bundle=opened, log=log)

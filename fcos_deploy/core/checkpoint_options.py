@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ class OptionInfo:
     common: bool = False
 
 
-def _option(help: str, *, panel: str = "Checkpoint", **info: Any) -> dict[str, OptionInfo]:  # noqa: A002  # as in Typer
-    """The metadata of a field; Any: each of ``OptionInfo``'s own types."""
-    return {"option": OptionInfo(help=help, panel=panel, **info)}
+def _option(default: Any, help: str, *, panel: str = "Checkpoint", **info: Any) -> Any:  # noqa: A002  # as in Typer
+    """A field with its ``OptionInfo``; Any: the field's type and the default's, as in ``dataclasses.field``."""
+    return dataclasses.field(default=default, metadata={"option": OptionInfo(help=help, panel=panel, **info)})
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -105,167 +105,125 @@ class CheckpointOptions:
         ConfigError: when two options contradict each other, or a size cannot be meant.
     """
 
-    ecosystem: str = field(
-        default=AUTO,
-        metadata=_option(
-            "Library that trained the checkpoint: auto, torchvision, mmdetection, adelaidet, detectron2 or tianzhi. "
-            "Default: auto, recognised by the tensors' names.",
-            metavar="NAME",
-            common=True,
-        ),
+    ecosystem: str = _option(
+        AUTO,
+        "Library that trained the checkpoint: auto, torchvision, mmdetection, adelaidet, detectron2 or tianzhi. "
+        "Default: auto, recognised by the tensors' names.",
+        metavar="NAME",
+        common=True,
     )
-    variant: str = field(
-        default="",
-        metadata=_option(
-            "Variant of the ecosystem's FCOS. tianzhi: original or imprv; mmdetection: plain or tricks. "
-            "Default: recognised where the file shows it.",
-            metavar="NAME",
-            common=True,
-        ),
+    variant: str = _option(
+        "",
+        "Variant of the ecosystem's FCOS. tianzhi: original or imprv; mmdetection: plain or tricks. "
+        "Default: recognised where the file shows it.",
+        metavar="NAME",
+        common=True,
     )
-    weights: str = field(
-        default="",
-        metadata=_option(
-            "Weights to load from a file that holds both: model or ema. Default: ema, which training scripts evaluate.",
-            metavar="model|ema",
-        ),
+    weights: str = _option(
+        "",
+        "Weights to load from a file that holds both: model or ema. Default: ema, which training scripts evaluate.",
+        metavar="model|ema",
     )
-    class_names: tuple[str, ...] = field(
-        default=(),
-        metadata=_option(
-            "Text file with one class name a line, in the order of the training labels. "
-            "Default: the names in the file, or COCO's where the number of classes is COCO's.",
-            flags="--classes",
-            metavar="FILE",
-            parse=_class_names,
-            is_file=True,
-            common=True,
-        ),
+    class_names: tuple[str, ...] = _option(
+        (),
+        "Text file with one class name a line, in the order of the training labels. "
+        "Default: the names in the file, or COCO's where the number of classes is COCO's.",
+        flags="--classes",
+        metavar="FILE",
+        parse=_class_names,
+        is_file=True,
+        common=True,
     )
-    stride_in_1x1: bool | None = field(
-        default=None,
-        metadata=_option(
-            "Convolution of a bottleneck block that has the stride. Default: the ecosystem's.",
-            flags="--stride-in-1x1/--stride-in-3x3",
-        ),
+    stride_in_1x1: bool | None = _option(
+        None,
+        "Convolution of a bottleneck block that has the stride. Default: the ecosystem's.",
+        flags="--stride-in-1x1/--stride-in-3x3",
     )
-    box_activation: BoxActivation | None = field(
-        default=None, metadata=_option("Function that turns box outputs into pixels. Default: the ecosystem's.")
+    box_activation: BoxActivation | None = _option(
+        None, "Function that turns box outputs into pixels. Default: the ecosystem's."
     )
-    centerness_on_reg: bool | None = field(
-        default=None,
-        metadata=_option(
-            "Tower that feeds the centerness output. Default: the ecosystem's.",
-            flags="--centerness-on-reg/--centerness-on-cls",
-        ),
+    centerness_on_reg: bool | None = _option(
+        None,
+        "Tower that feeds the centerness output. Default: the ecosystem's.",
+        flags="--centerness-on-reg/--centerness-on-cls",
     )
-    norm_eps: float | None = field(
-        default=None, metadata=_option("Epsilon of the backbone's batch norm. Default: the ecosystem's.")
+    norm_eps: float | None = _option(None, "Epsilon of the backbone's batch norm. Default: the ecosystem's.")
+    input_size: tuple[int, int] | None = _option(
+        None,
+        "Fixed input size, height x width, such as 640x640 (other tools' --imgsz 640). The image keeps its aspect "
+        "ratio; the rest is padded. Default: the ecosystem's test size.",
+        panel="Preprocessing",
+        metavar="HxW",
+        parse=_size,
+        common=True,
     )
-    input_size: tuple[int, int] | None = field(
-        default=None,
-        metadata=_option(
-            "Fixed input size, height x width, such as 640x640 (other tools' --imgsz 640). The image keeps its aspect "
-            "ratio; the rest is padded. Default: the ecosystem's test size.",
-            panel="Preprocessing",
-            metavar="HxW",
-            parse=_size,
-            common=True,
-        ),
+    shortest: int | None = _option(
+        None,
+        "Length of the image's shorter side after resizing; needs --longest.",
+        panel="Preprocessing",
+        metavar="PIXELS",
     )
-    shortest: int | None = field(
-        default=None,
-        metadata=_option(
-            "Length of the image's shorter side after resizing; needs --longest.",
-            panel="Preprocessing",
-            metavar="PIXELS",
-        ),
+    longest: int | None = _option(
+        None, "Limit of the longer side after resizing; needs --shortest.", panel="Preprocessing", metavar="PIXELS"
     )
-    longest: int | None = field(
-        default=None,
-        metadata=_option(
-            "Limit of the longer side after resizing; needs --shortest.", panel="Preprocessing", metavar="PIXELS"
-        ),
+    input_dtype: InputDtype | None = _option(
+        None,
+        "Type of the network input. uint8: pixels, normalised inside the graph; float32: normalised before it. "
+        "Default: uint8 with --input-size, float32 otherwise.",
+        panel="Preprocessing",
     )
-    input_dtype: InputDtype | None = field(
-        default=None,
-        metadata=_option(
-            "Type of the network input. uint8: pixels, normalised inside the graph; float32: normalised before it. "
-            "Default: uint8 with --input-size, float32 otherwise.",
-            panel="Preprocessing",
-        ),
+    channel_order: ChannelOrder | None = _option(
+        None, "Order of the colour channels. Default: the ecosystem's.", panel="Preprocessing"
     )
-    channel_order: ChannelOrder | None = field(
-        default=None, metadata=_option("Order of the colour channels. Default: the ecosystem's.", panel="Preprocessing")
+    mean: tuple[float, float, float] | None = _option(
+        None,
+        "Mean that is subtracted, in the order of the channels. Default: the ecosystem's.",
+        panel="Preprocessing",
+        metavar="A,B,C",
+        parse=_triple,
     )
-    mean: tuple[float, float, float] | None = field(
-        default=None,
-        metadata=_option(
-            "Mean that is subtracted, in the order of the channels. Default: the ecosystem's.",
-            panel="Preprocessing",
-            metavar="A,B,C",
-            parse=_triple,
-        ),
+    std: tuple[float, float, float] | None = _option(
+        None,
+        "Standard deviation to divide by, in the order of the channels. Default: the ecosystem's.",
+        panel="Preprocessing",
+        metavar="A,B,C",
+        parse=_triple,
     )
-    std: tuple[float, float, float] | None = field(
-        default=None,
-        metadata=_option(
-            "Standard deviation to divide by, in the order of the channels. Default: the ecosystem's.",
-            panel="Preprocessing",
-            metavar="A,B,C",
-            parse=_triple,
-        ),
+    resize_filter: ResizeFilter | None = _option(
+        None, "Library whose bilinear interpolation is reproduced. Default: the ecosystem's.", panel="Preprocessing"
     )
-    resize_filter: ResizeFilter | None = field(
-        default=None,
-        metadata=_option(
-            "Library whose bilinear interpolation is reproduced. Default: the ecosystem's.", panel="Preprocessing"
-        ),
+    score_threshold: float | None = _option(
+        None,
+        "Minimum score of a detection. Default: the checkpoint's.",
+        panel="Detection",
+        metavar="SCORE",
+        common=True,
     )
-    score_threshold: float | None = field(
-        default=None,
-        metadata=_option(
-            "Minimum score of a detection. Default: the checkpoint's.",
-            panel="Detection",
-            metavar="SCORE",
-            common=True,
-        ),
+    iou_threshold: float | None = _option(
+        None,
+        "IoU above which NMS drops the lower-scored box. Default: the checkpoint's.",
+        panel="Detection",
+        metavar="IOU",
     )
-    iou_threshold: float | None = field(
-        default=None,
-        metadata=_option(
-            "IoU above which NMS drops the lower-scored box. Default: the checkpoint's.",
-            panel="Detection",
-            metavar="IOU",
-        ),
+    max_detections: int | None = _option(
+        None, "Maximum number of detections in an image. Default: the checkpoint's.", panel="Detection", metavar="N"
     )
-    max_detections: int | None = field(
-        default=None,
-        metadata=_option(
-            "Maximum number of detections in an image. Default: the checkpoint's.", panel="Detection", metavar="N"
-        ),
+    pre_nms_top_k: int | None = _option(
+        None,
+        "Maximum number of candidates a level before NMS. Default: the checkpoint's.",
+        panel="Detection",
+        metavar="N",
     )
-    pre_nms_top_k: int | None = field(
-        default=None,
-        metadata=_option(
-            "Maximum number of candidates a level before NMS. Default: the checkpoint's.",
-            panel="Detection",
-            metavar="N",
-        ),
+    centers: CenterMode | None = _option(
+        None, "Position of a level's locations in the image. Default: the profile's.", panel="Detection"
     )
-    centers: CenterMode | None = field(
-        default=None,
-        metadata=_option("Position of a level's locations in the image. Default: the profile's.", panel="Detection"),
-    )
-    profile: str | None = field(
-        default=None,
-        metadata=_option(
-            "Post-processing of this library: torchvision, mmdetection, mmdetection2 (2.17 and older), adelaidet, "
-            "detectron2 or tianzhi. "
-            "Default: the ecosystem's.",
-            panel="Detection",
-            metavar="NAME",
-        ),
+    profile: str | None = _option(
+        None,
+        "Post-processing of this library: torchvision, mmdetection, mmdetection2 (2.17 and older), adelaidet, "
+        "detectron2 or tianzhi. "
+        "Default: the ecosystem's.",
+        panel="Detection",
+        metavar="NAME",
     )
 
     def __post_init__(self) -> None:

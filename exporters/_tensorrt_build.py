@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters._tensorrt_options import Generation, ProfileShapes, generation_of, profile_shapes
-from exporters.onnx_file import require_writable
 from fcos_deploy.core.backend import Session, SessionOptions
 from fcos_deploy.core.contract import ModelContract, read_contract, write_sidecar
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BuildError, ConfigError, DeviceError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
-from fcos_deploy.core.files import atomic_file, sha256_file
+from fcos_deploy.core.files import atomic_file, require_writable, sha256_file
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import backends_for
 from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple
@@ -216,7 +215,7 @@ class _Build:
             config.set_memory_pool_limit(self._trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
         if options.optimization_level is not None:
             config.builder_optimization_level = options.optimization_level
-        if not options.tf32:
+        if not options.tf32:  # TensorRT's default: it rounds the inputs of fp32 convolutions to 10 bits of mantissa
             config.clear_flag(self._trt.BuilderFlag.TF32)
         config.profiling_verbosity = self._trt.ProfilingVerbosity.DETAILED  # types in the log's layer list
         if options.dla_core is not None:
@@ -245,7 +244,7 @@ class _Build:
         watched = threading.Event()
 
         def serialize() -> trt.IHostMemory | None:
-            watched.wait()  # An interrupt that comes while this thread starts must meet somebody who passes it on.
+            watched.wait()  # Not before the other thread is where it hands an interrupt on to the monitor.
             return builder.build_serialized_network(network, config)
 
         with ThreadPoolExecutor(1, "tensorrt-build") as pool:
@@ -362,6 +361,7 @@ def place_on_dla(
             "A DLA computes in fp16 or int8 only, this ONNX file is fp32.",
             hint="build the fp16 file, or give a calibration cache",
         )
+    # Everything is meant for the DLA, and what it cannot run goes back to the GPU.
     config.default_device_type = library.DeviceType.DLA
     config.DLA_core = core
     if not options.dla_strict:

@@ -179,7 +179,7 @@ class Generation(ABC):
         """Make the engine loadable by other versions or on other GPUs."""
         if options.version_compatible:
             config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
-        if options.hardware_compatible:
+        if options.hardware_compatible:  # on compute capability 8.0 and later, at some cost in speed
             config.hardware_compatibility_level = self.trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
     def set_compute_capabilities(self, config: trt.IBuilderConfig, options: BuildOptions) -> str:
@@ -190,6 +190,7 @@ class Generation(ABC):
     def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> None:
         """Start from a timing cache (empty: a new one)."""
         cache = config.create_timing_cache(content)
+        # False: another device's timings are refused instead of being used as if they were this one's.
         if cache is None or not config.set_timing_cache(cache, False):
             raise ConfigError("The timing cache does not fit this TensorRT and GPU.", hint="delete the file")
 

@@ -63,7 +63,8 @@ def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -
         raise ConfigError(f"Only an fp32 graph becomes fp16, this one is {contract.precision}.")
     graph = ir.from_proto(onnx.shape_inference.infer_shapes(model))
     half = _half_nodes(graph)
-    names = [v.name for node in graph.graph if node in half for v in node.outputs if _is_float(v)]
+    values = (value for node in graph.graph if node in half for value in node.outputs)
+    names = [value.name for value in values if value.dtype == ir.DataType.FLOAT]
     _Halving(graph, half).run()
     _require_in_range(model, names, feeds)
     result = ir.to_proto(graph)
@@ -79,10 +80,6 @@ def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -
         row_share=_ROW_SHARE,
     )
     return result, check
-
-
-def _is_float(value: Any) -> bool:
-    return value.dtype is not None and value.dtype.name == "FLOAT"
 
 
 def _require_in_range(model: Any, names: list[str], feeds: list[Feeds]) -> None:
@@ -111,7 +108,7 @@ def _require_in_range(model: Any, names: list[str], feeds: list[Feeds]) -> None:
 
 def _half_nodes(model: Any) -> set[Any]:
     """Convolutions, and nodes with a convolution both before and after them."""
-    nodes = list(model.graph)
+    nodes = list(model.graph)  # in topological order
     after: set[Any] = set()
     for node in nodes:
         if node.op_type == "Conv" or any(n in after for n in node.predecessors()):
@@ -135,8 +132,13 @@ class _Halving:
         """Convert inputs and weights, then outputs; drop the float32 weights that nothing reads any more."""
         nodes = [node for node in self._graph if node in self._half]
         for node in nodes:
-            for index in _FLOAT_INPUTS.get(node.op_type, tuple(range(len(node.inputs)))):
-                self._halve_input(node, index)
+            for index in _FLOAT_INPUTS.get(node.op_type, range(len(node.inputs))):
+                value = node.inputs[index] if index < len(node.inputs) else None
+                if value is None or value.producer() in self._half or value.dtype != ir.DataType.FLOAT:
+                    continue
+                if id(value) not in self._halved:
+                    self._halved[id(value)] = self._weight(value) if value.is_initializer() else self._cast(value)
+                node.replace_input_with(index, self._halved[id(value)])
         for node in nodes:
             for value in node.outputs:
                 if value.dtype in (ir.DataType.FLOAT, None) and node.op_type not in _READ_NO_VALUES:
@@ -145,15 +147,8 @@ class _Halving:
             if not value.uses() and not value.is_graph_output():
                 del self._graph.initializers[name]
 
-    def _halve_input(self, node: Any, index: int) -> None:
-        value = node.inputs[index] if index < len(node.inputs) else None
-        if value is None or value.producer() in self._half or value.dtype != ir.DataType.FLOAT:
-            return
-        if id(value) not in self._halved:
-            self._halved[id(value)] = self._halved_weight(value) if value.is_initializer() else self._cast(value)
-        node.replace_input_with(index, self._halved[id(value)])
-
-    def _halved_weight(self, value: Any) -> Any:
+    def _weight(self, value: Any) -> Any:
+        """A new initializer, ``value`` rounded to half precision."""
         array = value.const_value.numpy()
         if not bool(np.all(np.abs(array) <= _LARGEST)):
             raise ExportError(
@@ -167,17 +162,16 @@ class _Halving:
         return half
 
     def _cast(self, value: Any) -> Any:
-        """``value`` in half precision, cast right after it is made."""
-        node = self._cast_node(value, to=ir.DataType.FLOAT16, name=f"{value.name}/to_fp16")
-        producer = value.producer()
-        if producer is None:
+        """``value`` in half precision, cast right behind the node that computes it."""
+        node = _cast_node(value, to=ir.DataType.FLOAT16, name=f"{value.name}/to_fp16")
+        if value.producer() is None:
             self._graph.insert_before(self._graph[0], node)
         else:
-            self._graph.insert_after(producer, node)
+            self._graph.insert_after(value.producer(), node)
         return node.outputs[0]
 
     def _halve_output(self, value: Any) -> None:
-        """Make ``value`` half; readers outside get it cast back."""
+        """Make ``value`` half; nodes that stay in float32 read it cast back."""
         outside = [
             (use.node, use.idx)
             for use in value.uses()
@@ -186,16 +180,18 @@ class _Halving:
         value.dtype = ir.DataType.FLOAT16
         if not outside and not value.is_graph_output():
             return
-        back = self._cast_node(value, to=ir.DataType.FLOAT, name=f"{value.name}/to_fp32")
+        back = _cast_node(value, to=ir.DataType.FLOAT, name=f"{value.name}/to_fp32")
         self._graph.insert_after(value.producer(), back)
         for node, index in outside:
             node.replace_input_with(index, back.outputs[0])
         if value.is_graph_output():
+            # The cast takes the output's place and its name, so that the interface stays as it was.
             position = next(i for i, output in enumerate(self._graph.outputs) if output is value)
             back.outputs[0].name, value.name = value.name, f"{value.name}.fp16"
             self._graph.outputs[position] = back.outputs[0]
 
-    def _cast_node(self, value: Any, *, to: Any, name: str) -> Any:
-        node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(to))], name=name)
-        node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{name}_output", to, value.shape
-        return node
+
+def _cast_node(value: Any, *, to: Any, name: str) -> Any:
+    node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(to))], name=name)
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{name}_output", to, value.shape
+    return node

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text
-from fcos_deploy.core.errors import BackendLoadError, ConfigError, ExportError
+from fcos_deploy.core.errors import ExportError
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.serialize import from_json
 
 __all__ = [
     "LARGE",
-    "contract_of",
     "load_onnx",
     "opset_of",
-    "require_writable",
     "save_onnx",
     "with_contract",
     "with_weights_aside",
@@ -46,22 +42,6 @@ def load_onnx(path: Path) -> Any:  # Any: onnx.ModelProto, whose package ships n
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"'{path}' is not a complete ONNX model: {first}", hint="export it again") from error
     return model
-
-
-def require_writable(path: Path) -> None:
-    """Refuse an output that cannot be written before the work is done, not after.
-
-    Raises:
-        ConfigError: naming the reason.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        problem = "" if os.access(path.parent, os.W_OK) else "no permission"
-        problem = "it is a folder" if path.is_dir() else problem
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise ConfigError(f"Cannot write '{path}': {problem}.", hint="choose a folder that exists and can be written")
 
 
 def save_onnx(model: Any, path: Path) -> None:
@@ -93,18 +73,6 @@ def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, s
 def opset_of(model: Any) -> int:
     """Version of the standard operator set."""
     return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
-
-
-def contract_of(model: Any, path: Path) -> ModelContract:
-    """The contract that a loaded model carries; ``path`` is for the message.
-
-    Raises:
-        BackendLoadError: it carries none.
-    """
-    text = next((p.value for p in model.metadata_props if p.key == METADATA_KEY), None)
-    if text is None:
-        raise BackendLoadError(f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'")
-    return from_json(ModelContract, json.loads(text), where="contract")
 
 
 def with_weights_aside(model: Any, rewrite: Callable[[Any], Any]) -> Any:

@@ -69,7 +69,7 @@ class _OnnxRuntimeExporter(Exporter):
             "builder": self.name,
             "version": ort.__version__,
             "onnx_sha256": sha256_file(request.source),
-            "optimisation": "extended",
+            "optimization": "extended",
             "check": str(check),
             "seconds": f"{time.perf_counter() - started:.2f}",
         }

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from exporters.graph_passes import PASSES
-from exporters.onnx_file import LARGE, contract_of, load_onnx, opset_of, require_writable, save_onnx, with_weights_aside
+from exporters.onnx_file import LARGE, load_onnx, opset_of, save_onnx, with_weights_aside
 from exporters.step_check import Feeds, Runner, StepCheck, compare, feed_of, onnx_runner
-from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
+from fcos_deploy.core.files import require_writable
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
@@ -93,7 +94,7 @@ def rewrite_onnx(
     progress(step, 0, 2)
     require_writable(output)
     model = load_onnx(source)
-    contract = contract_of(model, source)
+    contract = read_contract(source)
     feeds = [feed_of(contract, {name: shape for name, _, shape in map(_interface, model.graph.input)})]
     progress(step, 1, 2)
     result, check = rewrite(model, contract, feeds)
@@ -119,6 +120,7 @@ def simplified(
     What would be larger than its source is not used. ``run`` gives the outputs of ``model``, where the caller has them.
     Raises as ``simplify_onnx`` does.
     """
+    # onnxsim folds whatever is constant, and a folded Expand or Range may be larger than what computed it.
     smaller = _with_own_passes(_with_onnxsim(model))
     result = smaller if smaller.ByteSize() <= model.ByteSize() else _with_own_passes(model)
     for value, declared in zip(result.graph.output, model.graph.output, strict=True):

@@ -17,12 +17,13 @@ from typing import Any, Protocol, TypeVar
 
 from exporters.fp16 import half_precision
 from exporters.graph_passes import name_weights_after_convolutions
-from exporters.onnx_file import opset_of, require_writable, save_onnx, with_contract, with_weights_aside
+from exporters.onnx_file import opset_of, save_onnx, with_contract, with_weights_aside
 from exporters.simplify import simplified
 from exporters.step_check import Feeds, Runner, StepCheck, compare, onnx_runner, provoking_feed, remembering
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, ExportError
+from fcos_deploy.core.files import require_writable
 from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
@@ -264,7 +265,7 @@ def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: b
     _name_after_modules(graph)
     name_weights_after_convolutions(graph)
     _shorten_dimensions(graph)
-    # Stack traces of the exporting machine are a seventh of a small file, and nobody's business.
+    # Stack traces of the exporting machine are a seventh of a small file, and show its folders.
     ir_passes.ClearMetadataAndDocStringPass()(graph)
     graph.metadata_props.clear()
     graph.producer_name, graph.producer_version = "fcos-deploy", ""
@@ -478,8 +479,8 @@ def _nms_keep(  # noqa: PLR0917  (the operator's own signature)
 ) -> Any:
     """NonMaxSuppression once over (n, classes, K) scores, and its list of survivors as a mask of fixed shape.
 
-    A score plane of its own for each class keeps suppression exact: the usual trick of moving classes apart by adding
-    to coordinates costs their last bits.
+    A score plane of its own for each class keeps suppression exact: moving classes apart by adding to
+    coordinates, as most exports do, costs their last bits.
     """
     op = onnxscript.opset18
     channel = onnx.helper.make_tensor("channels", onnx.TensorProto.INT64, [1, classes, 1], list(range(classes)))

@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 _NO_DRIVER = "No working NVIDIA driver is installed"
 _START_AGAIN = "start the program again; if it comes back, look for Xid messages in the kernel log"
-# Errors with which CUDA answers on a machine that cannot compute, or no longer: what it is, and what mends it.
+# Errors with which CUDA answers on a machine that cannot compute, or no longer: the problem, and what to do.
 _DEVICE_PROBLEMS: dict[str, tuple[str, str]] = {
     "cudaErrorInsufficientDriver": (
         "The NVIDIA driver is too old for this CUDA",
@@ -44,7 +44,7 @@ _DEVICE_PROBLEMS: dict[str, tuple[str, str]] = {
     "cudaErrorLaunchFailure": ("The GPU stopped in the middle of its work", _START_AGAIN),
     "cudaErrorIllegalAddress": ("The GPU stopped in the middle of its work", _START_AGAIN),
     "cudaErrorECCUncorrectable": ("The GPU's memory lost data", _START_AGAIN),
-    "cudaErrorUnknown": ("The NVIDIA driver is broken", "check nvidia-smi and the kernel log; often a reboot mends it"),
+    "cudaErrorUnknown": ("The NVIDIA driver is broken", "check nvidia-smi and the kernel log; a reboot often helps"),
 }
 
 
@@ -55,7 +55,6 @@ class CudaDevice:
     index: int
     name: str
     capability: tuple[int, int]
-    memory_bytes: int
     integrated: bool
 
     def __str__(self) -> str:
@@ -117,18 +116,13 @@ class Cuda:
         Raises:
             DeviceError: there is none, or the driver does not work.
         """
-        return [self._device(index) for index in range(self._call("cudaGetDeviceCount"))]
-
-    def _device(self, index: int) -> CudaDevice:
-        properties = self._call("cudaGetDeviceProperties", index)
-        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
-        return CudaDevice(
-            index=index,
-            name=name.rstrip("\0"),
-            capability=(int(properties.major), int(properties.minor)),
-            memory_bytes=int(properties.totalGlobalMem),
-            integrated=bool(properties.integrated),
-        )
+        devices = []
+        for index in range(self._call("cudaGetDeviceCount")):
+            properties = self._call("cudaGetDeviceProperties", index)
+            name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+            capability = (int(properties.major), int(properties.minor))
+            devices.append(CudaDevice(index, name.rstrip("\0"), capability, integrated=bool(properties.integrated)))
+        return devices
 
     def select(self, index: int) -> None:
         """Make a GPU current in the calling thread."""

@@ -203,9 +203,9 @@ class HttpClient(Client):
 
     def metadata(self) -> ModelMetadata:
         try:
-            server = self._json("GET", "/v2")
-            model = self._json("GET", self._path)
-            self._json("GET", f"{self._path}/ready")
+            server = self._get("/v2")
+            model = self._get(self._path)
+            self._get(f"{self._path}/ready")
         except _Answer as answer:
             raise _not_served(self._address, f"{answer} (HTTP {answer.status})") from answer
         except (OSError, http.client.HTTPException) as error:
@@ -215,9 +215,9 @@ class HttpClient(Client):
         return model_metadata(server, model)
 
     def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
-        body, headers = self._request(feeds, outputs)
+        payload, headers = self._request(feeds, outputs)
         try:
-            content, received = self._exchange("POST", f"{self._path}/infer", body=body, headers=headers)
+            content, received = self._exchange("POST", f"{self._path}/infer", payload=payload, headers=headers)
         except _Answer as answer:
             raise BackendError(f"The server refused the request: {answer} (HTTP {answer.status}).") from answer
         except TimeoutError as error:
@@ -230,6 +230,7 @@ class HttpClient(Client):
             raise BackendError(f"The answer of {self._address} is not understood: {error!r}.") from error
 
     def _request(self, feeds: Tensors, outputs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, str]]:
+        """Payload and headers: JSON, and behind it the tensors' bytes where the server takes them."""
         tensors, blobs = [], []
         for name, array in feeds.items():
             tensor: dict[str, Any] = {"name": name, "datatype": _NAMES[array.dtype.name], "shape": list(array.shape)}
@@ -247,8 +248,9 @@ class HttpClient(Client):
             headers = {"Content-Type": "application/json"}
         return b"".join((head, *blobs)), headers
 
-    def _json(self, method: str, path: str) -> dict[str, Any]:
-        content, _ = self._exchange(method, path)
+    def _get(self, path: str) -> dict[str, Any]:
+        """The JSON object at ``path``; empty where the answer is no object."""
+        content, _ = self._exchange("GET", path)
         try:
             value = parse_json(content or b"{}")
         except ValueError as error:
@@ -256,25 +258,31 @@ class HttpClient(Client):
         return value if isinstance(value, dict) else {}
 
     def _exchange(
-        self, method: str, path: str, *, body: bytes = b"", headers: Mapping[str, str] | None = None
+        self, method: str, path: str, *, payload: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> tuple[bytes, Mapping[str, str]]:
         connection, fresh = self._connection()
         try:
-            return self._send(connection, method, path, body=body, headers=headers or {})
+            return self._send(connection, method, path, payload=payload, headers=headers or {})
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
             connection.close()
             if fresh:
                 raise
             # The server closed a kept-alive connection. Inference has no side effects, so ask once more.
-            return self._send(connection, method, path, body=body, headers=headers or {})
+            return self._send(connection, method, path, payload=payload, headers=headers or {})
         except (OSError, http.client.HTTPException):
             connection.close()
             raise
 
     def _send(
-        self, connection: http.client.HTTPConnection, method: str, path: str, *, body: bytes, headers: Mapping[str, str]
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        *,
+        payload: bytes,
+        headers: Mapping[str, str],
     ) -> tuple[bytes, Mapping[str, str]]:
-        connection.request(method, path, body=body or None, headers=dict(headers))
+        connection.request(method, path, body=payload or None, headers=dict(headers))
         response = connection.getresponse()
         content = response.read(_MAX_ANSWER + 1)
         if len(content) > _MAX_ANSWER:

@@ -294,7 +294,7 @@ class TensorrtSession(Session):
         """An idle lane; a new one while there are fewer than allowed; else the next that becomes idle."""
         with contextlib.suppress(queue.Empty):
             return self._idle.get_nowait()
-        with self._lock:
+        with self._lock:  # Closing waits for all lanes, so none may be made once it has begun.
             if self._closed:
                 raise BackendError("The session is closed.")
             if len(self._all) < self._limit:
@@ -363,7 +363,7 @@ class Lane:
         """Outputs as views of this lane's memory, which its next call overwrites.
 
         Raises:
-            TensorMismatchError: a shape outside the optimisation profile.
+            TensorMismatchError: a shape outside the optimization profile.
             BackendError: TensorRT or CUDA failed.
         """
         shapes = {name: array.shape for name, array in feeds.items()}
@@ -372,6 +372,7 @@ class Lane:
         for name, array in feeds.items():
             np.copyto(self._buffers[name].view(array.shape), array)
         if self._graph is not None:
+            # The graph holds the addresses of the buffers, which stay where they are as long as the shapes do.
             self._cuda.launch(self._graph, self._stream)
             self._cuda.synchronize(self._stream)
         else:

@@ -202,6 +202,7 @@ def _settings(threads: int, *, optimization: GraphOptimization = GraphOptimizati
 def _create(model: bytes | Path, *, settings: Any, provider: tuple[str, dict[str, str]]) -> Any:
     source = str(model) if isinstance(model, Path) else model
     try:
+        # Without enable_fallback=0 a provider that fails to start is replaced by the CPU, and only a log line says so.
         return ort.InferenceSession(source, settings, providers=[provider], enable_fallback=0)
     except _errors() as error:
         what = f"'{model}'" if isinstance(model, Path) else "the graph"
@@ -235,6 +236,7 @@ def _parallelism(options: SessionOptions) -> tuple[int, int]:
     """(requests at a time, threads of one request); 0 threads is ONNX Runtime's own choice, all cores."""
     if options.hint is PerformanceHint.LATENCY:
         return options.streams or 1, options.threads or 0
+    # One thread a request wastes the least time on waiting, so that by default each core runs a request of its own.
     total = options.threads or usable_cpus()
     streams = options.streams or total
     return streams, max(1, total // streams)

@@ -133,7 +133,7 @@ class _OpenVinoSession(Session):
     def _close(self) -> None:
         with self._ring_lock:
             self._ring = []
-            self._requests = self.compiled = None  # type: ignore[assignment]  # nobody asks afterwards
+            self._requests = self.compiled = None  # type: ignore[assignment]  # every use looks first
 
 
 class _OpenVino(Backend):
@@ -154,7 +154,17 @@ class _OpenVino(Backend):
         _check_compute(core, device, options.compute)
         cache = _cache_folder(path, options)
         compiled = _compile(core, path, device=device, settings=_settings(options, cache))
-        session = _OpenVinoSession(compiled, description=_describe(self.name, compiled, options=options, device=device))
+        description = {
+            "backend": self.name,
+            "version": ov.__version__,
+            "device": device,
+            "compute": str(options.compute),
+            "hint": str(options.hint),
+            "threads": str(compiled.get_property("INFERENCE_NUM_THREADS")) if device == "CPU" else "",
+            "streams": str(compiled.get_property("NUM_STREAMS")),
+            "model_cache": "hit" if compiled.get_property("LOADED_FROM_CACHE") else "miss",
+        }
+        session = _OpenVinoSession(compiled, description=description)
         session.contract = contract
         return session
 
@@ -197,19 +207,6 @@ def _compile(core: Any, model: bytes | Path | Any, *, device: str, settings: Map
     if chosen not in ([device], device):  # Some plug-ins answer with a list.
         raise DeviceError(f"OpenVINO could not use '{device}' and chose {chosen}.")
     return compiled
-
-
-def _describe(name: str, compiled: Any, *, options: SessionOptions, device: str) -> dict[str, str]:
-    return {
-        "backend": name,
-        "version": ov.__version__,
-        "device": device,
-        "compute": str(options.compute),
-        "hint": str(options.hint),
-        "threads": str(compiled.get_property("INFERENCE_NUM_THREADS")) if device == "CPU" else "",
-        "streams": str(compiled.get_property("NUM_STREAMS")),
-        "model_cache": "hit" if compiled.get_property("LOADED_FROM_CACHE") else "miss",
-    }
 
 
 def _device(core: Any, name: str) -> str:
@@ -273,11 +270,12 @@ def _through(ring: Sequence[_Request], feeds: Sequence[Tensors]) -> list[Tensors
     started = 0
     try:
         for tensors in feeds:
+            # The oldest request is finished before it is started again, so every result is copied in its turn.
             if started >= len(ring):
                 results.append(_copied(ring[started % len(ring)].finish()))
             ring[started % len(ring)].start(tensors)
             started += 1
-    finally:
+    finally:  # Also after a failure: a request that runs on would write into memory that nobody holds any more.
         for index in range(len(results), started):
             results.append(_copied(ring[index % len(ring)].finish()))
     return results
@@ -296,14 +294,10 @@ def _errors_in_words() -> Iterator[None]:
 
 
 def _spec(port: Any) -> TensorSpec:
-    shape = tuple(d.get_length() if d.is_static else None for d in port.partial_shape)
-    return TensorSpec(_name(port), port.element_type.to_dtype().name, shape)
-
-
-def _name(port: Any) -> str:
-    """The tensor's name in the model: compiling may add those of operators that were folded into it."""
+    # Compiling may add names of operators that were folded into a tensor; its name in the model is the result node's.
     own = (name for name in port.names if port.node.friendly_name.startswith(f"{name}/sink_port"))
-    return str(next(own, port.any_name))
+    shape = tuple(d.get_length() if d.is_static else None for d in port.partial_shape)
+    return TensorSpec(str(next(own, port.any_name)), port.element_type.to_dtype().name, shape)
 
 
 def _reason(error: RuntimeError | UnicodeDecodeError) -> str:

@@ -189,7 +189,10 @@ class DecodeSpec:
         """How many pairs of location and class a graph's top-k keeps of a level with ``locations``."""
         if self.profile.rank_per_location:
             return min(MAX_TOP_K, min(self.pre_nms_top_k, locations) * classes)
-        return min(MAX_TOP_K, self.pre_nms_top_k, locations * classes)
+        # min() with two arguments: torch.export, which traces this with open sizes, replaces it by one that stays
+        # symbolic for two only; with three, the example's number of locations would become a constant of the graph.
+        limit = min(MAX_TOP_K, self.pre_nms_top_k)
+        return min(limit, locations * classes)
 
 
 def level_sizes(height: int, width: int, *, strides: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -12,7 +13,15 @@ from pathlib import Path
 
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["CACHE_VARIABLE", "atomic_directory", "atomic_file", "model_cache_dir", "sha256_file", "write_text"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "atomic_directory",
+    "atomic_file",
+    "model_cache_dir",
+    "require_writable",
+    "sha256_file",
+    "write_text",
+]
 
 
 @contextlib.contextmanager
@@ -85,6 +94,22 @@ def _is_near(named: Path, own: Path) -> bool:
     # The temporary lies beside `own`, and its name begins as that of `own` does.
     inside = any(part.parent == own.parent and own.stem in part.name for part in (named, *named.parents))
     return inside or named in own.parents
+
+
+def require_writable(path: Path) -> None:
+    """Find out before a step of minutes, not after it, that its file ``path`` cannot be written; makes its folder.
+
+    Raises:
+        ConfigError: naming the reason.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission")
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

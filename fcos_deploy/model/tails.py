@@ -157,8 +157,8 @@ def _select_level(level: LevelOutput, input_size: tuple[int, int], *, stride: in
     gate = rank if profile.gate is profile.rank else _SCORE_FORMS[profile.gate](p, q)
     passed = gate > spec.score_threshold
     if profile.rank_per_location:
-        count = min(spec.pre_nms_top_k, locations, MAX_TOP_K)
-        passed = torch.logical_and(passed, _best_locations(rank, count=count))
+        limit = min(spec.pre_nms_top_k, MAX_TOP_K)  # min() with two arguments: see DecodeSpec.candidates_per_level
+        passed = torch.logical_and(passed, _best_locations(rank, count=min(limit, locations)))
     # A pair that failed the gate ranks -1, below every number >= 0: the top k of all pairs are then those that
     # "threshold, then top k" of the original libraries gives, without a shape that depends on the data.
     ranked = torch.where(passed, rank, -1.0).flatten(1)

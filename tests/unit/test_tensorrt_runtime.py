@@ -32,7 +32,7 @@ from runtimes.tensorrt_rtx import BACKEND as RTX
 from runtimes.tensorrt_rtx import _RuntimeCache
 
 BOTH = pytest.mark.parametrize("backend", [TENSORRT, RTX], ids=lambda backend: backend.name)
-ORIN = CudaDevice(index=0, name="Orin", capability=(8, 7), memory_bytes=8 << 30, integrated=True)
+ORIN = CudaDevice(index=0, name="Orin", capability=(8, 7), integrated=True)
 
 
 @pytest.fixture(scope="module")

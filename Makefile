@@ -7,7 +7,7 @@ SERVER ?= .venv-server
 SERVER_PYTHON ?= /usr/bin/python3
 SERVER_STAMP = $(SERVER)/.installed
 
-.PHONY: install server-env demo test test-fast check docs fix
+.PHONY: install server-env demo test test-fast check schemas docs fix
 
 install: $(STAMP)
 
@@ -44,6 +44,9 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 # The site, into docs/_build/html; a broken link or reference is an error.
+schemas: $(STAMP)
+	$(BIN)/python docs/schema/generate.py
+
 docs: $(STAMP)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 

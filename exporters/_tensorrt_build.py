@@ -25,6 +25,7 @@ import numpy as np
 from exporters._tensorrt_options import Generation, ProfileShapes, generation_of, profile_shapes
 from fcos_deploy.core.backend import Session, SessionOptions
 from fcos_deploy.core.contract import ModelContract, read_contract, write_sidecar
+from fcos_deploy.core.decode import MAX_TOP_K
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BuildError, ConfigError, DeviceError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
@@ -428,7 +429,7 @@ _HINTS: tuple[tuple[re.Pattern[str], str], ...] = (
         "this library has no NMS operator: export with '--tail candidates', or with '--tail nms --nms-form static'",
     ),
     (re.compile(r"Plugin not found|NonZero plugin"), "the graph has an operator that this library does not know"),
-    (re.compile(r"K exceeds the maximum"), "lower pre_nms_top_k to 3840 or less per level"),
+    (re.compile(r"K exceeds the maximum"), f"lower pre_nms_top_k to {MAX_TOP_K} or less per level"),
     (
         re.compile(r"(?i)out of memory|OutOfMemory"),
         "lower the workspace and the optimization level, close other programs",

@@ -55,8 +55,9 @@ class ModelContract:
     - raw: ``cls_logits`` (N, L, C) and ``centerness`` (N, L, 1) before the sigmoid, ``distances`` (N, L, 4) left, top,
       right, bottom, activated and in pixels.
     - candidates: ``boxes`` (N, K, 4) xyxy float32, not clipped; ``scores`` (N, K) float32, the final score, -1 where
-      the gate did not pass; ``labels`` (N, K) int32 class channels. K = sum over levels of min(top-k, h * w * C), in
-      the levels' order, best rank first within a level (by position where the profile does not sort by score).
+      the gate did not pass; ``labels`` (N, K) int32 class channels. K = sum over levels
+      of ``DecodeSpec.candidates_per_level``, in the levels' order, best rank first within a level (by position where
+      the profile does not sort by score).
     - nms: ``boxes`` (N, D, 4), ``scores`` (N, D), ``labels`` (N, D) int32 best first and padded with zeros (labels -1),
       ``num_detections`` (N, 1) int32, D = ``decode.max_detections``. Where the profile clips or suppresses in image
       pixels the graph has a second input ``image_sizes`` (N, 4) float32: resized height and width, original height and

@@ -24,7 +24,7 @@ from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, lo
 from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.enums import NmsForm, Precision, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
-from fcos_deploy.core.onnx_file import onnx_metadata  # noqa: E402
+from fcos_deploy.core.onnx_file import onnx_interface, onnx_metadata  # noqa: E402
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
 from fcos_deploy.core.preprocess import Letterbox  # noqa: E402
 from runtimes.onnxruntime import open_model  # noqa: E402
@@ -160,6 +160,9 @@ def test_tails_give_the_detections_of_the_raw_tail(
 ) -> None:
     made = export(**options)
     raw = export(tail=Tail.RAW, batch=1)
+    for exported in (made, raw):
+        shapes = {spec.name: spec.shape[1:] for spec in onnx_interface(exported.path).outputs}
+        assert shapes == {spec.name: spec.shape[1:] for spec in exported.contract.output_specs}
     images = _feeds(load_onnx(raw.path), batch=batch)["images"]
     run = onnx_runner(load_onnx(raw.path))
     for image in range(batch):

@@ -13,12 +13,14 @@ from fcos_deploy.core.boxes import pairwise_iou
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.serialize import to_json
 
 __all__ = [
     "DetectionAgreement",
     "DetectionMatch",
     "Distribution",
     "MatchOptions",
+    "agreement_json",
     "compare_detections",
     "detection_iou",
     "match_detections",
@@ -199,3 +201,10 @@ def _pair_deltas(
     scores = np.stack([reference.scores[match.reference], candidate.scores[match.candidate]], 1).astype(np.float64)
     edges = reference.boxes[match.reference].astype(np.float64) - candidate.boxes[match.candidate]
     return scores, np.abs(edges).max(1, initial=0.0)
+
+
+def agreement_json(agreement: DetectionAgreement) -> dict[str, Any]:
+    """The figures as JSON, without ``score_pairs``: thousands of numbers, for plots only."""
+    content: dict[str, Any] = to_json(agreement)
+    del content["score_pairs"]
+    return content

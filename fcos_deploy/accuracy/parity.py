@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.diagnosis import Cause, Evidence, find_causes
-from fcos_deploy.accuracy.matching import DetectionAgreement, compare_detections
+from fcos_deploy.accuracy.layers import LayerFinding
+from fcos_deploy.accuracy.matching import DetectionAgreement, agreement_json, compare_detections
 from fcos_deploy.accuracy.stages import (
     SeenImage,
     StageResult,
@@ -28,12 +30,13 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import Letterbox, padded_size
 from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import Detector
 
 if TYPE_CHECKING:
     from fcos_deploy.model.fcos import Fcos
 
-__all__ = ["ParityImage", "ParityReport", "compare_stages"]
+__all__ = ["ParityImage", "ParityReport", "compare_stages", "parity_json"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,3 +145,23 @@ def _finish(detector: Detector, outputs: Tensors, letterbox: Letterbox, *, strid
     contract = replace(detector.contract, decode=replace(detector.contract.decode, strides=strides))
     size = padded_size(letterbox.image_height, letterbox.image_width, contract.preprocess)
     return postprocess(outputs, contract, index=0, input_size=size, letterbox=letterbox)
+
+
+def parity_json(report: ParityReport, layer: LayerFinding | None = None) -> dict[str, Any]:
+    """All stages, the first that diverges, what explains it, and the first layer that diverges if that was asked."""
+    return {
+        "passed": report.passed,
+        "first": None if report.first is None else report.first.stage,
+        "stages": _finite([to_json(stage) for stage in report.stages]),
+        "causes": [to_json(cause) for cause in report.causes],
+        "agreement": agreement_json(report.agreement),
+        "layer": None if layer is None else _finite(to_json(layer)),
+    }
+
+
+def _finite(value: Any) -> Any:  # Any: JSON, which has no infinity
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,6 +32,7 @@ from fcos_deploy.core.errors import ConfigError, SlowdownError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.machine import MachineFacts, read_machine
+from fcos_deploy.core.model_files import files_of
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import parse_json, to_json
 from fcos_deploy.detector import DetectorSpec
@@ -189,8 +190,7 @@ def model_bytes(model: Path) -> int:
     """Size of a model's files: itself, and the weights that belong beside it; a bundle's whole folder."""
     if model.is_dir():
         return sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
-    companions: Sequence[Path] = (model.with_suffix(".bin"), model.with_name(model.name + ".data"))
-    return sum(path.stat().st_size for path in (model, *companions) if path.is_file())
+    return sum(path.stat().st_size for path in files_of(model))
 
 
 def _rise(before: ClockReading, after: ClockReading) -> int | None:

@@ -59,8 +59,8 @@ def command(
     Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
     Checkpoint options apply to the models that are checkpoints. Exit code 4: a gate does not hold.
     """
+    from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.accuracy.gate import require_all
-    from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions

@@ -53,9 +53,14 @@ def command(
 
     Checkpoint options apply to MODEL and --reference where they are checkpoints. Exit code 4: a gate does not hold.
     """
-    from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+    from fcos_deploy.accuracy.evaluate import (
+        TABLE_COLUMNS,
+        EvaluationRequest,
+        evaluate,
+        evaluation_json,
+        evaluation_row,
+    )
     from fcos_deploy.accuracy.gate import require_all, write_junit
-    from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec

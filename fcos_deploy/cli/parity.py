@@ -36,7 +36,7 @@ def command(
 
     Checkpoint options apply to --reference. Exit code 4: a stage diverges.
     """
-    from fcos_deploy.accuracy.summary import parity_json
+    from fcos_deploy.accuracy.parity import parity_json
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.parity import ParityRequest, check_parity, find_layer

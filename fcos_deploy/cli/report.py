@@ -42,7 +42,7 @@ def command(
 
     Checkpoint options apply to the models that are checkpoints.
     """
-    from fcos_deploy.accuracy.summary import TABLE_COLUMNS, evaluation_row
+    from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_row
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate

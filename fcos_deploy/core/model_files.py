@@ -7,7 +7,7 @@ from pathlib import Path
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["KINDS_BY_SUFFIX", "engine_file", "graph_file", "kinds_of"]
+__all__ = ["KINDS_BY_SUFFIX", "engine_file", "files_of", "graph_file", "kinds_of"]
 
 _ENGINES = (ArtifactKind.TENSORRT_ENGINE, ArtifactKind.TENSORRT_RTX_ENGINE)
 
@@ -39,6 +39,12 @@ def kinds_of(path: Path) -> tuple[ArtifactKind, ...]:
             hint=f"give a bundle, or a file that ends in {', '.join(KINDS_BY_SUFFIX)}",
         )
     return kinds
+
+
+def files_of(model: Path) -> list[Path]:
+    """A model's file, then those that belong beside it and are there: an IR's weights and contract, external data."""
+    beside = (model.with_suffix(".bin"), model.with_suffix(".json"), model.with_name(model.name + ".data"))
+    return [model, *(path for path in beside if path.is_file())]
 
 
 def graph_file(precision: Precision, *, tail: Tail, placement: str = "") -> str:

@@ -16,10 +16,11 @@ from calibration.mixed_precision import DetectionEffect, LayerSensitivity, Trial
 from calibration.trade_offs import TradeOffs
 from fcos_deploy.accuracy.coco import ClassScores, CocoScores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage
-from fcos_deploy.accuracy.evaluate import DetectionRun, Evaluation, StageSeconds
+from fcos_deploy.accuracy.evaluate import Evaluation
 from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import compare_detections
+from fcos_deploy.accuracy.predictions import DetectionRun, StageSeconds
 from fcos_deploy.benchmark.machine import ClockReading, PowerReading
 from fcos_deploy.benchmark.measure import LatencyStats, StageMedians
 from fcos_deploy.benchmark.run import BenchmarkResult

@@ -1,0 +1,261 @@
+"""A detector's detections on every image of a data set, kept on disk so that an interrupted run can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.accuracy.dataset import EvaluationImage
+from fcos_deploy.core.backend import Tensors
+from fcos_deploy.core.contract import contract_to_text
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.image import read_image
+from fcos_deploy.core.model_files import files_of
+from fcos_deploy.core.preprocess import Letterbox
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.detector import Detector, DetectorSpec
+
+__all__ = ["DetectionRun", "StageSeconds", "collect_detections"]
+
+_AHEAD = 4  # images that wait before and after the network
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSeconds:
+    """Where the time of a run went, in seconds summed over its images.
+
+    ``open`` is what loading the model took. Reading and preprocessing, the network, and decoding run in three threads,
+    so that ``total`` (by the clock, without ``open``) is less than their sum; ``total - infer`` is what is added to the
+    network.
+    """
+
+    open: float = 0.0
+    read: float = 0.0
+    preprocess: float = 0.0
+    infer: float = 0.0
+    decode: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionRun:
+    """The detections of one detector by image id; labels are the model's own.
+
+    ``resumed`` images came from an earlier, interrupted run and are not in ``seconds``.
+    """
+
+    model: str
+    backend: str
+    precision: str
+    names: tuple[str, ...]
+    description: Mapping[str, str]
+    detections: Mapping[int, Detections]
+    seconds: StageSeconds
+    resumed: int = 0
+
+    @property
+    def subject(self) -> str:
+        """Short name for tables and messages: backend and precision."""
+        return f"{self.backend} {self.precision}"
+
+    def relabelled(self, index: NDArray[np.int64]) -> dict[int, Detections]:
+        """The detections with ``index[label]`` as labels, (labels,) int64; -1 for labels beyond it."""
+        padded = np.append(index, -1)
+
+        def relabel(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+            return padded[np.where((labels >= 0) & (labels < len(index)), labels, -1)]
+
+        return {number: replace(d, labels=relabel(d.labels)) for number, d in self.detections.items()}
+
+
+def collect_detections(
+    spec: DetectorSpec,
+    images: Sequence[EvaluationImage],
+    *,
+    folder: Path | None = None,
+    progress: ProgressFn = no_progress,
+) -> DetectionRun:
+    """Detect on every image; with ``folder`` each result is kept there at once, and a rerun resumes from it.
+
+    One detector is in memory, and it is closed at the end.
+
+    Raises:
+        ImageError, BackendError, ConfigError: as opening the model and detecting do.
+    """
+    started = time.perf_counter()
+    with spec.open() as detector:
+        opening = time.perf_counter() - started
+        backend = detector.session.description.get("backend", spec.backend)
+        precision = str(detector.contract.precision)
+        with _PredictionStore(folder and folder / f"{_key(spec, detector, images)[:32]}.jsonl") as store:
+            remaining = [image for image in images if image.image_id not in store.detections]
+            label = f"{backend} {precision}"
+            seconds = _detect_all(detector, remaining, store=store, progress=progress, label=label)
+            return DetectionRun(
+                model=spec.model.name,
+                backend=backend,
+                precision=precision,
+                names=detector.names,
+                description=dict(detector.session.description),
+                detections={image.image_id: store.detections[image.image_id] for image in images},
+                seconds=replace(seconds, open=opening),
+                resumed=len(images) - len(remaining),
+            )
+
+
+def _key(spec: DetectorSpec, detector: Detector, images: Sequence[EvaluationImage]) -> str:
+    """Hash of everything that the detections depend on: model, contract, runtime and the image files."""
+    # The manifest of a bundle has the hash of every other file.
+    files = [spec.model / "manifest.json"] if spec.model.is_dir() else files_of(spec.model)
+    statuses = [(image.image_id, image.path.name, image.path.stat()) for image in images]
+    facts: dict[str, Any] = {
+        "files": [sha256_file(path) for path in files],
+        "contract": contract_to_text(detector.contract),
+        "session": sorted(detector.session.description.items()),
+        "images": [(number, name, status.st_size, status.st_mtime_ns) for number, name, status in statuses],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _detect_all(
+    detector: Detector,
+    images: Sequence[EvaluationImage],
+    *,
+    store: _PredictionStore,
+    progress: ProgressFn,
+    label: str,
+) -> StageSeconds:
+    """The network runs here; one thread reads and prepares images ahead of it, another decodes behind it."""
+    seconds = {"read": 0.0, "preprocess": 0.0, "infer": 0.0, "decode": 0.0}
+
+    @contextmanager
+    def clock(stage: str) -> Iterator[None]:  # A stage is one thread's, so that no two write to its entry.
+        started = time.perf_counter()
+        yield
+        seconds[stage] += time.perf_counter() - started
+
+    def prepare(image: EvaluationImage) -> tuple[EvaluationImage, Tensors, tuple[Letterbox, ...]]:
+        with clock("read"):
+            pixels = read_image(image.path)
+        with clock("preprocess"):
+            return image, *detector.prepare([pixels])
+
+    def infer(feeds: Tensors) -> Tensors:
+        with clock("infer"):
+            return detector.infer(feeds)
+
+    def finish(work: tuple[EvaluationImage, Sequence[Letterbox], Tensors]) -> tuple[EvaluationImage, Detections]:
+        image, letterboxes, outputs = work
+        with clock("decode"):
+            return image, detector.finish(outputs, letterboxes)[0]
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as after:
+        prepared = _ahead(before, prepare, images)
+        inferred = ((image, letterboxes, infer(feeds)) for image, feeds, letterboxes in prepared)
+        try:
+            for done, (image, detections) in enumerate(_ahead(after, finish, inferred), start=1):
+                store.add(image.image_id, detections)
+                progress(label, done, len(images))
+        except BaseException:
+            for pool in (before, after):
+                pool.shutdown(cancel_futures=True)
+            raise
+    return StageSeconds(**seconds, total=time.perf_counter() - started)
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """``map`` in another thread, in order and at most a few items ahead of who takes the results."""
+    waiting: deque[Future[_Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= _AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class _PredictionStore:
+    """Detections by image id, in memory and, with ``path``, one JSON line an image in a file that a rerun goes on with.
+
+    A last line that a killed run left incomplete is dropped.
+
+    Raises:
+        ConfigError: the file cannot be written, or is damaged.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.detections: dict[int, Detections] = {}
+        self._stream: IO[str] | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            complete = self._load(path)
+            self._stream = path.open("a", encoding="utf-8")
+            self._stream.truncate(complete)
+        except OSError as error:
+            raise ConfigError(f"Cannot keep predictions in '{path.parent}': {error.strerror}.") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"'{path}' is damaged: {error!r}.", hint="delete it, and the images run again") from error
+
+    def __enter__(self) -> _PredictionStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def _load(self, path: Path) -> int:
+        """Read the complete lines; returns how many bytes they are."""
+        complete = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            if not line.endswith(b"\n"):
+                break
+            record = json.loads(line)
+            self.detections[int(record["image_id"])] = Detections(
+                np.array(record["boxes"], np.float32).reshape(-1, 4),
+                np.array(record["scores"], np.float32),
+                np.array(record["labels"], np.int64),
+            )
+            complete += len(line)
+        return complete
+
+    def add(self, image_id: int, detections: Detections) -> None:
+        """Keep an image's detections, on disk before this returns.
+
+        Raises:
+            ConfigError: the disk is full or was removed; what was kept before stays.
+        """
+        self.detections[image_id] = detections
+        if self._stream is None:
+            return
+        columns = {name: getattr(detections, name).tolist() for name in ("boxes", "scores", "labels")}
+        try:
+            self._stream.write(json.dumps({"image_id": image_id, **columns}) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            stream, self._stream = self._stream, None
+            with contextlib.suppress(OSError):
+                stream.close()  # which tries to write once more
+            raise ConfigError(
+                f"Cannot keep predictions in '{stream.name}': {error.strerror}.",
+                hint="make room and run the command again: it resumes where it stopped",
+            ) from error

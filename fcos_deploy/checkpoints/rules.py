@@ -1,4 +1,7 @@
-"""Names of the classes of published detectors (spec 15)."""
+"""What the tensors of a checkpoint do not tell: an ecosystem's ``Rules``, and the contract that they make.
+
+``Ecosystem`` is what a file in ``checkpoints/ecosystems`` declares; docs/fcos.md has the facts behind them as tables.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,26 @@ from fcos_deploy.core.network import BoxActivation, FcosConfig
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
 
 __all__ = [
+    "CLS_HEAD",
     "COCO_80",
     "COCO_91",
     "COCO_IDS",
+    "REG_HEAD",
+    "SHARED_TOWER",
     "Ecosystem",
     "Evidence",
     "Rename",
     "Rules",
     "canonical",
-    "canonical_names",
     "decode_spec",
     "final_rules",
+    "moved",
     "preprocess_spec",
     "refuse_unsupported",
 ]
+
+# Parts of canonical names, which are those of torchvision's fcos_resnet50_fpn.
+CLS_HEAD, REG_HEAD, SHARED_TOWER = "head.classification_head", "head.regression_head", "head.shared_tower"
 
 _COCO = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -55,20 +64,6 @@ _NAME_OF_ID = dict(zip(COCO_IDS, COCO_80, strict=True))
 COCO_91: tuple[str, ...] = ("background", *(_NAME_OF_ID.get(i, "N/A") for i in range(1, 91)))
 
 
-_DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
-_SCALE = re.compile(r"head\.regression_head\.scales\.(\d+)")
-
-# What this network does not have, by parts of names; each with what to call it.
-_UNSUPPORTED = (
-    (
-        re.compile(r"(.*)\.(conv_offset|offset)\.(weight|bias)|(.*conv\d)_offset\.(weight|bias)"),
-        "deformable convolution (DCN)",
-    ),
-    (re.compile(r"(backbone\.bottom_up\.stage\d+\..*OSA\d*_\d+)\..*"), "VoVNet block"),
-    (re.compile(r"(backbone\.stage\d\.\d+\.fuse_layers)\..*"), "HRNet fusion"),
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Rename:
     """Names that match ``pattern`` in full become ``target``: a template, or a function of the match."""
@@ -89,51 +84,9 @@ class Rename:
         return match.expand(self.target) if isinstance(self.target, str) else self.target(match)
 
 
-def refuse_unsupported(names: Iterable[str]) -> None:
-    """Stop at layers that FCOS variants have and this network does not.
-
-    Raises:
-        CheckpointError: naming the kind and the first layer.
-    """
-    for pattern, what in _UNSUPPORTED:
-        layers = sorted({m[1] or m[m.lastindex or 1] for m in map(pattern.fullmatch, names) if m})
-        if layers:
-            raise CheckpointError(
-                f"Layer '{layers[0]}' is a {what}, which is not supported ({len(layers)} such layers).",
-                hint="retrain without it: ONNX backends do not agree on these operators",
-            )
-
-
-def canonical_names(names: Iterable[str], renames: tuple[Rename, ...]) -> dict[str, str]:
-    """Source name -> canonical name, without the tensors that inference does not need.
-
-    Raises:
-        CheckpointError: when two names become one.
-    """
-    mapping: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for name in names:
-        if _DROPPED.fullmatch(name):
-            continue
-        target = next((new for rename in renames if (new := rename.apply(name)) is not None), name)
-        if target in taken:
-            raise CheckpointError(f"Tensors '{taken[target]}' and '{name}' are both '{target}'.")
-        taken[target] = name
-        mapping[name] = target
-    return mapping
-
-
-def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -> dict[str, TensorFacts]:
-    """The tensors that inference needs, under canonical names; each level's scale is one of its own.
-
-    Raises:
-        CheckpointError: when two names become one, or the levels' scales do not fit each other.
-    """
-    found = {target: tensors[source] for source, target in canonical_names(tensors, renames).items()}
-    scales = {int(m.group(1)): t for n, t in found.items() if (m := _SCALE.fullmatch(n))}
-    if sorted(scales) != list(range(len(scales))) or any(count_of(t) != 1 for t in scales.values()):
-        raise CheckpointError(f"Expected one scale for each level, got levels {sorted(scales)}.")
-    return found
+def moved(prefixes: Mapping[str, str]) -> tuple[Rename, ...]:
+    """One ``Rename`` a pair: what is under ``old.`` goes under ``new.``."""
+    return tuple(Rename.of(rf"{re.escape(old)}\.(.+)", rf"{new}.\1") for old, new in prefixes.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,20 +131,19 @@ class Rules:
 
     def decisions(self, *, default_source: str) -> tuple[Decision, ...]:
         """One ``Decision`` a field, in the order above; class names are counted, not listed."""
-        found = []
+        decisions = []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.name == "sources" or value is None or value == "":
                 continue
-            text = f"{len(value)} names" if item.name == "class_names" else _text(value)
-            found.append(Decision(item.name, text, self.sources.get(item.name, default_source)))
-        return tuple(found)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+            if item.name == "class_names":
+                text = f"{len(value)} names"
+            elif isinstance(value, bool):
+                text = "yes" if value else "no"
+            else:
+                text = ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+            decisions.append(Decision(item.name, text, self.sources.get(item.name, default_source)))
+        return tuple(decisions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,14 +162,14 @@ class Evidence:
     variant: str = ""
 
     def merged_batch_norm(self) -> bool:
-        """Whether the backbone's statistics are 0 and 1, as converted Caffe (MSRA) backbones have them (spec 8.5)."""
+        """Whether the backbone's statistics are 0 and 1, as converted Caffe (MSRA) backbones have them."""
+        # 2e-5: detectron2 stores variances of 1 - 1e-5 (layers/batch_norm.py).
         return self._all_near(".running_mean", 0.0, within=0.0) and self._all_near(".running_var", 1.0, within=2e-5)
 
     def _all_near(self, ending: str, value: float, *, within: float) -> bool:
         """Whether all numbers of the backbone's tensors with this ending are near ``value``."""
         vectors = (t for n, t in self.tensors.items() if n.startswith("backbone.body.") and n.endswith(ending))
-        found = (numbers for numbers in map(flat_values, vectors) if numbers)
-        return all(value - within <= min(numbers) and max(numbers) <= value + within for numbers in found)
+        return all(abs(number - value) <= within for vector in vectors for number in flat_values(vector))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +191,57 @@ class Ecosystem:
         return all(any(part in name for name in names) for part in self.signature)
 
 
+_DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
+_SCALE = re.compile(re.escape(REG_HEAD) + r"\.scales\.(\d+)")
+
+
+def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -> dict[str, TensorFacts]:
+    """The tensors that inference needs, under canonical names; each level's scale is a tensor of its own.
+
+    Raises:
+        CheckpointError: when two names become one, or the levels' scales do not fit each other.
+    """
+    renamed: dict[str, TensorFacts] = {}
+    sources: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if _DROPPED.fullmatch(name):
+            continue
+        target = next((new for rename in renames if (new := rename.apply(name)) is not None), name)
+        if target in sources:
+            raise CheckpointError(f"Tensors '{sources[target]}' and '{name}' are both '{target}'.")
+        sources[target], renamed[target] = name, tensor
+    scales = {int(m.group(1)): t for n, t in renamed.items() if (m := _SCALE.fullmatch(n))}
+    if sorted(scales) != list(range(len(scales))) or any(count_of(t) != 1 for t in scales.values()):
+        raise CheckpointError(f"Expected one scale for each level, got levels {sorted(scales)}.")
+    return renamed
+
+
+# What this network does not have, by parts of names; each with what to call it.
+_UNSUPPORTED = (
+    (
+        re.compile(r"(.*)\.(conv_offset|offset)\.(weight|bias)|(.*conv\d)_offset\.(weight|bias)"),
+        "deformable convolution (DCN)",
+    ),
+    (re.compile(r"(backbone\.bottom_up\.stage\d+\..*OSA\d*_\d+)\..*"), "VoVNet block"),
+    (re.compile(r"(backbone\.stage\d\.\d+\.fuse_layers)\..*"), "HRNet fusion"),
+)
+
+
+def refuse_unsupported(names: Iterable[str]) -> None:
+    """Stop at layers that FCOS variants have and this network does not.
+
+    Raises:
+        CheckpointError: naming the kind and the first layer.
+    """
+    for pattern, kind in _UNSUPPORTED:
+        layers = sorted({m[1] or m[m.lastindex or 1] for m in map(pattern.fullmatch, names) if m})
+        if layers:
+            raise CheckpointError(
+                f"Layer '{layers[0]}' is a {kind}, which is not supported ({len(layers)} such layers).",
+                hint="retrain without it: ONNX backends do not agree on these operators",
+            )
+
+
 _OPTION = "option"  # the source of what the user says
 
 
@@ -250,8 +253,8 @@ def final_rules(rules: Rules, *, stated: Mapping[str, Any], options: CheckpointO
     """
     names = {item.name for item in dataclasses.fields(Rules)} - {"variant"}
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name in names}
-    for source, every in (("the file's metadata", stated), (_OPTION, given)):
-        values = {name: value for name, value in every.items() if name in names and value not in (None, ())}
+    for source, said in (("the file's metadata", stated), (_OPTION, given)):
+        values = {name: value for name, value in said.items() if name in names and value not in (None, ())}
         if "profile" in values and "centers" not in values and values["profile"] in PROFILES:
             rules = rules.decide(f"{source}: profile", centers=PROFILES[values["profile"]].centers)
         rules = rules.decide(source, **values)
@@ -259,10 +262,10 @@ def final_rules(rules: Rules, *, stated: Mapping[str, Any], options: CheckpointO
             rules = dataclasses.replace(rules, shortest=None, longest=None)
         if "shortest" in values:
             rules = dataclasses.replace(rules, input_size=None)
-    return _with_input(_with_names(rules, network))
+    return _with_input_type(_with_class_names(rules, network))
 
 
-def _with_names(rules: Rules, network: FcosConfig) -> Rules:
+def _with_class_names(rules: Rules, network: FcosConfig) -> Rules:
     """Class names by label: a list without the background gets one, a missing list gets numbers."""
     count = network.num_classes + rules.label_offset
     names = rules.class_names
@@ -281,11 +284,11 @@ def _with_names(rules: Rules, network: FcosConfig) -> Rules:
     return rules
 
 
-def _with_input(rules: Rules) -> Rules:
+def _with_input_type(rules: Rules) -> Rules:
     """float32 keeps the ecosystem's own arithmetic; pixels that stay uint8 are resized before they are normalised."""
     if rules.input_size is None and rules.shortest is None:
         raise ConfigError(
-            "The configuration in the file resizes without keeping the ratio (keep_ratio=False), which we do not.",
+            "The configuration in the file does not keep the ratio when it resizes (keep_ratio=False).",
             hint="give --input-size HxW, or --shortest and --longest; both keep the ratio, so compare the accuracy",
         )
     default = InputDtype.FLOAT32 if rules.input_size is None else InputDtype.UINT8
@@ -305,34 +308,31 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
     """The preprocessing part of the contract.
 
     Raises:
-        ConfigError: a size that is no multiple of the network's strides, and who says so where it is not the user.
+        ConfigError: a size that is no multiple of the network's strides; where it is not the user's, whose it is.
     """
-    canvas, source = rules.input_size, rules.sources.get("input_size", _OPTION)
+    height, width = rules.input_size or (None, None)
     try:
-        return _preprocess_spec(rules, canvas)
+        return PreprocessSpec(
+            mean=rules.mean,
+            std=rules.std,
+            pixel_scale=rules.pixel_scale,
+            channel_order=rules.channel_order,
+            height=height,
+            width=width,
+            shortest=rules.shortest,
+            longest=rules.longest,
+            size_rule=rules.size_rule,
+            resize_filter=rules.resize_filter,
+            resize_order=rules.resize_order,
+            input_dtype=rules.input_dtype or InputDtype.UINT8,
+        )
     except InputSizeError as error:
+        source = rules.sources.get("input_size", _OPTION)
         if source == _OPTION:
             raise
         raise InputSizeError(
             f"{error.message} The size comes from {source}.", hint=f"{error.hint}; --input-size HxW overrides it"
         ) from error
-
-
-def _preprocess_spec(rules: Rules, canvas: tuple[int, int] | None) -> PreprocessSpec:
-    return PreprocessSpec(
-        mean=rules.mean,
-        std=rules.std,
-        pixel_scale=rules.pixel_scale,
-        channel_order=rules.channel_order,
-        height=canvas[0] if canvas else None,
-        width=canvas[1] if canvas else None,
-        shortest=rules.shortest,
-        longest=rules.longest,
-        size_rule=rules.size_rule,
-        resize_filter=rules.resize_filter,
-        resize_order=rules.resize_order,
-        input_dtype=rules.input_dtype or InputDtype.UINT8,
-    )
 
 
 def decode_spec(rules: Rules, config: FcosConfig) -> DecodeSpec:

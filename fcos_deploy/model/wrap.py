@@ -64,11 +64,6 @@ class WrappedModule:
     model: nn.Module
     contract: ModelContract
 
-    @property
-    def decisions(self) -> tuple[Decision, ...]:
-        """What was told to ``wrap_module``."""
-        return self.contract.decisions
-
 
 def wrap_module(
     module: nn.Module,

@@ -85,7 +85,7 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
     checkpoint = describe_checkpoint(path, options=options)
     facts = (*_network_facts(checkpoint), *_contract_facts(checkpoint.contract))
     decided = decided_options(checkpoint)
-    return Inspection(path, "checkpoint", facts, checkpoint.decisions, checkpoint.contract, decided)
+    return Inspection(path, "checkpoint", facts, checkpoint.contract.decisions, checkpoint.contract, decided)
 
 
 def inspect_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> Inspection:

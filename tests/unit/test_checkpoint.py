@@ -128,7 +128,7 @@ def test_averaged_weights_are_taken_unless_the_others_are_asked_for(weights: dic
     )
     assert torch.equal(to_tensors(ema.tensors)[name], weights[name] + 1)
     assert torch.equal(to_tensors(plain.tensors)[name], weights[name])
-    decision = next(d for d in ema.decisions if d.name == "weights")
+    decision = next(d for d in ema.contract.decisions if d.name == "weights")
     assert (decision.value, decision.source) == ("model_ema", "rule: averaged weights are what is evaluated")
 
 
@@ -252,6 +252,6 @@ print(status('VmHWM') - before)
 
 def test_json_of_every_decision_is_plain_text(weights: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "m.pth")
-    decisions = describe_checkpoint(tmp_path / "m.pth").decisions
+    decisions = describe_checkpoint(tmp_path / "m.pth").contract.decisions
     assert all(isinstance(d.value, str) and d.source for d in decisions)
     assert json.dumps([d.value for d in decisions])

@@ -76,7 +76,7 @@ def test_all_decisions_as_options_give_the_same_network_and_contract(
     name: str, given: CheckpointOptions, state_dict_keys_dir: Path, tmp_path: Path
 ) -> None:
     described = _describe(name, state_dict_keys_dir, given)
-    sources = {decision.name: decision.source for decision in described.decisions}
+    sources = {decision.name: decision.source for decision in described.contract.decisions}
     (tmp_path / "o.toml").write_text(format_checkpoint_options(decided_options(described), sources=sources))
     again = _describe(name, state_dict_keys_dir, read_checkpoint_options(tmp_path / "o.toml"))
     assert again.config == described.config

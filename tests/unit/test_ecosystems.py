@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, describe_weights
 from fcos_deploy.checkpoints.ecosystems import all_ecosystems
+from fcos_deploy.checkpoints.ecosystems.mmdetection import UNKNOWN, parse_config
 from fcos_deploy.checkpoints.load import CheckpointOptions, build_network
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
 from fcos_deploy.core.decode import CenterMode
@@ -55,7 +56,7 @@ def _describe(name: str, *, options: CheckpointOptions | None = None, **metadata
 
 
 def _decision(described: CheckpointDescription, name: str) -> tuple[str, str]:
-    return next((d.value, d.source) for d in described.decisions if d.name == name)
+    return next((d.value, d.source) for d in described.contract.decisions if d.name == name)
 
 
 def test_there_are_44_key_lists_of_5_ecosystems() -> None:
@@ -235,6 +236,19 @@ def test_a_resize_that_does_not_keep_the_ratio_needs_an_option(pipeline: str, ke
     assert "--input-size" in caught.value.hint
     chosen = CheckpointOptions(input_size=(480, 640))
     assert _describe(name, options=chosen, meta=meta).contract.preprocess.canvas == (480, 640)
+
+
+def test_configuration_text_is_never_evaluated() -> None:
+    config = parse_config(
+        "import os\na = os.system('false')\nb = dict(c=[1, -2.5, (3,)], d=a, e={'f': None}, **a)\ng = b"
+    )
+    assert config["a"] is UNKNOWN
+    assert config["g"] == {"c": [1, -2.5, [3]], "d": UNKNOWN, "e": {"f": None}}
+
+
+@pytest.mark.parametrize("text", ["def (", "a = " + "(" * 5000, "\0", "x" * 3_000_000, "a = " + "-" * 100_000 + "1"])
+def test_configuration_text_that_is_no_python_is_ignored(text: str) -> None:
+    assert parse_config(text) == {}
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_outputs_by_kind_in_another_order() -> None:
     wrapped = _wrap(_Constant(by_kind=True, order="btc"), convention)
     levels = wrapped.model(torch.zeros(1, 3, 64, 96))
     assert [tuple(level.cls_logits.shape) for level in levels] == [(1, 2, 8, 12), (1, 2, 4, 6), (1, 2, 2, 3)]
-    assert {d.name: d.value for d in wrapped.decisions}["grouping"] == "by-kind"
+    assert {d.name: d.value for d in wrapped.contract.decisions}["grouping"] == "by-kind"
     assert not wrapped.model.training
 
 

@@ -1,6 +1,11 @@
-"""AdelaiDet: FCOS with R50/R101/X101 and FCOS-RT with three levels, DLA-34, shared towers (spec 5, 8.2)."""
+"""AdelaiDet: FCOS with R50, R101 and X101, and FCOS-RT with three levels, DLA-34 and shared towers.
+
+Source: AdelaiDet, ``adet/modeling/fcos/``, ``adet/config/defaults.py``, ``configs/FCOS-Detection/`` (docs/fcos.md).
+"""
 
 from __future__ import annotations
+
+import re
 
 from fcos_deploy.checkpoints.ecosystems.detectron2 import (
     BACKBONE_RENAMES,
@@ -10,14 +15,14 @@ from fcos_deploy.checkpoints.ecosystems.detectron2 import (
     coco_names,
     stored_pixels,
 )
-from fcos_deploy.checkpoints.rules import Ecosystem, Evidence, Rename, Rules
+from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, SHARED_TOWER, Ecosystem, Evidence, Rename, Rules, moved
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
 __all__ = ["ECOSYSTEM"]
 
-_HEAD = r"proposal_generator\.fcos_head\."
-_X101_32X8D_STD = (57.375, 57.12, 58.395)  # BGR; the one AdelaiDet backbone with torchvision-style pixels
+_HEAD = "proposal_generator.fcos_head"
+_X101_32X8D_STD = (57.375, 57.12, 58.395)  # BGR; the one AdelaiDet backbone that divides by a std
 
 
 def _rules(evidence: Evidence) -> Rules:
@@ -43,16 +48,20 @@ def _rules(evidence: Evidence) -> Rules:
 
 ECOSYSTEM = Ecosystem(
     name="adelaidet",
-    signature=("proposal_generator.fcos_head.",),
+    signature=(f"{_HEAD}.",),
     renames=(
         *BACKBONE_RENAMES,
-        Rename.of(_HEAD + r"cls_tower\.(.+)", r"head.classification_head.conv.\1"),
-        Rename.of(_HEAD + r"bbox_tower\.(.+)", r"head.regression_head.conv.\1"),
-        Rename.of(_HEAD + r"share_tower\.(.+)", r"head.shared_tower.conv.\1"),
-        Rename.of(_HEAD + r"cls_logits\.(\w+)", r"head.classification_head.cls_logits.\1"),
-        Rename.of(_HEAD + r"bbox_pred\.(\w+)", r"head.regression_head.bbox_reg.\1"),
-        Rename.of(_HEAD + r"ctrness\.(\w+)", r"head.regression_head.bbox_ctrness.\1"),
-        Rename.of(_HEAD + r"scales\.(\d+)\.scale", r"head.regression_head.scales.\1"),
+        *moved(
+            {
+                f"{_HEAD}.cls_tower": f"{CLS_HEAD}.conv",
+                f"{_HEAD}.bbox_tower": f"{REG_HEAD}.conv",
+                f"{_HEAD}.share_tower": f"{SHARED_TOWER}.conv",
+                f"{_HEAD}.cls_logits": f"{CLS_HEAD}.cls_logits",
+                f"{_HEAD}.bbox_pred": f"{REG_HEAD}.bbox_reg",
+                f"{_HEAD}.ctrness": f"{REG_HEAD}.bbox_ctrness",
+            }
+        ),
+        Rename.of(rf"{re.escape(_HEAD)}\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
     ),
     rules=_rules,
 )

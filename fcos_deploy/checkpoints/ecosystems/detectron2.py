@@ -1,9 +1,14 @@
-"""detectron2's own FCOS (spec 6, 8.2), and the backbone names that AdelaiDet shares with it."""
+"""The FCOS of detectron2 itself, and what AdelaiDet shares with it: names of the backbone, Caffe pixels.
+
+Source: detectron2, ``modeling/meta_arch/fcos.py`` and ``configs/common/models/fcos.py`` (docs/fcos.md).
+"""
 
 from __future__ import annotations
 
+import re
+
 from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
-from fcos_deploy.checkpoints.rules import COCO_80, Ecosystem, Evidence, Rename, Rules
+from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import CheckpointError
 from fcos_deploy.core.network import BackboneType, BlockType
@@ -14,37 +19,34 @@ __all__ = ["BACKBONE_RENAMES", "ECOSYSTEM", "MSRA_MEAN", "UNIT_STD", "caffe_stri
 MSRA_MEAN = (103.53, 116.28, 123.675)  # BGR, 0..255
 UNIT_STD = (1.0, 1.0, 1.0)
 
-_BACKBONE = "backbone.body"
+
+def _residual_block(match: re.Match[str]) -> str:
+    """``res3.0.conv1.norm.weight`` -> ``layer2.0.bn1.weight``; a shortcut's convolution and norm are numbered."""
+    layer = re.sub(r"^conv(\d)\.norm\b", r"bn\1", match[3])
+    layer = re.sub(r"^shortcut\.norm\b", "downsample.1", layer)
+    layer = re.sub(r"^shortcut\b", "downsample.0", layer)
+    return f"backbone.body.layer{int(match[1]) - 1}.{match[2]}.{layer}"
+
+
 BACKBONE_RENAMES = (
-    Rename.of(r"backbone\.bottom_up\.stem\.conv1\.norm\.(\w+)", _BACKBONE + r".bn1.\1"),
-    Rename.of(r"backbone\.bottom_up\.stem\.conv1\.(\w+)", _BACKBONE + r".conv1.\1"),
-    Rename.of(
-        r"backbone\.bottom_up\.res([2-5])\.(\d+)\.conv(\d)\.norm\.(\w+)",
-        lambda m: f"{_BACKBONE}.layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}.{m[4]}",
+    *moved(
+        {
+            "backbone.bottom_up.stem.conv1.norm": "backbone.body.bn1",
+            "backbone.bottom_up.stem.conv1": "backbone.body.conv1",
+            "backbone.top_block": "backbone.fpn.extra_blocks",
+        }
     ),
-    Rename.of(
-        r"backbone\.bottom_up\.res([2-5])\.(\d+)\.shortcut\.norm\.(\w+)",
-        lambda m: f"{_BACKBONE}.layer{int(m[1]) - 1}.{m[2]}.downsample.1.{m[3]}",
-    ),
-    Rename.of(
-        r"backbone\.bottom_up\.res([2-5])\.(\d+)\.shortcut\.(\w+)",
-        lambda m: f"{_BACKBONE}.layer{int(m[1]) - 1}.{m[2]}.downsample.0.{m[3]}",
-    ),
-    Rename.of(
-        r"backbone\.bottom_up\.res([2-5])\.(\d+)\.(conv\d\..+)",
-        lambda m: f"{_BACKBONE}.layer{int(m[1]) - 1}.{m[2]}.{m[3]}",
-    ),
-    Rename.of(r"backbone\.bottom_up\.(base_layer|level\d)\.(.+)", _BACKBONE + r".\1.\2"),
+    Rename.of(r"backbone\.bottom_up\.res([2-5])\.(\d+)\.(.+)", _residual_block),
+    Rename.of(r"backbone\.bottom_up\.(base_layer|level\d)\.(.+)", r"backbone.body.\1.\2"),  # DLA
     Rename.of(
         r"backbone\.fpn_(lateral|output)([345])\.(\w+)",
         lambda m: f"backbone.fpn.{'inner' if m[1] == 'lateral' else 'layer'}_blocks.{int(m[2]) - 3}.0.{m[3]}",
     ),
-    Rename.of(r"backbone\.top_block\.(p[67])\.(\w+)", r"backbone.fpn.extra_blocks.\1.\2"),
 )
 
 
 def caffe_stride(evidence: Evidence) -> bool:
-    """Whether the stride sits on the first 1x1: plain MSRA bottlenecks have it there, ResNeXt does not (spec 8.5)."""
+    """Whether the stride sits on the first 1x1: plain MSRA bottlenecks have it there, ResNeXt does not."""
     network = evidence.network
     bottleneck = network.backbone is BackboneType.RESNET and network.block is BlockType.BOTTLENECK
     return bottleneck and network.groups == 1
@@ -56,16 +58,15 @@ def coco_names(evidence: Evidence) -> tuple[str, ...] | None:
 
 
 def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
-    """Take the mean and std that detectron2 stored in files of 2020-04 to 2021-02 (spec 5)."""
-    stored = {name: evidence.metadata.get(name) for name in ("pixel_mean", "pixel_std")}
-    values = {name.removeprefix("pixel_"): _triple(name, t) for name, t in stored.items() if t is not None}
+    """Take the mean and std that detectron2 stored from 2020-04-20 (9ced00a1) to 2021-02-25 (3c0509e6)."""
+    values = {}
+    for name in ("mean", "std"):
+        tensor: TensorFacts | None = evidence.metadata.get(f"pixel_{name}")
+        if tensor is not None:
+            if count_of(tensor) != 3:
+                raise CheckpointError(f"'pixel_{name}' must have 3 values, got shape {list(tensor.shape)}.")
+            values[name] = tuple(flat_values(tensor))
     return rules.decide("the file's pixel_mean and pixel_std", **values)
-
-
-def _triple(name: str, tensor: TensorFacts) -> tuple[float, ...]:
-    if count_of(tensor) != 3:
-        raise CheckpointError(f"'{name}' must have 3 values, got shape {list(tensor.shape)}.")
-    return tuple(flat_values(tensor))
 
 
 def _rules(evidence: Evidence) -> Rules:
@@ -90,11 +91,15 @@ ECOSYSTEM = Ecosystem(
     signature=("head.cls_subnet.", "backbone.bottom_up."),
     renames=(
         *BACKBONE_RENAMES,
-        Rename.of(r"head\.cls_subnet\.(.+)", r"head.classification_head.conv.\1"),
-        Rename.of(r"head\.bbox_subnet\.(.+)", r"head.regression_head.conv.\1"),
-        Rename.of(r"head\.cls_score\.(\w+)", r"head.classification_head.cls_logits.\1"),
-        Rename.of(r"head\.bbox_pred\.(\w+)", r"head.regression_head.bbox_reg.\1"),
-        Rename.of(r"head\.ctrness\.(\w+)", r"head.regression_head.bbox_ctrness.\1"),
+        *moved(
+            {
+                "head.cls_subnet": f"{CLS_HEAD}.conv",
+                "head.bbox_subnet": f"{REG_HEAD}.conv",
+                "head.cls_score": f"{CLS_HEAD}.cls_logits",
+                "head.bbox_pred": f"{REG_HEAD}.bbox_reg",
+                "head.ctrness": f"{REG_HEAD}.bbox_ctrness",
+            }
+        ),
     ),
     rules=_rules,
 )

@@ -1,9 +1,12 @@
-"""tianzhi0549/FCOS, the paper's code: original and improved, with ResNet, ResNeXt and MobileNetV2 (spec 7, 8.3)."""
+"""tianzhi0549/FCOS, the paper's code: ``original`` and ``imprv``, with ResNet, ResNeXt and MobileNetV2.
+
+Source: tianzhi0549/FCOS, ``fcos_core/modeling/rpn/fcos/``, ``configs/fcos/`` (docs/fcos.md).
+"""
 
 from __future__ import annotations
 
 from fcos_deploy.checkpoints.ecosystems.detectron2 import UNIT_STD, caffe_stride
-from fcos_deploy.checkpoints.rules import COCO_80, Ecosystem, Evidence, Rename, Rules
+from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BackboneType, BoxActivation
@@ -12,7 +15,6 @@ from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 __all__ = ["CAFFE_MEAN", "ECOSYSTEM"]
 
 CAFFE_MEAN = (102.9801, 115.9465, 122.7717)  # BGR, 0..255
-_VARIANTS = ("original", "imprv")
 
 
 def _rules(evidence: Evidence) -> Rules:
@@ -34,17 +36,13 @@ def _rules(evidence: Evidence) -> Rules:
         rules = rules.decide("rule of tianzhi: 80 channels are COCO's classes, labels from 1", class_names=names)
     if evidence.network.backbone is not BackboneType.MOBILENET_V2:
         rules = rules.decide("rule of tianzhi: FrozenBatchNorm adds nothing to the variance", norm_eps=0.0)
-    return _with_variant(rules, evidence)
-
-
-def _with_variant(rules: Rules, evidence: Evidence) -> Rules:
     variant, source = evidence.variant, "option --variant"
     if not variant and "imprv" in evidence.file_name.lower():
         variant, source = "imprv", "the file's name"
     if not variant:
         raise ConfigError(
-            "The original and the improved FCOS of tianzhi0549/FCOS have the same tensors; which one this is cannot be "
-            "seen.",
+            "The original and the improved FCOS of tianzhi0549/FCOS have the same tensors, so which one this is cannot "
+            "be seen.",
             hint="give --variant original, or --variant imprv for a model trained with a 'fcos_imprv_*' config",
         )
     original = variant == "original"
@@ -56,24 +54,27 @@ def _with_variant(rules: Rules, evidence: Evidence) -> Rules:
     )
 
 
-_HEAD = r"rpn\.head\."
 ECOSYSTEM = Ecosystem(
     name="tianzhi",
     signature=("rpn.head.cls_tower.",),
-    variants=_VARIANTS,
+    variants=("original", "imprv"),
     renames=(
-        Rename.of(r"backbone\.body\.stem\.(conv1|bn1)\.(\w+)", r"backbone.body.\1.\2"),
+        *moved(
+            {
+                "backbone.body.stem": "backbone.body",
+                "backbone.fpn.top_blocks": "backbone.fpn.extra_blocks",
+                "rpn.head.cls_tower": f"{CLS_HEAD}.conv",
+                "rpn.head.bbox_tower": f"{REG_HEAD}.conv",
+                "rpn.head.cls_logits": f"{CLS_HEAD}.cls_logits",
+                "rpn.head.bbox_pred": f"{REG_HEAD}.bbox_reg",
+                "rpn.head.centerness": f"{REG_HEAD}.bbox_ctrness",
+            }
+        ),
+        Rename.of(r"rpn\.head\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
         Rename.of(
             r"backbone\.fpn\.fpn_(inner|layer)([234])\.(\w+)",
             lambda m: f"backbone.fpn.{m[1]}_blocks.{int(m[2]) - 2}.0.{m[3]}",  # 2 is C3
         ),
-        Rename.of(r"backbone\.fpn\.top_blocks\.(p[67])\.(\w+)", r"backbone.fpn.extra_blocks.\1.\2"),
-        Rename.of(_HEAD + r"cls_tower\.(.+)", r"head.classification_head.conv.\1"),
-        Rename.of(_HEAD + r"bbox_tower\.(.+)", r"head.regression_head.conv.\1"),
-        Rename.of(_HEAD + r"cls_logits\.(\w+)", r"head.classification_head.cls_logits.\1"),
-        Rename.of(_HEAD + r"bbox_pred\.(\w+)", r"head.regression_head.bbox_reg.\1"),
-        Rename.of(_HEAD + r"centerness\.(\w+)", r"head.regression_head.bbox_ctrness.\1"),
-        Rename.of(_HEAD + r"scales\.(\d+)\.scale", r"head.regression_head.scales.\1"),
     ),
     rules=_rules,
 )

@@ -1,4 +1,7 @@
-"""torchvision's ``fcos_resnet50_fpn`` (spec 3, 8.4); its names are the canonical ones."""
+"""The ``fcos_resnet50_fpn`` of torchvision, whose names are the canonical ones.
+
+Source: torchvision, ``models/detection/fcos.py``, ``transform.py``, ``anchor_utils.py`` (docs/fcos.md).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,7 @@ from fcos_deploy.checkpoints.rules import COCO_91, Ecosystem, Evidence, Rename, 
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
 
-__all__ = ["ECOSYSTEM", "IMAGENET_MEAN", "IMAGENET_STD"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+__all__ = ["ECOSYSTEM"]
 
 
 def _rules(evidence: Evidence) -> Rules:
@@ -19,8 +19,8 @@ def _rules(evidence: Evidence) -> Rules:
         score_threshold=0.2,
         iou_threshold=0.6,
         channel_order=ChannelOrder.RGB,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
         pixel_scale=255.0,
         resize_filter=ResizeFilter.TORCH,
         resize_order=ResizeOrder.NORMALIZE_FIRST,

@@ -318,9 +318,9 @@ def test_threads_reuse_their_own_buffers(detector: Detector, blobs: Images) -> N
     lock = threading.Lock()
 
     def address(image: NDArray[np.uint8]) -> None:
-        prepared = detector._feeds.make_reused([image])
+        feeds, _ = detector._feeds.make([image], reuse=True)
         with lock:
-            seen.setdefault(threading.get_ident(), set()).add(prepared.feeds["images"].ctypes.data)
+            seen.setdefault(threading.get_ident(), set()).add(feeds["images"].ctypes.data)
 
     address(blobs[0])
     address(blobs[1])

@@ -1,9 +1,9 @@
-"""Which images the ranges are measured on: found, sampled, identified, and refused when they are no pictures."""
+"""Calibration images: which ones are chosen, how they are read, and what is wrong with the choice."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.image import IMAGE_SUFFIXES, list_images, read_image
+from fcos_deploy.core.preprocess import resized_size
 from fcos_deploy.core.serialize import parse_json
 
 __all__ = [
@@ -28,13 +29,21 @@ __all__ = [
     "find_images",
 ]
 
+# From 64 to 128 images the demo detector's ranges still move by 1 % in the median (docs/int8.md).
+_DEFAULT_COUNT = 128
+# Below this the demo detector's ranges are more than 2 % from those of 128 images, in the median (docs/int8.md).
+_FEW = 32
+# Largest distance from a location to a side that a level regresses, in units of its stride: 64 pixels at stride 8 up to
+# 512 at stride 64 (Tian et al., "FCOS", ICCV 2019, m_i of multi-level prediction).
+_LEVEL_REACH = 8.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions:
-    """Which of the images to take.
+    """How many images to take, and with which random seed.
 
-    ``count`` None takes all up to ``DEFAULT_COUNT``. Fewer than ``minimum`` images are refused: ranges of a handful of
-    pictures miss the large objects that live in the tails.
+    ``count`` None takes up to 128. Fewer than ``minimum`` images are refused: ranges of a handful of images miss the
+    large objects, which live in the tails.
     """
 
     count: int | None = None
@@ -44,15 +53,6 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
             raise ConfigError(f"The number of calibration images must be at least 1, got {self.count}.")
-
-    @property
-    def limit(self) -> int:
-        """The largest number of images taken."""
-        return DEFAULT_COUNT if self.count is None else self.count
-
-
-# From 64 to 128 images the demo detector's ranges still move by 1 % in the median (docs/int8.md).
-DEFAULT_COUNT = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +82,6 @@ class CalibrationImage:
         return pixels
 
 
-def _why_not_a_photograph(pixels: NDArray[np.uint8]) -> str:
-    if min(pixels.shape[:2]) < 2:
-        return "a single row or column of pixels"
-    grey = pixels[:512, :512].astype(np.float32).mean(2)
-    spread = float(grey.std())
-    if spread == 0.0:
-        return "a single colour"
-    # The difference of two independent pixels has sqrt(2) times the deviation of one. In photographs neighbours are
-    # alike: the sharpest and noisiest that were tried stay below 0.8.
-    step = float(np.diff(grey, axis=1).std())
-    return "noise" if step > 1.25 * spread and pixels.size > 3 * 1024 else ""
-
-
 @dataclass(frozen=True, slots=True)
 class Box:
     """An annotated object: longer side in image pixels, and the image's size."""
@@ -117,6 +104,39 @@ class CalibrationSet:
     categories: Mapping[int, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetReport:
+    """What is wrong with a choice of images; empty tuples are good news.
+
+    ``duplicates``: pairs of names with the same content. ``overlap``: images that the evaluation set has as well.
+    ``classes_absent``: classes that no image shows. ``levels_absent``: strides of the pyramid levels that no object
+    excites. ``few``: too few images for ranges to settle.
+    """
+
+    images: int
+    candidates: int
+    duplicates: tuple[tuple[str, str], ...] = ()
+    overlap: tuple[str, ...] = ()
+    classes_absent: tuple[str, ...] = ()
+    levels_absent: tuple[int, ...] = ()
+    few: bool = False
+
+    def lines(self) -> list[str]:
+        """For people: one line a finding, the number of images first."""
+        lines = [f"{self.images} of {self.candidates} images"]
+        lines += [f"duplicate: '{second}' is the same file as '{first}'" for first, second in self.duplicates]
+        if self.overlap:
+            shown = ", ".join(self.overlap[:3])
+            lines.append(f"overlap: {len(self.overlap)} images are in the evaluation set too ({shown})")
+        if self.classes_absent:
+            lines.append(f"no image shows: {', '.join(self.classes_absent)}")
+        if self.levels_absent:
+            lines.append(f"no object excites the levels of stride {', '.join(map(str, self.levels_absent))}")
+        if self.few:
+            lines.append(f"few images: fewer than {_FEW} leave ranges unsettled")
+        return lines
+
+
 def collect_images(
     source: Path, *, annotations: Path | None = None, options: SampleOptions | None = None
 ) -> CalibrationSet:
@@ -133,7 +153,7 @@ def collect_images(
     coco = annotations or (source if source.suffix == ".json" else None)
     labels, categories = _read_objects(coco) if coco else ({}, {})
     strata = {name: _stratum(name, labels.get(name)) for name in files}
-    chosen = sorted(_stratified(strata, count=options.limit, seed=options.seed))
+    chosen = sorted(_stratified(strata, count=options.count or _DEFAULT_COUNT, seed=options.seed))
     if len(chosen) < options.minimum:
         raise CalibrationError(
             f"'{source}' gives {len(chosen)} calibration images, at least {options.minimum} are needed.",
@@ -153,21 +173,42 @@ def find_images(source: Path) -> dict[str, Path]:
     if not source.exists():
         raise CalibrationError(f"'{source}' is not there.", hint="give a folder of images, a list file or a COCO json")
     if source.is_dir():
-        found = {p.relative_to(source).as_posix(): p for p in _in_folder(source)}
+        try:
+            paths = {path.relative_to(source).as_posix(): path for path in list_images(source)}
+        except ImageError as error:
+            raise CalibrationError(
+                f"'{source}' holds no images.", hint=f"readable kinds: {' '.join(sorted(IMAGE_SUFFIXES))}"
+            ) from error
     else:
-        found = {name: source.parent / name for name in _listed(source)}
-    if not found:
+        paths = {name: source.parent / name for name in _listed(source)}
+    if not paths:
         raise CalibrationError(f"'{source}' names no images.", hint="one path a line, or a COCO json")
-    return dict(sorted(found.items()))
+    return dict(sorted(paths.items()))
 
 
-def _in_folder(source: Path) -> list[Path]:
-    try:
-        return list_images(source)
-    except ImageError as error:
-        raise CalibrationError(
-            f"'{source}' holds no images.", hint=f"readable kinds: {' '.join(sorted(IMAGE_SUFFIXES))}"
-        ) from error
+def examine_set(images: CalibrationSet, contract: ModelContract, *, evaluation_images: Path | None = None) -> SetReport:
+    """Look for duplicates, overlap with the evaluation set, and classes and pyramid levels that no image shows.
+
+    Images are compared by content, never by name. Classes and levels need annotations.
+
+    Raises:
+        CalibrationError: the evaluation set cannot be read.
+    """
+    by_hash: dict[str, list[str]] = defaultdict(list)
+    for image in images.images:
+        by_hash[image.sha256].append(image.name)
+    evaluation = {sha256_file(p) for p in find_images(evaluation_images).values()} if evaluation_images else set()
+    boxes = [box for of_image in images.annotations.values() for box in of_image]
+    seen = {box.category for box in boxes}
+    return SetReport(
+        images=len(images.images),
+        candidates=images.candidates,
+        duplicates=tuple((names[0], again) for names in by_hash.values() for again in names[1:]),
+        overlap=tuple(image.name for image in images.images if image.sha256 in evaluation),
+        classes_absent=tuple(name for category, name in images.categories.items() if category not in seen),
+        levels_absent=_levels_absent(boxes, contract) if images.annotations else (),
+        few=len(images.images) < _FEW,
+    )
 
 
 def _listed(source: Path) -> list[str]:
@@ -178,14 +219,6 @@ def _listed(source: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _hash(path: Path) -> str:
-    try:
-        return sha256_file(path)
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        reason = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"Cannot read the calibration image '{path}': {reason}.") from error
 
 
 def _read_objects(path: Path) -> tuple[dict[str, tuple[Box, ...]], dict[int, str]]:
@@ -214,7 +247,11 @@ def _stratum(name: str, items: tuple[Box, ...] | None) -> str:
 
 
 def _stratified(strata: Mapping[str, str], *, count: int, seed: int) -> list[str]:
-    """Names in proportion to their strata, and of every stratum at least one while there is room."""
+    """``count`` names in proportion to their strata, and at least one of every stratum while there is room.
+
+    The k-th of n members of a stratum ranks at (k + 0.5) / n, its first at 0. The ``count`` lowest ranks of all strata
+    then are the first of each, and after that the same share of each; a larger count only adds names.
+    """
     members: dict[str, list[str]] = defaultdict(list)
     for name in sorted(strata):
         members[strata[name]].append(name)
@@ -227,85 +264,38 @@ def _stratified(strata: Mapping[str, str], *, count: int, seed: int) -> list[str
     return [name for *_, name in sorted(ranked)[:count]]
 
 
-# Below this the demo detector's ranges are more than 2 % from those of 128 images, in the median (docs/int8.md).
-_FEW = 32
-# Largest distance from a location to a side that a level regresses, in units of its stride (FCOS, section 3.2).
-_LEVEL_REACH = 8.0
+def _hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+        reason = getattr(error, "strerror", None) or error
+        raise CalibrationError(f"Cannot read the calibration image '{path}': {reason}.") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SetReport:
-    """Findings; empty tuples are good news. ``levels_absent`` are strides in network-input pixels."""
-
-    images: int
-    candidates: int
-    duplicates: tuple[tuple[str, str], ...] = ()
-    overlap: tuple[str, ...] = ()
-    classes_absent: tuple[str, ...] = ()
-    levels_absent: tuple[int, ...] = ()
-    few: bool = False
-
-    def lines(self) -> list[str]:
-        """One line a finding, the number of images first."""
-        found = [f"{self.images} of {self.candidates} images"]
-        found += [f"duplicate: '{second}' is the same file as '{first}'" for first, second in self.duplicates]
-        if self.overlap:
-            shown = ", ".join(self.overlap[:3])
-            found.append(f"overlap: {len(self.overlap)} images are in the evaluation set too ({shown})")
-        if self.classes_absent:
-            found.append(f"no image shows: {', '.join(self.classes_absent)}")
-        if self.levels_absent:
-            found.append(f"no object excites the levels of stride {', '.join(map(str, self.levels_absent))}")
-        if self.few:
-            found.append(f"few images: fewer than {_FEW} leave ranges unsettled")
-        return found
+def _why_not_a_photograph(pixels: NDArray[np.uint8]) -> str:
+    if min(pixels.shape[:2]) < 2:
+        return "a single row or column of pixels"
+    grey = pixels[:512, :512].astype(np.float32).mean(2)
+    spread = float(grey.std())
+    if spread == 0.0:
+        return "a single colour"
+    # The difference of two independent pixels has sqrt(2) times the deviation of one. In photographs neighbours are
+    # alike: the sharpest and noisiest that were tried stay below 0.8.
+    step = float(np.diff(grey, axis=1).std())
+    return "noise" if step > 1.25 * spread and pixels.size > 3 * 1024 else ""
 
 
-def examine_set(images: CalibrationSet, contract: ModelContract, *, evaluation_images: Path | None = None) -> SetReport:
-    """Compare by content, never by name.
-
-    Raises:
-        CalibrationError: the evaluation set cannot be read.
-    """
-    by_hash: dict[str, list[str]] = defaultdict(list)
-    for image in images.images:
-        by_hash[image.sha256].append(image.name)
-    evaluation = {sha256_file(p) for p in find_images(evaluation_images).values()} if evaluation_images else set()
-    return SetReport(
-        images=len(images.images),
-        candidates=images.candidates,
-        duplicates=tuple((names[0], other) for names in by_hash.values() for other in names[1:]),
-        overlap=tuple(image.name for image in images.images if image.sha256 in evaluation),
-        classes_absent=_classes_absent(images),
-        levels_absent=_levels_absent(images, contract) if images.annotations else (),
-        few=len(images.images) < _FEW,
-    )
-
-
-def _classes_absent(images: CalibrationSet) -> tuple[str, ...]:
-    seen = {box.category for boxes in images.annotations.values() for box in boxes}
-    return tuple(name for category, name in images.categories.items() if category not in seen)
-
-
-def _levels_absent(images: CalibrationSet, contract: ModelContract) -> tuple[int, ...]:
-    """Strides of levels to which FCOS's assignment by size would give no object at its centre."""
-    strides = contract.decode.strides
-    reaches = [_reach(box, contract) for boxes in images.annotations.values() for box in boxes]
-    absent = []
+def _levels_absent(boxes: Sequence[Box], contract: ModelContract) -> tuple[int, ...]:
+    """Strides of the levels to which FCOS's assignment by size would give no object at its centre."""
+    # From an object's centre the farthest side is half the longer one away; here in network-input pixels.
+    reaches = []
+    for box in boxes:
+        resized_height, _ = resized_size(box.image_height, box.image_width, contract.preprocess)
+        reaches.append(box.longer_side / 2 * resized_height / box.image_height)
+    strides, absent = contract.decode.strides, []
     for level, stride in enumerate(strides):
         low = strides[level - 1] * _LEVEL_REACH if level else 0.0
         high = stride * _LEVEL_REACH if level + 1 < len(strides) else float("inf")
         if not any(low < reach <= high for reach in reaches):
             absent.append(stride)
     return tuple(absent)
-
-
-def _reach(box: Box, contract: ModelContract) -> float:
-    """Half the longer side of an object, in network-input pixels."""
-    height, width = box.image_height, box.image_width
-    spec = contract.preprocess
-    if spec.height is not None and spec.width is not None:
-        scale = min(spec.height / height, spec.width / width)
-    else:
-        scale = min((spec.shortest or 1) / min(height, width), (spec.longest or 1) / max(height, width))
-    return box.longer_side / 2 * scale

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, SizeRange
 from fcos_deploy.core.registry import get_exporter
 
 
@@ -49,7 +49,7 @@ def measure(source: Path, *, backend: str, options: BuildOptions, repeats: int) 
 
 def variants(arguments: argparse.Namespace, folder: Path) -> list[BuildOptions]:
     """One build per capability; on TensorRT one without and two with a timing cache, of which the first fills it."""
-    batch = BatchRange(*arguments.batch)
+    batch = SizeRange(*arguments.batch)
     if get_exporter(arguments.backend).produces is ArtifactKind.TENSORRT_RTX_ENGINE:
         return [BuildOptions(batch=batch, compute_capabilities=(c,)) for c in arguments.capability or ["8.6"]]
     cached = BuildOptions(batch=batch, timing_cache=folder / "timing.cache")

@@ -29,14 +29,14 @@ from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
-from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, SizeRange
 from fcos_deploy.core.network import resnet_config
 from fcos_deploy.core.registry import get_exporter
 
 DEMO = Path(__file__).parents[1] / "fcos_deploy/demo_data"
 CAPABILITIES = ("8.6", "8.9", "12.0")
 SIZE = (128, 160)
-OPEN_BATCH = BatchRange(1, 2, 4)
+OPEN_BATCH = SizeRange(1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def graphs(detector: Detector, folder: Path, *, tail: Tail, batch: int | None) -
     yield Precision.INT8, quantize_qdq(graph, ranges, folder / "int8.onnx", placement=placement).path
 
 
-def build(source: Path, folder: Path, *, capability: str, batch: BatchRange) -> dict[str, str]:
+def build(source: Path, folder: Path, *, capability: str, batch: SizeRange) -> dict[str, str]:
     """The record of one build."""
     options = BuildOptions(compute_capabilities=(capability,), batch=batch)
     request = BuildRequest(source=source, output=folder / f"{source.stem}.engine", options=options)
@@ -110,7 +110,7 @@ def main() -> None:
     print("| detector | tail | precision | batch | inputs of convolutions | build s | engine MB |")
     print("|---|---|---|---|---|---|---|")
     for name, tail, batch in product(chosen, Tail, batches):
-        limits = OPEN_BATCH if batch is None else BatchRange()
+        limits = OPEN_BATCH if batch is None else SizeRange()
         words = "1 to 4" if batch is None else "1"
         with tempfile.TemporaryDirectory() as folder:
             for precision, source in graphs(DETECTORS[name](), Path(folder), tail=tail, batch=batch):

@@ -59,9 +59,8 @@ def profile_shapes(
     Raises:
         ConfigError: a range is empty, missing, given for a fixed axis, or not a multiple of ``size_divisor``.
     """
-    batch = options.batch
     ranges: dict[int, tuple[str, Shape | None]] = {
-        0: ("batch", (batch.minimum, batch.optimal, batch.maximum)),
+        0: ("batch", options.batch),
         2: ("height", options.height_range),
         3: ("width", options.width_range),
     }
@@ -69,7 +68,7 @@ def profile_shapes(
         if sizes is None:
             continue
         if axis and any(size % size_divisor for size in sizes):
-            raise ConfigError(f"The {label} range {sizes} must hold multiples of {size_divisor}.")
+            raise ConfigError(f"The {label} range {tuple(sizes)} must hold multiples of {size_divisor}.")
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
             raise ConfigError(f"The {label} range must be 1 <= min <= opt <= max, got {'/'.join(map(str, sizes))}.")
     return {

@@ -119,12 +119,12 @@ def command(
     as_json: cli.Json = False,
 ) -> None:
     """Build an engine, an OpenVINO IR or an optimized model, and check it against its source."""
-    from fcos_deploy.core.exporter import BatchRange, BuildOptions, optional_range, size_range
+    from fcos_deploy.core.exporter import BuildOptions, SizeRange
     from fcos_deploy.pipeline.build import ArtifactRequest, build_artifact, equivalent_trtexec
 
     keys = cli.trusted_keys(public_key, required=require_signature)
     options = BuildOptions(
-        batch=BatchRange(*size_range(batch)),
+        batch=SizeRange.parse(batch),
         workspace_mib=workspace_mib,
         optimization_level=optimization_level,
         compute_capabilities=tuple(compute_capability or ()),
@@ -136,8 +136,8 @@ def command(
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
         calibration_cache=calibration_cache,
-        height_range=optional_range(heights),
-        width_range=optional_range(widths),
+        height_range=SizeRange.parse(heights) if heights else None,
+        width_range=SizeRange.parse(widths) if widths else None,
         precision=precision,
     )
     request = ArtifactRequest(

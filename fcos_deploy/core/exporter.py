@@ -1,4 +1,4 @@
-"""Smallest, usual and largest of a size, as text."""
+"""What an exporter is: it makes one kind of artifact from another, as ``BuildOptions`` say."""
 
 from __future__ import annotations
 
@@ -6,49 +6,44 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["BatchRange", "BuildOptions", "BuildRequest", "BuildResult", "Exporter", "optional_range", "size_range"]
+__all__ = ["BuildOptions", "BuildRequest", "BuildResult", "Exporter", "SizeRange"]
 
 
-def size_range(text: str) -> tuple[int, int, int]:
-    """``"4"`` -> (4, 4, 4), ``"1,4,8"`` -> (1, 4, 8).
-
-    Raises:
-        ConfigError: anything else, or sizes that are not in order.
-    """
-    parts = text.split(",")
-    sizes = [int(part) for part in parts if part.strip().isdecimal()]
-    if len(sizes) != len(parts) or len(sizes) not in (1, 3):
-        raise ConfigError(f"A size is 'N' or 'SMALLEST,USUAL,LARGEST', got '{text}'.", hint="for example 1,4,8")
-    smallest, usual, largest = sizes * 3 if len(sizes) == 1 else sizes
-    if not 1 <= smallest <= usual <= largest:
-        raise ConfigError(f"Sizes must be at least 1 and in order, got '{text}'.")
-    return smallest, usual, largest
-
-
-def optional_range(text: str) -> tuple[int, int, int] | None:
-    """As ``size_range``; None for empty text."""
-    return size_range(text) if text else None
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRange:
-    """Smallest, most usual and largest batch of an engine; all equal for a fixed one."""
+class SizeRange(NamedTuple):
+    """Min, opt and max of one axis, as in an optimization profile of TensorRT; all equal for a fixed size."""
 
     minimum: int = 1
-    optimal: int = 1
+    opt: int = 1
     maximum: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> SizeRange:
+        """``"4"`` -> (4, 4, 4), ``"1,4,8"`` -> (1, 4, 8).
+
+        Raises:
+            ConfigError: anything else, or sizes that are not in order.
+        """
+        parts = text.split(",")
+        sizes = [int(part) for part in parts if part.strip().isdecimal()]
+        if len(sizes) != len(parts) or len(sizes) not in (1, 3):
+            raise ConfigError(f"A size is 'N' or 'MIN,OPT,MAX', got '{text}'.", hint="for example 1,4,8")
+        size_range = cls(*(sizes * 3 if len(sizes) == 1 else sizes))
+        if not 1 <= size_range.minimum <= size_range.opt <= size_range.maximum:
+            raise ConfigError(f"Sizes must be at least 1 and in order, got '{text}'.")
+        return size_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """What a builder may be told; a builder refuses what it cannot honour."""
 
-    batch: BatchRange = field(default_factory=BatchRange)
+    batch: SizeRange = field(default_factory=SizeRange)
     workspace_mib: int | None = None
     optimization_level: int | None = None
     compute_capabilities: tuple[str, ...] = ()  # such as "8.6"; TensorRT-RTX only
@@ -60,9 +55,9 @@ class BuildOptions:
     version_compatible: bool = False
     hardware_compatible: bool = False
     calibration_cache: Path | None = None
-    height_range: tuple[int, int, int] | None = None  # smallest, usual, largest input height, for dynamic sizes
-    width_range: tuple[int, int, int] | None = None
-    precision: Precision | None = None  # of what is float in the source; None keeps it. For builders that convert
+    height_range: SizeRange | None = None  # of a dynamic input height
+    width_range: SizeRange | None = None
+    precision: Precision | None = None  # for builders that convert what is float in the source; None keeps it
 
     def refuse_all_but(self, *honoured: str, builder: str) -> None:
         """Raise ConfigError when an option other than these was set.
@@ -91,10 +86,7 @@ class BuildRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
-    """What was made: all its files, the main one first.
-
-    ``record`` goes into the manifest: versions, seconds, flags, figures measured.
-    """
+    """The files of the artifact, the main one first; ``record`` goes into the manifest: versions, flags, seconds."""
 
     files: tuple[Path, ...]
     record: Mapping[str, str]

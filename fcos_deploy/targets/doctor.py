@@ -1,4 +1,4 @@
-"""Looks at this machine: what works, what does not, and the command that mends it."""
+"""Examines this machine: what works, what does not, and the command that repairs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEMORY_TOLERANCE = 0.85  # the kernel and the GPU's carve-out take their part o
 
 
 class Health(StrEnum):
-    """``absent`` is something that is not installed, which is no fault; ``broken`` needs mending."""
+    """``absent``: not installed, which is no fault. ``broken``: installed, but does not work."""
 
     WORKS = "works"
     ABSENT = "absent"
@@ -35,7 +35,7 @@ class Health(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at; ``remedy`` is what to do, empty when nothing is to be done."""
+    """The state of one part; ``remedy`` is what to do, empty when there is nothing to do."""
 
     area: str
     name: str
@@ -46,17 +46,17 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where this machine is not what a profile says; ``remedy`` is what would make it so."""
+    """Where this machine differs from a profile; ``remedy`` is what removes the difference."""
 
     name: str
-    wanted: str
-    found: str
+    expected: str
+    actual: str
     remedy: str
 
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """All findings of one look, with what was read for comparing."""
+    """All findings, with the facts and probes that ``compare`` needs."""
 
     findings: tuple[Finding, ...]
     facts: MachineFacts
@@ -64,12 +64,12 @@ class Examination:
 
     @property
     def broken(self) -> tuple[Finding, ...]:
-        """What needs mending."""
+        """Those that do not work."""
         return tuple(finding for finding in self.findings if finding.health is Health.BROKEN)
 
 
 def examine() -> Examination:
-    """Look at everything. Never raises for what it finds."""
+    """Examine everything; what does not work becomes a finding, not an exception."""
     facts = read_machine()
     probes = {name: backend.probe() for name, backend in all_backends().items()}
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -94,7 +94,7 @@ def lines(findings: Iterable[Finding]) -> Iterator[str]:
 def difference_lines(differences: Iterable[Difference]) -> Iterator[str]:
     """As ``lines``."""
     for difference in differences:
-        yield f"{'differs':8}{difference.name:24}'{difference.wanted}' wanted, '{difference.found}' found"
+        yield f"{'differs':8}{difference.name:24}expected '{difference.expected}', got '{difference.actual}'"
         yield f"{'':32}{difference.remedy}"
 
 
@@ -186,9 +186,8 @@ def _pairs(probes: dict[str, BackendProbe]) -> Iterator[Finding]:
 
 def compare(examination: Examination, profile: DeviceProfile) -> tuple[Difference, ...]:
     """Where this machine differs from a profile; versions are compared in the parts that the profile names."""
-    found = tuple(_common(examination, profile))
-    family = _intel(examination, profile) if profile.family is DeviceFamily.INTEL else _gpu(examination, profile)
-    return (*found, *family)
+    family = _intel if profile.family is DeviceFamily.INTEL else _gpu
+    return (*_common(examination, profile), *family(examination, profile))
 
 
 def _common(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
@@ -208,31 +207,32 @@ def _common(examination: Examination, profile: DeviceProfile) -> Iterator[Differ
 
 
 def _gpu(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
-    wanted, probe = profile.nvidia, examination.probes.get(profile.backends[0])
-    if wanted is None or probe is None:
+    expected, probe = profile.nvidia, examination.probes.get(profile.backends[0])
+    if expected is None or probe is None:
         return
-    if probe.version and not _begins(probe.version, wanted.tensorrt):
+    if probe.version and not _begins(probe.version, expected.tensorrt):
         remedy = "take the profile of this version, or a file of your own: --target ./board.toml"
-        yield Difference("TensorRT", wanted.tensorrt, probe.version, remedy)
-    marker = f"sm_{wanted.compute_capability.replace('.', '')}"
+        yield Difference("TensorRT", expected.tensorrt, probe.version, remedy)
+    marker = f"sm_{expected.compute_capability.replace('.', '')}"
     if not any(marker in device for device in probe.devices):
         remedy = "see what the driver sees: nvidia-smi; in a container: --gpus all (Jetson: --runtime nvidia)"
         yield Difference("GPU", marker, ", ".join(probe.devices) or "none", remedy)
     jetson = examination.facts.jetson
-    if wanted.l4t and (jetson is None or not _begins(jetson.l4t, wanted.l4t)):
-        found = jetson.l4t if jetson is not None else "no Jetson"
+    if expected.l4t and (jetson is None or not _begins(jetson.l4t, expected.l4t)):
+        actual = jetson.l4t if jetson is not None else "no Jetson"
         remedy = "take the profile of this JetPack, or update: sudo apt install nvidia-jetpack"
-        yield Difference("JetPack", f"{wanted.jetpack} (L4T {wanted.l4t})", found, remedy)
+        yield Difference("JetPack", f"{expected.jetpack} (L4T {expected.l4t})", actual, remedy)
 
 
 def _intel(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
-    wanted = profile.intel
+    expected = profile.intel
     devices = [d for probe in examination.probes.values() for d in probe.devices]
-    if wanted is not None and not any(device.startswith(wanted.device) for device in devices):
+    if expected is not None and not any(device.startswith(expected.device) for device in devices):
         remedy = "install Intel's driver of the device, and join its group: sudo usermod -aG render $USER"
-        yield Difference("device", wanted.device, ", ".join(devices) or "none", remedy)
+        yield Difference("device", expected.device, ", ".join(devices) or "none", remedy)
 
 
-def _begins(found: str, wanted: str) -> bool:
-    parts = parse_version(wanted)
-    return parse_version(found)[: len(parts)] == parts
+def _begins(version: str, prefix: str) -> bool:
+    """Whether ``version`` equals ``prefix`` in the parts that the prefix names."""
+    parts = parse_version(prefix)
+    return parse_version(version)[: len(parts)] == parts

@@ -1,4 +1,4 @@
-"""The rules that forbid a plan: each returns a sentence when the plan breaks it (sources: docs/hardware.md)."""
+"""What to build for a device, and the rules that forbid a build (sources: docs/hardware.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from fcos_deploy.core.decode import MAX_TOP_K
 from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BatchRange, BuildOptions
+from fcos_deploy.core.exporter import BuildOptions, SizeRange
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.model_files import engine_file, graph_file
 from fcos_deploy.core.registry import get_backend, get_exporter
@@ -21,7 +21,7 @@ __all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "plan", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What is wanted; None and empty leave the choice to the profile. ``batch`` equal in all three is a fixed one.
+    """What the user asks for; None and empty leave the choice to the profile.
 
     ``input_size`` (height, width) None: sizes follow the image. ``nms_form`` is that of the nms tail, and
     ``image_sizes`` whether its graph has that second input (``ModelContract.needs_image_sizes``; it has for every
@@ -31,7 +31,7 @@ class PlanRequest:
     backend: str = ""
     precision: Precision | None = None
     tail: Tail | None = None
-    batch: BatchRange | None = None
+    batch: SizeRange | None = None
     input_size: tuple[int, int] | None = (800, 1344)
     nms_form: NmsForm | None = None
     image_sizes: bool = True
@@ -51,7 +51,7 @@ class Draft:
     backend: str
     precision: Precision
     tail: Tail
-    batch: BatchRange
+    batch: SizeRange
 
     @property
     def kind(self) -> ArtifactKind:
@@ -76,7 +76,7 @@ class Draft:
 
     @property
     def nms_form(self) -> NmsForm:
-        """How the nms tail suppresses: as asked for, or as suits the target."""
+        """How the nms tail suppresses: as asked for, or the form that the device runs."""
         if self.request.nms_form is not None:
             return self.request.nms_form
         return NmsForm.ONNX if self._has_nms_operator else NmsForm.STATIC
@@ -88,12 +88,29 @@ class Draft:
 
     @property
     def nms_problem(self) -> str:
-        """Why this target has not the form of NMS; empty where it has."""
+        """Why the device cannot run this form of NMS; empty where it can."""
         if self.nms_form is not NmsForm.ONNX or self._has_nms_operator:
             return ""
         if self.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
             return "TensorRT-RTX has no NMS operator; take the tail 'candidates', or the nms tail in its static form."
         return "NMS gives outputs of unknown size, which this device cannot compile; take the tail 'raw' or static NMS."
+
+    @property
+    def placement(self) -> str:
+        """The Q/DQ placement of the INT8 graph; '' for float graphs."""
+        return get_backend(self.backend).placements[0] if self.precision is Precision.INT8 else ""
+
+    @property
+    def source_file(self) -> str:
+        """The ONNX file that the engine is built from, or that is run; with a calibration cache the fp32 one."""
+        if self.request.calibration_cache:
+            return graph_file(Precision.FP32, tail=self.tail)
+        return graph_file(self.precision, tail=self.tail, placement=self.placement)
+
+    @property
+    def engine_file(self) -> str:
+        """The file that the backend's builder makes."""
+        return engine_file(self.precision, backend=self.backend, kind=self.kind)
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -172,12 +189,13 @@ def _calibrators(draft: Draft) -> str:
 
 
 def _workspace(draft: Draft) -> str:
-    wanted = draft.request.workspace_mib or 0
-    if wanted < draft.profile.memory_mib:
+    workspace = draft.request.workspace_mib or 0
+    if workspace < draft.profile.memory_mib:
         return ""
-    return f"a workspace of {wanted} MiB does not fit its {draft.profile.memory_mib} MiB of memory."
+    return f"a workspace of {workspace} MiB does not fit its {draft.profile.memory_mib} MiB of memory."
 
 
+# Each returns a sentence when the draft breaks it, and '' when it does not.
 RULES: tuple[Callable[[Draft], str], ...] = (
     _backend_on_device,
     _precision_on_device,
@@ -241,7 +259,7 @@ def plan(profile: DeviceProfile, request: PlanRequest | None = None) -> Plan:
         backend=request.backend or profile.backends[0],
         precision=request.precision or profile.precision,
         tail=request.tail or profile.tail,
-        batch=request.batch or BatchRange(profile.batch, profile.batch, profile.batch),
+        batch=request.batch or SizeRange(*[profile.batch] * 3),
     )
     for rule in RULES:
         problem = rule(draft)
@@ -249,60 +267,36 @@ def plan(profile: DeviceProfile, request: PlanRequest | None = None) -> Plan:
             raise ConfigError(
                 f"{profile.title}: {problem}", hint=f"the rule is '{rule_name(rule)}', see docs/hardware.md"
             )
-    return _planned(draft)
-
-
-def _planned(draft: Draft) -> Plan:
-    artifacts, options = _artifacts(draft), _options(draft)
-    device_side = [a for a in artifacts if a.where != "here"]
+    artifacts = _artifacts(draft)
+    on_device = any(artifact.where != "here" for artifact in artifacts)
     return Plan(
-        profile=draft.profile,
+        profile=profile,
         backend=draft.backend,
         precision=draft.precision,
         tail=draft.tail,
         nms_form=draft.nms_form,
-        placement=_placement(draft) if draft.precision is Precision.INT8 else "",
+        placement=draft.placement,
         artifacts=artifacts,
-        options=options,
-        commands=tuple(f"fcos-deploy build BUNDLE --backend {draft.backend}" for _ in device_side)
-        if draft.profile.runs_python
-        else (),
+        options=_options(draft),
+        commands=(f"fcos-deploy build BUNDLE --backend {draft.backend}",) if on_device and profile.runs_python else (),
         trtexec=_trtexec(draft) if draft.tensorrt else "",
-        notes=(*draft.profile.notes, *_notes(draft)),
+        notes=(*profile.notes, *_notes(draft)),
     )
 
 
-def _placement(draft: Draft) -> str:
-    return get_backend(draft.backend).placements[0]
-
-
-def _source_onnx(draft: Draft) -> str:
-    precision = Precision.FP32 if draft.request.calibration_cache else draft.precision
-    placement = _placement(draft) if precision is Precision.INT8 else ""
-    return graph_file(precision, tail=draft.tail, placement=placement)
-
-
-def _engine(draft: Draft) -> str:
-    return engine_file(draft.precision, backend=draft.backend, kind=draft.kind)
-
-
 def _artifacts(draft: Draft) -> tuple[PlannedArtifact, ...]:
-    first = graph_file(Precision.FP32, tail=draft.tail)
-    made = [PlannedArtifact(first, ArtifactKind.ONNX, Precision.FP32, "here", f"export, {_tail_in_words(draft)}")]
-    if _source_onnx(draft) != first:
-        how = f"Q/DQ nodes, placement {_placement(draft)}" if draft.precision is Precision.INT8 else "convert to fp16"
-        made.append(PlannedArtifact(_source_onnx(draft), ArtifactKind.ONNX, draft.precision, "here", how))
+    exported, source = graph_file(Precision.FP32, tail=draft.tail), draft.source_file
+    form = f" in its {draft.nms_form} form" if draft.tail is Tail.NMS else ""
+    artifacts = [
+        PlannedArtifact(exported, ArtifactKind.ONNX, Precision.FP32, "here", f"export, tail {draft.tail}{form}")
+    ]
+    if source != exported:
+        how = f"Q/DQ nodes, placement {draft.placement}" if draft.precision is Precision.INT8 else "convert to fp16"
+        artifacts.append(PlannedArtifact(source, ArtifactKind.ONNX, draft.precision, "here", how))
     if draft.kind is not ArtifactKind.ONNX:
         where = "on the device" if draft.tensorrt else "here"  # TensorRT builds for the GPU it runs on, and no other.
-        made.append(
-            PlannedArtifact(_engine(draft), draft.kind, draft.precision, where, f"build from {_source_onnx(draft)}")
-        )
-    return tuple(made)
-
-
-def _tail_in_words(draft: Draft) -> str:
-    form = f" in its {draft.nms_form} form" if draft.tail is Tail.NMS else ""
-    return f"tail {draft.tail}{form}"
+        artifacts.append(PlannedArtifact(draft.engine_file, draft.kind, draft.precision, where, f"build from {source}"))
+    return tuple(artifacts)
 
 
 def _options(draft: Draft) -> BuildOptions:
@@ -317,27 +311,23 @@ def _options(draft: Draft) -> BuildOptions:
 
 
 def _trtexec(draft: Draft) -> str:
+    size, shapes = draft.request.input_size, {}
+    if size is not None and draft.dynamic:
+        inputs: dict[str, tuple[int, ...]] = {"images": (3, *size)}
+        if draft.tail is Tail.NMS and draft.request.image_sizes:
+            inputs["image_sizes"] = (4,)
+        low, opt, high = draft.batch
+        shapes = {name: ((low, *shape), (opt, *shape), (high, *shape)) for name, shape in inputs.items()}
     return trtexec_command(
         TrtexecRequest(
-            onnx=PurePosixPath(_source_onnx(draft)),
-            engine=PurePosixPath(_engine(draft)),
+            onnx=PurePosixPath(draft.source_file),
+            engine=PurePosixPath(draft.engine_file),
             version=draft.tensorrt,
             precision=draft.precision,
-            shapes=_profile_shapes(draft),
+            shapes=shapes,
             options=_options(draft),
         )
     )
-
-
-def _profile_shapes(draft: Draft) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    size, batch = draft.request.input_size, draft.batch
-    if size is None or not draft.dynamic:
-        return {}
-    inputs: dict[str, tuple[int, ...]] = {"images": (3, *size)}
-    if draft.tail is Tail.NMS and draft.request.image_sizes:
-        inputs["image_sizes"] = (4,)
-    smallest, usual, largest = batch.minimum, batch.optimal, batch.maximum
-    return {name: ((smallest, *shape), (usual, *shape), (largest, *shape)) for name, shape in inputs.items()}
 
 
 def _notes(draft: Draft) -> list[str]:

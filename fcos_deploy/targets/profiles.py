@@ -1,4 +1,4 @@
-"""Device profiles: what is known of a target without being on it, as TOML files in ``fcos_deploy/targets/devices``."""
+"""Device profiles: what is known of a device without being on it, as TOML files in ``fcos_deploy/targets/devices``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class IntelFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """One target. The first of ``backends`` is taken when none is named; ``memory_mib`` is the smallest model's.
+    """A device that can be built for. The first of ``backends`` is the default.
+
+    ``machine`` is the architecture, ``python`` the version of the system, ``memory_mib`` the memory of the smallest
+    board of this name, which the GPU of a Jetson shares.
 
     ``verified`` says on which hardware this project has run it; empty: never.
     """

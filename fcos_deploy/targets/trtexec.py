@@ -1,4 +1,4 @@
-"""The ``trtexec`` line that builds the engine that this package would: for JetPack 5, and who prefers it."""
+"""The ``trtexec`` command that builds the engine of ``fcos-deploy build``: for JetPack 5, and for scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["TrtexecRequest", "trtexec_command"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrtexecRequest:
-    """``shapes``: smallest, usual and largest shape of each dynamic input; empty for a static graph.
+    """``shapes``: min, opt and max shape of each dynamic input; empty for a static graph.
 
     ``precision`` is the ONNX file's; with a calibration cache that is fp32 and the engine INT8.
     """
@@ -36,20 +36,7 @@ def trtexec_command(request: TrtexecRequest) -> str:
     Raises:
         ConfigError: a calibration cache for TensorRT 11, which has no calibrators.
     """
-    version = parse_version(request.version)
-    arguments = [
-        "trtexec",
-        f"--onnx={request.onnx}",
-        f"--saveEngine={request.engine}",
-        "--buildOnly" if version < (8, 6) else "--skipInference",
-        *_types(request, version),
-        *_shapes(request),
-        *_settings(request.options),
-    ]
-    return shlex.join(arguments)
-
-
-def _settings(options: BuildOptions) -> list[str]:
+    version, options = parse_version(request.version), request.options
     flags = {
         "--noTF32": not options.tf32,
         f"--memPoolSize=workspace:{options.workspace_mib}M": options.workspace_mib is not None,
@@ -60,7 +47,20 @@ def _settings(options: BuildOptions) -> list[str]:
         "--versionCompatible": options.version_compatible,
         "--hardwareCompatibilityLevel=ampere+": options.hardware_compatible,
     }
-    return [flag for flag, given in flags.items() if given]
+    shapes = {
+        label: ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in request.shapes.items())
+        for index, label in enumerate(("min", "opt", "max"))
+    }
+    arguments = [
+        "trtexec",
+        f"--onnx={request.onnx}",
+        f"--saveEngine={request.engine}",
+        "--buildOnly" if version < (8, 6) else "--skipInference",
+        *_types(request, version),
+        *(f"--{label}Shapes={text}" for label, text in shapes.items() if text),
+        *(flag for flag, given in flags.items() if given),
+    ]
+    return shlex.join(arguments)
 
 
 def _types(request: TrtexecRequest, version: tuple[int, ...]) -> list[str]:
@@ -76,14 +76,3 @@ def _types(request: TrtexecRequest, version: tuple[int, ...]) -> list[str]:
     if request.precision is Precision.INT8 or cache is not None:
         flags.append("--int8")
     return [*flags, f"--calib={cache}"] if cache is not None else flags
-
-
-def _shapes(request: TrtexecRequest) -> list[str]:
-    if not request.shapes:
-        return []
-    labels = zip(("min", "opt", "max"), range(3), strict=True)
-    return [f"--{label}Shapes={_joined(request, index)}" for label, index in labels]
-
-
-def _joined(request: TrtexecRequest, index: int) -> str:
-    return ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in request.shapes.items())

@@ -15,7 +15,7 @@ from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError, FcosDeployError, StepCheckError
-from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, Exporter
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, Exporter, SizeRange
 from fcos_deploy.core.registry import all_exporters, backends_for, get_exporter
 
 _SUFFIXES = {ArtifactKind.ONNX: ".onnx", ArtifactKind.OPENVINO_IR: ".xml"}
@@ -68,7 +68,7 @@ def test_progress_is_told_to_the_end(exporter: Exporter, tiny_onnx: Path, tmp_pa
     "options",
     [
         BuildOptions(dla_core=0),
-        BuildOptions(batch=BatchRange(1, 2, 4)),
+        BuildOptions(batch=SizeRange(1, 2, 4)),
         BuildOptions(workspace_mib=64),
         BuildOptions(compute_capabilities=("8.6",)),
         BuildOptions(height_range=(32, 64, 96)),

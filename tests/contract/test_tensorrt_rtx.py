@@ -27,7 +27,7 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import BuildError
-from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, SizeRange
 from fcos_deploy.core.network import resnet_config
 from fcos_deploy.model.fcos import Fcos
 
@@ -86,8 +86,8 @@ def resnet50_file(checkpoint: LoadedCheckpoint, tmp_path_factory: pytest.TempPat
     return export_onnx(Loaded(), path, options=ExportOptions(tail=Tail.CANDIDATES)).path
 
 
-def build(source: Path, folder: Path, *, capability: str, batch: BatchRange | None = None) -> BuildResult:
-    options = BuildOptions(compute_capabilities=(capability,), batch=batch or BatchRange())
+def build(source: Path, folder: Path, *, capability: str, batch: SizeRange | None = None) -> BuildResult:
+    options = BuildOptions(compute_capabilities=(capability,), batch=batch or SizeRange())
     return EXPORTER.build(BuildRequest(source=source, output=folder / "model.engine", options=options))
 
 
@@ -108,7 +108,7 @@ def test_every_tail_builds(name: str, capability: str, onnx_file: Callable[[str]
 
 @pytest.mark.parametrize("name", ["raw-dynamic", "candidates-dynamic"])
 def test_an_open_batch_builds(name: str, onnx_file: Callable[[str], Path], tmp_path: Path) -> None:
-    result = build(onnx_file(name), tmp_path, capability="8.9", batch=BatchRange(1, 2, 4))
+    result = build(onnx_file(name), tmp_path, capability="8.9", batch=SizeRange(1, 2, 4))
     assert json.loads(result.record["shapes"]) == {"images": "1x3x64x96/2x3x64x96/4x3x64x96"}
 
 
@@ -138,13 +138,13 @@ def test_the_nms_operator_is_refused_with_the_way_out(onnx_file: Callable[[str],
 @pytest.mark.parametrize(
     ("name", "capability", "batch"),
     [
-        ("candidates", "8.9", BatchRange()),
-        ("nms-static-form", "12.0", BatchRange()),
-        ("raw-dynamic", "8.6", BatchRange(1, 2, 4)),
+        ("candidates", "8.9", SizeRange()),
+        ("nms-static-form", "12.0", SizeRange()),
+        ("raw-dynamic", "8.6", SizeRange(1, 2, 4)),
     ],
 )
 def test_convolutions_take_the_graphs_type_in_every_tail(
-    name: str, capability: str, batch: BatchRange, onnx_file: Callable[[str], Path], tmp_path: Path
+    name: str, capability: str, batch: SizeRange, onnx_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
     int8 = quantized(onnx_file(name), tmp_path / "int8.onnx")
     half = convert_to_fp16(onnx_file(name), tmp_path / "fp16.onnx").path

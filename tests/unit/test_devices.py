@@ -10,7 +10,7 @@ import pytest
 
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BatchRange, BuildOptions
+from fcos_deploy.core.exporter import BuildOptions, SizeRange
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.model_files import graph_file
 from fcos_deploy.core.registry import all_exporters
@@ -82,7 +82,7 @@ BROKEN_PLANS: list[tuple[str, dict[str, Any], str]] = [
     ("jetson-thor", {"backend": "openvino"}, "backend-on-device"),
     ("jetson-orin-nano", {"backend": "tensorrt-rtx"}, "backend-on-device"),
     ("intel-npu", {"precision": Precision.FP32}, "precision-on-device"),
-    ("intel-npu", {"batch": BatchRange(1, 2, 4)}, "static-shapes"),
+    ("intel-npu", {"batch": SizeRange(1, 2, 4)}, "static-shapes"),
     ("intel-npu", {"input_size": None}, "static-shapes"),
     ("intel-npu", {"tail": Tail.NMS, "nms_form": NmsForm.ONNX}, "nms-operator"),
     ("gpu-ampere", {"backend": "tensorrt-rtx", "tail": Tail.NMS, "nms_form": NmsForm.ONNX}, "nms-operator"),
@@ -95,7 +95,7 @@ BROKEN_PLANS: list[tuple[str, dict[str, Any], str]] = [
     ("jetson-agx-orin", {"dla_core": 2}, "dla"),
     ("jetson-agx-orin", {"dla_core": 0, "precision": Precision.FP32}, "dla"),
     ("jetson-agx-orin", {"dla_core": 0, "precision": Precision.INT8}, "dla"),
-    ("jetson-agx-orin", {"dla_core": 0, "batch": BatchRange(1, 2, 2)}, "dla"),
+    ("jetson-agx-orin", {"dla_core": 0, "batch": SizeRange(1, 2, 2)}, "dla"),
     ("gpu-ada", {"calibration_cache": True, "precision": Precision.INT8}, "calibrators"),
     ("jetson-orin-nx", {"calibration_cache": True, "precision": Precision.FP16}, "calibrators"),
     ("jetson-orin-nano", {"workspace_mib": 8192}, "workspace"),
@@ -122,7 +122,7 @@ def test_every_rule_has_a_plan_that_it_forbids() -> None:
         ("jetson-thor", {"opset": 21}),
         ("jetson-agx-orin", {"dla_core": 1}),
         ("jetson-agx-orin", {"dla_core": 0, "precision": Precision.INT8, "calibration_cache": True}),
-        ("jetson-orin-nano", {"batch": BatchRange(1, 2, 4)}),
+        ("jetson-orin-nano", {"batch": SizeRange(1, 2, 4)}),
     ],
 )
 def test_plan_beside_the_rule_is_allowed(name: str, request_fields: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ def test_nms_tail_has_the_form_that_suits_the_target(name: str, request_fields: 
 
 
 def test_dynamic_batch_becomes_three_shapes() -> None:
-    request = PlanRequest(batch=BatchRange(1, 2, 4), input_size=(320, 416))
+    request = PlanRequest(batch=SizeRange(1, 2, 4), input_size=(320, 416))
     line = plan(load_profile("jetson-agx-orin"), request).trtexec
     assert re.findall(r"--(...)Shapes=(\S+)", line) == [
         ("min", "images:1x3x320x416"),
@@ -160,7 +160,7 @@ def test_dynamic_batch_becomes_three_shapes() -> None:
 def test_every_input_of_the_nms_tail_has_shapes(image_sizes: bool, rows: str) -> None:
     request = PlanRequest(
         tail=Tail.NMS,
-        batch=BatchRange(1, 2, 4),
+        batch=SizeRange(1, 2, 4),
         input_size=(320, 416),
         image_sizes=image_sizes,
         precision=Precision.FP16,
@@ -237,12 +237,12 @@ def test_profile_of_another_batch_than_a_bundle_has_is_refused(tmp_path: Path) -
     shipped = (Path(__file__).parents[2] / "fcos_deploy/targets/devices/gpu-ampere.toml").read_text()
     own = tmp_path / "board.toml"
     own.write_text(shipped.replace("batch = 1", "batch = 4"))
-    assert plan(load_profile(str(own))).options.batch == BatchRange(4, 4, 4)
+    assert plan(load_profile(str(own))).options.batch == SizeRange(4, 4, 4)
     with pytest.raises(ConfigError, match="wants batches of 4; the graphs of a bundle take one image") as caught:
         plan_targets((str(own),))
     assert "export --batch 4" in caught.value.hint
     own.write_text(shipped)
-    assert [made.options.batch for made in plan_targets((str(own),))] == [BatchRange(1, 1, 1)]
+    assert [made.options.batch for made in plan_targets((str(own),))] == [SizeRange(1, 1, 1)]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_t
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError, DeviceError, FcosDeployError
-from fcos_deploy.core.exporter import BatchRange, BuildOptions, BuildRequest, BuildResult
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, SizeRange
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.registry import get_exporter
 
@@ -41,7 +41,7 @@ def test_layer_list_is_read() -> None:
 def test_profile_shapes_by_hand() -> None:
     shapes = profile_shapes(
         {"images": (None, 3, 64, None), "image_sizes": (None, 4)},
-        options=BuildOptions(batch=BatchRange(1, 4, 8), width_range=(32, 64, 96)),
+        options=BuildOptions(batch=SizeRange(1, 4, 8), width_range=(32, 64, 96)),
         size_divisor=32,
     )
     assert shapes["images"] == ProfileShapes((1, 3, 64, 32), (4, 3, 64, 64), (8, 3, 64, 96))
@@ -53,8 +53,8 @@ def test_profile_shapes_by_hand() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": BatchRange(4, 2, 8)}, "The batch range must be"),
-        ({"batch": BatchRange(0, 1, 1)}, "The batch range must be"),
+        ({"batch": SizeRange(4, 2, 8)}, "The batch range must be"),
+        ({"batch": SizeRange(0, 1, 1)}, "The batch range must be"),
         ({"height_range": (64, 64, 64)}, "The width of input 'images' is dynamic"),
         ({"height_range": (64, 65, 96), "width_range": (64, 64, 64)}, "multiples of 32"),
         ({"height_range": (96, 64, 96), "width_range": (64, 64, 64)}, "The height range must be"),
@@ -232,14 +232,14 @@ def test_engine_is_plain_and_its_contract_and_record_lie_beside_it(tmp_path: Pat
 def test_open_batch_and_size_get_a_profile(tmp_path: Path) -> None:
     source = write_graph(tmp_path / "m.onnx", shape=("n", 3, "h", "w"))
     ranges = {"height_range": (64, 96, 128), "width_range": (64, 64, 64)}
-    result = build(source, tmp_path / "m.engine", batch=BatchRange(1, 2, 4), **ranges)
+    result = build(source, tmp_path / "m.engine", batch=SizeRange(1, 2, 4), **ranges)
     assert json.loads(result.record["shapes"]) == {"images": "1x3x64x64/2x3x96x64/4x3x128x64"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": BatchRange(2, 2, 2)}, "is fixed to 1 in the ONNX file, the build asks for 2/2/2"),
+        ({"batch": SizeRange(2, 2, 2)}, "is fixed to 1 in the ONNX file, the build asks for 2/2/2"),
         ({"height_range": (64, 128, 128)}, "The height of input 'images' is fixed to 64"),
         ({"compute_capabilities": ("8.7",)}, "cannot build for compute capability '8.7'"),
         ({"compute_capabilities": ("86",)}, "cannot build for compute capability '86'"),

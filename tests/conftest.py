@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from numpy.typing import NDArray
 
@@ -147,8 +148,8 @@ def _quantize_step(folder: Path, parent: Artifact) -> StepOutput:
 
 def _golden_step(folder: Path, contract: ModelContract) -> StepOutput:
     images = [np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8) for seed in (1, 2)]
-    found = Detections(np.float32([[1, 2, 30, 40]]), np.float32([0.75]), np.int64([1]))
-    records = make_golden(images, folder=folder, contract=contract, detect=lambda _: found)
+    detections = Detections(np.float32([[1, 2, 30, 40]]), np.float32([0.75]), np.int64([1]))
+    records = make_golden(images, folder=folder, contract=contract, detect=lambda _: detections)
     return StepOutput(values=to_json(records))
 
 
@@ -160,8 +161,32 @@ def private_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """``make_once(name, make)``: a folder that ``make(folder)`` fills once for all workers; each gets its own copy."""
+    own = tmp_path_factory.getbasetemp()
+    # As pytest-xdist's documentation says under "Making session-scoped fixtures execute only once".
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / f"{name}-made"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                unfinished = shared / f"{name}-unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)  # what a failure left
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return Path(shutil.copytree(folder, own / name))
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_once: MakeOnce) -> Path:
     """A real FCOS of 1.6 MB, random but not silent: ResNet-18 of reduced width, three classes, 128x160 uint8 input."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
@@ -169,31 +194,54 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fcos_deploy.core.network import resnet_config
     from fcos_deploy.model.fcos import Fcos
 
-    torch.manual_seed(0)
-    model = Fcos(resnet_config(18, num_classes=3, stem_channels=8, fpn_channels=32))
-    with torch.no_grad():
-        model.head.classification_head.cls_logits.weight.normal_(std=0.15)
-        model.head.classification_head.cls_logits.bias.fill_(-4.7)
-        model.head.regression_head.bbox_reg.weight.normal_(std=0.1)
-        model.head.regression_head.bbox_reg.bias.fill_(1.5)
-        model.head.regression_head.bbox_ctrness.bias.fill_(1.0)
-    metadata = {"ecosystem": "torchvision", "classes": '["red", "white", "platelet"]', "input_size": "128x160"}
-    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    save_file(model.state_dict(), path, metadata={"fcos_deploy": json.dumps({**metadata, "score_threshold": "0.2"})})
-    return path
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        model = Fcos(resnet_config(18, num_classes=3, stem_channels=8, fpn_channels=32))
+        with torch.no_grad():
+            model.head.classification_head.cls_logits.weight.normal_(std=0.15)
+            model.head.classification_head.cls_logits.bias.fill_(-4.7)
+            model.head.regression_head.bbox_reg.weight.normal_(std=0.1)
+            model.head.regression_head.bbox_reg.bias.fill_(1.5)
+            model.head.regression_head.bbox_ctrness.bias.fill_(1.0)
+        metadata = {"ecosystem": "torchvision", "classes": '["red", "white", "platelet"]', "input_size": "128x160"}
+        text = json.dumps({**metadata, "score_threshold": "0.2"})
+        save_file(model.state_dict(), folder / "tiny.safetensors", metadata={"fcos_deploy": text})
+
+    return make_once("tiny-checkpoint", make) / "tiny.safetensors"
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tiny_checkpoint: Path) -> Path:
+def tiny_onnx(tiny_checkpoint: Path, make_once: MakeOnce) -> Path:
     """``tiny_checkpoint`` as ONNX, raw tail, batch 1."""
     from exporters.torch_onnx import export_onnx
     from fcos_deploy.checkpoints.load import load_checkpoint
 
-    return export_onnx(load_checkpoint(tiny_checkpoint), tiny_checkpoint.with_name("tiny.onnx")).path
+    return (
+        make_once("tiny-onnx", lambda folder: export_onnx(load_checkpoint(tiny_checkpoint), folder / "tiny.onnx"))
+        / "tiny.onnx"
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.uint8]]) -> Path:
+def demo_onnx(make_once: MakeOnce) -> Path:
+    """The bundled blood-cell detector as ONNX.
+
+    A trained one: an untrained one's scores nearly tie, so that rounding decides which boxes win.
+    """
+    pytest.importorskip("torch")
+    from exporters.torch_onnx import export_onnx
+    from fcos_deploy.checkpoints.load import load_checkpoint
+    from fcos_deploy.pipeline.deploy import DEMO_DATA
+
+    checkpoint = DEMO_DATA / "fcos_bccd.safetensors"
+    return (
+        make_once("demo-onnx", lambda folder: export_onnx(load_checkpoint(checkpoint), folder / "demo.onnx"))
+        / "demo.onnx"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.uint8]], make_once: MakeOnce) -> Path:
     """A bundle of ``tiny_onnx`` whose golden detections PyTorch made; read-only by agreement, copy it to change it."""
     from fcos_deploy.core.contract import read_contract
     from fcos_deploy.core.files import sha256_file
@@ -213,34 +261,40 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.u
             records = make_golden(blobs, folder=folder, contract=contract, detect=reference.detect)
         return StepOutput(values=to_json(records))
 
-    with BundleWriter(tiny_onnx.with_name("tiny-bundle")) as writer:
-        writer.step("export", inputs={}, make=export)
-        records = writer.step("golden", inputs={}, make=golden).values
-        return writer.finish(
-            Manifest(
-                name="tiny",
-                contract=contract,
-                provenance=Provenance(checkpoint="tiny.safetensors", checkpoint_sha256=source),
-                defaults=RunDefaults(backend="onnxruntime", precision=Precision.FP32, fallback=("openvino",)),
-                gates=DEFAULT_GATES,
-                golden=tuple(from_json(GoldenImage, value) for value in records),
+    def make(folder: Path) -> None:
+        with BundleWriter(folder / "bundle") as writer:
+            writer.step("export", inputs={}, make=export)
+            records = writer.step("golden", inputs={}, make=golden).values
+            writer.finish(
+                Manifest(
+                    name="tiny",
+                    contract=contract,
+                    provenance=Provenance(checkpoint="tiny.safetensors", checkpoint_sha256=source),
+                    defaults=RunDefaults(backend="onnxruntime", precision=Precision.FP32, fallback=("openvino",)),
+                    gates=DEFAULT_GATES,
+                    golden=tuple(from_json(GoldenImage, value) for value in records),
+                )
             )
-        )
+
+    return make_once("tiny-bundle", make) / "bundle"
 
 
 @pytest.fixture(scope="session")
-def tiny_ir(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_ir(tiny_onnx: Path, make_once: MakeOnce) -> Path:
     """``tiny_onnx`` as OpenVINO IR, in a folder of its own."""
     pytest.importorskip("openvino")
     from exporters.openvino_ir import EXPORTER
     from fcos_deploy.core.exporter import BuildRequest
 
-    return EXPORTER.build(BuildRequest(source=tiny_onnx, output=tmp_path_factory.mktemp("ir") / "tiny.xml")).files[0]
+    def make(folder: Path) -> None:
+        EXPORTER.build(BuildRequest(source=tiny_onnx, output=folder / "tiny.xml"))
+
+    return make_once("tiny-ir", make) / "tiny.xml"
 
 
 @pytest.fixture(scope="session")
 def blobs() -> list[NDArray[np.uint8]]:
-    """Four pictures (h, w, 3) uint8 of different sizes, coarse colour blobs and a gradient."""
+    """Four images (h, w, 3) uint8 of different sizes, coarse colour blobs and a gradient."""
     generator = np.random.default_rng(1)
     sizes = [(96, 128), (128, 160), (200, 120), (64, 300)]
     coarse = [generator.integers(0, 256, (h // 8, w // 4, 3), np.uint8) for h, w in sizes]
@@ -274,14 +328,14 @@ def smooth_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(5)
     rows, columns = np.mgrid[0:80, 0:96]
     for index in range(12):
-        picture = np.stack([rows * 2, columns * 2, (rows + columns)], 2).astype(np.float64)
+        image = np.stack([rows * 2, columns * 2, (rows + columns)], 2).astype(np.float64)
         for _ in range(4):
             y, x, radius = rng.uniform(0, 80), rng.uniform(0, 96), rng.uniform(6, 24)
             disc = 1 / (1 + np.exp((np.hypot(rows - y, columns - x) - radius) / 1.5))
-            picture = picture * (1 - disc[..., None]) + disc[..., None] * rng.uniform(0, 255, 3)
+            image = image * (1 - disc[..., None]) + disc[..., None] * rng.uniform(0, 255, 3)
         path = folder / ("a" if index % 3 else "b") / f"{index:02d}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture.astype(np.uint8)).save(path)
+        Image.fromarray(image.astype(np.uint8)).save(path)
     return folder
 
 

@@ -57,16 +57,6 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, blobs: list[
     return folder
 
 
-@pytest.fixture(scope="module")
-def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained detector: an untrained one's scores nearly tie, so that rounding decides which boxes win."""
-    pytest.importorskip("torch")
-    from exporters.torch_onnx import export_onnx
-    from fcos_deploy.checkpoints.load import load_checkpoint
-
-    return export_onnx(load_checkpoint(CHECKPOINT), tmp_path_factory.mktemp("demo") / "demo.onnx").path
-
-
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(build_app(), [str(a) for a in arguments])
 

@@ -22,16 +22,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("torch")
-    from exporters.torch_onnx import export_onnx
-    from fcos_deploy.checkpoints.load import load_checkpoint
-
-    output = tmp_path_factory.mktemp("demo") / "demo.onnx"
-    return export_onnx(load_checkpoint(DEMO / "fcos_bccd.safetensors"), output).path
-
-
-@pytest.fixture(scope="module")
 def demo_calibration(demo_onnx: Path) -> Path:
     output = demo_onnx.with_name("calibration.json")
     request = CalibrationRequest(

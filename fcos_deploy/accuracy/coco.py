@@ -62,17 +62,13 @@ def coco_scores(dataset: Dataset, detections: Mapping[int, Detections]) -> CocoS
     """
     library = require("faster_coco_eval", extra="eval")
     ground_truth = library.COCO(_ground_truth_json(dataset))
-    found = ground_truth.loadRes(_detections_json(dataset, detections))
-    # The library reports by calling what it is given; its results are read from `eval`.
-    evaluator = library.COCOeval_faster(ground_truth, found, iouType="bbox", print_function=_silent)
+    results = ground_truth.loadRes(_detections_json(dataset, detections))
+    # The library prints through the function that it is given; its results are read from `eval`.
+    evaluator = library.COCOeval_faster(ground_truth, results, iouType="bbox", print_function=lambda *_: None)
     evaluator.params.maxDets = [1, 10, MAX_DETECTIONS]
     evaluator.evaluate()
     evaluator.accumulate()
     return _summary(dataset, evaluator.eval["precision"], evaluator.eval["recall"])
-
-
-def _silent(*_: object) -> None:
-    pass
 
 
 def _summary(dataset: Dataset, precision: NDArray[np.float64], recall: NDArray[np.float64]) -> CocoScores:
@@ -138,17 +134,16 @@ def _ground_truth_json(dataset: Dataset) -> dict[str, Any]:
 
 
 def _detections_json(dataset: Dataset, detections: Mapping[int, Detections]) -> list[dict[str, Any]]:
-    known = range(len(dataset.class_names))
-    return [
-        {"image_id": image.image_id, "category_id": label + 1, "bbox": box, "score": score}
-        for image in dataset.images
-        for box, score, label in zip(*_columns(detections[image.image_id]), strict=True)
-        if label in known
-    ]
-
-
-def _columns(found: Detections) -> tuple[list[list[float]], list[float], list[int]]:
-    return _xywh(found.boxes), found.scores.tolist(), found.labels.tolist()
+    known, rows = range(len(dataset.class_names)), []
+    for image in dataset.images:
+        detected = detections[image.image_id]
+        columns = _xywh(detected.boxes), detected.scores.tolist(), detected.labels.tolist()
+        rows += [
+            {"image_id": image.image_id, "category_id": label + 1, "bbox": box, "score": score}
+            for box, score, label in zip(*columns, strict=True)
+            if label in known
+        ]
+    return rows
 
 
 def _xywh(boxes: NDArray[Any]) -> list[list[float]]:

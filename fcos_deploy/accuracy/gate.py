@@ -13,7 +13,7 @@ from fcos_deploy.core.errors import AccuracyGateError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Gate
 
-__all__ = ["Verdict", "judge_agreement", "judge_ap", "judge_drop", "junit_xml", "require_all", "write_junit"]
+__all__ = ["Verdict", "judge_agreement", "judge_ap", "judge_drop", "require_all", "write_junit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str) 
     if gate.min_match_rate is not None:
         message = (
             f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.extra} extra; "
-            f"at least {gate.min_match_rate:.1%} wanted) on {agreement.images} images"
+            f"at least {gate.min_match_rate:.1%} needed) on {agreement.images} images"
         )
         verdicts.append(
             Verdict(
@@ -74,12 +74,12 @@ def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str) 
             )
         )
     spread = max(abs(scores.p5), abs(scores.p95))
-    verdicts += _judge_most("max_score_delta", spread, gate.max_score_delta, subject=subject, unit="score")
-    verdicts += _judge_most("max_box_delta_px", boxes.p95, gate.max_box_delta_px, subject=subject, unit="pixels")
+    verdicts += _judge_spread("max_score_delta", spread, gate.max_score_delta, subject=subject, unit="score")
+    verdicts += _judge_spread("max_box_delta_px", boxes.p95, gate.max_box_delta_px, subject=subject, unit="pixels")
     return verdicts
 
 
-def _judge_most(name: str, value: float, limit: float | None, *, subject: str, unit: str) -> list[Verdict]:
+def _judge_spread(name: str, value: float, limit: float | None, *, subject: str, unit: str) -> list[Verdict]:
     if limit is None:
         return []
     passed = value <= limit
@@ -101,8 +101,12 @@ def require_all(verdicts: Sequence[Verdict]) -> None:
         )
 
 
-def junit_xml(verdicts: Sequence[Verdict], *, suite: str) -> str:
-    """One test suite with a test case for every verdict, as XML text."""
+def write_junit(path: Path, verdicts: Sequence[Verdict], *, suite: str) -> None:
+    """Write JUnit XML atomically: one test suite with a test case for every verdict.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     failures = sum(not verdict.passed for verdict in verdicts)
     root = ElementTree.Element("testsuites")
     counts = {"tests": str(len(verdicts)), "failures": str(failures), "errors": "0", "skipped": "0"}
@@ -114,13 +118,4 @@ def junit_xml(verdicts: Sequence[Verdict], *, suite: str) -> str:
             failure.text = f"{verdict.name}: {verdict.value:.6g}, limit {verdict.limit:.6g}"
         ElementTree.SubElement(case, "system-out").text = verdict.message
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
-
-
-def write_junit(path: Path, verdicts: Sequence[Verdict], *, suite: str) -> None:
-    """Write the XML atomically.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    write_text(path, junit_xml(verdicts, suite=suite))
+    write_text(path, ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n")

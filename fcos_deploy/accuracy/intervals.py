@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-_CHUNK = 4_000_000  # elements of one array of resamples x detections: 16 MB
+_CHUNK = 4_000_000  # elements of one float32 array of resamples x detections: 16 MB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,14 +83,14 @@ def match_dataset(dataset: Dataset, detections: Mapping[int, Detections]) -> lis
 def _match_class(dataset: Dataset, detections: Mapping[int, Detections], *, label: int) -> ClassMatches:
     images, scores, correct, ignored, positives = [], [], [], [], []
     for position, image in enumerate(dataset.images):
-        ground_truth, found = dataset.ground_truth[image.image_id], detections[image.image_id]
-        mine, wanted = found.labels == label, ground_truth.classes == label
-        order = np.argsort(-found.scores[mine], kind="stable")[:MAX_DETECTIONS]
-        crowd = ground_truth.crowd[wanted]
-        iou = pairwise_iou(found.boxes[mine][order], ground_truth.boxes[wanted], crowd=crowd)
+        ground_truth, detected = dataset.ground_truth[image.image_id], detections[image.image_id]
+        candidates, objects = np.flatnonzero(detected.labels == label), ground_truth.classes == label
+        candidates = candidates[np.argsort(-detected.scores[candidates], kind="stable")[:MAX_DETECTIONS]]
+        crowd = ground_truth.crowd[objects]
+        iou = pairwise_iou(detected.boxes[candidates], ground_truth.boxes[objects], crowd=crowd)
         right, outside = _match_image(iou, crowd)
-        images.append(np.full(len(order), position))
-        scores.append(found.scores[mine][order])
+        images.append(np.full(len(candidates), position))
+        scores.append(detected.scores[candidates])
         correct.append(right)
         ignored.append(outside)
         positives.append(int((~crowd).sum()))
@@ -138,7 +138,12 @@ def weighted_ap(
     their order when the image counts several times, while copies of the image would alternate.
     ``dtype`` of the precisions: float32 is good to seven digits and takes half the time.
     """
-    per_class = np.stack([_class_ap(m, weights, dtype) for m in matches])
+    classes = []
+    for match in matches:
+        step = max(1, _CHUNK // max(1, len(match.scores)))
+        parts = [_class_ap(match, weights[i : i + step], dtype) for i in range(0, len(weights), step)]
+        classes.append(np.concatenate(parts))
+    per_class = np.stack(classes)
     defined = np.isfinite(per_class)
     total = np.where(defined, per_class, 0.0).sum(0)
     count = defined.sum(0)
@@ -146,24 +151,23 @@ def weighted_ap(
     return means
 
 
-def _class_ap(
-    matches: ClassMatches, weights: NDArray[np.float32], dtype: type[np.floating[Any]]
-) -> NDArray[np.float64]:
-    step = max(1, _CHUNK // max(1, len(matches.scores)))
-    parts = [_class_ap_chunk(matches, weights[i : i + step], dtype) for i in range(0, len(weights), step)]
-    return np.concatenate(parts)
-
-
 # Below, resamples are the last axis: what is done for all of them at a time is then contiguous in memory.
 
 
-def _class_ap_chunk(
+def _class_ap(
     matches: ClassMatches, weights: NDArray[np.float32], dtype: type[np.floating[Any]]
 ) -> NDArray[np.float64]:
+    """AP of one class for each resample, the mean over the ten IoU thresholds -> (r,); NaN without an object.
+
+    Drawing an image w times repeats its objects and detections w times. So recall after the detection at rank t is the
+    sum of w over the right detections up to t, over the sum of w over all objects; precision is the same sum over that
+    of all detections up to t which are not ignored. Sums of whole numbers are exact in float32 up to 2 ** 24.
+    """
     objects = (weights @ matches.positives.astype(np.float32)).astype(np.int64)
     total = np.zeros(len(weights))
     if len(matches.scores):
-        drawn, points = np.ascontiguousarray(weights.T)[matches.image], _RecallPoints(objects)
+        drawn = np.ascontiguousarray(weights.T)[matches.image]  # (d, r): how often each detection counts
+        points = _RecallPoints(objects)
         all_seen = _running(np.add, drawn)
         for right, outside in zip(matches.correct, matches.ignored, strict=True):
             seen = _running(np.add, drawn * ~outside[:, None]) if outside.any() else all_seen
@@ -180,17 +184,20 @@ def _running(operation: np.ufunc, rows: NDArray[Any]) -> NDArray[Any]:
 
 
 class _RecallPoints:
-    """How many of COCO's 101 recalls are reached with so many objects found, for resamples with ``objects`` (r,)."""
+    """How many of COCO's 101 recalls are reached with how many hits, for resamples with ``objects`` (r,).
+
+    A table of one row for each number of objects that occurs replaces a search for every detection and resample.
+    """
 
     def __init__(self, objects: NDArray[np.int64]) -> None:
         counts, kind = np.unique(objects, return_inverse=True)
-        found = np.arange(int(counts.max(initial=0)) + 1)
-        recall = np.minimum(found[None] / np.maximum(counts, 1)[:, None], 1.0)
+        hits = np.arange(int(counts.max(initial=0)) + 1)
+        recall = np.minimum(hits[None] / np.maximum(counts, 1)[:, None], 1.0)
         self._table = np.searchsorted(np.array(RECALL_POINTS), recall, side="right").astype(np.float32).ravel()
-        self._start = (kind * len(found)).astype(np.int32)
+        self._start = (kind * len(hits)).astype(np.int32)  # the row of each resample in the table
 
     def reached(self, hits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """hits: (t, r) objects found -> (t, r) recalls."""
+        """hits: (t, r) right detections so far -> (t, r) number of recalls reached."""
         return self._table.take(hits.astype(np.int32) + self._start)
 
 
@@ -204,6 +211,7 @@ def _threshold_ap(drawn: NDArray[np.float32], seen: NDArray[Any], *, points: _Re
     if not len(drawn):
         return np.zeros(drawn.shape[1])
     hits = _running(np.add, drawn)
+    # COCO's precision at a recall is the best at that recall or any higher one: a running maximum from the end.
     precision = hits / np.maximum(seen, seen.dtype.type(1))
     envelope = _running(np.maximum, precision[::-1])[::-1]
     # Each right detection answers for the recalls that are reached with it and were not before.
@@ -241,6 +249,7 @@ def paired_ap_drop(reference: ApSamples, candidate: ApSamples, *, confidence: fl
     alike = len(reference.values) == len(candidate.values) and reference.seed == candidate.seed
     if not alike or not np.array_equal(reference.positives, candidate.positives):
         raise ConfigError("A paired interval needs two runs on the same images and annotations, resampled alike.")
+    # A resample draws the same images for both, so each difference is one draw of the difference of two APs.
     drop = reference.values - candidate.values
     return _interval(drop, images=reference.positives.shape[1], confidence=confidence)
 
@@ -249,12 +258,15 @@ def _weights(images: int, *, resamples: int, seed: int) -> NDArray[np.float32]:
     """How often each image counts, (1 + resamples, images); the first row is the data as it is."""
     if resamples < 1:
         raise ConfigError(f"A bootstrap needs at least 1 resample, got {resamples}.")
+    # n images drawn with replacement: the counts of a fair multinomial with n draws.
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(images, np.full(images, 1.0 / images), size=resamples)
     return np.concatenate([np.ones((1, images)), drawn]).astype(np.float32)
 
 
 def _interval(values: NDArray[np.float64], *, images: int, confidence: float) -> ApInterval:
+    # Percentile interval: the middle 95 % of the resampled values (Efron and Tibshirani, An Introduction to the
+    # Bootstrap, chapter 13). Resamples that drew no object have no AP, and are left out.
     drawn = values[1:][np.isfinite(values[1:])]
     if not np.isfinite(values[0]) or not drawn.size:
         raise ConfigError("AP needs at least one annotated object.")

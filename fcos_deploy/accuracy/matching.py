@@ -1,4 +1,4 @@
-"""How much boxes overlap."""
+"""Pairing the detections of two detectors, and how far they agree."""
 
 from __future__ import annotations
 
@@ -28,12 +28,6 @@ __all__ = [
 
 # In image pixels. The overlap of boxes that are thinner than a pixel, or were clipped to a line, says nothing.
 _SAME_EDGE = 0.1
-
-
-def detection_iou(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
-    """As ``pairwise_iou``, (n, 4) and (m, 4) -> (n, m) float64; but 1 where all four edges agree within 0.1 pixels."""
-    edges = np.abs(first[:, None] - second[None]).max(2, initial=0.0)
-    return np.where(edges <= _SAME_EDGE, 1.0, pairwise_iou(first, second))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +75,7 @@ class DetectionMatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Some numbers in brief: how many, mean, percentiles, and the largest distance from 0."""
+    """Summary of numbers: count, mean, percentiles, and the largest distance from 0."""
 
     count: int
     mean: float
@@ -110,7 +104,7 @@ class Distribution:
 class DetectionAgreement:
     """How far a candidate's detections are those of the reference, over all images.
 
-    ``match_rate`` is the share, in 0..1, of all detections that have to find a partner and do.
+    ``match_rate`` is the share, in 0..1, of the detections that have to be paired and are.
     ``score_delta`` is candidate minus reference; ``box_delta_px`` the largest move of an edge, in image pixels.
     ``score_pairs`` has (reference, candidate) scores of the pairs, for plots.
     """
@@ -126,6 +120,12 @@ class DetectionAgreement:
     box_delta_px: Distribution
     iou: Distribution
     score_pairs: tuple[tuple[float, float], ...] = ()
+
+
+def detection_iou(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
+    """As ``pairwise_iou``, (n, 4) and (m, 4) -> (n, m) float64; but 1 where all four edges agree within 0.1 pixels."""
+    edges = np.abs(first[:, None] - second[None]).max(2, initial=0.0)
+    return np.where(edges <= _SAME_EDGE, 1.0, pairwise_iou(first, second))
 
 
 def match_detections(
@@ -167,40 +167,31 @@ def compare_detections(
     if set(reference) != set(candidate):
         raise ConfigError("Detections can be compared on the same images only.")
     options = options or MatchOptions()
-    numbers = sorted(reference)
-    matches = [match_detections(reference[n], candidate[n], options=options) for n in numbers]
-    pairs = [_pair_deltas(reference[n], candidate[n], m) for n, m in zip(numbers, matches, strict=True)]
-    scores = np.concatenate([p[0] for p in pairs] or [np.zeros((0, 2))])
-    moves = np.concatenate([p[1] for p in pairs] or [np.zeros(0)])
-    counted = [_counted(reference[n], candidate[n], options.min_score) for n in numbers]
-    wanted = (sum(c[0] for c in counted), sum(c[1] for c in counted))
+    pairs = [(reference[number], candidate[number]) for number in sorted(reference)]
+    matches = [match_detections(a, b, options=options) for a, b in pairs]
+    scores, moves, overlaps = [np.zeros((0, 2))], [np.zeros(0)], [np.zeros(0)]
+    for (a, b), match in zip(pairs, matches, strict=True):
+        scores.append(np.stack([a.scores[match.reference], b.scores[match.candidate]], 1).astype(np.float64))
+        edges = a.boxes[match.reference].astype(np.float64) - b.boxes[match.candidate]
+        moves.append(np.abs(edges).max(1, initial=0.0))
+        overlaps.append(match.iou)
+    sides = zip(*pairs, strict=True) if pairs else ((), ())
+    due = [sum(int((d.scores >= options.min_score).sum()) for d in side) for side in sides]
     missed, extra = sum(len(m.missed) for m in matches), sum(len(m.extra) for m in matches)
+    score_pairs = np.concatenate(scores)
     return DetectionAgreement(
-        images=len(numbers),
-        reference=wanted[0],
-        candidate=wanted[1],
-        matched=wanted[0] - missed,
+        images=len(pairs),
+        reference=due[0],
+        candidate=due[1],
+        matched=due[0] - missed,
         missed=missed,
         extra=extra,
-        match_rate=1.0 - (missed + extra) / sum(wanted) if sum(wanted) else 1.0,
-        score_delta=Distribution.of(scores[:, 1] - scores[:, 0]),
-        box_delta_px=Distribution.of(moves),
-        iou=Distribution.of(np.concatenate([m.iou for m in matches] or [np.zeros(0)])),
-        score_pairs=tuple((float(a), float(b)) for a, b in scores),
+        match_rate=1.0 - (missed + extra) / sum(due) if sum(due) else 1.0,
+        score_delta=Distribution.of(score_pairs[:, 1] - score_pairs[:, 0]),
+        box_delta_px=Distribution.of(np.concatenate(moves)),
+        iou=Distribution.of(np.concatenate(overlaps)),
+        score_pairs=tuple((float(first), float(second)) for first, second in score_pairs),
     )
-
-
-def _counted(reference: Detections, candidate: Detections, min_score: float) -> tuple[int, int]:
-    return int((reference.scores >= min_score).sum()), int((candidate.scores >= min_score).sum())
-
-
-def _pair_deltas(
-    reference: Detections, candidate: Detections, match: DetectionMatch
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scores (m, 2) and largest edge moves (m,) of the pairs."""
-    scores = np.stack([reference.scores[match.reference], candidate.scores[match.candidate]], 1).astype(np.float64)
-    edges = reference.boxes[match.reference].astype(np.float64) - candidate.boxes[match.candidate]
-    return scores, np.abs(edges).max(1, initial=0.0)
 
 
 def agreement_json(agreement: DetectionAgreement) -> dict[str, Any]:

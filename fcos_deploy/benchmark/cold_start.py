@@ -13,15 +13,19 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.errors import BackendError, FcosDeployError
 from fcos_deploy.core.serialize import from_json, to_json
 
+if TYPE_CHECKING:
+    from fcos_deploy.detector import DetectorSpec
+
 __all__ = ["ColdStart", "ColdStartTask", "measure_cold_start", "peak_memory_mib"]
 
 _TIMEOUT = 600.0  # seconds; opening a large model may compile it
-_REPEATS = 5  # detections before the peak memory is read
+_REPEATS = 5  # detections before the peak memory is read: allocators reach their final size in the first few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,23 @@ class ColdStartTask:
     public_keys: tuple[str, ...] = ()
     allow_fallback: bool = False
     checkpoint: CheckpointOptions | None = None
+
+    @staticmethod
+    def of(spec: DetectorSpec, image: Path) -> ColdStartTask:
+        """The task of detecting on an image file as ``spec`` says."""
+        options = spec.options
+        return ColdStartTask(
+            model=str(spec.model),
+            image=str(image),
+            backend=spec.backend,
+            precision=str(spec.precision or ""),
+            device=options.device,
+            compute=str(options.compute),
+            threads=options.threads,
+            public_keys=tuple(map(str, options.public_keys)),
+            allow_fallback=options.allow_fallback,
+            checkpoint=options.checkpoint,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

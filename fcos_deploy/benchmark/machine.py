@@ -32,10 +32,13 @@ class PowerReading:
 
 
 def read_clock(root: Path = _ROOT) -> ClockReading:
-    """The clock now."""
+    """The clock at this moment."""
     cpus = root / "sys/devices/system/cpu"
     kilohertz = [_number(path) for path in sorted(cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))]
-    known = [value / 1000 for value in kilohertz if value is not None] or _cpuinfo_mhz(root)
+    known = [value / 1000 for value in kilohertz if value is not None]
+    if not known:  # A virtual machine without cpufreq.
+        lines = kernel_text(root / "proc/cpuinfo").splitlines()
+        known = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
     counts = [_number(path) for path in sorted(cpus.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))]
     throttled = [int(count) for count in counts if count is not None]
     missing = [] if known else ["no clock in sysfs or cpuinfo"]
@@ -56,60 +59,55 @@ class PowerMeter:
 
     root: Path = _ROOT
     _started: float = field(default=0.0, init=False)
-    _energy: dict[Path, int] = field(default_factory=dict, init=False)
+    _energy: dict[Path, float] = field(default_factory=dict, init=False)
     _watts: float | None = field(default=None, init=False)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin the measurement."""
         self._started = time.perf_counter()
         self._energy = self._rapl()
-        self._watts = _jetson_watts(self.root)
+        self._watts = self._jetson_watts()
 
     def stop(self) -> PowerReading:
-        """End, and say the mean power since ``start``."""
+        """End it; the mean power since ``start``."""
         seconds = time.perf_counter() - self._started
-        now = self._rapl()
-        if self._energy and seconds > 0 and now.keys() == self._energy.keys():
-            joules = sum(self._rise(path, now[path]) for path in now) / 1e6
+        energy, watts = self._rapl(), self._jetson_watts()
+        if self._energy and seconds > 0 and energy.keys() == self._energy.keys():
+            joules = 0.0
+            for path, microjoules in energy.items():
+                rise = microjoules - self._energy[path]
+                if rise < 0:  # The counter started again at 0 after its largest value.
+                    rise += _number(path.with_name("max_energy_range_uj")) or 0.0
+                joules += rise / 1e6
             return PowerReading(watts=joules / seconds, source="RAPL packages")
-        after = _jetson_watts(self.root)
-        if self._watts is not None and after is not None:
-            return PowerReading(watts=(self._watts + after) / 2, source="INA3221")
-        return PowerReading(watts=None, problem=self._problem())
+        if self._watts is not None and watts is not None:
+            return PowerReading(watts=(self._watts + watts) / 2, source="INA3221")
+        problem = "neither RAPL nor an INA3221 sensor on this machine"
+        if self._rapl_counters():
+            problem = (
+                "RAPL is there but only root may read it (sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj)"
+            )
+        return PowerReading(watts=None, problem=problem)
 
-    def _rapl(self) -> dict[Path, int]:
-        found = sorted((self.root / "sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
-        values = {path: _number(path) for path in found}
-        return {path: int(value) for path, value in values.items() if value is not None}
+    def _rapl_counters(self) -> list[Path]:
+        return sorted((self.root / "sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
 
-    def _rise(self, path: Path, value: int) -> int:
-        rise = value - self._energy[path]
-        limit = _number(path.with_name("max_energy_range_uj")) or 0
-        return rise if rise >= 0 else rise + int(limit)  # The counter starts again at 0.
+    def _rapl(self) -> dict[Path, float]:
+        """Microjoules of each processor package whose counter can be read."""
+        values = {path: _number(path) for path in self._rapl_counters()}
+        return {path: value for path, value in values.items() if value is not None}
 
-    def _problem(self) -> str:
-        if list((self.root / "sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj")):
-            return "RAPL is there but only root may read it (sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj)"
-        return "neither RAPL nor an INA3221 sensor on this machine"
-
-
-def _jetson_watts(root: Path) -> float | None:
-    """Sum over the INA3221 rails: millivolts times milliamperes."""
-    total, found = 0.0, False
-    for name in sorted((root / "sys/class/hwmon").glob("hwmon*/name")):
-        if kernel_text(name) != "ina3221":
-            continue
-        for channel in (1, 2, 3):
-            volts = _number(name.with_name(f"in{channel}_input"))
-            amperes = _number(name.with_name(f"curr{channel}_input"))
-            if volts is not None and amperes is not None:
-                total, found = total + volts * amperes / 1e6, True
-    return total if found else None
-
-
-def _cpuinfo_mhz(root: Path) -> list[float]:
-    lines = kernel_text(root / "proc/cpuinfo").splitlines()
-    return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    def _jetson_watts(self) -> float | None:
+        """Sum over the INA3221 rails: millivolts times milliamperes; None without such a sensor."""
+        rails = []
+        for name in sorted((self.root / "sys/class/hwmon").glob("hwmon*/name")):
+            if kernel_text(name) == "ina3221":
+                for channel in (1, 2, 3):
+                    volts = _number(name.with_name(f"in{channel}_input"))
+                    amperes = _number(name.with_name(f"curr{channel}_input"))
+                    if volts is not None and amperes is not None:
+                        rails.append(volts * amperes / 1e6)
+        return sum(rails) if rails else None
 
 
 def _number(path: Path) -> float | None:

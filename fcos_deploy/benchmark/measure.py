@@ -1,4 +1,4 @@
-"""Times in brief."""
+"""Latency of detectors in turns, and throughput of one: the measurements and their summaries."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from fcos_deploy.detector import Detector
 
 __all__ = ["LatencyStats", "StageMedians", "Timing", "TimingOptions", "measure_throughput", "time_in_turns"]
 
+_BATCH = 16  # images of one call when throughput is measured
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyStats:
-    """Milliseconds of one request after another; ``minimum`` is the figure that other load disturbs least."""
+    """Milliseconds of requests that follow one another; other load disturbs ``minimum`` least."""
 
     mean: float
     p50: float
@@ -64,15 +66,12 @@ class StageMedians:
         return 1.0 - self.infer / total if total else 0.0
 
 
-_BATCH = 16  # images of one call when throughput is measured
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimingOptions:
     """``rounds`` of ``block`` detections each; the first of a block is not counted.
 
-    Runtimes keep threads spinning and caches warm: in the first detection after another runtime's block both are the
-    other one's. ``warmup`` detections go before everything.
+    Runtimes keep threads spinning and caches warm: in the first detection of a block both still belong to the runtime
+    before it. ``warmup`` detections of each detector come before everything.
     """
 
     rounds: int = 20
@@ -124,10 +123,6 @@ def _time_block(detector: Detector, image: NDArray[np.uint8], *, block: int, tim
         started = time.perf_counter()
         detector.detect(image)
         timing.whole.append(1000 * (time.perf_counter() - started))
-    timing.stages.append(_time_stages(detector, image))
-
-
-def _time_stages(detector: Detector, image: NDArray[np.uint8]) -> tuple[float, float, float]:
     marks = [time.perf_counter()]
     feeds, letterboxes = detector.prepare([image])
     marks.append(time.perf_counter())
@@ -135,16 +130,16 @@ def _time_stages(detector: Detector, image: NDArray[np.uint8]) -> tuple[float, f
     marks.append(time.perf_counter())
     detector.finish(outputs, letterboxes)
     marks.append(time.perf_counter())
-    preprocess, infer, decode = (1000 * float(v) for v in np.diff(marks))
-    return preprocess, infer, decode
+    preprocess, infer, decode = (1000 * float(seconds) for seconds in np.diff(marks))
+    timing.stages.append((preprocess, infer, decode))
 
 
-def measure_throughput(detector: Detector, image: NDArray[np.uint8], *, seconds: float) -> tuple[float, int]:
-    """Images a second with as many requests at a time as the runtime takes, and how many images that was."""
+def measure_throughput(detector: Detector, image: NDArray[np.uint8], *, seconds: float) -> float:
+    """Images a second with as many requests at a time as the runtime takes, measured for at least ``seconds``."""
     images = [image] * _BATCH
     detector.detect_batch(images)
     done, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
         detector.detect_batch(images)
         done += _BATCH
-    return done / spent, done
+    return done / spent

@@ -1,4 +1,4 @@
-"""Benchmarks a model on several backends."""
+"""Benchmark of models on backends: latency, stages, throughput, cold start, and the comparison with an earlier run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from fcos_deploy.benchmark.machine import (
 from fcos_deploy.benchmark.measure import (
     LatencyStats,
     StageMedians,
-    Timing,
     TimingOptions,
     measure_throughput,
     time_in_turns,
@@ -39,10 +38,10 @@ from fcos_deploy.detector import DetectorSpec
 
 __all__ = [
     "TABLE_COLUMNS",
+    "BaselineComparison",
     "Benchmark",
     "BenchmarkRequest",
     "BenchmarkResult",
-    "Comparison",
     "benchmark_json",
     "compare_with_baseline",
     "demo_image",
@@ -54,9 +53,28 @@ __all__ = [
 ]
 
 
+TABLE_COLUMNS = (
+    "backend",
+    "precision",
+    "p50 ms",
+    "p90 ms",
+    "p99 ms",
+    "preprocess",
+    "infer",
+    "decode",
+    "images/s",
+    "first s",
+    "peak MiB",
+    "file MiB",
+)
+
+# What a session was asked for, and what makes its times comparable with another's; versions may differ.
+_SETTINGS = ("device", "compute", "threads")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkRequest:
-    """What to time. ``image``: a picture file; None takes one that comes with fcos-deploy.
+    """What to time. ``image``: an image file; None takes one that comes with fcos-deploy.
 
     ``cold_start``: also start a process for each candidate, for its first detection and its peak memory.
     """
@@ -103,124 +121,8 @@ class Benchmark:
     throttled: int | None
 
 
-def demo_image() -> Path:
-    """A photograph that comes with fcos-deploy.
-
-    Raises:
-        ConfigError: this installation has none.
-    """
-    folder = Path(__file__).parent.parent / "demo_data" / "evaluation"
-    images = sorted(folder.glob("*.jpg"))
-    if not images:
-        raise ConfigError("This installation has no demo images.", hint="give a picture with --image")
-    return images[0]
-
-
-def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progress) -> Benchmark:
-    """Time all candidates in turns, then the throughput and the cold start of each.
-
-    Raises:
-        FcosDeployError: a model cannot be opened or run.
-    """
-    path = request.image or demo_image()
-    image = read_image(path)
-    facts, before = read_machine(), read_clock()
-    with contextlib.ExitStack() as stack:
-        detectors = [stack.enter_context(candidate.open(PerformanceHint.LATENCY)) for candidate in request.candidates]
-        timings = time_in_turns(detectors, image, options=request.timing, progress=progress)
-        sessions = [dict(detector.session.description) for detector in detectors]
-        precisions = [str(detector.contract.precision) for detector in detectors]
-    clock = read_clock()
-    results = []
-    for index, candidate in enumerate(request.candidates):
-        named = {"session": sessions[index], "precision": precisions[index]}
-        results.append(_finish_candidate(candidate, timings[index], image=image, path=path, request=request, **named))
-        progress("throughput and cold start", index + 1, len(request.candidates))
-    return Benchmark(machine=facts, image=path.name, results=tuple(results), throttled=_rise(before, clock))
-
-
-def _finish_candidate(
-    candidate: DetectorSpec,
-    timing: Timing,
-    *,
-    image: NDArray[np.uint8],
-    path: Path,
-    request: BenchmarkRequest,
-    session: Any,
-    precision: Any,
-) -> BenchmarkResult:
-    meter = PowerMeter()
-    with candidate.open(PerformanceHint.THROUGHPUT) as detector:
-        meter.start()
-        throughput, _ = measure_throughput(detector, image, seconds=request.timing.throughput_seconds)
-        power, clock = meter.stop(), read_clock()
-    return BenchmarkResult(
-        model=candidate.model.name,
-        backend=session.get("backend", candidate.backend),
-        precision=precision,
-        latency=timing.latency(),
-        stages=timing.stage_medians(),
-        throughput_fps=throughput,
-        power=power,
-        joules_per_image=power.watts / throughput if power.watts is not None else None,
-        cold_start=measure_cold_start(_cold_task(candidate, path)) if request.cold_start else None,
-        file_bytes=model_bytes(candidate.model),
-        clock=clock,
-        session=session,
-        samples_ms=tuple(timing.whole),
-    )
-
-
-def _cold_task(candidate: DetectorSpec, image: Path) -> ColdStartTask:
-    return ColdStartTask(
-        model=str(candidate.model),
-        image=str(image),
-        backend=candidate.backend,
-        precision=str(candidate.precision or ""),
-        device=candidate.options.device,
-        compute=str(candidate.options.compute),
-        threads=candidate.options.threads,
-        public_keys=tuple(map(str, candidate.options.public_keys)),
-        allow_fallback=candidate.options.allow_fallback,
-        checkpoint=candidate.options.checkpoint,
-    )
-
-
-def model_bytes(model: Path) -> int:
-    """Size of a model's files: itself, and the weights that belong beside it; a bundle's whole folder."""
-    if model.is_dir():
-        return sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
-    return sum(path.stat().st_size for path in files_of(model))
-
-
-def _rise(before: ClockReading, after: ClockReading) -> int | None:
-    if before.throttled is None or after.throttled is None:
-        return None
-    return after.throttled - before.throttled
-
-
-TABLE_COLUMNS = (
-    "backend",
-    "precision",
-    "p50 ms",
-    "p90 ms",
-    "p99 ms",
-    "preprocess",
-    "infer",
-    "decode",
-    "images/s",
-    "first s",
-    "peak MiB",
-    "file MiB",
-)
-
-
-# What a session was asked for, and what makes its times comparable with another's; versions may differ.
-_SETTINGS = ("device", "compute", "threads")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class BaselineComparison:
     """One backend and precision against an earlier run; a ratio above 1 is slower than then."""
 
     backend: str
@@ -236,32 +138,100 @@ class Comparison:
         return min(self.p50_now / self.p50_before, self.minimum_now / self.minimum_before)
 
 
+def demo_image() -> Path:
+    """A photograph that comes with fcos-deploy.
+
+    Raises:
+        ConfigError: this installation has none.
+    """
+    folder = Path(__file__).parent.parent / "demo_data" / "evaluation"
+    images = sorted(folder.glob("*.jpg"))
+    if not images:
+        raise ConfigError("This installation has no demo images.", hint="give an image with --image")
+    return images[0]
+
+
+def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progress) -> Benchmark:
+    """Time all candidates in turns, then the throughput and the cold start of each.
+
+    Raises:
+        FcosDeployError: a model cannot be opened or run.
+    """
+    path = request.image or demo_image()
+    image = read_image(path)
+    machine, before = read_machine(), read_clock().throttled
+    with contextlib.ExitStack() as stack:
+        detectors = [stack.enter_context(candidate.open(PerformanceHint.LATENCY)) for candidate in request.candidates]
+        timings = time_in_turns(detectors, image, options=request.timing, progress=progress)
+        opened = [(dict(d.session.description), str(d.contract.precision)) for d in detectors]
+    after = read_clock().throttled
+    results = []
+    for candidate, timing, (session, precision) in zip(request.candidates, timings, opened, strict=True):
+        throughput, power, clock = _measure_load(candidate, image, seconds=request.timing.throughput_seconds)
+        results.append(
+            BenchmarkResult(
+                model=candidate.model.name,
+                backend=session.get("backend", candidate.backend),
+                precision=precision,
+                latency=timing.latency(),
+                stages=timing.stage_medians(),
+                throughput_fps=throughput,
+                power=power,
+                joules_per_image=power.watts / throughput if power.watts is not None else None,
+                cold_start=measure_cold_start(ColdStartTask.of(candidate, path)) if request.cold_start else None,
+                file_bytes=model_bytes(candidate.model),
+                clock=clock,
+                session=session,
+                samples_ms=tuple(timing.whole),
+            )
+        )
+        progress("throughput and cold start", len(results), len(request.candidates))
+    throttled = None if before is None or after is None else after - before
+    return Benchmark(machine=machine, image=path.name, results=tuple(results), throttled=throttled)
+
+
+def _measure_load(
+    candidate: DetectorSpec, image: NDArray[np.uint8], *, seconds: float
+) -> tuple[float, PowerReading, ClockReading]:
+    """Images a second, mean power, and the clock at the end, with the runtime opened for throughput."""
+    meter = PowerMeter()
+    with candidate.open(PerformanceHint.THROUGHPUT) as detector:
+        meter.start()
+        throughput = measure_throughput(detector, image, seconds=seconds)
+        return throughput, meter.stop(), read_clock()
+
+
+def model_bytes(model: Path) -> int:
+    """Size of a model's files: itself, and the weights that belong beside it; a bundle's whole folder."""
+    if model.is_dir():
+        return sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files_of(model))
+
+
 def benchmark_json(benchmark: Benchmark) -> list[dict[str, Any]]:
     """One object for each candidate; null where the platform does not tell, with the reason beside it."""
-    return [_result_json(result, benchmark) for result in benchmark.results]
-
-
-def _result_json(result: BenchmarkResult, benchmark: Benchmark) -> dict[str, Any]:
-    cold = result.cold_start
-    return {
-        "backend": result.backend,
-        "precision": result.precision,
-        "model": result.model,
-        "latency_ms": to_json(result.latency),
-        "stages_ms": {**to_json(result.stages), "host_share": result.stages.host_share},
-        "throughput_fps": result.throughput_fps,
-        "cold_start_s": None if cold is None else cold.first_detection,
-        "cold_start": None if cold is None else to_json(cold),
-        "peak_memory_mib": None if cold is None else cold.peak_memory_mib,
-        "file_bytes": result.file_bytes,
-        "power": to_json(result.power),
-        "joules_per_image": result.joules_per_image,
-        "clock": to_json(result.clock),
-        "throttled": benchmark.throttled,
-        "session": result.session,
-        "machine": to_json(benchmark.machine),
-        "image": benchmark.image,
-    }
+    return [
+        {
+            "backend": result.backend,
+            "precision": result.precision,
+            "model": result.model,
+            "latency_ms": to_json(result.latency),
+            "stages_ms": {**to_json(result.stages), "host_share": result.stages.host_share},
+            "throughput_fps": result.throughput_fps,
+            "cold_start_s": result.cold_start and result.cold_start.first_detection,
+            "cold_start": result.cold_start and to_json(result.cold_start),
+            "peak_memory_mib": result.cold_start and result.cold_start.peak_memory_mib,
+            "file_bytes": result.file_bytes,
+            "power": to_json(result.power),
+            "joules_per_image": result.joules_per_image,
+            "clock": to_json(result.clock),
+            "throttled": benchmark.throttled,
+            "session": result.session,
+            "machine": to_json(benchmark.machine),
+            "image": benchmark.image,
+        }
+        for result in benchmark.results
+    ]
 
 
 def result_row(result: BenchmarkResult) -> tuple[str, ...]:
@@ -280,7 +250,7 @@ def result_row(result: BenchmarkResult) -> tuple[str, ...]:
 
 
 def save_benchmark(path: Path, benchmark: Benchmark) -> None:
-    """Write the JSON, to be compared with later."""
+    """Write the JSON, for a later run to be compared with."""
     write_text(path, json.dumps(benchmark_json(benchmark), indent=1, allow_nan=False) + "\n")
 
 
@@ -299,7 +269,7 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
     return content
 
 
-def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any]]) -> list[Comparison]:
+def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any]]) -> list[BaselineComparison]:
     """Pair the candidates of both: the first of a backend and precision with the first, the second with the second.
 
     Raises:
@@ -314,7 +284,7 @@ def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any
     for entry, result in pairs:
         _require_comparable(entry, result, processor=benchmark.machine.processor)
     return [
-        Comparison(
+        BaselineComparison(
             backend=result.backend,
             precision=result.precision,
             p50_before=entry["latency_ms"]["p50"],
@@ -347,7 +317,7 @@ def _require_comparable(entry: dict[str, Any], result: BenchmarkResult, *, proce
         )
 
 
-def require_no_slowdown(comparisons: Sequence[Comparison], *, tolerance: float) -> None:
+def require_no_slowdown(comparisons: Sequence[BaselineComparison], *, tolerance: float) -> None:
     """Raise if a candidate got slower by more than ``tolerance`` (0.1 is 10 %).
 
     Raises:

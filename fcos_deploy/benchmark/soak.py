@@ -1,4 +1,4 @@
-"""Runs a detector for long, from many threads, and looks for what only shows then."""
+"""A soak run: many inferences from many threads, checked for results, memory and open files that change over time."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.backend import Tensors
-from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import BackendError, ConfigError
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.detector.detector import Detector
+from fcos_deploy.detector import Detector
 
 __all__ = ["SoakReport", "require_sound", "soak", "soak_images", "soak_json"]
 
 _WARM_UP = 0.1  # of the inferences: until allocators and thread pools have their final size
 _MIB = 1 << 20
-_MOST_IMAGES = 16
+_MAX_IMAGES = 16
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakReport:
-    """What was run and what was found; memory in bytes, resident, after the warm-up and at the end."""
+    """The run and what changed over it; memory in resident bytes, after the warm-up and at the end."""
 
     inferences: int
     threads: int
@@ -58,24 +56,24 @@ class SoakReport:
 
     def problems(self, *, max_memory_growth: float) -> list[str]:
         """Sentences; empty when all is well."""
-        found = []
+        sentences = []
         if self.different:
-            found.append(f"{self.different} of {self.inferences} results differ from the single-threaded ones.")
+            sentences.append(f"{self.different} of {self.inferences} results differ from the single-threaded ones.")
         if self.memory_growth > max_memory_growth:
-            found.append(f"Resident memory grew by {self.memory_growth:.1%}, more than {max_memory_growth:.1%}.")
+            sentences.append(f"Resident memory grew by {self.memory_growth:.1%}, more than {max_memory_growth:.1%}.")
         if self.descriptors_after > self.descriptors_before:
-            found.append(f"Open files grew from {self.descriptors_before} to {self.descriptors_after}.")
-        return found
+            sentences.append(f"Open files grew from {self.descriptors_before} to {self.descriptors_after}.")
+        return sentences
 
 
 def soak_images(folder: Path | None) -> list[NDArray[np.uint8]]:
-    """The first images of a folder, or made-up ones: (h, w, 3) uint8 RGB of several sizes.
+    """The first images of a folder, or synthetic ones: (h, w, 3) uint8 RGB of several sizes.
 
     Raises:
         ImageError: the folder has none, or one is unreadable.
     """
     if folder is not None:
-        return [read_image(path) for path in list_images(folder)[:_MOST_IMAGES]]
+        return [read_image(path) for path in list_images(folder)[:_MAX_IMAGES]]
     generator = np.random.default_rng(0)
     sizes = [(240 + 16 * i, 320 - 8 * i) for i in range(8)]
     coarse = [generator.integers(0, 256, (h // 8, w // 8, 3), np.uint8) for h, w in sizes]
@@ -171,20 +169,10 @@ class _Run:
     def _same(self, ticket: int) -> bool:
         index = ticket % len(self._images)
         if ticket // len(self._images) % 2:
-            return _equal_outputs(self._detector.infer(self._feeds[index]), self._outputs[index])
-        return _equal_detections(self._detector.detect(self._images[index]), self._detections[index])
-
-
-def _equal_outputs(left: Tensors, right: Tensors) -> bool:
-    return all(np.array_equal(left[name], right[name], equal_nan=True) for name in right)
-
-
-def _equal_detections(left: Detections, right: Detections) -> bool:
-    return (
-        np.array_equal(left.boxes, right.boxes)
-        and np.array_equal(left.scores, right.scores)
-        and np.array_equal(left.labels, right.labels)
-    )
+            outputs, expected = self._detector.infer(self._feeds[index]), self._outputs[index]
+            return all(np.array_equal(outputs[name], expected[name], equal_nan=True) for name in expected)
+        detections, known = self._detector.detect(self._images[index]), self._detections[index]
+        return all(np.array_equal(getattr(detections, n), getattr(known, n)) for n in ("boxes", "scores", "labels"))
 
 
 def _resident_memory() -> int:

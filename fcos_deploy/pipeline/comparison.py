@@ -1,4 +1,4 @@
-"""Puts models beside a reference: accuracy, agreement and speed, and the report of it all."""
+"""Comparison of models with a reference: accuracy, agreement and speed, and the report on them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ComparisonRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What was measured; in ``benchmark`` the reference is first."""
+    """The measurements; in ``benchmark`` the reference is first."""
 
     request: ComparisonRequest
     evaluations: Evaluations
@@ -58,16 +58,18 @@ def compare_models(request: ComparisonRequest, *, progress: ProgressFn = no_prog
     Raises:
         FcosDeployError: as evaluating and benchmarking do.
     """
-    wanted = EvaluationRequest(
-        candidates=request.candidates,
-        images=request.images,
-        annotations=request.annotations,
-        reference=request.reference,
-        gate=request.gate,
-        limit=request.limit,
-        resamples=request.resamples,
+    evaluations = evaluate(
+        EvaluationRequest(
+            candidates=request.candidates,
+            images=request.images,
+            annotations=request.annotations,
+            reference=request.reference,
+            gate=request.gate,
+            limit=request.limit,
+            resamples=request.resamples,
+        ),
+        progress=progress,
     )
-    evaluations = evaluate(wanted, progress=progress)
     benchmark = None
     if request.timing is not None:
         image = evaluations.dataset.images[0].path

@@ -1,4 +1,4 @@
-"""Parity of a model with its checkpoint: opens both the same way and compares them stage by stage."""
+"""Parity of a model with its checkpoint: both opened the same way, and compared stage by stage or layer by layer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) 
     Raises:
         FcosDeployError: one of the two cannot be opened or run, or there are no images.
     """
-    pictures = _pictures(request)
+    images = _images(request)
     options = SessionOptions(threads=request.candidate.options.threads)
     with request.candidate.open() as candidate:
         loaded = _load_like(request, candidate.contract)
@@ -62,7 +62,7 @@ def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) 
             return compare_stages(
                 reference,
                 candidate,
-                pictures,
+                images,
                 tolerance=request.tolerance,
                 network=loaded.model,
                 progress=progress,
@@ -78,23 +78,27 @@ def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) ->
     model = request.candidate.model
     if model.suffix != ".onnx":
         raise ConfigError(
-            f"Layers can be looked at in ONNX files, '{model.name}' is none.",
+            f"Layers can be compared in ONNX files only, '{model.name}' is not one.",
             hint="give the ONNX file that the engine was built from, with --backend",
         )
     from exporters.torch_onnx import ExportOptions, export_onnx
 
     with request.candidate.open() as candidate:
         source = _load_like(request, candidate.contract)
-        feeds, _ = candidate.prepare([_pictures(request)[0].pixels])
+        feeds, _ = candidate.prepare([_images(request)[0].pixels])
         backend = candidate.session.description["backend"]
-    precision, options = candidate.contract.precision, request.candidate.options
+    options = request.candidate.options
+    tolerance = request.tolerance or tolerance_for(candidate.contract.precision, options.compute)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.onnx"
         export_onnx(source, path, options=ExportOptions(tail=candidate.contract.tail), progress=progress)
-        reference = OnnxLayers(path, options=SessionOptions(threads=options.threads))
-        other = OnnxLayers(model, backend=backend, options=options)
-        tolerance = request.tolerance or tolerance_for(precision, options.compute)
-        return first_diverging_layer(reference, other, feeds, tolerance=tolerance, progress=progress)
+        return first_diverging_layer(
+            OnnxLayers(path, options=SessionOptions(threads=options.threads)),
+            OnnxLayers(model, backend=backend, options=options),
+            feeds,
+            tolerance=tolerance,
+            progress=progress,
+        )
 
 
 def _load_like(request: ParityRequest, candidate: ModelContract) -> LoadedCheckpoint:
@@ -119,6 +123,6 @@ def _load_like(request: ParityRequest, candidate: ModelContract) -> LoadedCheckp
     return replace(loaded, contract=contract)
 
 
-def _pictures(request: ParityRequest) -> Sequence[ParityImage]:
-    found = folder_images(request.images)[: request.count]
-    return [ParityImage(image.path.name, read_image(image.path)) for image in found]
+def _images(request: ParityRequest) -> Sequence[ParityImage]:
+    images = folder_images(request.images)[: request.count]
+    return [ParityImage(image.path.name, read_image(image.path)) for image in images]

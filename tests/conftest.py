@@ -42,8 +42,8 @@ _SLOW = frozenset(
     (
         *("contract", "flow", "golden"),
         *("test_torch_onnx", "test_tails", "test_detector", "test_ecosystems", "test_simplify", "test_onnx_fp16"),
-        *("test_wrap", "test_evaluate", "test_signature_policy", "test_benchmark", "test_predict", "test_bad_input"),
-        *("test_argument_fuzz", "test_quantize_disk_full", "test_diagnosis", "test_report"),
+        *("test_wrap", "test_evaluate", "test_sign", "test_benchmark", "test_predict", "test_export"),
+        *("test_argument_fuzz", "test_diagnosis", "test_report"),
     )
 )
 

@@ -60,7 +60,7 @@ def command(
     threads: cli.Threads = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Calibrate: measure the ranges of a graph's activations on images, for 'fcos-deploy quantize'."""
+    """Measure the ranges of a graph's activations on images, for 'fcos-deploy quantize'."""
     from calibration.calibrate import CalibrationRequest, calibrate
 
     request = CalibrationRequest(

@@ -30,7 +30,7 @@ def command(
     annotations: cli.Annotations = None,
     target: Annotated[
         list[str] | None,
-        cli.option("Device profile to build for, such as jetson-orin-nano; repeatable.", metavar="NAME"),
+        cli.option("Device profile to build for, such as jetson-orin-nano; repeatable. Default: none.", metavar="NAME"),
     ] = None,
     backend: Annotated[
         list[str] | None,

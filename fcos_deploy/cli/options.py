@@ -172,12 +172,12 @@ PublicKeys = Annotated[
     ),
 ]
 RequireSignature = Annotated[
-    bool, option("Refuse everything but bundles signed with a --public-key.", "--require-signature", panel=TRUST)
+    bool, option("Restriction to bundles that are signed with a --public-key.", "--require-signature", panel=TRUST)
 ]
 AllowFallback = Annotated[
     bool,
     option(
-        "Permission to use the next backend of the bundle's fallback list when its first does not fit.",
+        "Permission to fall back to the next backend that the bundle lists when its first does not fit.",
         "--allow-fallback",
         panel=TRUST,
     ),

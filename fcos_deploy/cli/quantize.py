@@ -17,7 +17,8 @@ def command(
     *,
     output: Annotated[Path, cli.output("INT8 model to write: .onnx, or .xml with --quantizer nncf.")],
     calibration: Annotated[
-        Path | None, cli.option("Ranges of this graph, as 'fcos-deploy calibrate' writes them.", metavar="FILE")
+        Path | None,
+        cli.option("Ranges of this graph, from 'fcos-deploy calibrate'; needed by qdq.", metavar="FILE"),
     ] = None,
     consumer: Annotated[
         str, cli.option("Backend that will run the model, or a Q/DQ placement.", "--for", metavar="NAME")

@@ -1,4 +1,4 @@
-"""``benchmark`` on a tiny real model."""
+"""``benchmark`` and ``soak`` on a tiny real model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from fcos_deploy.cli.app import build_app
 pytest.importorskip("onnxruntime")
 
 
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(build_app(), ["benchmark", *(str(a) for a in arguments)])
+    return invoke("benchmark", *arguments)
 
 
 FAST = ("--threads", 1, "--rounds", 2, "--warmup", 1, "--seconds", 0.1)
@@ -108,3 +112,21 @@ def test_errors_are_one_screen(tiny_onnx: Path, tmp_path: Path) -> None:
     result = run(tiny_onnx, *FAST, "--image", tmp_path / "text.jpg")
     assert result.exit_code == 1
     assert "Traceback" not in result.output
+
+
+def test_soak_compares_every_result(tiny_onnx: Path, smooth_images: Path) -> None:
+    usual = ("soak", tiny_onnx, "--inferences", "60", "--concurrency", "3", "--images", smooth_images, "--json")
+    done = invoke(*usual, "--max-memory-growth", "0.5")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["inferences"], document["threads"], document["different"]) == (60, 3, 0)
+    assert document["backend"] == "onnxruntime"
+
+
+def test_soak_reads_a_checkpoint_as_its_options_say(tiny_checkpoint: Path, smooth_images: Path) -> None:
+    usual = ("--inferences", "6", "--concurrency", "2", "--images", smooth_images, "--max-memory-growth", "1", "--json")
+    refused = invoke("soak", tiny_checkpoint, *usual, "--input-size", "100x160")
+    assert refused.exit_code == 2
+    assert "not a multiple of 32" in refused.stderr
+    done = invoke("soak", tiny_checkpoint, *usual, "--input-size", "96x160")
+    assert done.exit_code == 0, done.stderr

@@ -183,3 +183,37 @@ def test_nms_operator_is_allowed_where_the_library_has_it(mini_onnx: Path, tmp_p
     source = nms_tail(mini_onnx, tmp_path / "m.onnx", operator="NonMaxSuppression")
     line = trtexec(source, "--backend", "tensorrt", "-o", tmp_path / "m", "--target", "jetson-orin-nano")
     assert line[1] == f"--onnx={source}"
+
+
+def test_build_writes_an_ir_that_predicts(tiny_onnx: Path, smooth_images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    output = tmp_path / "half.xml"
+    done = call("build", tiny_onnx, "--backend", "openvino", "-o", output, "--precision", "fp16", "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [Path(file).name for file in document["files"]] == ["half.xml", "half.bin", "half.json"]
+    assert document["record"]["weights"] == "fp16"
+    assert read_contract(output).precision is Precision.FP16
+    assert call("predict", output, smooth_images / "b" / "00.png", "--json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--backend", "coreml", "-o", "m.mlmodel"), 2, "There is no exporter 'coreml'"),
+        (("--backend", "openvino", "-o", "m.bin"), 2, "is named '*.xml'"),
+        (("--backend", "openvino", "-o", "m.xml", "--dla-core", "0"), 2, "no option 'dla_core'"),
+        (("--backend", "onnxruntime", "-o", "m.onnx", "--batch", "4,2,1"), 2, "in order"),
+        (("--backend", "onnxruntime", "-o", "m.onnx", "--batch", "many"), 2, "got 'many'"),
+        (("--backend", "openvino", "-o", "m.xml", "--precision", "int8"), 2, "does not make it INT8"),
+        (("--backend", "openvino", "-o", "m.xml", "--target", "abacus"), 2, "no device profile 'abacus'"),
+    ],
+)
+def test_options_that_cannot_be_meant(
+    tiny_onnx: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    placed = [str(tmp_path / one) if one.startswith("m.") else one for one in arguments]
+    done = call("build", tiny_onnx, *placed)
+    assert done.exit_code == code, done.stderr
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""``fcos-deploy predict``, ``build`` and ``soak``."""
+"""``fcos-deploy predict``: detections of images, folders and videos, as JSON, tables and drawings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from click.testing import Result
 from numpy.typing import NDArray
+from PIL import Image
 from typer.testing import CliRunner
 
 from fcos_deploy import Detector
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract import read_contract
-from fcos_deploy.core.enums import Precision
 
 pytest.importorskip("onnxruntime")
 
@@ -186,10 +185,11 @@ def test_a_checkpoint_is_read_as_its_options_say(
     [
         (("missing.onnx", "a.png"), 1, "'missing.onnx' is not there"),
         (("MODEL", "missing.png"), 1, "missing.png"),
+        (("CUT", "a.png"), 1, "cut.onnx"),
         (("MODEL", "EMPTY"), 1, "holds no images"),
         (("MODEL", "TEXT"), 1, "is not an image"),
         (("MODEL", "CLIP"), 1, "Cannot read video"),
-        (("MODEL", "a.png", "--backend", "tensorflow"), 2, "There is no backend 'tensorflow'"),
+        (("MODEL", "a.png", "--backend", "tensorflow"), 2, "known: kserve, onnxruntime, openvino"),
         (("MODEL", "a.png", "--device", "cuda:9"), 1, "no device 'cuda:9'"),
         (("MODEL", "a.png", "--precision", "int8"), 2, "is fp32, int8 was asked for"),
         (("MODEL", "a.png", "--compute", "bf16"), 2, "not in bf16"),
@@ -202,8 +202,10 @@ def test_mistakes_are_one_sentence(
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("not a picture")
     (tmp_path / "clip.mp4").write_text("not a video")
+    (tmp_path / "cut.onnx").write_bytes(tiny_onnx.read_bytes()[:-1000])
     meant = {
         "MODEL": tiny_onnx,
+        "CUT": tmp_path / "cut.onnx",
         "a.png": folder / "a.png",
         "EMPTY": tmp_path / "empty",
         "TEXT": tmp_path / "text.jpg",
@@ -226,53 +228,30 @@ def test_drawing_never_overwrites_its_source(tiny_onnx: Path, tmp_path: Path, bl
     assert path.read_bytes() == before
 
 
-def test_build_writes_an_ir_that_predicts(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
-    output = tmp_path / "half.xml"
-    done = _run("build", tiny_onnx, "--backend", "openvino", "-o", output, "--precision", "fp16", "--json")
-    assert done.exit_code == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert [Path(file).name for file in document["files"]] == ["half.xml", "half.bin", "half.json"]
-    assert document["record"]["weights"] == "fp16"
-    assert read_contract(output).precision is Precision.FP16
-    assert _run("predict", output, folder / "b.png", "--json").exit_code == 0
+def _unusual_images(folder: Path) -> dict[str, Path]:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (48, 64, 3), np.uint8)
+    images = {
+        "gray.png": Image.fromarray(pixels[:, :, 0]),
+        "sixteen.png": Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 256),
+        "rgba.png": Image.fromarray(np.dstack([pixels, pixels[:, :, :1]])),
+        "one.png": Image.fromarray(pixels[:1, :1]),
+        "wide.png": Image.fromarray(np.tile(pixels[:8], (1, 157, 1))[:, :10_000]),
+    }
+    for name, image in images.items():
+        image.save(folder / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter: 64 x 48 becomes 48 x 64
+    Image.fromarray(pixels).save(folder / "turned.jpg", exif=exif)
+    return {path.name: path for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "said"),
-    [
-        (("--backend", "coreml", "-o", "m.mlmodel"), 2, "There is no exporter 'coreml'"),
-        (("--backend", "openvino", "-o", "m.bin"), 2, "is named '*.xml'"),
-        (("--backend", "openvino", "-o", "m.xml", "--dla-core", "0"), 2, "no option 'dla_core'"),
-        (("--backend", "onnxruntime", "-o", "m.onnx", "--batch", "4,2,1"), 2, "in order"),
-        (("--backend", "onnxruntime", "-o", "m.onnx", "--batch", "many"), 2, "got 'many'"),
-        (("--backend", "openvino", "-o", "m.xml", "--precision", "int8"), 2, "does not make it INT8"),
-        (("--backend", "openvino", "-o", "m.xml", "--target", "abacus"), 2, "no device profile 'abacus'"),
-    ],
-)
-def test_build_mistakes_are_one_sentence(
-    tiny_onnx: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, said: str
-) -> None:
-    placed = [str(tmp_path / one) if one.startswith("m.") else one for one in arguments]
-    done = _run("build", tiny_onnx, *placed)
-    assert done.exit_code == code, done.stderr
-    assert said in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_soak_succeeds_and_fails_with_an_exit_code(tiny_onnx: Path, folder: Path) -> None:
-    usual = ("soak", tiny_onnx, "--inferences", "60", "--concurrency", "3", "--images", folder, "--json")
-    done = _run(*usual, "--max-memory-growth", "0.5")
-    assert done.exit_code == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert (document["inferences"], document["threads"], document["different"]) == (60, 3, 0)
-    assert document["backend"] == "onnxruntime"
-
-
-def test_soak_reads_a_checkpoint_as_its_options_say(tiny_checkpoint: Path, folder: Path) -> None:
-    usual = ("--inferences", "6", "--concurrency", "2", "--images", folder, "--max-memory-growth", "1", "--json")
-    refused = _run("soak", tiny_checkpoint, *usual, "--input-size", "100x160")
-    assert refused.exit_code == 2
-    assert "not a multiple of 32" in refused.stderr
-    done = _run("soak", tiny_checkpoint, *usual, "--input-size", "96x160")
-    assert done.exit_code == 0, done.stderr
+@pytest.mark.parametrize("name", ["gray.png", "sixteen.png", "rgba.png", "one.png", "wide.png", "turned.jpg"])
+def test_unusual_images_are_detected_on(tmp_path: Path, tiny_onnx: Path, name: str) -> None:
+    path = _unusual_images(tmp_path)[name]
+    result = _run("predict", tiny_onnx, path, "--json")
+    assert result.exit_code == 0, result.stderr
+    (document,) = json.loads(result.stdout)
+    sizes = {"one.png": (1, 1), "wide.png": (10_000, 8), "turned.jpg": (48, 64)}
+    assert (document["width"], document["height"]) == sizes.get(name, (64, 48))
+    assert all(0 <= v <= max(document["width"], document["height"]) for d in document["detections"] for v in d["box"])

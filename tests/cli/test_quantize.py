@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_quantize_without_a_calibration(mini_onnx: Path, tmp_path: Path) -> None
     result = call("quantize", mini_onnx, "-o", tmp_path / "q.onnx")
     assert result.exit_code == 1
     assert "fcos-deploy calibrate" in result.stderr
+
+
+def test_calibrate_names_an_image_that_cannot_be_read(mini_onnx: Path, smooth_images: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(smooth_images, images)
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
+    result = call("calibrate", mini_onnx, "--images", images, "-o", tmp_path / "c.json")
+    assert result.exit_code == 1
+    assert "broken.jpg" in result.stderr
+    assert not (tmp_path / "c.json").exists()
 
 
 def test_calibrate_on_an_empty_folder(mini_onnx: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``verify``, ``compare``, ``sign``, ``verify-signature`` and ``package`` of bundles as a user types them."""
+"""``verify``, ``compare`` and ``package`` of bundles as a user types them."""
 
 from __future__ import annotations
 
@@ -182,19 +182,6 @@ def test_what_does_not_fit_is_refused_and_the_chain_is_used_only_when_allowed(bu
     with Detector.open(bundle, options=SessionOptions(allow_fallback=True)) as detector:
         assert detector.session.description["backend"] == "openvino"
         assert [step.backend for step in detector.fallbacks] == ["onnxruntime"]
-
-
-def test_signing_and_the_policy(bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("cryptography")
-    key, public = tmp_path / "k.pem", tmp_path / "k.pub.pem"
-    assert _run("verify", bundle, "--require-signature").exit_code == 2
-    assert _run("sign", "--generate-key", "--key", key).exit_code == 0
-    assert _run("verify", bundle, "--require-signature", "--public-key", public).exit_code == 1
-    assert _run("sign", bundle, "--key", key).exit_code == 0
-    assert _run("verify-signature", bundle, "--public-key", public).exit_code == 0
-    done = _run("verify", bundle, "--require-signature", "--public-key", public, "--json")
-    assert done.exit_code == 0, done.output
-    assert len(json.loads(done.stdout)["signed_by"]) == 64
 
 
 def test_numpy_and_one_runtime_are_enough(bundle: Path) -> None:

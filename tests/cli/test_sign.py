@@ -1,7 +1,8 @@
-"""One policy for every command that opens a bundle: with ``--require-signature`` only a signed one is opened."""
+"""``sign`` and ``verify-signature``, and every command's policy: ``--require-signature`` opens only a signed bundle."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -57,7 +58,18 @@ def _command(name: str, model: Path, home: Path) -> list[object]:
         "benchmark": ["benchmark", model, "--rounds", 1, "--seconds", 0.1, "--warmup", 0, "--no-cold-start"],
         "soak": ["soak", model, "--inferences", 20, "--concurrency", 2, "--max-memory-growth", 1],
         "parity": ["parity", *against, "--limit", 1],
-        "report": ["report", *against, "--limit", 2, "--rounds", 1, "-o", home / f"{model.name}.html"],
+        "report": [
+            "report",
+            *twice,
+            "--images",
+            images,
+            "--limit",
+            2,
+            "--rounds",
+            1,
+            "-o",
+            home / f"{model.name}.html",
+        ],
         "compare": ["compare", model, model, "--images", images, "--no-speed", "--limit", 2],
         "verify": ["verify", model, "--log", home / "log"],
         "inspect": ["inspect", model],
@@ -142,3 +154,16 @@ def test_the_key_may_be_given_as_text(home: Path, blobs: list[NDArray[np.uint8]]
     broken = _run("verify-signature", home / "signed", "--public-key", text.replace("A", "?"))
     assert broken.exit_code == 2
     assert "is not a public key" in broken.stderr
+
+
+def test_a_new_key_signs_and_verifies(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "cells"))
+    key, public = tmp_path / "k.pem", tmp_path / "k.pub.pem"
+    assert _run("verify", bundle, "--require-signature").exit_code == 2
+    assert _run("sign", "--generate-key", "--key", key).exit_code == 0
+    assert _run("verify", bundle, "--require-signature", "--public-key", public).exit_code == 1
+    assert _run("sign", bundle, "--key", key).exit_code == 0
+    assert _run("verify-signature", bundle, "--public-key", public).exit_code == 0
+    done = _run("verify", bundle, "--require-signature", "--public-key", public, "--json")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["signed_by"]) == 64

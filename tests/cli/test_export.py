@@ -1,0 +1,72 @@
+"""``fcos-deploy export`` and ``simplify``: what users get wrong is one sentence, an exit code and no traceback."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.pipeline.deploy import DEMO_DATA
+
+CHECKPOINT = DEMO_DATA / "fcos_bccd.safetensors"
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), [str(a) for a in arguments])
+
+
+def _refused(result: Result, *words: str, code: int = 1) -> None:
+    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch /tmp/fcos-deploy-was-here",)
+
+
+def test_text_file_as_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "notes.pth").write_text("not a checkpoint\n" * 20)
+    _refused(_run("export", tmp_path / "notes.pth", "-o", tmp_path / "m.onnx"), "notes.pth")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_pickle_that_executes_code_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": _Hostile()}))
+    Path("/tmp/fcos-deploy-was-here").unlink(missing_ok=True)
+    _refused(_run("inspect", tmp_path / "evil.pth"), "system")
+    assert not Path("/tmp/fcos-deploy-was-here").exists()
+
+
+def test_checkpoint_of_another_architecture(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3), "fc.bias": torch.zeros(10)}, tmp_path / "vgg.pth")
+    _refused(_run("export", tmp_path / "vgg.pth", "-o", tmp_path / "m.onnx"), "features.0.weight")
+
+
+def test_truncated_onnx(tmp_path: Path, tiny_onnx: Path) -> None:
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(tiny_onnx.read_bytes()[:-1000])
+    _refused(_run("simplify", cut, "-o", tmp_path / "m.onnx"), "cut.onnx")
+
+
+@pytest.mark.parametrize("command", ["export", "deploy"])
+def test_output_that_cannot_be_written(tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file" / "out.onnx"
+    more = ["--calibration-images", DEMO_DATA / "calibration"] if command == "deploy" else []
+    result = _run(command, CHECKPOINT, "-o", target, *more)
+    assert result.exit_code in (1, 2)
+    assert "Traceback" not in result.stderr
+    assert "out.onnx" in result.stderr
+
+
+def test_input_size_that_is_no_multiple_of_32_names_the_nearest(tmp_path: Path) -> None:
+    result = _run("export", CHECKPOINT, "-o", tmp_path / "m.onnx", "--input-size", "300x400")
+    _refused(result, "300x400", "288x384", code=2)

@@ -108,7 +108,7 @@ def describe_weights(
         metadata=weights.metadata,
         variant=options.variant,
     )
-    rules = final_rules(ecosystem.rules(evidence), stated=stated, options=options, network=network)
+    rules = final_rules(ecosystem, evidence, stated=stated, options=options)
     config = dataclasses.replace(
         network,
         stride_in_1x1=rules.stride_in_1x1,

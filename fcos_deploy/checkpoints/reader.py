@@ -29,21 +29,25 @@ __all__ = [
     "open_checkpoint",
 ]
 
-# The letters by which ``struct`` knows them; bfloat16, the upper half of a float32, is read as an integer.
-_LETTERS = {
-    "float64": "d",
-    "float32": "f",
-    "float16": "e",
-    "bfloat16": "H",
-    "int64": "q",
-    "int32": "i",
-    "int16": "h",
-    "int8": "b",
-    "uint8": "B",
-    "bool": "?",
-}
+# Names that NumPy and torch share (bfloat16 is only torch's), the letters of ``struct``, and what safetensors and the
+# storages of torch call them. bfloat16, the upper half of a float32, is read as an integer.
+_DTYPES = (
+    ("float64", "d", "F64", "Double"),
+    ("float32", "f", "F32", "Float"),
+    ("float16", "e", "F16", "Half"),
+    ("bfloat16", "H", "BF16", "BFloat16"),
+    ("int64", "q", "I64", "Long"),
+    ("int32", "i", "I32", "Int"),
+    ("int16", "h", "I16", "Short"),
+    ("int8", "b", "I8", "Char"),
+    ("uint8", "B", "U8", "Byte"),
+    ("bool", "?", "BOOL", "Bool"),
+)
+_LETTERS = {name: letter for name, letter, _, _ in _DTYPES}
+_SAFETENSORS_DTYPES = {code: name for name, _, code, _ in _DTYPES}
+_STORAGE_DTYPES = {"UntypedStorage": "uint8", **{f"{prefix}Storage": name for name, _, _, prefix in _DTYPES}}
 
-# Bytes of a number, by the names that NumPy and torch share; bfloat16 is only torch's.
+# Bytes of a number.
 ITEM_SIZES = {name: struct.calcsize("<" + letter) for name, letter in _LETTERS.items()}
 
 _INCOMPLETE = "was the file copied completely?"
@@ -242,18 +246,6 @@ def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
 # ---- safetensors: a JSON header, then the numbers ----
 
 _LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
@@ -369,21 +361,6 @@ class _StorageType:
     """In place of ``torch.FloatStorage`` and the like."""
 
     dtype: str
-
-
-_STORAGE_DTYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "uint8",
-}
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: object) -> StoredTensor:

@@ -68,17 +68,12 @@ COCO_91: tuple[str, ...] = ("background", *(_NAME_OF_ID.get(i, "N/A") for i in r
 class Rename:
     """Names that match ``pattern`` in full become ``target``: a template, or a function of the match."""
 
-    pattern: re.Pattern[str]
+    pattern: str  # a regular expression
     target: str | Callable[[re.Match[str]], str]
-
-    @staticmethod
-    def of(pattern: str, target: str | Callable[[re.Match[str]], str]) -> Rename:
-        """Compile ``pattern``."""
-        return Rename(re.compile(pattern), target)
 
     def apply(self, name: str) -> str | None:
         """The new name, or None when the pattern does not match."""
-        match = self.pattern.fullmatch(name)
+        match = re.fullmatch(self.pattern, name)
         if match is None:
             return None
         return match.expand(self.target) if isinstance(self.target, str) else self.target(match)
@@ -86,7 +81,7 @@ class Rename:
 
 def moved(prefixes: Mapping[str, str]) -> tuple[Rename, ...]:
     """One ``Rename`` a pair: what is under ``old.`` goes under ``new.``."""
-    return tuple(Rename.of(rf"{re.escape(old)}\.(.+)", rf"{new}.\1") for old, new in prefixes.items())
+    return tuple(Rename(rf"{re.escape(old)}\.(.+)", rf"{new}.\1") for old, new in prefixes.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +100,7 @@ class Rules:
     centerness_on_reg: bool = True
     norm_eps: float = 1e-5
     profile: str
-    centers: CenterMode
+    centers: CenterMode = CenterMode.HALF
     score_threshold: float
     iou_threshold: float
     pre_nms_top_k: int = 1000
@@ -177,7 +172,8 @@ class Ecosystem:
     """One place where people train FCOS: how its keys look, what they become, and what it leaves unsaid.
 
     ``signature``: parts of names that all must occur in the names of a checkpoint of this ecosystem.
-    ``variants``: the words that ``Evidence.variant`` may be.
+    ``variants``: the words that ``Evidence.variant`` may be. ``coco_names``: COCO's class names by label, for a network
+    with as many labels.
     """
 
     name: str
@@ -185,6 +181,7 @@ class Ecosystem:
     renames: tuple[Rename, ...]
     rules: Callable[[Evidence], Rules]
     variants: tuple[str, ...] = ()
+    coco_names: tuple[str, ...] = COCO_80
 
     def matches(self, names: frozenset[str]) -> bool:
         """Whether every part of the signature occurs in some name."""
@@ -245,12 +242,15 @@ def refuse_unsupported(names: Iterable[str]) -> None:
 _OPTION = "option"  # the source of what the user says
 
 
-def final_rules(rules: Rules, *, stated: Mapping[str, Any], options: CheckpointOptions, network: FcosConfig) -> Rules:
-    """Override the ecosystem's rules by what the file states, and both by the user's options.
+def final_rules(
+    ecosystem: Ecosystem, evidence: Evidence, *, stated: Mapping[str, Any], options: CheckpointOptions
+) -> Rules:
+    """The ecosystem's rules, overridden by what the file states, and both by the user's options.
 
     Raises:
         ConfigError: when class names do not fit the network, or a profile does not exist.
     """
+    rules = ecosystem.rules(evidence)
     names = {item.name for item in dataclasses.fields(Rules)} - {"variant"}
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name in names}
     for source, said in (("the file's metadata", stated), (_OPTION, given)):
@@ -262,13 +262,16 @@ def final_rules(rules: Rules, *, stated: Mapping[str, Any], options: CheckpointO
             rules = dataclasses.replace(rules, shortest=None, longest=None)
         if "shortest" in values:
             rules = dataclasses.replace(rules, input_size=None)
-    return _with_input_type(_with_class_names(rules, network))
+    return _with_input_type(_with_class_names(rules, ecosystem, evidence.network))
 
 
-def _with_class_names(rules: Rules, network: FcosConfig) -> Rules:
-    """Class names by label: a list without the background gets one, a missing list gets numbers."""
+def _with_class_names(rules: Rules, ecosystem: Ecosystem, network: FcosConfig) -> Rules:
+    """Class names by label: a list without the background gets one, a missing list is COCO's or gets numbers."""
     count = network.num_classes + rules.label_offset
     names = rules.class_names
+    if not names and count == len(ecosystem.coco_names):
+        source = f"rule of {ecosystem.name}: {network.num_classes} channels are COCO's"
+        return rules.decide(source, class_names=ecosystem.coco_names)
     if not names:
         numbered = tuple(f"class_{i}" for i in range(count))
         return rules.decide("nobody: give the names with --classes", class_names=numbered)

@@ -7,17 +7,8 @@ from __future__ import annotations
 
 import re
 
-from fcos_deploy.checkpoints.ecosystems.detectron2 import (
-    BACKBONE_RENAMES,
-    MSRA_MEAN,
-    UNIT_STD,
-    caffe_stride,
-    coco_names,
-    stored_pixels,
-)
+from fcos_deploy.checkpoints.ecosystems.detectron2 import BACKBONE_RENAMES, caffe_rules, stored_pixels
 from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, SHARED_TOWER, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.core.enums import CenterMode
-from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
 __all__ = ["ECOSYSTEM"]
 
@@ -26,19 +17,7 @@ _X101_32X8D_STD = (57.375, 57.12, 58.395)  # BGR; the one AdelaiDet backbone tha
 
 
 def _rules(evidence: Evidence) -> Rules:
-    rules = Rules(
-        stride_in_1x1=caffe_stride(evidence),
-        profile="adelaidet",
-        centers=CenterMode.HALF,
-        score_threshold=0.05,
-        iou_threshold=0.6,
-        channel_order=ChannelOrder.BGR,
-        mean=MSRA_MEAN,
-        std=UNIT_STD,
-        resize_filter=ResizeFilter.PIL,
-        size_rule=SizeRule.DETECTRON2,
-    )
-    rules = rules.decide("rule of AdelaiDet: 80 channels are COCO's classes", class_names=coco_names(evidence))
+    rules = caffe_rules(evidence, profile="adelaidet", score_threshold=0.05)
     if evidence.network.groups == 32:
         rules = rules.decide("rule of AdelaiDet for X101-32x8d", std=_X101_32X8D_STD)
     if evidence.network.num_levels == 3:
@@ -61,7 +40,7 @@ ECOSYSTEM = Ecosystem(
                 f"{_HEAD}.ctrness": f"{REG_HEAD}.bbox_ctrness",
             }
         ),
-        Rename.of(rf"{re.escape(_HEAD)}\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
+        Rename(rf"{re.escape(_HEAD)}\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
     ),
     rules=_rules,
 )

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 
 from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
-from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
 from fcos_deploy.core.errors import CheckpointError
 from fcos_deploy.core.network import BackboneType, BlockType
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
-__all__ = ["BACKBONE_RENAMES", "ECOSYSTEM", "MSRA_MEAN", "UNIT_STD", "caffe_stride", "coco_names", "stored_pixels"]
+__all__ = ["BACKBONE_RENAMES", "ECOSYSTEM", "MSRA_MEAN", "UNIT_STD", "caffe_rules", "caffe_stride", "stored_pixels"]
 
 MSRA_MEAN = (103.53, 116.28, 123.675)  # BGR, 0..255
 UNIT_STD = (1.0, 1.0, 1.0)
@@ -36,9 +35,9 @@ BACKBONE_RENAMES = (
             "backbone.top_block": "backbone.fpn.extra_blocks",
         }
     ),
-    Rename.of(r"backbone\.bottom_up\.res([2-5])\.(\d+)\.(.+)", _residual_block),
-    Rename.of(r"backbone\.bottom_up\.(base_layer|level\d)\.(.+)", r"backbone.body.\1.\2"),  # DLA
-    Rename.of(
+    Rename(r"backbone\.bottom_up\.res([2-5])\.(\d+)\.(.+)", _residual_block),
+    Rename(r"backbone\.bottom_up\.(base_layer|level\d)\.(.+)", r"backbone.body.\1.\2"),  # DLA
+    Rename(
         r"backbone\.fpn_(lateral|output)([345])\.(\w+)",
         lambda m: f"backbone.fpn.{'inner' if m[1] == 'lateral' else 'layer'}_blocks.{int(m[2]) - 3}.0.{m[3]}",
     ),
@@ -52,9 +51,19 @@ def caffe_stride(evidence: Evidence) -> bool:
     return bottleneck and network.groups == 1
 
 
-def coco_names(evidence: Evidence) -> tuple[str, ...] | None:
-    """COCO's names for 80 channels."""
-    return COCO_80 if evidence.network.num_classes == len(COCO_80) else None
+def caffe_rules(evidence: Evidence, *, profile: str, score_threshold: float) -> Rules:
+    """What detectron2 and AdelaiDet share: MSRA backbones and their pixels, resized by PIL."""
+    return Rules(
+        stride_in_1x1=caffe_stride(evidence),
+        profile=profile,
+        score_threshold=score_threshold,
+        iou_threshold=0.6,
+        channel_order=ChannelOrder.BGR,
+        mean=MSRA_MEAN,
+        std=UNIT_STD,
+        resize_filter=ResizeFilter.PIL,
+        size_rule=SizeRule.DETECTRON2,
+    )
 
 
 def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
@@ -70,20 +79,7 @@ def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
 
 
 def _rules(evidence: Evidence) -> Rules:
-    rules = Rules(
-        stride_in_1x1=caffe_stride(evidence),
-        profile="detectron2",
-        centers=CenterMode.HALF,
-        score_threshold=0.2,
-        iou_threshold=0.6,
-        channel_order=ChannelOrder.BGR,
-        mean=MSRA_MEAN,
-        std=UNIT_STD,
-        resize_filter=ResizeFilter.PIL,
-        size_rule=SizeRule.DETECTRON2,
-    )
-    rules = rules.decide("rule of detectron2: 80 channels are COCO's classes", class_names=coco_names(evidence))
-    return stored_pixels(rules, evidence)
+    return stored_pixels(caffe_rules(evidence, profile="detectron2", score_threshold=0.2), evidence)
 
 
 ECOSYSTEM = Ecosystem(

@@ -12,8 +12,7 @@ from typing import Any
 
 from fcos_deploy.checkpoints.ecosystems.detectron2 import MSRA_MEAN, UNIT_STD
 from fcos_deploy.checkpoints.ecosystems.tianzhi import CAFFE_MEAN
-from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
 from fcos_deploy.core.errors import CheckpointError
 from fcos_deploy.core.network import BlockType, BoxActivation, FcosConfig
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
@@ -27,8 +26,8 @@ _CONFIG = "the configuration in the file"
 
 
 def _rules(evidence: Evidence) -> Rules:
-    rules = _with_class_names(_by_tensors(evidence), evidence)
     meta = evidence.metadata.get("meta")
+    rules = _with_class_names(_by_tensors(evidence), meta, count=evidence.network.num_classes)
     texts = [meta.get(key) for key in ("cfg", "config")] if isinstance(meta, dict) else []
     config = parse_config(next((text for text in texts if isinstance(text, str)), ""))
     _refuse_other_detectors(config)
@@ -49,7 +48,6 @@ def _by_tensors(evidence: Evidence) -> Rules:
     tricks = variant == _TRICKS
     rules = Rules(
         profile="mmdetection",
-        centers=CenterMode.HALF,
         score_threshold=0.05,
         iou_threshold=0.5,
         channel_order=ChannelOrder.RGB,
@@ -75,17 +73,13 @@ def _by_tensors(evidence: Evidence) -> Rules:
     return rules.decide(source, stride_in_1x1=True, channel_order=ChannelOrder.BGR, mean=mean, std=UNIT_STD)
 
 
-def _with_class_names(rules: Rules, evidence: Evidence) -> Rules:
-    """Those in the file (version 3: ``dataset_meta``, version 2: ``CLASSES``), or COCO's."""
-    count = evidence.network.num_classes
-    meta = evidence.metadata.get("meta")
+def _with_class_names(rules: Rules, meta: object, *, count: int) -> Rules:
+    """Those in the file (version 3: ``dataset_meta``, version 2: ``CLASSES``)."""
     for path in (("dataset_meta", "classes"), ("dataset_meta", "CLASSES"), ("CLASSES",)):
         stored = _lookup(meta, *path)
         names = (stored,) if isinstance(stored, str) else stored
         if isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(n, str) for n in names):
             return rules.decide("the class names in the file", class_names=tuple(names))
-    if count == len(COCO_80):
-        return rules.decide("rule of mmdetection: 80 channels are COCO's classes", class_names=COCO_80)
     return rules
 
 
@@ -247,8 +241,8 @@ def _tower(source: str, head: str) -> tuple[Rename, Rename]:
     """``cls_convs.2.conv`` and ``.gn`` are entries 6 and 7 of the tower."""
     layer = rf"bbox_head\.{source}_convs\.(\d+)\."
     return (
-        Rename.of(layer + r"conv\.(.+)", lambda m: f"{head}.conv.{3 * int(m[1])}.{m[2]}"),
-        Rename.of(layer + r"(?:gn|bn)\.(.+)", lambda m: f"{head}.conv.{3 * int(m[1]) + 1}.{m[2]}"),
+        Rename(layer + r"conv\.(.+)", lambda m: f"{head}.conv.{3 * int(m[1])}.{m[2]}"),
+        Rename(layer + r"(?:gn|bn)\.(.+)", lambda m: f"{head}.conv.{3 * int(m[1]) + 1}.{m[2]}"),
     )
 
 
@@ -257,9 +251,9 @@ ECOSYSTEM = Ecosystem(
     signature=("bbox_head.", "neck."),
     variants=(_PLAIN, _TRICKS),
     renames=(
-        Rename.of(r"backbone\.((?:conv1|bn1|layer\d)\..+)", r"backbone.body.\1"),
-        Rename.of(r"neck\.lateral_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.inner_blocks.\1.0.\2"),
-        Rename.of(r"neck\.fpn_convs\.([012])\.conv\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.\2"),
+        Rename(r"backbone\.((?:conv1|bn1|layer\d)\..+)", r"backbone.body.\1"),
+        Rename(r"neck\.lateral_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.inner_blocks.\1.0.\2"),
+        Rename(r"neck\.fpn_convs\.([012])\.conv\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.\2"),
         *moved(
             {
                 "neck.fpn_convs.3.conv": "backbone.fpn.extra_blocks.p6",
@@ -275,7 +269,7 @@ ECOSYSTEM = Ecosystem(
         ),
         *_tower("cls", CLS_HEAD),
         *_tower("reg", REG_HEAD),
-        Rename.of(r"bbox_head\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
+        Rename(r"bbox_head\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
     ),
     rules=_rules,
 )

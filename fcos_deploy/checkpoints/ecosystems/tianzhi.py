@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from fcos_deploy.checkpoints.ecosystems.detectron2 import UNIT_STD, caffe_stride
 from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BackboneType, BoxActivation
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
@@ -22,7 +21,6 @@ def _rules(evidence: Evidence) -> Rules:
         label_offset=1,  # Label 0 is the background, which has no channel.
         stride_in_1x1=caffe_stride(evidence),
         profile="tianzhi",
-        centers=CenterMode.HALF,
         score_threshold=0.05,
         iou_threshold=0.6,
         channel_order=ChannelOrder.BGR,
@@ -31,9 +29,6 @@ def _rules(evidence: Evidence) -> Rules:
         resize_filter=ResizeFilter.PIL,
         size_rule=SizeRule.TIANZHI,
     )
-    if evidence.network.num_classes == len(COCO_80):
-        names = ("background", *COCO_80)
-        rules = rules.decide("rule of tianzhi: 80 channels are COCO's classes, labels from 1", class_names=names)
     if evidence.network.backbone is not BackboneType.MOBILENET_V2:
         rules = rules.decide("rule of tianzhi: FrozenBatchNorm adds nothing to the variance", norm_eps=0.0)
     variant, source = evidence.variant, "option --variant"
@@ -70,11 +65,12 @@ ECOSYSTEM = Ecosystem(
                 "rpn.head.centerness": f"{REG_HEAD}.bbox_ctrness",
             }
         ),
-        Rename.of(r"rpn\.head\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
-        Rename.of(
+        Rename(r"rpn\.head\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
+        Rename(
             r"backbone\.fpn\.fpn_(inner|layer)([234])\.(\w+)",
             lambda m: f"backbone.fpn.{m[1]}_blocks.{int(m[2]) - 2}.0.{m[3]}",  # 2 is C3
         ),
     ),
     rules=_rules,
+    coco_names=("background", *COCO_80),
 )

@@ -12,8 +12,8 @@ from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, ResizeOrder,
 __all__ = ["ECOSYSTEM"]
 
 
-def _rules(evidence: Evidence) -> Rules:
-    rules = Rules(
+def _rules(_: Evidence) -> Rules:
+    return Rules(
         profile="torchvision",
         centers=CenterMode.TORCHVISION,
         score_threshold=0.2,
@@ -26,15 +26,13 @@ def _rules(evidence: Evidence) -> Rules:
         resize_order=ResizeOrder.NORMALIZE_FIRST,
         size_rule=SizeRule.TORCHVISION,
     )
-    if evidence.network.num_classes == len(COCO_91):
-        return rules.decide("rule of torchvision: 91 channels are COCO's category ids", class_names=COCO_91)
-    return rules
 
 
 ECOSYSTEM = Ecosystem(
     name="torchvision",
     signature=("head.classification_head.",),
     # Before version 2 of FeaturePyramidNetwork (torchvision 0.12) the FPN's keys had no ".0".
-    renames=(Rename.of(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),),
+    renames=(Rename(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),),
     rules=_rules,
+    coco_names=COCO_91,
 )

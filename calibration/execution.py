@@ -189,12 +189,10 @@ def compare_models(source: OnnxGraph, result: Any, *, images: Sequence[NDArray[n
 
 @dataclass(frozen=True, slots=True)
 class ExecutedShare:
-    """Multiply-accumulates of the convolutions for one image, and the nodes that ran in float."""
+    """Multiply-accumulates of the convolutions for one image, those in INT8 and all."""
 
-    backend: str
     int8_macs: int
     total_macs: int
-    float_nodes: tuple[str, ...]
 
     @property
     def share(self) -> float:
@@ -212,12 +210,7 @@ def executed_share(graph: ConvGraph, result: Path, backend: str) -> ExecutedShar
     if backend not in PROFILERS:
         raise ConfigError(f"'{backend}' cannot be profiled here.", hint=f"backends: {', '.join(sorted(PROFILERS))}")
     macs, quantized = conv_macs(graph), PROFILERS[backend](result, graph)
-    return ExecutedShare(
-        backend,
-        sum(macs[name] for name in quantized),
-        sum(macs.values()),
-        tuple(name for name in macs if name not in quantized),
-    )
+    return ExecutedShare(sum(macs[name] for name in quantized), sum(macs.values()))
 
 
 def conv_macs(graph: ConvGraph) -> dict[str, int]:

@@ -66,7 +66,6 @@ class Quantizer(ABC):
 
     name: str
     suffix: str
-    extra: str
     ignores_layers = False  # whether layers can be left in float, which a search for an accuracy goal needs
 
     @abstractmethod
@@ -81,7 +80,7 @@ class Quantizer(ABC):
 
 
 class _Qdq(Quantizer):
-    name, suffix, extra = "qdq", ".onnx", "export"
+    name, suffix = "qdq", ".onnx"
     ignores_layers = True
 
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
@@ -101,7 +100,7 @@ class _Qdq(Quantizer):
 
 
 class _Nncf(Quantizer):
-    name, suffix, extra = "nncf", ".xml", "nncf"
+    name, suffix = "nncf", ".xml"
 
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
         if "openvino" not in request.placement.backends:

@@ -55,7 +55,8 @@ class OnnxGraph:
             model = load(str(self.path))
             check(model)
         except Exception as error:  # protobuf's and the checker's own exceptions have no common base
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise BackendLoadError(
-                f"'{self.path}' is not a complete ONNX model: {error}.", hint="export it again"
+                f"'{self.path}' is not a complete ONNX model: {reason}.", hint="export it again"
             ) from error
         return model

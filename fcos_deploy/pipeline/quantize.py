@@ -30,7 +30,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
-from fcos_deploy.core.score_drift import score_drift
+from fcos_deploy.core.score_drift import ScoreDrift, score_drift
 from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = ["accuracy_goal", "quantize_model"]
@@ -90,8 +90,8 @@ def quantize_model(
     if not chosen.ignores_layers:
         raise ConfigError(
             f"The quantizer '{quantizer}' cannot search for an accuracy goal.",
-            hint=f"quantize without the goal, then 'fcos-deploy evaluate {request.output} --images DIR "
-            f"--max-map-drop {goal.max_map_drop}'; or --quantizer qdq",
+            hint=f"quantize without --max-map-drop, then 'fcos-deploy evaluate {request.output} --images DIR "
+            f"--reference {request.graph.source.path} --max-map-drop {goal.max_map_drop}'; or --quantizer qdq",
         )
     with tempfile.TemporaryDirectory() as folder:
         return _quantize_to_goal(request, goal, state=state, folder=Path(folder), progress=progress)
@@ -119,21 +119,8 @@ def _quantize_to_goal(
         [after[image] for image in sorted(after)],
         class_names=source.contract.class_names,
     )
-    # Where everything in INT8 reached the goal at once there is no choice to show.
-    speed = _time_trials(request, goal, search, folder=folder, progress=progress) if len(search.trials) > 1 else {}
     report = write_trade_offs(
-        TradeOffs(
-            placement=request.placement.name,
-            backend=goal.backend,
-            max_drop=goal.max_map_drop,
-            float_score=search.float_score,
-            float_p50_ms=speed.get(None),
-            ignored_layers=search.chosen.ignored_layers,
-            trials=tuple(replace(trial, p50_ms=speed.get(trial)) for trial in search.trials),
-            ranking=search.ranking,
-            drift=drift,
-        ),
-        request.output,
+        _trade_offs(request, goal, search, drift=drift, folder=folder, progress=progress), request.output
     )
     record = {
         **search.result.record,
@@ -147,6 +134,31 @@ def _quantize_to_goal(
         "report": report.name,
     }
     return QuantizeResult(files=(search.result.path, report), record=record)
+
+
+def _trade_offs(
+    request: QuantizeRequest,
+    goal: AccuracyGoal,
+    search: MixedPrecision,
+    *,
+    drift: ScoreDrift,
+    folder: Path,
+    progress: ProgressFn,
+) -> TradeOffs:
+    """The record of a search, with the speed of the trials on the Pareto front."""
+    # Where everything in INT8 reached the goal at once there is no choice to show.
+    speed = _time_trials(request, goal, search, folder=folder, progress=progress) if len(search.trials) > 1 else {}
+    return TradeOffs(
+        placement=request.placement.name,
+        backend=goal.backend,
+        max_drop=goal.max_map_drop,
+        float_score=search.float_score,
+        float_p50_ms=speed.get(None),
+        ignored_layers=search.chosen.ignored_layers,
+        trials=tuple(replace(trial, p50_ms=speed.get(trial)) for trial in search.trials),
+        ranking=search.ranking,
+        drift=drift,
+    )
 
 
 class _Score:

@@ -9,6 +9,7 @@ import pytest
 
 from calibration.placement import PLACEMENTS, ConvGraph, WeightRange, open_graph, placement_for, plan_pairs
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
+from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.registry import all_backends
 
 PORTABLE, CPU, OPENVINO = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"], PLACEMENTS["openvino"]
@@ -17,6 +18,12 @@ PORTABLE, CPU, OPENVINO = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"],
 @pytest.fixture
 def graph(mini_graph: ConvGraph) -> ConvGraph:
     return mini_graph
+
+
+def test_an_opened_graph_is_read_once(graph: ConvGraph) -> None:
+    assert graph.source.model is graph.source.model
+    assert graph.source.contract is graph.source.contract
+    assert graph.source.sha256 == sha256_file(graph.source.path)
 
 
 def test_convolutions_are_found_with_their_shared_layers(graph: ConvGraph) -> None:

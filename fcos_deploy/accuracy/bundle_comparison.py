@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.diagnosis import contract_causes
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval
-from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, compare_detections
+from fcos_deploy.accuracy.matching import DetectionAgreement, compare_detections
 from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.manifest import AccuracyFigure, BenchmarkFigure, Manifest
 from fcos_deploy.bundle.selection import select_artifact
@@ -25,28 +25,33 @@ from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
 
-__all__ = [
-    "FIGURE_COLUMNS",
-    "BundleComparison",
-    "BundleComparisonRequest",
-    "ComparedFigure",
-    "bundles_json",
-    "compare_bundles",
-    "fact_rows",
-    "figure_rows",
-]
+__all__ = ["FIGURE_COLUMNS", "BundleComparison", "ComparedFigure", "bundles_json", "compare_bundles", "figure_rows"]
+
+FIGURE_COLUMNS = ("backend", "precision", "figure", "first", "second", "difference")
 
 Variant = tuple[str, Precision]  # backend and precision
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BundleComparisonRequest:
-    """The second bundle is held to the first; backend and precision say what runs on the golden images."""
-
-    first: DetectorSpec
-    second: DetectorSpec
-    gate: Gate = field(default_factory=Gate)
-    matching: MatchOptions = field(default_factory=MatchOptions)
+_FACTS: dict[str, Callable[[Manifest], str]] = {
+    "name": lambda m: m.name,
+    "created": lambda m: m.provenance.created or "-",
+    "checkpoint": lambda m: f"{m.provenance.checkpoint} ({m.provenance.checkpoint_sha256[:12]})",
+    "classes": lambda m: str(len(m.contract.class_names)),
+    "runs by default": lambda m: f"{m.defaults.backend} {m.defaults.precision}",
+    "machine": lambda m: next((figure.device for figure in m.benchmark), "-"),
+    "accuracy over": lambda m: next((f"{f.images} images, {f.dataset}" for f in m.accuracy), "-"),
+    "golden images": lambda m: str(len(m.golden)),
+}
+# Metric of the manifest, its name here, and its unit; the size is computed.
+_FIGURES = (
+    ("ap", "AP", "AP"),
+    ("ap50", "AP50", "AP"),
+    ("ap75", "AP75", "AP"),
+    ("total_p50_ms", "p50", "ms"),
+    ("total_p99_ms", "p99", "ms"),
+    ("throughput_fps", "throughput", "images/s"),
+    ("size_mb", "size", "MB"),
+)
+_DIGITS = {"AP": 4, "ms": 1, "images/s": 1, "MB": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +73,10 @@ class ComparedFigure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleComparison:
-    """``facts``: name, and what each bundle says. ``contract``: what the second's says differently, in sentences."""
+    """``facts``: name, and what each bundle says. ``contract``: what the second's says differently, in sentences.
+
+    ``subjects``: backend and precision of the two that ran on the golden images.
+    """
 
     facts: tuple[tuple[str, str, str], ...]
     contract: tuple[str, ...]
@@ -78,84 +86,66 @@ class BundleComparison:
     verdicts: tuple[Verdict, ...]
 
 
-def compare_bundles(request: BundleComparisonRequest, *, progress: ProgressFn = no_progress) -> BundleComparison:
+def compare_bundles(
+    first: DetectorSpec, second: DetectorSpec, *, gate: Gate, progress: ProgressFn = no_progress
+) -> BundleComparison:
     """Compare what is recorded, and run both on all golden images of both, one bundle in memory at a time.
+
+    The second is held to the first. Backend and precision of the two say what runs on the golden images.
 
     Raises:
         ConfigError: one of the two is no bundle; a limit on AP, and the bundles record none that can be compared.
         FcosDeployError: a bundle or its runtime cannot be opened.
     """
-    for spec in (request.first, request.second):
+    images: dict[str, NDArray[np.uint8]] = {}
+    manifests: list[Manifest] = []
+    variants: list[Variant] = []
+    for spec in (first, second):
         if not is_bundle(spec.model):
             raise ConfigError(
                 f"'{spec.model}' is not a bundle, and only bundles can be compared without images.",
                 hint="give --images DIR, and --annotations FILE where there are some",
             )
-    with _opened(request.first) as first, _opened(request.second) as second:
-        images = _golden_images(first, second)
-        chosen = tuple(_variant(b, t) for b, t in ((first, request.first), (second, request.second)))
-        manifests = first.manifest, second.manifest
-    found = [_detect(spec, images, progress) for spec in (request.first, request.second)]
-    agreement = compare_detections(found[0], found[1], options=request.matching)
-    subject = _subject(chosen[1])
-    verdicts = judge_agreement(request.gate, agreement, subject=subject)
-    if request.gate.max_map_drop is not None:
-        verdicts += _judge_recorded_drop(request.gate, manifests, chosen, subject=subject)
+        with open_bundle(spec.model, public_keys=spec.options.public_keys) as bundle:
+            precisions = (spec.precision,) if spec.precision else ()
+            selection = select_artifact(bundle, backend=spec.backend, precisions=precisions)
+            variants.append((selection.backend, selection.artifact.precision))
+            manifests.append(bundle.manifest)
+            images |= _golden_images(bundle)
+    if not images:
+        raise ConfigError("Neither bundle has golden images.", hint="give --images DIR")
+    detections = [_detect(spec, list(images.values()), progress) for spec in (first, second)]
+    agreement = compare_detections(*detections)
+    subjects = (" ".join(variants[0]), " ".join(variants[1]))
+    verdicts = judge_agreement(gate, agreement, subject=subjects[1])
+    if gate.max_map_drop is not None:
+        verdicts += _judge_recorded_drop(gate, manifests, variants, subject=subjects[1])
     return BundleComparison(
         facts=tuple((name, get(manifests[0]), get(manifests[1])) for name, get in _FACTS.items()),
         contract=tuple(_contract_differences(*manifests)),
         figures=tuple(_figures(*manifests)),
         agreement=agreement,
-        subjects=(_subject(chosen[0]), subject),
+        subjects=subjects,
         verdicts=tuple(verdicts),
     )
 
 
-_FACTS: dict[str, Callable[[Manifest], str]] = {
-    "name": lambda m: m.name,
-    "made": lambda m: m.provenance.created or "-",
-    "checkpoint": lambda m: f"{m.provenance.checkpoint} ({m.provenance.checkpoint_sha256[:12]})",
-    "classes": lambda m: str(len(m.contract.class_names)),
-    "meant for": lambda m: f"{m.defaults.backend} {m.defaults.precision}",
-    "machine": lambda m: next((figure.device for figure in m.benchmark), "-"),
-    "accuracy over": lambda m: next((f"{f.images} images, {f.dataset}" for f in m.accuracy), "-"),
-    "golden images": lambda m: str(len(m.golden)),
-}
-
-
-def _opened(spec: DetectorSpec) -> Bundle:
-    return open_bundle(spec.model, public_keys=spec.options.public_keys)
-
-
-def _variant(bundle: Bundle, spec: DetectorSpec) -> Variant:
-    precisions = (spec.precision,) if spec.precision else ()
-    selection = select_artifact(bundle, backend=spec.backend, precisions=precisions)
-    return selection.backend, selection.artifact.precision
-
-
-def _subject(variant: Variant) -> str:
-    return f"{variant[0]} {variant[1]}"
-
-
-def _golden_images(*bundles: Bundle) -> list[NDArray[np.uint8]]:
-    """The golden images of all bundles, each picture once."""
-    images = {}
-    for bundle in bundles:
-        files = bundle.manifest.all_files
-        for golden in bundle.manifest.golden:
-            images[files[golden.path].sha256] = read_golden_image(bundle.path(golden.path), golden)
-    if not images:
-        raise ConfigError("Neither bundle has golden images.", hint="give --images DIR")
-    return list(images.values())
+def _golden_images(bundle: Bundle) -> dict[str, NDArray[np.uint8]]:
+    """By the SHA-256 of their files, so that an image of both bundles is used once."""
+    files = bundle.manifest.all_files
+    return {
+        files[golden.path].sha256: read_golden_image(bundle.path(golden.path), golden)
+        for golden in bundle.manifest.golden
+    }
 
 
 def _detect(spec: DetectorSpec, images: list[NDArray[np.uint8]], progress: ProgressFn) -> dict[int, Detections]:
-    found = {}
+    detections = {}
     with spec.open() as detector:
         for number, image in enumerate(images):
-            found[number] = detector.detect(image)
+            detections[number] = detector.detect(image)
             progress(spec.model.name, number + 1, len(images))
-    return found
+    return detections
 
 
 def _contract_differences(first: Manifest, second: Manifest) -> Iterator[str]:
@@ -166,96 +156,69 @@ def _contract_differences(first: Manifest, second: Manifest) -> Iterator[str]:
             yield cause.sentence
 
 
-_METRICS: tuple[tuple[str, str, str], ...] = (("ap", "AP", "AP"), ("ap50", "AP50", "AP"), ("ap75", "AP75", "AP"))
-_TIMES: tuple[tuple[str, str, str], ...] = (
-    ("total_p50_ms", "p50", "ms"),
-    ("total_p99_ms", "p99", "ms"),
-    ("throughput_fps", "throughput", "images/s"),
-)
-
-
 def _figures(first: Manifest, second: Manifest) -> Iterator[ComparedFigure]:
     """Of every backend and precision that either has, in the order of the manifests."""
-    recorded: list[Variant] = []
-    for manifest in (first, second):
-        recorded += [(figure.backend, figure.precision) for figure in manifest.accuracy]
-        recorded += [(figure.backend, figure.precision) for figure in manifest.benchmark]
-    for backend, precision in dict.fromkeys(recorded):
-        for part, metrics in (("accuracy", _METRICS), ("benchmark", _TIMES)):
-            for key, name, unit in metrics:
-                values = [_metric(getattr(m, part), (backend, precision), key) for m in (first, second)]
-                if any(value is not None for value in values):
-                    yield ComparedFigure(
-                        backend=backend, precision=precision, name=name, unit=unit, first=values[0], second=values[1]
-                    )
-        sizes = [_megabytes(m, (backend, precision)) for m in (first, second)]
-        if any(size is not None for size in sizes):
-            yield ComparedFigure(
-                backend=backend, precision=precision, name="size", unit="MB", first=sizes[0], second=sizes[1]
-            )
+    recorded = [_recorded(manifest) for manifest in (first, second)]
+    for variant in dict.fromkeys((*recorded[0], *recorded[1])):
+        for metric, name, unit in _FIGURES:
+            values = [figures.get(variant, {}).get(metric) for figures in recorded]
+            if values != [None, None]:
+                yield ComparedFigure(
+                    backend=variant[0], precision=variant[1], name=name, unit=unit, first=values[0], second=values[1]
+                )
 
 
-def _metric(figures: Sequence[AccuracyFigure | BenchmarkFigure], variant: Variant, key: str) -> float | None:
-    return next((f.metrics.get(key) for f in figures if (f.backend, f.precision) == variant), None)
-
-
-def _megabytes(manifest: Manifest, variant: Variant) -> float | None:
-    """Of the artifact whose accuracy was measured, with the files that belong to it."""
-    name = next((f.artifact for f in manifest.accuracy if (f.backend, f.precision) == variant), "")
-    for artifact in manifest.artifacts:
-        if artifact.path == name:
-            files = manifest.all_files
-            return (artifact.size + sum(files[path].size for path in artifact.companions)) / 1e6
-    return None
+def _recorded(manifest: Manifest) -> dict[Variant, dict[str, float]]:
+    """The manifest's metrics of each variant, and the size of its artifact with the files that belong to it."""
+    files = manifest.all_files
+    companions = {artifact.path: artifact.companions for artifact in manifest.artifacts}
+    recorded: dict[Variant, dict[str, float]] = {}
+    figures: tuple[AccuracyFigure | BenchmarkFigure, ...] = (*manifest.accuracy, *manifest.benchmark)
+    for figure in figures:
+        metrics = recorded.setdefault((figure.backend, figure.precision), {})
+        if isinstance(figure, AccuracyFigure) and figure.artifact in companions:
+            paths = (figure.artifact, *companions[figure.artifact])
+            metrics.setdefault("size_mb", sum(files[path].size for path in paths) / 1e6)
+        for name, value in figure.metrics.items():
+            metrics.setdefault(name, value)
+    return recorded
 
 
 def _judge_recorded_drop(
-    gate: Gate, manifests: tuple[Manifest, Manifest], chosen: tuple[Variant, ...], *, subject: str
+    gate: Gate, manifests: list[Manifest], variants: list[Variant], *, subject: str
 ) -> list[Verdict]:
-    figures = [
+    reference, candidate = (
         next((f for f in manifest.accuracy if (f.backend, f.precision) == variant and "ap" in f.metrics), None)
-        for manifest, variant in zip(manifests, chosen, strict=True)
-    ]
-    mine, theirs = figures
-    if mine is None or theirs is None or (mine.images, mine.dataset) != (theirs.images, theirs.dataset):
+        for manifest, variant in zip(manifests, variants, strict=True)
+    )
+    if (
+        reference is None
+        or candidate is None
+        or (reference.images, reference.dataset) != (candidate.images, candidate.dataset)
+    ):
         raise ConfigError(
             "The bundles record no AP of these backends and precisions over the same data.",
             hint="give --images DIR and --annotations FILE to measure it",
         )
-    value = mine.metrics["ap"] - theirs.metrics["ap"]
+    value = reference.metrics["ap"] - candidate.metrics["ap"]
     drop = ApInterval(
-        value=value, low=value, high=value, standard_error=0.0, confidence=0.0, resamples=0, images=mine.images
+        value=value, low=value, high=value, standard_error=0.0, confidence=0.0, resamples=0, images=reference.images
     )
-    return judge_drop(gate, drop, reference_ap=mine.metrics["ap"], subject=subject)
+    return judge_drop(gate, drop, reference_ap=reference.metrics["ap"], subject=subject)
 
 
-FIGURE_COLUMNS = ("backend", "precision", "figure", "first", "second", "difference")
-
-_DIGITS = {"AP": 4, "ms": 1, "images/s": 1, "MB": 1}
-
-
-def fact_rows(found: BundleComparison) -> list[tuple[str, str, str]]:
-    """Name, first, second."""
-    return list(found.facts)
-
-
-def figure_rows(found: BundleComparison) -> list[tuple[str, ...]]:
+def figure_rows(comparison: BundleComparison) -> list[tuple[str, ...]]:
     """As ``FIGURE_COLUMNS`` names them; times and sizes with their ratio."""
     return [
         (
             figure.backend,
             str(figure.precision),
             figure.name if figure.unit == "AP" else f"{figure.name}, {figure.unit}",
-            _number(figure.first, figure.unit),
-            _number(figure.second, figure.unit),
+            *("-" if v is None else f"{v:.{_DIGITS[figure.unit]}f}" for v in (figure.first, figure.second)),
             _difference(figure),
         )
-        for figure in found.figures
+        for figure in comparison.figures
     ]
-
-
-def _number(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:.{_DIGITS[unit]}f}"
 
 
 def _difference(figure: ComparedFigure) -> str:
@@ -265,14 +228,14 @@ def _difference(figure: ComparedFigure) -> str:
     return text if figure.unit == "AP" or not figure.first else f"{text} (x {figure.second / figure.first:.2f})"
 
 
-def bundles_json(found: BundleComparison) -> dict[str, Any]:
+def bundles_json(comparison: BundleComparison) -> dict[str, Any]:
     """Everything, with the differences."""
-    agreement = to_json(found.agreement)
+    agreement = to_json(comparison.agreement)
     del agreement["score_pairs"]  # many numbers, for plots only
     return {
-        "facts": {name: {"first": first, "second": second} for name, first, second in found.facts},
-        "contract": list(found.contract),
-        "figures": [{**to_json(figure), "difference": figure.difference} for figure in found.figures],
-        "golden": {"first": found.subjects[0], "second": found.subjects[1], **agreement},
-        "verdicts": [to_json(verdict) for verdict in found.verdicts],
+        "facts": {name: {"first": first, "second": second} for name, first, second in comparison.facts},
+        "contract": list(comparison.contract),
+        "figures": [{**to_json(figure), "difference": figure.difference} for figure in comparison.figures],
+        "golden": {"first": comparison.subjects[0], "second": comparison.subjects[1], **agreement},
+        "verdicts": [to_json(verdict) for verdict in comparison.verdicts],
     }

@@ -1,11 +1,11 @@
-"""What verification is asked and what it answers."""
+"""Verifies a bundle on this machine: the same tensors, and the same detections of its golden images, as certified."""
 
 from __future__ import annotations
 
 import datetime
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.matching import MatchOptions, match_detections
-from fcos_deploy.bundle.golden import GoldenImage, fingerprint, fingerprint_difference, read_golden_image
+from fcos_deploy.bundle.golden import TensorFingerprint, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
 from fcos_deploy.bundle.preflight import Fallback, select_runnable
 from fcos_deploy.bundle.selection import Selection, select_artifact
@@ -36,10 +36,8 @@ from runtimes.kserve import RemoteModel, write_remote_model
 
 __all__ = [
     "GoldenResult",
-    "PreprocessingResult",
     "VerificationRecord",
     "VerifyOptions",
-    "check_preprocessing",
     "compare_golden",
     "record_verdicts",
     "require_verified",
@@ -65,7 +63,10 @@ class VerifyOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessingResult:
-    """Preprocessed tensors against their fingerprints. ``difference`` in levels of an 8-bit image."""
+    """Preprocessed tensors against their fingerprints: ``exact`` of ``images`` have the same bytes.
+
+    ``difference``, of the worst image, and ``allowed`` are in levels of an 8-bit image. ``problem`` names the fault.
+    """
 
     exact: int
     images: int
@@ -77,11 +78,14 @@ class PreprocessingResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenResult:
-    """One golden image: detections that had to find a counterpart, how many did, how far apart the pairs are."""
+    """One golden image: how many detections were ``expected`` and ``detected``, and how far apart the pairs are.
+
+    Only detections that score high enough to be judged count; see ``_replay``.
+    """
 
     path: str
     expected: int
-    found: int
+    detected: int
     missed: int
     extra: int
     lowest_iou: float
@@ -123,11 +127,179 @@ class VerificationRecord:
         )
 
 
+# In levels of an 8-bit image, over cells of at least 64 pixels: other versions of OpenCV and Pillow round single
+# pixels differently by one level; a wrong channel order, mean or offset moves a cell by several.
+_MAX_CELL_DIFFERENCE = 0.5
+
+
+def verify_bundle(
+    bundle: Bundle, *, options: VerifyOptions | None = None, progress: ProgressFn = no_progress
+) -> VerificationRecord:
+    """Preflight, then preprocessing, then the golden images through the runtime.
+
+    The record says whether all of it passed; ``require_verified`` turns a failure into an error.
+
+    Raises:
+        DeviceError: this machine cannot run the artifact.
+        BundleError: the bundle has no golden images, or no gate for the precision.
+    """
+    options = options or VerifyOptions()
+    started = time.perf_counter()
+    if not bundle.manifest.golden:
+        raise BundleError(f"The bundle '{bundle.source}' has no golden images to verify with.")
+    machine = read_machine()
+    fallbacks: tuple[Fallback, ...] = ()
+    if options.server:  # It has a machine of its own, which preflight cannot see.
+        precisions = (options.precision,) if options.precision else ()
+        selection = select_artifact(bundle, backend=options.backend, precisions=precisions)
+    else:
+        selection, fallbacks = select_runnable(
+            bundle,
+            backend=options.backend,
+            precision=options.precision,
+            allow_fallback=options.allow_fallback,
+            machine=machine,
+        )
+    gate = bundle.manifest.gate(selection.artifact.precision)
+    preprocessing = _check_preprocessing(bundle)
+    results: tuple[GoldenResult, ...] = ()
+    session: dict[str, str] = {}
+    if preprocessing.passed:
+        with _opened(bundle, selection, options) as detector:
+            results = _replay(bundle, detector, gate=gate, progress=progress)
+            session = dict(detector.session.description)
+    judged = sum(result.expected + result.detected for result in results)
+    unpaired = sum(result.missed + result.extra for result in results)
+    matched = 1.0 - unpaired / judged if judged else 0.0
+    return VerificationRecord(
+        bundle=bundle.manifest.name,
+        manifest_sha256=bundle.manifest_sha256,
+        artifact=selection.artifact.path,
+        artifact_sha256=selection.artifact.sha256,
+        backend="kserve" if options.server else selection.backend,
+        precision=selection.artifact.precision,
+        passed=preprocessing.passed and matched >= (gate.min_match_rate or 0.0),
+        matched=round(matched, 6),
+        gate=gate,
+        preprocessing=preprocessing,
+        images=results,
+        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - started, 3),
+        session=session,
+        machine=_machine_text(machine),
+        versions=library_versions("fcos-deploy", "numpy", "opencv-python-headless", "pillow"),
+        fallbacks=fallbacks,
+        signed_by=bundle.signed_by,
+    )
+
+
+def _check_preprocessing(bundle: Bundle) -> PreprocessingResult:
+    """Prepare every golden image and compare the tensors with their fingerprints; the largest fault is named."""
+    spec = bundle.manifest.contract.preprocess
+    exact, largest, problem = 0, 0.0, ""
+    for golden in bundle.manifest.golden:
+        image = read_golden_image(bundle.path(golden.path), golden)
+        actual = fingerprint(preprocess(image, spec)[0])
+        difference = fingerprint_difference(actual, golden.fingerprint, spec=spec)
+        exact += actual.sha256 == golden.fingerprint.sha256
+        if difference > largest:
+            largest = difference
+            problem = f"'{golden.path}': {_name_fault(image, actual, golden.fingerprint, spec=spec)}"
+    passed = largest <= _MAX_CELL_DIFFERENCE
+    return PreprocessingResult(
+        exact=exact,
+        images=len(bundle.manifest.golden),
+        # JSON has no infinity: another shape or dtype is more than any difference of levels.
+        difference=round(min(largest, 1e9), 4),
+        passed=passed,
+        problem="" if passed else problem,
+        allowed=_MAX_CELL_DIFFERENCE,
+    )
+
+
+def _name_fault(
+    image: NDArray[np.uint8], actual: TensorFingerprint, expected: TensorFingerprint, *, spec: PreprocessSpec
+) -> str:
+    """Say what is wrong with a tensor: its shape or type, swapped colour channels, or else how much differs."""
+    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+        return f"the tensor must be {expected.dtype}{list(expected.shape)}, it is {actual.dtype}{list(actual.shape)}"
+    swapped = ChannelOrder.BGR if spec.channel_order is ChannelOrder.RGB else ChannelOrder.RGB
+    tensor, _ = preprocess(image, replace(spec, channel_order=swapped))
+    if fingerprint_difference(fingerprint(tensor), expected, spec=spec) <= _MAX_CELL_DIFFERENCE:
+        return f"the colour channels are swapped: they are {spec.channel_order}, they must be {swapped}"
+    difference = fingerprint_difference(actual, expected, spec=spec)
+    return f"a region differs by {difference:.2f} of 255 levels (allowed: {_MAX_CELL_DIFFERENCE})"
+
+
+@contextmanager
+def _opened(bundle: Bundle, selection: Selection, options: VerifyOptions) -> Iterator[Detector]:
+    path = bundle.path(selection.artifact.path)
+    if not options.server:
+        with Detector.open(path, backend=selection.backend, options=options.session) as detector:
+            yield detector
+        return
+    with tempfile.TemporaryDirectory(prefix="fcos-deploy-") as folder:
+        remote = Path(folder, "server.kserve")
+        write_remote_model(remote, RemoteModel(url=options.server, contract=read_contract(path)))
+        with Detector.open(remote, options=options.session) as detector:
+            yield detector
+
+
+def _replay(bundle: Bundle, detector: Detector, *, gate: Gate, progress: ProgressFn) -> tuple[GoldenResult, ...]:
+    """Detect on every golden image, and pair the result with the reference's.
+
+    A detection is judged only where the gate's score difference cannot decide whether it is there at all: above the
+    score threshold, and above the lowest score of a list that ``max_detections`` cut off, by that difference.
+    """
+    decode, rule = bundle.manifest.contract.decode, MatchOptions.of_gate(gate)
+    results = []
+    for index, golden in enumerate(bundle.manifest.golden):
+        detections = detector.detect(read_golden_image(bundle.path(golden.path), golden))
+        expected = golden.detections.to_detections()
+        cuts = [d.scores.min() for d in (expected, detections) if len(d) >= decode.max_detections]
+        floor = float(max(decode.score_threshold, *cuts, 0.0)) + rule.max_score_delta
+        options = replace(rule, min_score=min(floor, 1.0))
+        results.append(compare_golden(expected, detections, options=options, path=golden.path))
+        progress("verify", index + 1, len(bundle.manifest.golden))
+    return tuple(results)
+
+
+def compare_golden(
+    expected: Detections, detections: Detections, *, options: MatchOptions, path: str = ""
+) -> GoldenResult:
+    """Pair a detector's ``detections`` with the ``expected`` ones, both in image pixels."""
+    match = match_detections(expected, detections, options=options)
+    score = np.abs(expected.scores[match.reference] - detections.scores[match.candidate])
+    judged_expected, judged = expected.scores >= options.min_score, detections.scores >= options.min_score
+    counted = judged_expected[match.reference] | judged[match.candidate]
+    return GoldenResult(
+        path=path,
+        expected=int(judged_expected.sum()),
+        detected=int(judged.sum()),
+        missed=len(match.missed),
+        extra=len(match.extra),
+        lowest_iou=round(float(match.iou[counted].min(initial=1.0)), 6),
+        largest_score_difference=round(float(score[counted].max(initial=0.0)), 6),
+    )
+
+
+def _machine_text(machine: MachineFacts) -> dict[str, str]:
+    texts = {
+        "system": machine.system,
+        "machine": machine.machine,
+        "processor": machine.processor,
+        "gpus": ", ".join(f"{name} ({capability})" for name, capability in machine.gpus),
+        "driver": machine.nvidia_driver,
+        "cuda_driver": machine.cuda_driver,
+    }
+    return {name: text for name, text in texts.items() if text}
+
+
 def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
     """The judgements behind ``record.passed``: on preprocessing, and on the golden detections."""
     subject, prepared = f"{record.backend} {record.precision}", record.preprocessing
     needed = record.gate.min_match_rate or 0.0
-    seen = f"{prepared.exact} of {prepared.images} golden images give the same bytes, the others the same picture"
+    same = f"{prepared.exact} of {prepared.images} golden images give the same bytes, the others the same image"
     replay = record.summary if prepared.passed else "the golden images were not run: preprocessing differs"
     return (
         Verdict(
@@ -136,7 +308,7 @@ def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
             passed=prepared.passed,
             value=prepared.difference,
             limit=prepared.allowed,
-            message=prepared.problem or seen,
+            message=prepared.problem or same,
         ),
         Verdict(
             name="min_match_rate",
@@ -162,207 +334,21 @@ def require_verified(record: VerificationRecord) -> None:
         )
 
 
-def compare_golden(wanted: Detections, found: Detections, *, options: MatchOptions, path: str = "") -> GoldenResult:
-    """Pair ``found`` with ``wanted``, both in image pixels."""
-    match = match_detections(wanted, found, options=options)
-    score = np.abs(wanted.scores[match.reference] - found.scores[match.candidate])
-    due, due_found = wanted.scores >= options.min_score, found.scores >= options.min_score
-    counted = due[match.reference] | due_found[match.candidate]
-    return GoldenResult(
-        path=path,
-        expected=int(due.sum()),
-        found=int(due_found.sum()),
-        missed=len(match.missed),
-        extra=len(match.extra),
-        lowest_iou=round(float(match.iou[counted].min(initial=1.0)), 6),
-        largest_score_difference=round(float(score[counted].max(initial=0.0)), 6),
-    )
-
-
 def write_record(record: VerificationRecord, *, bundle: Bundle, log: Path | None = None) -> Path | None:
     """Append ``record`` to ``log``, or to the bundle's own; None when that cannot be written (archive, read-only).
 
     Raises:
         ConfigError: ``log`` cannot be written.
     """
-    if log is not None:
-        try:
-            append_log(log, to_json(record))
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot write '{log}': {error.strerror or error}.",
-                hint="choose a folder that exists and can be written",
-            ) from error
-        return log
-    if bundle.log_path is None:
+    path = log or bundle.log_path
+    if path is None:
         return None
     try:
-        append_log(bundle.log_path, to_json(record))
-    except OSError:
-        return None
-    return bundle.log_path
-
-
-# In levels of an 8-bit image, over cells of at least 64 pixels: other versions of OpenCV and Pillow round single
-# pixels differently by one level; a wrong channel order, mean or offset moves a cell by several.
-_MAX_CELL_DIFFERENCE = 0.5
-
-
-def check_preprocessing(bundle: Bundle) -> PreprocessingResult:
-    """Prepare every golden image and compare the tensors with their fingerprints; the largest fault is named."""
-    spec = bundle.manifest.contract.preprocess
-    exact, largest, problem = 0, 0.0, ""
-    for golden in bundle.manifest.golden:
-        image = read_golden_image(bundle.path(golden.path), golden)
-        tensor, _ = preprocess(image, spec)
-        found = fingerprint(tensor)
-        difference = fingerprint_difference(found, golden.fingerprint, spec=spec)
-        exact += found.sha256 == golden.fingerprint.sha256
-        if difference > largest:
-            largest = difference
-            problem = f"'{golden.path}': {_name_fault(image, golden, spec=spec)}"
-    passed = largest <= _MAX_CELL_DIFFERENCE
-    return PreprocessingResult(
-        exact=exact,
-        images=len(bundle.manifest.golden),
-        # JSON has no infinity: another shape or dtype is more than any difference of levels.
-        difference=round(min(largest, 1e9), 4),
-        passed=passed,
-        problem="" if passed else problem,
-        allowed=_MAX_CELL_DIFFERENCE,
-    )
-
-
-def _name_fault(image: NDArray[np.uint8], golden: GoldenImage, *, spec: PreprocessSpec) -> str:
-    """Try the usual suspects, so that the message can name the culprit."""
-    tensor, _ = preprocess(image, spec)
-    wanted, found = golden.fingerprint, fingerprint(tensor)
-    if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-        return f"the tensor must be {wanted.dtype}{list(wanted.shape)}, it is {found.dtype}{list(found.shape)}"
-    other = ChannelOrder.BGR if spec.channel_order is ChannelOrder.RGB else ChannelOrder.RGB
-    swapped, _ = preprocess(image, replace(spec, channel_order=other))
-    if fingerprint_difference(fingerprint(swapped), wanted, spec=spec) <= _MAX_CELL_DIFFERENCE:
-        return f"the colour channels are swapped: they are {spec.channel_order}, they must be {other}"
-    difference = fingerprint_difference(found, wanted, spec=spec)
-    return f"a region differs by {difference:.2f} of 255 levels (allowed: {_MAX_CELL_DIFFERENCE})"
-
-
-def verify_bundle(
-    bundle: Bundle,
-    *,
-    options: VerifyOptions | None = None,
-    signed_by: str = "",
-    progress: ProgressFn = no_progress,
-) -> VerificationRecord:
-    """Preflight, then preprocessing, then the golden images through the runtime.
-
-    The record says whether it held; ``require_verified`` turns a failure into an error.
-
-    Raises:
-        DeviceError: this machine cannot run the artifact.
-        BundleError: the bundle has no golden images, or no gate for the precision.
-    """
-    options = options or VerifyOptions()
-    started = time.perf_counter()
-    golden = bundle.manifest.golden
-    if not golden:
-        raise BundleError(f"The bundle '{bundle.source}' has no golden images to verify with.")
-    machine = read_machine()
-    selection, fallbacks = _select(bundle, options, machine)
-    gate = bundle.manifest.gate(selection.artifact.precision)
-    session: Mapping[str, str] = {}
-    results: tuple[GoldenResult, ...] = ()
-    preprocessing = check_preprocessing(bundle)
-    if preprocessing.passed:
-        results, session = _replay(bundle, selection, gate=gate, options=options, progress=progress)
-    matched = _matched_fraction(results)
-    return VerificationRecord(
-        bundle=bundle.manifest.name,
-        manifest_sha256=bundle.manifest_sha256,
-        artifact=selection.artifact.path,
-        artifact_sha256=selection.artifact.sha256,
-        backend="kserve" if options.server else selection.backend,
-        precision=selection.artifact.precision,
-        passed=preprocessing.passed and matched >= (gate.min_match_rate or 0.0),
-        matched=round(matched, 6),
-        gate=gate,
-        preprocessing=preprocessing,
-        images=results,
-        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        seconds=round(time.perf_counter() - started, 3),
-        session=dict(session),
-        machine=_machine_text(machine),
-        versions=library_versions("fcos-deploy", "numpy", "opencv-python-headless", "pillow"),
-        fallbacks=fallbacks,
-        signed_by=signed_by,
-    )
-
-
-def _select(bundle: Bundle, options: VerifyOptions, machine: MachineFacts) -> tuple[Selection, tuple[Fallback, ...]]:
-    """A server has its own machine, which preflight cannot see."""
-    if options.server:
-        precisions = (options.precision,) if options.precision else ()
-        return select_artifact(bundle, backend=options.backend, precisions=precisions), ()
-    return select_runnable(
-        bundle,
-        backend=options.backend,
-        precision=options.precision,
-        allow_fallback=options.allow_fallback,
-        machine=machine,
-    )
-
-
-@contextmanager
-def _opened(bundle: Bundle, selection: Selection, options: VerifyOptions) -> Iterator[Detector]:
-    path = bundle.path(selection.artifact.path)
-    if not options.server:
-        with Detector.open(path, backend=selection.backend, options=options.session) as detector:
-            yield detector
-        return
-    with tempfile.TemporaryDirectory(prefix="fcos-deploy-") as folder:
-        remote = Path(folder, "server.kserve")
-        write_remote_model(remote, RemoteModel(url=options.server, contract=read_contract(path)))
-        with Detector.open(remote, options=options.session) as detector:
-            yield detector
-
-
-def _replay(
-    bundle: Bundle, selection: Selection, *, gate: Gate, options: VerifyOptions, progress: ProgressFn
-) -> tuple[tuple[GoldenResult, ...], Mapping[str, str]]:
-    golden_images = bundle.manifest.golden
-    rule = MatchOptions.of_gate(gate)
-    decode = bundle.manifest.contract.decode
-    results = []
-    with _opened(bundle, selection, options) as detector:
-        for index, golden in enumerate(golden_images):
-            found = detector.detect(read_golden_image(bundle.path(golden.path), golden))
-            wanted = golden.detections.to_detections()
-            floors = [_cut_score(d, decode.max_detections) for d in (wanted, found)]
-            floor = max(decode.score_threshold, *floors) + rule.max_score_delta
-            results.append(
-                compare_golden(wanted, found, options=replace(rule, min_score=min(floor, 1.0)), path=golden.path)
-            )
-            progress("verify", index + 1, len(golden_images))
-        return tuple(results), dict(detector.session.description)
-
-
-def _cut_score(detections: Detections, limit: int) -> float:
-    """The score from which on a full list is cut off: there, the last ones may be others."""
-    return float(detections.scores.min()) if len(detections) >= limit else 0.0
-
-
-def _matched_fraction(results: tuple[GoldenResult, ...]) -> float:
-    due = sum(r.expected + r.found for r in results)
-    return 1.0 - sum(r.missed + r.extra for r in results) / due if due else 0.0
-
-
-def _machine_text(machine: MachineFacts) -> dict[str, str]:
-    texts = {
-        "system": machine.system,
-        "machine": machine.machine,
-        "processor": machine.processor,
-        "gpus": ", ".join(f"{name} ({capability})" for name, capability in machine.gpus),
-        "driver": machine.nvidia_driver,
-        "cuda_driver": machine.cuda_driver,
-    }
-    return {name: text for name, text in texts.items() if text}
+        append_log(path, to_json(record))
+    except OSError as error:
+        if log is None:
+            return None
+        raise ConfigError(
+            f"Cannot write '{log}': {error.strerror or error}.", hint="choose a folder that exists and can be written"
+        ) from error
+    return path

@@ -112,10 +112,9 @@ def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, a
     from fcos_deploy.accuracy import bundle_comparison as bundles
     from fcos_deploy.accuracy.gate import require_all
 
-    request = bundles.BundleComparisonRequest(first=first, second=second, gate=gate)
     with progress_bar() as progress:
-        comparison = bundles.compare_bundles(request, progress=progress)
-    table("Bundles", ("", "first", "second"), bundles.fact_rows(comparison))
+        comparison = bundles.compare_bundles(first, second, gate=gate, progress=progress)
+    table("Bundles", ("", "first", "second"), comparison.facts)
     table("Recorded figures", bundles.FIGURE_COLUMNS, bundles.figure_rows(comparison))
     for sentence in comparison.contract:
         note(f"contract: {sentence}")

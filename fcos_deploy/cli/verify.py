@@ -46,7 +46,7 @@ def command(
     )
     keys = cli.trusted_keys(public_key, required=require_signature)
     with open_bundle(bundle, public_keys=keys) as opened, progress_bar() as progress:
-        record = verify.verify_bundle(opened, options=options, signed_by=opened.signed_by, progress=progress)
+        record = verify.verify_bundle(opened, options=options, progress=progress)
         written = verify.write_record(record, bundle=opened, log=log)
     if as_json or written is None:
         print_json(to_json(record))

@@ -93,7 +93,7 @@ def test_a_png_that_claims_another_size_is_not_decoded(bundle_contract: ModelCon
 def test_the_same_detections_match() -> None:
     found = _detections((0, 0, 10, 10, 0.9, 0), (20, 20, 40, 40, 0.6, 1))
     result = compare_golden(found, found, options=RULE)
-    assert (result.expected, result.found, result.missed, result.extra) == (2, 2, 0, 0)
+    assert (result.expected, result.detected, result.missed, result.extra) == (2, 2, 0, 0)
     assert (result.lowest_iou, result.largest_score_difference) == (1.0, 0.0)
 
 
@@ -128,7 +128,7 @@ def test_a_detection_below_the_floor_may_come_or_go() -> None:
 
 def test_one_that_falls_below_the_floor_still_is_a_counterpart() -> None:
     result = compare_golden(_detections((0, 0, 10, 10, 0.31, 0)), _detections((0, 0, 10, 10, 0.25, 0)), options=RULE)
-    assert (result.expected, result.found, result.missed) == (1, 0, 0)
+    assert (result.expected, result.detected, result.missed) == (1, 0, 0)
 
 
 def test_two_for_one_counts_as_one_extra() -> None:
@@ -139,7 +139,7 @@ def test_two_for_one_counts_as_one_extra() -> None:
 
 def test_nothing_on_either_side_is_no_failure_of_the_image() -> None:
     result = compare_golden(_detections(), _detections(), options=RULE)
-    assert (result.expected, result.found, result.lowest_iou) == (0, 0, 1.0)
+    assert (result.expected, result.detected, result.lowest_iou) == (0, 0, 1.0)
 
 
 def test_lengths_that_differ_are_refused() -> None:

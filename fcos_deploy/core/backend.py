@@ -1,4 +1,4 @@
-"""One value per thread, made when the thread first asks for it."""
+"""What a runtime is: a backend opens an artifact as a session, which runs it."""
 
 from __future__ import annotations
 
@@ -28,25 +28,6 @@ __all__ = [
     "SessionOptions",
     "Tensors",
 ]
-
-T = TypeVar("T")
-
-
-class PerThread(Generic[T]):
-    """Calls ``make`` once in every thread that asks; a thread's value goes when the thread or this object goes."""
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._local = threading.local()
-
-    def get(self) -> T:
-        """The calling thread's value."""
-        try:
-            value: T = self._local.value
-        except AttributeError:
-            value = self._local.value = self._make()
-        return value
-
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -135,16 +116,16 @@ class Session(ABC):
         Raises:
             TensorMismatchError, BackendError: as ``run``.
         """
-        for one in feeds:
-            self._check(one)
+        for request in feeds:
+            self._check(request)
         return self._run_many(feeds)
 
     def _check(self, feeds: Tensors) -> None:
         if self._closed:
             raise BackendError("The session is closed.")
-        wanted = {spec.name for spec in self.inputs}
-        if set(feeds) != wanted:
-            raise TensorMismatchError(f"The inputs must be {sorted(wanted)}, got {sorted(feeds)}.")
+        names = {spec.name for spec in self.inputs}
+        if set(feeds) != names:
+            raise TensorMismatchError(f"The inputs must be {sorted(names)}, got {sorted(feeds)}.")
         for spec in self.inputs:
             spec.check(feeds[spec.name])
 
@@ -169,7 +150,7 @@ class Session(ABC):
         return self._run(feeds)
 
     def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
-        return [self._run(one) for one in feeds]
+        return [self._run(request) for request in feeds]
 
     def _close(self) -> None:  # noqa: B027  (most runtimes release on deletion)
         pass
@@ -199,7 +180,7 @@ class Backend(ABC):
         """Look at this machine without raising."""
 
     def check_placement(self, contract: ModelContract) -> None:
-        """Refuse an INT8 graph that this runtime would read otherwise than it was meant.
+        """Refuse an INT8 graph whose Q/DQ nodes this runtime would interpret differently.
 
         Raises:
             BackendLoadError: naming the placement and those that fit.
@@ -209,3 +190,25 @@ class Backend(ABC):
                 f"The INT8 graph was quantized for '{contract.placement}', which '{self.name}' does not read as meant.",
                 hint=f"quantize with --for {self.name} (it reads {', '.join(sorted(self.placements))})",
             )
+
+
+T = TypeVar("T")
+
+
+class PerThread(Generic[T]):
+    """One value per thread: ``make`` is called once in every thread that asks.
+
+    A thread's value goes when the thread or this object goes.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._local = threading.local()
+
+    def get(self) -> T:
+        """The calling thread's value."""
+        try:
+            value: T = self._local.value
+        except AttributeError:
+            value = self._local.value = self._make()
+        return value

@@ -228,20 +228,20 @@ SCORE_FORMS: dict[ScoreForm, Callable[[Floats, Floats], Floats]] = {
     ScoreForm.SQRT_PQ: lambda p, q: np.sqrt(p * q),
 }
 
-# The least p * q (or p) for which a form reaches a value.
+# The p * q (or p) at which a form reaches a value.
 _INVERSES: dict[ScoreForm, Callable[[float], float]] = {
     ScoreForm.P: lambda value: value,
     ScoreForm.PQ: lambda value: value,
     ScoreForm.SQRT_PQ: lambda value: value * value,
 }
 
-_MARGIN = 1e-5  # relative, far above the rounding of sigmoid, product and root in float32
+_MARGIN = 1e-5  # relative; sigmoid, product and root in float32 round by less than 1e-6 together
 
-# Narrowing a level down means to read it once more. That pays where at least one in this many of its pairs passes.
+# To narrow a level down is to read it once more, which pays where at least one in this many of its pairs passes.
 _CROWDED = 32
 
-# So many times top-k pairs are ranked to find a level's floor: more make the floor higher, and take longer themselves.
-_LOOKED_AT = 8
+# This many times top-k pairs are ranked to find a level's floor: more of them raise the floor, and take longer.
+_SAMPLED = 8
 
 
 def sigmoid(logits: NDArray[Any]) -> Floats:
@@ -261,18 +261,19 @@ def passing_pairs(
     cls_logits: (L, C) float32 or float16. quality: (L,) float32, the sigmoid of the centerness.
     """
     mask = _PairMask(cls_logits.shape)
+    # q <= 1, so that p * q >= t needs p >= t: a pair whose logit is below that of t fails whatever its centerness is.
     threshold = _INVERSES[spec.profile.gate](spec.score_threshold * (1 - _MARGIN))
-    _above(cls_logits, _logit(threshold), out=mask.pairs)
+    logit = math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
+    _above(cls_logits, logit, out=mask.pairs)
     words = mask.words()
-    narrow, concerned = _keep_best_pairs, [level for level in levels if mask.is_crowded(level, words, spec=spec)]
-    if spec.profile.rank_per_location:  # Not to save time, but part of the rules.
-        narrow, concerned = (
-            _keep_best_locations,
-            [level for level in levels if level[1] - level[0] > spec.pre_nms_top_k],
-        )
-    for first, end in concerned:
+    if spec.profile.rank_per_location:  # a rule of the ecosystem, not a shortcut
+        narrow = _keep_best_locations
+        narrowed = [(first, end) for first, end in levels if end - first > spec.pre_nms_top_k]
+    else:
+        narrow, narrowed = _keep_best_pairs, [level for level in levels if mask.is_crowded(level, words, spec=spec)]
+    for first, end in narrowed:
         narrow(mask.pairs[first:end], cls_logits[first:end], quality[first:end], spec=spec)
-    return mask.flat(mask.words() if concerned else words)
+    return mask.flat(mask.words() if narrowed else words)
 
 
 class _PairMask:
@@ -297,13 +298,9 @@ class _PairMask:
 
     def flat(self, words: NDArray[np.intp]) -> NDArray[np.intp]:
         """Indices of all that are True."""
-        found = np.flatnonzero(self._bytes.view(np.uint64)[words].view(np.bool_))
-        flat: NDArray[np.intp] = words[found >> 3] * 8 + (found & 7)
+        set_bytes = np.flatnonzero(self._bytes.view(np.uint64)[words].view(np.bool_))
+        flat: NDArray[np.intp] = words[set_bytes >> 3] * 8 + (set_bytes & 7)
         return flat
-
-
-def _logit(probability: float) -> float:
-    return math.log(probability / (1 - probability)) if probability > 0 else -math.inf
 
 
 def _above(logits: NDArray[Any], threshold: float, *, out: NDArray[np.bool_]) -> None:
@@ -337,6 +334,7 @@ def _keep_best_pairs(mask: NDArray[np.bool_], cls_logits: NDArray[Any], quality:
     if floor <= 0:
         return
     rows = np.flatnonzero(best >= floor)
+    # rank(p, q) >= floor  <=>  p >= inverse(floor) / q  <=>  logit >= log(p / (1 - p)): one comparison a pair.
     needed = np.full((len(rows), 1), _INVERSES[spec.profile.rank](floor))
     if spec.profile.rank is not ScoreForm.P:
         needed /= quality[rows, None]  # Not zero, since the best pair of these locations reaches the floor.
@@ -347,15 +345,16 @@ def _keep_best_pairs(mask: NDArray[np.bool_], cls_logits: NDArray[Any], quality:
 
 
 def _rank_floor(cls_logits: NDArray[Any], quality: Floats, *, best: Floats, spec: DecodeSpec) -> float:
-    """A rank that at least ``pre_nms_top_k`` passing pairs of a level reach; 0 if none is found.
+    """A rank that at least ``pre_nms_top_k`` passing pairs of a level reach, or 0.
 
-    It is the k-th best rank among some of the pairs: the best of each location, a good choice where p decides, or all
-    pairs of the best locations, a good one where q does. ``best``: (l,) the rank of each location's best pair.
+    The k-th best rank among some pairs is at most the k-th best among all, so that no pair below it is in the top k.
+    Two samples are ranked: the best pair of each location, which gives a high floor where p decides, and all pairs of
+    the best locations, where q does. ``best``: (l,) the rank of each location's best pair.
     """
     k = spec.pre_nms_top_k
-    few = best_first(best, limit=-(-_LOOKED_AT * k // cls_logits.shape[1]))
-    of_few = _passing_ranks(cls_logits[few], quality[few, None], spec=spec)
-    return max(_kth_best(ranks, k) for ranks in (best, of_few.ravel()))
+    locations = best_first(best, limit=-(-_SAMPLED * k // cls_logits.shape[1]))
+    of_best = _passing_ranks(cls_logits[locations], quality[locations, None], spec=spec).ravel()
+    return max((float(np.partition(r, len(r) - k)[-k]) for r in (best, of_best) if len(r) >= k), default=0.0)
 
 
 def _passing_ranks(logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec) -> Floats:
@@ -363,10 +362,6 @@ def _passing_ranks(logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec) -
     p = sigmoid(logits)
     passed = SCORE_FORMS[spec.profile.gate](p, quality) > np.float32(spec.score_threshold)
     return SCORE_FORMS[spec.profile.rank](p, quality) * passed
-
-
-def _kth_best(ranks: Floats, k: int) -> float:
-    return float(np.partition(ranks, len(ranks) - k)[-k]) if len(ranks) >= k else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -416,21 +411,14 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     p, q = sigmoid(head.cls_logits[location, channels]), quality[location]
     passed = SCORE_FORMS[profile.gate](p, q) > np.float32(spec.score_threshold)
     location, channels, p, q = location[passed], channels[passed], p[passed], q[passed]
-    best = _best_of_levels(location, SCORE_FORMS[profile.rank](p, q), levels=levels, spec=spec)
+    limit = None if profile.rank_per_location else spec.pre_nms_top_k  # locations were chosen before
+    ends = np.searchsorted(location, [end for _, end in levels]).tolist()  # ``location`` ascends
+    best = best_of_groups(SCORE_FORMS[profile.rank](p, q), ends, limit=limit)
     best = best if profile.sort_by_score else np.sort(best)
     location, channels = location[best], channels[best]
     scores = SCORE_FORMS[profile.score](p[best], q[best])
     centers = _centers(input_size, spec.strides, profile.centers)
     return Candidates(_boxes(location, head.distances, centers=centers), scores, channels)
-
-
-def _best_of_levels(
-    location: NDArray[np.intp], rank: NDArray[np.float32], *, levels: tuple[tuple[int, int], ...], spec: DecodeSpec
-) -> NDArray[np.intp]:
-    """Indices into ``location``, which ascends: levels in order, best rank first within a level."""
-    limit = None if spec.profile.rank_per_location else spec.pre_nms_top_k  # locations were chosen before
-    ends = np.searchsorted(location, [end for _, end in levels]).tolist()
-    return best_of_groups(rank, ends, limit=limit)
 
 
 def _boxes(location: NDArray[np.intp], distances: NDArray[Any], *, centers: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -461,9 +449,9 @@ def _centers(input_size: tuple[int, int], strides: tuple[int, ...], mode: Center
 
 
 def _check_shapes(head: HeadOutputs, input_size: tuple[int, int], *, locations: int) -> None:
-    wanted = {"distances": (locations, 4), "centerness": (locations, 1)}
+    expected = {"distances": (locations, 4), "centerness": (locations, 1)}
     got = {"distances": head.distances.shape, "centerness": head.centerness.shape}
-    if got != wanted or head.cls_logits.shape[:1] != (locations,) or head.cls_logits.ndim != 2:
+    if got != expected or head.cls_logits.shape[:1] != (locations,) or head.cls_logits.ndim != 2:
         shapes = {"cls_logits": head.cls_logits.shape, **got}
         raise TensorMismatchError(
             f"Head outputs of a {input_size[0]}x{input_size[1]} input must have {locations} locations, got {shapes}.",

@@ -1,4 +1,4 @@
-"""Files that are either complete under their name or not there."""
+"""Files that are either complete under their name or not there, and where compiled models are cached."""
 
 from __future__ import annotations
 
@@ -87,13 +87,14 @@ def _take_place(temporary: Path, path: Path) -> None:
 def _is_of_another_file(error: OSError, path: Path) -> bool:
     """Whether the error names files, none of which is ``path``, its temporary, or in or above one of them."""
     names = [n for n in (error.filename, error.filename2) if isinstance(n, (str, bytes, os.PathLike))]
-    return bool(names) and not any(_is_near(Path(os.fsdecode(name)).absolute(), path.absolute()) for name in names)
-
-
-def _is_near(named: Path, own: Path) -> bool:
-    # The temporary lies beside `own`, and its name begins as that of `own` does.
-    inside = any(part.parent == own.parent and own.stem in part.name for part in (named, *named.parents))
-    return inside or named in own.parents
+    own = path.absolute()
+    for named in (Path(os.fsdecode(name)).absolute() for name in names):
+        # The temporary lies beside the file, and its name contains the file's.
+        if any(part.parent == own.parent and own.stem in part.name for part in (named, *named.parents)):
+            return False
+        if named in own.parents:
+            return False
+    return bool(names)
 
 
 def require_writable(path: Path) -> None:
@@ -140,31 +141,20 @@ _KEPT = 16  # compiled models per backend; a bundle has one to three, and each t
 def model_cache_dir(backend: str, *, key: str) -> Path | None:
     """A folder of this backend and model, made if need be, or None where caching is off or has no place.
 
-    ``key`` names the model by its contents, so that another one under the same path never meets a stale entry. Of each
-    backend the most recently used entries remain.
+    ``key`` names the model by its contents, so that a changed file under the same path never gets a stale entry. Of
+    each backend the most recently used entries remain.
     """
-    root = _root()
-    if root is None:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get(CACHE_VARIABLE, Path(base, "fcos-deploy"))
+    if not root:
         return None
-    folder = root / backend / key
+    folder = Path(root, backend, key)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.touch()
-        _drop_oldest(folder.parent)
+        entries = sorted((e for e in folder.parent.iterdir() if e.is_dir()), key=lambda e: e.stat().st_mtime)
+        for entry in entries[:-_KEPT]:
+            shutil.rmtree(entry, ignore_errors=True)
     except OSError:
         return None  # A read-only home only costs the time to compile.
     return folder if os.access(folder, os.W_OK) else None
-
-
-def _root() -> Path | None:
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen is not None:
-        return Path(chosen) if chosen else None
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fcos-deploy"
-
-
-def _drop_oldest(parent: Path) -> None:
-    entries = sorted((e for e in parent.iterdir() if e.is_dir()), key=lambda e: e.stat().st_mtime, reverse=True)
-    for entry in entries[_KEPT:]:
-        shutil.rmtree(entry, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Reads pictures from files, the same way on every machine."""
+"""Reads images from files, to the same pixels on every machine."""
 
 from __future__ import annotations
 
@@ -26,54 +26,49 @@ _HEADER_LOCK = threading.Lock()
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All picture files in a folder and its subfolders, sorted; hidden files are left out.
+    """All image files in a folder and its subfolders, sorted; hidden files are left out.
 
     Raises:
-        ImageError: when the folder is missing or has no picture.
+        ImageError: when the folder is missing or holds no image.
     """
     if not folder.is_dir():
         raise ImageError(f"'{folder}' is not a folder.", hint="give a folder that holds images")
-    found = sorted(
+    images = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
-    if not found:
+    if not images:
         raise ImageError(
             f"'{folder}' holds no images.", hint=f"expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    return found
+    return images
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """A picture as (h, w, 3) uint8 RGB, upright as its EXIF orientation says.
+    """An image as (h, w, 3) uint8 RGB, upright as its EXIF orientation says.
 
     Grayscale is repeated, 16 bits are cut to the upper 8, transparency is dropped, palettes are looked up.
 
     Raises:
-        ImageError: the file is missing, empty, damaged, not a picture, or larger than ``MAX_IMAGE_PIXELS``.
+        ImageError: the file is missing, empty, damaged, not an image, or larger than ``MAX_IMAGE_PIXELS``.
     """
-    content = _read_bytes(path)
-    header = _open_header(path, content)
-    if header.format == "JPEG" and header.mode in ("L", "RGB"):
-        return _decode_jpeg(path, content)
-    return _decode_pillow(path, header)
-
-
-def _read_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ImageError(f"Cannot read image '{path}': {error.strerror or error}.") from error
     if not content:
         raise ImageError(f"Image '{path}' is empty.")
-    return content
+    header = _open_header(path, content)
+    if header.format == "JPEG" and header.mode in ("L", "RGB"):
+        return _decode_jpeg(path, content)
+    return _decode_pillow(path, header)
 
 
 def _open_header(path: Path, content: bytes) -> Any:  # Any: PIL.Image.Image, imported only when called
     pillow = require("PIL.Image")
     with _HEADER_LOCK, warnings.catch_warnings():
-        # Of pictures of half the bound (to us it is an error beyond, and fine below), and of unreadable metadata.
+        # Pillow warns from half its bound on, and about unreadable metadata; here only the bound itself is an error.
         warnings.simplefilter("ignore")
         try:
             header = pillow.open(io.BytesIO(content))
@@ -87,8 +82,8 @@ def _open_header(path: Path, content: bytes) -> Any:  # Any: PIL.Image.Image, im
     return header
 
 
-def _too_large(path: Path, found: str) -> ImageError:
-    return ImageError(f"Image '{path}' is larger than {MAX_IMAGE_PIXELS} pixels: {found}.", hint="scale it down first")
+def _too_large(path: Path, detail: str) -> ImageError:
+    return ImageError(f"Image '{path}' is larger than {MAX_IMAGE_PIXELS} pixels: {detail}.", hint="scale it down first")
 
 
 def _decode_jpeg(path: Path, content: bytes) -> NDArray[np.uint8]:
@@ -121,16 +116,12 @@ def _decode_pillow(path: Path, image: Any) -> NDArray[np.uint8]:
     try:
         image = require("PIL.ImageOps").exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            return _from_deep_gray(np.asarray(image))
+            # 16-bit values, in whatever type Pillow chose for them: (h, w) -> (h, w, 3) of the upper 8 bits.
+            upper = (np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+            return np.repeat(upper[:, :, None], 3, axis=2)
         if image.mode != "RGB":
             # By way of RGBA: Pillow cannot drop a palette's transparency directly.
             image = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
         return np.array(image, np.uint8)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise ImageError(f"Image '{path}' is damaged: {error}.") from error
-
-
-def _from_deep_gray(gray: NDArray[Any]) -> NDArray[np.uint8]:
-    """(h, w) of 16-bit values in whatever type Pillow chose -> (h, w, 3) uint8."""
-    upper = (np.clip(gray, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
-    return np.repeat(upper[:, :, None], 3, axis=2)

@@ -46,8 +46,8 @@ def postprocess(
     # Overflow in a half-precision engine reaches boxes as infinities, whose overlaps are not numbers and not above any
     # threshold.
     with np.errstate(invalid="ignore", over="ignore"):
-        found = _TAILS[contract.tail](of_image, contract.decode, input_size, letterbox)
-        return _finish(found, contract.decode, letterbox)
+        candidates = _TAILS[contract.tail](of_image, contract.decode, input_size, letterbox)
+        return _finish(candidates, contract.decode, letterbox)
 
 
 def _from_raw(outputs: Outputs, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox) -> Candidates:
@@ -56,16 +56,16 @@ def _from_raw(outputs: Outputs, spec: DecodeSpec, input_size: tuple[int, int], l
 
 
 def _from_candidates(outputs: Outputs, spec: DecodeSpec, _size: tuple[int, int], letterbox: Letterbox) -> Candidates:
-    found = _float_candidates(outputs)
-    return _suppressed(found.take(found.scores >= 0), spec, letterbox)
+    candidates = _float_candidates(outputs)
+    return _suppressed(candidates.take(candidates.scores >= 0), spec, letterbox)
 
 
 def _from_nms(outputs: Outputs, _spec: DecodeSpec, _size: tuple[int, int], _letterbox: Letterbox) -> Candidates:
     count = int(outputs["num_detections"].reshape(-1)[0])
-    found = _float_candidates(outputs)
-    if not 0 <= count <= len(found.scores):
-        raise TensorMismatchError(f"Output 'num_detections' must be in 0..{len(found.scores)}, got {count}.")
-    return found.take(np.arange(count))
+    candidates = _float_candidates(outputs)
+    if not 0 <= count <= len(candidates.scores):
+        raise TensorMismatchError(f"Output 'num_detections' must be in 0..{len(candidates.scores)}, got {count}.")
+    return candidates.take(np.arange(count))
 
 
 _TAILS: dict[Tail, Callable[[Outputs, DecodeSpec, tuple[int, int], Letterbox], Candidates]] = {
@@ -83,23 +83,23 @@ def _float_candidates(outputs: Outputs) -> Candidates:
     return Candidates(boxes.astype(np.float32, copy=False), scores.astype(np.float32, copy=False), labels)
 
 
-def _suppressed(found: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Candidates:
+def _suppressed(candidates: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Candidates:
     """Survivors in the profile's order, boxes clipped as it says, in network-input pixels."""
     profile = spec.profile
-    boxes = _CLIPS[profile.clip](found.boxes, letterbox)
-    found = Candidates(boxes, found.scores, found.channels)
+    boxes = _CLIPS[profile.clip](candidates.boxes, letterbox)
+    candidates = Candidates(boxes, candidates.scores, candidates.channels)
     measured = letterbox.to_image(boxes) if profile.nms_space is NmsSpace.ORIGINAL else boxes
     if profile.box_filter is BoxFilter.BEFORE_NMS:
         solid = _has_area(measured)
-        found, measured = found.take(solid), measured[solid]
+        candidates, measured = candidates.take(solid), measured[solid]
     rule = Suppression(
         iou_threshold=spec.iou_threshold,
         limit=spec.max_detections,
         iou_offset=profile.iou_offset,
         keep_ties=profile.keep_ties,
     )
-    kept = suppress(measured, found.scores, labels=found.channels, rule=rule)
-    return found.take(kept if profile.sort_by_score else np.sort(kept))
+    kept = suppress(measured, candidates.scores, labels=candidates.channels, rule=rule)
+    return candidates.take(kept if profile.sort_by_score else np.sort(kept))
 
 
 def _clip_to(boxes: NDArray[np.float32], width: float, height: float) -> NDArray[np.float32]:
@@ -117,18 +117,16 @@ def _has_area(boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
-def _finish(found: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Detections:
+def _finish(candidates: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Detections:
     """To image pixels, with the final clip and filter where the profile has them, and labels for channels."""
-    boxes = letterbox.to_image(found.boxes)
+    boxes = letterbox.to_image(candidates.boxes)
     if spec.profile.box_filter is BoxFilter.AFTER_FINAL_CLIP:
         boxes = _clip_to(boxes, letterbox.image_width, letterbox.image_height)
         solid = _has_area(boxes)
-        found, boxes = found.take(solid), boxes[solid]
-    return Detections(boxes, found.scores, _labels(found.channels, spec.label_map))
-
-
-def _labels(channels: NDArray[Any], label_map: tuple[int, ...]) -> NDArray[np.int64]:
-    return _label_array(label_map)[channels] if label_map else channels.astype(np.int64)
+        candidates, boxes = candidates.take(solid), boxes[solid]
+    channels = candidates.channels
+    labels = _label_array(spec.label_map)[channels] if spec.label_map else channels.astype(np.int64)
+    return Detections(boxes, candidates.scores, labels)
 
 
 @functools.lru_cache(maxsize=16)

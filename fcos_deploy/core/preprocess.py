@@ -1,4 +1,4 @@
-"""What happens to an image before the network: the contract and the arithmetic (docs/fcos.md, Pixels)."""
+"""What happens to an image before the network: resizing, normalising and padding (docs/fcos.md, Pixels)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ResizeFilter(StrEnum):
 
 
 class SizeRule(StrEnum):
-    """How the resized height and width follow from the image and the wanted size (docs/fcos.md, Pixels).
+    """How the resized height and width follow from the image and the canvas or edges (docs/fcos.md, Pixels).
 
     ``letterbox``: the largest size of the same aspect ratio that fits the canvas, rounded to the nearest pixel. The
     other rules are the five ecosystems' own shortest-edge / longest-edge arithmetic.
@@ -78,7 +78,7 @@ class InputDtype(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessSpec:
-    """From a picture to the input tensor ``(3, H, W)``.
+    """From an image to the input tensor ``(3, H, W)``.
 
     Either ``height`` and ``width`` (a fixed canvas) or ``shortest`` and ``longest`` (the size follows the image, padded
     to a multiple of ``size_divisor``) are given, in pixels. Normalising is ``(pixel / pixel_scale - mean) / std``,
@@ -141,7 +141,8 @@ Size = tuple[int, int]  # height, width
 
 def resized_size(height: int, width: int, spec: PreprocessSpec) -> Size:
     """Height and width of an image of the given size after resizing, before padding; at least 1 each."""
-    new_height, new_width = _RULES[spec.size_rule](height, width, _target(spec))
+    bounds = spec.canvas or (spec.shortest or 0, spec.longest or 0)  # PreprocessSpec has checked that both are there
+    new_height, new_width = _RULES[spec.size_rule](height, width, bounds)
     return max(new_height, 1), max(new_width, 1)
 
 
@@ -157,32 +158,28 @@ def _round_up(size: int, divisor: int) -> int:
     return -(-size // divisor) * divisor
 
 
-def _target(spec: PreprocessSpec) -> Size:
-    """Canvas (height, width), or (shortest, longest) edge."""
-    if spec.canvas is not None:
-        return spec.canvas
-    return spec.shortest or 0, spec.longest or 0  # PreprocessSpec has checked that both are there.
+# ``bounds`` of the rules below: the canvas (height, width), or the (shortest, longest) edge.
 
 
-def _letterbox(height: int, width: int, target: Size) -> Size:
-    scale = min(target[0] / height, target[1] / width)
-    return min(int(height * scale + 0.5), target[0]), min(int(width * scale + 0.5), target[1])
+def _letterbox(height: int, width: int, bounds: Size) -> Size:
+    scale = min(bounds[0] / height, bounds[1] / width)
+    return min(int(height * scale + 0.5), bounds[0]), min(int(width * scale + 0.5), bounds[1])
 
 
-def _torchvision(height: int, width: int, target: Size) -> Size:
-    shortest, longest = target
+def _torchvision(height: int, width: int, bounds: Size) -> Size:
+    shortest, longest = bounds
     scale = min(shortest / min(height, width), longest / max(height, width))
     return int(height * scale), int(width * scale)
 
 
-def _mmdetection(height: int, width: int, target: Size) -> Size:
-    shortest, longest = target
+def _mmdetection(height: int, width: int, bounds: Size) -> Size:
+    shortest, longest = bounds
     scale = min(longest / max(height, width), shortest / min(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def _detectron2(height: int, width: int, target: Size) -> Size:
-    shortest, longest = target
+def _detectron2(height: int, width: int, bounds: Size) -> Size:
+    shortest, longest = bounds
     scale = shortest / min(height, width)
     new_height, new_width = (float(shortest), scale * width) if height < width else (scale * height, float(shortest))
     if max(new_height, new_width) > longest:
@@ -191,8 +188,8 @@ def _detectron2(height: int, width: int, target: Size) -> Size:
     return int(new_height + 0.5), int(new_width + 0.5)
 
 
-def _tianzhi(height: int, width: int, target: Size) -> Size:
-    shortest, longest = target
+def _tianzhi(height: int, width: int, bounds: Size) -> Size:
+    shortest, longest = bounds
     short_side, long_side = float(min(height, width)), float(max(height, width))
     size = shortest
     if long_side / short_side * size > longest:
@@ -356,9 +353,9 @@ def _resize_uint8(image: NDArray[np.uint8], spec: PreprocessSpec, size: tuple[in
         return np.asarray(resized)
     # On uint8 the filters 'cv2' and 'torch' are the same one: half-pixel bilinear, rounded.
     cv2 = require("cv2")
-    target = _scratch.of_size(height, width)
-    cv2.resize(image, (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
-    return target
+    scratch = _scratch.of_size(height, width)
+    cv2.resize(image, (width, height), dst=scratch, interpolation=cv2.INTER_LINEAR)
+    return scratch
 
 
 def _resize_float32(image: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:

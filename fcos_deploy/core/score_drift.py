@@ -16,7 +16,7 @@ __all__ = ["ClassDrift", "ScoreDrift", "equivalent_threshold", "score_drift"]
 
 _SAME_OBJECT = 0.5  # IoU from which two detections of one class are the same object
 _THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # at which applications operate
-_FEW = 10  # detections above a threshold, below which where they lie is chance
+_FEW = 10  # with fewer detections above a threshold, its equivalent is chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,55 +59,50 @@ def score_drift(
     """
     if len(reference) != len(quantized):
         raise ConfigError(f"The same images are needed: {len(reference)} and {len(quantized)} were given.")
-    seen = sorted({int(label) for found in (*reference, *quantized) for label in found.labels})
+    seen = sorted({int(label) for detections in (*reference, *quantized) for label in detections.labels})
     classes = tuple(_class_drift(class_names[label], label, reference, quantized, threshold) for label in seen)
-    mine, theirs = _all_scores(reference), _all_scores(quantized)
+    before, after = _all_scores(reference), _all_scores(quantized)
+    operating = [t for t in _THRESHOLDS if (before > t).sum() >= _FEW]
     return ScoreDrift(
         threshold,
-        equivalent_threshold(mine, theirs, threshold=threshold),
+        equivalent_threshold(before, after, threshold=threshold),
         classes,
-        tuple((t, equivalent_threshold(mine, theirs, threshold=t)) for t in _THRESHOLDS if (mine > t).sum() >= _FEW),
+        tuple((t, equivalent_threshold(before, after, threshold=t)) for t in operating),
     )
 
 
-def _all_scores(found: Sequence[Detections]) -> NDArray[np.float32]:
-    return np.concatenate([np.empty(0, np.float32), *(d.scores for d in found)])
+def _all_scores(images: Sequence[Detections]) -> NDArray[np.float32]:
+    return np.concatenate([np.empty(0, np.float32), *(detections.scores for detections in images)])
 
 
 def _class_drift(
     name: str, label: int, reference: Sequence[Detections], quantized: Sequence[Detections], threshold: float
 ) -> ClassDrift:
-    pairs = [
-        _matched_scores(_of_class(one, label), _of_class(other, label))
-        for one, other in zip(reference, quantized, strict=True)
-    ]
-    matched = np.concatenate(pairs) if pairs else np.empty((0, 2))
+    before, after = ([_of_class(detections, label) for detections in images] for images in (reference, quantized))
+    matched = np.concatenate([np.empty((0, 2)), *map(_matched_scores, before, after)])
     shift = (matched[:, 1] - matched[:, 0])[matched[:, 0] >= threshold]
-    mine, theirs = (_all_scores([_of_class(d, label) for d in found]) for found in (reference, quantized))
     return ClassDrift(
         name,
         len(shift),
         round(float(shift.mean()), 5) if len(shift) else 0.0,
         round(float(np.abs(shift).max()), 5) if len(shift) else 0.0,
-        equivalent_threshold(mine, theirs, threshold=threshold),
+        equivalent_threshold(_all_scores(before), _all_scores(after), threshold=threshold),
     )
 
 
-def _of_class(found: Detections, label: int) -> Detections:
-    keep = found.labels == label
-    return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
+def _of_class(detections: Detections, label: int) -> Detections:
+    keep = detections.labels == label
+    return Detections(detections.boxes[keep], detections.scores[keep], detections.labels[keep])
 
 
-def _matched_scores(one: Detections, other: Detections) -> NDArray[np.float64]:
-    """(m, 2) scores of the same objects: each of ``one``, best first, takes the most overlapping one that is left."""
-    overlaps = pairwise_iou(one.boxes, other.boxes)
+def _matched_scores(reference: Detections, quantized: Detections) -> NDArray[np.float64]:
+    """(m, 2) scores of the same objects: each of ``reference``, best first, takes the best overlap that is left."""
+    overlaps = pairwise_iou(reference.boxes, quantized.boxes)
     pairs = []
-    for row in range(len(overlaps)):
-        if not overlaps.shape[1]:
-            break
+    for row in range(len(overlaps) if overlaps.shape[1] else 0):
         column = int(overlaps[row].argmax())
         if overlaps[row, column] >= _SAME_OBJECT:
-            pairs.append((one.scores[row], other.scores[column]))
+            pairs.append((reference.scores[row], quantized.scores[column]))
             overlaps[:, column] = -1.0
     return np.array(pairs, np.float64).reshape(-1, 2)
 
@@ -118,11 +113,11 @@ def equivalent_threshold(reference: NDArray[np.float32], quantized: NDArray[np.f
     It lies halfway between the last score that passes and the first that does not, and is ``threshold`` itself where
     that already does.
     """
-    wanted = int((reference > threshold).sum())
+    passing = int((reference > threshold).sum())
     ordered = np.sort(quantized)[::-1].astype(np.float64)
-    if int((quantized > threshold).sum()) == wanted or not len(ordered):
+    if int((quantized > threshold).sum()) == passing or not len(ordered):
         return threshold
-    if wanted >= len(ordered):
+    if passing >= len(ordered):
         return round(float(ordered[-1]) * 0.999, 5)
-    above = float(ordered[wanted - 1]) if wanted else 1.0
-    return round((above + float(ordered[wanted])) / 2, 5)
+    above = float(ordered[passing - 1]) if passing else 1.0
+    return round((above + float(ordered[passing])) / 2, 5)

@@ -1,10 +1,13 @@
-"""What passes a gate, and what the message of one that does not says."""
+"""Which figures keep a gate's limits, and what the message and the JUnit XML of one that does not say."""
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
 import pytest
 
-from fcos_deploy.accuracy.gate import judge_agreement, judge_ap, judge_drop, require_all
+from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_ap, judge_drop, require_all, write_junit
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement, Distribution
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
@@ -83,3 +86,21 @@ def test_agreement_limits() -> None:
 def test_limits_are_checked(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=name):
         Gate(**{name: value})
+
+
+def verdict(passed: bool, message: str) -> Verdict:
+    return Verdict(name="max_map_drop", subject="openvino int8", passed=passed, value=0.04, limit=0.01, message=message)
+
+
+def test_junit_has_a_case_for_every_verdict(tmp_path: Path) -> None:
+    path = tmp_path / "junit.xml"
+    write_junit(path, [verdict(True, "fine"), verdict(False, 'drop 0.04 > 0.01 & "more" <em>')], suite="evaluate")
+    (suite,) = ElementTree.parse(path).getroot()
+    assert suite.attrib == {"name": "evaluate", "tests": "2", "failures": "1", "errors": "0", "skipped": "0"}
+    good, bad = suite
+    assert good.find("failure") is None
+    assert bad.attrib == {"classname": "openvino int8", "name": "max_map_drop"}
+    failure = bad.find("failure")
+    assert failure is not None
+    assert failure.attrib["message"] == 'drop 0.04 > 0.01 & "more" <em>'
+    assert failure.text == "max_map_drop: 0.04, limit 0.01"

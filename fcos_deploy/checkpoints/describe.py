@@ -208,6 +208,7 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
         keys = ", ".join(repr(key)[:40] for key in list(content)[:6])
         raise CheckpointError(f"The file holds no tensors, only {keys or 'nothing'}.")
     tensors = {name: value for name, value in stored.items() if name != "n_averaged"}
+    # Wrappers nest, as in 'module.model.': drop prefixes that all names have, until there is none.
     while prefix := next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), ""):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     for name, value in tensors.items():
@@ -301,7 +302,7 @@ def _infer_resnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any:
     if "backbone.body.layer1.0.conv3.weight" not in tensors:
         return {**network, "block": BlockType.BASIC}
     width, inputs = _shape(tensors, "backbone.body.layer1.0.conv2.weight", 4)[:2]
-    groups = max(1, width // inputs)
+    groups = max(1, width // inputs)  # its weight is (width, width / groups, 3, 3)
     return {**network, "block": BlockType.BOTTLENECK, "groups": groups, "width_per_group": width // groups}
 
 

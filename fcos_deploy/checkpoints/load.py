@@ -130,11 +130,12 @@ _SCALES = "head.regression_head.scales"
 def _assembled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Per-level scales gathered into one vector, and a bias of zeros for tower convolutions that have none."""
     assembled = {name: tensor for name, tensor in tensors.items() if not name.startswith(_SCALES + ".")}
-    levels = len(tensors) - len(assembled)
+    levels = len(tensors) - len(assembled)  # the scales that were left out
     if levels:
         assembled[_SCALES] = torch.cat([tensors[f"{_SCALES}.{level}"].reshape(1) for level in range(levels)])
     for name in list(assembled):
         match = _TOWER_CONV.fullmatch(name)
+        # mmdetection's plain head has no bias; adding zeros is exact, and all networks have the same names.
         if match and assembled[name].ndim == 4:
             assembled.setdefault(f"{match.group(1)}.bias", torch.zeros(assembled[name].shape[0]))
     return assembled

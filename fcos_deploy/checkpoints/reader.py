@@ -243,7 +243,7 @@ def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
     raise CheckpointError(f"'{path}' is not a checkpoint: it is {kind}.", hint=_EXPECTED)
 
 
-# ---- safetensors: a JSON header, then the numbers ----
+# ---- safetensors: the length of the header in 8 bytes, the header in JSON, the numbers ----
 
 _LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
 
@@ -321,6 +321,7 @@ def _read_zip(path: Path) -> CheckpointFile:
 
 def _data_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
+    # 30 bytes, the lengths of name and extra field at 26 and 28, then these two (zip's APPNOTE, 4.3.7).
     header = os.pread(descriptor, 30, entry.header_offset)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise CheckpointError("The zip file's directory does not fit its contents.", hint=_INCOMPLETE)

@@ -27,6 +27,7 @@ __all__ = [
     "COCO_IDS",
     "REG_HEAD",
     "SHARED_TOWER",
+    "UNKNOWN_CLASS_NAMES",
     "Ecosystem",
     "Evidence",
     "Rename",
@@ -240,6 +241,7 @@ def refuse_unsupported(names: Iterable[str]) -> None:
 
 
 _OPTION = "option"  # the source of what the user says
+UNKNOWN_CLASS_NAMES = "unknown: give the names with --classes"  # the source of numbered class names
 
 
 def final_rules(
@@ -255,6 +257,7 @@ def final_rules(
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name in names}
     for source, said in (("the file's metadata", stated), (_OPTION, given)):
         values = {name: value for name, value in said.items() if name in names and value not in (None, ())}
+        # Another profile decodes from its own centers, unless they are given as well.
         if "profile" in values and "centers" not in values and values["profile"] in PROFILES:
             rules = rules.decide(f"{source}: profile", centers=PROFILES[values["profile"]].centers)
         rules = rules.decide(source, **values)
@@ -274,7 +277,7 @@ def _with_class_names(rules: Rules, ecosystem: Ecosystem, network: FcosConfig) -
         return rules.decide(source, class_names=ecosystem.coco_names)
     if not names:
         numbered = tuple(f"class_{i}" for i in range(count))
-        return rules.decide("nobody: give the names with --classes", class_names=numbered)
+        return rules.decide(UNKNOWN_CLASS_NAMES, class_names=numbered)
     # torchvision counts the background as channel 0; tianzhi's labels begin at 1.
     background = rules.label_offset == 1 or rules.profile == "torchvision"
     if len(names) == count - 1 and background:
@@ -300,6 +303,7 @@ def _with_input_type(rules: Rules) -> Rules:
         rules = rules.decide("rule: uint8 for a fixed input size, float32 otherwise", input_dtype=dtype)
     if rules.input_size is not None:
         rules = rules.decide("rule: a fixed input size is filled keeping the ratio", size_rule=SizeRule.LETTERBOX)
+    # OpenCV's bilinear filter of uint8 is torch's of float without antialiasing, rounded to levels (docs/fcos.md).
     if dtype is InputDtype.UINT8 and rules.resize_filter is ResizeFilter.TORCH:
         rules = rules.decide("rule: for uint8 input the same arithmetic, rounded", resize_filter=ResizeFilter.CV2)
     if rules.resize_filter is not ResizeFilter.TORCH and rules.resize_order is not ResizeOrder.RESIZE_FIRST:

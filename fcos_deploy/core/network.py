@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
@@ -97,10 +97,6 @@ class FcosConfig:
     def num_levels(self) -> int:
         """Number of pyramid levels."""
         return len(self.strides)
-
-    def with_classes(self, num_classes: int) -> FcosConfig:
-        """The same network for another number of classes."""
-        return replace(self, num_classes=num_classes)
 
 
 def resnet_config(depth: int, *, num_classes: int, stem_channels: int = 64, fpn_channels: int = 256) -> FcosConfig:

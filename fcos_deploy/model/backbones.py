@@ -58,6 +58,7 @@ class _Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, *, stride: int, config: FcosConfig) -> None:
         super().__init__()
+        # ResNeXt-32x8d: 32 groups of 8 channels in the first stage, of twice as many in each stage after it.
         width = planes * config.width_per_group // config.stem_channels * config.groups
         out_channels = planes * self.expansion
         first, second = (stride, 1) if config.stride_in_1x1 else (1, stride)
@@ -96,6 +97,7 @@ class ResNetBackbone(nn.Module):
             planes = stem << index
             blocks: list[nn.Module] = []
             for position in range(count):
+                # The stem has divided by 4 already, so the first stage keeps its size.
                 stride = 2 if index > 0 and position == 0 else 1
                 blocks.append(block(channels, planes, stride=stride, config=config))
                 channels = planes * block.expansion

@@ -67,7 +67,7 @@ class _Backbone(nn.Module):
 
 
 class _ExtraLevels(nn.Module):
-    """P6 from the pyramid's P5, P7 from relu(P6)."""
+    """P6 from the pyramid's P5 and not from C5, P7 from relu(P6): so in all five ecosystems."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -92,6 +92,7 @@ class _FeaturePyramid(nn.Module):
         """[C3, C4, C5] -> [P3, ..., P7], finest first."""
         top_down = [block(feature) for block, feature in zip(self.inner_blocks, features, strict=True)]
         for i in range(len(top_down) - 2, -1, -1):
+            # To the size of the finer map, not times two: a map of odd size rounds up when it is halved.
             size = cast(list[int], top_down[i].shape[-2:])
             top_down[i] = top_down[i] + nn.functional.interpolate(top_down[i + 1], size=size, mode="nearest")
         levels = [block(feature) for block, feature in zip(self.layer_blocks, top_down, strict=True)]
@@ -171,6 +172,7 @@ class _FcosHead(nn.Module):
 
     def _distances(self, raw: Tensor, level: int) -> Tensor:
         if self._config.has_scales:
+            # Inside the ReLU: relu(s x) = s relu(x) only for s > 0, which training does not promise.
             raw = raw * self.regression_head.scales[level]
         if self._config.box_activation is BoxActivation.EXP:
             return torch.exp(raw)  # in pixels already: no variant with exp multiplies by the stride (docs/fcos.md)

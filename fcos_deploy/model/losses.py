@@ -46,6 +46,7 @@ def assign_targets(boxes: Tensor, labels: Tensor, *, centers: Tensor, strides: T
     upper = torch.where(strides == strides.max(), torch.inf, 8.0 * strides)
     in_range = (longest > lower[:, None]) & (longest <= upper[:, None])
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    # The smallest box that a location may predict wins; one that it may not predict costs infinitely much.
     cost = torch.where(inside & near & in_range, areas[None], torch.inf)
     smallest, index = cost.min(1)
     positive = smallest.isfinite()
@@ -71,6 +72,7 @@ class FcosLosses(NamedTuple):
 def focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Sum of the sigmoid focal loss over logits (..., classes) with 0/1 targets of the same shape."""
     probability = logits.sigmoid()
+    # Not log(sigmoid): for a logit of -100 that is the log of 0.
     log_correct = torch.where(targets > 0, logsigmoid(logits), logsigmoid(-logits))
     wrong = torch.where(targets > 0, 1 - probability, probability)
     weight = torch.where(targets > 0, alpha, 1 - alpha)

@@ -129,6 +129,7 @@ _TO_PIXELS: dict[BoxOutput, Callable[[Tensor, int], Tensor]] = {
 
 def _check_outputs(adapter: _Adapter, contract: ModelContract) -> None:
     """Run once on a black image, and compare the shapes with what the contract says."""
+    # Without a fixed size: four divisors, so that even the coarsest of five levels has a location.
     height, width = contract.preprocess.canvas or (4 * contract.preprocess.size_divisor,) * 2
     try:
         with torch.inference_mode():

@@ -12,6 +12,7 @@ from fcos_deploy.accuracy.dataset import folder_images
 from fcos_deploy.accuracy.layers import LayerFinding, OnnxLayers, first_diverging_layer
 from fcos_deploy.accuracy.parity import ParityImage, ParityReport, compare_stages
 from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
+from fcos_deploy.checkpoints.rules import UNKNOWN_CLASS_NAMES
 from fcos_deploy.core.backend import ComputeType, SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
@@ -117,7 +118,7 @@ def _load_like(request: ParityRequest, candidate: ModelContract) -> LoadedCheckp
     module = require("fcos_deploy.checkpoints.load", extra="export")
     loaded: LoadedCheckpoint = module.load_checkpoint(request.checkpoint, options=options)
     contract = replace(loaded.contract, tail=Tail.RAW)
-    known = any(d.name == "class_names" and not d.source.startswith("nobody") for d in contract.decisions)
+    known = any(d.name == "class_names" and d.source != UNKNOWN_CLASS_NAMES for d in contract.decisions)
     if not known and len(contract.class_names) == len(candidate.class_names):
         contract = replace(contract, class_names=candidate.class_names)
     return replace(loaded, contract=contract)

@@ -29,8 +29,8 @@ def append_log(path: Path, record: dict[str, Any]) -> None:
         fcntl.flock(stream.fileno(), fcntl.LOCK_EX)  # released when the file is closed
         stream.seek(0)
         lines, complete = _split(stream.read(_MAX_BYTES + 1), path)
-        body = json.dumps({**record, "previous": _check_chain(lines, path)}, sort_keys=True, allow_nan=False)
-        line = json.dumps({**json.loads(body), "sha256": _digest(body)}, sort_keys=True) + "\n"
+        text = json.dumps({**record, "previous": _check_chain(lines, path)}, sort_keys=True, allow_nan=False)
+        line = json.dumps({**json.loads(text), "sha256": _digest(text)}, sort_keys=True) + "\n"
         stream.truncate(complete)  # drops a line that a power cut left half-written
         try:
             stream.write(line.encode())
@@ -72,8 +72,8 @@ def _check_chain(lines: list[bytes], path: Path) -> str:
         try:
             record = json.loads(line)
             claimed = record.pop("sha256")
-            body = json.dumps(record, sort_keys=True, allow_nan=False)
-            intact = record["previous"] == previous and claimed == _digest(body)
+            text = json.dumps(record, sort_keys=True, allow_nan=False)
+            intact = record["previous"] == previous and claimed == _digest(text)
             # Another spelling of the same JSON (spaces, escapes) is a change as well.
             exact = json.dumps({**record, "sha256": claimed}, sort_keys=True).encode() == line
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -84,8 +84,8 @@ def _check_chain(lines: list[bytes], path: Path) -> str:
     return previous
 
 
-def _digest(body: str) -> str:
-    return hashlib.sha256(body.encode()).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _changed(path: Path, number: int) -> ChecksumError:

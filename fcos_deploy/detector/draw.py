@@ -1,4 +1,4 @@
-"""Draws detections into a picture, for people to look at."""
+"""Draws detections into an image, for people to look at."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 
 __all__ = ["DrawOptions", "class_color", "draw_detections"]
 
+cv2 = lazy_import("cv2")
+
 Color = tuple[int, int, int]  # red, green, blue
 
-_SMALLEST_WITH_TEXT = 80  # pixels of the shorter side: below, the smallest legible label hides the picture
+_SMALLEST_WITH_TEXT = 80  # pixels of the shorter side: below, the smallest legible label hides the image
 _GOLDEN_RATIO = 0.618033988749895
 
 
@@ -65,17 +67,12 @@ def draw_detections(
     for box, _, label in items:
         _draw_box(canvas, box, color=class_color(label), pen=pen)
     if options.show_labels and pen.outline:
-        labels = [
-            _Label(_text(score, label, names=names, options=options), box, class_color(label))
-            for box, score, label in items
-        ]
+        labels = []
+        for box, score, label in items:
+            name = names[label] if 0 <= label < len(names) else str(label)
+            labels.append(_Label(f"{name} {score:.2f}" if options.show_scores else name, box, class_color(label)))
         _draw_labels(canvas, labels, pen=pen)
     return canvas
-
-
-def _text(score: float, label: int, *, names: Sequence[str], options: DrawOptions) -> str:
-    name = names[label] if 0 <= label < len(names) else str(label)
-    return f"{name} {score:.2f}" if options.show_scores else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +114,15 @@ class _Rectangle:
     right: int
     bottom: int
 
-    def overlaps(self, other: _Rectangle) -> bool:
-        return (
-            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
-        )
+    def overlaps(self, rectangle: _Rectangle) -> bool:
+        beside = self.left >= rectangle.right or rectangle.left >= self.right
+        above_or_below = self.top >= rectangle.bottom or rectangle.top >= self.bottom
+        return not (beside or above_or_below)
 
 
 def _draw_box(canvas: NDArray[np.uint8], box: Sequence[float], *, color: Color, pen: _Pen) -> None:
     if not np.isfinite(box).all():
         return
-    cv2 = require("cv2")
     height, width = canvas.shape[:2]
     left, top, right, bottom = (
         round(min(max(value, 0), limit - 1)) for value, limit in zip(box, (width, height, width, height), strict=True)
@@ -138,7 +134,6 @@ def _draw_box(canvas: NDArray[np.uint8], box: Sequence[float], *, color: Color, 
 
 def _draw_labels(canvas: NDArray[np.uint8], labels: Sequence[_Label], *, pen: _Pen) -> None:
     """Write labels, the last one on top and with the first choice of places."""
-    cv2 = require("cv2")
     places: list[_Rectangle] = []
     for label in reversed(labels):
         (width, height), below = cv2.getTextSize(label.text, cv2.FONT_HERSHEY_SIMPLEX, pen.scale, pen.thickness)
@@ -163,7 +158,7 @@ def _free_place(
         for y in (top - height, top, bottom, bottom - height)
         for x in (left, right - width)
     ]
-    return next((spot for spot in spots if not any(spot.overlaps(other) for other in taken)), spots[0])
+    return next((spot for spot in spots if not any(map(spot.overlaps, taken))), spots[0])
 
 
 def _inside(x: int, y: int, *, size: tuple[int, int], image_size: tuple[int, ...]) -> _Rectangle:

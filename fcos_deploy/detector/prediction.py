@@ -15,7 +15,7 @@ from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.image import list_images, read_image
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector.detector import Detector
@@ -23,6 +23,8 @@ from fcos_deploy.detector.draw import DrawOptions, draw_detections
 from fcos_deploy.detector.sources import VIDEO_SUFFIXES, VideoWriter, frame_count, read_frames
 
 __all__ = ["TABLE_COLUMNS", "Prediction", "predict", "prediction_json", "prediction_rows"]
+
+cv2 = lazy_import("cv2")
 
 TABLE_COLUMNS = ("image", "name", "score", "x1", "y1", "x2", "y2")
 
@@ -56,15 +58,96 @@ def predict(
         ImageError: a source that is missing or empty, or, when all others are done, images that cannot be read.
         ConfigError: ``draw`` cannot be written.
     """
-    images, videos = _sorted_out(sources, without=draw)
-    targets = _Targets(draw, [*images, *videos], options or DrawOptions())
+    images, videos = _split_sources(sources, without=draw)
+    copies = _Copies(draw, [*images, *videos], options or DrawOptions(), detector.names)
     unread: list[ImageError] = []
-    yield from _predict_images(detector, images, targets=targets, unread=unread, progress=progress)
+    yield from _predict_images(detector, images, copies=copies, unread=unread, progress=progress)
     for video in videos:
-        yield from _predict_video(detector, video, targets=targets, progress=progress)
+        copy, total = copies.path(video, ".mp4"), frame_count(video)
+        with VideoWriter(copy, like=video) as writer:
+            for index, frame in enumerate(read_frames(video)):
+                detections = detector.detect(frame)
+                if copy is not None:
+                    writer.write(copies.draw(frame, detections))
+                yield Prediction(
+                    source=video, frame=index, width=frame.shape[1], height=frame.shape[0], detections=detections
+                )
+                progress(video.name, index + 1, max(total, index + 1) if total else 0)
     if unread:
         more = f" And {len(unread) - 1} more." if len(unread) > 1 else ""
         raise ImageError(f"{unread[0].message}{more}", hint=unread[0].hint) from unread[0]
+
+
+def _split_sources(sources: Sequence[Path], *, without: Path | None) -> tuple[list[Path], list[Path]]:
+    """Images, those in folders included, and videos; nothing below ``without``."""
+    images: list[Path] = []
+    videos: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            inside = list_images(source)
+            images += [p for p in inside if without is None or not p.resolve().is_relative_to(without.resolve())]
+        elif source.suffix.lower() in VIDEO_SUFFIXES:
+            videos.append(source)
+        else:
+            images.append(source)
+    return images, videos
+
+
+class _Copies:
+    """Annotated copies: drawn in one way, under the sources' paths below the folder that they have in common."""
+
+    def __init__(
+        self, folder: Path | None, sources: Sequence[Path], options: DrawOptions, names: tuple[str, ...]
+    ) -> None:
+        self._folder, self._options, self._names = folder, options, names
+        parents = [source.resolve().parent for source in sources]
+        self._common = Path(os.path.commonpath(parents)) if parents else Path()
+
+    def path(self, source: Path, suffix: str) -> Path | None:
+        """Where the copy of ``source`` goes; None where none is asked for."""
+        if self._folder is None:
+            return None
+        path = (self._folder / source.resolve().relative_to(self._common)).with_suffix(suffix)
+        if path.resolve() == source.resolve():
+            raise ConfigError(f"Drawing would overwrite '{source}'.", hint="give another folder")
+        return path
+
+    def draw(self, image: NDArray[np.uint8], detections: Detections) -> NDArray[np.uint8]:
+        return draw_detections(image, detections, self._names, options=self._options)
+
+
+def _predict_images(
+    detector: Detector,
+    paths: Sequence[Path],
+    *,
+    copies: _Copies,
+    unread: list[ImageError],
+    progress: ProgressFn,
+) -> Iterator[Prediction]:
+    """In batches; the errors of images that cannot be read are put into ``unread``."""
+    for start in range(0, len(paths), _AT_A_TIME):
+        window = paths[start : start + _AT_A_TIME]
+        images: list[tuple[Path, NDArray[np.uint8]]] = []
+        for path in window:
+            try:
+                images.append((path, read_image(path)))
+            except ImageError as error:
+                unread.append(error)
+        results = detector.detect_batch([image for _, image in images])
+        for (path, image), detections in zip(images, results, strict=True):
+            copy = copies.path(path, ".jpg")
+            if copy is not None:
+                _write_jpeg(copies.draw(image, detections), copy)
+            yield Prediction(source=path, width=image.shape[1], height=image.shape[0], detections=detections)
+        progress("detect", start + len(window), len(paths))
+
+
+def _write_jpeg(image: NDArray[np.uint8], path: Path) -> None:
+    encoded, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    if not encoded:
+        raise ImageError(f"Cannot encode '{path}' as JPEG.")
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.tobytes())
 
 
 def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any]:
@@ -89,90 +172,7 @@ def prediction_rows(prediction: Prediction, names: tuple[str, ...]) -> list[list
     """One row for each detection, in ``TABLE_COLUMNS``; one that says so where there is none."""
     place = prediction.source.name if prediction.frame is None else f"{prediction.source.name}#{prediction.frame}"
     rows = [
-        [place, one["name"], f"{one['score']:.3f}", *(f"{edge:.1f}" for edge in one["box"])]
-        for one in prediction.detections.to_list(names)
+        [place, item["name"], f"{item['score']:.3f}", *(f"{edge:.1f}" for edge in item["box"])]
+        for item in prediction.detections.to_list(names)
     ]
     return rows or [[place, "nothing", *[""] * 5]]
-
-
-def _sorted_out(sources: Sequence[Path], *, without: Path | None) -> tuple[list[Path], list[Path]]:
-    """Images, those in folders included, and videos; nothing below ``without``."""
-    images: list[Path] = []
-    videos: list[Path] = []
-    for source in sources:
-        if source.is_dir():
-            found = list_images(source)
-            images += [path for path in found if without is None or not _is_below(path, without)]
-        elif source.suffix.lower() in VIDEO_SUFFIXES:
-            videos.append(source)
-        else:
-            images.append(source)
-    return images, videos
-
-
-def _is_below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
-
-
-class _Targets:
-    """Where annotated copies go, the sources' paths below what they have in common, and how they are drawn."""
-
-    def __init__(self, folder: Path | None, sources: Sequence[Path], options: DrawOptions) -> None:
-        self.folder = folder
-        self.options = options
-        parents = [source.resolve().parent for source in sources]
-        self._common = Path(os.path.commonpath(parents)) if parents else Path()
-
-    def of(self, source: Path, suffix: str) -> Path | None:
-        if self.folder is None:
-            return None
-        target = (self.folder / source.resolve().relative_to(self._common)).with_suffix(suffix)
-        if target.resolve() == source.resolve():
-            raise ConfigError(f"Drawing would overwrite '{source}'.", hint="give another folder")
-        return target
-
-
-def _predict_images(
-    detector: Detector,
-    paths: Sequence[Path],
-    *,
-    targets: _Targets,
-    unread: list[ImageError],
-    progress: ProgressFn,
-) -> Iterator[Prediction]:
-    """What cannot be read is put into ``unread``."""
-    for start in range(0, len(paths), _AT_A_TIME):
-        window = paths[start : start + _AT_A_TIME]
-        pictures = []
-        for path in window:
-            try:
-                pictures.append((path, read_image(path)))
-            except ImageError as error:
-                unread.append(error)
-        results = detector.detect_batch([image for _, image in pictures])
-        for (path, image), found in zip(pictures, results, strict=True):
-            target = targets.of(path, ".jpg")
-            if target is not None:
-                _write_jpeg(draw_detections(image, found, detector.names, options=targets.options), target)
-            yield Prediction(source=path, width=image.shape[1], height=image.shape[0], detections=found)
-        progress("detect", start + len(window), len(paths))
-
-
-def _predict_video(detector: Detector, path: Path, *, targets: _Targets, progress: ProgressFn) -> Iterator[Prediction]:
-    target, total = targets.of(path, ".mp4"), frame_count(path)
-    with VideoWriter(target, like=path) as writer:
-        for index, image in enumerate(read_frames(path)):
-            found = detector.detect(image)
-            if target is not None:
-                writer.write(draw_detections(image, found, detector.names, options=targets.options))
-            yield Prediction(source=path, frame=index, width=image.shape[1], height=image.shape[0], detections=found)
-            progress(path.name, index + 1, max(total, index + 1) if total else 0)
-
-
-def _write_jpeg(image: NDArray[np.uint8], path: Path) -> None:
-    cv2 = require("cv2")
-    done, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise ImageError(f"Cannot encode '{path}' as JPEG.")
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content.tobytes())

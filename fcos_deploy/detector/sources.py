@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.files import atomic_file
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.libraries import lazy_import
 
 __all__ = ["VIDEO_SUFFIXES", "VideoWriter", "frame_count", "read_frames"]
 
+cv2 = lazy_import("cv2")
+
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
-_USUAL_RATE = 25.0  # frames a second, for files that do not say
+_DEFAULT_RATE = 25.0  # frames a second, for files that do not say their rate
 
 
 def frame_count(path: Path) -> int:
@@ -29,7 +31,7 @@ def frame_count(path: Path) -> int:
         ImageError: the file is missing or not a video.
     """
     with _opened(path) as capture:
-        return max(0, int(capture.get(require("cv2").CAP_PROP_FRAME_COUNT)))
+        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
 
 def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
@@ -38,7 +40,6 @@ def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
     Raises:
         ImageError: the file is missing, not a video, or has no frame.
     """
-    cv2 = require("cv2")
     with _opened(path) as capture:
         empty = True
         while True:
@@ -82,15 +83,13 @@ class VideoWriter:
         Raises:
             ConfigError: this OpenCV cannot write .mp4.
         """
-        cv2 = require("cv2")
         if self._writer is None:
             self._writer = self._open(width=image.shape[1], height=image.shape[0])
         self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
 
     def _open(self, *, width: int, height: int) -> Any:
-        cv2 = require("cv2")
         with _opened(self._like) as capture:
-            rate = capture.get(cv2.CAP_PROP_FPS) or _USUAL_RATE
+            rate = capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_RATE
         code = cv2.VideoWriter_fourcc(*"mp4v")
         writer = cv2.VideoWriter(str(self._temporary), code, rate, (width, height))
         if not writer.isOpened():
@@ -100,7 +99,6 @@ class VideoWriter:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    cv2 = require("cv2")
     capture = cv2.VideoCapture(str(path)) if path.is_file() else None
     if capture is None or not capture.isOpened():
         raise ImageError(f"Cannot read video '{path}'.", hint="is it there, and a video that OpenCV knows?")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from exporters.fp16 import half_precision
 from exporters.graph_passes import name_weights_after_convolutions
@@ -27,7 +27,7 @@ from fcos_deploy.core.files import require_writable
 from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["DEFAULT_OPSET", "Axes", "ExportOptions", "OnnxExport", "export_onnx", "parse_options", "trace"]
+__all__ = ["DEFAULT_OPSET", "Axes", "ExportOptions", "OnnxExport", "export_onnx", "trace"]
 
 torch = lazy_import("torch", extra="export")
 onnx = lazy_import("onnx", extra="export")
@@ -42,7 +42,6 @@ _TRACED_OPSET = 18  # the exporter's own; older ones are converted afterwards, n
 _NATIVE_GROUP_NORM = 21  # the first opset whose GroupNormalization has a scale for every channel, as torch's has
 _TOLERANCE = 1e-3  # relative; torch and ONNX Runtime sum convolutions in different orders
 _OPEN_SIZE = (256, 320)  # example height and width where the graph leaves them open
-_Word = TypeVar("_Word", bound=StrEnum)
 
 
 class HasModel(Protocol):
@@ -76,33 +75,6 @@ class ExportOptions:
             raise ConfigError(f"The batch must be at least 1, got {self.batch}.", hint="or 'dynamic'")
         if self.precision is Precision.INT8:
             raise ConfigError("An export is fp32 or fp16.", hint="INT8 is made by 'fcos-deploy quantize'")
-
-
-def parse_options(
-    *, opset: int | None, tail: Tail, batch: str, simplify: bool, precision: str, nms_form: str
-) -> ExportOptions:
-    """``ExportOptions`` from the command line's words; ``batch`` is a number or "dynamic".
-
-    Raises:
-        ConfigError: a word that is none of those possible.
-    """
-    if batch != "dynamic" and not batch.isdigit():
-        raise ConfigError(f"--batch must be a number or 'dynamic', got '{batch}'.")
-    return ExportOptions(
-        opset=DEFAULT_OPSET if opset is None else opset,
-        tail=tail,
-        batch=None if batch == "dynamic" else int(batch),
-        simplify=simplify,
-        precision=_word(Precision, precision, option="--precision"),
-        nms_form=_word(NmsForm, nms_form, option="--nms-form"),
-    )
-
-
-def _word(kind: type[_Word], text: str, *, option: str) -> _Word:
-    words = [member.value for member in kind]
-    if text not in words:
-        raise ConfigError(f"{option} must be one of {', '.join(words)}, got '{text}'.")
-    return kind(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ def command(
     also: cli.Also = None,
     image: Annotated[Path | None, cli.option("Image to detect on. Default: one of the demo's.", metavar="FILE")] = None,
     rounds: cli.Rounds = 20,
-    warmup: Annotated[int, cli.option("Detections of every model before the first is timed.", min=0, metavar="N")] = 5,
+    warmup: Annotated[int, cli.option("Detections of every model before the first is timed.", min=0)] = 5,
     seconds: Annotated[
         float, cli.option("Duration of the throughput measurement in seconds.", min=0.1, metavar="S")
     ] = 3.0,

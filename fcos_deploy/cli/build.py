@@ -23,6 +23,7 @@ def command(
             "Backend to build for, such as openvino or tensorrt; 'fcos-deploy doctor' lists them.",
             metavar="NAME",
             panel=cli.RUNTIME,
+            autocompletion=cli.complete_backend,
         ),
     ],
     output: Annotated[Path, cli.output("Artifact to write; its contract goes beside it.")],
@@ -86,10 +87,10 @@ def command(
         ),
     ] = None,
     builds: Annotated[
-        int, cli.option("Number of builds, of which the fastest is kept.", min=1, metavar="N", panel=cli.TENSORRT)
+        int, cli.option("Number of builds, of which the fastest is kept.", min=1, panel=cli.TENSORRT)
     ] = 1,
     dla_core: Annotated[
-        int | None, cli.option("DLA core to build for. Default: the GPU.", min=0, metavar="N", panel=cli.TENSORRT)
+        int | None, cli.option("DLA core to build for. Default: the GPU.", min=0, panel=cli.TENSORRT)
     ] = None,
     dla_strict: Annotated[
         bool, cli.option("Refusal of layers that would fall back to the GPU.", "--dla-strict", panel=cli.TENSORRT)

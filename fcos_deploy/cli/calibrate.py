@@ -25,10 +25,8 @@ def command(
             metavar="FILE",
         ),
     ] = None,
-    count: Annotated[
-        int | None, cli.option("Number of images to choose. Default: up to 128.", min=1, metavar="N")
-    ] = None,
-    seed: Annotated[int, cli.option("Random seed for choosing calibration images.", metavar="N")] = 0,
+    count: Annotated[int | None, cli.option("Number of images to choose. Default: up to 128.", min=1)] = None,
+    seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
     evaluation_images: Annotated[
         Path | None, cli.option("Images that accuracy will be measured on; an overlap is reported.", metavar="PATH")
     ] = None,

@@ -30,7 +30,11 @@ def command(
     annotations: cli.Annotations = None,
     target: Annotated[
         list[str] | None,
-        cli.option("Device profile to build for, such as jetson-orin-nano; repeatable. Default: none.", metavar="NAME"),
+        cli.option(
+            "Device profile to build for, such as jetson-orin-nano; repeatable. Default: none.",
+            metavar="NAME",
+            autocompletion=cli.complete_target,
+        ),
     ] = None,
     backend: Annotated[
         list[str] | None,
@@ -38,15 +42,16 @@ def command(
             "Backend to build for, repeatable. Default: every backend that runs on this machine.",
             metavar="NAME",
             panel=cli.RUNTIME,
+            autocompletion=cli.complete_backend,
         ),
     ] = None,
     max_map_drop: Annotated[
         float, cli.option("Largest loss of AP of INT8, 0.01 for one point.", metavar="AP", panel=cli.GATE)
     ] = 0.01,
     calibration_count: Annotated[
-        int | None, cli.option("Number of calibration images to choose. Default: up to 128.", metavar="N")
+        int | None, cli.option("Number of calibration images to choose. Default: up to 128.")
     ] = None,
-    seed: Annotated[int, cli.option("Random seed for choosing calibration images.", metavar="N")] = 0,
+    seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
     opset: cli.Opset = None,
     dry_run: Annotated[bool, cli.option("Plan of what would be built, without building it.", "--dry-run")] = False,
     as_json: cli.Json = False,

@@ -24,9 +24,7 @@ def command(
         Path | None, cli.option("Model to compare with, usually the checkpoint.", metavar="MODEL")
     ] = None,
     limit: cli.Limit = None,
-    resamples: Annotated[
-        int, cli.option("Bootstrap resamples of the intervals; 0 for no intervals.", min=0, metavar="N")
-    ] = 1000,
+    resamples: Annotated[int, cli.option("Bootstrap resamples of the intervals; 0 for no intervals.", min=0)] = 1000,
     predictions: Annotated[
         Path | None, cli.option("Folder to keep detections in; an interrupted run resumes from it.", metavar="DIR")
     ] = None,

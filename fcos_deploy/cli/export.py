@@ -9,6 +9,7 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
+from fcos_deploy.core.errors import ConfigError
 
 __all__ = ["command"]
 
@@ -34,11 +35,18 @@ def command(
     options: CheckpointOptions,
 ) -> None:
     """Export a checkpoint to an ONNX graph that carries its contract, and compare the graph with PyTorch."""
-    from exporters.torch_onnx import export_onnx, parse_options
+    from exporters.torch_onnx import DEFAULT_OPSET, ExportOptions, export_onnx
     from fcos_deploy.checkpoints.load import load_checkpoint
 
-    export_options = parse_options(
-        opset=opset, tail=tail, batch=batch, simplify=simplify, precision=precision, nms_form=nms_form
+    if batch != "dynamic" and not batch.isdecimal():
+        raise ConfigError(f"--batch must be a number or 'dynamic', got '{batch}'.")
+    export_options = ExportOptions(
+        opset=DEFAULT_OPSET if opset is None else opset,
+        tail=tail,
+        batch=None if batch == "dynamic" else int(batch),
+        simplify=simplify,
+        precision=precision,
+        nms_form=nms_form,
     )
     with progress_bar() as progress:
         loaded = load_checkpoint(checkpoint, options=options)

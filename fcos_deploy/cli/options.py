@@ -58,6 +58,8 @@ __all__ = [
     "Server",
     "Target",
     "Threads",
+    "complete_backend",
+    "complete_target",
     "option",
     "output",
     "reference_options",
@@ -85,6 +87,20 @@ def output(help: str, *, metavar: str = "FILE") -> Any:  # noqa: A002  # as in t
     return option(help, "-o", "--output", metavar=metavar)
 
 
+def complete_backend(incomplete: str) -> list[str]:
+    """Backends whose names begin so, for shells."""
+    from fcos_deploy.core.registry import all_backends
+
+    return [name for name in all_backends() if name.startswith(incomplete)]
+
+
+def complete_target(incomplete: str) -> list[str]:
+    """Device profiles whose names begin so, for shells."""
+    from fcos_deploy.targets.profiles import profile_names
+
+    return [name for name in profile_names() if name.startswith(incomplete)]
+
+
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of any supported ecosystem.")]
 Graph = Annotated[Path, typer.Argument(metavar="MODEL", help="Float ONNX graph.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint, ONNX file, OpenVINO IR, engine or bundle.")]
@@ -102,26 +118,27 @@ Annotations = Annotated[
         metavar="FILE",
     ),
 ]
-Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1, metavar="N")]
-Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1, metavar="N")]
-Opset = Annotated[int | None, option("ONNX operator set, 17 to 23. Default: 17.", metavar="N")]
+Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
+Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
+Opset = Annotated[int | None, option("ONNX operator set, 17 to 23. Default: 17.")]
 Target = Annotated[
-    str, option("Device profile, such as jetson-orin-nano, or a TOML file of one. Default: none.", metavar="NAME")
+    str,
+    option(
+        "Device profile, such as jetson-orin-nano, or a TOML file of one. Default: none.",
+        metavar="NAME",
+        autocompletion=complete_target,
+    ),
 ]
 
-_BACKEND = "'fcos-deploy doctor' lists them. Default: the one that the model is meant for."
-Backend = Annotated[
-    str, typer.Option(metavar="NAME", help=f"Runtime to use; {_BACKEND}", rich_help_panel=RUNTIME, show_default=False)
-]
+_BACKEND = "Runtime to use{}; 'fcos-deploy doctor' lists them. Default: the one that the model is meant for."
+Backend = Annotated[str, option(_BACKEND.format(""), metavar="NAME", panel=RUNTIME, autocompletion=complete_backend)]
 Backends = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help=f"Runtime to use, repeatable; {_BACKEND}", rich_help_panel=RUNTIME),
+    option(_BACKEND.format(", repeatable"), metavar="NAME", panel=RUNTIME, autocompletion=complete_backend),
 ]
 _PRECISION = "Precision of the bundle's artifact to use{}. Default: the bundle's choice."
-BundlePrecision = Annotated[Precision | None, typer.Option(help=_PRECISION.format(""), rich_help_panel=RUNTIME)]
-BundlePrecisions = Annotated[
-    list[Precision] | None, typer.Option(help=_PRECISION.format(", repeatable"), rich_help_panel=RUNTIME)
-]
+BundlePrecision = Annotated[Precision | None, option(_PRECISION.format(""), panel=RUNTIME)]
+BundlePrecisions = Annotated[list[Precision] | None, option(_PRECISION.format(", repeatable"), panel=RUNTIME)]
 Device = Annotated[
     str,
     option(
@@ -131,9 +148,7 @@ Device = Annotated[
     ),
 ]
 Compute = Annotated[ComputeType, option("Type that the runtime computes float layers in.", panel=RUNTIME)]
-Threads = Annotated[
-    int | None, option("Threads of the runtime. Default: the runtime's choice.", min=1, metavar="N", panel=RUNTIME)
-]
+Threads = Annotated[int | None, option("Threads of the runtime. Default: the runtime's choice.", min=1, panel=RUNTIME)]
 Server = Annotated[
     str,
     option(

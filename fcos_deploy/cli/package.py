@@ -28,20 +28,15 @@ def command(
     name: Annotated[
         str, cli.option("Name of the served model. Default: the bundle's.", metavar="NAME", panel=cli.SERVING)
     ] = "",
-    version: Annotated[int, cli.option("Version of the served model.", metavar="N", panel=cli.SERVING)] = 1,
+    version: Annotated[int, cli.option("Version of the served model.", panel=cli.SERVING)] = 1,
     server: cli.Server = "",
-    max_batch: Annotated[
-        int, cli.option("Largest batch to join requests into; 0 for none.", metavar="N", panel=cli.SERVING)
-    ] = 0,
+    max_batch: Annotated[int, cli.option("Largest batch to join requests into; 0 for none.", panel=cli.SERVING)] = 0,
     queue_delay_us: Annotated[
         int, cli.option("Longest wait for a batch to fill, in microseconds.", metavar="US", panel=cli.SERVING)
     ] = 2000,
-    instances: Annotated[
-        int, cli.option("Instances of the model that run side by side.", metavar="N", panel=cli.SERVING)
-    ] = 1,
+    instances: Annotated[int, cli.option("Instances of the model that run side by side.", panel=cli.SERVING)] = 1,
     gpu: Annotated[
-        list[int] | None,
-        cli.option("GPU to serve on, repeatable. Default: the engine's choice.", metavar="N", panel=cli.SERVING),
+        list[int] | None, cli.option("GPU to serve on, repeatable. Default: the engine's choice.", panel=cli.SERVING)
     ] = None,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,

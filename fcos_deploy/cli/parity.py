@@ -19,7 +19,7 @@ def command(
     *,
     reference: cli.Reference,
     images: cli.Images,
-    limit: Annotated[int, cli.option("Number of images to use.", min=1, metavar="N")] = 4,
+    limit: Annotated[int, cli.option("Number of images to use.", min=1)] = 4,
     strict: Annotated[bool, cli.option("Tolerances of float32, whatever the model's precision.", "--strict")] = False,
     layers: Annotated[bool, cli.option("Search for the first layer that diverges (ONNX files).", "--layers")] = False,
     backend: cli.Backend = "",

@@ -17,8 +17,7 @@ def command(
     *,
     output: Annotated[Path, cli.output("INT8 model to write: .onnx, or .xml with --quantizer nncf.")],
     calibration: Annotated[
-        Path | None,
-        cli.option("Ranges of this graph, from 'fcos-deploy calibrate'; needed by qdq.", metavar="FILE"),
+        Path | None, cli.option("Ranges of this graph, from 'fcos-deploy calibrate'; needed by qdq.", metavar="FILE")
     ] = None,
     consumer: Annotated[
         str, cli.option("Backend that will run the model, or a Q/DQ placement.", "--for", metavar="NAME")
@@ -50,10 +49,7 @@ def command(
     evaluations: Annotated[
         int,
         cli.option(
-            "Largest number of INT8 and float mixtures to evaluate; 1 allows no layer in float.",
-            min=1,
-            metavar="N",
-            panel=cli.GATE,
+            "Largest number of INT8 and float mixtures to evaluate; 1 allows no layer in float.", min=1, panel=cli.GATE
         ),
     ] = 16,
     threads: cli.Threads = None,

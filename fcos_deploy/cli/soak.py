@@ -20,10 +20,8 @@ def command(
     images: Annotated[
         Path | None, cli.option("Folder of the images. Default: generated images.", metavar="DIR")
     ] = None,
-    inferences: Annotated[int, cli.option("Number of inferences in all.", min=1, metavar="N")] = 20_000,
-    concurrency: Annotated[
-        int, cli.option("Number of threads that call the detector at a time.", min=1, metavar="N")
-    ] = 8,
+    inferences: Annotated[int, cli.option("Number of inferences in all.", min=1)] = 20_000,
+    concurrency: Annotated[int, cli.option("Number of threads that call the detector at a time.", min=1)] = 8,
     max_memory_growth: Annotated[
         float,
         cli.option(

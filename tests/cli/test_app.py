@@ -127,6 +127,23 @@ def test_version_and_completion() -> None:
     assert {"--install-completion", "--show-completion"} <= {opt for p in GROUP.params for opt in p.opts}
 
 
+def test_shells_complete_commands_options_and_names() -> None:
+    def completed(words: str) -> list[str]:
+        program = [
+            sys.executable,
+            "-c",
+            "from fcos_deploy.cli.app import build_app; build_app()(prog_name='fcos-deploy')",
+        ]
+        position = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        environment = {**os.environ, **position, "_FCOS_DEPLOY_COMPLETE": "complete_bash"}
+        return subprocess.run(program, capture_output=True, text=True, check=False, env=environment).stdout.split()
+
+    assert completed("fcos-deploy ver") == ["verify", "verify-signature"]
+    assert "--score-threshold" in completed("fcos-deploy predict --sc")
+    assert completed("fcos-deploy predict --backend openv") == ["openvino"]
+    assert "jetson-orin-nano" in completed("fcos-deploy deploy --target jetson-o")
+
+
 def test_verbose_tells_the_steps_and_quiet_only_errors(tiny_checkpoint: Path, tmp_path: Path) -> None:
     export = ("export", tiny_checkpoint, "-o", tmp_path / "m.onnx", "--no-simplify", "--json")
     quiet = _run(*export, "-q")

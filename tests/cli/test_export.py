@@ -70,3 +70,20 @@ def test_output_that_cannot_be_written(tmp_path: Path, command: str) -> None:
 def test_input_size_that_is_no_multiple_of_32_names_the_nearest(tmp_path: Path) -> None:
     result = _run("export", CHECKPOINT, "-o", tmp_path / "m.onnx", "--input-size", "300x400")
     _refused(result, "300x400", "288x384", code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--batch", "many", "--batch must be a number or 'dynamic', got 'many'."),
+        ("--batch", "0", "batch must be at least 1"),
+        ("--precision", "half", "Invalid value for '--precision'"),
+        ("--precision", "int8", "INT8 is made by 'fcos-deploy quantize'"),
+        ("--nms-form", "soft", "Invalid value for '--nms-form'"),
+        ("--input-size", "640", "--input-size must be height x width such as 640x640, got '640'."),
+        ("--mean", "1,2", "Expected three numbers separated by commas, got '1,2'."),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(option: str, value: str, message: str, tmp_path: Path) -> None:
+    _refused(_run("export", CHECKPOINT, "-o", tmp_path / "m.onnx", option, value), message, code=2)
+    assert list(tmp_path.iterdir()) == []

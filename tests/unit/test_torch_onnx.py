@@ -19,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from exporters import torch_onnx  # noqa: E402
 from exporters.onnx_file import NAMES_KEY, load_onnx, opset_of  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
-from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, parse_options, trace  # noqa: E402
+from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, trace  # noqa: E402
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.enums import NmsForm, Precision, Tail  # noqa: E402
@@ -262,22 +262,6 @@ def test_an_unsupported_opset_is_refused(opset: int) -> None:
 def test_a_size_that_is_no_multiple_of_32_is_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"130x160 is not a multiple of 32"):
         load_checkpoint(tiny_checkpoint, options=CheckpointOptions(input_size=(130, 160)))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"batch": "many"}, "--batch must be a number or 'dynamic', got 'many'"),
-        ({"batch": "0"}, "batch must be at least 1"),
-        ({"precision": "int8"}, "An export is fp32 or fp16"),
-        ({"precision": "half"}, "--precision must be one of fp32, fp16, int8, got 'half'"),
-        ({"nms_form": "soft"}, "--nms-form must be one of onnx, static"),
-    ],
-)
-def test_words_that_cannot_be_meant_are_refused(wrong: dict[str, str], message: str) -> None:
-    words = {"batch": "1", "precision": "fp32", "nms_form": "onnx", **wrong}
-    with pytest.raises(ConfigError, match=message):
-        parse_options(opset=None, tail=Tail.RAW, simplify=True, **words)
 
 
 def test_a_model_that_torch_cannot_trace_is_an_export_error(loaded: LoadedCheckpoint, tmp_path: Path) -> None:

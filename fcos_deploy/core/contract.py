@@ -158,7 +158,7 @@ def sidecar_path(path: Path) -> Path:
 
 
 def write_sidecar(path: Path, contract: ModelContract, record: dict[str, str] | None = None) -> Path:
-    """Write the contract, and how the artifact was made, beside it."""
+    """Write the contract, and the record of the build, beside an artifact."""
     content = {"contract": to_json(contract), "record": record or {}}
     write_text(sidecar_path(path), json.dumps(content, indent=1, sort_keys=True) + "\n")
     return sidecar_path(path)
@@ -179,7 +179,7 @@ def read_contract(path: Path) -> ModelContract:
 
 
 def find_contract(path: Path) -> ModelContract | None:
-    """As ``read_contract``, but None for an artifact of elsewhere that carries none.
+    """As ``read_contract``, but None for an artifact of another tool, which carries none.
 
     Raises:
         BackendLoadError: when the file is missing or damaged.

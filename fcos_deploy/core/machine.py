@@ -162,19 +162,20 @@ def _jetson(root: Path, board: str) -> JetsonFacts | None:
 
 
 def _nvidia_gpus() -> tuple[tuple[tuple[str, str], ...], str]:
-    """Asks the driver's own library, which every NVIDIA machine has, a Jetson without nvidia-smi and NVML too."""
-    try:
-        return _ask_driver(ctypes.CDLL("libcuda.so.1"))
-    except (OSError, AttributeError):  # Not there, no library, or one without a function: an installation cut short.
-        return (), ""
-
-
-def _ask_driver(cuda: ctypes.CDLL) -> tuple[tuple[tuple[str, str], ...], str]:
+    """(GPUs, newest CUDA), from the driver's own library: a Jetson has neither nvidia-smi nor NVML."""
     count, version = ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or cuda.cuDriverGetVersion(ctypes.byref(version)):
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        if (
+            cuda.cuInit(0)
+            or cuda.cuDeviceGetCount(ctypes.byref(count))
+            or cuda.cuDriverGetVersion(ctypes.byref(version))
+        ):
+            return (), ""
+        gpus = tuple(gpu for index in range(count.value) if (gpu := _gpu(cuda, index)))
+    except (OSError, AttributeError):  # no driver, not a library, or a library without one of the functions
         return (), ""
-    gpus = (_gpu(cuda, index) for index in range(count.value))
-    return tuple(gpu for gpu in gpus if gpu), f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return gpus, f"{version.value // 1000}.{version.value % 1000 // 10}"  # 12060 is 12.6
 
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> tuple[str, str] | None:

@@ -156,17 +156,13 @@ def _packages() -> Iterator[Finding]:
         if len(names) > 1:
             remedy = f"keep one: pip uninstall {' '.join(names)}, then install the one you need"
             yield Finding("packages", package, Health.BROKEN, f"installed by {', '.join(names)} at once", remedy)
-    stranger = _shadowing()
-    if stranger:
-        yield Finding("packages", "import path", Health.BROKEN, stranger, "run from another folder, or rename it")
-
-
-def _shadowing() -> str:
-    """Which of our packages is imported from elsewhere than the others: a folder of that name in the way."""
-    places = {name: getattr(sys.modules.get(name), "__file__", None) for name in _OWN_PACKAGES}
-    roots = {name: file.rsplit("/", 2)[0] for name, file in places.items() if file}
+    # A folder with the name of one of our packages, earlier on the import path, is imported in its place.
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in _OWN_PACKAGES}
+    roots = {name: file.rsplit("/", 2)[0] for name, file in files.items() if file}
     home = roots.get(_OWN_PACKAGES[0], "")
-    return "; ".join(f"'{name}' comes from {root}" for name, root in roots.items() if root != home)
+    shadowing = "; ".join(f"'{name}' comes from {root}" for name, root in roots.items() if root != home)
+    if shadowing:
+        yield Finding("packages", "import path", Health.BROKEN, shadowing, "run from another folder, or rename it")
 
 
 def _normal(distribution: str) -> str:
@@ -191,15 +187,16 @@ def compare(examination: Examination, profile: DeviceProfile) -> tuple[Differenc
 
 
 def _common(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:
-    if platform.machine() != profile.machine:
+    facts = examination.facts
+    if facts.machine != profile.machine:
         remedy = "run this on the device; from here, plan for it: fcos-deploy deploy --dry-run"
-        yield Difference("architecture", profile.machine, platform.machine(), remedy)
+        yield Difference("architecture", profile.machine, facts.machine, remedy)
     if sys.version_info[:2] < parse_version(profile.python)[:2]:
         remedy = "make an environment of that Python: python3 -m venv"
         yield Difference("Python", f"{profile.python} or later", platform.python_version(), remedy)
-    if examination.facts.memory_mib < profile.memory_mib * _MEMORY_TOLERANCE:
+    if facts.memory_mib < profile.memory_mib * _MEMORY_TOLERANCE:
         remedy = "lower --workspace-mib, and add swap for builds: sudo fallocate -l 8G /swapfile"
-        yield Difference("memory", f"{profile.memory_mib} MiB", f"{examination.facts.memory_mib} MiB", remedy)
+        yield Difference("memory", f"{profile.memory_mib} MiB", f"{facts.memory_mib} MiB", remedy)
     name = profile.backends[0]
     probe = examination.probes.get(name, BackendProbe(available=False, problem="not registered"))
     if not probe.available:

@@ -99,7 +99,7 @@ def profile_names() -> tuple[str, ...]:
 
 
 def load_profile(name: str) -> DeviceProfile:
-    """A profile by its name, or from a file of one's own (``./my-board.toml``).
+    """A profile by its name, or from a file (``./my-board.toml``).
 
     Raises:
         ConfigError: unknown, unreadable, or a field that does not fit.

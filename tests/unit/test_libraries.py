@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fcos_deploy.core.errors import MissingDependencyError
-from fcos_deploy.core.libraries import require
+from fcos_deploy.core.errors import ConfigError, MissingDependencyError
+from fcos_deploy.core.libraries import lazy_import, library_versions, parse_version, require
 
 
 def test_installed_library_is_returned() -> None:
@@ -40,3 +40,24 @@ def test_broken_library_shows_its_own_error(body: str, tmp_path: Path, monkeypat
     with pytest.raises((ImportError, ZeroDivisionError)) as caught:
         require("broken_library", extra="openvino")
     assert not isinstance(caught.value, MissingDependencyError)
+
+
+def test_a_lazy_library_is_imported_when_it_is_used() -> None:
+    assert lazy_import("json").dumps([1]) == "[1]"
+    missing = lazy_import("no_such_library", extra="openvino")
+    with pytest.raises(MissingDependencyError) as caught:
+        _ = missing.Core
+    assert "fcos-deploy[openvino]" in caught.value.hint
+
+
+def test_versions_of_what_is_installed() -> None:
+    versions = library_versions("numpy", "no-such-distribution", "pytest")
+    assert list(versions) == ["numpy", "pytest"]
+    assert versions["pytest"] == pytest.__version__
+
+
+def test_version_numbers_without_suffixes() -> None:
+    assert parse_version("10.13.3.9") == (10, 13, 3, 9)
+    assert parse_version("2.8.0+cu126") == (2, 8, 0)
+    with pytest.raises(ConfigError, match="not a version number"):
+        parse_version("unknown")

@@ -18,7 +18,7 @@ __all__ = ["Verdict", "judge_agreement", "judge_ap", "judge_drop", "require_all"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One judgement: what of, whether it holds, the figure and its limit, and a sentence with both."""
+    """One judgement: the limit's name and what it was applied to, the figure, the limit, and a sentence with both."""
 
     name: str
     subject: str
@@ -73,18 +73,19 @@ def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str) 
                 message=message,
             )
         )
+    # Scores differ to both sides, so 5 % may lie below the 5th percentile and 5 % above the 95th: 90 % lie between.
     spread = max(abs(scores.p5), abs(scores.p95))
-    verdicts += _judge_spread("max_score_delta", spread, gate.max_score_delta, subject=subject, unit="score")
-    verdicts += _judge_spread("max_box_delta_px", boxes.p95, gate.max_box_delta_px, subject=subject, unit="pixels")
+    for name, share, value, unit, limit in (
+        ("max_score_delta", "90 %", spread, "score", gate.max_score_delta),
+        ("max_box_delta_px", "95 %", boxes.p95, "pixels", gate.max_box_delta_px),
+    ):
+        if limit is not None:
+            message = f"{share} of the matched detections differ by at most {value:.4f} {unit} ({limit:.4f} allowed)"
+            passed = value <= limit
+            verdicts.append(
+                Verdict(name=name, subject=subject, passed=passed, value=value, limit=limit, message=message)
+            )
     return verdicts
-
-
-def _judge_spread(name: str, value: float, limit: float | None, *, subject: str, unit: str) -> list[Verdict]:
-    if limit is None:
-        return []
-    passed = value <= limit
-    message = f"95 % of the matched detections differ by at most {value:.4f} {unit} ({limit:.4f} allowed)"
-    return [Verdict(name=name, subject=subject, passed=passed, value=value, limit=limit, message=message)]
 
 
 def require_all(verdicts: Sequence[Verdict]) -> None:

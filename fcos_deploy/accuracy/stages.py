@@ -253,27 +253,27 @@ def _tensor_stage(
 
 def host_stages(seen: Sequence[SeenImage], reference: ModelContract, candidate: ModelContract) -> list[StageResult]:
     """Decoding and suppression by the candidate's contract, on the reference's outputs."""
-    stated = _stated_otherwise(reference, candidate)
-    spec = replace(candidate.decode, strides=reference.decode.strides)
-    decoded = [i.name for i in seen if not _same_candidates(_decode(i, reference.decode), _decode(i, spec))]
-    changed = replace(reference, decode=_suppression_of(candidate.decode, onto=reference.decode))
-    finished = [i.name for i in seen if not _same_detections(i.finish(reference), i.finish(changed))]
-    return [
-        StageResult(stage="decode", passed=False, detail=f"the {stated} differ")
-        if stated
-        else _host_stage("decode", decoded, count=len(seen)),
-        _host_stage("nms", finished, count=len(seen)),
-    ]
-
-
-def _stated_otherwise(reference: ModelContract, candidate: ModelContract) -> str:
-    """What two contracts say of the outputs and no number shows."""
-    pairs = {
+    # What two contracts say of the outputs and no number shows.
+    stated = {
         "strides of the levels": (reference.decode.strides, candidate.decode.strides),
         "labels of the class channels": (reference.decode.label_map, candidate.decode.label_map),
         "class names": (reference.class_names, candidate.class_names),
     }
-    return next((what for what, (a, b) in pairs.items() if a != b), "")
+    differing = next((what for what, (expected, actual) in stated.items() if expected != actual), "")
+    spec = replace(candidate.decode, strides=reference.decode.strides)
+    decoded = [
+        image.name
+        for image in seen
+        if not _same(_decode(image, reference.decode), _decode(image, spec), "channels", "scores", "boxes")
+    ]
+    changed = replace(reference, decode=_suppression_of(candidate.decode, onto=reference.decode))
+    finished = [i.name for i in seen if not _same(i.finish(reference), i.finish(changed), "boxes", "labels")]
+    return [
+        StageResult(stage="decode", passed=False, detail=f"the {differing} differ")
+        if differing
+        else _host_stage("decode", decoded, count=len(seen)),
+        _host_stage("nms", finished, count=len(seen)),
+    ]
 
 
 def _decode(image: SeenImage, spec: DecodeSpec) -> Candidates:
@@ -281,12 +281,8 @@ def _decode(image: SeenImage, spec: DecodeSpec) -> Candidates:
     return decode(head, spec, input_size=image.input_size)
 
 
-def _same_candidates(first: Candidates, second: Candidates) -> bool:
-    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in ("channels", "scores", "boxes"))
-
-
-def _same_detections(first: Detections, second: Detections) -> bool:
-    return np.array_equal(first.boxes, second.boxes) and np.array_equal(first.labels, second.labels)
+def _same(first: object, second: object, *arrays: str) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in arrays)
 
 
 def _suppression_of(spec: DecodeSpec, *, onto: DecodeSpec) -> DecodeSpec:

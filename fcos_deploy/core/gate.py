@@ -19,8 +19,8 @@ class Gate:
 
     ``min_match_rate``: share of the detections of both detectors that are paired, in 0..1.
     ``min_iou``: overlap that a pair needs; None is 0.5. ``max_score_delta`` (in 0..1) and ``max_box_delta_px`` (image
-    pixels): how far the two of a pair may differ. In an evaluation they hold for 95 % of the pairs; golden detections
-    whose scores differ by more are not paired at all.
+    pixels): how far the two of a pair may differ. In an evaluation they bound percentiles, the 5th and 95th of the
+    scores' differences and the 95th of the boxes'; golden detections whose scores differ by more are not paired at all.
     """
 
     max_map_drop: float | None = None

@@ -211,15 +211,30 @@ def tiny_checkpoint(make_once: MakeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tiny_checkpoint: Path, make_once: MakeOnce) -> Path:
-    """``tiny_checkpoint`` as ONNX, raw tail, batch 1."""
-    from exporters.torch_onnx import export_onnx
+def tiny_export(tiny_checkpoint: Path, make_once: MakeOnce) -> Callable[..., Path]:
+    """``tiny_checkpoint`` as ONNX, once for each set of ``ExportOptions``; read-only by agreement."""
+    from exporters.torch_onnx import ExportOptions, export_onnx
     from fcos_deploy.checkpoints.load import load_checkpoint
 
-    return (
-        make_once("tiny-onnx", lambda folder: export_onnx(load_checkpoint(tiny_checkpoint), folder / "tiny.onnx"))
-        / "tiny.onnx"
-    )
+    paths: dict[str, Path] = {}
+
+    def export(**options: Any) -> Path:
+        def make(folder: Path) -> object:
+            loaded = load_checkpoint(tiny_checkpoint)
+            return export_onnx(loaded, folder / "tiny.onnx", options=ExportOptions(**options))
+
+        name = "-".join(["tiny-onnx", *(f"{option}={value}" for option, value in sorted(options.items()))])
+        if name not in paths:
+            paths[name] = make_once(name, make) / "tiny.onnx"
+        return paths[name]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_export: Callable[..., Path]) -> Path:
+    """``tiny_checkpoint`` as ONNX, raw tail, batch 1."""
+    return tiny_export()
 
 
 @pytest.fixture(scope="session")

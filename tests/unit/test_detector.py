@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -35,20 +35,12 @@ def detector(tiny_onnx: Path) -> Iterator[Detector]:
 
 
 @pytest.fixture(scope="module")
-def batches(tiny_checkpoint: Path) -> dict[str, Path]:
+def batches(tiny_export: Callable[..., Path]) -> dict[str, Path]:
     """ONNX files of a fixed batch of two and of an open one, and with the nms tail."""
-    from exporters.torch_onnx import ExportOptions, export_onnx
-    from fcos_deploy.checkpoints.load import load_checkpoint
-
-    loaded = load_checkpoint(tiny_checkpoint)
-    wanted = {
-        "two": ExportOptions(batch=2),
-        "open": ExportOptions(batch=None),
-        "nms": ExportOptions(tail=Tail.NMS, batch=2),
-    }
     return {
-        name: export_onnx(loaded, tiny_checkpoint.with_name(f"{name}.onnx"), options=options).path
-        for name, options in wanted.items()
+        "two": tiny_export(batch=2),
+        "open": tiny_export(batch=None),
+        "nms": tiny_export(tail=Tail.NMS, batch=2),
     }
 
 

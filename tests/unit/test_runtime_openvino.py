@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fcos_deploy.core.backend import ComputeType, PerformanceHint, Session, SessionOptions, Tensors
+from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.core.registry import get_backend
 from runtimes.openvino import executed_primitives, open_model
@@ -169,15 +170,13 @@ def test_a_reused_buffer_is_shared_not_copied(session: Session, feed: Tensors) -
     assert tensor.data.ctypes.data == buffer["images"].ctypes.data
 
 
-def test_outputs_have_the_models_names_though_compiling_adds_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_outputs_have_the_models_names_though_compiling_adds_others(
+    tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
     from exporters.openvino_ir import EXPORTER
-    from exporters.torch_onnx import ExportOptions, export_onnx
-    from fcos_deploy.checkpoints.load import load_checkpoint
-    from fcos_deploy.core.enums import Tail
     from fcos_deploy.core.exporter import BuildRequest
 
-    onnx = tmp_path / "nms.onnx"
-    export_onnx(load_checkpoint(tiny_checkpoint), onnx, options=ExportOptions(tail=Tail.NMS))
+    onnx = tiny_export(tail=Tail.NMS, batch=2)
     ir = EXPORTER.build(BuildRequest(source=onnx, output=tmp_path / "nms.xml")).files[0]
     options = SessionOptions(threads=1, cache_dir=tmp_path / "cache")
     for path in (onnx, ir, ir):  # the last from the cache

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters.onnx_file import load_onnx, save_onnx
+from exporters.onnx_file import save_onnx
 from exporters.simplify import simplified
 from exporters.step_check import compare, onnx_runner, provoking_feed
 from exporters.torch_onnx import Axes, trace
@@ -27,6 +27,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.network import resnet_config
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.model.fcos import Fcos, LevelOutput
 from fcos_deploy.model.tails import ExportableFcos
@@ -204,7 +205,7 @@ def _variants(model: Fcos, contract: ModelContract) -> dict[str, Callable[[], ob
 
 
 def _require_equal(name: str, path: Path, reference: Path, feeds: list[dict[str, np.ndarray]]) -> None:
-    expected, run = (onnx_runner(load_onnx(p)) for p in (reference, path))
+    expected, run = (onnx_runner(OnnxGraph(p).model) for p in (reference, path))
 
     def turned(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         wanted = expected(feed)

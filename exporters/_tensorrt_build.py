@@ -24,12 +24,13 @@ import numpy as np
 
 from exporters._tensorrt_options import Generation, ProfileShapes, generation_of, profile_shapes
 from fcos_deploy.core.backend import Session, SessionOptions
-from fcos_deploy.core.contract import ModelContract, read_contract, write_sidecar
+from fcos_deploy.core.contract import read_contract, write_sidecar
 from fcos_deploy.core.decode import MAX_TOP_K
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BuildError, ConfigError, DeviceError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.files import atomic_file, require_writable, sha256_file
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import backends_for
 from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple
@@ -116,7 +117,8 @@ def build_engine(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResu
     source, options = request.source, request.options
     if source.suffix != ".onnx":
         raise ConfigError(f"An engine is built from an .onnx file, got '{source.name}'.")
-    contract = read_contract(source)
+    graph = OnnxGraph(source)
+    contract = graph.contract
     for backend in backends_for(builder.kind):
         backend.check_placement(contract)
     if options.precision not in (None, contract.precision):
@@ -129,7 +131,7 @@ def build_engine(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResu
     generation = generation_of(library, import_name=builder.import_name)
     generation.check(options)
     require_writable(request.output)
-    build = _Build(request, contract=contract, generation=generation, library=library, builder=builder)
+    build = _Build(request, graph, generation=generation, library=library, builder=builder)
     plan = build.run()
     with atomic_file(request.output) as temporary:
         temporary.write_bytes(plan)
@@ -143,15 +145,15 @@ class _Build:
     def __init__(
         self,
         request: BuildRequest,
+        graph: OnnxGraph,
         *,
-        contract: ModelContract,
         generation: Generation,
         library: TensorRT,
         builder: BuilderLibrary,
     ) -> None:
         self._request = request
         self._options = request.options
-        self._contract = contract
+        self._contract = graph.contract
         self._generation = generation
         self._trt = library
         self._devices = [device for backend in backends_for(builder.kind) for device in backend.probe().devices]
@@ -160,7 +162,7 @@ class _Build:
             "version": library.__version__,
             "built_on": self._devices[0] if self._devices else "no GPU",
             "platform": f"{platform.system()} {platform.machine()}",
-            "onnx_sha256": sha256_file(request.source),
+            "onnx_sha256": graph.sha256,
             "options": json.dumps(_changed_options(request.options), sort_keys=True),
         }
 

@@ -40,7 +40,8 @@ def convert_to_fp16(source: Path, output: Path, *, progress: ProgressFn = no_pro
     """Write ``source`` with its network in half precision; inputs and outputs keep their types.
 
     Raises:
-        ExportError: ``source`` is not a complete ONNX model, or a weight exceeds half precision.
+        BackendLoadError: ``source`` is not a complete ONNX model, or carries no contract.
+        ExportError: a weight exceeds half precision.
         ConfigError: ``source`` is not fp32, or ``output`` cannot be written.
         StepCheckError: the result is further from its source than half precision explains.
     """

@@ -1,4 +1,4 @@
-"""ONNX models in memory: read, written whole, and with the contract that travels in them."""
+"""ONNX models in memory: written whole, and with the contract that travels in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fcos_deploy.core.libraries import lazy_import
 
 __all__ = [
     "LARGE",
-    "load_onnx",
     "opset_of",
     "save_onnx",
     "with_contract",
@@ -27,24 +26,7 @@ NAMES_KEY = "fcos_deploy.class_names"  # JSON list, for people and for tools tha
 LARGE = 65536  # bytes; smaller tensors may be shapes or factors, which a rewriting looks at
 
 
-def load_onnx(path: Path) -> Any:  # Any: onnx.ModelProto, whose package ships no types
-    """The model of an ONNX file, weights included.
-
-    Raises:
-        ExportError: the file is missing, truncated, or not an ONNX model.
-    """
-    if not path.is_file():
-        raise ExportError(f"'{path}' is not there.")
-    try:
-        model = onnx.load(str(path))
-        onnx.checker.check_model(model)
-    except Exception as error:  # (protobuf, checker and external-data errors share no base class)
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"'{path}' is not a complete ONNX model: {first}", hint="export it again") from error
-    return model
-
-
-def save_onnx(model: Any, path: Path) -> None:
+def save_onnx(model: Any, path: Path) -> None:  # Any: onnx.ModelProto, whose package ships no types
     """Write a model under its final name once it is complete.
 
     Raises:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 
 from exporters.step_check import compare, feed_of
-from fcos_deploy.core.contract import find_contract, read_contract
+from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
-from fcos_deploy.core.files import atomic_file, sha256_file
+from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.registry import get_backend
 from runtimes.onnxruntime import GraphOptimization, open_model
 
@@ -45,7 +46,8 @@ class _OnnxRuntimeExporter(Exporter):
             raise ConfigError(f"A model for ONNX Runtime is named '*.onnx', got '{request.output.name}'.")
         if request.output.resolve() == request.source.resolve():
             raise ConfigError(f"'{request.output}' would overwrite its source.", hint="give another output name")
-        contract = read_contract(request.source)
+        graph = OnnxGraph(request.source)
+        contract = graph.contract
         get_backend(self.name).check_placement(contract)
         started = time.perf_counter()
         request.progress(_STEP, 0, 2)
@@ -68,7 +70,7 @@ class _OnnxRuntimeExporter(Exporter):
         record = {
             "builder": self.name,
             "version": ort.__version__,
-            "onnx_sha256": sha256_file(request.source),
+            "onnx_sha256": graph.sha256,
             "optimization": "extended",
             "check": str(check),
             "seconds": f"{time.perf_counter() - started:.2f}",

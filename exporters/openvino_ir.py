@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.step_check import StepCheck, compare, feed_of
-from fcos_deploy.core.contract import ModelContract, read_contract, write_sidecar
+from fcos_deploy.core.contract import ModelContract, write_sidecar
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BuildError, ConfigError
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
-from fcos_deploy.core.files import atomic_file, sha256_file
+from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.registry import backends_for
 from runtimes.openvino import open_model
 
@@ -42,7 +43,8 @@ class _OpenVinoExporter(Exporter):
             StepCheckError: the IR does not compute what the ONNX file does.
         """
         request.options.refuse_all_but("precision", builder=self.name)
-        contract = self._checked_contract(request)
+        graph = OnnxGraph(request.source)
+        contract = self._checked_contract(request, graph)
         started = time.perf_counter()
         half = Precision.FP16 in (contract.precision, request.options.precision)
         request.progress(_STEP, 0, 1)
@@ -51,7 +53,7 @@ class _OpenVinoExporter(Exporter):
         record = {
             "builder": self.name,
             "version": ov.__version__,
-            "onnx_sha256": sha256_file(request.source),
+            "onnx_sha256": graph.sha256,
             "weights": "fp16" if half else "as in the source",
             "check": str(check),
             "seconds": f"{time.perf_counter() - started:.2f}",
@@ -61,10 +63,10 @@ class _OpenVinoExporter(Exporter):
         sidecar = write_sidecar(request.output, contract, record)
         return BuildResult(files=(request.output, weights, sidecar), record=record)
 
-    def _checked_contract(self, request: BuildRequest) -> ModelContract:
+    def _checked_contract(self, request: BuildRequest, graph: OnnxGraph) -> ModelContract:
         if request.output.suffix != ".xml":
             raise ConfigError(f"An OpenVINO IR is named '*.xml', got '{request.output.name}'.")
-        contract = read_contract(request.source)
+        contract = graph.contract
         for backend in backends_for(self.produces):
             backend.check_placement(contract)
         if request.options.precision is Precision.INT8 and contract.precision is not Precision.INT8:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from exporters.graph_passes import PASSES
-from exporters.onnx_file import LARGE, load_onnx, opset_of, save_onnx, with_weights_aside
+from exporters.onnx_file import LARGE, opset_of, save_onnx, with_weights_aside
 from exporters.step_check import Feeds, Runner, StepCheck, compare, feed_of, onnx_runner
-from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
 from fcos_deploy.core.files import require_writable
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["Simplification", "rewrite_onnx", "simplified", "simplify_onnx"]
@@ -68,8 +69,8 @@ def simplify_onnx(source: Path, output: Path, *, progress: ProgressFn = no_progr
     """Write a graph of at most the same size with the same outputs, opset, open axes and contract.
 
     Raises:
-        ExportError: ``source`` is not a complete ONNX model, or onnxsim cannot read it.
-        BackendLoadError: ``source`` carries no contract, which says what its inputs look like.
+        BackendLoadError: ``source`` is not a complete ONNX model, or carries no contract.
+        ExportError: onnxsim cannot read the graph.
         ConfigError: ``output`` cannot be written.
         StepCheckError: the result does not compute what its source does.
     """
@@ -86,15 +87,14 @@ def rewrite_onnx(
     """Write what ``rewrite`` makes of the graph of ``source``; an input that provokes differences is drawn for it.
 
     Raises:
-        ExportError: ``source`` is not a complete ONNX model.
-        BackendLoadError: ``source`` carries no contract.
+        BackendLoadError: ``source`` is not a complete ONNX model, or carries no contract.
         ConfigError: ``output`` cannot be written.
     """
     started = time.perf_counter()
     progress(step, 0, 2)
     require_writable(output)
-    model = load_onnx(source)
-    contract = read_contract(source)
+    graph = OnnxGraph(source)
+    model, contract = graph.model, graph.contract
     feeds = [feed_of(contract, {name: shape for name, _, shape in map(_interface, model.graph.input)})]
     progress(step, 1, 2)
     result, check = rewrite(model, contract, feeds)

@@ -17,11 +17,12 @@ pytest.importorskip("onnxruntime")
 
 from calibration.placement import PLACEMENTS
 from calibration.qdq import quantize_qdq
-from exporters.onnx_file import load_onnx, save_onnx, with_contract
+from exporters.onnx_file import save_onnx, with_contract
 from fcos_deploy.bundle import DEFAULT_GATES, ArtifactDraft, BundleWriter, Manifest, Provenance, RunDefaults, StepOutput
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.onnx_graph import OnnxGraph
 
 RUN = CliRunner()
 
@@ -37,7 +38,7 @@ def bundle(mini_onnx: Path, mini_graph: Any, mini_calibration: Any, tmp_path_fac
     def make(folder: Path) -> StepOutput:
         shutil.copyfile(mini_onnx, folder / "model.fp32.onnx")
         candidates = replace(read_contract(mini_onnx), tail=Tail.CANDIDATES)
-        save_onnx(with_contract(load_onnx(mini_onnx), candidates), folder / "model.fp32.candidates.onnx")
+        save_onnx(with_contract(OnnxGraph(mini_onnx).model, candidates), folder / "model.fp32.candidates.onnx")
         drafts = [draft(f"model.fp32{tail}.onnx", Precision.FP32) for tail in ("", ".candidates")]
         for placement in ("onnxruntime-cpu", "portable"):
             name = f"model.int8.{placement}.onnx"
@@ -101,7 +102,7 @@ def test_a_calibration_cache_goes_with_the_unquantized_graph(bundle: Path, tmp_p
 
 
 def test_open_axes_become_shapes(mini_onnx: Path, tmp_path: Path) -> None:
-    model = load_onnx(mini_onnx)
+    model = OnnxGraph(mini_onnx).model
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
     save_onnx(model, tmp_path / "open.onnx")
     words = (tmp_path / "open.onnx", "--backend", "tensorrt", "-o", tmp_path / "m", "--batch", "1,2,4")
@@ -145,7 +146,7 @@ def test_an_engine_from_a_bundle_for_a_profile(bundle: Path, tmp_path: Path) -> 
 def nms_tail(mini_onnx: Path, output: Path, *, operator: str = "") -> Path:
     """The graph as an nms tail by its contract, in its static form or with the operator."""
     onnx = pytest.importorskip("onnx")
-    model = load_onnx(mini_onnx)
+    model = OnnxGraph(mini_onnx).model
     if operator:
         model.graph.node.append(onnx.helper.make_node(operator, ["images"], ["unused"]))
     output.write_bytes(with_contract(model, replace(read_contract(mini_onnx), tail=Tail.NMS)).SerializeToString())

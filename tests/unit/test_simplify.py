@@ -24,11 +24,12 @@ from exporters.graph_passes import (  # noqa: E402
     remove_neutral_arithmetic,
     simplify_open_reshapes,
 )
-from exporters.onnx_file import LARGE, load_onnx, save_onnx, with_weights_aside  # noqa: E402
+from exporters.onnx_file import LARGE, save_onnx, with_weights_aside  # noqa: E402
 from exporters.simplify import simplified, simplify_onnx  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
-from fcos_deploy.core.errors import BackendLoadError, ConfigError, ExportError, StepCheckError  # noqa: E402
+from fcos_deploy.core.errors import BackendLoadError, ConfigError, StepCheckError  # noqa: E402
+from fcos_deploy.core.onnx_graph import OnnxGraph  # noqa: E402
 
 
 def _model(nodes: list[object], *, constants: dict[str, np.ndarray], batch: object = "batch") -> object:
@@ -142,7 +143,7 @@ def test_what_no_output_needs_goes() -> None:
 
 def test_a_simplified_file_has_the_same_interface_and_contract(tiny_onnx: Path, tmp_path: Path) -> None:
     made = simplify_onnx(tiny_onnx, tmp_path / "s.onnx")
-    before, after = load_onnx(tiny_onnx), load_onnx(made.path)
+    before, after = OnnxGraph(tiny_onnx).model, OnnxGraph(made.path).model
     assert read_contract(made.path) == read_contract(tiny_onnx)
     assert list(before.graph.output) == list(after.graph.output)
     assert made.nodes <= made.nodes_before
@@ -151,7 +152,7 @@ def test_a_simplified_file_has_the_same_interface_and_contract(tiny_onnx: Path, 
 
 
 def test_a_bloated_file_shrinks(tiny_onnx: Path, tmp_path: Path) -> None:
-    model = load_onnx(tiny_onnx)
+    model = OnnxGraph(tiny_onnx).model
     reads = next(node for node in model.graph.node if "images" in node.input)
     model.graph.node.insert(0, helper.make_node("Identity", ["images"], ["same"], name="needless"))
     reads.input[list(reads.input).index("images")] = "same"
@@ -159,7 +160,7 @@ def test_a_bloated_file_shrinks(tiny_onnx: Path, tmp_path: Path) -> None:
     save_onnx(model, tmp_path / "bloated.onnx")
     made = simplify_onnx(tmp_path / "bloated.onnx", tmp_path / "s.onnx")
     assert made.file_bytes < made.bytes_before - 200_000
-    assert "Identity" not in {node.op_type for node in load_onnx(made.path).graph.node}
+    assert "Identity" not in {node.op_type for node in OnnxGraph(made.path).model.graph.node}
 
 
 def test_a_pass_that_breaks_the_graph_is_caught(
@@ -180,12 +181,12 @@ def test_a_pass_that_breaks_the_graph_is_caught(
 @pytest.mark.parametrize("length", [0, 100, 30_000])
 def test_a_truncated_file_is_refused(tiny_onnx: Path, tmp_path: Path, length: int) -> None:
     (tmp_path / "cut.onnx").write_bytes(tiny_onnx.read_bytes()[:length])
-    with pytest.raises(ExportError, match=r"'.*cut\.onnx' is not a complete ONNX model"):
+    with pytest.raises(BackendLoadError, match=r"'.*cut\.onnx' is not a complete ONNX model"):
         simplify_onnx(tmp_path / "cut.onnx", tmp_path / "s.onnx")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"nothing\.onnx' is not there"):
+    with pytest.raises(BackendLoadError, match=r"nothing\.onnx' is not there"):
         simplify_onnx(tmp_path / "nothing.onnx", tmp_path / "s.onnx")
 
 
@@ -206,7 +207,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tiny_onnx: Path, tm
 
 
 def test_what_would_grow_is_not_used(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_onnx(tiny_onnx)
+    model = OnnxGraph(tiny_onnx).model
 
     def grow(source: object) -> object:
         larger = onnx.ModelProto()

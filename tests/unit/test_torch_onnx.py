@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from exporters import torch_onnx  # noqa: E402
-from exporters.onnx_file import NAMES_KEY, load_onnx, opset_of  # noqa: E402
+from exporters.onnx_file import NAMES_KEY, opset_of  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
 from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, trace  # noqa: E402
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
@@ -25,6 +25,7 @@ from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.enums import NmsForm, Precision, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
 from fcos_deploy.core.onnx_file import onnx_interface, onnx_metadata  # noqa: E402
+from fcos_deploy.core.onnx_graph import OnnxGraph  # noqa: E402
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
 from fcos_deploy.core.preprocess import Letterbox  # noqa: E402
 from runtimes.onnxruntime import open_model  # noqa: E402
@@ -99,7 +100,7 @@ def _feeds(model: object, *, batch: int) -> dict[str, np.ndarray]:
 
 
 def _detections(made: OnnxExport, *, batch: int, image: int) -> object:
-    model = load_onnx(made.path)
+    model = OnnxGraph(made.path).model
     outputs = open_model(model.SerializeToString()).run(_feeds(model, batch=batch))
     return postprocess(outputs, made.contract, index=image, input_size=SIZE, letterbox=LETTERBOX)
 
@@ -109,12 +110,12 @@ def test_file_is_a_checked_onnx_model_with_the_contract(export: Callable[..., On
     onnx.checker.check_model(onnx.load(made.path), full_check=True)
     assert read_contract(made.path) == made.contract
     assert onnx_metadata(made.path)[NAMES_KEY] == '["red", "white", "platelet"]'
-    assert opset_of(load_onnx(made.path)) == made.opset == 17
+    assert opset_of(OnnxGraph(made.path).model) == made.opset == 17
 
 
 def test_weights_shared_by_five_levels_are_stored_once(export: Callable[..., OnnxExport]) -> None:
     made = export()
-    towers = [i for i in load_onnx(made.path).graph.initializer if "head.classification_head.conv" in i.name]
+    towers = [i for i in OnnxGraph(made.path).model.graph.initializer if "head.classification_head.conv" in i.name]
     weights = [(i.name, tuple(i.dims)) for i in towers if i.name.endswith(".weight")]
     assert weights.count(("head.classification_head.conv.0.weight", (32, 32, 3, 3))) == 1
     assert len(weights) == 4
@@ -123,7 +124,7 @@ def test_weights_shared_by_five_levels_are_stored_once(export: Callable[..., Onn
 
 
 def test_batch_norm_is_folded_and_nodes_are_named_after_modules(export: Callable[..., OnnxExport]) -> None:
-    graph = load_onnx(export().path).graph
+    graph = OnnxGraph(export().path).model.graph
     assert "BatchNormalization" not in {node.op_type for node in graph.node}
     names = [node.name for node in graph.node if node.op_type == "Conv"]
     assert names[0] == "backbone.body.conv1/Conv"
@@ -163,8 +164,8 @@ def test_tails_give_the_detections_of_the_raw_tail(
     for exported in (made, raw):
         shapes = {spec.name: spec.shape[1:] for spec in onnx_interface(exported.path).outputs}
         assert shapes == {spec.name: spec.shape[1:] for spec in exported.contract.output_specs}
-    images = _feeds(load_onnx(raw.path), batch=batch)["images"]
-    run = onnx_runner(load_onnx(raw.path))
+    images = _feeds(OnnxGraph(raw.path).model, batch=batch)["images"]
+    run = onnx_runner(OnnxGraph(raw.path).model)
     for image in range(batch):
         outputs = run({"images": images[image : image + 1]})
         wanted = postprocess(outputs, raw.contract, index=0, input_size=SIZE, letterbox=LETTERBOX)
@@ -176,7 +177,7 @@ def test_tails_give_the_detections_of_the_raw_tail(
 
 
 def test_only_asked_for_outputs_remain(export: Callable[..., OnnxExport]) -> None:
-    model = load_onnx(export(tail=Tail.NMS, batch=None).path)
+    model = OnnxGraph(export(tail=Tail.NMS, batch=None).path).model
     assert [o.name for o in model.graph.output] == ["boxes", "scores", "labels", "num_detections"]
     assert _axes(model.graph.input[0]) == ["batch", 3, *SIZE]
     assert _axes(model.graph.output[0]) == ["batch", 100, 4]
@@ -187,14 +188,14 @@ def _axes(value: object) -> list[object]:
 
 
 def test_static_nms_needs_no_nms_operator(export: Callable[..., OnnxExport]) -> None:
-    graph = load_onnx(export(tail=Tail.NMS, nms_form=NmsForm.STATIC).path).graph
+    graph = OnnxGraph(export(tail=Tail.NMS, nms_form=NmsForm.STATIC).path).model.graph
     operators = {node.op_type for node in graph.node}
     assert not operators & {"NonMaxSuppression", "NonZero", "Loop", "If"}
 
 
 def test_group_norm_is_one_operator_where_the_opset_has_it(export: Callable[..., OnnxExport]) -> None:
     made = export(opset=21)
-    operators = [node.op_type for node in load_onnx(made.path).graph.node]
+    operators = [node.op_type for node in OnnxGraph(made.path).model.graph.node]
     assert operators.count("GroupNormalization") == 40
     assert "InstanceNormalization" not in operators
 

@@ -18,7 +18,8 @@ import onnx
 
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder
-from exporters.step_check import Feeds, Runner, onnx_runner
+from exporters.step_check import Runner, onnx_runner
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.onnx_graph import OnnxGraph
 
 
@@ -57,7 +58,7 @@ def without_weight_rounding(model: Any, float_model: Any) -> Any:
     return result
 
 
-def noise(reference: Runner, run: Runner, feeds: list[Feeds]) -> str:
+def noise(reference: Runner, run: Runner, feeds: list[Tensors]) -> str:
     """Signal-to-noise ratio of every output in dB."""
     signal: dict[str, float] = {}
     error: dict[str, float] = {}

@@ -15,7 +15,8 @@ import numpy as np
 
 from exporters.onnx_file import with_contract
 from exporters.simplify import Simplification, rewrite_onnx
-from exporters.step_check import Feeds, StepCheck, compare, onnx_runner
+from exporters.step_check import StepCheck, compare, onnx_runner
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError
@@ -46,14 +47,14 @@ def convert_to_fp16(source: Path, output: Path, *, progress: ProgressFn = no_pro
         StepCheckError: the result is further from its source than half precision explains.
     """
 
-    def rewrite(model: Any, contract: ModelContract, feeds: list[Feeds]) -> tuple[Any, StepCheck]:
+    def rewrite(model: Any, contract: ModelContract, feeds: list[Tensors]) -> tuple[Any, StepCheck]:
         result, check = half_precision(model, feeds, contract=contract)
         return with_contract(result, replace(contract, precision=Precision.FP16)), check
 
     return rewrite_onnx(source, output, step="convert to fp16", rewrite=rewrite, progress=progress)
 
 
-def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -> tuple[Any, StepCheck]:
+def half_precision(model: Any, feeds: list[Tensors], *, contract: ModelContract) -> tuple[Any, StepCheck]:
     """``model`` (onnx.ModelProto, left as it is) with its network in half precision, compared on ``feeds``.
 
     Half are the convolutions and what lies between them. In float32 stay the normalisation of pixels in front, and
@@ -83,7 +84,7 @@ def half_precision(model: Any, feeds: list[Feeds], *, contract: ModelContract) -
     return result, check
 
 
-def _require_in_range(model: Any, names: list[str], feeds: list[Feeds]) -> None:
+def _require_in_range(model: Any, names: list[str], feeds: list[Tensors]) -> None:
     """Look at the float32 values themselves: a runtime may compute half nodes in float32 and never show an overflow.
 
     Raises:

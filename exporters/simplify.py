@@ -10,7 +10,8 @@ from typing import Any
 
 from exporters.graph_passes import PASSES
 from exporters.onnx_file import LARGE, opset_of, save_onnx, with_weights_aside
-from exporters.step_check import Feeds, Runner, StepCheck, compare, feed_of, onnx_runner
+from exporters.step_check import Runner, StepCheck, compare, feed_of, onnx_runner
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
@@ -26,7 +27,7 @@ ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
 onnxsim = lazy_import("onnxsim", extra="export")
 
 # The model (onnx.ModelProto), its contract and inputs -> the new model, and what the comparison of both found.
-Rewrite = Callable[[Any, ModelContract, list[Feeds]], tuple[Any, StepCheck]]
+Rewrite = Callable[[Any, ModelContract, list[Tensors]], tuple[Any, StepCheck]]
 
 # Folding constants changes the order of a few float32 operations; a rounding in front of a quantizer may then move a
 # value by one step of its scale.
@@ -75,7 +76,7 @@ def simplify_onnx(source: Path, output: Path, *, progress: ProgressFn = no_progr
         StepCheckError: the result does not compute what its source does.
     """
 
-    def rewrite(model: Any, contract: ModelContract, feeds: list[Feeds]) -> tuple[Any, StepCheck]:
+    def rewrite(model: Any, contract: ModelContract, feeds: list[Tensors]) -> tuple[Any, StepCheck]:
         return simplified(model, feeds, precision=contract.precision)
 
     return rewrite_onnx(source, output, step="simplify", rewrite=rewrite, progress=progress)
@@ -113,7 +114,7 @@ def rewrite_onnx(
 
 
 def simplified(
-    model: Any, feeds: list[Feeds], *, precision: Precision = Precision.FP32, run: Runner | None = None
+    model: Any, feeds: list[Tensors], *, precision: Precision = Precision.FP32, run: Runner | None = None
 ) -> tuple[Any, StepCheck]:
     """A smaller graph with the same outputs on ``feeds``; ``model`` (onnx.ModelProto) is left as it is.
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import StepCheckError
 from runtimes.onnxruntime import GraphOptimization, open_model
 
 __all__ = [
-    "Feeds",
     "Runner",
     "StepCheck",
     "compare",
@@ -25,8 +25,7 @@ __all__ = [
     "remembering",
 ]
 
-Feeds = dict[str, NDArray[Any]]
-Runner = Callable[[Feeds], Feeds]
+Runner = Callable[[Tensors], Tensors]
 
 # Of the candidates and nms tails, whose rows may swap when scores tie.
 _ROW_OUTPUTS = ("boxes", "scores", "labels")
@@ -53,7 +52,7 @@ class StepCheck:
 
 
 def compare(
-    expected: Runner, actual: Runner, feeds: Iterable[Feeds], *, step: str, tolerance: float, row_share: float = 0.01
+    expected: Runner, actual: Runner, feeds: Iterable[Tensors], *, step: str, tolerance: float, row_share: float = 0.01
 ) -> StepCheck:
     """Run both on every feed and compare all outputs.
 
@@ -103,7 +102,7 @@ def _compare_tensor(name: str, expected: NDArray[Any], actual: NDArray[Any], tol
     return StepCheck(step, float(ratio[place]), float(difference[place]), where)
 
 
-def _match_rows(expected: Feeds, actual: Feeds, *, tolerance: float) -> tuple[int, int]:
+def _match_rows(expected: Tensors, actual: Tensors, *, tolerance: float) -> tuple[int, int]:
     """(rows without a partner on the other side, rows), over all images."""
     missing = total = 0
     for image in range(len(expected["scores"])):
@@ -121,7 +120,7 @@ def _match_rows(expected: Feeds, actual: Feeds, *, tolerance: float) -> tuple[in
     return missing, total
 
 
-def _used_rows(outputs: Feeds, image: int) -> NDArray[np.float64]:
+def _used_rows(outputs: Tensors, image: int) -> NDArray[np.float64]:
     """(r, 6): label, score and box of the rows that are not padding."""
     labels, scores = outputs["labels"][image], outputs["scores"][image]
     rows = np.concatenate([labels[:, None], scores[:, None], outputs["boxes"][image]], 1).astype(np.float64)
@@ -140,9 +139,9 @@ def onnx_runner(model: Any) -> Runner:  # Any: onnx.ModelProto, whose package sh
 
 def remembering(run: Runner) -> Runner:
     """``run``, but only once on each feed; feeds are told apart by identity and must not change."""
-    results: dict[int, tuple[Feeds, Feeds]] = {}  # with the feed itself, so that its identity is not used again
+    results: dict[int, tuple[Tensors, Tensors]] = {}  # with the feed itself, so that its identity is not used again
 
-    def remembered(feeds: Feeds) -> Feeds:
+    def remembered(feeds: Tensors) -> Tensors:
         if id(feeds) not in results:
             results[id(feeds)] = feeds, run(feeds)
         return results[id(feeds)][1]
@@ -150,7 +149,7 @@ def remembering(run: Runner) -> Runner:
     return remembered
 
 
-def provoking_feed(images: tuple[int, int, int, int], *, dtype: str, image_sizes: bool, seed: int = 0) -> Feeds:
+def provoking_feed(images: tuple[int, int, int, int], *, dtype: str, image_sizes: bool, seed: int = 0) -> Tensors:
     """Images of what provokes differences: noise, black and white areas, stripes, (float) values far outside.
 
     The areas are not quite flat: on flat ones neighbouring locations score the same to the last digit, and which of
@@ -174,7 +173,7 @@ def provoking_feed(images: tuple[int, int, int, int], *, dtype: str, image_sizes
     return {"images": pixels, "image_sizes": sizes}
 
 
-def feed_of(contract: ModelContract, shapes: Mapping[str, tuple[int | None, ...]]) -> Feeds:
+def feed_of(contract: ModelContract, shapes: Mapping[str, tuple[int | None, ...]]) -> Tensors:
     """A feed that provokes differences; ``shapes`` are those of the graph's inputs, None is a dynamic axis.
 
     Dynamic axes become a batch of 1, and the canvas or, without one, twice the coarsest stride.

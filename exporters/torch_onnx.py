@@ -19,7 +19,8 @@ from exporters.fp16 import half_precision
 from exporters.graph_passes import name_weights_after_convolutions
 from exporters.onnx_file import opset_of, save_onnx, with_contract, with_weights_aside
 from exporters.simplify import simplified
-from exporters.step_check import Feeds, Runner, StepCheck, compare, onnx_runner, provoking_feed, remembering
+from exporters.step_check import Runner, StepCheck, compare, onnx_runner, provoking_feed, remembering
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, ExportError
@@ -182,7 +183,7 @@ def export_onnx(
     )
 
 
-def _feeds(contract: ModelContract, *, batch: int | None, image_sizes: bool) -> list[Feeds]:
+def _feeds(contract: ModelContract, *, batch: int | None, image_sizes: bool) -> list[Tensors]:
     """A feed of the traced example's shape; where axes are open, of a single image and of another size as well."""
     height, width = contract.preprocess.canvas or _OPEN_SIZE
     count = batch or 2  # of an open batch not 1, which torch would take for a constant
@@ -196,7 +197,7 @@ def _feeds(contract: ModelContract, *, batch: int | None, image_sizes: bool) -> 
 
 
 def _torch_runner(module: Any) -> Runner:
-    def run(feeds: Feeds) -> Feeds:
+    def run(feeds: Tensors) -> Tensors:
         with torch.inference_mode():
             tensors = module(*(torch.from_numpy(feeds[name]) for name in module.input_names))
         return {name: tensor.numpy() for name, tensor in zip(module.output_names, tensors, strict=True)}

@@ -92,12 +92,14 @@ class TensorrtFamily(Backend):
     """``device`` is ``cuda`` or ``cuda:N``; ``streams`` is the number of execution contexts."""
 
     @abstractmethod
-    def _load(self, record: Mapping[str, str]) -> TensorRT: ...
+    def _load(self, record: Mapping[str, str]) -> TensorRT:
+        """The library for an engine with this build record; for an empty record any that is installed."""
 
     @abstractmethod
     def _contexts(
         self, library: TensorRT, engine: trt.ICudaEngine, *, path: Path, options: SessionOptions
-    ) -> ContextFactory: ...
+    ) -> ContextFactory:
+        """How this library makes execution contexts of the engine."""
 
     def open(self, path: Path, options: SessionOptions) -> Session:
         """Load the engine on the chosen GPU."""
@@ -115,13 +117,15 @@ class TensorrtFamily(Backend):
         device = choose_device(cuda.devices(), options.device)
         cuda.select(device.index)
         engine = self._engine(library, path, record=record, device=device)
-        return self._session(library, engine, path=path, options=options, cuda=cuda, device=device)
+        session = self._session(library, engine, path=path, options=options, cuda=cuda, device=device)
+        session.contract = contract
+        return session
 
     def _engine(
         self, library: TensorRT, path: Path, *, record: Mapping[str, str], device: CudaDevice
     ) -> trt.ICudaEngine:
         with library_log(library) as (logger, log):
-            # Engines that trtexec built of TensorRT 8 may hold plug-ins (InstanceNormalization); the lean runtime has
+            # An engine that trtexec of TensorRT 8 built may hold plug-ins (InstanceNormalization). The lean runtime has
             # no function to register them.
             register_plugins = getattr(library, "init_libnvinfer_plugins", None)
             if register_plugins is not None:
@@ -206,7 +210,7 @@ def choose_device(devices: list[CudaDevice], name: str) -> CudaDevice:
 
 
 def build_record(path: Path) -> dict[str, str]:
-    """How an engine was made, from the json beside it; empty for an engine of elsewhere."""
+    """How an engine was made, from the json beside it; empty for an engine that another tool built."""
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
         return {}

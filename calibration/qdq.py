@@ -27,11 +27,10 @@ from calibration.placement import (
     plan_pairs,
 )
 from calibration.ranges import Range
-from fcos_deploy.core.contract import METADATA_KEY, contract_to_text
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError
-from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_graph import save_onnx, with_contract
 
 __all__ = [
     "ActivationScale",
@@ -124,8 +123,7 @@ def quantize_qdq(
     model = quantized_model(plan, calibration)
     onnx.checker.check_model(model)
     fidelity = compare_models(graph.source, model, images=images)
-    with atomic_file(output) as temporary:
-        onnx.save(model, str(temporary))
+    save_onnx(model, output)
     quantized = tuple(conv.name for conv in plan.convs)
     return QuantizedOnnx(
         path=output,
@@ -264,10 +262,7 @@ class _Writer:
         del model.graph.initializer[:]
         model.graph.initializer.extend([*remaining, *self._constants.values()])
         contract = replace(self._source.contract, precision=Precision.INT8, placement=self._plan.placement.name)
-        for entry in model.metadata_props:
-            if entry.key == METADATA_KEY:
-                entry.value = contract_to_text(contract)
-        return model
+        return with_contract(model, contract)
 
     def _pair(self, tensor: str) -> list[Any]:
         """The two nodes behind a tensor that the plan names."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from exporters.onnx_file import with_contract
 from exporters.simplify import Simplification, rewrite_onnx
 from exporters.step_check import StepCheck, compare, onnx_runner
 from fcos_deploy.core.backend import Tensors
@@ -21,6 +20,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_graph import with_contract
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["convert_to_fp16", "half_precision"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from exporters.graph_passes import PASSES
-from exporters.onnx_file import LARGE, opset_of, save_onnx, with_weights_aside
 from exporters.step_check import Runner, StepCheck, compare, feed_of, onnx_runner
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
@@ -17,11 +16,12 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
 from fcos_deploy.core.files import require_writable
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import OnnxGraph
+from fcos_deploy.core.onnx_graph import OnnxGraph, opset_of, save_onnx
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["Simplification", "rewrite_onnx", "simplified", "simplify_onnx"]
+__all__ = ["LARGE", "Simplification", "rewrite_onnx", "simplified", "simplify_onnx", "with_weights_aside"]
 
+onnx = lazy_import("onnx", extra="export")
 ir = lazy_import("onnx_ir", extra="export")
 ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
 onnxsim = lazy_import("onnxsim", extra="export")
@@ -29,6 +29,7 @@ onnxsim = lazy_import("onnxsim", extra="export")
 # The model (onnx.ModelProto), its contract and inputs -> the new model, and what the comparison of both found.
 Rewrite = Callable[[Any, ModelContract, list[Tensors]], tuple[Any, StepCheck]]
 
+LARGE = 65536  # bytes; smaller tensors may be shapes or factors, which a rewriting looks at
 # Folding constants changes the order of a few float32 operations; a rounding in front of a quantizer may then move a
 # value by one step of its scale.
 _TOLERANCES = {Precision.FP32: 1e-4, Precision.FP16: 1e-2, Precision.INT8: 5e-1}
@@ -166,3 +167,26 @@ def _interface(value: Any) -> tuple[str, int, tuple[int | None, ...]]:
     tensor = value.type.tensor_type
     shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
     return value.name, tensor.elem_type, shape
+
+
+def with_weights_aside(model: Any, rewrite: Callable[[Any], Any]) -> Any:
+    """What ``rewrite`` makes of ``model``, an ``onnx.ModelProto`` that is left as it is.
+
+    ``rewrite`` gets the graph with an input in place of every initializer of more than ``LARGE`` bytes. Tools that
+    copy a graph many times and never look at its weights then take a fraction of the time.
+    """
+    lean = onnx.ModelProto()
+    lean.CopyFrom(model)
+    graph = lean.graph
+    large = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.raw_data) > LARGE}
+    small = [tensor for tensor in model.graph.initializer if tensor.name not in large]
+    del graph.initializer[:]
+    graph.initializer.extend(small)
+    for name, tensor in large.items():
+        graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    result = rewrite(lean)
+    inputs = [value for value in result.graph.input if value.name not in large]
+    del result.graph.input[:]
+    result.graph.input.extend(inputs)
+    result.graph.initializer.extend(large.values())
+    return result

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 
 from exporters.fp16 import half_precision
 from exporters.graph_passes import name_weights_after_convolutions
-from exporters.onnx_file import opset_of, save_onnx, with_contract, with_weights_aside
-from exporters.simplify import simplified
+from exporters.simplify import simplified, with_weights_aside
 from exporters.step_check import Runner, StepCheck, compare, onnx_runner, provoking_feed, remembering
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
@@ -26,6 +25,7 @@ from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, ExportError
 from fcos_deploy.core.files import require_writable
 from fcos_deploy.core.libraries import lazy_import, require
+from fcos_deploy.core.onnx_graph import opset_of, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["DEFAULT_OPSET", "Axes", "ExportOptions", "OnnxExport", "export_onnx", "trace"]

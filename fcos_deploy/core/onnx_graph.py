@@ -1,19 +1,23 @@
-"""An opened ONNX file: its hash, contract and model are read once and passed on, in place of a path."""
+"""ONNX graphs: opened once and passed on in place of a path; written whole, with the contract that travels in them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.core.contract import ModelContract, read_contract
-from fcos_deploy.core.errors import BackendLoadError
-from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text, read_contract
+from fcos_deploy.core.errors import BackendLoadError, ExportError
+from fcos_deploy.core.files import atomic_file, sha256_file
 from fcos_deploy.core.libraries import lazy_import
 
-__all__ = ["OnnxGraph"]
+__all__ = ["NAMES_KEY", "OnnxGraph", "opset_of", "save_onnx", "with_contract"]
 
 onnx = lazy_import("onnx", extra="export")
+
+NAMES_KEY = "fcos_deploy.class_names"  # JSON list, for people and for tools that don't know the contract
 
 
 class OnnxGraph:
@@ -60,3 +64,34 @@ class OnnxGraph:
                 f"'{self.path}' is not a complete ONNX model: {reason}.", hint="export it again"
             ) from error
         return model
+
+
+def save_onnx(model: Any, path: Path) -> None:  # Any: onnx.ModelProto, whose package ships no types
+    """Write a model under its final name once it is complete.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+        ExportError: the model exceeds protobuf's limit of 2 GiB.
+    """
+    try:
+        content = model.SerializeToString(deterministic=True)
+    except ValueError as error:
+        raise ExportError(f"The model is too large for one ONNX file: {error}.") from error
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, str] | None = None) -> Any:
+    """A copy of the model that carries ``contract``, its class names and how it was made."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    properties = {p.key: p.value for p in model.metadata_props}
+    properties |= {METADATA_KEY: contract_to_text(contract), NAMES_KEY: json.dumps(list(contract.class_names))}
+    properties |= {f"fcos_deploy.{key}": value for key, value in (record or {}).items()}
+    onnx.helper.set_model_props(copy, dict(sorted(properties.items())))
+    return copy
+
+
+def opset_of(model: Any) -> int:
+    """Version of the standard operator set."""
+    return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))

@@ -117,7 +117,7 @@ def test_a_graph_that_the_runtime_does_not_know_is_a_build_error(
 
 
 def test_a_graph_quantized_for_another_runtime_is_refused(exporter: Exporter, tiny_onnx: Path, tmp_path: Path) -> None:
-    from exporters.onnx_file import save_onnx, with_contract
+    from fcos_deploy.core.onnx_graph import save_onnx, with_contract
 
     onnx = pytest.importorskip("onnx")
     foreign = replace(read_contract(tiny_onnx), precision=Precision.INT8, placement="of-nobody")

@@ -12,12 +12,11 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from exporters.fp16 import convert_to_fp16  # noqa: E402
-from exporters.onnx_file import save_onnx  # noqa: E402
 from exporters.step_check import onnx_runner, provoking_feed  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.enums import Precision  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
-from fcos_deploy.core.onnx_graph import OnnxGraph  # noqa: E402
+from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx  # noqa: E402
 
 
 @pytest.fixture(scope="module")

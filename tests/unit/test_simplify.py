@@ -24,12 +24,11 @@ from exporters.graph_passes import (  # noqa: E402
     remove_neutral_arithmetic,
     simplify_open_reshapes,
 )
-from exporters.onnx_file import LARGE, save_onnx, with_weights_aside  # noqa: E402
-from exporters.simplify import simplified, simplify_onnx  # noqa: E402
+from exporters.simplify import LARGE, simplified, simplify_onnx, with_weights_aside  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, StepCheckError  # noqa: E402
-from fcos_deploy.core.onnx_graph import OnnxGraph  # noqa: E402
+from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx  # noqa: E402
 
 
 def _model(nodes: list[object], *, constants: dict[str, np.ndarray], batch: object = "batch") -> object:

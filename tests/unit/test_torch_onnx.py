@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from exporters import torch_onnx  # noqa: E402
-from exporters.onnx_file import NAMES_KEY, opset_of  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
 from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, trace  # noqa: E402
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
@@ -25,7 +24,7 @@ from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.enums import NmsForm, Precision, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
 from fcos_deploy.core.onnx_file import onnx_interface, onnx_metadata  # noqa: E402
-from fcos_deploy.core.onnx_graph import OnnxGraph  # noqa: E402
+from fcos_deploy.core.onnx_graph import NAMES_KEY, OnnxGraph, opset_of  # noqa: E402
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
 from fcos_deploy.core.preprocess import Letterbox  # noqa: E402
 from runtimes.onnxruntime import open_model  # noqa: E402

@@ -91,9 +91,7 @@ def build_best(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResult
 
 def _median_milliseconds(session: Session, *, shapes: Mapping[str, str]) -> float:
     """Of one inference at the opt shapes; ``shapes`` are those of the build's record."""
-    feeds = {
-        spec.name: np.zeros(ProfileShapes.from_text(shapes[spec.name]).optimal, spec.dtype) for spec in session.inputs
-    }
+    feeds = {spec.name: np.zeros(ProfileShapes.from_text(shapes[spec.name]).opt, spec.dtype) for spec in session.inputs}
     for _ in range(_WARM_UP):
         session.run(feeds)
     times = []
@@ -207,7 +205,7 @@ class _Build:
         if any(None in size for size in sizes.values()):
             profile = builder.create_optimization_profile()
             for name, shape in shapes.items():
-                limits = (self._trt.Dims(list(limit)) for limit in (shape.minimum, shape.optimal, shape.maximum))
+                limits = (self._trt.Dims(list(limit)) for limit in (shape.minimum, shape.opt, shape.maximum))
                 profile.set_shape(name, *limits)
             if config.add_optimization_profile(profile) < 0:
                 raise _build_error(f"{generation.label} refused the optimization profile", log)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BuildOptions
+from fcos_deploy.core.exporter import BuildOptions, SizeRange
 from fcos_deploy.core.libraries import parse_version
 from runtimes._tensorrt_library import TensorRT, calibration_cache_number
 
@@ -32,7 +32,7 @@ class ProfileShapes:
     """Min, opt and max shape of one input, as in an optimization profile; all equal where the input is static."""
 
     minimum: Shape
-    optimal: Shape
+    opt: Shape
     maximum: Shape
 
     @property
@@ -41,7 +41,7 @@ class ProfileShapes:
         return self.minimum != self.maximum
 
     def __str__(self) -> str:
-        return "/".join("x".join(map(str, shape)) for shape in (self.minimum, self.optimal, self.maximum))
+        return "/".join("x".join(map(str, shape)) for shape in (self.minimum, self.opt, self.maximum))
 
     @classmethod
     def from_text(cls, text: str) -> ProfileShapes:
@@ -59,7 +59,7 @@ def profile_shapes(
     Raises:
         ConfigError: a range is empty, missing, given for a fixed axis, or not a multiple of ``size_divisor``.
     """
-    ranges: dict[int, tuple[str, Shape | None]] = {
+    ranges: dict[int, tuple[str, SizeRange | None]] = {
         0: ("batch", options.batch),
         2: ("height", options.height_range),
         3: ("width", options.width_range),
@@ -71,34 +71,29 @@ def profile_shapes(
             raise ConfigError(f"The {label} range {tuple(sizes)} must hold multiples of {size_divisor}.")
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
             raise ConfigError(f"The {label} range must be 1 <= min <= opt <= max, got {'/'.join(map(str, sizes))}.")
-    return {
-        name: ProfileShapes(
-            *zip(
-                *(
-                    _axis_range(name, size, *ranges.get(axis, (f"axis {axis}", None)))
-                    for axis, size in enumerate(shape)
-                ),
-                strict=True,
+    shapes = {}
+    for name, shape in inputs.items():
+        axes = [_axis_range(name, n, *ranges.get(axis, (f"axis {axis}", None))) for axis, n in enumerate(shape)]
+        shapes[name] = ProfileShapes(*zip(*axes, strict=True))
+    return shapes
+
+
+def _axis_range(name: str, size: int | None, label: str, sizes: SizeRange | None) -> SizeRange:
+    """Range of one axis of input ``name``; ``size`` is the graph's, ``sizes`` what the build asks for."""
+    if size is None:
+        if sizes is None:
+            raise ConfigError(
+                f"The {label} of input '{name}' is dynamic in the ONNX file, and no range was given for it.",
+                hint=f"give the min, opt and max {label}, or export with a fixed input size",
             )
-        )
-        for name, shape in inputs.items()
-    }
-
-
-def _axis_range(name: str, size: int | None, label: str, sizes: Shape | None) -> Shape:
-    """Min, opt and max of one axis of input ``name``; ``size`` is the graph's, ``sizes`` what the build asks for."""
-    if size is None and sizes is None:
-        raise ConfigError(
-            f"The {label} of input '{name}' is dynamic in the ONNX file, and no range was given for it.",
-            hint=f"give the min, opt and max {label}, or export with a fixed input size",
-        )
-    if size is not None and sizes is not None and set(sizes) != {size}:
+        return sizes
+    if sizes is not None and set(sizes) != {size}:
         raise ConfigError(
             f"The {label} of input '{name}' is fixed to {size} in the ONNX file, the build asks for "
             f"{'/'.join(map(str, sizes))}.",
             hint=f"ask for {size}, or export with a dynamic {label}",
         )
-    return sizes or (size, size, size)  # type: ignore[return-value]  # one of the two is there
+    return SizeRange(size, size, size)
 
 
 def check_calibration_cache(path: Path, *, version: str) -> None:

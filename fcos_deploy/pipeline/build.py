@@ -78,7 +78,7 @@ def equivalent_trtexec(request: ArtifactRequest) -> str:
             engine=PurePosixPath(request.output),
             version=version,
             precision=source.contract.precision,
-            shapes={n: (s.minimum, s.optimal, s.maximum) for n, s in shapes.items() if None in inputs[n]},
+            shapes={n: (s.minimum, s.opt, s.maximum) for n, s in shapes.items() if None in inputs[n]},
             options=source.options,
         )
     )

@@ -57,7 +57,7 @@ class _RemoteSession(Session):
         self.contract = model.contract
         super().__init__(
             inputs=metadata.inputs,
-            outputs=tuple(spec for spec in metadata.outputs if spec.name in model.contract.outputs),
+            outputs=tuple(tensor for tensor in metadata.outputs if tensor.name in model.contract.outputs),
             description={
                 "backend": "kserve",
                 "server": metadata.server,

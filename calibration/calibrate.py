@@ -25,6 +25,7 @@ from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress
+from runtimes._tensorrt_library import calibration_cache_number
 
 __all__ = [
     "CalibrationReport",
@@ -126,6 +127,8 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
         ConfigError: an unknown method or engine, or an output that cannot be written.
     """
     method, graph = range_method(request.method), open_graph(request.model)
+    if request.tensorrt_version:
+        calibration_cache_number(request.tensorrt_version)  # refused now, not after the pass
     sample = SampleOptions(count=request.count, seed=request.seed, minimum=request.minimum)
     images = collect_images(request.images, annotations=request.annotations, options=sample)
     report = examine_set(images, graph.source.contract, evaluation_images=request.evaluation_images)
@@ -193,18 +196,18 @@ def collect_ranges(
     """
     options = options or StatisticsOptions()
     key = _key(graph, images)
-    resumed = _load_state(state, key, graph.activations)
-    if resumed is None or options.engine not in {"auto", resumed.engine}:
-        resumed = _Resumed(options.engine, 0, {name: Histogram() for name in graph.activations})
-    histograms, saved = resumed.histograms, time.monotonic()
-    with _Pass(graph, images, engine=resumed.engine, options=options) as walk:
-        for index, image in enumerate(images.images[resumed.done :], resumed.done):
+    statistics = _load_state(state, key, graph.activations)
+    if statistics is None or options.engine not in {"auto", statistics.engine}:
+        statistics = _Statistics(options.engine, 0, {name: Histogram() for name in graph.activations})
+    histograms, saved = statistics.histograms, time.monotonic()
+    with _Pass(graph, images, engine=statistics.engine, options=options) as calibration_pass:
+        for index, image in enumerate(images.images[statistics.done :], statistics.done):
             progress("calibrating", index, len(images.images))
-            walk.add(image, histograms)
+            calibration_pass.add(image, histograms)
             if observer is not None:
                 observer(index + 1, histograms)
             if state is not None and time.monotonic() - saved >= _SAVE_INTERVAL:
-                _save_state(state, key, _Resumed(walk.engine, index + 1, histograms))
+                _save_state(state, key, _Statistics(calibration_pass.engine, index + 1, histograms))
                 saved = time.monotonic()
     progress("calibrating", len(images.images), len(images.images))
     calibration = Calibration(
@@ -212,7 +215,7 @@ def collect_ranges(
         method=options.method,
         preprocess=graph.source.contract.preprocess,
         seed=images.seed,
-        engine=walk.engine,
+        engine=calibration_pass.engine,
         images=tuple(ImageRecord(image.name, image.sha256) for image in images.images),
         tensors={name: _tensor_ranges(name, histogram, images) for name, histogram in histograms.items()},
     )
@@ -275,8 +278,8 @@ class _Pass(ExitStack):
 
 
 @dataclass(frozen=True, slots=True)
-class _Resumed:
-    """What an interrupted pass keeps."""
+class _Statistics:
+    """What a pass has after ``done`` images."""
 
     engine: str
     done: int
@@ -294,19 +297,19 @@ def _key(graph: ConvGraph, images: CalibrationSet) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _save_state(state: Path, key: str, resumed: _Resumed) -> None:
+def _save_state(state: Path, key: str, statistics: _Statistics) -> None:
     arrays: dict[str, Any] = {
         "key": np.array(key),
-        "done": np.array(resumed.done),
-        "engine": np.array(resumed.engine),
+        "done": np.array(statistics.done),
+        "engine": np.array(statistics.engine),
     }
-    for name, histogram in resumed.histograms.items():
+    for name, histogram in statistics.histograms.items():
         arrays |= {f"{name}\n{part}": value for part, value in histogram.state().items()}
     with atomic_file(state) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)
 
 
-def _load_state(state: Path | None, key: str, names: tuple[str, ...]) -> _Resumed | None:
+def _load_state(state: Path | None, key: str, names: tuple[str, ...]) -> _Statistics | None:
     """None where there is none, or one of other inputs, or a damaged one: the pass then starts again."""
     if state is None or not state.is_file():
         return None
@@ -316,6 +319,6 @@ def _load_state(state: Path | None, key: str, names: tuple[str, ...]) -> _Resume
                 return None
             parts = ("positive", "negative", "channels", "numbers", "counts")
             histograms = {n: Histogram.from_state({p: arrays[f"{n}\n{p}"] for p in parts}) for n in names}
-            return _Resumed(str(arrays["engine"]), int(arrays["done"]), histograms)
+            return _Statistics(str(arrays["engine"]), int(arrays["done"]), histograms)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -43,7 +44,9 @@ def test_bundle_holds_every_variant_and_its_hashes_check(deployed: tuple[Path, d
 
 
 def test_fp32_equals_the_reference_to_three_decimals(deployed: tuple[Path, dict[str, object]]) -> None:
-    variants = {(v["backend"], v["precision"]): v for v in deployed[1]["variants"]}  # type: ignore[attr-defined]  # JSON
+    shown: Any = deployed[1]["variants"]
+    # A processor with bf16 has variants that compute in it besides.
+    variants = {(v["backend"], v["precision"]): v for v in shown if v["compute"] != "bf16"}
     assert abs(variants["pytorch", "fp32"]["ap"] - variants["openvino", "fp32"]["ap"]) < 0.0005
 
 

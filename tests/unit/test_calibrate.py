@@ -212,6 +212,17 @@ def test_truncated_graph(mini_onnx: Path, tmp_path: Path) -> None:
         open_graph(tmp_path / "half.onnx")
 
 
+def test_a_tensorrt_version_without_a_cache_is_refused_before_the_pass(
+    mini_onnx: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    request = CalibrationRequest(
+        model=mini_onnx, images=smooth_images, output=tmp_path / "c.json", tensorrt_version="11.0.0"
+    )
+    with pytest.raises(ConfigError, match=r"TensorRT 11\.0\.0 takes no calibration cache"):
+        calibrate(request)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_calibrate_writes_a_report_with_convergence(mini_onnx: Path, smooth_images: Path, tmp_path: Path) -> None:
     request = CalibrationRequest(
         model=mini_onnx,

@@ -237,16 +237,16 @@ def test_safetensors_headers_that_do_not_fit_the_file(header: str, message: str,
 def test_numpy_arrays_of_every_protocol(protocol: int, dtype: str) -> None:
     array = np.arange(6).reshape(2, 3).astype(dtype)
     for stored in (array, np.asfortranarray(array)):
-        found = read_pickle(pickle.dumps(stored, protocol=protocol))
-        assert isinstance(found, PickledArray)
-        np.testing.assert_array_equal(found.take(), stored)
+        pickled = read_pickle(pickle.dumps(stored, protocol=protocol))
+        assert isinstance(pickled, PickledArray)
+        np.testing.assert_array_equal(pickled.take(), stored)
     assert read_pickle(pickle.dumps(np.float32(2.5), protocol=protocol)) == 2.5
 
 
 def test_arrays_of_objects_are_refused() -> None:
-    found = read_pickle(pickle.dumps(np.array([{}, []], dtype=object)))
+    pickled = read_pickle(pickle.dumps(np.array([{}, []], dtype=object)))
     with pytest.raises(CheckpointError, match="damaged"):
-        found.take()
+        pickled.take()
 
 
 @pytest.mark.parametrize(
@@ -317,9 +317,9 @@ def test_mmengine_history_buffers_are_read(tmp_path: Path, monkeypatch: pytest.M
         torch.save(content, tmp_path / "m2.pth")
         torch.save(content, tmp_path / "m4.pth", pickle_protocol=4)
     for name in ("m2.pth", "m4.pth"):
-        found = find_weights(open_checkpoint(tmp_path / name).content)
-        assert found.tensors["w"].tolist() == [1, 1]
-        assert found.container == "state_dict"
+        weights = find_weights(open_checkpoint(tmp_path / name).content)
+        assert weights.tensors["w"].tolist() == [1, 1]
+        assert weights.container == "state_dict"
 
 
 def test_keys_that_would_overflow_the_stack_when_hashed(tmp_path: Path) -> None:

@@ -71,10 +71,10 @@ def _detections(outputs: dict[str, np.ndarray], contract: ModelContract) -> Iter
         yield postprocess(outputs, contract, index=index, input_size=SIZE, letterbox=letterbox)
 
 
-def _assert_same(found: Detections, wanted: Detections) -> None:
-    assert found.labels.tolist() == wanted.labels.tolist()
-    np.testing.assert_allclose(found.scores, wanted.scores, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(found.boxes, wanted.boxes, rtol=1e-6, atol=1e-3)
+def _assert_same(detections: Detections, expected: Detections) -> None:
+    assert detections.labels.tolist() == expected.labels.tolist()
+    np.testing.assert_allclose(detections.scores, expected.scores, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(detections.boxes, expected.boxes, rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -91,10 +91,10 @@ def _assert_same(found: Detections, wanted: Detections) -> None:
 def test_tail_selects_what_the_host_selects(profile: str, tail: Tail, options: dict[str, object], seed: int) -> None:
     head = _Head(seed)
     raw, contract = _contract(profile, Tail.RAW), _contract(profile, tail)
-    wanted = list(_detections(_outputs(head, raw), raw))
-    found = list(_detections(_outputs(head, contract, **options), contract))
-    assert all(len(w) >= 20 for w in wanted)
-    for left, right in zip(found, wanted, strict=True):
+    expected = list(_detections(_outputs(head, raw), raw))
+    detections = list(_detections(_outputs(head, contract, **options), contract))
+    assert all(len(w) >= 20 for w in expected)
+    for left, right in zip(detections, expected, strict=True):
         _assert_same(left, right)
 
 
@@ -140,16 +140,16 @@ def test_decoded_boxes_lie_on_the_locations_of_the_core(mode: CenterMode) -> Non
     )
     distances = torch.cat([o.distances.flatten(2) for o in head.levels], 2).transpose(1, 2).numpy()
     centers = location_centers(*SIZE, strides=STRIDES, mode=mode)
-    wanted = np.concatenate([centers - distances[0, :, :2], centers + distances[0, :, 2:]], 1)
-    assert np.array_equal(boxes[0].numpy(), wanted)
+    expected = np.concatenate([centers - distances[0, :, :2], centers + distances[0, :, 2:]], 1)
+    assert np.array_equal(boxes[0].numpy(), expected)
 
 
 def test_pixels_are_normalised_in_the_graph() -> None:
     contract = _contract("torchvision", Tail.RAW)
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     normalised = ExportableFcos(_Head(0), contract).normalize(pixels).flatten()
-    wanted = (np.array([0, 128, 255]) / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
-    np.testing.assert_allclose(normalised.numpy(), wanted, rtol=1e-6)
+    expected = (np.array([0, 128, 255]) / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
+    np.testing.assert_allclose(normalised.numpy(), expected, rtol=1e-6)
 
 
 def test_float_input_is_taken_as_it_is() -> None:
@@ -181,9 +181,11 @@ def test_outputs_have_the_shapes_that_the_contract_says(profile: str, tail: Tail
         spec.check(outputs[spec.name])
 
 
-@pytest.mark.parametrize(("profile", "wanted"), [("torchvision", True), ("mmdetection2", True), ("detectron2", False)])
-def test_image_sizes_are_an_input_only_where_the_profile_needs_them(profile: str, wanted: bool) -> None:
-    assert _contract(profile, Tail.NMS).needs_image_sizes is wanted
+@pytest.mark.parametrize(
+    ("profile", "expected"), [("torchvision", True), ("mmdetection2", True), ("detectron2", False)]
+)
+def test_image_sizes_are_an_input_only_where_the_profile_needs_them(profile: str, expected: bool) -> None:
+    assert _contract(profile, Tail.NMS).needs_image_sizes is expected
     assert not _contract(profile, Tail.CANDIDATES).needs_image_sizes
 
 

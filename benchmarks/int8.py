@@ -102,10 +102,10 @@ def make_variants(options: argparse.Namespace) -> list[Variant]:
             if not path.is_file():
                 quantize_qdq(graph, calibration.with_method(method), path, placement=placement)
             variants += [Variant(path, runtime, name, str(method)) for runtime in RUNS_ON[name]]
-    for name, settings in NNCF_SETTINGS.items():
+    for name, nncf_options in NNCF_SETTINGS.items():
         path = options.work / f"nncf.{name}.xml"
         if not path.is_file():
-            quantize_nncf(graph.source, images, path, options=settings)
+            quantize_nncf(graph.source, images, path, options=nncf_options)
         variants.append(Variant(path, "openvino", "nncf", name))
     return variants
 

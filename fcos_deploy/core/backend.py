@@ -40,7 +40,7 @@ class SessionOptions:
     ``contract`` is needed where the artifact does not carry one, or is to be replaced. ``checkpoint`` says how a
     checkpoint is read; None leaves that to its ecosystem.
 
-    Of bundles: ``public_keys`` (PEM texts, or files of them) opens only one that the owner of one of them signed;
+    For bundles: with ``public_keys`` (PEM texts, or files of them) the bundle must be signed with one of these keys;
     ``allow_fallback`` falls back along the chain of backends that it declares when its own does not fit this machine.
     """
 

@@ -63,7 +63,7 @@ class ModelContract:
       pixels the graph has a second input ``image_sizes`` (N, 4) float32: resized height and width, original height and
       width.
 
-    ``placement`` is the Q/DQ placement of an INT8 graph (whose runtime it was made for), '' for float graphs.
+    ``placement`` names the Q/DQ placement of an INT8 graph, by the runtime that it is for; '' for float graphs.
     """
 
     class_names: tuple[str, ...]

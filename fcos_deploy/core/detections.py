@@ -1,4 +1,4 @@
-"""What a detector says of one image."""
+"""Boxes, scores and labels of one image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Detections"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detections:
-    """Boxes, scores and labels of one image, best first.
+    """What a detector returns for one image, best score first.
 
     boxes: (n, 4) float32 xyxy, in image pixels unless said otherwise.
     scores: (n,) float32 in 0..1. labels: (n,) int64.

@@ -22,7 +22,7 @@ class Precision(StrEnum):
 
 
 class ArtifactKind(StrEnum):
-    """What a file is, and thereby which runtimes can open it."""
+    """What a file is, which decides the runtimes that can open it."""
 
     CHECKPOINT = "checkpoint"
     ONNX = "onnx"
@@ -46,7 +46,7 @@ class Tail(StrEnum):
 
 
 class NmsForm(StrEnum):
-    """How the nms tail suppresses, none of which changes the contract.
+    """How the nms tail suppresses; the contract is the same.
 
     ``onnx``: the operator NonMaxSuppression. ``static``: a fixed number of plain tensor operators.
     """

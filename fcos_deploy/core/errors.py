@@ -45,7 +45,7 @@ class FcosDeployError(Exception):
 
 
 class ConfigError(FcosDeployError):
-    """An option or a combination of options that cannot be meant."""
+    """An option, or a combination of options, that makes no sense."""
 
     exit_code = 2
 

@@ -139,7 +139,7 @@ _KEPT = 16  # compiled models per backend; a bundle has one to three, and each t
 
 
 def model_cache_dir(backend: str, *, key: str) -> Path | None:
-    """A folder of this backend and model, made if need be, or None where caching is off or has no place.
+    """The cache folder of this backend and model, created if missing; None where caching is off or cannot be written.
 
     ``key`` names the model by its contents, so that a changed file under the same path never gets a stale entry. Of
     each backend the most recently used entries remain.

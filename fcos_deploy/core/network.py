@@ -1,4 +1,4 @@
-"""What an FCOS network is made of: the facts that tensors' shapes alone do not tell."""
+"""The configuration of an FCOS network: what the shapes of its tensors alone do not tell."""
 
 from __future__ import annotations
 

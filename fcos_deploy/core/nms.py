@@ -91,7 +91,7 @@ def suppress(
 def _survivors(
     boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
 ) -> NDArray[np.bool_]:
-    """Which of boxes (m, 4), best first, stay; the first ``settled`` are known to."""
+    """(m,) bool: which of boxes (m, 4), best first, stay; the first ``settled`` are known to."""
     winner, loser = _overlapping_pairs(boxes, labels, settled=settled, rule=rule)
     stays = np.ones(len(boxes), np.bool_)
     while True:
@@ -108,7 +108,7 @@ def _overlapping_pairs(
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Indices (winner, loser) of all pairs of one class with IoU > threshold, winner < loser, loser >= ``settled``.
 
-    In float64, after a float32 pass over all pairs where most of them are of one class.
+    In float64; where more than one pair in ``_DENSE`` is of one class, after a float32 pass over all pairs.
     """
     near = labels[:, None] == labels[settled:]
     if _DENSE * np.count_nonzero(near) > near.size:

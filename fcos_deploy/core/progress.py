@@ -1,4 +1,4 @@
-"""How library functions tell how far they are."""
+"""How library functions report progress."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ ProgressFn = Callable[[str, int, int], None]
 
 
 def no_progress(label: str, done: int, total: int) -> None:
-    """Say nothing."""
+    """Report nothing."""

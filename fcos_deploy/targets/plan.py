@@ -79,21 +79,13 @@ class Draft:
         """How the nms tail suppresses: as asked for, or the form that the device runs."""
         if self.request.nms_form is not None:
             return self.request.nms_form
-        return NmsForm.ONNX if self._has_nms_operator else NmsForm.STATIC
+        return NmsForm.ONNX if self.has_nms_operator else NmsForm.STATIC
 
     @property
-    def _has_nms_operator(self) -> bool:
+    def has_nms_operator(self) -> bool:
+        """Whether the backend runs ONNX NonMaxSuppression on the device."""
         intel = self.profile.intel
         return self.kind is not ArtifactKind.TENSORRT_RTX_ENGINE and (intel is None or not intel.static_shapes)
-
-    @property
-    def nms_problem(self) -> str:
-        """Why the device cannot run this form of NMS; empty where it can."""
-        if self.nms_form is not NmsForm.ONNX or self._has_nms_operator:
-            return ""
-        if self.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
-            return "TensorRT-RTX has no NMS operator; take the tail 'candidates', or the nms tail in its static form."
-        return "NMS gives outputs of unknown size, which this device cannot compile; take the tail 'raw' or static NMS."
 
     @property
     def placement(self) -> str:
@@ -143,7 +135,11 @@ def _opset_of_parser(draft: Draft) -> str:
 
 
 def _nms_operator(draft: Draft) -> str:
-    return draft.nms_problem if draft.tail is Tail.NMS else ""
+    if draft.tail is not Tail.NMS or draft.nms_form is not NmsForm.ONNX or draft.has_nms_operator:
+        return ""
+    if draft.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
+        return "TensorRT-RTX has no NMS operator; take the tail 'candidates', or the nms tail in its static form."
+    return "NMS gives outputs of unknown size, which this device cannot compile; take the tail 'raw' or static NMS."
 
 
 def _top_k_limit(draft: Draft) -> str:

@@ -73,8 +73,10 @@ def lines() -> Iterator[tuple[str, str]]:
                 fenced = not fenced
             code = fenced or line.startswith("    ")
             for span in [line.strip().removeprefix("$ ")] if code else re.findall(r"`([^`]+)`", line):
-                if "fcos-deploy " in span and span != SIGNED_MESSAGE:
-                    yield f"{page.relative_to(ROOT)}:{number}", span.split(" #")[0]
+                short = span.split(" ")[0] in GROUP.commands and " --" in span
+                call = f"fcos-deploy {span}" if short else span
+                if "fcos-deploy " in call and call != SIGNED_MESSAGE:
+                    yield f"{page.relative_to(ROOT)}:{number}", call.split(" #")[0]
 
 
 def problems(text: str) -> list[str]:

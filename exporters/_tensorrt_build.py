@@ -85,14 +85,14 @@ def build_best(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResult
         best = results[int(np.argmin(milliseconds))]
         contract = read_contract(best.files[0])
         best.files[0].replace(request.output)
-    record = {**best.record, "build_milliseconds": json.dumps([round(time, 4) for time in milliseconds])}
+    record = {**best.record, "build_milliseconds": json.dumps([round(value, 4) for value in milliseconds])}
     return BuildResult(files=(request.output, write_sidecar(request.output, contract, record)), record=record)
 
 
 def _median_milliseconds(session: Session, *, shapes: Mapping[str, str]) -> float:
     """Of one inference at the opt shapes; ``shapes`` are those of the build's record."""
     feeds = {spec.name: np.zeros(ProfileShapes.from_text(shapes[spec.name]).opt, spec.dtype) for spec in session.inputs}
-    for _ in range(_WARM_UP):
+    for _ in range(_WARM_UP):  # clocks rise, and the CUDA graph is recorded, in the first runs
         session.run(feeds)
     times = []
     for _ in range(_REPEATS):

@@ -26,10 +26,11 @@ ir = lazy_import("onnx_ir", extra="export")
 ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
 onnxsim = lazy_import("onnxsim", extra="export")
 
-# The model (onnx.ModelProto), its contract and inputs -> the new model, and what the comparison of both found.
+# (onnx.ModelProto, its contract, feeds for the comparison) -> the new model and the result of the comparison.
 Rewrite = Callable[[Any, ModelContract, list[Tensors]], tuple[Any, StepCheck]]
 
 LARGE = 65536  # bytes; smaller tensors may be shapes or factors, which a rewriting looks at
+
 # Folding constants changes the order of a few float32 operations; a rounding in front of a quantizer may then move a
 # value by one step of its scale.
 _TOLERANCES = {Precision.FP32: 1e-4, Precision.FP16: 1e-2, Precision.INT8: 5e-1}

@@ -124,7 +124,7 @@ def _used_rows(outputs: Tensors, image: int) -> NDArray[np.float64]:
     """(r, 6): label, score and box of the rows that are not padding."""
     labels, scores = outputs["labels"][image], outputs["scores"][image]
     rows = np.concatenate([labels[:, None], scores[:, None], outputs["boxes"][image]], 1).astype(np.float64)
-    used: NDArray[np.float64] = rows[(labels >= 0) & (scores >= 0)]
+    used: NDArray[np.float64] = rows[(labels >= 0) & (scores >= 0)]  # padding has label -1 or score -1
     return used
 
 

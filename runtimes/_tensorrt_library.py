@@ -78,7 +78,7 @@ def calibration_cache_number(version: str) -> int:
     Raises:
         ConfigError: not a version, or one without calibration caches (11 and later).
     """
-    major, minor, patch = (*parse_version(version), 0, 0)[:3]
+    major, minor, patch = (*parse_version(version), 0, 0)[:3]  # a version may have two numbers or four
     if not 7 <= major <= 10:
         raise ConfigError(
             f"TensorRT {version} takes no calibration cache.", hint="build from the portable INT8 graph instead"
@@ -101,7 +101,7 @@ class LogRecord:
 
 @dataclass(slots=True)
 class LibraryLog:
-    """What the library said during one ``recording``: its problems, its last lines, and the layer list of a build."""
+    """What the library said while a ``library_log`` was open: problems, last lines, and the layer list of a build."""
 
     problems: list[LogRecord] = field(default_factory=list)
     tail: deque[LogRecord] = field(default_factory=lambda: deque(maxlen=200))

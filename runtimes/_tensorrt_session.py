@@ -248,7 +248,7 @@ def _engine_tensors(library: TensorRT, engine: trt.ICudaEngine) -> tuple[EngineT
         dtype = engine.get_tensor_dtype(name).name
         if dtype not in _DTYPES:
             raise BackendError(f"Tensor '{name}' of the engine has the type {dtype}, which NumPy does not have.")
-        shape = largest = shape_tuple(engine.get_tensor_shape(name))
+        shape = largest = shape_tuple(engine.get_tensor_shape(name))  # -1 on dynamic axes
         is_input = engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
         if is_input and min(shape, default=0) < 0:
             largest = shape_tuple(engine.get_tensor_profile_shape(name, 0)[2])
@@ -373,7 +373,7 @@ class Lane:
         shapes = {name: array.shape for name, array in feeds.items()}
         if shapes != self._shapes:
             self._set_shapes(shapes)
-        for name, array in feeds.items():
+        for name, array in feeds.items():  # into page-locked memory, from which the GPU copies without waiting
             np.copyto(self._buffers[name].view(array.shape), array)
         if self._graph is not None:
             # The graph holds the addresses of the buffers, which stay where they are as long as the shapes do.

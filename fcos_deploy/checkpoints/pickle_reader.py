@@ -12,13 +12,12 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = ["Inert", "PickleHooks", "PickledArray", "UnsafeGlobalError", "read_pickle"]
 
@@ -85,8 +84,6 @@ class PickledArray:
             raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
 
     def _view(self) -> NDArray[Any]:
-        import numpy as np  # Not at the top: a checkpoint without arrays is inspected without NumPy.
-
         shape, _ = self._facts()
         state: Any = self.state  # Any: checked by ``_facts``
         try:
@@ -153,8 +150,6 @@ class _Dtype:
         return int(self._code[1:])
 
     def resolve(self) -> np.dtype[Any]:
-        import numpy as np
-
         big_endian = isinstance(self.state, tuple) and self.state[1:2] in ((">",), (b">",))
         return np.dtype((">" if big_endian else "<") + self._code)
 

@@ -44,7 +44,7 @@ def unpack(path: Path, folder: Path) -> None:
     size, so that neither sparse members nor compression can fill a disk.
 
     Raises:
-        BundleError: when the archive is damaged, contains anything else, or does not fit the disk.
+        BundleError: the archive is damaged, contains anything else, or does not fit the disk.
     """
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="strict") as archive:
@@ -56,6 +56,7 @@ def unpack(path: Path, folder: Path) -> None:
 
 
 def _extract(archive: tarfile.TarFile, folder: Path, *, limit: int) -> None:
+    """``limit`` bounds the bytes of all members together: an uncompressed archive cannot hold more than its size."""
     remaining, seen = min(limit, shutil.disk_usage(folder).free), set[str]()
     for count, member in enumerate(archive, 1):
         if count > _MAX_MEMBERS:

@@ -120,7 +120,7 @@ def preprocess_config(model: ServedModel) -> str:
         "custom-tensor-preparation-function": "CustomTensorPreparation",
     }
     # Of nvdspreprocess' parser: the entry of -1 is that of every stream, with whole frames as without a list of them;
-    # draw-roi is on by default, and would frame each picture.
+    # draw-roi is on by default, and would draw a frame around each image.
     group: dict[str, object] = {
         "src-ids": _EVERY_STREAM,
         "draw-roi": 0,

@@ -12,7 +12,7 @@ from fcos_deploy.bundle import Artifact, Bundle, Selection, open_bundle, select_
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.serving import all_packagers
+from fcos_deploy.serving import ServingOptions, all_packagers, package_bundle
 
 MakeBundle = Callable[[Path], Path]
 Stock = Callable[..., Bundle]
@@ -135,8 +135,13 @@ def test_a_server_gets_what_its_own_backends_execute(
     assert _path(selection) == expected
 
 
-def test_a_server_gets_an_int8_graph_where_that_is_all_there_is(stock: Stock) -> None:
-    bundle = stock("fp32.onnx", "int8.portable.onnx")
-    for server in ("triton", "ovms"):
-        selection = select_artifact(bundle, precisions=[Precision.INT8], readers=all_packagers()[server].readers)
-        assert _path(selection) == "int8.portable.onnx"
+def test_an_int8_graph_is_packaged_where_it_is_asked_for(stock: Stock, tmp_path: Path) -> None:
+    bundle = stock("fp32.onnx", "int8.portable.onnx", precision=Precision.FP32)
+    for server, model in (("triton", "cells/1/model.onnx"), ("ovms", "cells/1/model.onnx")):
+        options = ServingOptions(precision=Precision.INT8)
+        packaged = package_bundle(bundle, server=server, output=tmp_path / server, options=options)
+        assert packaged.artifact.path == "int8.portable.onnx"
+        assert (tmp_path / server / model).read_bytes() == bundle.path("int8.portable.onnx").read_bytes()
+    options = ServingOptions(backend="tensorrt", precision=Precision.INT8)
+    with pytest.raises(ConfigError, match="no artifact for server 'triton' with backend 'tensorrt' in int8"):
+        package_bundle(bundle, server="triton", output=tmp_path / "none", options=options)

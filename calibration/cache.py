@@ -151,9 +151,9 @@ def write_trt_cache(calibration: Calibration, graph: ConvGraph, output: Path, *,
     header = f"TRT-{calibration_cache_number(version)}-{_ALGORITHM}"
     calibration.check_graph(graph.source)
     amax = {name: calibration.range_of(name).amax for name in graph.activations}
-    # TensorRT fuses the ReLU, but asks for the scale of what stands before it as well.
-    amax |= {conv.output: amax[conv.result] for conv in graph.convs}
-    amax |= {add.output: amax[add.result] for add in graph.adds}
+    # TensorRT fuses a ReLU, but asks for the scale of what stands before it as well.
+    amax |= {conv.output: amax.get(conv.output, amax[conv.result]) for conv in graph.convs}
+    amax |= {add.output: amax.get(add.output, amax[add.result]) for add in graph.adds}
     # Symmetric int8: the largest magnitude becomes 127.
     scales = [f"{name}: {struct.pack('!f', value / 127.0).hex()}" for name, value in amax.items()]
     write_text(output, "\n".join([header, *scales]) + "\n")

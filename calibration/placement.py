@@ -36,14 +36,16 @@ __all__ = [
 class ConvSite:
     """One convolution node.
 
-    ``layer`` is its weight's name: the levels that share a head share it. ``result`` is the tensor after the ReLU that
-    directly and alone follows, otherwise ``output``. ``is_prediction``: no other convolution comes after it.
+    ``layer`` is its weight's name: the levels that share a head share it. ``activation`` is the one that directly and
+    alone follows, as ONNX names it, and ``result`` the tensor after it; without one '' and ``output``.
+    ``is_prediction``: no other convolution comes after it.
     """
 
     name: str
     layer: str
     input: str
     output: str
+    activation: str
     result: str
     weight: str
     bias: str
@@ -61,7 +63,16 @@ class ResidualAdd:
     branch: str
     skip: str
     output: str
+    activation: str
     result: str
+
+
+# What a range cuts off anyway: rounding the tensor behind them to eight bits makes them free of charge.
+_CLIPPING = ("Relu", "Clip")
+# Of one tensor, element by element. Swish also stands for its form before opset 24: x * Sigmoid(x).
+_ACTIVATIONS = (*_CLIPPING, "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish")
+# Activations that are written as a product of a tensor with its own gate.
+_GATED = {"Sigmoid": "Swish", "HardSigmoid": "HardSwish"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,9 @@ def open_graph(path: Path) -> ConvGraph:
         raise CalibrationError(f"'{path}' has no convolution with constant weights.", hint="simplify it first")
     adds = tuple(scan.add(node) for node in scan.nodes if scan.is_residual_add(node))
     ends = dict.fromkeys(name for conv in convs for name in (conv.input, conv.result))
+    sites: tuple[ConvSite | ResidualAdd, ...] = (*convs, *adds)
+    # Not every placement fuses these.
+    ends |= dict.fromkeys(site.output for site in sites if site.activation not in _CLIPPING)
     ends |= dict.fromkeys(name for add in adds for name in (add.branch, add.skip, add.result))
     copies = tuple(
         (scan.name(node), node.input[0], node.output[0])
@@ -152,12 +166,14 @@ class _Scan:
 
     def site(self, node: Any) -> ConvSite:
         output = str(node.output[0])
+        activation, result = self._activation(output)
         return ConvSite(
             name=self.name(node),
             layer=str(node.input[1]),
             input=str(node.input[0]),
             output=output,
-            result=self._after_relu(output),
+            activation=activation,
+            result=result,
             weight=str(node.input[1]),
             bias=str(node.input[2]) if len(node.input) > 2 else "",
             is_prediction=output not in self.feeds_conv,
@@ -167,15 +183,26 @@ class _Scan:
         first, second = (str(name) for name in node.input)
         # Only a convolution directly before the addition can fuse with it; of two, the one on the longer way.
         branch, skip = sorted((first, second), key=lambda name: (not self._made_by_conv(name), -self.depth[name]))
-        return ResidualAdd(self.name(node), branch, skip, str(node.output[0]), self._after_relu(str(node.output[0])))
+        output = str(node.output[0])
+        return ResidualAdd(self.name(node), branch, skip, output, *self._activation(output))
 
     def _made_by_conv(self, tensor: str) -> bool:
         return tensor in self.producers and self.is_conv(self.producers[tensor])
 
-    def _after_relu(self, tensor: str) -> str:
+    def _activation(self, tensor: str) -> tuple[str, str]:
+        """The activation that directly and alone reads a tensor, and its result; '' and the tensor where none does."""
         users = self.consumers[tensor]
-        alone = len(users) == 1 and users[0].op_type == "Relu" and tensor not in self.graph_outputs
-        return str(users[0].output[0]) if alone else tensor
+        if tensor in self.graph_outputs or not users:
+            return "", tensor
+        first, *others = users
+        if not others:
+            constant = all(not name or name in self.initializers for name in first.input[1:])
+            return (first.op_type, str(first.output[0])) if first.op_type in _ACTIVATIONS and constant else ("", tensor)
+        gate, product = sorted(users[:2], key=lambda node: node.op_type == "Mul")
+        if len(users) == 2 and gate.op_type in _GATED and product.op_type == "Mul":
+            gated = set(product.input) == {tensor, gate.output[0]} and len(self.consumers[gate.output[0]]) == 1
+            return (_GATED[gate.op_type], str(product.output[0])) if gated else ("", tensor)
+        return "", tensor
 
     def _feeds_conv(self) -> set[str]:
         """Tensors from which a convolution can be reached."""
@@ -239,11 +266,16 @@ class WeightRange(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """One consumer's rules. ``backends``: whose runtime this placement was measured to be best for."""
+    """One consumer's rules. ``backends``: whose runtime this placement was measured to be best for.
+
+    ``fuses``: the activations, as ONNX names them, that the runtime computes within the convolution before them.
+    Nothing is quantized in between.
+    """
 
     name: str
     backends: tuple[str, ...]
     activations: ActivationFormat
+    fuses: tuple[str, ...] = _ACTIVATIONS
     # Safe on every processor, at less than one bit's cost; a GPU would take FULL as well (docs/int8.md).
     weights: WeightRange = WeightRange.PAIRWISE
     results: ResultRule = ResultRule.FLOAT
@@ -263,6 +295,7 @@ PLACEMENTS: dict[str, Placement] = {
             name="onnxruntime-cpu",
             backends=("onnxruntime",),
             activations=ActivationFormat.U8_ASYMMETRIC,
+            fuses=_CLIPPING,  # QLinearConv has no activation but the ends of its result's range.
             results=ResultRule.QUANTIZED,
             adds=AddRule.WHOLE,
             ignore_predictions=True,
@@ -355,17 +388,25 @@ def _pairs_on_results(graph: ConvGraph, placement: Placement, convs: tuple[ConvS
     chained |= {source for _, source, _ in graph.copies}
     everywhere = placement.results is ResultRule.QUANTIZED
     paired = dict.fromkeys(conv.input for conv in convs)
-    paired |= dict.fromkeys(c.result for c in convs if not c.is_prediction and (everywhere or c.result in chained))
+    for conv in convs:
+        if not conv.is_prediction and (everywhere or conv.result in chained):
+            paired |= dict.fromkeys(_written_by(conv, placement))
     scale_of: dict[str, str] = {}
     growing = True
     while growing:  # An addition may need the result of a resize that needs the result of an addition.
         before = len(paired)
         for add in graph.adds:
             if placement.adds is AddRule.WHOLE and {add.branch, add.skip} <= set(paired):
-                paired[add.result] = None
+                paired |= dict.fromkeys(_written_by(add, placement))
         for _, source, result in graph.copies:
             if source in paired:
                 paired[result] = None
                 scale_of[result] = source
         growing = len(paired) > before
     return QdqPlan(graph, placement, convs, dict.fromkeys(paired), scale_of)
+
+
+def _written_by(site: ConvSite | ResidualAdd, placement: Placement) -> tuple[str, ...]:
+    """What leaves the kernel of a convolution or addition, and what leaves an activation that it does not fuse."""
+    fused = not site.activation or site.activation in placement.fuses
+    return (site.result,) if fused else (site.output, site.result)

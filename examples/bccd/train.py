@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fcos_deploy.core.decode import CenterMode, location_centers, location_strides
-from fcos_deploy.core.network import FcosConfig, resnet_config
+from fcos_deploy.core.network import BackboneType, FcosConfig, resnet_config
 from fcos_deploy.model.fcos import Fcos, flatten_levels
 from fcos_deploy.model.losses import Targets, assign_targets, fcos_losses
 
@@ -33,6 +33,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BACKBONES: dict[str, Callable[[int], FcosConfig]] = {
     "demo": lambda classes: resnet_config(18, num_classes=classes, stem_channels=32, fpn_channels=96),
     "resnet50": lambda classes: resnet_config(50, num_classes=classes),
+    "mobilenet-v2": lambda classes: FcosConfig(
+        num_classes=classes, backbone=BackboneType.MOBILENET_V2, fpn_channels=96
+    ),
 }
 
 
@@ -222,7 +225,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument(
-        "--backbone", choices=sorted(BACKBONES), default="demo", help="resnet50: torchvision's, for benchmarks"
+        "--backbone", choices=sorted(BACKBONES), default="demo", help="resnet50 and mobilenet-v2: for benchmarks"
     )
     parser.add_argument("--epochs", type=int, default=100)
     size_help = "multiples of 32; the default is BCCD's 480 x 640 at 0.65, padded to them"

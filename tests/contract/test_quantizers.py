@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from calibration.dataset import collect_images
-from calibration.execution import Feeder
-from calibration.placement import placement_for
+from calibration.calibrate import StatisticsOptions, collect_ranges
+from calibration.dataset import SampleOptions, collect_images
+from calibration.execution import Feeder, expose, open_engine
+from calibration.placement import PLACEMENTS, open_graph, placement_for, plan_pairs
+from calibration.qdq import quantized_model
 from calibration.quantizers import QUANTIZERS, QuantizeRequest, get_quantizer
-from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig
 from fcos_deploy.core.onnx_graph import OnnxGraph
+from fcos_deploy.core.preprocess import PreprocessSpec
+from fcos_deploy.pipeline.deploy import DEMO_DATA
 
 pytest.importorskip("onnx")
 NAMES = sorted(QUANTIZERS)
@@ -83,3 +89,53 @@ def test_nncf_writes_an_ir(request_for: Any, tmp_path: Path) -> None:
 def test_unknown_quantizer() -> None:
     with pytest.raises(ConfigError, match="no quantizer 'magic'"):
         get_quantizer("magic")
+
+
+_HEAD = {"num_classes": 3, "fpn_channels": 32, "cls_convs": 1, "reg_convs": 1}
+_BACKBONES = {
+    "resnet": FcosConfig(**_HEAD, block=BlockType.BASIC, blocks=(1, 1, 1, 1), stem_channels=16),
+    "resnext": FcosConfig(**_HEAD, blocks=(1, 1, 1, 1), stem_channels=16, groups=4, width_per_group=8),
+    "dla": FcosConfig(**_HEAD, backbone=BackboneType.DLA34),
+    "mobilenet": FcosConfig(**_HEAD, backbone=BackboneType.MOBILENET_V2),
+}
+
+
+@pytest.mark.parametrize("backbone", sorted(_BACKBONES))
+def test_no_placement_is_much_noisier_than_the_others_on_any_backbone(backbone: str, tmp_path: Path) -> None:
+    """What the pyramid reads of the backbone: a pair before each ReLU6 would cost a MobileNetV2 many decibels."""
+    torch = pytest.importorskip("torch")
+    from exporters.torch_onnx import export_onnx
+    from fcos_deploy.model.fcos import Fcos
+
+    torch.manual_seed(0)
+    contract = ModelContract(
+        class_names=("red", "white", "platelet"),
+        preprocess=PreprocessSpec(
+            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), pixel_scale=255.0, height=128, width=160
+        ),
+        decode=DecodeSpec(profile=PROFILES["torchvision"], score_threshold=0.2, iou_threshold=0.6),
+    )
+    network = SimpleNamespace(model=Fcos(_BACKBONES[backbone]).eval(), contract=contract)
+    graph = open_graph(export_onnx(network, tmp_path / "model.onnx").path)
+    images = collect_images(DEMO_DATA / "calibration", options=SampleOptions(count=8))
+    ranges = collect_ranges(graph, images, options=StatisticsOptions(engine="onnxruntime", threads=1))
+    feeds = [Feeder(graph.source)(image.read()) for image in images.images[:2]]
+    taps = [conv.input for conv in graph.convs if "inner_blocks" in conv.layer]
+    with open_engine("onnxruntime", expose(graph.source.model, taps)) as session:
+        exact = [session.run(feed) for feed in feeds]
+    lowest = {}
+    for name, placement in PLACEMENTS.items():
+        plan = plan_pairs(graph, placement)
+        fused = [conv.output for conv in graph.convs if conv.activation in placement.fuses]
+        assert not set(fused) & set(plan.readers)
+        with open_engine("onnxruntime", expose(quantized_model(plan, ranges), taps)) as session:
+            measured = [session.run(feed) for feed in feeds]
+        ratios = [
+            sum(float(np.square(e[tap]).sum()) for e in exact)
+            / sum(float(np.square(m[tap] - e[tap]).sum()) for e, m in zip(exact, measured, strict=True))
+            for tap in taps
+        ]
+        lowest[name] = 10 * np.log10(min(ratios))
+    assert len(taps) == 3
+    assert min(lowest.values()) > 15.0, lowest
+    assert min(lowest.values()) > lowest["portable"] - 1.0, lowest

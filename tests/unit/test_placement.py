@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from calibration.placement import PLACEMENTS, ConvGraph, WeightRange, open_graph, placement_for, plan_pairs
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.registry import all_backends
+
+onnx = pytest.importorskip("onnx")
 
 PORTABLE, CPU, OPENVINO = PLACEMENTS["portable"], PLACEMENTS["onnxruntime-cpu"], PLACEMENTS["openvino"]
 
@@ -68,6 +71,43 @@ def test_openvino_pairs_chains_and_predictions_but_not_what_norms_read(graph: Co
     everywhere = plan_pairs(graph, replace(CPU, ignore_predictions=False))
     assert set(plan.readers) == set(everywhere.readers) - {"tower0", "tower1"}
     assert set(plan.readers.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("activation", "fused"),
+    [("Relu", True), ("Clip", True), ("LeakyRelu", False), ("HardSwish", False), ("Swish", False)],
+)
+def test_nothing_is_quantized_between_a_convolution_and_the_activation_that_its_kernel_computes(
+    activation: str, fused: bool, mini_onnx: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime's integer convolution has no activation but a range; the others need a pair before them there."""
+    graph = open_graph(_with_activation(mini_onnx, activation, tmp_path / "graph.onnx"))
+    (conv,) = (conv for conv in graph.convs if conv.output == "stem")
+    assert (conv.activation, conv.result) == (activation, "stem_relu")
+    assert ("stem" not in plan_pairs(graph, CPU).readers) == fused
+    assert "stem" not in plan_pairs(graph, OPENVINO).readers
+    assert "stem_relu" in plan_pairs(graph, CPU).readers
+    assert {"stem", "stem_relu"} - set(graph.activations) == ({"stem"} if fused else set())
+
+
+def _with_activation(source: Path, activation: str, output: Path) -> Path:
+    """The graph with another activation after its first convolution."""
+    model = onnx.load(str(source))
+    position, relu = next((i, node) for i, node in enumerate(model.graph.node) if node.output[0] == "stem_relu")
+    model.graph.node.remove(relu)
+    make = onnx.helper.make_node
+    nodes = [make(activation, ["stem"], ["stem_relu"], name="n_activation")]
+    if activation == "Clip":
+        for name, value in (("zero", 0.0), ("six", 6.0)):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
+        nodes[0].input.extend(["zero", "six"])
+    elif activation == "Swish":
+        gate = make("Sigmoid", ["stem"], ["gate"], name="n_gate")
+        nodes = [gate, make("Mul", ["stem", "gate"], ["stem_relu"], name="n_activation")]
+    for node in reversed(nodes):
+        model.graph.node.insert(position, node)
+    onnx.save(model, str(output))
+    return output
 
 
 def test_copies_take_their_sources_scale(graph: ConvGraph) -> None:

@@ -199,13 +199,26 @@ def _settings(threads: int, *, optimization: GraphOptimization = GraphOptimizati
     return settings
 
 
+# What ONNX Runtime says when an operator would leave the provider (InferenceSession::Initialize).
+_LEAVES_PROVIDER = "fallback to CPU EP has been explicitly disabled"
+
+
 def _create(model: bytes | Path, *, settings: Any, provider: tuple[str, dict[str, str]]) -> Any:
     source = str(model) if isinstance(model, Path) else model
+    if provider[0] != _CPU:
+        # Operators that a provider does not have run on the CPU otherwise, and nothing says so.
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         # Without enable_fallback=0 a provider that fails to start is replaced by the CPU, and only a log line says so.
         return ort.InferenceSession(source, settings, providers=[provider], enable_fallback=0)
     except _errors() as error:
         what = f"'{model}'" if isinstance(model, Path) else "the graph"
+        if _LEAVES_PROVIDER in str(error):
+            device = provider[0].removesuffix(_SUFFIX).lower()
+            raise DeviceError(
+                f"ONNX Runtime's device '{device}' does not have all operators of {what}: some would run on the CPU.",
+                hint="export with --tail raw and a fixed --input-size, or choose the device 'cpu'",
+            ) from error
         raise BackendLoadError(
             f"ONNX Runtime {ort.__version__} cannot open {what}: {_first_line(error)}",
             hint="is it a complete ONNX model of an opset that this version reads?",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
-from fcos_deploy.core.errors import BackendError, BackendLoadError, TensorMismatchError
+from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, TensorMismatchError
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = [
@@ -31,14 +32,25 @@ __all__ = [
 
 Tensors = dict[str, NDArray[Any]]
 
+# Options of a session: name, types, and how an error puts them.
+_OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("device", (str,), "text such as 'cpu' or 'GPU.0'"),
+    ("cache_dir", (Path, type(None)), "a path or None"),
+    ("contract", (ModelContract, type(None)), "a ModelContract or None"),
+    ("checkpoint", (CheckpointOptions, type(None)), "CheckpointOptions or None"),
+    ("public_keys", (tuple,), "a tuple of PEM texts or files"),
+    ("allow_fallback", (bool,), "True or False"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
     """How a session runs. Empty and ``None`` mean the backend's own default, which ``Session.description`` then names.
 
-    ``device`` is in the backend's own words (``cpu``, ``GPU.0``, ``cuda:0``); ``cache_dir`` holds compiled models;
-    ``contract`` is needed where the artifact does not carry one, or is to be replaced. ``checkpoint`` says how a
-    checkpoint is read; None leaves that to its ecosystem.
+    ``compute`` and ``hint`` also take their words as text, such as ``hint="throughput"``. ``threads`` and ``streams``
+    are at least 1. ``device`` is in the backend's own words (``cpu``, ``GPU.0``, ``cuda:0``); ``cache_dir`` holds
+    compiled models; ``contract`` is needed where the artifact does not carry one, or is to be replaced. ``checkpoint``
+    says how a checkpoint is read; None leaves that to its ecosystem.
 
     For bundles: with ``public_keys`` (PEM texts, or files of them) the bundle must be signed with one of these keys;
     ``allow_fallback`` falls back along the chain of backends that it declares when its own does not fit this machine.
@@ -54,6 +66,27 @@ class SessionOptions:
     checkpoint: CheckpointOptions | None = None
     public_keys: tuple[str | Path, ...] = ()
     allow_fallback: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value here, where the mistake is, and not in a runtime that would read it its own way.
+
+        Raises:
+            ConfigError: naming the option, what it takes and what came.
+        """
+        # A frozen dataclass sets its own fields this way only.
+        object.__setattr__(self, "compute", ComputeType.of(self.compute, option="compute"))
+        object.__setattr__(self, "hint", PerformanceHint.of(self.hint, option="hint"))
+        if isinstance(self.cache_dir, (str, os.PathLike)):
+            object.__setattr__(self, "cache_dir", Path(self.cache_dir))
+        for name in ("threads", "streams"):
+            count = getattr(self, name)
+            whole = isinstance(count, int) and not isinstance(count, bool)
+            if count is not None and not (whole and count >= 1):
+                raise ConfigError(f"'{name}' must be a whole number of at least 1, or None, got {count!r}.")
+        for name, kinds, expected in _OPTION_TYPES:
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                raise ConfigError(f"'{name}' must be {expected}, got {value!r}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +118,7 @@ class Session(ABC):
         self.outputs = outputs
         self.description = dict(description)  # backend, version, device, compute type, ...: for records and reports
         self._closed = False
+        self._process = os.getpid()
 
     @property
     def closed(self) -> bool:
@@ -120,7 +154,28 @@ class Session(ABC):
             self._check(request)
         return self._run_many(feeds)
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked from the one that opened the session."""
+        return os.getpid() != self._process
+
+    def check_process(self) -> None:
+        """Refuse a process that was forked from the one that opened the session.
+
+        The threads of a runtime do not survive a fork: OpenVINO and PyTorch would wait for theirs forever.
+
+        Raises:
+            BackendError: this is another process.
+        """
+        if self.forked:
+            raise BackendError(
+                f"The session was opened in process {self._process} and cannot run in process {os.getpid()}, which was "
+                "forked from it.",
+                hint="open the detector in each worker, after the fork (docs/runtimes.md)",
+            )
+
     def _check(self, feeds: Tensors) -> None:
+        self.check_process()
         if self._closed:
             raise BackendError("The session is closed.")
         names = {spec.name for spec in self.inputs}
@@ -130,10 +185,11 @@ class Session(ABC):
             spec.check(feeds[spec.name])
 
     def close(self) -> None:
-        """Release the runtime's resources; may be called twice."""
+        """Release the runtime's resources; may be called twice. In a forked process there is nothing to release."""
         if not self._closed:
             self._closed = True
-            self._close()
+            if not self.forked:
+                self._close()
 
     def __enter__(self) -> Session:
         return self

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TypeVar
+
+from fcos_deploy.core.errors import ConfigError
 
 __all__ = ["ArtifactKind", "CenterMode", "ComputeType", "NmsForm", "PerformanceHint", "Precision", "StrEnum", "Tail"]
+
+
+_Word = TypeVar("_Word", bound="StrEnum")
 
 
 class StrEnum(str, Enum):
     """An enumeration whose members are their text (the standard one needs Python 3.11, JetPack 6 has 3.10)."""
 
     __str__ = str.__str__
+
+    @classmethod
+    def of(cls: type[_Word], word: str, *, option: str) -> _Word:
+        """The member that ``word`` is or names; ``option`` is what the user calls it.
+
+        Raises:
+            ConfigError: there is no such word.
+        """
+        try:
+            return cls(word)
+        except ValueError:
+            words = ", ".join(f"'{member.value}'" for member in cls)
+            raise ConfigError(f"'{option}' must be one of {words}, got {word!r}.") from None
 
 
 class Precision(StrEnum):

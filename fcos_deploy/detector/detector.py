@@ -98,6 +98,7 @@ class Detector:
             MissingDependencyError: the runtime is not installed.
         """
         options = options or SessionOptions()
+        precision = None if precision is None else Precision.of(precision, option="precision")
         source = _find_model(Path(model), backend=backend, precision=precision, options=options)
         has_options = options.checkpoint not in (None, CheckpointOptions())
         if has_options and ArtifactKind.CHECKPOINT not in source.backend.accepts:
@@ -136,6 +137,7 @@ class Detector:
             ImageError: the file or array is not a usable image.
             BackendError: the detector is closed, or the runtime failed.
         """
+        self.session.check_process()  # before the lock, which another thread may have held at the fork
         feeds, letterboxes = self._feeds.make([_pixels(image)], reuse=True)
         with self._turn:
             return self.finish(self.session.borrow(feeds), letterboxes)[0]
@@ -146,6 +148,7 @@ class Detector:
         Raises:
             ImageError, BackendError: as ``detect``.
         """
+        self.session.check_process()
         detections: list[Detections] = []
         for start in range(0, len(images), _WINDOW):
             window = [_pixels(image) for image in images[start : start + _WINDOW]]
@@ -166,6 +169,7 @@ class Detector:
         """
         from fcos_deploy.detector.async_gate import AsyncGate  # here, because asyncio slows down a program's start
 
+        self.session.check_process()
         with self._gate_lock:
             if self._closing:
                 raise BackendError("The detector is closed.")
@@ -186,6 +190,7 @@ class Detector:
 
     def infer(self, feeds: Tensors) -> Tensors:
         """Run the network on what ``prepare`` made; the outputs are the caller's own."""
+        self.session.check_process()
         with self._turn:
             return self.session.run(feeds)
 
@@ -204,7 +209,12 @@ class Detector:
         return detections if self._min_score is None else [d.above(self._min_score) for d in detections]
 
     def close(self) -> None:
-        """Release the runtime after the asynchronous calls that run; may be called twice."""
+        """Release the runtime after the asynchronous calls that run; may be called twice.
+
+        In a process that was forked from the one that opened the detector there is nothing to release.
+        """
+        if self.session.forked:
+            return
         with self._gate_lock:
             self._closing = True
         if self._gate is not None:

@@ -30,16 +30,33 @@ class TrtexecRequest:
     options: BuildOptions = field(default_factory=BuildOptions)
 
 
+# Options that not every trtexec has: the first version with it and the first without it again. From the parser of each
+# release (samples/common/sampleOptions.cpp in NVIDIA/TensorRT, branches release/8.4 to release/11.1).
+_VERSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "--buildOnly": ((8, 0), (10,)),
+    "--skipInference": ((8, 6), (99,)),
+    "--builderOptimizationLevel": ((8, 6), (99,)),
+    "--versionCompatible": ((8, 6), (99,)),
+    "--hardwareCompatibilityLevel": ((8, 6), (99,)),
+    "--stronglyTyped": ((9,), (99,)),
+    "--memPoolSize": ((8, 4), (99,)),
+    "--fp16": ((5,), (11,)),
+    "--int8": ((5,), (11,)),
+    "--calib": ((5,), (11,)),
+}
+
+
 def trtexec_command(request: TrtexecRequest) -> str:
     """One shell line.
 
     Raises:
-        ConfigError: a calibration cache for TensorRT 11, which has no calibrators.
+        ConfigError: an option that this version's trtexec does not have, or a calibration cache for TensorRT 11, which
+            has no calibrators.
     """
     version, options = parse_version(request.version), request.options
     flags = {
         "--noTF32": not options.tf32,
-        f"--memPoolSize=workspace:{options.workspace_mib}M": options.workspace_mib is not None,
+        f"--memPoolSize=workspace:{options.workspace_mib}": options.workspace_mib is not None,
         f"--builderOptimizationLevel={options.optimization_level}": options.optimization_level is not None,
         f"--timingCacheFile={options.timing_cache}": options.timing_cache is not None,
         f"--useDLACore={options.dla_core}": options.dla_core is not None,
@@ -60,6 +77,14 @@ def trtexec_command(request: TrtexecRequest) -> str:
         *(f"--{label}Shapes={text}" for label, text in shapes.items() if text),
         *(flag for flag, given in flags.items() if given),
     ]
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        first, end = _VERSIONS.get(name, ((0,), (99,)))
+        if not first <= version < end:
+            raise ConfigError(
+                f"trtexec of TensorRT {request.version} has no option '{name}'.",
+                hint="leave the option out, or build for another device with --target",
+            )
     return shlex.join(arguments)
 
 

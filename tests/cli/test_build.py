@@ -78,7 +78,7 @@ def test_trtexec_line_for_a_board_takes_the_graph_that_tensorrt_reads(bundle: Pa
         "--skipInference",
         "--stronglyTyped",
         "--noTF32",
-        "--memPoolSize=workspace:1024M",
+        "--memPoolSize=workspace:1024",
     ]
     assert not output.exists()
 

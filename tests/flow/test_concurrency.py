@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -228,3 +230,49 @@ def test_a_timeout_does_not_wedge_the_gate() -> None:
     gate.close()
     with pytest.raises(BackendError, match="closed"):
         asyncio.run(gate.call(door.pass_through))
+
+
+_WORKERS = """
+import multiprocessing, sys
+from fcos_deploy import Detector, SessionOptions
+from fcos_deploy.core.errors import BackendError
+
+model, image, backend, parent = sys.argv[1:]
+detector = None
+
+def open_detector():
+    global detector
+    detector = Detector.open(model, backend=backend, options=SessionOptions(threads=1))
+
+def detect(path):
+    try:
+        return len(detector.detect(path))
+    except BackendError as error:
+        detector.close()
+        return error.message
+
+if parent == "opens":
+    open_detector()
+    detector.detect(image)
+pool = multiprocessing.get_context("fork").Pool(2, initializer=None if parent == "opens" else open_detector)
+print(*set(pool.map(detect, [image] * 4)), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("parent", ["opens", "imports"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "pytorch"])
+def test_a_detector_works_in_the_process_that_opened_it_only(
+    backend: str, parent: str, tiny_onnx: Path, tiny_checkpoint: Path, blobs: Images, tmp_path: Path
+) -> None:
+    pytest.importorskip({"pytorch": "torch"}.get(backend, backend))
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite(str(tmp_path / "image.png"), blobs[0])
+    model = tiny_checkpoint if backend == "pytorch" else tiny_onnx
+    command = [sys.executable, "-c", _WORKERS, str(model), str(tmp_path / "image.png"), backend, parent]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    told = result.stdout.strip()
+    if parent == "opens":
+        assert "cannot run in process" in told
+    else:
+        assert int(told) > 0

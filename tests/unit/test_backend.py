@@ -1,4 +1,4 @@
-"""One value per thread."""
+"""Options of a session, and one value per thread."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from fcos_deploy.core.backend import PerThread
+import pytest
+
+from fcos_deploy.core.backend import ComputeType, PerformanceHint, PerThread, SessionOptions
+from fcos_deploy.core.errors import ConfigError
 
 
 class _Value:
@@ -51,3 +55,31 @@ def test_all_values_go_with_the_object() -> None:
     assert theirs[0]() is None
     barrier.wait(30)
     thread.join()
+
+
+def test_session_options_take_the_documented_words() -> None:
+    options = SessionOptions(hint="throughput", compute="bf16")  # type: ignore[arg-type]  # text, as the page says
+    assert options.hint is PerformanceHint.THROUGHPUT
+    assert options.compute is ComputeType.BF16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hint": "fast"}, "'hint' must be one of 'latency', 'throughput', got 'fast'"),
+        ({"compute": "fp32"}, "'compute' must be one of 'f32', 'f16', 'bf16', got 'fp32'"),
+        ({"threads": "2"}, "'threads' must be a whole number of at least 1, or None, got '2'"),
+        ({"threads": 0}, "got 0"),
+        ({"streams": True}, "'streams' must be a whole number of at least 1, or None, got True"),
+        ({"threads": 2.0}, "got 2.0"),
+        ({"device": 0}, "'device' must be text"),
+        ({"public_keys": "key.pem"}, "'public_keys' must be a tuple"),
+        ({"contract": {}}, "'contract' must be a ModelContract or None"),
+        ({"checkpoint": "coco"}, "'checkpoint' must be CheckpointOptions or None"),
+        ({"allow_fallback": "no"}, "'allow_fallback' must be True or False, got 'no'"),
+    ],
+)
+def test_a_wrong_session_option_is_named_with_what_came(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SessionOptions(**options)
+    assert message in caught.value.message

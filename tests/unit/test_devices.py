@@ -52,7 +52,7 @@ def test_jetson_engines_are_built_on_the_jetson() -> None:
     assert made.commands == ("fcos-deploy build BUNDLE --backend tensorrt",)
     assert made.trtexec == (
         "trtexec --onnx=model.int8.portable.candidates.onnx --saveEngine=model.int8.tensorrt.engine --skipInference "
-        "--stronglyTyped --noTF32 --memPoolSize=workspace:1024M"
+        "--stronglyTyped --noTF32 --memPoolSize=workspace:1024"
     )
 
 
@@ -211,13 +211,30 @@ def test_every_build_option_that_trtexec_has_is_on_its_line() -> None:
     )
     assert trtexec("10.3.0", Precision.FP16, options=options).split()[4:] == [
         "--fp16",
-        "--memPoolSize=workspace:512M",
+        "--memPoolSize=workspace:512",
         "--builderOptimizationLevel=4",
         "--timingCacheFile=t.cache",
         "--useDLACore=0",
         "--versionCompatible",
         "--hardwareCompatibilityLevel=ampere+",
     ]
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "missing"),
+    [
+        ("8.5.2", BuildOptions(optimization_level=3), "--builderOptimizationLevel"),
+        ("8.5.2", BuildOptions(version_compatible=True), "--versionCompatible"),
+        ("8.5.2", BuildOptions(hardware_compatible=True), "--hardwareCompatibilityLevel"),
+        ("8.2.1", BuildOptions(workspace_mib=64), "--memPoolSize"),
+    ],
+)
+def test_options_that_the_versions_trtexec_does_not_have_are_refused(
+    version: str, options: BuildOptions, missing: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"TensorRT {version} has no option '{missing}'"):
+        trtexec(version, Precision.FP16, options=options)
+    assert missing in trtexec("10.3.0", Precision.FP16, options=options)
 
 
 def test_unknown_profile_names_the_ones_there_are() -> None:

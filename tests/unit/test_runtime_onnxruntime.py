@@ -10,7 +10,7 @@ import pytest
 from fcos_deploy.core.backend import ComputeType, PerformanceHint, SessionOptions
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.core.registry import get_backend
-from runtimes.onnxruntime import GraphOptimization, executed_kernels, open_model
+from runtimes.onnxruntime import GraphOptimization, _create, _settings, executed_kernels, open_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -30,6 +30,12 @@ def test_a_provider_of_another_build_is_an_error_that_names_those_there(tiny_onn
         with pytest.raises(DeviceError, match=f"no device '{device}'") as caught:
             _RUNTIME.open(tiny_onnx, SessionOptions(device=device))
         assert caught.value.hint == f"devices: {', '.join(_RUNTIME.probe().devices)}"
+
+
+def test_operators_that_would_leave_the_provider_are_refused(tiny_onnx: Path) -> None:
+    # The only other provider of the CPU's build: it has no operator of the graph, so that all would move to the CPU.
+    with pytest.raises(DeviceError, match=r"'azure' does not have all operators of .* would run on the CPU"):
+        _create(tiny_onnx, settings=_settings(1), provider=("AzureExecutionProvider", {}))
 
 
 def test_a_web_service_is_not_a_device(tiny_onnx: Path) -> None:

@@ -40,6 +40,7 @@ class ColdStartTask:
     compute: str = "f32"
     threads: int | None = None
     public_keys: tuple[str, ...] = ()
+    unsigned_checkpoints: bool = False
     allow_fallback: bool = False
     checkpoint: CheckpointOptions | None = None
 
@@ -56,6 +57,7 @@ class ColdStartTask:
             compute=str(options.compute),
             threads=options.threads,
             public_keys=tuple(map(str, options.public_keys)),
+            unsigned_checkpoints=options.unsigned_checkpoints,
             allow_fallback=options.allow_fallback,
             checkpoint=options.checkpoint,
         )
@@ -110,6 +112,7 @@ def _run(task: ColdStartTask) -> dict[str, float]:
         compute=ComputeType(task.compute),
         threads=task.threads,
         public_keys=task.public_keys,
+        unsigned_checkpoints=task.unsigned_checkpoints,
         allow_fallback=task.allow_fallback,
         checkpoint=task.checkpoint,
     )

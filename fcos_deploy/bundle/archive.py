@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from fcos_deploy.bundle.manifest import check_relative_path
 from fcos_deploy.core.errors import BundleError
 from fcos_deploy.core.files import atomic_file
+from fcos_deploy.core.model_files import is_checkpoint
 
 __all__ = ["is_archive", "pack_files", "unpack"]
 
@@ -19,8 +20,8 @@ _BLOCK = 1 << 20
 
 
 def is_archive(path: Path) -> bool:
-    """Whether ``path`` is a file named ``*.tar``."""
-    return path.suffix == ".tar" and path.is_file()
+    """Whether ``path`` is a file named ``*.tar`` that is not a checkpoint, as ``model.pth.tar`` is."""
+    return path.suffix == ".tar" and path.is_file() and not is_checkpoint(path)
 
 
 def pack_files(root: Path, *, names: list[str], output: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from fcos_deploy.checkpoints.pickle_reader import Inert, PickleHooks, read_pickle
 from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.core.model_files import CheckpointFormat, checkpoint_format
 
 __all__ = [
     "ITEM_SIZES",
@@ -195,7 +196,6 @@ class CheckpointFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _EXPECTED = "expected a file of torch.save (.pth, .pt), a safetensors file, or a detectron2 .pkl"
 _OTHER_FORMATS = (
     (b"\x89HDF", "an HDF5 (Keras) file"),
@@ -227,14 +227,9 @@ def open_checkpoint(path: Path) -> CheckpointFile:
 
 
 def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
-    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return _read_zip
-    if head.startswith(_LEGACY_MAGIC):
-        return _read_legacy
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        return _read_safetensors
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return _read_plain_pickle
+    written_as = checkpoint_format(head, size=path.stat().st_size)
+    if written_as is not None:
+        return _READERS[written_as]
     if not head:
         raise CheckpointError(f"'{path}' is empty.", hint=_EXPECTED)
     kind = next((name for magic, name in _OTHER_FORMATS if head.startswith(magic)), "of an unknown format")
@@ -434,3 +429,11 @@ class _Bounded:
     def read(self, size: int = -1, /) -> bytes:
         """At most ``size`` bytes."""
         return self._stream.read(size if 0 <= size < 4096 else min(size, self._size))
+
+
+_READERS: dict[CheckpointFormat, Callable[[Path], CheckpointFile]] = {
+    CheckpointFormat.TORCH: _read_zip,
+    CheckpointFormat.TORCH_LEGACY: _read_legacy,
+    CheckpointFormat.SAFETENSORS: _read_safetensors,
+    CheckpointFormat.PICKLE: _read_plain_pickle,
+}

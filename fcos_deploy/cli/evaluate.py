@@ -74,7 +74,7 @@ def command(
         ),
         images=images,
         annotations=annotations,
-        reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference], reference))
+        reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference]))
         if reference
         else None,
         gate=Gate(max_map_drop=max_map_drop, min_ap=min_ap, min_match_rate=min_match_rate, certain=certain),

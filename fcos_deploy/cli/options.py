@@ -20,8 +20,8 @@ from fcos_deploy.core.checkpoint_options import (
     override_options,
     read_checkpoint_options,
 )
-from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision
-from fcos_deploy.core.model_files import KINDS_BY_SUFFIX
+from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.model_files import is_checkpoint
 
 __all__ = [
     "GATE",
@@ -277,7 +277,7 @@ def session_options(
 
     Where none is a checkpoint all get the options, so that opening one refuses them.
     """
-    checkpoints = {model for model in models if _is_checkpoint(model)}
+    checkpoints = {model for model in models if model.exists() and is_checkpoint(model)}
     return {
         model: replace(base, checkpoint=checkpoint if model in checkpoints or not checkpoints else None)
         for model in models
@@ -297,14 +297,14 @@ def trusted_keys(public_key: list[str] | None, *, required: bool) -> tuple[str, 
     return tuple(str(key) for key in required_keys(tuple(public_key or ()), required=required))
 
 
-def reference_options(session: SessionOptions, reference: Path) -> SessionOptions:
+def reference_options(session: SessionOptions) -> SessionOptions:
     """How the reference of a comparison is opened: on its runtime's own device, and a checkpoint without a signature.
 
     A checkpoint is read as data; everything else is executed and must be signed as the model itself.
     """
-    keys = () if _is_checkpoint(reference) else session.public_keys
-    return SessionOptions(threads=session.threads, checkpoint=session.checkpoint, public_keys=keys)
-
-
-def _is_checkpoint(model: Path) -> bool:
-    return ArtifactKind.CHECKPOINT in KINDS_BY_SUFFIX.get(model.suffix.lower(), ())
+    return SessionOptions(
+        threads=session.threads,
+        checkpoint=session.checkpoint,
+        public_keys=session.public_keys,
+        unsigned_checkpoints=True,
+    )

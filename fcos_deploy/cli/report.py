@@ -55,7 +55,7 @@ def command(
     sessions = cli.session_options(base, [*models, reference], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
     request = ComparisonRequest(
-        reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference], reference)),
+        reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference])),
         candidates=tuple(
             DetectorSpec(model=path, backend=name, precision=value, options=sessions[path])
             for path, name, value in product(models, backend or [""], precisions)

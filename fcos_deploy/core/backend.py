@@ -52,7 +52,8 @@ class SessionOptions:
     compiled models; ``contract`` is needed where the artifact does not carry one, or is to be replaced. ``checkpoint``
     says how a checkpoint is read; None leaves that to its ecosystem.
 
-    For bundles: with ``public_keys`` (PEM texts, or files of them) the bundle must be signed with one of these keys;
+    For bundles: with ``public_keys`` (PEM texts, or files of them) the bundle must be signed with one of these keys,
+    and other files are refused; ``unsigned_checkpoints`` lets checkpoints pass, which are data and not executed;
     ``allow_fallback`` falls back along the chain of backends that it declares when its own does not fit this machine.
     """
 
@@ -65,6 +66,7 @@ class SessionOptions:
     contract: ModelContract | None = None
     checkpoint: CheckpointOptions | None = None
     public_keys: tuple[str | Path, ...] = ()
+    unsigned_checkpoints: bool = False
     allow_fallback: bool = False
 
     def __post_init__(self) -> None:

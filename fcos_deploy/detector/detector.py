@@ -22,7 +22,7 @@ from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision, Tai
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, SignatureError
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.machine import usable_cpus
-from fcos_deploy.core.model_files import kinds_of
+from fcos_deploy.core.model_files import is_checkpoint, kinds_of
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
 from fcos_deploy.core.preprocess import Letterbox, padded_size, preprocess
 from fcos_deploy.core.registry import backends_for, get_backend
@@ -285,7 +285,8 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
         raise BackendLoadError(
             f"'{model}' is not there.", hint="give a checkpoint, an ONNX file, an engine or a bundle"
         )
-    if model.is_dir() or model.suffix == ".tar":
+    checkpoint = is_checkpoint(model)
+    if model.is_dir() or (model.suffix == ".tar" and not checkpoint):
         from fcos_deploy.bundle import open_bundle
         from fcos_deploy.bundle.preflight import select_runnable
 
@@ -296,11 +297,11 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
         for fallback in fallbacks:
             _LOG.warning("'%s' falls back from '%s': %s", model, fallback.backend, fallback.reason)
         return _ModelSource(bundle.path(selection.artifact.path), get_backend(selection.backend), fallbacks)
-    if options.public_keys:
+    if options.public_keys and not (checkpoint and options.unsigned_checkpoints):
         raise SignatureError(
             f"'{model}' is not a bundle, so nobody has signed it.", hint="give the signed bundle that it belongs to"
         )
-    kinds = kinds_of(model)
+    kinds = (ArtifactKind.CHECKPOINT,) if checkpoint else kinds_of(model)
     if not backend:
         return _ModelSource(model, _default_backend(model, kinds))
     named = get_backend(backend)

@@ -14,6 +14,7 @@ from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, 
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.libraries import library_versions
+from fcos_deploy.core.model_files import kinds_of
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant
@@ -115,5 +116,5 @@ def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def _report_file(path: Path) -> ReportFile:
     hashed = path / "manifest.json" if path.is_dir() else path
-    kind = "bundle (hash of its manifest)" if path.is_dir() else path.suffix.lstrip(".")
+    kind = "bundle (hash of its manifest)" if path.is_dir() else path.suffix.lstrip(".") or str(kinds_of(path)[0])
     return ReportFile(path=path.name, kind=kind, sha256=sha256_file(hashed), size=model_bytes(path))

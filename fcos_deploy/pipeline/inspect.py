@@ -14,7 +14,7 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract, read_contract, sidecar_path
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
-from fcos_deploy.core.model_files import KINDS_BY_SUFFIX
+from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, kinds_of
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig
 from fcos_deploy.core.serialize import to_json
 
@@ -28,13 +28,6 @@ _DEPTHS: dict[tuple[BlockType, tuple[int, ...]], int] = {
     (BlockType.BOTTLENECK, (3, 4, 23, 3)): 101,
     (BlockType.BOTTLENECK, (3, 8, 36, 3)): 152,
 }
-
-# Another file's sidecar may lie beside these: ``model.json`` of ``model.xml`` beside ``model.onnx``.
-_WITHOUT_SIDECAR = frozenset(
-    suffix
-    for suffix, kinds in KINDS_BY_SUFFIX.items()
-    if {ArtifactKind.CHECKPOINT, ArtifactKind.ONNX}.intersection(kinds)
-)
 
 _Facts = tuple[tuple[str, str], ...]
 
@@ -74,13 +67,15 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
     """
     if not path.is_file():
         raise CheckpointError(f"'{path}' is not a file.", hint="give a checkpoint, an ONNX file, an engine or a bundle")
-    if path.suffix == ".onnx":
+    # What has neither a known suffix nor a checkpoint's content is named by the checkpoint reader.
+    kinds = kinds_of(path) if path.suffix.lower() in KINDS_BY_SUFFIX else (ArtifactKind.CHECKPOINT,)
+    if ArtifactKind.ONNX in kinds:
         return _inspect_onnx(path)
-    if path.suffix == ".xml" or (path.suffix not in _WITHOUT_SIDECAR and sidecar_path(path).is_file()):
+    if ArtifactKind.CHECKPOINT not in kinds:
         contract = read_contract(path)
         record = json.loads(sidecar_path(path).read_text(encoding="utf-8")).get("record") or {}
         facts = (*_artifact_facts(contract), *((str(name), str(value)) for name, value in sorted(record.items())))
-        kind = "openvino-ir" if path.suffix == ".xml" else "engine"
+        kind = str(kinds[0]) if len(kinds) == 1 else "engine"
         return Inspection(path, kind, facts, contract.decisions, contract)
     checkpoint = describe_checkpoint(path, options=options)
     facts = (*_network_facts(checkpoint), *_contract_facts(checkpoint.contract))

@@ -77,6 +77,22 @@ def test_backends_agree(tiny_checkpoint: Path, tiny_onnx: Path, folder: Path) ->
         np.testing.assert_allclose([one["box"] for one in other], [one["box"] for one in reference], atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.weights", "m.pth.tar", "m.onnx", "m"])
+def test_a_checkpoint_is_known_by_its_content(name: str, tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    from fcos_deploy.benchmark.cold_start import ColdStartTask, measure_cold_start
+    from fcos_deploy.detector import DetectorSpec
+    from fcos_deploy.pipeline.inspect import inspect_file
+
+    model = Path(shutil.copyfile(tiny_checkpoint, tmp_path / name))
+    options = ("--score-threshold", "0.3")
+    done, expected = (_run("predict", path, folder / "b.png", "--json", *options) for path in (model, tiny_checkpoint))
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)[0]["detections"] == json.loads(expected.stdout)[0]["detections"]
+    assert inspect_file(model).kind == "checkpoint"
+    if name == "m":  # the process of its own that deploy and benchmark start
+        assert measure_cold_start(ColdStartTask.of(DetectorSpec(model=model), folder / "b.png")).opened > 0
+
+
 @pytest.fixture
 def chained_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """For a version of ONNX Runtime that nobody has; the chain goes on to OpenVINO, which runs it."""

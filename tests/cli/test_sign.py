@@ -119,18 +119,28 @@ def test_what_the_reference_is_must_be_signed_too_unless_it_is_a_checkpoint(name
     policy = ("--require-signature", "--public-key", home / "key.pub.pem")
     output = ("-o", home / "r.html") if name == "report" else ()
     images = ("--images", home / "images", "--limit", 1, *output)
+    # What it is, its content says: neither a folder nor a graph becomes a checkpoint by its name.
+    for bundle in ("unsigned", "other"):
+        if not (home / f"{bundle}.pth").exists():
+            shutil.copytree(home / bundle, home / f"{bundle}.pth")
+    shutil.copyfile(home / "model.onnx", home / "graph.pth")
     for reference, words in {
         "unsigned": "is not signed",
+        "unsigned.pth": "is not signed",
         "other": "was signed by key",
+        "other.pth": "was signed by key",
         "model.onnx": "is not a bundle",
+        "graph.pth": "is not a bundle",
     }.items():
         refused = _run(name, home / "signed", "--reference", home / reference, *images, *policy)
         assert refused.exit_code == 1, refused.output
         assert words in refused.stderr
         assert f"'{home / reference}'" in refused.stderr
     if name == "evaluate":
-        read = _run(name, home / "signed", "--reference", home / "model.safetensors", *images, *policy)
-        assert read.exit_code == 0, read.output
+        shutil.copyfile(home / "model.safetensors", home / "model.onnx.bak")
+        for checkpoint in ("model.safetensors", "model.onnx.bak"):
+            read = _run(name, home / "signed", "--reference", home / checkpoint, *images, *policy)
+            assert read.exit_code == 0, read.output
 
 
 def test_a_bare_file_has_no_signature(home: Path) -> None:

@@ -208,7 +208,7 @@ def test_what_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(BackendLoadError, match="is not there"):
         Detector.open(tmp_path / "missing.onnx")
     (tmp_path / "model.tflite").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"suffix '\.tflite' is unknown") as caught:
+    with pytest.raises(ConfigError, match=r"not a checkpoint's, and the suffix '\.tflite' is unknown") as caught:
         Detector.open(tmp_path / "model.tflite")
     assert ".onnx" in caught.value.hint
 

@@ -31,7 +31,7 @@ def append_log(path: Path, record: dict[str, Any]) -> None:
         lines, complete = _split(stream.read(_MAX_BYTES + 1), path)
         text = json.dumps({**record, "previous": _check_chain(lines, path)}, sort_keys=True, allow_nan=False)
         line = json.dumps({**json.loads(text), "sha256": _digest(text)}, sort_keys=True) + "\n"
-        stream.truncate(complete)  # drops a line that a power cut left half-written
+        stream.truncate(complete)  # drops what a power cut left of the last append
         try:
             stream.write(line.encode())
             stream.flush()
@@ -43,7 +43,7 @@ def append_log(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All records, oldest first.
+    """All records, oldest first, without what an interrupted append left behind them.
 
     Raises:
         BundleError: the file is too large.
@@ -56,13 +56,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _split(content: bytes, path: Path) -> tuple[list[bytes], int]:
-    """Complete lines, and how many bytes they take; what follows must be the beginning of a record."""
+    """Complete lines, and how many bytes they take.
+
+    What a power cut leaves of the last append is not among them: a line without its end, in any state, and one that
+    has bytes of zero, which JSON never has: a block of the file that was allocated and not written.
+    """
     if len(content) > _MAX_BYTES:
         raise BundleError(f"'{path}' is larger than {_MAX_BYTES >> 20} MiB.", hint="move it away")
     *lines, rest = content.split(b"\n")
-    if rest and (not rest.startswith(b"{"[: len(rest)]) or b"}" in rest[:-1]):
-        raise _changed(path, len(lines) + 1)
-    return lines, len(content) - len(rest)
+    complete = len(content) - len(rest)
+    if lines and b"\0" in lines[-1]:
+        complete -= len(lines.pop()) + 1
+    return lines, complete
 
 
 def _check_chain(lines: list[bytes], path: Path) -> str:

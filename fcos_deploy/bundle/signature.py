@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,9 +18,19 @@ from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import from_json, to_json
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-__all__ = ["Envelope", "check_envelope", "check_signature", "generate_key", "key_id", "required_keys", "sign_manifest"]
+__all__ = [
+    "PASSPHRASE_VARIABLE",
+    "Envelope",
+    "check_envelope",
+    "check_signature",
+    "generate_key",
+    "key_id",
+    "required_keys",
+    "sign_bytes",
+    "sign_manifest",
+]
 
 ed25519 = lazy_import("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
 exceptions = lazy_import("cryptography.exceptions", extra="sign")
@@ -28,6 +39,7 @@ serialization = lazy_import("cryptography.hazmat.primitives.serialization", extr
 # Binds the signature to its purpose, so that a signature made for something else cannot be reused.
 _PREFIX = b"fcos-deploy bundle manifest, version 1\n"
 _MAX_BYTES = 4096
+PASSPHRASE_VARIABLE = "FCOS_DEPLOY_KEY_PASSPHRASE"  # noqa: S105  (the name of a variable)
 _NEW_KEY = "make one with 'fcos-deploy sign --generate-key'"
 
 
@@ -52,6 +64,8 @@ class Envelope:
 def generate_key(private: Path, *, public: Path) -> str:
     """Write a new key pair as PEM files, the private one readable by its owner only; returns the key's id.
 
+    The private key is encrypted when FCOS_DEPLOY_KEY_PASSPHRASE is set.
+
     Raises:
         ConfigError: one of the files exists or cannot be written.
     """
@@ -60,7 +74,9 @@ def generate_key(private: Path, *, public: Path) -> str:
             raise ConfigError(f"'{path}' exists and is not overwritten.", hint="choose another name")
     key = ed25519.Ed25519PrivateKey.generate()
     pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    passphrase = _passphrase()
+    encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, encryption)
     try:
         private.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -70,6 +86,8 @@ def generate_key(private: Path, *, public: Path) -> str:
         ) from error
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(secret)
+        stream.flush()
+        os.fsync(stream.fileno())
     write_text(public, key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo).decode())
     return key_id(key.public_key())
 
@@ -79,23 +97,67 @@ def key_id(public: Ed25519PublicKey) -> str:
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()
 
 
-def sign_manifest(root: Path, *, private_key: Path) -> Envelope:
-    """Sign the manifest of the bundle in ``root``, replacing an older signature.
+def sign_manifest(root: Path, *, manifest: bytes, private_key: Path) -> Envelope:
+    """Sign ``manifest``, the bytes that were checked, into the bundle in ``root``; an older signature is replaced.
 
     Raises:
         ConfigError: the key file cannot be used.
     """
-    try:
-        key = serialization.load_pem_private_key(private_key.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"'{private_key}' is not an unencrypted private key in PEM form: {error}.") from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise ConfigError(f"'{private_key}' is not an Ed25519 key.", hint=_NEW_KEY)
-    signature = base64.b64encode(key.sign(_PREFIX + (root / MANIFEST_NAME).read_bytes())).decode()
-    draft = Envelope(algorithm="ed25519", key_id=key_id(key.public_key()), signature=signature, sha256="")
-    envelope = replace(draft, sha256=draft.digest())
+    envelope = sign_bytes(_PREFIX + manifest, private_key=private_key)
+    for leftover in root.glob(f".{SIGNATURE_NAME}.*.partial"):  # of a process that was killed while it signed
+        leftover.unlink(missing_ok=True)
     write_text(root / SIGNATURE_NAME, envelope.text())
     return envelope
+
+
+def sign_bytes(message: bytes, *, private_key: Path) -> Envelope:
+    """The signature of ``message``, which must begin with the line that names its purpose.
+
+    Raises:
+        ConfigError: the key file cannot be used.
+    """
+    key = _private_key(private_key)
+    signature = base64.b64encode(key.sign(message)).decode()
+    draft = Envelope(algorithm="ed25519", key_id=key_id(key.public_key()), signature=signature, sha256="")
+    return replace(draft, sha256=draft.digest())
+
+
+def _passphrase() -> bytes | None:
+    return os.environ.get(PASSPHRASE_VARIABLE, "").encode() or None
+
+
+def _private_key(path: Path) -> Ed25519PrivateKey:
+    """The key in a PEM file that nobody else can read or write, decrypted with FCOS_DEPLOY_KEY_PASSPHRASE if need be.
+
+    Raises:
+        ConfigError: there is no such key, others can read or write it, or the passphrase is missing or wrong.
+    """
+    try:
+        with path.open("rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            content = stream.read(_MAX_BYTES)
+    except OSError as error:
+        raise ConfigError(f"Cannot read the private key '{path}': {error.strerror or error}.", hint=_NEW_KEY) from error
+    if not stat.S_ISREG(mode) or mode & 0o077:
+        raise ConfigError(
+            f"The private key '{path}' can be read or written by others (its mode is {mode & 0o777:04o}).",
+            hint=f"chmod 600 '{path}'; if others had access, make a new key with 'fcos-deploy sign --generate-key'",
+        )
+    passphrase = _passphrase()
+    if b"ENCRYPTED" not in content:
+        passphrase = None  # The library refuses a passphrase that is not needed.
+    elif passphrase is None:
+        raise ConfigError(
+            f"The private key '{path}' is encrypted.", hint=f"give its passphrase in the variable {PASSPHRASE_VARIABLE}"
+        )
+    try:
+        key = serialization.load_pem_private_key(content, password=passphrase)
+    except (ValueError, TypeError) as error:
+        reason = f"the passphrase in {PASSPHRASE_VARIABLE} does not open it" if passphrase else str(error)
+        raise ConfigError(f"'{path}' is not a usable private key in PEM form: {reason}.", hint=_NEW_KEY) from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"'{path}' is not an Ed25519 key.", hint=_NEW_KEY)
+    return cast("Ed25519PrivateKey", key)
 
 
 def required_keys(public_keys: tuple[Path | str, ...], *, required: bool) -> tuple[Path | str, ...]:

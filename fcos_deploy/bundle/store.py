@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -11,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from fcos_deploy.bundle.archive import is_archive, pack_files, unpack
-from fcos_deploy.bundle.log import read_log
 from fcos_deploy.bundle.manifest import (
     DIGEST_NAME,
     LOG_NAME,
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _MAX_FILES = 10_000
+_UNFINISHED = re.compile(rf"\.{SIGNATURE_NAME}\.[0-9a-f]{{8}}\.partial")  # what a killed 'sign' leaves, never read
 _REMAKE = "copy the bundle again from where it was made, or make it again with 'fcos-deploy deploy'"
 
 
@@ -159,7 +160,8 @@ def sign(bundle: Path, *, private_key: Path) -> str:
     if is_archive(bundle):
         raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
     with open_bundle(bundle) as opened:
-        return sign_manifest(opened.root, private_key=private_key).key_id
+        manifest = (opened.root / MANIFEST_NAME).read_bytes()
+        return sign_manifest(opened.root, manifest=manifest, private_key=private_key).key_id
 
 
 def digest_line(manifest_sha256: str) -> str:
@@ -197,7 +199,8 @@ def check_files(root: Path, manifest: Manifest) -> None:
         BundleError: for missing and extra files, links, and external data that leaves the bundle.
     """
     present, listed = _present_files(root), manifest.all_files
-    missing, extra = sorted(set(listed) - present), sorted(present - set(listed) - UNLISTED)
+    extra = sorted(name for name in present - set(listed) - UNLISTED if not _UNFINISHED.fullmatch(name))
+    missing = sorted(set(listed) - present)
     if missing:
         raise BundleError(f"The bundle '{root}' lacks {_some(missing)}.", hint=_REMAKE)
     if extra:
@@ -219,8 +222,6 @@ def check_files(root: Path, manifest: Manifest) -> None:
             check_external_data(root, record.path, allowed=frozenset(listed))
     if SIGNATURE_NAME in present:
         check_envelope(root / SIGNATURE_NAME)
-    if LOG_NAME in present:
-        read_log(root / LOG_NAME)
 
 
 def _some(names: list[str]) -> str:

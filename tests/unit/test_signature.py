@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fcos_deploy.bundle import open_bundle, required_keys
-from fcos_deploy.bundle.signature import check_signature, generate_key
+from fcos_deploy.bundle.signature import PASSPHRASE_VARIABLE, check_signature, generate_key
 from fcos_deploy.bundle.store import sign
 from fcos_deploy.core.errors import BundleError, ConfigError, SignatureError
 
@@ -115,6 +115,7 @@ def test_requiring_a_signature_without_a_key_is_a_mistake_of_the_caller(keys: tu
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", b"\xff\0"])
 def test_a_file_that_is_no_key_is_named(signed: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.pem").write_bytes(content)
+    (tmp_path / "bad.pem").chmod(0o600)
     with pytest.raises(ConfigError, match=r"bad\.pem"):
         open_bundle(signed, public_keys=(tmp_path / "bad.pem",))
     with pytest.raises(ConfigError, match=r"bad\.pem"):
@@ -129,8 +130,66 @@ def test_a_private_key_of_another_kind_is_refused(signed: Path, tmp_path: Path) 
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     (tmp_path / "ec.pem").write_bytes(pem)
+    (tmp_path / "ec.pem").chmod(0o600)
     with pytest.raises(ConfigError, match="not an Ed25519 key"):
         sign(signed, private_key=tmp_path / "ec.pem")
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o640, 0o604, 0o620])
+def test_a_private_key_that_others_can_read_or_write_is_refused(
+    signed: Path, keys: tuple[Path, Path], mode: int
+) -> None:
+    before = (signed / "SIGNATURE").read_bytes()
+    keys[0].chmod(mode)
+    with pytest.raises(ConfigError, match=f"{mode:04o}") as refused:
+        sign(signed, private_key=keys[0])
+    assert "chmod 600" in refused.value.hint
+    assert (signed / "SIGNATURE").read_bytes() == before
+
+
+def test_an_encrypted_private_key_signs_with_its_passphrase_only(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, "correct horse")
+    identity = generate_key(tmp_path / "locked.pem", public=tmp_path / "locked.pub.pem")
+    assert b"ENCRYPTED" in (tmp_path / "locked.pem").read_bytes()
+    assert sign(signed, private_key=tmp_path / "locked.pem") == identity
+    assert open_bundle(signed, public_keys=(tmp_path / "locked.pub.pem",)).signed_by == identity
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, "battery staple")
+    with pytest.raises(ConfigError, match="does not open it"):
+        sign(signed, private_key=tmp_path / "locked.pem")
+    monkeypatch.delenv(PASSPHRASE_VARIABLE)
+    with pytest.raises(ConfigError, match="is encrypted"):
+        sign(signed, private_key=tmp_path / "locked.pem")
+
+
+def test_a_passphrase_in_the_environment_does_not_hinder_a_plain_key(
+    signed: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, "of another key")
+    assert sign(signed, private_key=keys[0])
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+def test_sign_that_is_killed_leaves_nothing_that_blocks(
+    signed: Path, keys: tuple[Path, Path], call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """As SIGKILL: no clean-up runs behind it."""
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            {"open": "pathlib.Path.write_text", "fsync": "os.fsync", "replace": "pathlib.Path.replace"}[call], kill
+        )
+        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            sign(signed, private_key=keys[0])
+    assert open_bundle(signed, public_keys=(keys[1],)).signed_by
+    sign(signed, private_key=keys[0])
+    assert not list(signed.glob(".*"))
 
 
 def test_a_broken_bundle_is_not_signed(

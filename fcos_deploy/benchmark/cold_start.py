@@ -1,6 +1,6 @@
 """The first detection of a new process: what a user waits for, and what memory it takes.
 
-Run as ``python -m fcos_deploy.benchmark.cold_start`` it is that process; it reads its task from stdin.
+Run as a program, this module is that process; it reads its task from stdin.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.child import module_command
 from fcos_deploy.core.errors import BackendError, FcosDeployError
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -82,7 +83,7 @@ def measure_cold_start(task: ColdStartTask) -> ColdStart:
     Raises:
         BackendError: the process failed; the message has the last line of what it printed.
     """
-    command = [sys.executable, "-m", "fcos_deploy.benchmark.cold_start"]
+    command = module_command("fcos_deploy.benchmark.cold_start")
     asked = json.dumps(to_json(task))  # By stdin: class names may be longer than an argument can be.
     started = time.monotonic_ns()  # One clock for all processes of the machine.
     try:

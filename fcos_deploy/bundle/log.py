@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.errors import BundleError, ChecksumError
+from fcos_deploy.core.files import read_file
 
 __all__ = ["append_log", "read_log"]
 
@@ -46,11 +47,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """All records, oldest first, without what an interrupted append left behind them.
 
     Raises:
-        BundleError: the file is too large.
+        BundleError: the file is too large, or no plain file.
         ChecksumError: a line was changed, inserted or removed.
     """
-    with path.open("rb") as stream:
-        lines, _ = _split(stream.read(_MAX_BYTES + 1), path)
+    try:
+        content = read_file(path, limit=_MAX_BYTES, follow_links=False)
+    except OSError as error:
+        raise BundleError(f"Cannot read '{path}': {error.strerror}.", hint="move it away") from error
+    lines, _ = _split(content, path)
     _check_chain(lines, path)
     return [json.loads(line) for line in lines]
 

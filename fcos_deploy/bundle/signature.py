@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from fcos_deploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME
+from fcos_deploy.bundle.manifest import SIGNATURE_NAME
 from fcos_deploy.core.errors import ConfigError, SignatureError
-from fcos_deploy.core.files import write_text
+from fcos_deploy.core.files import read_file, write_text
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -180,20 +180,18 @@ def check_envelope(path: Path) -> Envelope:
     Raises:
         SignatureError: it is not what was written.
     """
-    if path.stat().st_size > _MAX_BYTES:
-        raise SignatureError(f"'{path}' is too large for a signature.")
-    content = path.read_bytes()
     try:
+        content = read_file(path, limit=_MAX_BYTES, follow_links=False)
         envelope = from_json(Envelope, json.loads(content), where=SIGNATURE_NAME)
-    except (ValueError, RecursionError, ConfigError) as error:
-        raise SignatureError(f"'{path}' is not a signature: {error}.") from error
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        raise SignatureError(f"'{path}' is not a signature: {getattr(error, 'strerror', None) or error}.") from error
     if envelope.sha256 != envelope.digest() or envelope.text().encode() != content:
         raise SignatureError(f"'{path}' was changed.", hint="sign the bundle again with 'fcos-deploy sign'")
     return envelope
 
 
-def check_signature(root: Path, *, public_keys: tuple[Path | str, ...]) -> str:
-    """Require that one of ``public_keys`` signed the manifest in ``root``; returns the key's id.
+def check_signature(root: Path, *, manifest: bytes, public_keys: tuple[Path | str, ...]) -> str:
+    """Require that one of ``public_keys`` signed ``manifest``, the bytes that were read in ``root``: the key's id.
 
     Raises:
         SignatureError: there is no signature, or none of these keys made it.
@@ -201,7 +199,7 @@ def check_signature(root: Path, *, public_keys: tuple[Path | str, ...]) -> str:
     if not public_keys:
         raise ConfigError("A signature can only be checked with a public key.", hint="--public-key KEY.pem")
     path = root / SIGNATURE_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise SignatureError(f"The bundle '{root}' is not signed.", hint="sign it with 'fcos-deploy sign'")
     envelope = check_envelope(path)
     keys = {key_id(key): key for key in map(_public_key, public_keys)}
@@ -211,13 +209,11 @@ def check_signature(root: Path, *, public_keys: tuple[Path | str, ...]) -> str:
             f"{', '.join(f'{identity[:16]}...' for identity in sorted(keys))}.",
             hint="use the public key of the one who signed it",
         )
-    if (root / MANIFEST_NAME).stat().st_size > MAX_MANIFEST_BYTES:
-        raise SignatureError(f"The manifest of '{root}' is larger than {MAX_MANIFEST_BYTES >> 20} MiB.")
     if envelope.algorithm != "ed25519":
         raise SignatureError(f"Signatures of type '{envelope.algorithm[:20]}' are not supported.")
     try:
         signature = base64.b64decode(envelope.signature, validate=True)
-        keys[envelope.key_id].verify(signature, _PREFIX + (root / MANIFEST_NAME).read_bytes())
+        keys[envelope.key_id].verify(signature, _PREFIX + manifest)
     except (exceptions.InvalidSignature, ValueError) as error:
         raise SignatureError(
             f"The signature does not fit the manifest of '{root}': one of the two was changed after signing.",
@@ -231,7 +227,7 @@ def _public_key(source: Path | str) -> Ed25519PublicKey:
     is_text = isinstance(source, str) and source.lstrip().startswith("-----BEGIN")
     name = "The given text" if is_text else f"'{source}'"
     try:
-        content = str(source).strip().encode() if is_text else Path(source).read_bytes()
+        content = str(source).strip().encode() if is_text else read_file(Path(source), limit=_MAX_BYTES)
         key = serialization.load_pem_public_key(content)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from fcos_deploy.bundle.manifest import (
 )
 from fcos_deploy.bundle.signature import check_envelope, check_signature, sign_manifest
 from fcos_deploy.core.errors import BackendLoadError, BundleError, ChecksumError, ConfigError
-from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.onnx_file import external_locations
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
 
 _MAX_FILES = 10_000
 _UNFINISHED = re.compile(rf"\.{SIGNATURE_NAME}\.[0-9a-f]{{8}}\.partial")  # what a killed 'sign' leaves, never read
+_MAX_DIGEST_BYTES = 1024
 _REMAKE = "copy the bundle again from where it was made, or make it again with 'fcos-deploy deploy'"
 
 
@@ -128,10 +130,14 @@ def open_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> Bund
 
 
 def _check(root: Path, public_keys: tuple[Path | str, ...]) -> tuple[Manifest, str]:
-    """The manifest, and the id of the key that signed it; the signature first, since a manifest is parsed."""
+    """The manifest, and the id of the key that signed it.
+
+    The signature first, since a manifest is parsed; what is parsed are the bytes that the signature was checked on.
+    """
     try:
-        signed_by = check_signature(root, public_keys=public_keys) if public_keys else ""
-        manifest = read_manifest(root)
+        content = _manifest_bytes(root)
+        signed_by = check_signature(root, manifest=content, public_keys=public_keys) if public_keys else ""
+        manifest = _parsed(content, root)
         check_files(root, manifest)
     except OSError as error:
         raise BundleError(f"Cannot read the bundle '{root}': {error}.", hint="check its permissions") from error
@@ -160,8 +166,7 @@ def sign(bundle: Path, *, private_key: Path) -> str:
     if is_archive(bundle):
         raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
     with open_bundle(bundle) as opened:
-        manifest = (opened.root / MANIFEST_NAME).read_bytes()
-        return sign_manifest(opened.root, manifest=manifest, private_key=private_key).key_id
+        return sign_manifest(opened.root, manifest=_manifest_bytes(opened.root), private_key=private_key).key_id
 
 
 def digest_line(manifest_sha256: str) -> str:
@@ -176,16 +181,29 @@ def read_manifest(root: Path) -> Manifest:
         BundleError: it is missing, too large, or not a manifest.
         ChecksumError: it is not what was written.
     """
-    path, digest = root / MANIFEST_NAME, root / DIGEST_NAME
-    for file in (path, digest):
-        if not file.is_file() or file.is_symlink():
-            raise BundleError(f"'{root}' is not a complete bundle: it has no '{file.name}'.", hint=_REMAKE)
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"'{path}' is larger than {MAX_MANIFEST_BYTES >> 20} MiB.", hint=_REMAKE)
-    if digest.stat().st_size > 1024 or digest.read_bytes() != digest_line(sha256_file(path)).encode():
-        raise ChecksumError(f"'{path}' is not what '{DIGEST_NAME}' recorded.", hint=_REMAKE)
+    return _parsed(_manifest_bytes(root), root)
+
+
+def _manifest_bytes(root: Path) -> bytes:
+    """Contents of manifest.json, read once; neither it nor manifest.sha256 may be a link, a pipe or a device."""
+    path = root / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        content = read_file(path, limit=MAX_MANIFEST_BYTES, follow_links=False)
+        digest = read_file(root / DIGEST_NAME, limit=_MAX_DIGEST_BYTES, follow_links=False)
+    except OSError as error:
+        name = Path(str(error.filename)).name
+        absent = isinstance(error, FileNotFoundError)
+        reason = f"it has no '{name}'" if absent else f"of '{name}', {error.strerror}"
+        raise BundleError(f"'{root}' is not a complete bundle: {reason}.", hint=_REMAKE) from error
+    if digest != digest_line(hashlib.sha256(content).hexdigest()).encode():
+        raise ChecksumError(f"'{path}' is not what '{DIGEST_NAME}' recorded.", hint=_REMAKE)
+    return content
+
+
+def _parsed(content: bytes, root: Path) -> Manifest:
+    path = root / MANIFEST_NAME
+    try:
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BundleError(f"'{path}' is not UTF-8 text: {error}.", hint=_REMAKE) from error
     return parse_manifest(text, where=str(path))
@@ -236,8 +254,9 @@ def _present_files(root: Path) -> set[str]:
         for name in (*folders, *files):
             path = Path(folder, name)
             mode = path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise BundleError(f"'{path}' is a link or a device, which a bundle cannot contain.", hint=_REMAKE)
+            reserved = Path(folder) == root and name in UNLISTED
+            if not (stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not reserved)):
+                raise BundleError(f"'{path}' is not a plain file, which a bundle cannot contain.", hint=_REMAKE)
             if stat.S_ISREG(mode):
                 present.add(path.relative_to(root).as_posix())
         if len(present) > _MAX_FILES:

@@ -1,4 +1,4 @@
-"""Files that are either complete under their name or not there, and where compiled models are cached."""
+"""Files that are either complete under their name or not there, bounded reads, and where compiled models are cached."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from fcos_deploy.core.errors import ConfigError
 
@@ -18,19 +20,98 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "model_cache_dir",
+    "open_regular",
+    "read_file",
+    "require_name",
     "require_writable",
     "sha256_file",
+    "sync_folder",
+    "sync_tree",
     "write_text",
 ]
+
+
+def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
+    """Open a regular file for reading; a pipe or a device, which may have no end, is refused without waiting for it.
+
+    Raises:
+        OSError: it cannot be opened, is not a regular file, or is a link that is not to be followed.
+    """
+    # Without O_NONBLOCK opening a pipe waits for its writer; for a regular file it means nothing.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow_links:
+            raise OSError(errno.ELOOP, "it is a link", str(path)) from error
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: Path, *, limit: int, follow_links: bool = True) -> bytes:
+    """The contents of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: as ``open_regular``, or it is larger.
+    """
+    with open_regular(path, follow_links=follow_links) as stream:
+        # The size first: a file of gigabytes is not read up to the limit. One of /proc has none, hence the second look.
+        content = b"" if os.fstat(stream.fileno()).st_size > limit else stream.read(limit + 1)
+        if os.fstat(stream.fileno()).st_size > limit or len(content) > limit:
+            raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+    return content
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk: without its name a power cut loses a file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not know it, as some network ones
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until all files and names below ``folder`` are on the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open_regular(Path(parent, name), follow_links=False) as stream:
+                os.fsync(stream.fileno())
+        sync_folder(Path(parent))
+
+
+def require_name(path: Path) -> None:
+    """Refuse ``.``, ``..`` and ``/`` where something is to be written: they have no name that could be taken.
+
+    Raises:
+        ConfigError: for these.
+    """
+    if path.name in ("", ".."):
+        raise ConfigError(f"'{path}' has no name to write under.", hint="give the name of a file or a new folder")
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, same suffix; it takes the name when the block ends, goes when it fails.
 
+    When this returns, file and name are on the disk.
+
     Raises:
         ConfigError: when the file cannot be written. An OSError of the block about another file stays what it is.
     """
+    require_name(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +119,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         if _is_of_another_file(error, path):
             raise
@@ -51,17 +133,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; it takes the place of the folder ``path`` when the block ends.
 
+    When this returns, all that is in it is on the disk.
+
     Raises:
         ConfigError: when ``path`` is a file or cannot be written. An OSError of the block about another file stays what
             it is.
     """
+    require_name(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"'{path}' is a file, a folder was to be written.", hint="choose another name")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        sync_tree(temporary)
         _take_place(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         if _is_of_another_file(error, path):
             raise
@@ -103,6 +190,7 @@ def require_writable(path: Path) -> None:
     Raises:
         ConfigError: naming the reason.
     """
+    require_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -128,7 +216,7 @@ def write_text(path: Path, text: str) -> None:
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's contents, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -144,8 +232,11 @@ def model_cache_dir(backend: str, *, key: str) -> Path | None:
     ``key`` names the model by its contents, so that a changed file under the same path never gets a stale entry. Of
     each backend the most recently used entries remain.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = os.environ.get(CACHE_VARIABLE, Path(base, "fcos-deploy"))
+    root = os.environ.get(CACHE_VARIABLE)
+    if root is None:
+        base = os.environ.get("XDG_CACHE_HOME")
+        with contextlib.suppress(RuntimeError):  # no home: a user id that the machine does not know
+            root = str(Path(base or Path.home() / ".cache", "fcos-deploy"))
     if not root:
         return None
     folder = Path(root, backend, key)

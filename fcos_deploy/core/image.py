@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -11,15 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.errors import ImageError
+from fcos_deploy.core.errors import ConfigError, ImageError
+from fcos_deploy.core.files import read_file
 from fcos_deploy.core.libraries import require
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_IMAGE_PIXELS", "list_images", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS_VARIABLE", "list_images", "max_image_pixels", "read_image"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
-# Pillow's own bound against decompression bombs: 537 MB of RGB, more than any camera gives.
-MAX_IMAGE_PIXELS = 178_956_970
+# The only decoders that are tried, by Pillow's names: others start programs (EPS is Ghostscript's) or are hardly used.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+MAX_PIXELS_VARIABLE = "FCOS_DEPLOY_MAX_PIXELS"  # the largest image that is decoded, width times height
+# A file of 20 KB can have as many pixels as its header says: 192 MB of RGB here, and more than most cameras give.
+_MAX_PIXELS = 64_000_000
+_PILLOWS_MAX_PIXELS = 178_956_970
+_MAX_BYTES = 1 << 30  # of a file
 
 # `warnings.catch_warnings` is not safe among threads before Python 3.14.
 _HEADER_LOCK = threading.Lock()
@@ -45,18 +55,32 @@ def list_images(folder: Path) -> list[Path]:
     return images
 
 
+def max_image_pixels() -> int:
+    """The largest number of pixels that an image may have.
+
+    Raises:
+        ConfigError: ``FCOS_DEPLOY_MAX_PIXELS`` is not a number that Pillow accepts too.
+    """
+    text = os.environ.get(MAX_PIXELS_VARIABLE, "")
+    if not text:
+        return _MAX_PIXELS
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not 0 < int(text) <= _PILLOWS_MAX_PIXELS:
+        raise ConfigError(f"{MAX_PIXELS_VARIABLE} must be a number from 1 to {_PILLOWS_MAX_PIXELS}, got '{text}'.")
+    return int(text)
+
+
 def read_image(path: Path) -> NDArray[np.uint8]:
     """An image as (h, w, 3) uint8 RGB, upright as its EXIF orientation says.
 
     Grayscale is repeated, 16 bits are cut to the upper 8, transparency is dropped, palettes are looked up.
 
     Raises:
-        ImageError: the file is missing, empty, damaged, not an image, or larger than ``MAX_IMAGE_PIXELS``.
+        ImageError: the file is missing, empty, damaged, not an image, or has more than ``max_image_pixels`` pixels.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"Cannot read image '{path}': {error.strerror or error}.") from error
+        content = read_file(path, limit=_MAX_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+        raise ImageError(f"Cannot read image '{path}': {getattr(error, 'strerror', None) or error}.") from error
     if not content:
         raise ImageError(f"Image '{path}' is empty.")
     header = _open_header(path, content)
@@ -66,24 +90,28 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def _open_header(path: Path, content: bytes) -> Any:  # Any: PIL.Image.Image, imported only when called
-    pillow = require("PIL.Image")
+    pillow, limit = require("PIL.Image"), max_image_pixels()
     with _HEADER_LOCK, warnings.catch_warnings():
-        # Pillow warns from half its bound on, and about unreadable metadata; here only the bound itself is an error.
+        # Pillow warns from half its own bound on, and about unreadable metadata; here only the bound is an error.
         warnings.simplefilter("ignore")
         try:
-            header = pillow.open(io.BytesIO(content))
+            header = pillow.open(io.BytesIO(content), formats=_FORMATS)
         except pillow.DecompressionBombError as error:
-            raise _too_large(path, str(error)) from error
-        except (pillow.UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise ImageError(f"'{path}' is not an image, or one of an unknown format.") from error
+            raise _too_large(path, limit, str(error)) from error
+        except Exception as error:  # A damaged header can fail in any way in the decoders; none of them is a bug here.
+            known = ", ".join(name.lower() for name in _FORMATS)
+            raise ImageError(f"'{path}' is not an image that is read here.", hint=f"formats: {known}") from error
     width, height = header.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise _too_large(path, f"it has {width}x{height} pixels")
+    if width * height > limit:
+        raise _too_large(path, limit, f"it has {width}x{height}")
     return header
 
 
-def _too_large(path: Path, detail: str) -> ImageError:
-    return ImageError(f"Image '{path}' is larger than {MAX_IMAGE_PIXELS} pixels: {detail}.", hint="scale it down first")
+def _too_large(path: Path, limit: int, detail: str) -> ImageError:
+    return ImageError(
+        f"Image '{path}' has more than {limit} pixels: {detail}.",
+        hint=f"scale it down, or set {MAX_PIXELS_VARIABLE} if the file is to be trusted",
+    )
 
 
 def _decode_jpeg(path: Path, content: bytes) -> NDArray[np.uint8]:
@@ -91,7 +119,9 @@ def _decode_jpeg(path: Path, content: bytes) -> NDArray[np.uint8]:
     cv2 = require("cv2")
     if not _jpeg_is_complete(content):  # OpenCV 4 fills what is missing with gray.
         raise ImageError(f"Image '{path}' is damaged: the file ends early.")
-    image: NDArray[np.uint8] | None = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    image: NDArray[np.uint8] | None = None
+    with contextlib.suppress(cv2.error):  # which it raises for some damage, and returns None for the rest
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise ImageError(f"Image '{path}' is damaged.")
     cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
@@ -123,5 +153,5 @@ def _decode_pillow(path: Path, image: Any) -> NDArray[np.uint8]:
             # By way of RGBA: Pillow cannot drop a palette's transparency directly.
             image = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
         return np.array(image, np.uint8)
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise ImageError(f"Image '{path}' is damaged: {error}.") from error
+    except Exception as error:  # as for the header
+        raise ImageError(f"Image '{path}' is damaged: {str(error) or type(error).__name__}.") from error

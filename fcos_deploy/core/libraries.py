@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import re
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -32,14 +34,28 @@ def library_versions(*distributions: str) -> dict[str, str]:
     return versions
 
 
+# ONNX Runtime of 1.29 and later sends usage events and writes an event queue to the temporary folder; its opt-out is
+# read when it is imported. OpenVINO and NNCF send theirs with the package ``openvino_telemetry``, and do without it
+# where that cannot be imported; its own opt-out is a file in the home folder, which is not ours to write.
+_OPT_OUT_VARIABLE = "ORT_DISABLE_TELEMETRY"
+_TELEMETRY_PACKAGE = "openvino_telemetry"
+
+
+def _opt_out_of_telemetry() -> None:
+    if not os.environ.get(_OPT_OUT_VARIABLE):  # what the user has set stays
+        os.environ[_OPT_OUT_VARIABLE] = "1"
+    sys.modules.setdefault(_TELEMETRY_PACKAGE, None)  # type: ignore[arg-type]  # None: the import fails
+
+
 def require(module: str, *, extra: str = "") -> ModuleType:
-    """Import ``module``; a missing library becomes an instruction, a broken one shows its own error.
+    """Import ``module`` without its telemetry; a missing library is an instruction, a broken one shows its own error.
 
     ``extra`` is the pip extra that brings the library; empty for one that every installation has.
 
     Raises:
         MissingDependencyError: when the library is not installed.
     """
+    _opt_out_of_telemetry()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

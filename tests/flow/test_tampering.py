@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fcos_deploy.benchmark.cold_start import peak_memory_mib
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.bundle.log import append_log, read_log
 from fcos_deploy.bundle.signature import generate_key
@@ -103,3 +105,28 @@ def test_a_log_that_was_changed_is_noticed_when_it_is_used_and_stops_nothing_els
         with pytest.raises(BundleError, match=r"Line [12]"):
             append_log(log, {"run": 9})
         assert log.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256", "SIGNATURE", "verification.jsonl"])
+@pytest.mark.parametrize("kind", ["endless", "pipe", "link", "folder", "huge"])
+def test_what_is_no_plain_file_is_refused_at_once(full_bundle: Path, name: str, kind: str, with_key: bool) -> None:
+    """Neither reads without end nor waits; with a key nothing is read that would not be without."""
+    path, keys = full_bundle / name, (full_bundle.parent / "key.pub.pem",) if with_key else ()
+    path.rename(full_bundle.parent / "aside")
+    if kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(full_bundle.parent / "aside")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 20 << 30)
+    before = peak_memory_mib()
+    with pytest.raises(BundleError):
+        open_bundle(full_bundle, public_keys=keys)
+        read_log(path)  # which opening leaves to who needs it
+    assert peak_memory_mib() - before < 50

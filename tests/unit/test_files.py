@@ -118,7 +118,7 @@ def test_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(atomic.os, "fsync", record)
     write_text(tmp_path / "a.txt", "x")
-    assert synced == [False]
+    assert synced == [False, True]  # the contents, and then the name
 
 
 def test_hash_of_a_file_larger_than_a_block(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fcos_deploy.core import image as image_io
-from fcos_deploy.core.errors import ImageError
-from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.errors import ConfigError, ImageError
+from fcos_deploy.core.image import MAX_PIXELS_VARIABLE, list_images, read_image
 
 COLORS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 
@@ -139,6 +139,26 @@ def test_text_is_not_an_image(tmp_path: Path) -> None:
         read_image(tmp_path / "page.jpg")
 
 
+def test_an_image_starts_no_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    marker = tmp_path / "ran"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    Image.fromarray(COLORS).save(tmp_path / "a.jpg", "EPS")
+    with pytest.raises(ImageError, match="not an image that is read here"):
+        read_image(tmp_path / "a.jpg")
+    assert not marker.exists()
+
+
+def test_pipes_and_devices_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(ImageError, match="not a regular file"):
+            read_image(tmp_path / name)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
 def test_cut_off_files_are_errors_not_gray_areas(suffix: str, share: float, tmp_path: Path) -> None:
@@ -176,22 +196,27 @@ def _png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\7IDAT"
 
 
-@pytest.mark.parametrize("size", [(60_000, 60_000), (20_000, 9_000)])
+@pytest.mark.parametrize("size", [(60_000, 60_000), (20_000, 9_000), (10_000, 10_000)])
 def test_decompression_bombs_are_refused_by_their_header(size: tuple[int, int], tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(_png_header(*size))
-    with pytest.raises(ImageError, match=r"bomb\.png' is larger than"):
+    with pytest.raises(ImageError, match=r"bomb\.png' has more than 64000000 pixels"):
         read_image(tmp_path / "bomb.png")
 
 
 def test_bound_holds_where_pillows_own_is_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr(image_io, "MAX_IMAGE_PIXELS", 34)
-    with pytest.raises(ImageError, match="it has 7x5 pixels"):
+    monkeypatch.setenv(MAX_PIXELS_VARIABLE, "34")
+    with pytest.raises(ImageError, match="more than 34 pixels: it has 7x5"):
         read_image(save(tmp_path / "a.png", COLORS))
+    for wrong in ("-1", "0", "many", "1" * 5000):
+        monkeypatch.setenv(MAX_PIXELS_VARIABLE, wrong)
+        with pytest.raises(ConfigError, match=MAX_PIXELS_VARIABLE):
+            read_image(tmp_path / "a.png")
 
 
-def test_large_pictures_below_the_bound_do_not_warn(tmp_path: Path) -> None:
+def test_large_pictures_below_the_bound_do_not_warn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """100 megapixels: above the size at which Pillow warns. The header alone is not a whole picture."""
+    monkeypatch.setenv(MAX_PIXELS_VARIABLE, "100000000")
     (tmp_path / "large.png").write_bytes(_png_header(10_000, 10_000))
     with pytest.raises(ImageError, match="damaged"):
         read_image(tmp_path / "large.png")
@@ -206,7 +231,7 @@ def test_threads_read_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of metadata that Pillow cannot read and does not need
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), suffix=st.sampled_from([".jpg", ".png", ".bmp", ".tif"]))
+@given(data=st.data(), suffix=st.sampled_from([".jpg", ".png", ".bmp", ".tif", ".gif", ".ppm", ".webp"]))
 def test_damaged_files_are_read_or_refused(data: st.DataObject, suffix: str, tmp_path: Path) -> None:
     """Whatever bytes change: an image, or an ImageError."""
     content = bytearray(save(tmp_path / f"x{suffix}", np.repeat(COLORS, 4, axis=0)).read_bytes())

@@ -102,7 +102,7 @@ def test_a_key_id_that_was_exchanged_does_not_pass(signed: Path, keys: tuple[Pat
     forged = Envelope(algorithm="ed25519", key_id=other, signature=old.signature, sha256=draft.digest())
     (signed / "SIGNATURE").write_text(forged.text())
     with pytest.raises(SignatureError, match="does not fit"):
-        check_signature(signed, public_keys=(tmp_path / "b.pub.pem",))
+        check_signature(signed, manifest=(signed / "manifest.json").read_bytes(), public_keys=(tmp_path / "b.pub.pem",))
 
 
 def test_requiring_a_signature_without_a_key_is_a_mistake_of_the_caller(keys: tuple[Path, Path]) -> None:

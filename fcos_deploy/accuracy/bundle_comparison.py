@@ -20,7 +20,7 @@ from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.gate import Gate, Judge
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
@@ -204,7 +204,13 @@ def _judge_recorded_drop(
     drop = ApInterval(
         value=value, low=value, high=value, standard_error=0.0, confidence=0.0, resamples=0, images=reference.images
     )
-    return judge_drop(gate, drop, reference_ap=reference.metrics["ap"], subject=subject)
+    problem = ""
+    if gate.judge is Judge.INTERVAL:
+        problem = (
+            f"the bundles record APs (drop {value:+.3f} on {reference.images} images), but not how the drop varies "
+            "between images; measure it with --images and --annotations, or judge the figure alone with --judge point"
+        )
+    return judge_drop(gate, drop, reference_ap=reference.metrics["ap"], subject=subject, problem=problem)
 
 
 def figure_rows(comparison: BundleComparison) -> list[tuple[str, ...]]:

@@ -54,13 +54,15 @@ class GroundTruth:
 class Dataset:
     """Images in the order of their ids, the ground truth by image id, and the names of the classes.
 
-    ``source`` says where the ground truth comes from: a file of annotations, or another model.
+    ``source`` says where the ground truth comes from: a file of annotations, or another model, which is then not
+    ``annotated``.
     """
 
     images: tuple[EvaluationImage, ...]
     ground_truth: Mapping[int, GroundTruth]
     class_names: tuple[str, ...]
     source: str
+    annotated: bool = True
 
     def first(self, count: int | None) -> Dataset:
         """The same data, cut to the first ``count`` images; None keeps all."""
@@ -129,23 +131,16 @@ def ground_truth_from_detections(
 ) -> Dataset:
     """Take a reference's detections for the ground truth, those with at least ``min_score``.
 
-    The AP of a model on such a data set is its agreement with the reference: 1 for the reference itself.
-
-    Raises:
-        ConfigError: when nothing was detected, so that there is nothing to agree with.
+    The AP of a model on such a data set is its agreement with the reference: 1 for the reference itself. Where nothing
+    was detected there is no object, and no AP.
     """
     kept = {number: objects.above(min_score) for number, objects in detections.items()}
-    if not any(len(objects) for objects in kept.values()):
-        raise ConfigError(
-            f"The reference finds nothing with a score of at least {min_score} on these {len(images)} images.",
-            hint="give images that show the objects, or annotations: --annotations FILE",
-        )
     ground_truth = {}
     for number, objects in kept.items():
         boxes = objects.boxes.astype(np.float64)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         ground_truth[number] = GroundTruth(boxes, objects.labels, areas, np.zeros(len(objects), np.bool_))
-    return Dataset(tuple(images), ground_truth, class_names, source)
+    return Dataset(tuple(images), ground_truth, class_names, source, annotated=False)
 
 
 def label_index(model_names: tuple[str, ...], dataset: Dataset) -> NDArray[np.int64]:

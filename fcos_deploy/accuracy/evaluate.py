@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fcos_deploy.accuracy.dataset import (
     label_index,
     load_coco,
 )
+from fcos_deploy.accuracy.evidence import baseline_problem, evidence_problem
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_ap, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval, ApSamples, ap_interval, match_dataset, paired_ap_drop, sample_ap
 from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, agreement_json, compare_detections
@@ -35,6 +36,7 @@ __all__ = [
     "evaluation_drift",
     "evaluation_json",
     "evaluation_row",
+    "judge_evaluation",
 ]
 
 TABLE_COLUMNS = ("backend", "precision", "AP", "AP50", "AP75", "95% interval", "drop", "agree", "images", "ms/image")
@@ -68,7 +70,8 @@ class EvaluationRequest:
                 "Accuracy needs annotations, or a reference model whose detections are taken for the ground truth.",
                 hint="give --annotations FILE, or --reference CHECKPOINT",
             )
-        needs_reference = (self.gate.max_map_drop, self.gate.min_match_rate, self.gate.max_score_delta)
+        gate = self.gate
+        needs_reference = (gate.max_map_drop, gate.min_match_rate, gate.max_score_delta, gate.max_box_delta_px)
         if self.reference is None and any(limit is not None for limit in needs_reference):
             raise ConfigError(
                 "A limit on a drop or on agreement needs the model to compare with.", hint="give --reference CHECKPOINT"
@@ -81,7 +84,8 @@ class EvaluationRequest:
 class Evaluation:
     """One model on one backend: its scores and, where there is a reference, how it compares.
 
-    ``samples``: its AP in each resample, for further intervals.
+    ``samples``: its AP in each resample, for further intervals. ``contradiction``: why its figures do not fit the
+    annotations, so that nothing can be compared with it; empty when they do.
     """
 
     run: DetectionRun
@@ -91,6 +95,7 @@ class Evaluation:
     agreement: DetectionAgreement | None = None
     verdicts: tuple[Verdict, ...] = ()
     samples: ApSamples | None = None
+    contradiction: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,29 +156,49 @@ def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, refe
     """Score a run's detections, compare them with the reference's, and judge both."""
     gate, detections = request.gate, run.relabelled(label_index(run.names, dataset))
     scores = coco_scores(dataset, detections)
+    matches = match_dataset(dataset, detections)
     samples = drop = agreement = None
     if request.resamples and scores.ap is not None:
-        samples = sample_ap(match_dataset(dataset, detections), resamples=request.resamples, seed=request.seed)
-    verdicts: list[Verdict] = []
-    if scores.ap is not None:
-        verdicts += judge_ap(gate, scores.ap, subject=run.subject, images=scores.images)
+        samples = sample_ap(matches, resamples=request.resamples, seed=request.seed)
     if reference is not None:
         expected = reference.run.relabelled(label_index(reference.run.names, dataset))
         options = MatchOptions() if gate.min_iou is None else MatchOptions(iou_threshold=gate.min_iou)
         agreement = compare_detections(expected, detections, options=options)
         drop = _drop(reference, scores, samples)
-        if drop is not None and reference.scores.ap is not None:
-            verdicts += judge_drop(gate, drop, reference_ap=reference.scores.ap, subject=run.subject)
-        verdicts += judge_agreement(gate, agreement, subject=run.subject)
-    return Evaluation(
+    evaluation = Evaluation(
         run=run,
         scores=scores,
         interval=ap_interval(samples) if samples else None,
         drop=drop,
         agreement=agreement,
-        verdicts=tuple(verdicts),
         samples=samples,
+        contradiction=baseline_problem(dataset, matches, ap=scores.ap),
     )
+    return replace(evaluation, verdicts=judge_evaluation(gate, evaluation, dataset=dataset, reference=reference))
+
+
+def judge_evaluation(
+    gate: Gate, evaluation: Evaluation, *, dataset: Dataset, reference: Evaluation | None, subject: str = ""
+) -> tuple[Verdict, ...]:
+    """A verdict on every limit of ``gate``: inconclusive where the data cannot decide it, with the reason.
+
+    ``subject``: what the verdicts call the model; its backend and precision by default.
+    """
+    subject = subject or evaluation.run.subject
+    scores, problem = evaluation.scores, evidence_problem(dataset, judge=gate.judge)
+    verdicts = judge_ap(
+        gate, scores.ap, subject=subject, images=scores.images, interval=evaluation.interval, problem=problem
+    )
+    if reference is not None and evaluation.agreement is not None:
+        verdicts += judge_drop(
+            gate,
+            evaluation.drop,
+            reference_ap=reference.scores.ap,
+            subject=subject,
+            problem=problem or reference.contradiction,
+        )
+        verdicts += judge_agreement(gate, evaluation.agreement, subject=subject)
+    return tuple(verdicts)
 
 
 def _drop(reference: Evaluation, scores: CocoScores, samples: ApSamples | None) -> ApInterval | None:

@@ -1,7 +1,8 @@
-"""Whether a deployed detector keeps its limits, as sentences, as an error and as JUnit XML."""
+"""Whether a deployed detector keeps its limits: verdicts as sentences, as an error and as JUnit XML."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,114 +10,304 @@ from xml.etree import ElementTree
 
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement
-from fcos_deploy.core.errors import AccuracyGateError
+from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
 from fcos_deploy.core.files import write_text
-from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.gate import Gate, Judge, Outcome, interval_outcome, overall_outcome
 
-__all__ = ["Verdict", "judge_agreement", "judge_ap", "judge_drop", "require_all", "write_junit"]
+__all__ = [
+    "Outcome",
+    "Verdict",
+    "judge_agreement",
+    "judge_ap",
+    "judge_drop",
+    "overall_outcome",
+    "require_all",
+    "verdict_line",
+    "write_junit",
+]
+
+# Times as many images: beyond, the figure lies on the limit, and no data set of a realistic size decides.
+_HOPELESS = 100
+# Resamples below which the ends of an interval, the 25th of a thousand, are themselves a matter of chance.
+_MIN_RESAMPLES = 200
+# Pairs from which on the largest difference bounds the 95th percentile with 97.5 % confidence: 0.95 ** 72 < 0.025.
+_PERCENTILE_PAIRS = 72
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One judgement: the limit's name and what it was applied to, the figure, the limit, and a sentence with both."""
+    """One judgement: the limit's name, what it was applied to, the outcome, and a sentence with the figures.
+
+    ``value``, with its interval from ``low`` to ``high``, was held to ``limit``; None where there is no such figure.
+    ``judge`` says whether the interval or the value decided. ``more_images``: how many more images like these would
+    decide what is inconclusive; None where more images don't help.
+    """
 
     name: str
     subject: str
-    passed: bool
-    value: float
+    outcome: Outcome
+    value: float | None
     limit: float
     message: str
+    judge: Judge = Judge.INTERVAL
+    low: float | None = None
+    high: float | None = None
+    more_images: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the limit was shown to hold."""
+        return self.outcome is Outcome.PASSED
 
 
-def judge_ap(gate: Gate, ap: float, *, subject: str, images: int) -> list[Verdict]:
-    """Judge an AP by itself."""
+def judge_ap(
+    gate: Gate, ap: float | None, *, subject: str, images: int, interval: ApInterval | None = None, problem: str = ""
+) -> list[Verdict]:
+    """Judge an AP by itself; ``problem`` is why the data cannot decide, if it cannot."""
     if gate.min_ap is None:
         return []
-    passed = ap >= gate.min_ap
-    message = f"mAP {ap:.3f} ({'>=' if passed else '<'} {gate.min_ap:.3f}) on {images} images"
-    return [Verdict(name="min_ap", subject=subject, passed=passed, value=ap, limit=gate.min_ap, message=message)]
+    limit = gate.min_ap
+    bounds = _bounds(gate, ap, interval)
+    problem = problem or _missing(ap, bounds)
+    if problem or ap is None or bounds is None:
+        return [_undecided("min_ap", gate, subject=subject, limit=limit, problem=problem, value=ap)]
+    outcome = interval_outcome(-bounds[1], -bounds[0], at_most=-limit)
+    more = _more_images(ap, bounds, limit=limit, images=images) if outcome is Outcome.INCONCLUSIVE else None
+    message = f"mAP {ap:.3f} ({_by(gate, interval)}; at least {limit:.3f} needed) on {images} images"
+    return [
+        Verdict(
+            name="min_ap",
+            subject=subject,
+            outcome=outcome,
+            value=ap,
+            limit=limit,
+            message=message + _advice(outcome, more),
+            judge=gate.judge,
+            low=bounds[0],
+            high=bounds[1],
+            more_images=more,
+        )
+    ]
 
 
-def judge_drop(gate: Gate, drop: ApInterval, *, reference_ap: float, subject: str) -> list[Verdict]:
-    """Judge how much AP was lost against the reference."""
+def judge_drop(
+    gate: Gate, drop: ApInterval | None, *, reference_ap: float | None, subject: str, problem: str = ""
+) -> list[Verdict]:
+    """Judge how much AP was lost against the reference; ``problem`` is why the data cannot decide, if it cannot."""
     if gate.max_map_drop is None:
         return []
-    value = drop.high if gate.certain else drop.value
-    passed = value <= gate.max_map_drop
-    sign = "<=" if passed else ">"
-    bound = f", {drop.confidence:.0%} interval {drop.low:+.3f} to {drop.high:+.3f}"
-    message = (
-        f"mAP {reference_ap:.3f} -> {reference_ap - drop.value:.3f} "
-        f"(drop {value:.3f} {sign} {gate.max_map_drop:.3f}{bound}) on {drop.images} images"
-    )
     limit = gate.max_map_drop
-    return [Verdict(name="max_map_drop", subject=subject, passed=passed, value=value, limit=limit, message=message)]
+    value = drop.value if drop else None
+    bounds = _bounds(gate, value, drop)
+    problem = problem or _missing(value, bounds)
+    if problem or drop is None or reference_ap is None or bounds is None:
+        return [_undecided("max_map_drop", gate, subject=subject, limit=limit, problem=problem, value=value)]
+    outcome = interval_outcome(*bounds, at_most=limit)
+    more = None
+    if outcome is Outcome.INCONCLUSIVE:
+        more = _more_images(drop.value, bounds, limit=limit, images=drop.images)
+    message = (
+        f"mAP {reference_ap:.3f} -> {reference_ap - drop.value:.3f} (drop {drop.value:+.3f}, {_by(gate, drop)}; "
+        f"at most {limit:.3f} allowed) on {drop.images} images"
+    )
+    return [
+        Verdict(
+            name="max_map_drop",
+            subject=subject,
+            outcome=outcome,
+            value=drop.value,
+            limit=limit,
+            message=message + _advice(outcome, more),
+            judge=gate.judge,
+            low=bounds[0],
+            high=bounds[1],
+            more_images=more,
+        )
+    ]
 
 
-def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str) -> list[Verdict]:
+def _bounds(gate: Gate, value: float | None, interval: ApInterval | None) -> tuple[float, float] | None:
+    """What must keep the limit; None without a figure, or without the interval that was asked for."""
+    if value is None or not math.isfinite(value):
+        return None
+    if gate.judge is Judge.POINT:
+        return value, value
+    return (interval.low, interval.high) if interval is not None and interval.resamples >= _MIN_RESAMPLES else None
+
+
+def _missing(value: float | None, bounds: tuple[float, float] | None) -> str:
+    """Why there is nothing to judge; empty when there is."""
+    if bounds is not None:
+        return ""
+    if value is None:
+        return "there is no object in the data, so that there is no AP"
+    return (
+        f"there is no confidence interval with fewer than {_MIN_RESAMPLES} resamples (--resamples); "
+        "--judge point judges the measured figure alone"
+    )
+
+
+def _undecided(name: str, gate: Gate, *, subject: str, limit: float, problem: str, value: float | None) -> Verdict:
+    finite = value if value is not None and math.isfinite(value) else None
+    return Verdict(
+        name=name,
+        subject=subject,
+        outcome=Outcome.INCONCLUSIVE,
+        value=finite,
+        limit=limit,
+        message=problem,
+        judge=gate.judge,
+    )
+
+
+def _by(gate: Gate, interval: ApInterval | None) -> str:
+    known = interval is not None and interval.resamples
+    bound = (
+        f"{interval.confidence:.0%} interval {interval.low:+.3f} to {interval.high:+.3f}" if known and interval else ""
+    )
+    if gate.judge is Judge.POINT:
+        return f"judged by the point estimate, {bound}" if bound else "judged by the point estimate"
+    return bound
+
+
+def _more_images(value: float, bounds: tuple[float, float], *, limit: float, images: int) -> int | None:
+    """How many more images decide, if figure and variance per image stay as they are; None: no realistic number.
+
+    The interval's width falls with the square root of the number of images, so the side of it that crosses the limit
+    has to shrink by the ratio of its distance from the value to the limit's.
+    """
+    low, high = bounds
+    margin = limit - value
+    reach = high - value if margin > 0 else value - low
+    if reach >= abs(margin) * math.sqrt(_HOPELESS):
+        return None
+    return max(1, math.ceil(images * ((reach / margin) ** 2 - 1)))
+
+
+def _advice(outcome: Outcome, more: int | None) -> str:
+    if outcome is not Outcome.INCONCLUSIVE:
+        return ""
+    if more is None:
+        return "; the measured figure is too near to the limit for more images to decide"
+    return f"; about {more} more images like these would decide it"
+
+
+def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str, problem: str = "") -> list[Verdict]:
     """Judge how far single detections agree with the reference's."""
-    scores, boxes = agreement.score_delta, agreement.box_delta_px
-    rate = agreement.match_rate
     verdicts = []
     if gate.min_match_rate is not None:
-        message = (
-            f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.extra} extra; "
-            f"at least {gate.min_match_rate:.1%} needed) on {agreement.images} images"
-        )
-        verdicts.append(
-            Verdict(
-                name="min_match_rate",
-                subject=subject,
-                passed=rate >= gate.min_match_rate,
-                value=rate,
-                limit=gate.min_match_rate,
-                message=message,
-            )
-        )
+        verdicts.append(_judge_match_rate(gate, agreement, limit=gate.min_match_rate, subject=subject, problem=problem))
     # Scores differ to both sides, so 5 % may lie below the 5th percentile and 5 % above the 95th: 90 % lie between.
+    scores, boxes = agreement.score_delta, agreement.box_delta_px
     spread = max(abs(scores.p5), abs(scores.p95))
     for name, share, value, unit, limit in (
         ("max_score_delta", "90 %", spread, "score", gate.max_score_delta),
         ("max_box_delta_px", "95 %", boxes.p95, "pixels", gate.max_box_delta_px),
     ):
-        if limit is not None:
-            message = f"{share} of the matched detections differ by at most {value:.4f} {unit} ({limit:.4f} allowed)"
-            passed = value <= limit
+        if limit is None:
+            continue
+        needed = _PERCENTILE_PAIRS if gate.judge is Judge.INTERVAL else 1
+        sparse = f"{scores.count} matched detections are too few for a percentile ({needed} needed)"
+        if problem or scores.count < needed:
             verdicts.append(
-                Verdict(name=name, subject=subject, passed=passed, value=value, limit=limit, message=message)
+                _undecided(name, gate, subject=subject, limit=limit, problem=problem or sparse, value=value)
             )
+            continue
+        message = f"{share} of the matched detections differ by at most {value:.4f} {unit} ({limit:.4f} allowed)"
+        outcome = Outcome.PASSED if value <= limit else Outcome.FAILED
+        verdicts.append(
+            Verdict(
+                name=name, subject=subject, outcome=outcome, value=value, limit=limit, message=message, judge=gate.judge
+            )
+        )
     return verdicts
 
 
-def require_all(verdicts: Sequence[Verdict]) -> None:
-    """Raise if one failed.
+def _judge_match_rate(
+    gate: Gate, agreement: DetectionAgreement, *, limit: float, subject: str, problem: str
+) -> Verdict:
+    name, rate = "min_match_rate", agreement.match_rate
+    if not problem and not agreement.reference + agreement.candidate:
+        problem = "neither detector finds anything in these images, so that nothing can agree"
+    if problem:
+        return _undecided(name, gate, subject=subject, limit=limit, problem=problem, value=None)
+    low, high = (rate, rate) if gate.judge is Judge.POINT else agreement.match_interval
+    bound = "judged by the point estimate" if gate.judge is Judge.POINT else f"95% interval {low:.1%} to {high:.1%}"
+    outcome, more = interval_outcome(-high, -low, at_most=-limit), None
+    if outcome is Outcome.INCONCLUSIVE:
+        more = _more_images(rate, (low, high), limit=limit, images=agreement.images)
+    message = (
+        f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.extra} extra; {bound}; "
+        f"at least {limit:.1%} needed) on {agreement.images} images"
+    )
+    return Verdict(
+        name=name,
+        subject=subject,
+        outcome=outcome,
+        value=rate,
+        limit=limit,
+        message=message + _advice(outcome, more),
+        judge=gate.judge,
+        low=low,
+        high=high,
+        more_images=more,
+    )
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """The verdict as every command prints it: its word, its subject, its sentence."""
+    return f"{verdict.outcome.upper()}  {verdict.subject}: {verdict.message}"
+
+
+def require_all(verdicts: Sequence[Verdict], *, allow_inconclusive: bool = False) -> None:
+    """Raise unless all passed.
 
     Raises:
         AccuracyGateError: with the figures of each one that failed.
+        InconclusiveError: none failed, and the data cannot decide some, which was not allowed.
     """
-    failed = [verdict for verdict in verdicts if not verdict.passed]
-    if failed:
+    overall = overall_outcome(verdict.outcome for verdict in verdicts)
+    sentences = "; ".join(f"{v.subject}: {v.message}" for v in verdicts if v.outcome is overall) + "."
+    if overall is Outcome.FAILED:
         raise AccuracyGateError(
-            "; ".join(f"{verdict.subject}: {verdict.message}" for verdict in failed) + ".",
-            hint="keep more layers in float, calibrate with other images, or loosen the gate knowingly",
+            sentences, hint="keep more layers in float, calibrate with other images, or loosen the gate knowingly"
+        )
+    if overall is Outcome.INCONCLUSIVE and not allow_inconclusive:
+        raise InconclusiveError(
+            f"Inconclusive: {sentences}",
+            hint="give more annotated images with --images and --annotations, or accept it with --allow-inconclusive",
         )
 
 
-def write_junit(path: Path, verdicts: Sequence[Verdict], *, suite: str) -> None:
+def write_junit(path: Path, verdicts: Sequence[Verdict], *, suite: str, allow_inconclusive: bool = False) -> None:
     """Write JUnit XML atomically: one test suite with a test case for every verdict.
+
+    An inconclusive one is an error (the test could not be made), or skipped where that is allowed.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    failures = sum(not verdict.passed for verdict in verdicts)
+    tags = {
+        Outcome.PASSED: "",
+        Outcome.FAILED: "failure",
+        Outcome.INCONCLUSIVE: "skipped" if allow_inconclusive else "error",
+    }
+    occurring = [tags[verdict.outcome] for verdict in verdicts]
+    counts = {
+        "tests": str(len(verdicts)),
+        "failures": str(occurring.count("failure")),
+        "errors": str(occurring.count("error")),
+        "skipped": str(occurring.count("skipped")),
+    }
     root = ElementTree.Element("testsuites")
-    counts = {"tests": str(len(verdicts)), "failures": str(failures), "errors": "0", "skipped": "0"}
     element = ElementTree.SubElement(root, "testsuite", {"name": suite, **counts})
-    for verdict in verdicts:
+    for verdict, tag in zip(verdicts, occurring, strict=True):
         case = ElementTree.SubElement(element, "testcase", {"classname": verdict.subject, "name": verdict.name})
-        if not verdict.passed:
-            failure = ElementTree.SubElement(case, "failure", {"message": verdict.message, "type": "AccuracyGateError"})
-            failure.text = f"{verdict.name}: {verdict.value:.6g}, limit {verdict.limit:.6g}"
-        ElementTree.SubElement(case, "system-out").text = verdict.message
+        if tag:
+            kind = InconclusiveError if verdict.outcome is Outcome.INCONCLUSIVE else AccuracyGateError
+            child = ElementTree.SubElement(case, tag, {"message": verdict.message, "type": kind.__name__})
+            figure = "no figure" if verdict.value is None else f"{verdict.value:.6g}"
+            child.text = f"{verdict.name}: {verdict.outcome}, {figure}, limit {verdict.limit:.6g}"
+        ElementTree.SubElement(case, "system-out").text = f"{verdict.outcome}: {verdict.message}"
     ElementTree.indent(root)
     write_text(path, ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n")

@@ -104,7 +104,8 @@ class Distribution:
 class DetectionAgreement:
     """How far a candidate's detections are those of the reference, over all images.
 
-    ``match_rate`` is the share, in 0..1, of the detections that have to be paired and are.
+    ``match_rate`` is the share, in 0..1, of the detections that have to be paired and are; ``match_interval`` holds it
+    with 95 % confidence.
     ``score_delta`` is candidate minus reference; ``box_delta_px`` the largest move of an edge, in image pixels.
     ``score_pairs`` has (reference, candidate) scores of the pairs, for plots.
     """
@@ -116,6 +117,7 @@ class DetectionAgreement:
     missed: int
     extra: int
     match_rate: float
+    match_interval: tuple[float, float]
     score_delta: Distribution
     box_delta_px: Distribution
     iou: Distribution
@@ -175,8 +177,11 @@ def compare_detections(
         edges = a.boxes[match.reference].astype(np.float64) - b.boxes[match.candidate]
         moves.append(np.abs(edges).max(1, initial=0.0))
         overlaps.append(match.iou)
-    sides = zip(*pairs, strict=True) if pairs else ((), ())
-    due = [sum(int((d.scores >= options.min_score).sum()) for d in side) for side in sides]
+    due_by_image = np.array(
+        [[int((d.scores >= options.min_score).sum()) for d in pair] for pair in pairs], np.int64
+    ).reshape(-1, 2)
+    due = [int(count) for count in due_by_image.sum(0)]
+    unpaired = np.array([len(match.missed) + len(match.extra) for match in matches], np.int64)
     missed, extra = sum(len(m.missed) for m in matches), sum(len(m.extra) for m in matches)
     score_pairs = np.concatenate(scores)
     return DetectionAgreement(
@@ -187,11 +192,32 @@ def compare_detections(
         missed=missed,
         extra=extra,
         match_rate=1.0 - (missed + extra) / sum(due) if sum(due) else 1.0,
+        match_interval=_rate_interval(unpaired, due_by_image.sum(1)),
         score_delta=Distribution.of(score_pairs[:, 1] - score_pairs[:, 0]),
         box_delta_px=Distribution.of(np.concatenate(moves)),
         iou=Distribution.of(np.concatenate(overlaps)),
         score_pairs=tuple((float(first), float(second)) for first, second in score_pairs),
     )
+
+
+def _rate_interval(unpaired: NDArray[np.int64], due: NDArray[np.int64]) -> tuple[float, float]:
+    """95 % interval of the share of detections that are paired; (0, 1) when there are none. Both (images,).
+
+    Wilson's interval, which has a width also at 100 %, for the number of independent detections that the images amount
+    to: the variance between images over the binomial one (Kish's design effect) is how many detections count as one.
+    It is at least 2, since both partners of a pair are counted.
+    """
+    total, images = int(due.sum()), len(due)
+    if not total or images < 2:
+        return 0.0, 1.0
+    share = unpaired.sum() / total
+    between = images / (images - 1) * np.square(unpaired - share * due).sum() / total**2
+    binomial = share * (1 - share) / total
+    independent = total / max(2.0, between / binomial if binomial else 0.0)
+    z2 = 1.96**2 / independent
+    rate = 1 - share
+    center, half = rate + z2 / 2, 1.96 * np.sqrt(rate * share / independent + z2 / (4 * independent))
+    return float(max(0.0, (center - half) / (1 + z2))), float(min(1.0, (center + half) / (1 + z2)))
 
 
 def agreement_json(agreement: DetectionAgreement) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError
-from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError, InconclusiveError
+from fcos_deploy.core.gate import Gate, Outcome
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.preprocess import ChannelOrder, PreprocessSpec, preprocess
@@ -102,7 +102,7 @@ class VerificationRecord:
     artifact_sha256: str
     backend: str
     precision: Precision
-    passed: bool
+    outcome: Outcome
     matched: float
     gate: Gate
     preprocessing: PreprocessingResult
@@ -116,10 +116,17 @@ class VerificationRecord:
     signed_by: str = ""
 
     @property
+    def passed(self) -> bool:
+        """Whether this machine was shown to give the certified detections."""
+        return self.outcome is Outcome.PASSED
+
+    @property
     def summary(self) -> str:
         """One sentence."""
         if not self.preprocessing.passed:
             return f"preprocessing differs: {self.preprocessing.problem}"
+        if self.outcome is Outcome.INCONCLUSIVE:
+            return "the golden images have no detection that could be compared"
         missed, extra = (sum(getattr(i, name) for i in self.images) for name in ("missed", "extra"))
         return (
             f"{self.matched:.1%} of the golden detections match (needed: {self.gate.min_match_rate or 0.0:.1%}); "
@@ -178,7 +185,7 @@ def verify_bundle(
         artifact_sha256=selection.artifact.sha256,
         backend="kserve" if options.server else selection.backend,
         precision=selection.artifact.precision,
-        passed=preprocessing.passed and matched >= (gate.min_match_rate or 0.0),
+        outcome=_replay_outcome(preprocessing, matched=matched, judged=judged, gate=gate),
         matched=round(matched, 6),
         gate=gate,
         preprocessing=preprocessing,
@@ -191,6 +198,15 @@ def verify_bundle(
         fallbacks=fallbacks,
         signed_by=bundle.signed_by,
     )
+
+
+def _replay_outcome(preprocessing: PreprocessingResult, *, matched: float, judged: int, gate: Gate) -> Outcome:
+    """Golden images without a detection to compare decide nothing."""
+    if not preprocessing.passed:
+        return Outcome.FAILED
+    if not judged:
+        return Outcome.INCONCLUSIVE
+    return Outcome.PASSED if matched >= (gate.min_match_rate or 0.0) else Outcome.FAILED
 
 
 def _check_preprocessing(bundle: Bundle) -> PreprocessingResult:
@@ -305,7 +321,7 @@ def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
         Verdict(
             name="preprocessing",
             subject=subject,
-            passed=prepared.passed,
+            outcome=Outcome.PASSED if prepared.passed else Outcome.FAILED,
             value=prepared.difference,
             limit=prepared.allowed,
             message=prepared.problem or same,
@@ -313,7 +329,7 @@ def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
         Verdict(
             name="min_match_rate",
             subject=subject,
-            passed=prepared.passed and record.matched >= needed,
+            outcome=record.outcome,
             value=record.matched,
             limit=needed,
             message=replay,
@@ -321,13 +337,19 @@ def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
     )
 
 
-def require_verified(record: VerificationRecord) -> None:
+def require_verified(record: VerificationRecord, *, allow_inconclusive: bool = False) -> None:
     """Raise when the machine does not give the certified detections.
 
     Raises:
         AccuracyGateError: with the figures.
+        InconclusiveError: there is nothing to compare, and that was not allowed.
     """
-    if not record.passed:
+    if record.outcome is Outcome.INCONCLUSIVE and not allow_inconclusive:
+        raise InconclusiveError(
+            f"Inconclusive: '{record.artifact}' on '{record.backend}': {record.summary}.",
+            hint="make the bundle with images that show objects: 'fcos-deploy deploy' with --images",
+        )
+    if record.outcome is Outcome.FAILED:
         raise AccuracyGateError(
             f"'{record.artifact}' on '{record.backend}' is not the certified detector: {record.summary}.",
             hint="see which stage diverges with 'fcos-deploy parity', or make the bundle for this machine",

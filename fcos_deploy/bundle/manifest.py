@@ -14,7 +14,7 @@ from fcos_deploy.bundle.golden import GoldenImage
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.enums import ArtifactKind, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
-from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.gate import Gate, Outcome
 from fcos_deploy.core.score_drift import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -159,8 +159,9 @@ class CalibrationRecord:
 class AccuracyFigure:
     """Accuracy of one artifact on one backend. Metrics are fractions (0..1), such as ``ap`` and ``ap50``.
 
-    ``drop`` is reference AP minus this AP, ``drop_interval`` its 95 % confidence interval. ``score_drift``: how the
-    scores moved, and the thresholds that keep the reference's operating points; None for the reference itself.
+    ``drop`` is reference AP minus this AP, ``drop_interval`` its 95 % confidence interval. ``outcome``: what judging it
+    came to, ``verdicts`` the sentences behind it. ``score_drift``: how the scores moved, and the thresholds that keep
+    the reference's operating points. All four are of the comparison, so the reference itself has none.
     """
 
     artifact: str
@@ -171,6 +172,8 @@ class AccuracyFigure:
     metrics: dict[str, float]
     drop: float | None = None
     drop_interval: tuple[float, float] | None = None
+    outcome: Outcome | None = None
+    verdicts: tuple[str, ...] = ()
     score_drift: ScoreDrift | None = None
     details: dict[str, str] = field(default_factory=dict)
 

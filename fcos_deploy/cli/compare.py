@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,10 @@ from fcos_deploy.cli.output import command_line, note, print_json, progress_bar,
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import Judge
 
 if TYPE_CHECKING:
+    from fcos_deploy.accuracy.gate import Verdict
     from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
 
@@ -37,6 +40,8 @@ def command(
     rounds: cli.Rounds = 10,
     max_map_drop: cli.MaxMapDrop = None,
     min_match_rate: cli.MinMatchRate = None,
+    judge: cli.JudgeBy = Judge.INTERVAL,
+    allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backend = "",
     second_backend: Annotated[
         str, cli.option("Runtime of the second model. Default: that of --backend.", metavar="NAME", panel=cli.RUNTIME)
@@ -57,10 +62,10 @@ def command(
     """Compare two models or bundles: AP with its confidence interval, single detections, speed.
 
     Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
-    Checkpoint options apply to the models that are checkpoints. Exit code 4: a gate does not hold.
+    Checkpoint options apply to the models that are checkpoints. Exit code 4: a limit does not hold, or the
+    data cannot decide it.
     """
     from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_json, evaluation_row
-    from fcos_deploy.accuracy.gate import require_all
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
@@ -78,11 +83,12 @@ def command(
         precision=second_precision or precision,
         options=sessions[second],
     )
-    gate = Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate)
+    gate = Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate, judge=judge)
     if images is None:
         if annotations is not None or report is not None:
             raise ConfigError("--annotations and --report need images.", hint="give --images DIR")
-        _compare_bundles(reference, candidate, gate=gate, as_json=as_json)
+        verdicts = _compare_bundles(reference, candidate, gate=gate, as_json=as_json)
+        _conclude(verdicts, allow_inconclusive=allow_inconclusive)
         return
     request = ComparisonRequest(
         reference=reference,
@@ -105,12 +111,19 @@ def command(
         title = f"{second.name} against {first.name}"
         write_report(comparison_report(comparison, title=title, command=command_line()), report)
         note(f"wrote {report}")
-    require_all(comparison.evaluations.verdicts)
+    _conclude(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
 
 
-def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_json: bool) -> None:
+def _conclude(verdicts: Sequence[Verdict], *, allow_inconclusive: bool) -> None:
+    from fcos_deploy.accuracy.gate import require_all, verdict_line
+
+    for verdict in verdicts:
+        note(verdict_line(verdict))
+    require_all(verdicts, allow_inconclusive=allow_inconclusive)
+
+
+def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_json: bool) -> tuple[Verdict, ...]:
     from fcos_deploy.accuracy import bundle_comparison as bundles
-    from fcos_deploy.accuracy.gate import require_all
 
     with progress_bar() as progress:
         comparison = bundles.compare_bundles(first, second, gate=gate, progress=progress)
@@ -125,4 +138,4 @@ def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, a
     )
     if as_json:
         print_json(bundles.bundles_json(comparison))
-    require_all(comparison.verdicts)
+    return comparison.verdicts

@@ -22,5 +22,5 @@ def command(
 
     with progress_bar() as progress:
         deployment = deploy(demo_request(output), progress=progress)
+    note(f"report:  {deployment.bundle / 'report.html'}\nverify:  fcos-deploy verify {deployment.bundle}\n")
     show_deployment(deployment, as_json=as_json)
-    note(f"\nreport:  {deployment.bundle / 'report.html'}\nverify:  fcos-deploy verify {deployment.bundle}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.gate import Judge, overall_outcome
 from fcos_deploy.core.serialize import to_json
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def command(
     max_map_drop: Annotated[
         float, cli.option("Largest loss of AP of INT8, 0.01 for one point.", metavar="AP", panel=cli.GATE)
     ] = 0.01,
+    judge: cli.JudgeBy = Judge.INTERVAL,
+    allow_inconclusive: cli.AllowInconclusive = False,
     calibration_count: Annotated[
         int | None, cli.option("Number of calibration images to choose. Default: up to 128.")
     ] = None,
@@ -59,7 +62,8 @@ def command(
 ) -> None:
     """Deploy a checkpoint: export, quantize, build, measure and pack it into a verified bundle.
 
-    An interrupted run resumes where it stopped. Exit code 4: a gate does not hold.
+    An interrupted run resumes where it stopped. Exit code 4: a limit does not hold, or the images
+    cannot decide it; in the latter case the bundle is kept, and says so.
     """
     from fcos_deploy.pipeline.deploy import deploy
     from fcos_deploy.pipeline.steps import DeployRequest, plan_targets
@@ -86,6 +90,7 @@ def command(
         images=images,
         annotations=annotations,
         max_map_drop=max_map_drop,
+        judge=judge,
         calibration_count=calibration_count,
         seed=seed,
         opset=opset,
@@ -93,23 +98,39 @@ def command(
     )
     with progress_bar() as progress:
         deployment = deploy(request, progress=progress)
-    show_deployment(deployment, as_json=as_json)
+    show_deployment(deployment, as_json=as_json, allow_inconclusive=allow_inconclusive)
 
 
 _COLUMNS = (
-    *("backend", "precision", "float in", "AP", "AP50", "drop"),
+    *("backend", "precision", "float in", "AP", "AP50", "drop", "verdict"),
     *("p50 ms", "p90 ms", "speed-up", "images/s", "MiB"),
 )
 
 
-def show_deployment(deployment: Deployment, *, as_json: bool) -> None:
-    """A table for people on stderr; with ``as_json`` one document on stdout."""
+def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive: bool = False) -> None:
+    """A table for people on stderr; with ``as_json`` one document on stdout.
+
+    Raises:
+        InconclusiveError: the bundle was made, but its images cannot decide a limit, and that was not allowed.
+    """
+    from fcos_deploy.accuracy.gate import require_all, verdict_line
+
+    verdicts = deployment.evaluations.verdicts
     rows = [_row(deployment, index) for index in range(len(deployment.rows))]
     table(str(deployment.bundle), _COLUMNS, [tuple(_text(value) for value in row.values()) for row in rows])
     images, seconds = deployment.rows[0].scores.images, deployment.seconds
     note(f"AP over {images} images; times are medians, taken in turns on this machine. {seconds:.0f} s in all.")
+    for verdict in verdicts:
+        note(verdict_line(verdict))
     if as_json:
-        print_json({"bundle": str(deployment.bundle), "seconds": seconds, "images": images, "variants": rows})
+        content = {
+            "bundle": str(deployment.bundle),
+            "seconds": seconds,
+            "images": images,
+            "outcome": deployment.outcome,
+        }
+        print_json({**content, "variants": rows, "verdicts": to_json(verdicts)})
+    require_all(verdicts, allow_inconclusive=allow_inconclusive)
 
 
 def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a number or None
@@ -122,6 +143,7 @@ def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a 
         "ap": evaluation.scores.ap,
         "ap50": evaluation.scores.ap50,
         "drop": evaluation.drop.value if evaluation.drop else None,
+        "outcome": overall_outcome(verdict.outcome for verdict in evaluation.verdicts),
         "p50_ms": speed.latency.p50,
         "p90_ms": speed.latency.p90,
         "speedup": reference.latency.p50 / speed.latency.p50,

@@ -10,6 +10,7 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.gate import Judge
 
 __all__ = ["command"]
 
@@ -24,7 +25,9 @@ def command(
         Path | None, cli.option("Model to compare with, usually the checkpoint.", metavar="MODEL")
     ] = None,
     limit: cli.Limit = None,
-    resamples: Annotated[int, cli.option("Bootstrap resamples of the intervals; 0 for no intervals.", min=0)] = 1000,
+    resamples: Annotated[
+        int, cli.option("Bootstrap resamples of the intervals; 0 for no intervals, and limits stay undecided.", min=0)
+    ] = 1000,
     predictions: Annotated[
         Path | None, cli.option("Folder to keep detections in; an interrupted run resumes from it.", metavar="DIR")
     ] = None,
@@ -33,9 +36,8 @@ def command(
         float | None, cli.option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP", panel=cli.GATE)
     ] = None,
     min_match_rate: cli.MinMatchRate = None,
-    certain: Annotated[
-        bool, cli.option("Gate on the upper end of the drop's interval.", "--certain", panel=cli.GATE)
-    ] = False,
+    judge: cli.JudgeBy = Judge.INTERVAL,
+    allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backends = None,
     precision: cli.BundlePrecisions = None,
     device: cli.Device = "",
@@ -49,7 +51,8 @@ def command(
 ) -> None:
     """Evaluate a model on one or more backends: COCO AP, its confidence interval, and a gate.
 
-    Checkpoint options apply to MODEL and --reference where they are checkpoints. Exit code 4: a gate does not hold.
+    Checkpoint options apply to MODEL and --reference where they are checkpoints. Exit code 4: a limit does not hold, or
+    the data cannot decide it.
     """
     from fcos_deploy.accuracy.evaluate import (
         TABLE_COLUMNS,
@@ -58,7 +61,7 @@ def command(
         evaluation_json,
         evaluation_row,
     )
-    from fcos_deploy.accuracy.gate import require_all, write_junit
+    from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
@@ -77,7 +80,7 @@ def command(
         reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference]))
         if reference
         else None,
-        gate=Gate(max_map_drop=max_map_drop, min_ap=min_ap, min_match_rate=min_match_rate, certain=certain),
+        gate=Gate(max_map_drop=max_map_drop, min_ap=min_ap, min_match_rate=min_match_rate, judge=judge),
         resamples=resamples,
         limit=limit,
         predictions=predictions,
@@ -90,7 +93,7 @@ def command(
         documents = [evaluation_json(evaluation) for evaluation in result.candidates]
         print_json(documents[0] if len(documents) == 1 else documents)
     if junit is not None:
-        write_junit(junit, result.verdicts, suite="fcos-deploy evaluate")
+        write_junit(junit, result.verdicts, suite="fcos-deploy evaluate", allow_inconclusive=allow_inconclusive)
     for verdict in result.verdicts:
-        note(f"{'pass' if verdict.passed else 'FAIL'}  {verdict.subject}: {verdict.message}")
-    require_all(result.verdicts)
+        note(verdict_line(verdict))
+    require_all(result.verdicts, allow_inconclusive=allow_inconclusive)

@@ -21,6 +21,7 @@ from fcos_deploy.core.checkpoint_options import (
     read_checkpoint_options,
 )
 from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.model_files import is_checkpoint
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "TENSORRT",
     "TRUST",
     "AllowFallback",
+    "AllowInconclusive",
     "Also",
     "Annotations",
     "Backend",
@@ -45,6 +47,7 @@ __all__ = [
     "Graph",
     "Images",
     "Json",
+    "JudgeBy",
     "Junit",
     "Limit",
     "MaxMapDrop",
@@ -173,6 +176,24 @@ MinMatchRate = Annotated[
         "Smallest share of the reference's detections that must match (0 to 1); exit code 4 below it. "
         "Default: no limit.",
         metavar="RATE",
+        panel=GATE,
+    ),
+]
+
+JudgeBy = Annotated[
+    Judge,
+    option(
+        "What must keep a limit: the 95 % confidence interval of the figure, or the point estimate alone, which chance "
+        "may decide.",
+        "--judge",
+        panel=GATE,
+    ),
+]
+AllowInconclusive = Annotated[
+    bool,
+    option(
+        "Acceptance of limits that the data cannot decide; without it they are exit code 4.",
+        "--allow-inconclusive",
         panel=GATE,
     ),
 ]

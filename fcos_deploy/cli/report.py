@@ -10,6 +10,7 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.gate import Judge
 
 __all__ = ["command"]
 
@@ -25,6 +26,8 @@ def command(
     limit: cli.Limit = None,
     rounds: cli.Rounds = 20,
     max_map_drop: cli.MaxMapDrop = None,
+    judge: cli.JudgeBy = Judge.INTERVAL,
+    allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backends = None,
     precision: cli.BundlePrecisions = None,
     threads: cli.Threads = None,
@@ -40,9 +43,11 @@ def command(
 ) -> None:
     """Report how a model compares with its reference: accuracy, speed and images side by side, as HTML and Markdown.
 
-    Checkpoint options apply to the models that are checkpoints.
+    Checkpoint options apply to the models that are checkpoints. The report is written in any case; exit code 4: a limit
+    does not hold, or the data cannot decide it.
     """
     from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_row
+    from fcos_deploy.accuracy.gate import require_all, verdict_line
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate
@@ -62,7 +67,7 @@ def command(
         ),
         images=images,
         annotations=annotations,
-        gate=Gate(max_map_drop=max_map_drop),
+        gate=Gate(max_map_drop=max_map_drop, judge=judge),
         timing=TimingOptions(rounds=rounds),
         limit=limit,
     )
@@ -72,3 +77,6 @@ def command(
     title = title or f"{model.name} against {reference.name}"
     for path in write_report(comparison_report(comparison, title=title, command=command_line()), output):
         note(f"wrote {path}")
+    for verdict in comparison.evaluations.verdicts:
+        note(verdict_line(verdict))
+    require_all(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)

@@ -19,6 +19,7 @@ __all__ = [
     "ExportError",
     "FcosDeployError",
     "ImageError",
+    "InconclusiveError",
     "InputSizeError",
     "ManifestVersionError",
     "MissingDependencyError",
@@ -72,6 +73,10 @@ class AccuracyGateError(FcosDeployError):
     """An accuracy goal was missed."""
 
     exit_code = 4
+
+
+class InconclusiveError(AccuracyGateError):
+    """An accuracy goal that the data cannot decide: neither kept nor missed."""
 
 
 class SlowdownError(FcosDeployError):

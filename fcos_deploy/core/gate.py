@@ -1,12 +1,46 @@
-"""The limits that a deployed detector must keep: one type for an evaluation, for a comparison and for a bundle."""
+"""The limits that a deployed detector must keep, and what a judgement can come to: one type for every command."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "Judge", "Outcome", "interval_outcome", "overall_outcome"]
+
+
+class Outcome(StrEnum):
+    """What a judgement came to; ``inconclusive``: the data cannot decide, which says nothing against the model."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+
+
+class Judge(StrEnum):
+    """What must keep a limit: the whole 95 % ``interval`` of a figure, or the ``point`` estimate alone."""
+
+    INTERVAL = "interval"
+    POINT = "point"
+
+
+def interval_outcome(low: float, high: float, *, at_most: float) -> Outcome:
+    """Passed when the whole interval keeps the limit, failed when none of it does, otherwise inconclusive.
+
+    With an interval that covers the true figure in 95 % of all data sets, half of its misses are too low: a figure
+    beyond the limit passes in 2.5 % of them.
+    """
+    if high <= at_most:
+        return Outcome.PASSED
+    return Outcome.FAILED if low > at_most else Outcome.INCONCLUSIVE
+
+
+def overall_outcome(outcomes: Iterable[Outcome]) -> Outcome | None:
+    """Failed when one failed, else inconclusive when one is, else passed; None when nothing was judged."""
+    every = set(outcomes)
+    return next((o for o in (Outcome.FAILED, Outcome.INCONCLUSIVE, Outcome.PASSED) if o in every), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,8 +48,7 @@ class Gate:
     """Limits; None leaves a quantity unjudged.
 
     ``max_map_drop``: AP of the reference minus AP of the candidate, in 0..1 (0.01 is one AP point).
-    ``min_ap``: AP itself. ``certain``: the whole confidence interval of the drop must keep the limit, not only the
-    measured drop.
+    ``min_ap``: AP itself. ``judge``: whether the confidence interval or the measured figure must keep a limit.
 
     ``min_match_rate``: share of the detections of both detectors that are paired, in 0..1.
     ``min_iou``: overlap that a pair needs; None is 0.5. ``max_score_delta`` (in 0..1) and ``max_box_delta_px`` (image
@@ -29,12 +62,12 @@ class Gate:
     min_iou: float | None = None
     max_score_delta: float | None = None
     max_box_delta_px: float | None = None
-    certain: bool = False
+    judge: Judge = Judge.INTERVAL
 
     def __post_init__(self) -> None:
         for name in ("max_map_drop", "min_ap", "min_match_rate", "min_iou", "max_score_delta"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is a share of 1, so it must be in [0, 1], got {value}.")
-        if self.max_box_delta_px is not None and self.max_box_delta_px < 0:
+        if self.max_box_delta_px is not None and not self.max_box_delta_px >= 0:
             raise ConfigError(f"max_box_delta_px must not be negative, got {self.max_box_delta_px}.")

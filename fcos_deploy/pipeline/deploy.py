@@ -15,6 +15,7 @@ from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifes
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.pipeline import proof
@@ -46,6 +47,11 @@ class Deployment:
     seconds: float
 
     @property
+    def outcome(self) -> Outcome | None:
+        """What judging every variant came to; a bundle that the images cannot decide is inconclusive."""
+        return overall_outcome(verdict.outcome for verdict in self.evaluations.verdicts)
+
+    @property
     def rows(self) -> list[Evaluation]:
         """The reference first, then one for each variant."""
         reference = self.evaluations.reference
@@ -54,6 +60,8 @@ class Deployment:
 
 def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Deployment:
     """Make the bundle; an interrupted run resumes where it stopped when it is started again.
+
+    A bundle whose accuracy the images cannot decide is made, and its ``outcome`` says so.
 
     Raises:
         AccuracyGateError: an INT8 variant cannot hold the gate (the bundle is made, with the float artifacts only), or
@@ -68,7 +76,7 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         variants, calibrated, refused = _make_artifacts(context, backends)
         golden = proof.write_golden(context)
         evaluations = proof.measure_accuracy(context, variants)
-        require_all(evaluations.verdicts)
+        require_all(evaluations.verdicts, allow_inconclusive=True)  # Such a bundle is made, and says so.
         benchmark = proof.measure_speed(context, variants)
         manifest = replace(
             _manifest(context, variants, calibrated=calibrated, golden=golden),
@@ -145,7 +153,7 @@ def _manifest(
 ) -> Manifest:
     request = context.request
     preferred = next((v for v in reversed(variants) if v.artifact.precision is Precision.INT8), variants[-1])
-    int8_gate = replace(DEFAULT_GATES[Precision.INT8], max_map_drop=request.max_map_drop)
+    int8_gate = replace(DEFAULT_GATES[Precision.INT8], max_map_drop=request.max_map_drop, judge=request.judge)
     return Manifest(
         name=request.output.stem,
         contract=context.contract,

@@ -6,8 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
-from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate, evaluation_drift
-from fcos_deploy.accuracy.gate import judge_drop
+from fcos_deploy.accuracy.evaluate import (
+    Evaluation,
+    EvaluationRequest,
+    Evaluations,
+    evaluate,
+    evaluation_drift,
+    judge_evaluation,
+)
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, run_benchmark
 from fcos_deploy.bundle import AccuracyFigure, BenchmarkFigure, GoldenImage, StepOutput, make_golden
@@ -16,7 +22,7 @@ from fcos_deploy.core.backend import ComputeType, PerformanceHint, SessionOption
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.gate import Gate, overall_outcome
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector, DetectorSpec
@@ -86,9 +92,6 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
     """Evaluate the reference and every variant on all images, and judge each one's drop.
 
     An interrupted run resumes where it stopped.
-
-    Raises:
-        ConfigError: no image has an object.
     """
     request = context.request
     evaluations = evaluate(
@@ -101,18 +104,18 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
         ),
         progress=context.progress,
     )
-    reference = evaluations.reference
     judged = []
     for variant, evaluation in zip(variants, evaluations.candidates, strict=True):
-        if reference is None or reference.scores.ap is None or evaluation.drop is None:
-            raise ConfigError(
-                "No object in the evaluation images, so that no accuracy can be proven.", hint="give other --images"
-            )
         exact = variant.artifact.precision is Precision.FP32 and variant.compute is ComputeType.F32
-        gate = Gate(max_map_drop=_FP32_MAP_DROP if exact else request.max_map_drop)
-        subject = f"{evaluation.run.subject} ({variant.compute})"
-        verdicts = judge_drop(gate, evaluation.drop, reference_ap=reference.scores.ap, subject=subject)
-        judged.append(replace(evaluation, verdicts=tuple(verdicts)))
+        gate = Gate(max_map_drop=_FP32_MAP_DROP if exact else request.max_map_drop, judge=request.judge)
+        verdicts = judge_evaluation(
+            gate,
+            evaluation,
+            dataset=evaluations.dataset,
+            reference=evaluations.reference,
+            subject=f"{evaluation.run.subject} ({variant.compute})",
+        )
+        judged.append(replace(evaluation, verdicts=verdicts))
     return replace(evaluations, candidates=tuple(judged))
 
 
@@ -141,6 +144,8 @@ def accuracy_figures(
                 metrics={name: value for name, value in metrics.items() if value is not None},
                 drop=drop.value if drop else None,
                 drop_interval=(drop.low, drop.high) if drop else None,
+                outcome=overall_outcome(verdict.outcome for verdict in evaluation.verdicts),
+                verdicts=tuple(f"{verdict.name}: {verdict.message}" for verdict in evaluation.verdicts),
                 score_drift=evaluation_drift(reference, evaluation) if reference and compared else None,
                 details=dict(evaluation.run.description),
             )

@@ -24,6 +24,7 @@ from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest
 from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.model_files import engine_file, graph_file
 from fcos_deploy.core.progress import ProgressFn
@@ -59,7 +60,8 @@ class DeployRequest:
 
     ``backends`` to build for; empty takes every one that this machine can run. ``images`` (and ``annotations``) prove
     the accuracy; without them the calibration images and the reference's own detections do. ``plans`` are devices that
-    get artifacts of their own. ``max_map_drop`` is the most AP (0..1) that INT8 may lose.
+    get artifacts of their own. ``max_map_drop`` is the most AP (0..1) that INT8 may lose; ``judge``: whether the
+    interval or the point estimate must keep it.
     """
 
     checkpoint: Path
@@ -71,6 +73,7 @@ class DeployRequest:
     images: Path | None = None
     annotations: Path | None = None
     max_map_drop: float = 0.01
+    judge: Judge = Judge.INTERVAL
     calibration_count: int | None = None
     seed: int = 0
     opset: int | None = None

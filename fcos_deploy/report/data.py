@@ -11,6 +11,7 @@ from fcos_deploy.accuracy.evaluate import Evaluation
 from fcos_deploy.benchmark.run import BenchmarkResult
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.machine import MachineFacts
 
 __all__ = ["ReportData", "ReportFile", "ReportVariant"]
@@ -31,10 +32,9 @@ class ReportVariant:
     int8_share: float | None = None
 
     @property
-    def passed(self) -> bool | None:
-        """Whether every verdict on this variant holds; None: nothing was judged."""
-        verdicts = self.evaluation.verdicts
-        return all(verdict.passed for verdict in verdicts) if verdicts else None
+    def outcome(self) -> Outcome | None:
+        """What judging this variant came to; None: nothing was judged."""
+        return overall_outcome(verdict.outcome for verdict in self.evaluation.verdicts)
 
     @property
     def p50_ms(self) -> float | None:

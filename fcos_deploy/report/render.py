@@ -99,7 +99,7 @@ def _variant_cells(variant: ReportVariant) -> dict[str, str]:
         "size": _mebibytes(result.file_bytes if result else None),
         "memory": _number(cold_start.peak_memory_mib if cold_start else None, 0),
         "int8_share": _percent(variant.int8_share),
-        "gate": {True: "passed", False: "failed", None: _NOTHING}[variant.passed],
+        "gate": variant.outcome or _NOTHING,
     }
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.report.data import ReportData
 
 __all__ = ["KeyFigure", "ReportVerdict", "dataset_sentence", "key_figures", "report_verdict"]
@@ -15,9 +16,9 @@ _EQUAL = 0.0005  # AP: equal to three decimals
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportVerdict:
-    """``headline``: one sentence that can be signed; ``details``: what it rests on; ``passed`` None: nothing judged."""
+    """``headline``: a sentence that can be signed; ``details``: what it rests on; ``outcome`` None: nothing judged."""
 
-    passed: bool | None
+    outcome: Outcome | None
     headline: str
     details: tuple[str, ...]
 
@@ -31,14 +32,19 @@ class KeyFigure:
 
 
 def report_verdict(data: ReportData) -> ReportVerdict:
-    """Passed when every gate holds; None when nothing was judged."""
+    """Of all candidates together; where not all passed, the headline and the details are about those that did not."""
     verdicts = [verdict for variant in data.candidates for verdict in variant.evaluation.verdicts]
-    failed = [verdict for verdict in verdicts if not verdict.passed]
-    details = tuple(f"{verdict.subject}: {verdict.message}." for verdict in (failed or verdicts))
-    if failed:
-        subjects = ", ".join(sorted({verdict.subject for verdict in failed}))
-        return ReportVerdict(passed=False, headline=f"Not the same detector: {subjects}.", details=details)
-    return ReportVerdict(passed=True if verdicts else None, headline=_agreement_sentence(data), details=details)
+    outcome = overall_outcome(verdict.outcome for verdict in verdicts)
+    decisive = [verdict for verdict in verdicts if verdict.outcome is outcome]
+    details = tuple(f"{verdict.subject}: {verdict.message}." for verdict in decisive)
+    subjects = ", ".join(sorted({verdict.subject for verdict in decisive}))
+    headline = {
+        Outcome.FAILED: f"Not the same detector: {subjects}.",
+        Outcome.INCONCLUSIVE: f"These images cannot decide whether it is the same detector: {subjects}.",
+    }
+    if outcome in headline:
+        return ReportVerdict(outcome=outcome, headline=headline[outcome], details=details)
+    return ReportVerdict(outcome=outcome, headline=_agreement_sentence(data), details=details)
 
 
 def _agreement_sentence(data: ReportData) -> str:

@@ -73,7 +73,7 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(
 ) -> None:
     """The report is the last step: it shows those figures, and is as it was as well."""
     bundle = tmp_path / "bundle"
-    arguments = _tiny_arguments(tiny_checkpoint, smooth_images, bundle, "--max-map-drop", "1")
+    arguments = _tiny_arguments(tiny_checkpoint, smooth_images, bundle, "--max-map-drop", "1", "--judge", "point")
     with monkeypatch.context() as cut:
         cut.setattr(BundleWriter, "finish", lambda *_: sys.exit("cut off"))
         assert CliRunner().invoke(build_app(), arguments).exit_code == 1
@@ -89,7 +89,9 @@ def test_gate_of_zero_is_held_by_keeping_layers_in_float(
     tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path
 ) -> None:
     """Random weights sit on every threshold, so that plain INT8 does not reproduce all of their detections."""
-    arguments = _tiny_arguments(tiny_checkpoint, smooth_images, tmp_path / "bundle", "--max-map-drop", "0", "--json")
+    arguments = _tiny_arguments(
+        tiny_checkpoint, smooth_images, tmp_path / "bundle", "--max-map-drop", "0", "--json", "--allow-inconclusive"
+    )
     result = CliRunner().invoke(build_app(), arguments)
     assert result.exit_code == 0, result.stderr
     (int8,) = (v for v in json.loads(result.stdout)["variants"] if v["precision"] == "int8")

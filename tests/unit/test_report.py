@@ -17,7 +17,7 @@ from calibration.trade_offs import TradeOffs
 from fcos_deploy.accuracy.coco import ClassScores, CocoScores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage
 from fcos_deploy.accuracy.evaluate import Evaluation
-from fcos_deploy.accuracy.gate import Verdict
+from fcos_deploy.accuracy.gate import Outcome, Verdict
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import compare_detections
 from fcos_deploy.accuracy.predictions import DetectionRun, StageSeconds
@@ -128,7 +128,12 @@ def report(dataset: Dataset) -> ReportData:
     """Every part that a report can have."""
     reference = replace(evaluation("pytorch", "fp32", REFERENCE, ap=0.6), interval=interval(0.6, 0.55, 0.65))
     passed = Verdict(
-        name="max_map_drop", subject=LABELS[1], passed=True, value=0.002, limit=0.01, message="drop 0.002 <= 0.010"
+        name="max_map_drop",
+        subject=LABELS[1],
+        outcome=Outcome.PASSED,
+        value=0.002,
+        limit=0.01,
+        message="drop 0.002 <= 0.010",
     )
     candidate = replace(
         evaluation("openvino", "int8", CANDIDATE, ap=0.598),
@@ -304,11 +309,21 @@ def test_the_bound_is_never_less_than_the_largest_drop(
     assert report_verdict(replace(report, variants=variants)).headline == sentence
 
 
-def test_a_failed_gate_is_the_headline(report: ReportData) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "headline"),
+    [
+        (Outcome.FAILED, "Not the same detector: openvino int8."),
+        (Outcome.INCONCLUSIVE, "These images cannot decide whether it is the same detector: openvino int8."),
+    ],
+)
+def test_what_did_not_pass_is_the_headline(report: ReportData, outcome: Outcome, headline: str, tmp_path: Path) -> None:
     candidate = report.variants[1]
-    failed = replace(candidate.evaluation.verdicts[0], passed=False, message="drop 0.020 > 0.010")
-    variant = replace(candidate, evaluation=replace(candidate.evaluation, verdicts=(failed,)))
-    verdict = report_verdict(replace(report, variants=(report.variants[0], variant)))
-    assert verdict.passed is False
-    assert verdict.headline == "Not the same detector: openvino int8."
+    spoilt = replace(candidate.evaluation.verdicts[0], outcome=outcome, message="drop 0.020 > 0.010")
+    variant = replace(candidate, evaluation=replace(candidate.evaluation, verdicts=(spoilt,)))
+    data = replace(report, variants=(*report.variants, replace(variant, label="another")))
+    verdict = report_verdict(data)
+    assert (verdict.outcome, verdict.headline) == (outcome, headline)
     assert verdict.details == ("openvino int8: drop 0.020 > 0.010.",)
+    html, markdown = write_report(data, tmp_path / "r.html")
+    assert f'<div class="word">{outcome}</div>' in html.read_text(encoding="utf-8")
+    assert f"**{outcome.capitalize()}.** {headline}" in markdown.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ The inference precision is always explicit: left alone, OpenVINO computes fp32 g
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +29,15 @@ from fcos_deploy.core.backend import (
 )
 from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
-from fcos_deploy.core.files import model_cache_dir, sha256_file
+from fcos_deploy.core.errors import BackendError, BackendLoadError, DeviceError, MissingDependencyError
+from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.kept_models import KeptModel
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = ["BACKEND", "executed_primitives", "open_model"]
+
+_LOG = logging.getLogger(__name__)
 
 ov = lazy_import("openvino", extra="openvino")
 
@@ -51,7 +55,7 @@ def open_model(model: bytes | Path | Any, *, threads: int | None = None) -> Sess
         MissingDependencyError: openvino is not installed.
         BackendLoadError: OpenVINO cannot read or compile the graph.
     """
-    compiled = _compile(ov.Core(), model, device="CPU", settings=_settings(SessionOptions(threads=threads), cache=None))
+    compiled = _compile(ov.Core(), model, device="CPU", settings=_settings(SessionOptions(threads=threads)))
     return _OpenVinoSession(compiled, description={})
 
 
@@ -152,8 +156,16 @@ class _OpenVino(Backend):
         core = ov.Core()
         device = _device(core, options.device or "CPU")
         _check_compute(core, device, options.compute)
-        cache = _cache_folder(path, options)
-        compiled = _compile(core, path, device=device, settings=_settings(options, cache))
+        settings = _settings(options)
+        # ONNX files come and go while models are searched and compared; an IR was built to be run often.
+        keep = options.cache_dir is not None or path.suffix == ".xml"
+        kept = _kept_model(core, path, device=device, settings=settings, folder=options.cache_dir) if keep else None
+        compiled = _import_kept(core, kept, device=device, settings=settings) if kept else None
+        found = compiled is not None
+        if compiled is None:
+            compiled = _compile(core, path, device=device, settings=settings)
+            if kept is not None:
+                _export_kept(compiled, kept)
         description = {
             "backend": self.name,
             "version": ov.__version__,
@@ -162,7 +174,7 @@ class _OpenVino(Backend):
             "hint": str(options.hint),
             "threads": str(compiled.get_property("INFERENCE_NUM_THREADS")) if device == "CPU" else "",
             "streams": str(compiled.get_property("NUM_STREAMS")),
-            "model_cache": "hit" if compiled.get_property("LOADED_FROM_CACHE") else "miss",
+            "model_cache": "hit" if found else "miss",
         }
         session = _OpenVinoSession(compiled, description=description)
         session.contract = contract
@@ -180,14 +192,12 @@ class _OpenVino(Backend):
 BACKEND = _OpenVino()
 
 
-def _settings(options: SessionOptions, cache: Path | None) -> dict[str, str]:
+def _settings(options: SessionOptions) -> dict[str, str]:
     settings = {"INFERENCE_PRECISION_HINT": str(options.compute), "PERFORMANCE_HINT": _HINTS[options.hint]}
     if options.threads is not None:
         settings["INFERENCE_NUM_THREADS"] = str(options.threads)
     if options.streams is not None:
         settings["NUM_STREAMS"] = str(options.streams)
-    if cache is not None:
-        settings["CACHE_DIR"] = str(cache)
     return settings
 
 
@@ -239,29 +249,48 @@ def _check_compute(core: Any, device: str, compute: ComputeType) -> None:
         )
 
 
-def _cache_folder(path: Path, options: SessionOptions) -> Path | None:
-    """Where the compiled model is kept: as told, else in the user's cache if the model is an IR.
+def _kept_model(
+    core: Any, path: Path, *, device: str, settings: Mapping[str, str], folder: Path | None
+) -> KeptModel | None:
+    """Where the compiled form of this model, on this device with these settings, is kept; None: nowhere.
 
-    ONNX files come and go while models are searched and compared; an IR was built to be run often.
+    Not OpenVINO's own cache (CACHE_DIR): that goes by path and date, and executes whatever lies there.
 
     Raises:
-        ConfigError: the folder that was asked for cannot be written.
+        ConfigError: ``folder`` cannot be written, or others own it or can write it.
     """
-    if options.cache_dir is None:
-        return model_cache_dir(BACKEND.name, key=_fingerprint(path)) if path.suffix == ".xml" else None
-    folder = options.cache_dir / _fingerprint(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"The model cache '{options.cache_dir}' cannot be written: {error.strerror}.") from error
-    return folder
-
-
-def _fingerprint(path: Path) -> str:
-    """Name of a model by its contents: OpenVINO itself goes by path and date, and would take a stale entry."""
     weights = path.with_suffix(".bin")
     files = [path, weights] if path.suffix == ".xml" and weights.is_file() else [path]
-    return "-".join(sha256_file(file)[:16] for file in files)
+    facts = {
+        "model": " ".join(sha256_file(file) for file in files),
+        "version": ov.__version__,
+        "device": f"{device} {core.get_property(device, 'FULL_DEVICE_NAME')}",
+        **settings,
+    }
+    kept = KeptModel(BACKEND.name, facts=facts, folder=folder)
+    return kept if kept.enabled else None
+
+
+def _import_kept(core: Any, kept: KeptModel, *, device: str, settings: Mapping[str, str]) -> Any:
+    """The compiled model that was kept, or None."""
+    content = kept.load()
+    if content is None:
+        return None
+    try:
+        return core.import_model(content, device, dict(settings))
+    except RuntimeError as error:  # of a driver that changed without its version, for example
+        _LOG.info("OpenVINO does not take the kept model: %s", _reason(error))
+        kept.drop()
+        return None
+
+
+def _export_kept(compiled: Any, kept: KeptModel) -> None:
+    try:
+        content = compiled.export_model()
+    except RuntimeError as error:
+        _LOG.info("OpenVINO cannot export the compiled model of this device: %s", _reason(error))
+        return
+    kept.store(content if isinstance(content, bytes) else content.getvalue())  # bytes, or BytesIO
 
 
 def _through(ring: Sequence[_Request], feeds: Sequence[Tensors]) -> list[Tensors]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.files import atomic_file, model_cache_dir, sha256_file
+from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.kept_models import KeptModel
 from runtimes._tensorrt_library import TensorRT, load_tensorrt
 from runtimes._tensorrt_session import ContextFactory, TensorrtFamily
 
@@ -38,8 +38,9 @@ class _TensorrtRtx(TensorrtFamily):
         rtx = cast(Any, library)  # Any: names of RTX that the stubs of TensorRT lack
         config = engine.create_runtime_config()
         cast(Any, config).cuda_graph_strategy = rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        folder = options.cache_dir or model_cache_dir(self.name, key=sha256_file(path)[:16])
-        cache = _RuntimeCache(config, folder / "runtime.cache" if folder else None)
+        # The library checks by itself that a cache fits the driver and the GPU.
+        facts = {"model": sha256_file(path), "version": library.__version__}
+        cache = _RuntimeCache(config, KeptModel(self.name, facts=facts, folder=options.cache_dir))
         return ContextFactory(
             make=lambda: engine.create_execution_context(runtime_config=config),
             description={"cuda_graph": "TensorRT-RTX's", "runtime_cache": cache.state},
@@ -51,24 +52,24 @@ class _TensorrtRtx(TensorrtFamily):
 class _RuntimeCache:
     """What TensorRT-RTX compiled for this GPU, between processes."""
 
-    def __init__(self, config: trt.IRuntimeConfig, path: Path | None) -> None:
+    def __init__(self, config: trt.IRuntimeConfig, kept: KeptModel) -> None:
         rtx_config = cast(Any, config)  # Any: members of RTX that the stubs of TensorRT lack
         self._cache = rtx_config.create_runtime_cache()
-        self._path = path
-        self.state = "off" if path is None else "new"
-        if path is not None and path.is_file():
+        self._kept = kept
+        self.state = "new" if kept.enabled else "off"
+        content = kept.load()
+        if content is not None:
             # A cache of another driver or version is refused, and written anew when the session closes.
-            self.state = "loaded" if self._cache.deserialize(path.read_bytes()) else "refused, will be written anew"
+            self.state = "loaded" if self._cache.deserialize(content) else "refused, will be written anew"
         rtx_config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         """A cache that cannot be written costs time at the next start; what this session found is worth more."""
-        if self._path is None:
+        if not self._kept.enabled:
             return
         try:
-            with atomic_file(self._path) as temporary:
-                temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
-        except (ConfigError, OSError, TypeError) as error:  # TypeError: TensorRT-RTX gave nothing.
+            self._kept.store(bytes(memoryview(self._cache.serialize())))
+        except TypeError as error:  # TensorRT-RTX gave nothing.
             _LOG.warning("What was compiled for this GPU is not kept: %s", error)
 
 

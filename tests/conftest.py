@@ -159,8 +159,9 @@ def _golden_step(folder: Path, contract: ModelContract) -> StepOutput:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps compiled models out of the user's own cache."""
+    """Keeps compiled models, keys and layers out of the user's own folders."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FCOS_DEPLOY_STATE", str(tmp_path_factory.mktemp("state")))
         patch.setenv("FCOS_DEPLOY_CACHE", str(tmp_path_factory.mktemp("model-cache")))
         yield
 

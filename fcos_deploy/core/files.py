@@ -1,4 +1,4 @@
-"""Files that are either complete under their name or not there, bounded reads, and where compiled models are cached."""
+"""Files that are either complete under their name or not there, and bounded reads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from typing import BinaryIO
 from fcos_deploy.core.errors import ConfigError
 
 __all__ = [
-    "CACHE_VARIABLE",
     "atomic_directory",
     "atomic_file",
-    "model_cache_dir",
     "open_regular",
     "read_file",
     "require_name",
@@ -220,32 +218,3 @@ def sha256_file(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-CACHE_VARIABLE = "FCOS_DEPLOY_CACHE"  # a folder; empty turns the caches off
-_KEPT = 16  # compiled models per backend; a bundle has one to three, and each takes about what its engine does
-
-
-def model_cache_dir(backend: str, *, key: str) -> Path | None:
-    """The cache folder of this backend and model, created if missing; None where caching is off or cannot be written.
-
-    ``key`` names the model by its contents, so that a changed file under the same path never gets a stale entry. Of
-    each backend the most recently used entries remain.
-    """
-    root = os.environ.get(CACHE_VARIABLE)
-    if root is None:
-        base = os.environ.get("XDG_CACHE_HOME")
-        with contextlib.suppress(RuntimeError):  # no home: a user id that the machine does not know
-            root = str(Path(base or Path.home() / ".cache", "fcos-deploy"))
-    if not root:
-        return None
-    folder = Path(root, backend, key)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.touch()
-        entries = sorted((e for e in folder.parent.iterdir() if e.is_dir()), key=lambda e: e.stat().st_mtime)
-        for entry in entries[:-_KEPT]:
-            shutil.rmtree(entry, ignore_errors=True)
-    except OSError:
-        return None  # A read-only home only costs the time to compile.
-    return folder if os.access(folder, os.W_OK) else None

@@ -11,10 +11,8 @@ import pytest
 from fcos_deploy.core import files as atomic
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import (
-    CACHE_VARIABLE,
     atomic_directory,
     atomic_file,
-    model_cache_dir,
     sha256_file,
     write_text,
 )
@@ -125,20 +123,3 @@ def test_hash_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
     content = os.urandom((1 << 20) + 17)
     (tmp_path / "a").write_bytes(content)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
-
-
-def test_the_most_recent_compiled_models_of_a_backend_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    for number in range(20):
-        folder = model_cache_dir("openvino", key=f"{number:02}")
-        assert folder == tmp_path / "openvino" / f"{number:02}"
-        os.utime(folder, (number, number))
-    assert sorted(path.name for path in (tmp_path / "openvino").iterdir()) == [f"{n:02}" for n in range(4, 20)]
-
-
-def test_the_cache_is_off_or_below_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, "")
-    assert model_cache_dir("openvino", key="k") is None
-    monkeypatch.delenv(CACHE_VARIABLE)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert model_cache_dir("openvino", key="k") == tmp_path / "fcos-deploy" / "openvino" / "k"

@@ -81,6 +81,29 @@ def test_a_compiled_model_is_kept_and_found_again(tiny_ir: Path, feed: Tensors, 
         np.testing.assert_array_equal(found[name], array)
 
 
+def test_a_kept_model_that_this_user_did_not_write_is_dropped_before_it_is_executed(
+    tiny_ir: Path, feed: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SessionOptions(threads=1, cache_dir=tmp_path / "cache")
+    with _OPENVINO.open(tiny_ir, options) as first:
+        expected = first.run(feed)
+    (kept,) = (tmp_path / "cache").glob("*.kept")
+    content = kept.read_bytes()
+    spoiled = bytearray(content)
+    spoiled[len(content) // 2 : len(content) // 2 + 60] = bytes(60)
+    for damaged in (bytes(spoiled), content[:-1], content + b"\0", b"", content[64:]):
+        kept.write_bytes(damaged)
+        with _OPENVINO.open(tiny_ir, options) as opened:
+            assert opened.description["model_cache"] == "miss"
+            np.testing.assert_array_equal(opened.run(feed)["cls_logits"], expected["cls_logits"])
+        with _OPENVINO.open(tiny_ir, options) as again:
+            assert again.description["model_cache"] == "hit"
+    monkeypatch.setenv("FCOS_DEPLOY_STATE", str(tmp_path / "of-another-user"))
+    with _OPENVINO.open(tiny_ir, options) as opened:
+        assert opened.description["model_cache"] == "miss"
+    assert (tmp_path / "of-another-user" / "secret").stat().st_mode & 0o777 == 0o600
+
+
 def test_another_model_under_the_same_name_is_not_served_from_the_cache(
     tiny_ir: Path, tiny_onnx: Path, feed: Tensors, tmp_path: Path
 ) -> None:
@@ -125,7 +148,7 @@ def test_the_users_cache_is_used_for_irs_and_can_be_turned_off(
     _OPENVINO.open(tiny_onnx, SessionOptions(threads=1)).close()
     assert list(tmp_path.iterdir()) == []
     _OPENVINO.open(tiny_ir, SessionOptions(threads=1)).close()
-    assert len(list((tmp_path / "openvino").iterdir())) == 1
+    assert len(list((tmp_path / "openvino").glob("*.kept"))) == 1
     monkeypatch.setenv("FCOS_DEPLOY_CACHE", "")
     with _OPENVINO.open(tiny_ir, SessionOptions(threads=1)) as opened:
         assert opened.description["model_cache"] == "miss"

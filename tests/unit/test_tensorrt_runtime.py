@@ -23,6 +23,7 @@ import pytest
 from fcos_deploy.core.backend import Backend, ComputeType, SessionOptions
 from fcos_deploy.core.contract import ModelContract, write_sidecar
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
+from fcos_deploy.core.kept_models import KeptModel
 from runtimes import _cuda as cuda_module
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
 from runtimes._tensorrt_library import load_tensorrt
@@ -340,15 +341,18 @@ class _Serialized:
         return self.content
 
 
-@pytest.mark.parametrize(("content", "closed"), [(b"kernels", True), (None, False), (b"kernels", False)])
+@pytest.mark.parametrize(("content", "full"), [(b"kernels", True), (None, False), (b"kernels", False)])
 def test_a_cache_that_cannot_be_kept_costs_no_result(
-    content: bytes | None, closed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    content: bytes | None,
+    full: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    folder = tmp_path / "cache"
-    if closed:
-        folder.write_text("a file where the folder should be")
+    model = KeptModel("tensorrt-rtx", facts={}, folder=tmp_path / "cache")
+    if full:
+        (tmp_path / "cache").rmdir()
     with caplog.at_level(logging.WARNING):
-        _RuntimeCache(cast(Any, _Serialized(content)), folder / "runtime.cache").save()
-    kept = content is not None and not closed
-    assert (folder / "runtime.cache").exists() is kept
+        _RuntimeCache(cast(Any, _Serialized(content)), model).save()
+    kept = content is not None and not full
+    assert model.load() == (content if kept else None)
     assert ("is not kept" in caplog.text) is not kept

@@ -1,0 +1,144 @@
+"""What this user made on this machine and may believe later: a secret of the user, and files that it authenticates."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from fcos_deploy.core.errors import ConfigError
+
+__all__ = ["STATE_VARIABLE", "authenticate", "own_file_bytes", "own_folder", "state_folder", "write_own_file"]
+
+STATE_VARIABLE = "FCOS_DEPLOY_STATE"  # a folder
+_SECRET_BYTES = 32
+
+
+def state_folder() -> Path:
+    """Where keys, the secret and layers of read-only bundles are kept: a folder of this user alone, made if missing.
+
+    Raises:
+        ConfigError: it cannot be made, or others own it or can write it.
+    """
+    root = os.environ.get(STATE_VARIABLE)
+    if not root:
+        try:
+            base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        except RuntimeError as error:  # a user id that the machine does not know
+            raise ConfigError(
+                "This user has no home folder.", hint=f"name a folder in the variable {STATE_VARIABLE}"
+            ) from error
+        root = str(Path(base, "fcos-deploy"))
+    return own_folder(Path(root))
+
+
+def own_folder(path: Path) -> Path:
+    """``path`` as a folder that only this user can write, made with mode 0700 if it is missing.
+
+    Refused are folders of other users and those that others can write: such a one may have been put there beforehand.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = path.lstat()
+    except OSError as error:
+        raise ConfigError(f"The folder '{path}' cannot be written: {error.strerror or error}.") from error
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        what = (
+            "is a link"
+            if stat.S_ISLNK(facts.st_mode)
+            else f"belongs to user {facts.st_uid}"
+            if facts.st_uid != os.geteuid()
+            else "can be written by others"
+        )
+        raise ConfigError(
+            f"The folder '{path}' {what}, so nothing in it can be believed.",
+            hint="remove it, name another one, or chmod 700 it if it is yours",
+        )
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"The folder '{path}' cannot be written.", hint="choose a folder you can write")
+    return path
+
+
+def own_file_bytes(path: Path, *, private: bool = False) -> bytes | None:
+    """The contents of a plain file of this user that others cannot write; None for anything else or none.
+
+    ``private``: nor read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as stream:
+        facts = os.fstat(stream.fileno())
+        others = 0o077 if private else 0o022
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & others:
+            return None
+        return stream.read()
+
+
+def write_own_file(path: Path, content: bytes, *, replace: bool = True) -> bool:
+    """Write ``content`` with mode 0600, complete or not at all; whether it was written.
+
+    Without ``replace`` a file that is there stays, also one that another process writes at the same moment.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if replace:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)  # fails where the name is taken, unlike a rename
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def authenticate(purpose: str, message: bytes) -> str:
+    """The HMAC-SHA256 of ``message`` under this user's secret, in hexadecimal; compare with ``hmac.compare_digest``.
+
+    ``purpose`` keeps what is authenticated for one use from being taken for another.
+
+    Raises:
+        ConfigError: this user has no place for a secret.
+    """
+    header = f"fcos-deploy {purpose}, version 1\n".encode()
+    return hmac.new(_secret(), header + message, hashlib.sha256).hexdigest()
+
+
+def _secret() -> bytes:
+    """The user's secret, made on first use; a file of another length is what a power cut left, and is made anew."""
+    path = state_folder() / "secret"
+    for _ in range(3):
+        content = own_file_bytes(path, private=True)
+        if content is not None and len(content) == _SECRET_BYTES:
+            return content
+        try:
+            if content is not None:
+                path.unlink(missing_ok=True)
+            if not write_own_file(path, secrets.token_bytes(_SECRET_BYTES), replace=False) and content is None:
+                content = own_file_bytes(path, private=True)
+                if content is None:
+                    break
+        except OSError as error:
+            raise ConfigError(f"The secret '{path}' cannot be written: {error.strerror or error}.") from error
+    raise ConfigError(
+        f"The secret '{path}' can be read or written by others, so it is no secret.",
+        hint="remove it: a new one is made, and what it authenticated is built again",
+    )

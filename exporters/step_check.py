@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +68,8 @@ def compare(
         left, right = expected(feed), actual(feed)
         has_rows = set(_ROW_OUTPUTS) <= set(left)
         matched = {*_ROW_OUTPUTS, "num_detections"} if has_rows else set()
+        for name in left:
+            _require_finite(name, left[name], right[name], step=step)
         checks = [_compare_tensor(n, left[n], right[n], tolerance, step) for n in left if n not in matched]
         worst = max([worst, *checks], key=lambda check: check.largest)
         if has_rows:
@@ -83,17 +84,27 @@ def compare(
     return result
 
 
+def _require_finite(name: str, expected: NDArray[Any], actual: NDArray[Any], *, step: str) -> None:
+    """Two NaN agree about nothing."""
+    for array, when in ((expected, "before"), (actual, "after")):
+        broken = ~np.isfinite(array)
+        if broken.any():
+            place = np.argwhere(broken)[0].tolist()
+            where = f"{name}[{', '.join(map(str, place))}]"
+            raise StepCheckError(
+                f"{where} is {array[tuple(place)]} {when} the step '{step}': only finite outputs can be compared.",
+                hint="the weights are damaged, or the model overflows in this precision: check the checkpoint",
+            )
+
+
 def _compare_tensor(name: str, expected: NDArray[Any], actual: NDArray[Any], tolerance: float, step: str) -> StepCheck:
     if expected.shape != actual.shape:
         raise StepCheckError(f"'{step}' changed '{name}' from shape {expected.shape} to {actual.shape}.")
     left, right = expected.astype(np.float64), actual.astype(np.float64)
-    finite = np.isfinite(left) & np.isfinite(right)
-    same = (left == right) | (np.isnan(left) & np.isnan(right))
     # The peak counts up to 1000 only: an output that runs away must not excuse errors of any size elsewhere.
-    peak = float(np.abs(left[finite]).max(initial=0.0))
-    allowed = tolerance * (1.0 + np.abs(np.where(finite, left, 0.0))) + 0.1 * tolerance * min(peak, 1e3)
-    difference = np.where(same, 0.0, math.inf)  # an infinity or NaN on one side only is infinitely wrong
-    difference[finite] = np.abs(left[finite] - right[finite])
+    peak = float(np.abs(left).max(initial=0.0))
+    allowed = tolerance * (1.0 + np.abs(left)) + 0.1 * tolerance * min(peak, 1e3)
+    difference = np.abs(left - right)
     if not difference.size:
         return StepCheck(step, 0.0, 0.0, name)
     ratio = difference / allowed

@@ -13,7 +13,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import BoxClip, BoxFilter, Candidates, DecodeSpec, HeadOutputs, NmsSpace, decode
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Tail
-from fcos_deploy.core.errors import TensorMismatchError
+from fcos_deploy.core.errors import BackendError, TensorMismatchError
 from fcos_deploy.core.nms import Suppression, suppress
 from fcos_deploy.core.preprocess import Letterbox
 
@@ -38,16 +38,48 @@ def postprocess(
 
     Raises:
         TensorMismatchError: an output is missing or its shape does not fit.
+        BackendError: an output is not finite. A NaN passes no threshold, so that it would look like an empty image.
     """
     missing = sorted(set(contract.outputs) - set(outputs))
     if missing:
         raise TensorMismatchError(f"The outputs must be {sorted(contract.outputs)}, {missing} are missing.")
-    of_image = {name: outputs[name][index] for name in contract.outputs}
-    # Overflow in a half-precision engine reaches boxes as infinities, whose overlaps are not numbers and not above any
-    # threshold.
-    with np.errstate(invalid="ignore", over="ignore"):
+    of_image: Outputs = {name: outputs[name][index] for name in contract.outputs}
+    if contract.tail is Tail.NMS:  # Rows beyond the count are not written by every runtime.
+        of_image = _used_rows(of_image)
+    for name, array in of_image.items():
+        _check_finite(name, array, index=index)
+    with np.errstate(over="ignore"):  # The sum of two finite halves may not be one.
         candidates = _TAILS[contract.tail](of_image, contract.decode, input_size, letterbox)
         return _finish(candidates, contract.decode, letterbox)
+
+
+def _check_finite(name: str, array: NDArray[Any], *, index: int) -> None:
+    if array.dtype == np.float16:
+        # NumPy tests halves one by one in software; infinity and NaN are those whose exponent bits are all set.
+        finite = int((array.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0)) < 0x7C00
+    else:
+        finite = array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    if finite:
+        return
+    place = np.argwhere(~np.isfinite(array))[0].tolist()
+    count, value = int((~np.isfinite(array)).sum()), array[tuple(place)]
+    raise BackendError(
+        f"Output '{name}' of image {index} is not finite: {count} of {array.size} values, "
+        f"the first is {value} at {place}.",
+        hint="the model is damaged, or overflows in this precision; 'fcos-deploy parity' finds where it begins",
+    )
+
+
+def _used_rows(outputs: Outputs) -> Outputs:
+    """The nms tail's outputs without the padding after the last detection.
+
+    Raises:
+        TensorMismatchError: the count does not fit.
+    """
+    count, rows = int(outputs["num_detections"].reshape(-1)[0]), len(outputs["scores"])
+    if not 0 <= count <= rows:
+        raise TensorMismatchError(f"Output 'num_detections' must be in 0..{rows}, got {count}.")
+    return {name: array if name == "num_detections" else array[:count] for name, array in outputs.items()}
 
 
 def _from_raw(outputs: Outputs, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox) -> Candidates:
@@ -61,11 +93,8 @@ def _from_candidates(outputs: Outputs, spec: DecodeSpec, _size: tuple[int, int],
 
 
 def _from_nms(outputs: Outputs, _spec: DecodeSpec, _size: tuple[int, int], _letterbox: Letterbox) -> Candidates:
-    count = int(outputs["num_detections"].reshape(-1)[0])
     candidates = _float_candidates(outputs)
-    if not 0 <= count <= len(candidates.scores):
-        raise TensorMismatchError(f"Output 'num_detections' must be in 0..{len(candidates.scores)}, got {count}.")
-    return candidates.take(np.arange(count))
+    return candidates.take(np.arange(len(candidates.scores)))  # A copy: the runtime overwrites its buffers.
 
 
 _TAILS: dict[Tail, Callable[[Outputs, DecodeSpec, tuple[int, int], Letterbox], Candidates]] = {

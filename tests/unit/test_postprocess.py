@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec, HeadOutputs, PostprocessProfile, decode, level_sizes
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Tail
-from fcos_deploy.core.errors import TensorMismatchError
+from fcos_deploy.core.errors import BackendError, TensorMismatchError
 from fcos_deploy.core.nms import Suppression, suppress
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
 from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec
@@ -220,12 +221,19 @@ def test_offset_of_the_profile_reaches_suppression() -> None:
     np.testing.assert_array_equal(run(raw, of).boxes, BOX.to_image(clipped[kept]))
 
 
-def test_overflow_of_a_half_precision_engine_is_no_crash() -> None:
-    raw = raw_outputs(batch=1)
-    raw["distances"][0, :50] = np.inf
-    raw["distances"][0, 50:60] = np.nan
-    for name in PROFILES:
-        run(raw, contract(PROFILES[name]))
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["cls_logits", "distances", "centerness"])
+def test_an_output_that_is_not_finite_is_refused_by_name_and_place(
+    name: str, value: float, dtype: type[np.floating[Any]]
+) -> None:
+    """A NaN passes no threshold, so that a broken engine would look like an empty image."""
+    raw = {key: array.astype(dtype) for key, array in raw_outputs(batch=1).items()}
+    of = contract(PROFILES["torchvision"])
+    run(raw, of)
+    raw[name][0, 5, 0] = value
+    with pytest.raises(BackendError, match=rf"'{name}' of image 0 is not finite: 1 of .* is {value} at \[5, 0\]"):
+        run(raw, of)
 
 
 def test_nothing_found() -> None:

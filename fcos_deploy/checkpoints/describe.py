@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fcos_deploy.checkpoints.rules import (
 )
 from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
-from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError
+from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError, brief
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
 
 __all__ = [
@@ -45,6 +46,11 @@ _CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
 _EMA_CONTAINERS = ("model_ema", "ema_model", "ema")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "detector.")  # of DataParallel, Lightning, torch.compile, wrappers
 _METADATA_KEY = "fcos_deploy"  # of a safetensors file
+# Bounds of a state dict. The largest FCOS has 1,400 tensors with names of 80 characters; weights that are shared
+# between modules are stored once and named twice.
+_MAX_TENSORS = 20_000
+_MAX_NAME = 512
+_MAX_SHARED = 8
 _STRIDES = (8, 16, 32, 64, 128)
 
 
@@ -168,9 +174,13 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
         return {}
     try:
         stated = dict(json.loads(metadata[_METADATA_KEY]))
+        if not all(isinstance(value, (str, int, float)) for value in stated.values()):
+            raise TypeError("a value is neither text nor a number")
         fields: dict[str, Any] = {"ecosystem": str(stated["ecosystem"])} if "ecosystem" in stated else {}
         if "classes" in stated:
-            fields["class_names"] = tuple(str(name) for name in json.loads(stated["classes"]))
+            fields["class_names"] = tuple(json.loads(stated["classes"]))
+            if not all(isinstance(name, str) for name in fields["class_names"]):
+                raise TypeError("a class name is not text")
         if "input_size" in stated:
             height, _, width = str(stated["input_size"]).partition("x")
             fields["input_size"] = (int(height), int(width))
@@ -205,8 +215,10 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
     chosen = plain if averaged is None or (prefer == "model" and plain) else averaged
     container, stored = chosen or ("", _state_dict(content))
     if not stored:
-        keys = ", ".join(repr(key)[:40] for key in list(content)[:6])
+        keys = ", ".join(map(brief, list(content)[:6]))
         raise CheckpointError(f"The file holds no tensors, only {keys or 'nothing'}.")
+    if len(stored) > _MAX_TENSORS or max(map(len, stored)) > _MAX_NAME:
+        raise CheckpointError("The file has more tensors, or longer names, than an FCOS can have.")
     tensors = {name: value for name, value in stored.items() if name != "n_averaged"}
     # Wrappers nest, as in 'module.model.': drop prefixes that all names have, until there is none.
     while prefix := next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), ""):
@@ -216,10 +228,24 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
             value.check()
         except CheckpointError as error:
             raise CheckpointError(f"Tensor '{name}': {error.message}", hint=error.hint) from error
+    _refuse_multiples(tensors.values())
     metadata: dict[str, Any] = {name: tensors[name] for name in ("pixel_mean", "pixel_std") if name in tensors}
     if container:
         metadata |= {key: value for key, value in content.items() if key not in (*_CONTAINERS, *_EMA_CONTAINERS)}
     return StoredWeights(tensors, metadata, container, plain is not None and averaged is not None)
+
+
+def _refuse_multiples(tensors: Iterable[StoredTensor | PickledArray]) -> None:
+    """Raise CheckpointError when many tensors repeat few stored bytes: loaded they would take terabytes."""
+    stored: dict[object, int] = {}
+    claimed, file_size = 0, 0
+    for tensor in tensors:
+        stored[tensor.stored_at] = tensor.stored_bytes
+        claimed += tensor.nbytes
+        # Entries of a zip file may overlap.
+        file_size = max(file_size, tensor.storage.archive.size if isinstance(tensor, StoredTensor) else sys.maxsize)
+    if claimed > _MAX_SHARED * min(file_size, sum(stored.values())):
+        raise CheckpointError(f"The tensors together have more than {_MAX_SHARED} times the numbers that are stored.")
 
 
 def _first_state_dict(

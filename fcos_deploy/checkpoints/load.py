@@ -83,11 +83,10 @@ def _to_tensor(value: TensorFacts, maps: dict[Path, Tensor]) -> Tensor:
     value.check()
     path, size = value.storage.archive.path, value.elements * ITEM_SIZES[value.dtype]
     if size and value.start % ITEM_SIZES[value.dtype]:  # Files of torch before 1.6 do not align their numbers.
-        content = torch.frombuffer(value.read_storage(), dtype=torch.uint8)
-    else:
-        if path not in maps:
-            maps[path] = torch.from_file(str(path), shared=False, size=value.storage.archive.size, dtype=torch.uint8)
-        content = maps[path][value.start : value.start + size] if size else torch.empty(0, dtype=torch.uint8)
+        return torch.from_numpy(value.read()).view(getattr(torch, value.dtype))
+    if path not in maps:
+        maps[path] = torch.from_file(str(path), shared=False, size=value.storage.archive.size, dtype=torch.uint8)
+    content = maps[path][value.start : value.start + size] if size else torch.empty(0, dtype=torch.uint8)
     numbers = content.view(getattr(torch, value.dtype))
     return numbers.as_strided(value.shape, value.strides, numbers.storage_offset() + value.offset)
 

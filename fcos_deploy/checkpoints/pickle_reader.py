@@ -17,12 +17,17 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.core.errors import CheckpointError, brief
 
-__all__ = ["Inert", "PickleHooks", "PickledArray", "UnsafeGlobalError", "read_pickle"]
+__all__ = ["MAX_AXES", "Inert", "PickleHooks", "PickledArray", "UnsafeGlobalError", "read_pickle"]
 
-# Real training checkpoints need tens of thousands; each costs up to 250 bytes of memory, so this bounds it.
-_MAX_OPERATIONS = 3_000_000
+# Bounds of what is read; real training checkpoints stay far below them.
+_MAX_OPERATIONS = 1_000_000  # they need tens of thousands; each costs up to 250 bytes of memory
+_MAX_LINE = 4096  # bytes of a name or number in the text opcodes, which only old protocols use for more
+_MAX_NAME = 256  # characters of a module or class
+_MAX_ARGUMENTS = 64  # of a call
+_MAX_INTEGER_BYTES = 64  # NumPy's random states have 16; arithmetic and text of longer ones take quadratic time
+MAX_AXES = 64  # torch's own limit
 
 
 class UnsafeGlobalError(CheckpointError):
@@ -54,6 +59,23 @@ class PickledArray:
         """NumPy's name of it."""
         return self._facts()[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        shape, name = self._facts()
+        return math.prod(shape) * np.dtype(name).itemsize
+
+    @property
+    def stored_at(self) -> object:
+        """What identifies the pickled bytes, which several arrays may share."""
+        state: Any = self.state  # Any: checked by ``_facts``
+        return id(_text(state[4]))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that were pickled; an array is all of them."""
+        return self.nbytes
+
     def check(self) -> None:
         """Raise CheckpointError when the state is not that of an array of plain numbers."""
         self._facts()
@@ -76,12 +98,12 @@ class PickledArray:
         try:
             state: Any = self.state  # Any: what it is not is caught below
             _, shape, dtype, _, content = state
-            axes, size = tuple(shape), len(_text(content))
+            axes, size = _axes(shape), len(_text(content))
             if not all(type(n) is int and n >= 0 for n in axes) or math.prod(axes) * dtype.itemsize != size:
                 raise ValueError(f"{size} bytes are not of shape {axes}")
             return axes, dtype.name
         except (AttributeError, TypeError, ValueError, UnicodeError) as error:
-            raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
+            raise CheckpointError(f"A NumPy array in the file is damaged: {_reason(error)}.") from error
 
     def _view(self) -> NDArray[Any]:
         shape, _ = self._facts()
@@ -89,7 +111,18 @@ class PickledArray:
         try:
             return np.frombuffer(_raw(state[4]), state[2].resolve()).reshape(shape, order="F" if state[3] else "C")
         except (TypeError, ValueError, UnicodeError) as error:
-            raise CheckpointError(f"A NumPy array in the file is damaged: {error}.") from error
+            raise CheckpointError(f"A NumPy array in the file is damaged: {_reason(error)}.") from error
+
+
+def _axes(shape: object) -> tuple[Any, ...]:
+    if not isinstance(shape, (tuple, list)) or len(shape) > MAX_AXES:
+        raise ValueError(f"{brief(shape)} of more than {MAX_AXES} axes, or no shape")
+    return tuple(shape)
+
+
+def _reason(error: Exception) -> str:
+    """What the error says, unless that would be the text of an object in the file."""
+    return error.args[0][:200] if error.args and isinstance(error.args[0], str) else type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +151,7 @@ def read_pickle(source: _Source | bytes, *, hooks: PickleHooks | None = None) ->
     except CheckpointError:
         raise
     except Exception as error:  # A damaged pickle can fail in any way; none of them is a bug here.
-        raise CheckpointError(f"The pickle is damaged: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(f"The pickle is damaged: {type(error).__name__}: {_reason(error)}.") from error
 
 
 # ---- what stands in the place of NumPy's and Python's own classes and functions ----
@@ -134,9 +167,9 @@ class _Dtype:
 
     @property
     def _code(self) -> str:
-        code = str(self.text).lstrip("<>|=")
+        code = self.text.lstrip("<>|=") if isinstance(self.text, str) and len(self.text) < _MAX_NAME else ""
         if code not in _NUMBERS:
-            raise ValueError(f"dtype '{code[:16]}' is not a number")
+            raise ValueError(f"dtype {brief(self.text)} is not a number")
         return code
 
     @property
@@ -188,7 +221,7 @@ def _from_buffer(content: object = b"", dtype: object = None, shape: object = ()
 
 
 def _scalar(dtype: object = None, content: object = b"") -> Any:  # Any: int, float or bool
-    if len(_raw(content)) > 16:
+    if len(_text(content)) > 16:
         raise UnsafeGlobalError("A NumPy scalar of more than 16 bytes is not a number.")
     return _from_buffer(content, dtype).take().item()
 
@@ -276,13 +309,13 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, source: _Source, hooks: PickleHooks) -> None:
         super().__init__(source, encoding="latin1")
         self._hooks = hooks
+        self._callable = frozenset(map(id, (*_KNOWN_GLOBALS.values(), *hooks.globals.values())))
 
     def load(self) -> Any:  # Any: whatever was pickled
         """Read one pickle: the loop of the standard library, with a bound."""
         self._unframer = pickle._Unframer(self._file_read, self._file_readline)  # type: ignore[attr-defined]
         self.read = self._unframer.read
         self.readinto = self._unframer.readinto
-        self.readline = self._unframer.readline
         self.metastack: list[Any] = []
         self.stack: list[Any] = []
         self.append = self.stack.append
@@ -297,12 +330,21 @@ class _Unpickler(pickle._Unpickler):
             return stop.value
         raise UnsafeGlobalError(f"The pickle has more than {_MAX_OPERATIONS} operations.")
 
+    def readline(self) -> bytes:
+        """A line of the text opcodes, for the handlers of the standard library too."""
+        line: bytes = self._unframer.readline()
+        if len(line) > _MAX_LINE:
+            raise UnsafeGlobalError(f"The pickle has a line of {len(line)} bytes.")
+        return line
+
     def find_class(self, module: str, name: str, /) -> Any:  # Any: a stub class or function
         """The stub for a name.
 
         Raises:
             UnsafeGlobalError: when it is not in the table.
         """
+        if max(len(module), len(name)) > _MAX_NAME:
+            raise UnsafeGlobalError("The file refers to a class whose name is too long for one.")
         for table in (self._hooks.globals, _KNOWN_GLOBALS):
             if (module, name) in table:
                 return table[module, name]
@@ -323,8 +365,11 @@ class _Unpickler(pickle._Unpickler):
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
         function = self.stack[-1]
-        if not any(function is known for known in (*_KNOWN_GLOBALS.values(), *self._hooks.globals.values())):
+        if id(function) not in self._callable:
             raise UnsafeGlobalError("The pickle calls something that is not in the table of known names.")
+        # Arguments are copied, and a pickle may hand the same ones to many calls.
+        if not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
+            raise UnsafeGlobalError(f"The pickle calls something with {brief(arguments)} of arguments.")
         self.stack[-1] = function(*arguments)
 
     dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = load_reduce
@@ -387,6 +432,38 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.ADDITEMS[0]] = load_additems
 
     dispatch[pickle.FROZENSET[0]] = dispatch[pickle.LIST[0]]
+
+    def _integer(self, size: int) -> None:
+        if not 0 <= size <= _MAX_INTEGER_BYTES:
+            raise UnsafeGlobalError(f"The pickle has an integer of {size} bytes.")
+        self.append(pickle.decode_long(self.read(size)))
+
+    def load_long1(self) -> None:
+        self._integer(self.read(1)[0])
+
+    dispatch[pickle.LONG1[0]] = load_long1
+
+    def load_long4(self) -> None:
+        self._integer(int.from_bytes(self.read(4), "little", signed=True))
+
+    dispatch[pickle.LONG4[0]] = load_long4
+
+    def _number_line(self) -> bytes:
+        line = self.readline()
+        if len(line) > 4 * _MAX_INTEGER_BYTES:
+            raise UnsafeGlobalError(f"The pickle has an integer of {len(line)} digits.")
+        return line[:-1]
+
+    def load_int(self) -> None:
+        line = self._number_line()
+        self.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line, 0))
+
+    dispatch[pickle.INT[0]] = load_int
+
+    def load_long(self) -> None:
+        self.append(int(self._number_line().rstrip(b"L"), 0))
+
+    dispatch[pickle.LONG[0]] = load_long
 
     def load_bytearray8(self) -> None:
         self.append(self.read(int.from_bytes(self.read(8), "little")))

@@ -11,13 +11,17 @@ import mmap
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from fcos_deploy.checkpoints.pickle_reader import Inert, PickleHooks, read_pickle
-from fcos_deploy.core.errors import CheckpointError
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.checkpoints.pickle_reader import MAX_AXES, Inert, PickleHooks, read_pickle
+from fcos_deploy.core.errors import CheckpointError, brief
+from fcos_deploy.core.files import open_regular
 from fcos_deploy.core.model_files import CheckpointFormat, checkpoint_format
 
 __all__ = [
@@ -52,6 +56,8 @@ _STORAGE_DTYPES = {"UntypedStorage": "uint8", **{f"{prefix}Storage": name for na
 ITEM_SIZES = {name: struct.calcsize("<" + letter) for name, letter in _LETTERS.items()}
 
 _INCOMPLETE = "was the file copied completely?"
+_MOST_VALUES = 8192
+_LARGEST_SIZE = 1 << 62  # of an axis or a place in a file
 
 
 class TensorFacts(Protocol):
@@ -75,7 +81,14 @@ def count_of(tensor: TensorFacts) -> int:
 
 
 def flat_values(tensor: TensorFacts) -> list[float]:
-    """Its numbers row by row; for small tensors."""
+    """Its numbers row by row; for small tensors.
+
+    Raises:
+        CheckpointError: it has more than 8192, four times the channels of the widest layer that is read this way.
+    """
+    count = count_of(tensor)
+    if count > _MOST_VALUES:
+        raise CheckpointError(f"A tensor of {brief(count)} numbers stands where one for each channel should.")
     numbers = tensor.tolist()
     for _ in tensor.shape[1:]:
         numbers = [number for row in numbers for number in row]
@@ -124,7 +137,7 @@ class StoredTensor:
         size = self.storage.count * ITEM_SIZES[self.storage.dtype]
         if start is None or size < 0 or start + size > archive.size:
             raise CheckpointError(
-                f"'{archive.path}' lacks the data of tensor storage '{self.storage.key}'.", hint=_INCOMPLETE
+                f"'{archive.path}' lacks the data of tensor storage {brief(self.storage.key)}.", hint=_INCOMPLETE
             )
         return start
 
@@ -133,55 +146,64 @@ class StoredTensor:
         """How many numbers of this tensor's dtype the storage holds."""
         return self.storage.count * ITEM_SIZES[self.storage.dtype] // ITEM_SIZES[self.dtype]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return count_of(self) * ITEM_SIZES[self.dtype]
+
+    @property
+    def stored_at(self) -> object:
+        """What identifies the storage."""
+        return self.storage.archive.path, self.start
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the storage."""
+        return self.storage.count * ITEM_SIZES[self.storage.dtype]
+
     def check(self) -> None:
         """Raise CheckpointError when the tensor is impossible, or reaches beyond its storage or the file."""
         numbers = (self.offset, *self.shape, *self.strides)
-        if not all(type(n) is int and n >= 0 for n in numbers) or len(self.shape) != len(self.strides):
-            raise CheckpointError(f"A tensor has the impossible shape {self.shape} and strides {self.strides}.")
+        possible = all(type(n) is int and 0 <= n < _LARGEST_SIZE for n in numbers)
+        if not possible or len(self.shape) != len(self.strides):
+            raise CheckpointError("A tensor has a shape, strides or an offset that no tensor can have.")
         _ = self.start
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         # The second bound refuses tensors that repeat their elements without end (stride 0).
         if 0 not in self.shape and (last >= self.elements or math.prod(self.shape) > self.elements):
             raise CheckpointError(f"A tensor of shape {list(self.shape)} reaches beyond its {self.elements} elements.")
 
-    def read_storage(self) -> bytearray:
-        """The bytes of the whole storage.
-
-        Raises:
-            CheckpointError: the file became shorter.
-        """
-        content = bytearray(self.elements * ITEM_SIZES[self.dtype])
-        path = self.storage.archive.path
-        with path.open("rb") as stream:
-            stream.seek(self.start)
-            if stream.readinto(content) != len(content):
-                raise CheckpointError(f"'{path}' became shorter while it was read.", hint=_INCOMPLETE)
-        return content
-
-    def tolist(self) -> Any:  # Any: nested lists
-        """The numbers, read from the file; for small tensors.
+    def read(self) -> NDArray[Any]:
+        """A copy of its numbers alone, of a storage that may be gigabytes; those of bfloat16 as uint16.
 
         Raises:
             CheckpointError: as ``check``, or the file became shorter.
         """
         self.check()
-        numbers: Sequence[float] = struct.unpack(f"<{self.elements}{_LETTERS[self.dtype]}", self.read_storage())
+        item, dtype = ITEM_SIZES[self.dtype], np.dtype("<" + _LETTERS[self.dtype])
+        path, place = self.storage.archive.path, self.start + self.offset * ITEM_SIZES[self.dtype]
+        if 0 in self.shape:
+            return np.empty(self.shape, dtype)
+        reach = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + 1
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if place + reach * item > len(data):
+                raise CheckpointError(f"'{path}' became shorter while it was read.", hint=_INCOMPLETE)
+            # Mapped, so that only the pages of the numbers are read, however far apart they lie.
+            flat = np.frombuffer(data, dtype, reach, place)
+            numbers = np.array(np.lib.stride_tricks.as_strided(flat, self.shape, [s * item for s in self.strides]))
+            del flat  # before the map is closed
+        return numbers
+
+    def tolist(self) -> Any:  # Any: nested lists
+        """The numbers, read from the file; for small tensors.
+
+        Raises:
+            CheckpointError: as ``read``.
+        """
+        numbers = self.read()
         if self.dtype == "bfloat16":
-            upper_halves = b"".join(struct.pack("<I", int(number) << 16) for number in numbers)
-            numbers = struct.unpack(f"<{len(numbers)}f", upper_halves)
-        return _nested(numbers, self.offset, shape=self.shape, strides=self.strides)
-
-
-def _nested(
-    numbers: Sequence[float], offset: int, *, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> Any:  # Any: nested lists
-    if not shape:
-        return numbers[offset]
-    if len(shape) == 1 and strides[0]:
-        return list(numbers[offset : offset + shape[0] * strides[0] : strides[0]])
-    return [
-        _nested(numbers, offset + place * strides[0], shape=shape[1:], strides=strides[1:]) for place in range(shape[0])
-    ]
+            numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+        return numbers.tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,14 +238,17 @@ def open_checkpoint(path: Path) -> CheckpointFile:
         CheckpointError: when it is missing, damaged, not a checkpoint, or names what is not data.
     """
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             head = stream.read(64)
         return _reader_for(path, head)(path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or "it takes more memory than there is"
+        raise CheckpointError(f"Cannot read '{path}': {reason}.") from error
     except CheckpointError as error:
         message = error.message if str(path) in error.message else f"'{path}': {error.message}"
         raise type(error)(message, hint=error.hint) from error
+    except Exception as error:  # A damaged container can fail in any way; none of them is a bug here.
+        raise CheckpointError(f"'{path}' is damaged: {type(error).__name__}.", hint=_INCOMPLETE) from error
 
 
 def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
@@ -240,7 +265,7 @@ def _reader_for(path: Path, head: bytes) -> Callable[[Path], CheckpointFile]:
 
 # ---- safetensors: the length of the header in 8 bytes, the header in JSON, the numbers ----
 
-_LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
+_LARGEST_HEADER = 16 << 20  # bytes, of the 100 MB that the format allows: FCOS has hundreds of tensors
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
@@ -251,10 +276,13 @@ def _read_safetensors(path: Path) -> CheckpointFile:
             if length > min(_LARGEST_HEADER, archive.size - 8):
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
-        metadata = {str(key): str(value) for key, value in dict(header.pop("__metadata__", {})).items()}
+        metadata = dict(header.pop("__metadata__", {}))
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
         tensors = {name: _safetensor(name, entry, archive, begin=8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' is a damaged safetensors file: {error}.", hint=_INCOMPLETE) from error
+        reason = error.args[0][:200] if error.args and isinstance(error.args[0], str) else type(error).__name__
+        raise CheckpointError(f"'{path}' is a damaged safetensors file: {reason}.", hint=_INCOMPLETE) from error
     return CheckpointFile(tensors, "safetensors", metadata)
 
 
@@ -267,14 +295,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any:
 
 def _safetensor(name: str, entry: dict[str, Any], archive: _Archive, *, begin: int) -> StoredTensor:
     if entry["dtype"] not in _SAFETENSORS_DTYPES:
-        raise ValueError(f"'{name}' is of type {entry['dtype']}, which is not read")
-    dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        raise ValueError(f"{brief(name)} is of type {brief(entry['dtype'])}, which is not read")
+    dtype, sizes = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
     first, end = entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (first, end, *shape)):
-        raise ValueError(f"'{name}' has an impossible shape or place")
+    shape = tuple(sizes) if isinstance(sizes, list) and len(sizes) <= MAX_AXES else (None,)
+    if not all(type(n) is int and 0 <= n < _LARGEST_SIZE for n in (first, end, *shape)):
+        raise ValueError(f"{brief(name)} has an impossible shape or place")
     count = math.prod(shape)
     if end - first != count * ITEM_SIZES[dtype] or begin + end > archive.size:
-        raise ValueError(f"'{name}' of shape {list(shape)} does not lie in bytes {first} to {end}")
+        raise ValueError(f"{brief(name)} of shape {list(shape)} does not lie in bytes {first} to {end}")
     archive.offsets[name] = begin + first
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return StoredTensor(_Storage(archive, name, dtype, count), 0, shape, strides, dtype)
@@ -283,15 +312,21 @@ def _safetensor(name: str, entry: dict[str, Any], archive: _Archive, *, begin: i
 # ---- torch.save: a pickle that refers to storages outside of itself ----
 
 _LARGEST_PICKLE = 256 << 20  # bytes; a checkpoint's structure takes less than 20 MB, its tensors are outside
+_LARGEST_DIRECTORY = 16 << 20  # bytes of a zip file's list of entries; a thousand tensors take 0.1 MB
 
 
 def _read_zip(path: Path) -> CheckpointFile:
     """Since torch 1.6: a zip file of one folder with ``data.pkl``, and ``data/0``, ``data/1``, ... uncompressed."""
     try:
+        with path.open("rb") as stream:
+            # Before ZipFile reads it: each entry becomes an object of half a kilobyte.
+            end = zipfile._EndRecData(stream)  # type: ignore[attr-defined]  # the standard library's, not in its stubs
+        if end and end[zipfile._ECD_SIZE] > _LARGEST_DIRECTORY:  # type: ignore[attr-defined]  # as above
+            raise ValueError("its directory takes megabytes")
         with zipfile.ZipFile(path) as container:
             entries = {entry.filename.partition("/")[2]: entry for entry in container.infolist()}
-            shown = ", ".join(f"'{name}'" for name in container.namelist()[:3])
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            shown = ", ".join(map(brief, container.namelist()[:3]))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise CheckpointError(f"'{path}' is a damaged zip file: {error}.", hint=_INCOMPLETE) from error
     if "data.pkl" not in entries:
         raise CheckpointError(f"'{path}' is a zip file, but not one of torch.save: it holds {shown or 'nothing'}.")
@@ -307,8 +342,8 @@ def _read_zip(path: Path) -> CheckpointFile:
         for name, entry in entries.items():
             if name.startswith("data/"):
                 archive.offsets[name.removeprefix("data/")] = _data_offset(stream.fileno(), entry)
-        order = _content(stream.fileno(), entries["byteorder"]) if "byteorder" in entries else b"little"
-        pickled = _content(stream.fileno(), entries["data.pkl"])
+        order = _content(stream.fileno(), entries["byteorder"], limit=16) if "byteorder" in entries else b"little"
+        pickled = _content(stream.fileno(), entries["data.pkl"], limit=archive.size)
     if order != b"little":
         raise CheckpointError(f"'{path}' was written on a big-endian machine, which is not read.")
     return CheckpointFile(read_pickle(pickled, hooks=_torch_hooks(archive)), "torch")
@@ -324,8 +359,8 @@ def _data_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + 30 + name + extra
 
 
-def _content(descriptor: int, entry: zipfile.ZipInfo) -> bytes:
-    return os.pread(descriptor, entry.file_size, _data_offset(descriptor, entry))
+def _content(descriptor: int, entry: zipfile.ZipInfo, *, limit: int) -> bytes:
+    return os.pread(descriptor, min(entry.file_size, limit), _data_offset(descriptor, entry))
 
 
 def _read_legacy(path: Path) -> CheckpointFile:
@@ -339,7 +374,7 @@ def _read_legacy(path: Path) -> CheckpointFile:
         for key in keys if isinstance(keys, list) else []:
             storage = archive.storages.get(key) if isinstance(key, str) else None
             if storage is None or int.from_bytes(data.read(8), "little") != storage.count:
-                raise CheckpointError(f"'{path}' lacks the data of tensor storage '{key}'.", hint=_INCOMPLETE)
+                raise CheckpointError(f"'{path}' lacks the data of tensor storage {brief(key)}.", hint=_INCOMPLETE)
             archive.offsets[storage.key] = data.tell()
             data.seek(min(len(data), data.tell() + storage.count * ITEM_SIZES[storage.dtype]))
     return CheckpointFile(content, "torch before 1.6")
@@ -362,6 +397,8 @@ class _StorageType:
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: object) -> StoredTensor:
     if not isinstance(storage, _Storage):
         raise CheckpointError("A tensor in the file has no storage.")
+    if not all(isinstance(sizes, (tuple, list)) and len(sizes) <= MAX_AXES for sizes in (shape, strides)):
+        raise CheckpointError(f"A tensor in the file has more than {MAX_AXES} axes, or no shape.")
     return StoredTensor(storage, offset, tuple(shape), tuple(strides), storage.dtype)
 
 
@@ -400,7 +437,7 @@ def _torch_hooks(archive: _Archive) -> PickleHooks:
 
     def storage(pid: Any) -> _Storage:  # Any: ("storage", type, key, location, count, ...) if the file is sound
         sound = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)
-        if not sound or not isinstance(pid[2], str) or not isinstance(pid[4], int):
+        if not sound or not isinstance(pid[2], str) or type(pid[4]) is not int or not 0 <= pid[4] < _LARGEST_SIZE:
             raise CheckpointError("The file refers to a storage in a way that torch does not.")
         if len(pid) > 5 and pid[5] is not None:
             raise CheckpointError("The file has storages that share memory (torch before 0.4), which are not read.")

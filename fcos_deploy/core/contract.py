@@ -27,6 +27,8 @@ __all__ = [
     "write_sidecar",
 ]
 
+_LONGEST_CLASS_NAME = 256
+
 # Names of the outputs per tail; shapes in `ModelContract`.
 TAIL_OUTPUTS: dict[Tail, tuple[str, ...]] = {
     Tail.RAW: ("cls_logits", "distances", "centerness"),
@@ -85,6 +87,9 @@ class ModelContract:
             )
         if not self.class_names:
             raise ConfigError("A detector needs at least one class name.")
+        longest = max(map(len, self.class_names))
+        if longest > _LONGEST_CLASS_NAME:
+            raise ConfigError(f"A class name has {longest} characters, at most {_LONGEST_CLASS_NAME} are allowed.")
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import typing
 from enum import Enum
 from typing import Any, TypeVar
 
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, brief
 
 __all__ = ["from_json", "json_schema", "parse_json", "to_json"]
 
@@ -68,7 +68,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:  # Any: ``kind`` is any 
     if origin is dict:
         if not isinstance(value, dict):
             raise _mismatch(where, "an object", value)
-        return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+        key, item = arguments
+        return {_convert(key, k, where): _convert(item, v, f"{where}.{k[:80]}") for k, v in value.items()}
     return _convert_scalar(kind, value, where)
 
 
@@ -107,7 +108,10 @@ def _convert_dataclass(kind: Any, value: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(value) - set(fields))
     if unknown:
-        raise ConfigError(f"{where} has unknown keys {unknown}.", hint="was it written by a newer fcos-deploy?")
+        raise ConfigError(
+            f"{where} has unknown keys {', '.join(map(brief, unknown[:8]))}.",
+            hint="was it written by a newer fcos-deploy?",
+        )
     missing = sorted(_required(kind) - set(value))
     if missing:
         raise ConfigError(f"{where} lacks {missing}.")
@@ -121,7 +125,7 @@ def _required(kind: Any) -> set[str]:
 
 
 def _mismatch(where: str, expected: str, value: Any) -> ConfigError:
-    return ConfigError(f"{where} must be {expected}, got {str(value)[:80]!r}.")
+    return ConfigError(f"{where} must be {expected}, got {brief(value)}.")
 
 
 def json_schema(kind: type) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def test_numbers_are_read_without_torch_as_torch_reads_them(dtype: str, zipped: 
         ('{"w": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}', "impossible"),
         ('{"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "impossible"),
         ('{"w": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', "impossible"),
-        ('{"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}', "F8_E4M3, which is not read"),
+        ('{"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}', "F8_E4M3., which is not read"),
         ('{"w": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}', "damaged"),
         ('{"w": 1}', "damaged"),
         ('{"__metadata__": {}, "__metadata__": {}}', "occurs twice"),
@@ -324,7 +324,7 @@ def test_mmengine_history_buffers_are_read(tmp_path: Path, monkeypatch: pytest.M
 
 def test_keys_that_would_overflow_the_stack_when_hashed(tmp_path: Path) -> None:
     """``torch.load(weights_only=True)`` of torch 2.13 ends the process on this file."""
-    _zip_of(b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.", tmp_path / "m.pth")
+    _zip_of(b"\x80\x02})" + b"\x85" * 900_000 + b"K\x01s.", tmp_path / "m.pth")
     with pytest.raises(UnsafeGlobalError, match="uses a tuple as a key"):
         open_checkpoint(tmp_path / "m.pth")
 

@@ -111,11 +111,11 @@ def test_any_damage_is_a_config_error_or_another_valid_contract(data: st.DataObj
     [
         ({"tail": "head"}, r"contract\.tail must be one of raw, candidates, nms, got 'head'"),
         ({"class_names": "ab"}, r"contract\.class_names must be an array, got 'ab'"),
-        ({"class_names": ["a", 1]}, r"contract\.class_names\[1\] must be str, got '1'"),
+        ({"class_names": ["a", 1]}, r"contract\.class_names\[1\] must be str, got 1"),
         ({"decode": None}, r"contract\.decode must be an object"),
-        ({"schema_version": True}, r"contract\.schema_version must be int, got 'True'"),
+        ({"schema_version": True}, r"contract\.schema_version must be int, got True"),
         ({"schema_version": 2}, "schema version 2"),
-        ({"future": 1}, r"contract has unknown keys \['future'\]"),
+        ({"future": 1}, r"contract has unknown keys 'future'"),
     ],
 )
 def test_message_names_the_place(change: dict[str, Any], message: str) -> None:

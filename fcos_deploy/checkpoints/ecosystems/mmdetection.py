@@ -13,14 +13,15 @@ from typing import Any
 from fcos_deploy.checkpoints.ecosystems.detectron2 import MSRA_MEAN, UNIT_STD
 from fcos_deploy.checkpoints.ecosystems.tianzhi import CAFFE_MEAN
 from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.core.errors import CheckpointError, brief
 from fcos_deploy.core.network import BlockType, BoxActivation, FcosConfig
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
 __all__ = ["ECOSYSTEM", "UNKNOWN", "parse_config"]
 
 UNKNOWN = object()  # stands for an expression that is not a literal
-_LONGEST_TEXT = 2_000_000  # characters; published configurations have some ten thousand
+_LONGEST_TEXT = 400_000  # characters; published configurations have some ten thousand
+_LARGEST_NUMBER = 1 << 31
 _PLAIN, _TRICKS = "plain", "tricks"
 _CONFIG = "the configuration in the file"
 
@@ -88,7 +89,8 @@ def _refuse_other_detectors(config: dict[str, Any]) -> None:
     for name, path in expected:
         stated = _lookup(config, *path)
         if stated not in (None, name):
-            raise CheckpointError(f"The configuration in the file says {'.'.join(path)} = '{stated}', not '{name}'.")
+            key = ".".join(path)
+            raise CheckpointError(f"The configuration in the file says {key} = {brief(stated)}, not '{name}'.")
     if _lookup(config, "model", "neck", "relu_before_extra_convs") is False:
         raise CheckpointError("The configuration says relu_before_extra_convs=False; P7 of FCOS follows relu(P6).")
 
@@ -98,7 +100,8 @@ def _head_of(config: dict[str, Any], rules: Rules, network: FcosConfig) -> Rules
         return rules
     strides = _lookup(config, "model", "bbox_head", "strides")
     if strides not in (None, list(network.strides)):
-        raise CheckpointError(f"The configuration says strides {strides}, expected {list(network.strides)}.")
+        stated = f"[{', '.join(map(brief, strides[:8]))}]" if isinstance(strides, list) else brief(strides)
+        raise CheckpointError(f"The configuration says strides {stated}, expected {list(network.strides)}.")
     style = _lookup(config, "model", "backbone", "style")
     # FCOSHead's defaults of both are False.
     on_bbox, on_reg = (
@@ -118,7 +121,8 @@ def _test_of(config: dict[str, Any], rules: Rules) -> Rules:
     kind = _lookup(test, "nms", "type")
     if kind not in (None, "nms"):
         raise CheckpointError(
-            f"The configuration suppresses with '{kind}', expected 'nms'.", hint="change test_cfg, which is not trained"
+            f"The configuration suppresses with {brief(kind)}, expected 'nms'.",
+            hint="change test_cfg, which is not trained",
         )
     rules = rules.decide(
         _CONFIG,
@@ -164,11 +168,13 @@ def _pixels_of(config: dict[str, Any], rules: Rules) -> Rules:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < _LARGEST_NUMBER:
+        return None
+    return float(value)
 
 
 def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST_NUMBER else None
 
 
 def _three(value: object) -> tuple[float, ...] | None:
@@ -227,14 +233,17 @@ def _lookup(config: Any, *path: str) -> Any:  # Any: configurations are untyped
 
 
 def _find_dicts(config: Any, type_name: str) -> Iterator[dict[str, Any]]:
-    """All dicts with ``type=type_name`` at any depth of ``config``, in order."""
-    if isinstance(config, dict):
-        if config.get("type") == type_name:
-            yield config
-        config = list(config.values())
-    if isinstance(config, list):
-        for item in config:
-            yield from _find_dicts(item, type_name)
+    """All dicts with ``type=type_name`` at any depth of ``config``, in order; one that occurs twice is given once."""
+    seen: set[int] = set()
+    pending = [config]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or not isinstance(item, (dict, list)):
+            continue
+        seen.add(id(item))  # A file can make thirty objects of a billion paths.
+        if isinstance(item, dict) and item.get("type") == type_name:
+            yield item
+        pending += reversed(list(item.values()) if isinstance(item, dict) else item)
 
 
 def _tower(source: str, head: str) -> tuple[Rename, Rename]:

@@ -13,6 +13,7 @@ from fcos_deploy.accuracy.diagnosis import contract_causes
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.matching import DetectionAgreement, compare_detections
+from fcos_deploy.bundle.device_layer import chosen_precision, usable_layers
 from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.manifest import AccuracyFigure, BenchmarkFigure, Manifest
 from fcos_deploy.bundle.selection import select_artifact
@@ -106,9 +107,18 @@ def compare_bundles(
                 f"'{spec.model}' is not a bundle, and only bundles can be compared without images.",
                 hint="give --images DIR, and --annotations FILE where there are some",
             )
-        with open_bundle(spec.model, public_keys=spec.options.public_keys) as bundle:
+        trust = spec.options.trust_local_builds
+        with open_bundle(spec.model, public_keys=spec.options.public_keys, trust_local_builds=trust) as bundle:
             precisions = (spec.precision,) if spec.precision else ()
-            selection = select_artifact(bundle, backend=spec.backend, precisions=precisions)
+            backend = spec.backend or bundle.manifest.defaults.backend
+            layers = usable_layers(bundle, backend=backend)
+            selection = select_artifact(
+                bundle,
+                backend=backend,
+                precisions=precisions,
+                layers=[artifact for layer in layers for artifact in layer.artifacts],
+                preferred=chosen_precision(layers),
+            )
             variants.append((selection.backend, selection.artifact.precision))
             manifests.append(bundle.manifest)
             images |= _golden_images(bundle)

@@ -175,6 +175,7 @@ def verify_bundle(
         with _opened(bundle, selection, options) as detector:
             results = _replay(bundle, detector, gate=gate, progress=progress)
             session = dict(detector.session.description)
+    bundle.require_not_replaced()
     judged = sum(result.expected + result.detected for result in results)
     unpaired = sum(result.missed + result.extra for result in results)
     matched = 1.0 - unpaired / judged if judged else 0.0

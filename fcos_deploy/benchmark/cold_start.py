@@ -41,6 +41,7 @@ class ColdStartTask:
     compute: str = "f32"
     threads: int | None = None
     public_keys: tuple[str, ...] = ()
+    trust_local_builds: bool = False
     unsigned_checkpoints: bool = False
     allow_fallback: bool = False
     checkpoint: CheckpointOptions | None = None
@@ -58,6 +59,7 @@ class ColdStartTask:
             compute=str(options.compute),
             threads=options.threads,
             public_keys=tuple(map(str, options.public_keys)),
+            trust_local_builds=options.trust_local_builds,
             unsigned_checkpoints=options.unsigned_checkpoints,
             allow_fallback=options.allow_fallback,
             checkpoint=options.checkpoint,
@@ -113,6 +115,7 @@ def _run(task: ColdStartTask) -> dict[str, float]:
         compute=ComputeType(task.compute),
         threads=task.threads,
         public_keys=task.public_keys,
+        trust_local_builds=task.trust_local_builds,
         unsigned_checkpoints=task.unsigned_checkpoints,
         allow_fallback=task.allow_fallback,
         checkpoint=task.checkpoint,

@@ -21,6 +21,7 @@ from fcos_deploy.core.serialize import from_json, to_json
 __all__ = [
     "DEFAULT_GATES",
     "DIGEST_NAME",
+    "LAYERS_FOLDER",
     "LOG_NAME",
     "MANIFEST_NAME",
     "MAX_MANIFEST_BYTES",
@@ -48,6 +49,7 @@ SIGNATURE_NAME = "SIGNATURE"
 LOG_NAME = "verification.jsonl"
 # Files of a bundle that its manifest cannot list; each one has a check of its own.
 UNLISTED = frozenset({MANIFEST_NAME, DIGEST_NAME, SIGNATURE_NAME, LOG_NAME})
+LAYERS_FOLDER = "device"  # what was built on a device, with manifests of its own (device_layer.py); never listed
 MAX_MANIFEST_BYTES = 32 << 20
 
 _SCHEMA_VERSION = 1
@@ -83,7 +85,10 @@ class StepRecord:
 
 
 class VersionRule(StrEnum):
-    """Which runtime versions open an artifact: the very one, one of the same major number, or that one and newer."""
+    """Which runtime versions open an artifact: the very one, one of the same major number, or that one and newer.
+
+    ``at-least`` includes older patches of the same release series, such as 2026.4.0 for 2026.4.1.
+    """
 
     EXACT = "exact"
     SAME_MAJOR = "same-major"
@@ -245,7 +250,7 @@ class Manifest:
         repeated = sorted(path for path, count in listed.items() if count > 1)
         if repeated:
             raise BundleError(f"The manifest lists {repeated} more than once.")
-        reserved = sorted(UNLISTED & set(listed))
+        reserved = sorted(path for path in listed if path in UNLISTED or path.split("/")[0] == LAYERS_FOLDER)
         if reserved:
             raise BundleError(f"The manifest cannot list {reserved}.")
         unlisted = [golden.path for golden in self.golden if golden.path not in listed]

@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fcos_deploy.bundle.device_layer import chosen_precision, renew_command, usable_layers
 from fcos_deploy.bundle.manifest import Artifact, Requirements, VersionRule
 from fcos_deploy.bundle.selection import Selection, select_artifact
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.backend import BackendProbe
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.machine import MachineFacts, read_machine
-from fcos_deploy.core.registry import get_backend
+from fcos_deploy.core.registry import all_exporters, get_backend
 
 __all__ = ["Difference", "Fallback", "preflight", "require_fit", "select_runnable"]
 
@@ -63,7 +64,14 @@ def select_runnable(
         path = ""
         try:
             precisions = (precision,) if precision and name == first else ()
-            selection = select_artifact(bundle, backend=name, precisions=precisions)
+            layers = usable_layers(bundle, backend=name)
+            selection = select_artifact(
+                bundle,
+                backend=name,
+                precisions=precisions,
+                layers=[artifact for layer in layers for artifact in layer.artifacts],
+                preferred=chosen_precision(layers),
+            )
             path = selection.artifact.path
             require_fit(bundle, selection, machine=machine)
         except (DeviceError, ConfigError) as error:
@@ -88,7 +96,9 @@ def require_fit(bundle: Bundle, selection: Selection, *, machine: MachineFacts |
     differences = preflight(selection.artifact, probe=probe, machine=machine or read_machine())
     if not differences:
         return
-    rebuild = selection.artifact.requires.rebuild or bundle.manifest.provenance.command or "fcos-deploy deploy"
+    rebuild = bundle.manifest.provenance.command or "fcos-deploy deploy"
+    if selection.backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts):
+        rebuild = renew_command(bundle, backend=selection.backend, precision=selection.artifact.precision)
     chain = ", then ".join(bundle.manifest.defaults.fallback)
     hint = f"rebuild it here: {rebuild}" + (f"; or --allow-fallback to use {chain}" if chain else "")
     raise DeviceError(
@@ -119,7 +129,11 @@ def _version(needs: Requirements, present: str) -> Iterator[Difference]:
     fits, words = {
         VersionRule.EXACT: (present == needed, ""),
         VersionRule.SAME_MAJOR: (_numbers(present)[:1] == _numbers(needed)[:1], " (same major)"),
-        VersionRule.AT_LEAST: (_numbers(present) >= _numbers(needed), " or newer"),
+        VersionRule.AT_LEAST: (
+            # Within a release series (2026.4) older patches read what newer ones wrote.
+            _numbers(present) >= _numbers(needed) or _numbers(present)[:2] == _numbers(needed)[:2],
+            " or newer",
+        ),
     }[needs.version_rule]
     if needed and not fits:
         yield Difference("the runtime's version", needed + words, present)

@@ -15,6 +15,7 @@ from fcos_deploy.bundle.manifest import SIGNATURE_NAME
 from fcos_deploy.core.errors import ConfigError, SignatureError
 from fcos_deploy.core.files import read_file, write_text
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.local_trust import own_file_bytes, state_folder
 from fcos_deploy.core.serialize import from_json, to_json
 
 if TYPE_CHECKING:
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
 __all__ = [
     "PASSPHRASE_VARIABLE",
     "Envelope",
+    "check_bytes",
     "check_envelope",
     "check_signature",
+    "device_public_key",
     "generate_key",
     "key_id",
     "required_keys",
     "sign_bytes",
     "sign_manifest",
+    "sign_with_device_key",
 ]
 
 ed25519 = lazy_import("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
@@ -202,24 +206,55 @@ def check_signature(root: Path, *, manifest: bytes, public_keys: tuple[Path | st
     if not os.path.lexists(path):
         raise SignatureError(f"The bundle '{root}' is not signed.", hint="sign it with 'fcos-deploy sign'")
     envelope = check_envelope(path)
+    return check_bytes(_PREFIX + manifest, envelope, public_keys=public_keys, subject=f"the manifest of '{root}'")
+
+
+def check_bytes(message: bytes, envelope: Envelope, *, public_keys: tuple[Path | str, ...], subject: str = "it") -> str:
+    """Require that ``envelope`` is the signature of ``message`` by one of ``public_keys``; returns the key's id.
+
+    Raises:
+        SignatureError: none of these keys made it, or not for this message, which is called ``subject``.
+    """
     keys = {key_id(key): key for key in map(_public_key, public_keys)}
     if envelope.key_id not in keys:
         raise SignatureError(
-            f"The bundle '{root}' was signed by key {envelope.key_id[:16]}..., not by "
-            f"{', '.join(f'{identity[:16]}...' for identity in sorted(keys))}.",
+            f"{subject[0].upper()}{subject[1:]} was signed by key {envelope.key_id[:16]}..., not by "
+            f"{', '.join(f'{identity[:16]}...' for identity in sorted(keys)) or 'a trusted one'}.",
             hint="use the public key of the one who signed it",
         )
     if envelope.algorithm != "ed25519":
         raise SignatureError(f"Signatures of type '{envelope.algorithm[:20]}' are not supported.")
     try:
         signature = base64.b64decode(envelope.signature, validate=True)
-        keys[envelope.key_id].verify(signature, _PREFIX + manifest)
+        keys[envelope.key_id].verify(signature, message)
     except (exceptions.InvalidSignature, ValueError) as error:
         raise SignatureError(
-            f"The signature does not fit the manifest of '{root}': one of the two was changed after signing.",
-            hint="get the bundle again from the one who signed it",
+            f"The signature does not fit {subject}: one of the two was changed after signing.",
+            hint="get it again from the one who signed it",
         ) from error
     return envelope.key_id
+
+
+def device_public_key() -> Path | None:
+    """The public half of this user's device key, where there is one; both are in the user's state folder."""
+    try:
+        public = state_folder() / "device-key.pub.pem"
+    except ConfigError:
+        return None
+    return public if own_file_bytes(public) else None
+
+
+def sign_with_device_key(message: bytes) -> Envelope:
+    """The signature of this user's device key, which is made on first use.
+
+    Raises:
+        ConfigError: there is no place for the key, or others can read it.
+    """
+    private = state_folder() / "device-key.pem"
+    if device_public_key() is None:
+        private.unlink(missing_ok=True)  # without its public half: what a power cut left
+        generate_key(private, public=private.with_suffix(".pub.pem"))
+    return sign_bytes(message, private_key=private)
 
 
 def _public_key(source: Path | str) -> Ed25519PublicKey:

@@ -9,12 +9,15 @@ import re
 import shutil
 import stat
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from fcos_deploy.bundle.archive import is_archive, pack_files, unpack
 from fcos_deploy.bundle.manifest import (
     DIGEST_NAME,
+    LAYERS_FOLDER,
     LOG_NAME,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -24,12 +27,13 @@ from fcos_deploy.bundle.manifest import (
     parse_manifest,
 )
 from fcos_deploy.bundle.signature import check_envelope, check_signature, sign_manifest
-from fcos_deploy.core.errors import BackendLoadError, BundleError, ChecksumError, ConfigError
+from fcos_deploy.core.errors import BackendLoadError, BundleError, BundleReplacedError, ChecksumError, ConfigError
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.onnx_file import external_locations
 
 __all__ = [
     "Bundle",
+    "Trust",
     "check_external_data",
     "check_files",
     "digest_line",
@@ -43,20 +47,46 @@ __all__ = [
 _MAX_FILES = 10_000
 _UNFINISHED = re.compile(rf"\.{SIGNATURE_NAME}\.[0-9a-f]{{8}}\.partial")  # what a killed 'sign' leaves, never read
 _MAX_DIGEST_BYTES = 1024
+_REPLACED_TRIES = 20  # each takes as long as reading the bundle, a redeploy two moves
 _REMAKE = "copy the bundle again from where it was made, or make it again with 'fcos-deploy deploy'"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whose word a bundle was opened with: the keys of which one signed it, and whether local builds count beside."""
+
+    public_keys: tuple[Path | str, ...] = ()
+    local_builds: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A manifest whose files were checked: its bytes, and the folder that they were read in."""
+
+    content: bytes
+    manifest: Manifest
+    signed_by: str
+    inode: tuple[int, int]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
 
 
 class Bundle:
     """A checked bundle. Close it (or use ``with``) to remove what was unpacked from an archive."""
 
-    def __init__(
-        self, root: Path, manifest: Manifest, *, source: Path, temporary: bool = False, signed_by: str = ""
-    ) -> None:
+    def __init__(self, root: Path, content: _Checked, *, source: Path, trust: Trust, temporary: bool = False) -> None:
         self.root = root
-        self.manifest = manifest
+        self.manifest = content.manifest
+        self.manifest_bytes = content.content  # those that were checked
+        self.manifest_sha256 = content.sha256  # identifies this bundle in records
+        self.signed_by = content.signed_by  # id of the key that was checked; '' when none was asked for
         self.source = source
-        self.signed_by = signed_by  # id of the key that was checked; '' when none was asked for
-        self._temporary = temporary
+        self.trust = trust
+        self.is_archive = temporary
+        self._inode = content.inode
+        self._adopted: dict[str, Path] = {}
 
     def __repr__(self) -> str:
         return f"Bundle('{self.source}')"
@@ -72,26 +102,41 @@ class Bundle:
     @property
     def log_path(self) -> Path | None:
         """Where verifications are recorded; None for an archive, which is never written to."""
-        return None if self._temporary else self.root / LOG_NAME
+        return None if self.is_archive else self.root / LOG_NAME
 
-    @property
-    def manifest_sha256(self) -> str:
-        """What identifies this bundle in records."""
-        return sha256_file(self.root / MANIFEST_NAME)
+    def adopt(self, files: Mapping[str, Path]) -> None:
+        """Let ``path`` find the files of a device layer, once they are checked."""
+        self._adopted.update(files)
+
+    def require_not_replaced(self) -> None:
+        """Raise when another bundle has taken the place of this one since it was opened.
+
+        Call it after the last file was read: what was read is then from one bundle, the one that was checked.
+
+        Raises:
+            BundleReplacedError: another folder lies there.
+        """
+        if not self.is_archive and _inode(self.root) != self._inode:
+            raise BundleReplacedError(
+                f"The bundle '{self.source}' was replaced by another one while it was opened.",
+                hint="run the command again",
+            )
 
     def path(self, name: str) -> Path:
-        """Where a listed file lies.
+        """Where a listed file lies, or one of a layer that was adopted.
 
         Raises:
             BundleError: the manifest does not list it.
         """
+        if name in self._adopted:
+            return self._adopted[name]
         if name not in self.manifest.all_files:
             raise BundleError(f"The bundle '{self.source}' has no file '{name}'.")
         return self.root / name
 
     def close(self) -> None:
         """Remove what was unpacked; may be called twice."""
-        if self._temporary:
+        if self.is_archive:
             shutil.rmtree(self.root, ignore_errors=True)
 
 
@@ -100,40 +145,66 @@ def is_bundle(path: Path) -> bool:
     return is_archive(path) or (path / MANIFEST_NAME).is_file()
 
 
-def open_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> Bundle:
+def open_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = (), trust_local_builds: bool = False) -> Bundle:
     """Open a folder or .tar and check every file of it; with ``public_keys`` one of them must have signed it.
 
-    A key is a file in PEM form, or such text itself.
+    A key is a file in PEM form, or such text itself. ``trust_local_builds``: with keys too, layers that this user built
+    on this device count without a signature.
 
     Raises:
         BundleError: it is missing or incomplete, or has files that do not belong to it.
         ChecksumError: a file was changed.
         SignatureError: a signature is asked for and missing or wrong.
     """
+    trust = Trust(public_keys, trust_local_builds)
     if is_archive(path):
         folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
         try:
             unpack(path, folder)
-            manifest, signed_by = _check(folder, public_keys)
+            checked = _check(folder, public_keys)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        bundle = Bundle(folder, manifest, source=path, temporary=True, signed_by=signed_by)
+        bundle = Bundle(folder, checked, source=path, trust=trust, temporary=True)
         atexit.register(bundle.close)
         return bundle
     if not path.is_dir():
         raise BundleError(
             f"There is no bundle '{path}'.", hint="give the folder or .tar that 'fcos-deploy deploy' made"
         )
-    manifest, signed_by = _check(path, public_keys)
-    return Bundle(path, manifest, source=path, signed_by=signed_by)
+    return Bundle(path, _check_unreplaced(path, public_keys), source=path, trust=trust)
 
 
-def _check(root: Path, public_keys: tuple[Path | str, ...]) -> tuple[Manifest, str]:
+def _check_unreplaced(root: Path, public_keys: tuple[Path | str, ...]) -> _Checked:
+    """As ``_check``, again when another bundle took the place of this one meanwhile."""
+    for _ in range(_REPLACED_TRIES):
+        before = _inode(root)
+        try:
+            checked = _check(root, public_keys)
+        except BundleError:
+            if _inode(root) == before:
+                raise
+            continue
+        if _inode(root) == before == checked.inode:
+            return checked
+    raise BundleReplacedError(f"The bundle '{root}' is replaced again and again.", hint="wait until that has ended")
+
+
+def _inode(root: Path) -> tuple[int, int]:
+    """What tells a folder from another one that takes its name; zeros while there is none."""
+    try:
+        facts = root.stat()
+    except OSError:
+        return (0, 0)
+    return facts.st_dev, facts.st_ino
+
+
+def _check(root: Path, public_keys: tuple[Path | str, ...]) -> _Checked:
     """The manifest, and the id of the key that signed it.
 
     The signature first, since a manifest is parsed; what is parsed are the bytes that the signature was checked on.
     """
+    inode = _inode(root)
     try:
         content = _manifest_bytes(root)
         signed_by = check_signature(root, manifest=content, public_keys=public_keys) if public_keys else ""
@@ -141,7 +212,7 @@ def _check(root: Path, public_keys: tuple[Path | str, ...]) -> tuple[Manifest, s
         check_files(root, manifest)
     except OSError as error:
         raise BundleError(f"Cannot read the bundle '{root}': {error}.", hint="check its permissions") from error
-    return manifest, signed_by
+    return _Checked(content, manifest, signed_by, inode)
 
 
 def pack(bundle: Path, tar: Path, *, public_keys: tuple[Path | str, ...] = ()) -> None:
@@ -166,7 +237,7 @@ def sign(bundle: Path, *, private_key: Path) -> str:
     if is_archive(bundle):
         raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
     with open_bundle(bundle) as opened:
-        return sign_manifest(opened.root, manifest=_manifest_bytes(opened.root), private_key=private_key).key_id
+        return sign_manifest(opened.root, manifest=opened.manifest_bytes, private_key=private_key).key_id
 
 
 def digest_line(manifest_sha256: str) -> str:
@@ -251,6 +322,8 @@ def _present_files(root: Path) -> set[str]:
     """Paths of all files, relative, after refusing everything that is neither a plain file nor a folder."""
     present: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=False):
+        if Path(folder) == root and LAYERS_FOLDER in folders and not (root / LAYERS_FOLDER).is_symlink():
+            folders.remove(LAYERS_FOLDER)  # Layers have manifests of their own, and a damaged one stops nothing.
         for name in (*folders, *files):
             path = Path(folder, name)
             mode = path.lstat().st_mode

@@ -35,7 +35,17 @@ from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError
 from fcos_deploy.core.files import sha256_file, write_text
 from fcos_deploy.core.serialize import from_json, to_json
 
-__all__ = ["ArtifactDraft", "BundleWriter", "Journal", "StepOutput", "StepResult", "replace_folder", "restore_folder"]
+__all__ = [
+    "ArtifactDraft",
+    "BundleWriter",
+    "Journal",
+    "StepOutput",
+    "StepResult",
+    "lock_folder",
+    "record_files",
+    "replace_folder",
+    "restore_folder",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +107,7 @@ class BundleWriter:
                 raise ConfigError(
                     f"'{target}' exists and is not a bundle, so it is not overwritten.", hint="choose another output"
                 )
-            self._lock = _lock(self._work)
+            self._lock = lock_folder(self._work)
             try:
                 restore_folder(target)
                 self._journal = self._recover()
@@ -180,7 +190,7 @@ class BundleWriter:
         try:
             output = make(folder)
             seconds = round(time.perf_counter() - started, 3)
-            records = _record_files(folder)
+            records = record_files(folder)
             step = StepResult(
                 name=name,
                 key=key,
@@ -240,7 +250,7 @@ def _writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _record_files(folder: Path) -> dict[str, FileRecord]:
+def record_files(folder: Path) -> dict[str, FileRecord]:
     """Every file below ``folder`` by its relative path, after its contents have reached the disk."""
     records = {}
     for path in sorted(folder.rglob("*")):
@@ -315,7 +325,7 @@ class Journal:
         partial.replace(self._path)
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Lock ``folder`` for this process, and write the process' id into the lock file for others to see.
 
     Returns the file descriptor; the kernel releases the lock when it is closed, also by the death of the process.

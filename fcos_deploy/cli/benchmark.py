@@ -47,6 +47,7 @@ def command(
     threads: cli.Threads = None,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
+    trust_local_builds: cli.TrustLocalBuilds = False,
     output: Annotated[
         Path | None, cli.option("JSON file to write.", "-o", "--output", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
@@ -63,7 +64,9 @@ def command(
     from fcos_deploy.detector import DetectorSpec
 
     keys = cli.trusted_keys(public_key, required=require_signature)
-    base = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
+    base = SessionOptions(
+        device=device, compute=compute, threads=threads, public_keys=keys, trust_local_builds=trust_local_builds
+    )
     sessions = cli.session_options(base, [model, *(also or [])], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
     candidates = tuple(

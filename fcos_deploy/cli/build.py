@@ -26,7 +26,13 @@ def command(
             autocompletion=cli.complete_backend,
         ),
     ],
-    output: Annotated[Path, cli.output("Artifact to write; its contract goes beside it.")],
+    output: Annotated[
+        Path | None,
+        cli.output(
+            "Artifact to write; its contract goes beside it. Default: a layer of this device, which every command "
+            "on the bundle uses."
+        ),
+    ] = None,
     target: cli.Target = "",
     precision: Annotated[
         Precision | None,

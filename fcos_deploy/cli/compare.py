@@ -53,6 +53,7 @@ def command(
     threads: cli.Threads = None,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
+    trust_local_builds: cli.TrustLocalBuilds = False,
     report: Annotated[
         Path | None, cli.option("HTML report of the comparison to write.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
@@ -74,7 +75,8 @@ def command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    base = SessionOptions(threads=threads, public_keys=cli.trusted_keys(public_key, required=require_signature))
+    keys = cli.trusted_keys(public_key, required=require_signature)
+    base = SessionOptions(threads=threads, public_keys=keys, trust_local_builds=trust_local_builds)
     sessions = cli.session_options(base, [first, second], checkpoint=options)
     reference = DetectorSpec(model=first, backend=backend, precision=precision, options=sessions[first])
     candidate = DetectorSpec(

@@ -61,6 +61,7 @@ __all__ = [
     "Server",
     "Target",
     "Threads",
+    "TrustLocalBuilds",
     "complete_backend",
     "complete_target",
     "option",
@@ -210,6 +211,12 @@ PublicKeys = Annotated[
 RequireSignature = Annotated[
     bool, option("Restriction to bundles that are signed with a --public-key.", "--require-signature", panel=TRUST)
 ]
+TrustLocalBuilds = Annotated[
+    bool,
+    option(
+        "Trust in what this user built on this device, beside a signed bundle.", "--trust-local-builds", panel=TRUST
+    ),
+]
 AllowFallback = Annotated[
     bool,
     option(
@@ -327,5 +334,6 @@ def reference_options(session: SessionOptions) -> SessionOptions:
         threads=session.threads,
         checkpoint=session.checkpoint,
         public_keys=session.public_keys,
+        trust_local_builds=session.trust_local_builds,
         unsigned_checkpoints=True,
     )

@@ -29,6 +29,7 @@ def command(
     threads: cli.Threads = None,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
+    trust_local_builds: cli.TrustLocalBuilds = False,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -42,7 +43,9 @@ def command(
     from fcos_deploy.pipeline.parity import ParityRequest, check_parity, find_layer
 
     keys = cli.trusted_keys(public_key, required=require_signature)
-    session = SessionOptions(device=device, compute=compute, threads=threads, public_keys=keys)
+    session = SessionOptions(
+        device=device, compute=compute, threads=threads, public_keys=keys, trust_local_builds=trust_local_builds
+    )
     request = ParityRequest(
         candidate=DetectorSpec(model=model, backend=backend, precision=precision, options=session),
         checkpoint=reference,

@@ -42,6 +42,7 @@ def command(
     allow_fallback: cli.AllowFallback = False,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
+    trust_local_builds: cli.TrustLocalBuilds = False,
     draw: Annotated[
         Path | None, cli.option("Folder for annotated copies (.jpg, .mp4).", metavar="DIR", panel=cli.OUTPUT)
     ] = None,
@@ -74,6 +75,7 @@ def command(
         cache_dir=cache,
         checkpoint=options,
         public_keys=cli.trusted_keys(public_key, required=require_signature),
+        trust_local_builds=trust_local_builds,
         allow_fallback=allow_fallback,
     )
     opened = Detector.open(

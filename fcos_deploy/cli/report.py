@@ -33,6 +33,7 @@ def command(
     threads: cli.Threads = None,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
+    trust_local_builds: cli.TrustLocalBuilds = False,
     output: Annotated[Path, cli.output("HTML file to write; the same in Markdown goes beside it.")] = Path(
         "report.html"
     ),
@@ -56,7 +57,8 @@ def command(
     from fcos_deploy.report import write_report
 
     models = [model, *(also or [])]
-    base = SessionOptions(threads=threads, public_keys=cli.trusted_keys(public_key, required=require_signature))
+    keys = cli.trusted_keys(public_key, required=require_signature)
+    base = SessionOptions(threads=threads, public_keys=keys, trust_local_builds=trust_local_builds)
     sessions = cli.session_options(base, [*models, reference], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
     request = ComparisonRequest(

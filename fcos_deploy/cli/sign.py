@@ -27,15 +27,36 @@ def command(
             panel=cli.TRUST,
         ),
     ] = False,
+    device: Annotated[
+        bool,
+        cli.option(
+            "This user's device key, made on first use, on what was built on this device, in place of --key on the "
+            "bundle.",
+            "--device",
+            panel=cli.TRUST,
+        ),
+    ] = False,
     as_json: cli.Json = False,
 ) -> None:
     """Sign a bundle's manifest with an Ed25519 key, and thereby every file it lists; the bundle is checked first."""
+    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.bundle.device_layer import sign_layers
+    from fcos_deploy.bundle.signature import device_public_key
     from fcos_deploy.bundle.signature import generate_key as write_key_pair
     from fcos_deploy.bundle.store import sign
     from fcos_deploy.core.errors import ConfigError
 
     if bundle is None and not generate_key:
         raise ConfigError("Nothing to sign.", hint="give a bundle, or --generate-key")
+    if device:
+        if bundle is None or generate_key:
+            raise ConfigError("--device signs what was built for a bundle.", hint="give the bundle alone")
+        with open_bundle(bundle) as opened:
+            layers = sign_layers(opened)
+        note(f"signed {', '.join(layers)} with the device key; its public half is '{device_public_key()}'")
+        if as_json:
+            print_json({"layers": layers, "public_key": str(device_public_key()), "bundle": str(bundle)})
+        return
     identity = ""
     if generate_key:
         public = key.with_suffix(".pub.pem")

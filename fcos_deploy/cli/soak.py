@@ -40,6 +40,7 @@ def command(
     threads: cli.Threads = None,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
+    trust_local_builds: cli.TrustLocalBuilds = False,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -52,7 +53,14 @@ def command(
     from fcos_deploy.detector import Detector
 
     keys = cli.trusted_keys(public_key, required=require_signature)
-    session = SessionOptions(device=device, hint=hint, threads=threads, public_keys=keys, checkpoint=options)
+    session = SessionOptions(
+        device=device,
+        hint=hint,
+        threads=threads,
+        public_keys=keys,
+        trust_local_builds=trust_local_builds,
+        checkpoint=options,
+    )
     opened = Detector.open(model, backend=backend, precision=precision, options=session)
     with opened as detector, progress_bar() as progress:
         result = soak(detector, soak_images(images), inferences=inferences, threads=concurrency, progress=progress)

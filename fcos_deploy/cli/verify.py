@@ -21,6 +21,7 @@ def command(
     allow_fallback: cli.AllowFallback = False,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
+    trust_local_builds: cli.TrustLocalBuilds = False,
     log: Annotated[
         Path | None, cli.option("Log to append the record to. Default: the bundle's.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
@@ -46,7 +47,8 @@ def command(
         session=SessionOptions(device=device),
     )
     keys = cli.trusted_keys(public_key, required=require_signature)
-    with open_bundle(bundle, public_keys=keys) as opened, progress_bar() as progress:
+    opening = open_bundle(bundle, public_keys=keys, trust_local_builds=trust_local_builds)
+    with opening as opened, progress_bar() as progress:
         record = verify.verify_bundle(opened, options=options, progress=progress)
         written = verify.write_record(record, bundle=opened, log=log)
     if as_json or written is None:

@@ -39,6 +39,7 @@ _OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("contract", (ModelContract, type(None)), "a ModelContract or None"),
     ("checkpoint", (CheckpointOptions, type(None)), "CheckpointOptions or None"),
     ("public_keys", (tuple,), "a tuple of PEM texts or files"),
+    ("trust_local_builds", (bool,), "True or False"),
     ("allow_fallback", (bool,), "True or False"),
 )
 
@@ -66,6 +67,7 @@ class SessionOptions:
     contract: ModelContract | None = None
     checkpoint: CheckpointOptions | None = None
     public_keys: tuple[str | Path, ...] = ()
+    trust_local_builds: bool = False
     unsigned_checkpoints: bool = False
     allow_fallback: bool = False
 

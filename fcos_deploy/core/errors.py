@@ -11,6 +11,7 @@ __all__ = [
     "BackendLoadError",
     "BuildError",
     "BundleError",
+    "BundleReplacedError",
     "CalibrationError",
     "CheckpointError",
     "ChecksumError",
@@ -139,6 +140,10 @@ class ManifestVersionError(BundleError):
 
 class ChecksumError(BundleError):
     """A file whose contents are not what the manifest recorded."""
+
+
+class BundleReplacedError(BundleError):
+    """A bundle in whose place another one was put while it was opened."""
 
 
 class SignatureError(BundleError):

@@ -19,7 +19,15 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision, Tail
-from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, SignatureError
+from fcos_deploy.core.errors import (
+    BackendError,
+    BackendLoadError,
+    BundleReplacedError,
+    ConfigError,
+    DeviceError,
+    FcosDeployError,
+    SignatureError,
+)
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.model_files import is_checkpoint, kinds_of
@@ -30,12 +38,14 @@ from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from fcos_deploy.bundle.preflight import Fallback
+    from fcos_deploy.bundle.store import Bundle
     from fcos_deploy.detector.async_gate import AsyncGate
     from fcos_deploy.model.fcos import Fcos
 
 __all__ = ["Detector", "DetectorSpec", "Image"]
 
 _LOG = logging.getLogger(__name__)
+_REPLACED_TRIES = 5
 _WINDOW = 16  # images that ``detect_batch`` holds in memory at a time
 _LARGEST_BATCH = 8  # of a dynamic axis: beyond it memory grows and throughput hardly does
 
@@ -99,7 +109,25 @@ class Detector:
         """
         options = options or SessionOptions()
         precision = None if precision is None else Precision.of(precision, option="precision")
-        source = _find_model(Path(model), backend=backend, precision=precision, options=options)
+        for attempt in range(_REPLACED_TRIES):
+            try:
+                source = _find_model(Path(model), backend=backend, precision=precision, options=options)
+                return cls._of_source(source, precision=precision, options=options, score_threshold=score_threshold)
+            except BundleReplacedError:  # A redeploy while it was read: what was read is of no use, the new one is.
+                if attempt == _REPLACED_TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    @classmethod
+    def _of_source(
+        cls,
+        source: _ModelSource,
+        *,
+        precision: Precision | None,
+        options: SessionOptions,
+        score_threshold: float | None,
+    ) -> Detector:
+        """Open what was found; of a bundle only if all that was read came from the one that was checked."""
         has_options = options.checkpoint not in (None, CheckpointOptions())
         if has_options and ArtifactKind.CHECKPOINT not in source.backend.accepts:
             raise ConfigError(
@@ -107,12 +135,20 @@ class Detector:
                 "read.",
                 hint="give them to 'fcos-deploy export'",
             )
-        session = source.backend.open(source.path, options)
+        try:
+            session = source.backend.open(source.path, options)
+        except FcosDeployError:
+            if source.bundle is not None:
+                source.bundle.require_not_replaced()
+            raise
         try:
             contract = options.contract or session.contract or read_contract(source.path)
             source.backend.check_placement(contract)
             if precision is not None and contract.precision is not precision:
                 raise ConfigError(f"'{source.path.name}' is {contract.precision}, {precision} was asked for.")
+            if source.bundle is not None:
+                source.bundle.require_not_replaced()
+                session.description["artifact"] = source.artifact
             return cls(session, contract, score_threshold=score_threshold, fallbacks=source.fallbacks)
         except BaseException:
             session.close()
@@ -269,11 +305,16 @@ def _with_threshold(contract: ModelContract, score_threshold: float | None) -> M
 
 @dataclass(frozen=True, slots=True)
 class _ModelSource:
-    """A model file, the backend that is to open it, and those of the bundle that were passed over for it."""
+    """A model file, the backend that is to open it, and those of the bundle that were passed over for it.
+
+    ``artifact`` is its name in ``bundle``.
+    """
 
     path: Path
     backend: Backend
     fallbacks: tuple[Fallback, ...] = ()
+    bundle: Bundle | None = None
+    artifact: str = ""
 
 
 def _find_model(model: Path, *, backend: str, precision: Precision | None, options: SessionOptions) -> _ModelSource:
@@ -290,13 +331,14 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
         from fcos_deploy.bundle import open_bundle
         from fcos_deploy.bundle.preflight import select_runnable
 
-        bundle = open_bundle(model, public_keys=options.public_keys)
+        bundle = open_bundle(model, public_keys=options.public_keys, trust_local_builds=options.trust_local_builds)
         selection, fallbacks = select_runnable(
             bundle, backend=backend, precision=precision, allow_fallback=options.allow_fallback
         )
         for fallback in fallbacks:
             _LOG.warning("'%s' falls back from '%s': %s", model, fallback.backend, fallback.reason)
-        return _ModelSource(bundle.path(selection.artifact.path), get_backend(selection.backend), fallbacks)
+        name = selection.artifact.path
+        return _ModelSource(bundle.path(name), get_backend(selection.backend), fallbacks, bundle, name)
     if options.public_keys and not (checkpoint and options.unsigned_checkpoints):
         raise SignatureError(
             f"'{model}' is not a bundle, so nobody has signed it.", hint="give the signed bundle that it belongs to"

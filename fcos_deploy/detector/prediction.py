@@ -153,7 +153,8 @@ def _write_jpeg(image: NDArray[np.uint8], path: Path) -> None:
 def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any]:
     """``{"image", "width", "height", "backend", "precision", "detections": [...]}``, and ``"frame"`` for a video's.
 
-    ``"fallbacks"``, as verification records it, where a bundle's own backend was passed over for this one.
+    ``"artifact"``, the file of a bundle that ran, and ``"fallbacks"``, as verification records it, where a bundle's own
+    backend was passed over for this one.
     """
     document: dict[str, Any] = {
         "image": str(prediction.source),
@@ -163,6 +164,8 @@ def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any
         "precision": str(detector.contract.precision),
         "detections": prediction.detections.to_list(detector.names),
     }
+    if "artifact" in detector.session.description:
+        document["artifact"] = detector.session.description["artifact"]
     if detector.fallbacks:
         document["fallbacks"] = to_json(detector.fallbacks)
     return document if prediction.frame is None else {**document, "frame": prediction.frame}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fcos_deploy.bundle.device_layer import describe_layers
 from fcos_deploy.bundle.store import open_bundle
 from fcos_deploy.checkpoints.describe import CheckpointDescription, decided_options, describe_checkpoint
 from fcos_deploy.checkpoints.reader import count_of
@@ -103,6 +104,7 @@ def inspect_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> I
         for artifact in manifest.artifacts:
             text = f"{artifact.kind}, {artifact.precision}, {artifact.size:,} bytes, by {artifact.step.name}"
             facts.append((artifact.path, text))
+        facts += describe_layers(bundle)
         for figure in manifest.accuracy:
             drift = figure.score_drift
             if figure.precision is Precision.INT8 and drift is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +12,7 @@ from fcos_deploy.bundle import (
     ArtifactDraft,
     BundleWriter,
     CalibrationRecord,
-    Requirements,
     StepOutput,
-    VersionRule,
 )
 from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -31,6 +28,7 @@ from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
+from fcos_deploy.pipeline.build import engine_requirements
 from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
 from fcos_deploy.targets.plan import Plan, PlanRequest
 from fcos_deploy.targets.plan import plan as make_plan
@@ -274,14 +272,6 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
     return Graph(step.artifacts[0], context.writer.path(name), source.tail)
 
 
-# An IR is read by every later OpenVINO; an engine by the version that built it.
-_VERSION_RULES: dict[ArtifactKind, VersionRule] = {
-    ArtifactKind.OPENVINO_IR: VersionRule.AT_LEAST,
-    ArtifactKind.TENSORRT_ENGINE: VersionRule.EXACT,
-    ArtifactKind.TENSORRT_RTX_ENGINE: VersionRule.EXACT,
-}
-
-
 def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildOptions | None = None) -> Variant:
     """The engine of one graph for one backend; a backend that runs the ONNX file as it is needs none."""
     source, options = graph.artifact, options or BuildOptions()
@@ -297,14 +287,6 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
             BuildRequest(source=graph.path, output=folder / name, options=options, progress=context.progress)
         )
         context.progress(label, 1, 1)
-        requires = Requirements()
-        if exporter.produces in _VERSION_RULES:
-            requires = Requirements(
-                backend_version=version,
-                version_rule=_VERSION_RULES[exporter.produces],
-                compute_capabilities=tuple(re.findall(r"\d+\.\d", engine.record.get("compute_capabilities", ""))),
-                rebuild=f"fcos-deploy build {graph.path.name} --backend {backend} -o {name}",
-            )
         draft = ArtifactDraft(
             path=name,
             kind=exporter.produces,
@@ -313,7 +295,7 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
             backend=backend,
             placement=source.placement,
             companions=tuple(file.name for file in engine.files if file.name != name),
-            requires=requires,
+            requires=engine_requirements(backend, version=version, record=engine.record),
             config=dict(engine.record),
             tools={backend: version},
         )

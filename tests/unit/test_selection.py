@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,9 @@ def stock(make_bundle: MakeBundle, bundle_contract: ModelContract, tmp_path: Pat
     def make(*names: str, backend: str = "onnxruntime", precision: Precision = Precision.INT8) -> Bundle:
         defaults = replace(bundle.manifest.defaults, backend=backend, precision=precision)
         manifest = replace(bundle.manifest, artifacts=tuple(map(artifact, names)), defaults=defaults)
-        return Bundle(bundle.root, manifest, source=bundle.source)
+        changed = copy.copy(bundle)
+        changed.manifest = manifest
+        return changed
 
     return make
 

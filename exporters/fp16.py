@@ -80,6 +80,7 @@ def half_precision(model: Any, feeds: list[Tensors], *, contract: ModelContract)
         step="convert to fp16",
         tolerance=_TOLERANCE,
         row_share=_ROW_SHARE,
+        contract=contract,
     )
     return result, check
 

@@ -79,7 +79,7 @@ def simplify_onnx(source: Path, output: Path, *, progress: ProgressFn = no_progr
     """
 
     def rewrite(model: Any, contract: ModelContract, feeds: list[Tensors]) -> tuple[Any, StepCheck]:
-        return simplified(model, feeds, precision=contract.precision)
+        return simplified(model, feeds, contract=contract)
 
     return rewrite_onnx(source, output, step="simplify", rewrite=rewrite, progress=progress)
 
@@ -116,12 +116,12 @@ def rewrite_onnx(
 
 
 def simplified(
-    model: Any, feeds: list[Tensors], *, precision: Precision = Precision.FP32, run: Runner | None = None
+    model: Any, feeds: list[Tensors], *, contract: ModelContract | None = None, run: Runner | None = None
 ) -> tuple[Any, StepCheck]:
     """A smaller graph with the same outputs on ``feeds``; ``model`` (onnx.ModelProto) is left as it is.
 
-    What would be larger than its source is not used. ``run`` gives the outputs of ``model``, where the caller has them.
-    Raises as ``simplify_onnx`` does.
+    What would be larger than its source is not used. ``contract``: that of ``model``, an fp32 graph without one;
+    ``run`` gives the outputs of ``model``, where the caller has them. Raises as ``simplify_onnx`` does.
     """
     # onnxsim folds whatever is constant, and a folded Expand or Range may be larger than what computed it.
     smaller = _with_own_passes(_with_onnxsim(model))
@@ -134,8 +134,9 @@ def simplified(
             raise ExportError(f"Simplifying changed the {kind}s from {before} to {after}.", hint="--no-simplify")
     if opset_of(model) != opset_of(result):
         raise ExportError(f"Simplifying changed the opset from {opset_of(model)} to {opset_of(result)}.")
-    tolerance = _TOLERANCES[precision]
-    check = compare(run or onnx_runner(model), onnx_runner(result), feeds, step="simplify", tolerance=tolerance)
+    tolerance = _TOLERANCES[contract.precision if contract else Precision.FP32]
+    source = run or onnx_runner(model)
+    check = compare(source, onnx_runner(result), feeds, step="simplify", tolerance=tolerance, contract=contract)
     return result, check
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.backend import Tensors
-from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.contract import SOURCE_OUTPUTS, TAIL_OUTPUTS, ModelContract
+from fcos_deploy.core.decode import HeadOutputs, decode
+from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import StepCheckError
+from fcos_deploy.core.postprocess import postprocess
+from fcos_deploy.core.preprocess import Letterbox
 from runtimes.onnxruntime import GraphOptimization, open_model
 
 __all__ = [
@@ -27,7 +31,8 @@ __all__ = [
 Runner = Callable[[Tensors], Tensors]
 
 # Of the candidates and nms tails, whose rows may swap when scores tie.
-_ROW_OUTPUTS = ("boxes", "scores", "labels")
+_ROW_OUTPUTS = TAIL_OUTPUTS[Tail.CANDIDATES]
+_CANDIDATE_OUTPUTS = SOURCE_OUTPUTS[Tail.NMS][: len(_ROW_OUTPUTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +56,41 @@ class StepCheck:
 
 
 def compare(
-    expected: Runner, actual: Runner, feeds: Iterable[Tensors], *, step: str, tolerance: float, row_share: float = 0.01
+    expected: Runner,
+    actual: Runner,
+    feeds: Iterable[Tensors],
+    *,
+    step: str,
+    tolerance: float,
+    row_share: float = 0.01,
+    contract: ModelContract | None = None,
 ) -> StepCheck:
     """Run both on every feed and compare all outputs.
 
     Elements may differ by ``tolerance * (1 + |expected|)``, and by a tenth of ``tolerance`` of the tensor's largest
-    value. Rows of ready candidates are matched by label, score and box, because near-ties may swap them; up to
-    ``row_share`` of them may lack a partner.
+    value. Candidates and detections are rows, matched by label, score and box. Where ``actual`` shows what they are
+    made from (``SOURCE_OUTPUTS`` of ``contract``), they are held against what the host makes of the same: a rounding
+    that swaps two scores and so lets another box win is then no difference. Elsewhere they are held against those of
+    ``expected``. Up to ``row_share`` of them may lack a partner.
 
     Raises:
-        StepCheckError: with the largest difference and where it is.
+        StepCheckError: with the largest difference and where it is, or that no image could be checked.
     """
     worst = StepCheck(step, 0.0, 0.0, "none")
     unmatched = rows = 0
     for feed in feeds:
         left, right = expected(feed), actual(feed)
         has_rows = set(_ROW_OUTPUTS) <= set(left)
-        matched = {*_ROW_OUTPUTS, "num_detections"} if has_rows else set()
+        own_sources = has_rows and contract is not None and set(SOURCE_OUTPUTS[contract.tail]) <= set(right)
+        matched = {*_ROW_OUTPUTS, *_CANDIDATE_OUTPUTS, "num_detections", "settled"} if has_rows else set()
         for name in left:
             _require_finite(name, left[name], right[name], step=step)
         checks = [_compare_tensor(n, left[n], right[n], tolerance, step) for n in left if n not in matched]
         worst = max([worst, *checks], key=lambda check: check.largest)
-        if has_rows:
+        if own_sources and contract is not None:
+            missing, total = _unlike_the_host(right, feed, contract=contract, tolerance=tolerance)
+            unmatched, rows = unmatched + missing, rows + total
+        elif has_rows:
             missing, total = _match_rows(left, right, tolerance=tolerance)
             unmatched, rows = unmatched + missing, rows + total
     result = StepCheck(step, worst.largest, worst.difference, worst.where, unmatched, rows)
@@ -97,6 +115,54 @@ def _require_finite(name: str, expected: NDArray[Any], actual: NDArray[Any], *, 
             )
 
 
+def _unlike_the_host(outputs: Tensors, feed: Tensors, *, contract: ModelContract, tolerance: float) -> tuple[int, int]:
+    """(rows without a partner, rows) of a graph that shows what its rows are made from.
+
+    Its candidates are held against the host's from the graph's own head outputs, its detections against the host's from
+    the graph's own candidates; those of images on which a static suppression did not settle are left out.
+
+    Raises:
+        StepCheckError: it settled on none.
+    """
+    missing = total = 0
+    size = (int(feed["images"].shape[2]), int(feed["images"].shape[3]))
+    names = _ROW_OUTPUTS if contract.tail is Tail.CANDIDATES else _CANDIDATE_OUTPUTS
+    chosen = dict(zip(_ROW_OUTPUTS, (outputs[name] for name in names), strict=True))
+    settled = outputs["settled"].ravel() if "settled" in outputs else np.ones(len(chosen["scores"]))
+    if not settled.any():
+        raise StepCheckError(
+            "The static NMS settled on no image of the check, so that its detections could not be checked.",
+            hint="--nms-boxes with a larger number, or --nms-form onnx",
+        )
+    for image in range(len(chosen["scores"])):
+        head = HeadOutputs(*(outputs[name][image] for name in TAIL_OUTPUTS[Tail.RAW]))
+        made = decode(head, contract.decode, input_size=size)
+        host, graph = _rows(made.channels, made.scores, made.boxes), _used_rows(chosen, image)
+        total += max(len(host), len(graph))
+        missing += _without_partner(graph, host, tolerance=tolerance)
+        if contract.decode.profile.rank_per_location:  # Only here a graph may have fewer (docs/export.md).
+            missing -= max(0, len(host) - len(graph))
+        if contract.tail is Tail.NMS and settled[image]:
+            sizes = feed["image_sizes"][image] if "image_sizes" in feed else np.array([*size, *size])
+            letterbox = Letterbox(int(sizes[2]), int(sizes[3]), int(sizes[0]), int(sizes[1]))
+            host, graph = (
+                _detection_rows(tensors, replace(contract, tail=tail), image, size=size, letterbox=letterbox)
+                for tensors, tail in ((chosen, Tail.CANDIDATES), (outputs, Tail.NMS))
+            )
+            total += max(len(host), len(graph))
+            missing += _without_partner(host, graph, tolerance=tolerance)
+    return missing, total
+
+
+def _detection_rows(
+    outputs: Tensors, contract: ModelContract, image: int, *, size: tuple[int, int], letterbox: Letterbox
+) -> NDArray[np.float64]:
+    """(d, 6), best first; no more than ``max_detections``, where ties with the last one have no room in a tail."""
+    found = postprocess(outputs, contract, index=image, input_size=size, letterbox=letterbox)
+    best = np.argsort(-found.scores, kind="stable")[: contract.decode.max_detections]
+    return _rows(found.labels, found.scores, found.boxes)[best]
+
+
 def _compare_tensor(name: str, expected: NDArray[Any], actual: NDArray[Any], tolerance: float, step: str) -> StepCheck:
     if expected.shape != actual.shape:
         raise StepCheckError(f"'{step}' changed '{name}' from shape {expected.shape} to {actual.shape}.")
@@ -119,23 +185,33 @@ def _match_rows(expected: Tensors, actual: Tensors, *, tolerance: float) -> tupl
     for image in range(len(expected["scores"])):
         left, right = (_used_rows(outputs, image) for outputs in (expected, actual))
         total += max(len(left), len(right))
-        missing += abs(len(left) - len(right))
-        right = right[np.argsort(right[:, 1])]
-        for row in left:
-            first, last = np.searchsorted(right[:, 1], [row[1] - tolerance, row[1] + tolerance])
-            near = right[first:last]
-            # Boxes are decoded from several outputs of the network, whose errors add up: four times the tolerance.
-            allowed = tolerance * (1.0 + np.abs(row[2:]).max()) * 4
-            fits = (near[:, 0] == row[0]) & (np.abs(near[:, 2:] - row[2:]) <= allowed).all(1)
-            missing += not fits.any()
+        missing += _without_partner(left, right, tolerance=tolerance)
     return missing, total
+
+
+def _without_partner(left: NDArray[np.float64], right: NDArray[np.float64], *, tolerance: float) -> int:
+    """How many rows of ``left`` are not in ``right``, and how many more or fewer it has."""
+    missing = abs(len(left) - len(right))
+    right = right[np.argsort(right[:, 1])]
+    for row in left:
+        first, last = np.searchsorted(right[:, 1], [row[1] - tolerance, row[1] + tolerance])
+        near = right[first:last]
+        # Boxes are decoded from several outputs of the network, whose errors add up: four times the tolerance.
+        allowed = tolerance * (1.0 + np.abs(row[2:]).max()) * 4
+        fits = (near[:, 0] == row[0]) & (np.abs(near[:, 2:] - row[2:]) <= allowed).all(1)
+        missing += not fits.any()
+    return missing
+
+
+def _rows(labels: NDArray[Any], scores: NDArray[Any], boxes: NDArray[Any]) -> NDArray[np.float64]:
+    """(r, 6): label, score and box."""
+    return np.concatenate([labels[:, None], scores[:, None], boxes], 1).astype(np.float64)
 
 
 def _used_rows(outputs: Tensors, image: int) -> NDArray[np.float64]:
     """(r, 6): label, score and box of the rows that are not padding."""
-    labels, scores = outputs["labels"][image], outputs["scores"][image]
-    rows = np.concatenate([labels[:, None], scores[:, None], outputs["boxes"][image]], 1).astype(np.float64)
-    used: NDArray[np.float64] = rows[(labels >= 0) & (scores >= 0)]  # padding has label -1 or score -1
+    rows = _rows(*(outputs[name][image] for name in ("labels", "scores", "boxes")))
+    used: NDArray[np.float64] = rows[(rows[:, 0] >= 0) & (rows[:, 1] >= 0)]  # padding has label -1 or score -1
     return used
 
 

@@ -140,13 +140,15 @@ def export_onnx(
     options = options or ExportOptions()
     started = time.perf_counter()
     require_writable(output)
-    contract = replace(loaded.contract, tail=options.tail, precision=Precision.FP32)
+    form = options.nms_form if options.tail is Tail.NMS else NmsForm.ONNX
+    contract = replace(loaded.contract, tail=options.tail, nms_form=form, precision=Precision.FP32)
     label, steps = "export to ONNX", 4
     progress(label, 0, steps)
-    suppression = tails.StaticNms(boxes=options.nms_boxes) if options.nms_form is NmsForm.STATIC else None
+    suppression = tails.StaticNms(boxes=options.nms_boxes) if form is NmsForm.STATIC else None
     network = copy.deepcopy(loaded.model).to(device="cpu").float()
-    # With the raw outputs as well: the checks look at them, because ready detections hide small differences.
-    module = tails.ExportableFcos(network, contract, suppression=suppression, with_raw=True).eval()
+    # With what the detections are made from, which the checks look at: ready detections hide small differences, and
+    # suppression turns a rounding that swaps two scores into another detection.
+    module = tails.ExportableFcos(network, contract, suppression=suppression, with_sources=True).eval()
     feeds = _feeds(contract, batch=options.batch, image_sizes="image_sizes" in module.input_names)
     model = trace(
         module,
@@ -157,10 +159,10 @@ def export_onnx(
     )
     progress(label, 1, steps)
     run = remembering(onnx_runner(model))
-    checks = [compare(_torch_runner(module), run, feeds, step="export", tolerance=_TOLERANCE)]
+    checks = [compare(_torch_runner(module), run, feeds, step="export", tolerance=_TOLERANCE, contract=contract)]
     progress(label, 2, steps)
     if options.simplify:
-        model, check = simplified(model, feeds, run=run)
+        model, check = simplified(model, feeds, run=run, contract=contract)
         checks.append(check)
     progress(label, 3, steps)
     if options.precision is Precision.FP16:
@@ -206,7 +208,7 @@ def _torch_runner(module: Any) -> Runner:
 
 
 def _without_extra_outputs(model: Any, contract: ModelContract) -> Any:
-    """The graph without the raw outputs that the checks looked at; what only they needed goes with them."""
+    """The graph without the outputs that only the checks looked at; what only they needed goes with them."""
     outputs = [output for output in model.graph.output if output.name in contract.outputs]
     if len(outputs) == len(model.graph.output):
         return model

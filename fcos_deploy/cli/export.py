@@ -31,6 +31,9 @@ def command(
         NmsForm,
         cli.option("NMS of the nms tail. onnx: the operator NonMaxSuppression; static: plain tensor operators."),
     ] = NmsForm.ONNX,
+    nms_boxes: Annotated[
+        int, cli.option("Number of best candidates that the static NMS looks at, up to 3840.", metavar="N", min=1)
+    ] = 1000,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -47,6 +50,7 @@ def command(
         simplify=simplify,
         precision=precision,
         nms_form=nms_form,
+        nms_boxes=nms_boxes,
     )
     with progress_bar() as progress:
         loaded = load_checkpoint(checkpoint, options=options)

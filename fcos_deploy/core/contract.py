@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fcos_deploy.core.decode import BoxClip, DecodeSpec, NmsSpace, level_sizes
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.onnx_file import onnx_metadata
@@ -17,6 +17,7 @@ from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = [
     "METADATA_KEY",
+    "SOURCE_OUTPUTS",
     "TAIL_OUTPUTS",
     "Decision",
     "ModelContract",
@@ -34,6 +35,13 @@ TAIL_OUTPUTS: dict[Tail, tuple[str, ...]] = {
     Tail.RAW: ("cls_logits", "distances", "centerness"),
     Tail.CANDIDATES: ("boxes", "scores", "labels"),
     Tail.NMS: ("boxes", "scores", "labels", "num_detections"),
+}
+
+# What the outputs of a tail are made from, which an export shows its checks and then takes out of the graph.
+SOURCE_OUTPUTS: dict[Tail, tuple[str, ...]] = {
+    Tail.RAW: (),
+    Tail.CANDIDATES: TAIL_OUTPUTS[Tail.RAW],
+    Tail.NMS: ("candidate_boxes", "candidate_scores", "candidate_labels", *TAIL_OUTPUTS[Tail.RAW]),
 }
 
 
@@ -63,15 +71,18 @@ class ModelContract:
     - nms: ``boxes`` (N, D, 4), ``scores`` (N, D), ``labels`` (N, D) int32 best first and padded with zeros (labels -1),
       ``num_detections`` (N, 1) int32, D = ``decode.max_detections``. Where the profile clips or suppresses in image
       pixels the graph has a second input ``image_sizes`` (N, 4) float32: resized height and width, original height and
-      width.
+      width. In the static form there is ``settled`` (N, 1) int32 as well: 0 where the detections may not be those of
+      greedy suppression.
 
     ``placement`` names the Q/DQ placement of an INT8 graph, by the runtime that it is for; '' for float graphs.
+    ``nms_form`` is how the nms tail suppresses.
     """
 
     class_names: tuple[str, ...]
     preprocess: PreprocessSpec
     decode: DecodeSpec
     tail: Tail = Tail.RAW
+    nms_form: NmsForm = NmsForm.ONNX
     precision: Precision = Precision.FP32
     placement: str = ""
     ecosystem: str = ""
@@ -94,7 +105,8 @@ class ModelContract:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the graph's outputs."""
-        return TAIL_OUTPUTS[self.tail]
+        static = self.tail is Tail.NMS and self.nms_form is NmsForm.STATIC
+        return (*TAIL_OUTPUTS[self.tail], *(("settled",) if static else ()))
 
     @property
     def needs_image_sizes(self) -> bool:
@@ -138,8 +150,9 @@ class ModelContract:
             "scores": (rows,),
             "labels": (rows,),
             "num_detections": (1,),
+            "settled": (1,),
         }
-        integers = ("labels", "num_detections")
+        integers = ("labels", "num_detections", "settled")
         return tuple(
             TensorSpec(name, "int32" if name in integers else "float32", (None, *shapes[name])) for name in self.outputs
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from fcos_deploy.core.nms import Suppression, suppress
 from fcos_deploy.core.preprocess import Letterbox
 
 __all__ = ["image_sizes_row", "postprocess"]
+
+_LOG = logging.getLogger(__name__)
 
 Outputs = Mapping[str, NDArray[Any]]
 
@@ -79,7 +82,8 @@ def _used_rows(outputs: Outputs) -> Outputs:
     count, rows = int(outputs["num_detections"].reshape(-1)[0]), len(outputs["scores"])
     if not 0 <= count <= rows:
         raise TensorMismatchError(f"Output 'num_detections' must be in 0..{rows}, got {count}.")
-    return {name: array if name == "num_detections" else array[:count] for name, array in outputs.items()}
+    whole = ("num_detections", "settled")
+    return {name: array if name in whole else array[:count] for name, array in outputs.items()}
 
 
 def _from_raw(outputs: Outputs, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox) -> Candidates:
@@ -94,6 +98,11 @@ def _from_candidates(outputs: Outputs, spec: DecodeSpec, _size: tuple[int, int],
 
 def _from_nms(outputs: Outputs, _spec: DecodeSpec, _size: tuple[int, int], _letterbox: Letterbox) -> Candidates:
     candidates = _float_candidates(outputs)
+    if "settled" in outputs and not outputs["settled"].reshape(-1)[0]:
+        _LOG.warning(
+            "The static NMS did not settle on this image: its detections may differ from those of greedy suppression. "
+            "Export with --nms-form onnx, or with more --nms-boxes."
+        )
     return candidates.take(np.arange(len(candidates.scores)))  # A copy: the runtime overwrites its buffers.
 
 

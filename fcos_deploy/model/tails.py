@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.decode import MAX_TOP_K, BoxClip, BoxFilter, DecodeSpec, NmsSpace, ScoreForm
+from fcos_deploy.core.contract import SOURCE_OUTPUTS, ModelContract
+from fcos_deploy.core.decode import MAX_TOP_K, BoxClip, BoxFilter, DecodeSpec, NmsSpace, ScoreForm, level_sizes
 from fcos_deploy.core.enums import CenterMode, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec
@@ -26,6 +26,7 @@ __all__ = [
     "ExportableFcos",
     "StaticNms",
     "Suppression",
+    "Survivors",
     "decode_boxes",
     "greedy_nms",
     "select_candidates",
@@ -48,10 +49,17 @@ class Candidates(NamedTuple):
     classes: int
 
 
-class Suppression(Protocol):
-    """Which candidates survive: a (n, K) bool mask. Only those with a score above 0 take part."""
+class Survivors(NamedTuple):
+    """``keep``: (n, K) bool. ``settled``: (n, 1) bool, whether they are those of greedy suppression for certain."""
 
-    def __call__(self, candidates: Candidates, *, iou_threshold: float, limit: int) -> Tensor:
+    keep: Tensor
+    settled: Tensor
+
+
+class Suppression(Protocol):
+    """Which candidates survive. Only those with a score above 0 take part."""
+
+    def __call__(self, candidates: Candidates, *, iou_threshold: float, limit: int) -> Survivors:
         """``limit``: the most detections that will be kept of an image."""
         ...
 
@@ -60,8 +68,11 @@ class ExportableFcos(nn.Module):
     """``model`` between the contract's input tensor and the outputs of the contract's tail.
 
     ``model`` maps normalised images (n, 3, H, W) float32 to one ``LevelOutput`` a level. ``suppression`` is how the
-    nms tail suppresses, ``greedy_nms`` by default; ``with_raw`` appends the raw tail's outputs to those of the other
-    two.
+    nms tail suppresses, ``greedy_nms`` by default. ``with_sources`` appends what a tail's outputs are made from, for
+    checks: the raw tail's outputs, and before them, of the nms tail, the candidates.
+
+    Raises:
+        ConfigError: the contract asks for more than a tail of fixed shapes has room for.
     """
 
     def __init__(
@@ -70,14 +81,15 @@ class ExportableFcos(nn.Module):
         contract: ModelContract,
         *,
         suppression: Suppression | None = None,
-        with_raw: bool = False,
+        with_sources: bool = False,
     ) -> None:
         super().__init__()
+        _require_room(contract)
         self.model = model
         self.contract = contract
         self.normalize = _Normalize(contract.preprocess)
         self._suppression = suppression or greedy_nms
-        self._with_raw = with_raw and contract.tail is not Tail.RAW
+        self._with_sources = with_sources and contract.tail is not Tail.RAW
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -87,8 +99,7 @@ class ExportableFcos(nn.Module):
     @property
     def output_names(self) -> tuple[str, ...]:
         """Names of the tensors that ``forward`` returns."""
-        raw = ("cls_logits", "distances", "centerness") if self._with_raw else ()
-        return (*self.contract.outputs, *raw)
+        return (*self.contract.outputs, *(SOURCE_OUTPUTS[self.contract.tail] if self._with_sources else ()))
 
     def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Images (n, 3, H, W) in the contract's input dtype -> the tensors that ``output_names`` names.
@@ -101,11 +112,38 @@ class ExportableFcos(nn.Module):
             return flatten_levels(levels)
         spec = self.contract.decode
         candidates = select_candidates(levels, (images.shape[2], images.shape[3]), spec=spec)
+        selected = (candidates.boxes, candidates.scores, candidates.labels.to(torch.int32))
         if self.contract.tail is Tail.CANDIDATES:
-            outputs: tuple[Tensor, ...] = (candidates.boxes, candidates.scores, candidates.labels.to(torch.int32))
-        else:
-            outputs = suppress(candidates, image_sizes, spec=spec, suppression=self._suppression)
-        return (*outputs, *flatten_levels(levels)) if self._with_raw else outputs
+            return (*selected, *flatten_levels(levels)) if self._with_sources else selected
+        outputs = suppress(candidates, image_sizes, spec=spec, suppression=self._suppression)
+        outputs = outputs[: len(self.contract.outputs)]  # without ``settled``, where the contract has none
+        return (*outputs, *selected, *flatten_levels(levels)) if self._with_sources else outputs
+
+
+def _require_room(contract: ModelContract) -> None:
+    """Refuse what a tail would leave out without a word.
+
+    Raises:
+        ConfigError: a level may have more candidates, or an image more detections, than a top-k takes.
+    """
+    tail, spec = contract.tail, contract.decode
+    if tail is Tail.RAW:
+        return
+    wanted = spec.pre_nms_top_k
+    if contract.preprocess.canvas is not None:
+        height, width = level_sizes(*contract.preprocess.canvas, strides=spec.strides)[0]
+        ranked = height * width * (1 if spec.profile.rank_per_location else len(contract.channel_names))
+        wanted = min(wanted, ranked)
+    if wanted > MAX_TOP_K:
+        raise ConfigError(
+            f"A level may have {wanted} candidates, and the tail '{tail}' takes at most {MAX_TOP_K} of a level.",
+            hint=f"--pre-nms-top-k {MAX_TOP_K}, or --tail raw, which has no limit",
+        )
+    if tail is Tail.NMS and spec.max_detections > MAX_TOP_K:
+        raise ConfigError(
+            f"The tail 'nms' gives at most {MAX_TOP_K} detections of an image, {spec.max_detections} were asked for.",
+            hint=f"--max-detections {MAX_TOP_K}, or --tail candidates",
+        )
 
 
 class _Normalize(nn.Module):
@@ -228,8 +266,10 @@ def decode_boxes(level: LevelOutput, input_size: tuple[int, int], *, stride: int
 
 def suppress(
     candidates: Candidates, image_sizes: Tensor | None, *, spec: DecodeSpec, suppression: Suppression
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes (n, D, 4), scores (n, D), labels (n, D) int32 and their count (n, 1) int32, D = ``max_detections``.
+) -> tuple[Tensor, ...]:
+    """Boxes (n, D, 4), scores (n, D), labels (n, D) int32, their count and whether the suppression settled.
+
+    D = ``max_detections``; the last two are (n, 1) int32.
 
     Boxes stay in network-input pixels. Rows after the count are zeros with label -1. Order: best score first, or
     candidate order where the profile does not sort.
@@ -253,10 +293,11 @@ def suppress(
     if profile.box_filter is BoxFilter.BEFORE_NMS:
         shortest = (measured[..., 2:] - measured[..., :2]).amin(2)
         scores = torch.where(shortest > 0, scores, -1.0)
-    keep = suppression(
+    keep, settled = suppression(
         candidates._replace(boxes=measured, scores=scores), iou_threshold=spec.iou_threshold, limit=spec.max_detections
     )
-    return _padded(candidates._replace(boxes=boxes, scores=torch.where(keep, scores, -1.0)), spec=spec)
+    survivors = candidates._replace(boxes=boxes, scores=torch.where(keep, scores, -1.0))
+    return (*_padded(survivors, spec=spec), settled.to(torch.int32))
 
 
 def _sizes(image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -271,7 +312,7 @@ def _sizes(image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _padded(survivors: Candidates, *, spec: DecodeSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The ``max_detections`` best of those with a score above 0, as ``suppress`` returns them."""
+    """The ``max_detections`` best of those with a score above 0, and their count, as ``suppress`` returns them."""
     # Rows that lose against every survivor, so that top-k always has enough to choose from.
     filler = torch.full_like(survivors.scores[:, :1], -1.0).expand(-1, spec.max_detections)
     scores, chosen = torch.topk(torch.cat((survivors.scores, filler), 1), spec.max_detections, dim=1)
@@ -289,15 +330,14 @@ def _padded(survivors: Candidates, *, spec: DecodeSpec) -> tuple[Tensor, Tensor,
     )
 
 
-def greedy_nms(candidates: Candidates, *, iou_threshold: float, limit: int) -> Tensor:
+def greedy_nms(candidates: Candidates, *, iou_threshold: float, limit: int) -> Survivors:
     """Greedy non-maximum suppression of each class of each image, exact; ONNX NonMaxSuppression when exported.
 
-    Returns:
-        (n, K) bool. Of two equal scores the earlier one goes first; suppressed if IoU > ``iou_threshold``, strictly.
+    Of two equal scores the earlier one goes first; suppressed if IoU > ``iou_threshold``, strictly.
     """
     boxes, scores, labels, classes = candidates
     keep: Tensor = torch.ops.fcos_deploy.nms_keep(boxes, scores, labels, classes, iou_threshold, limit)
-    return keep
+    return Survivors(keep, torch.ones_like(keep[:, :1]))
 
 
 @torch.library.custom_op("fcos_deploy::nms_keep", mutates_args=())
@@ -330,16 +370,20 @@ def _(_boxes: Tensor, scores: Tensor, *_arguments: object) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
 
 
+_BLOCK = 125  # boxes that are settled together; the default number of boxes is eight times this
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticNms:
-    """Greedy suppression of the ``boxes`` best candidates by plain tensor operators, in ``rounds`` rounds.
+    """Greedy suppression of the ``boxes`` best candidates by plain tensor operators, and whether it surely is that.
 
-    Exact when chains of suppression are no longer than ``rounds``, and either no more than ``boxes`` candidates passed
-    the gate or ``max_detections`` of the best ``boxes`` survive. A round multiplies ``boxes`` squared times.
+    The best boxes are settled first, ``_BLOCK`` at a time, in ``rounds`` rounds each. Exact where no chain of
+    suppressions within a block is longer than ``rounds``, and either no more than ``boxes`` candidates passed the gate
+    or ``max_detections`` of the best ``boxes`` survive.
     """
 
-    boxes: int = 1000
-    rounds: int = 16
+    boxes: int = 8 * _BLOCK
+    rounds: int = 32
 
     def __post_init__(self) -> None:
         if not 1 <= self.boxes <= MAX_TOP_K or self.rounds < 1:
@@ -347,37 +391,95 @@ class StaticNms:
                 f"Static NMS takes 1 to {MAX_TOP_K} boxes and at least 1 round, got {self.boxes} and {self.rounds}."
             )
 
-    def __call__(self, candidates: Candidates, *, iou_threshold: float, limit: int) -> Tensor:  # noqa: ARG002
-        """(n, K) bool.
+    def __call__(self, candidates: Candidates, *, iou_threshold: float, limit: int) -> Survivors:
+        """Those of the ``boxes`` best that survive.
+
+        Raises:
+            ConfigError: ``limit`` is more than ``boxes``, which could not all survive.
+        """
+        available = candidates.scores.shape[1]
+        if limit > self.boxes and not (isinstance(available, int) and available <= self.boxes):
+            raise ConfigError(
+                f"The static NMS looks at the {self.boxes} best candidates, {limit} detections were asked for.",
+                hint=f"--nms-boxes N of at least {limit} and at most {MAX_TOP_K}, or --nms-form onnx",
+            )
+        candidates = _at_least(candidates, self.boxes) if not isinstance(available, int) else candidates
+        count = min(self.boxes, available) if isinstance(available, int) else self.boxes
+        scores, chosen = torch.topk(candidates.scores, count, dim=1)
+        boxes, labels = _rows(candidates.boxes, chosen), torch.gather(candidates.labels, 1, chosen)
+        alive = (scores > 0).to(torch.float32).unsqueeze(2)
+        keep, changed = alive[:, :0], torch.zeros_like(alive[:, :1, 0])
+        for first in range(0, count, _BLOCK):
+            end = min(first + _BLOCK, count)
+            rows, better = slice(first, end), slice(0, end)
+            suppresses = _suppresses(
+                (boxes[:, rows], labels[:, rows]), (boxes[:, better], labels[:, better]), iou_threshold=iou_threshold
+            )
+            block, moved = self._settled_block(alive[:, rows], keep, suppresses)
+            keep, changed = torch.cat((keep, block), 1), changed + moved
+        settled = changed < 0.5
+        if available != count:
+            passed = (candidates.scores > 0).to(torch.float32).sum(1, keepdim=True)
+            enough = torch.logical_or(passed < count + 0.5, keep.sum(1) > limit - 0.5)
+            settled = torch.logical_and(settled, enough)
+        mask = torch.zeros_like(candidates.scores).scatter(1, chosen, keep.squeeze(2)) > 0.5
+        return Survivors(mask[:, :available], settled)
+
+    def _settled_block(self, alive: Tensor, keep: Tensor, suppresses: Tensor) -> tuple[Tensor, Tensor]:
+        """Which boxes of a block survive, (n, s, 1) of 0 and 1, and how many the last round changed, (n, 1).
+
+        alive: (n, s, 1), those that passed the gate. keep: (n, m, 1), which of the boxes before the block survive.
+        suppresses: (n, s, m + s).
 
         Greedy suppression is the one solution of keep[i] = alive[i] and no better j with suppresses[i, j] and keep[j]:
         row i depends on better rows only. Each round applies this rule to all rows at once, so that a row is right
-        after as many rounds as the longest chain of suppressions above it; what is right stays right.
+        after as many rounds as the longest chain of suppressions above it; what is right stays right, and a round that
+        changes nothing proves the solution. ``alive - suppresses @ keep`` is 1 for a survivor and at most 0 otherwise:
+        the product counts survivors that suppress a row, and float32 is exact to 2^24 of them.
         """
-        count = min(self.boxes, candidates.scores.shape[1])
-        scores, chosen = torch.topk(candidates.scores, count, dim=1)
-        boxes, labels = _rows(candidates.boxes, chosen), torch.gather(candidates.labels, 1, chosen)
-        suppresses = _suppresses(boxes, labels, iou_threshold=iou_threshold)
-        alive = (scores > 0).to(torch.float32)
-        keep = alive
-        for _ in range(self.rounds):
-            # The product counts the surviving boxes that suppress a row; float32 is exact to 2^24 of them.
-            rivals = torch.matmul(suppresses, keep.unsqueeze(2)).squeeze(2)
-            keep = alive * (rivals < 0.5).to(torch.float32)
-        return torch.zeros_like(candidates.scores).scatter(1, chosen, keep) > 0.5
+        before, size = keep.shape[1], alive.shape[1]
+        if before:
+            alive = torch.relu(alive - torch.matmul(suppresses[:, :, :before], keep))
+        position = torch.arange(size, device=alive.device)
+        among = suppresses[:, :, before:] * (position[None, :] < position[:, None]).to(torch.float32)
+        # The first row of a block depends on none of it, and each round settles at least one more.
+        rounds = min(self.rounds, size - 1)
+        previous = keep = alive
+        for _ in range(rounds):
+            previous, keep = keep, torch.relu(alive - torch.matmul(among, keep))
+        changed = (keep - previous).abs().sum(1)
+        return keep, changed * float(rounds < size - 1)
 
 
-def _suppresses(boxes: Tensor, labels: Tensor, *, iou_threshold: float) -> Tensor:
-    """(n, m, m) float32: 1 where box j (column) is better than box i (row), of its class, and overlaps it too much."""
-    corner_low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
-    corner_high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+def _at_least(candidates: Candidates, count: int) -> Candidates:
+    """The same and ``count`` more that failed the gate, where their number is not known before a run."""
+    boxes, scores, labels, classes = candidates
+    n = scores.shape[0]
+    return Candidates(
+        torch.cat((boxes, boxes.new_zeros((n, count, 4))), 1),
+        torch.cat((scores, scores.new_full((n, count), -1.0)), 1),
+        torch.cat((labels, labels.new_zeros((n, count))), 1),
+        classes,
+    )
+
+
+def _suppresses(rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], *, iou_threshold: float) -> Tensor:
+    """(n, s, m) float32: 1 where box i of ``rows`` and box j of ``columns`` are of one class and overlap too much.
+
+    rows, columns: boxes (n, s, 4) and (n, m, 4), and their labels.
+    """
+    (boxes, labels), (others, other_labels) = rows, columns
+    corner_low = torch.maximum(boxes[:, :, None, :2], others[:, None, :, :2])
+    corner_high = torch.minimum(boxes[:, :, None, 2:], others[:, None, :, 2:])
     sides = (corner_high - corner_low).clamp(min=0.0)
     intersection = sides[..., 0] * sides[..., 1]
-    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    union = area[:, :, None] + area[:, None, :] - intersection
+    union = _areas(boxes)[:, :, None] + _areas(others)[:, None, :] - intersection
     # A product instead of a quotient: 0 / 0 of two empty boxes would be NaN, and NPUs divide badly.
     overlaps = intersection > iou_threshold * union
-    same = labels[:, :, None] == labels[:, None, :]
-    position = torch.arange(boxes.shape[1], device=boxes.device)
-    better = position[None, :] < position[:, None]
-    return torch.logical_and(torch.logical_and(overlaps, same), better).to(torch.float32)
+    same = labels[:, :, None] == other_labels[:, None, :]
+    return torch.logical_and(overlaps, same).to(torch.float32)
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    """(n, m) of boxes (n, m, 4)."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
 from exporters.step_check import compare, provoking_feed, remembering
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.decode import PROFILES, DecodeSpec
+from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import StepCheckError
+from fcos_deploy.core.preprocess import PreprocessSpec
 
 
 def _compare(expected: dict[str, object], actual: dict[str, object], *, tolerance: float = 1e-3) -> object:
@@ -92,3 +99,50 @@ def test_a_remembering_runner_runs_once_on_each_feed() -> None:
     for _ in range(2):
         assert [remembered(feed)["y"][0] for feed in feeds] == [2.0, 2.0]
     assert runs == [1.0, 1.0]
+
+
+def _nms_runner(shift: float, *, faulty: bool = False) -> Callable[[object], dict[str, np.ndarray]]:
+    """Pairs of boxes of two sizes whose scores tie but for ``shift``, with what the detections are made from."""
+    torch = pytest.importorskip("torch")
+    from fcos_deploy.model.fcos import LevelOutput
+    from fcos_deploy.model.tails import ExportableFcos, Survivors
+
+    grid = torch.arange(16 * 16).reshape(1, 1, 16, 16)
+    even = (grid % 2 == 0).to(torch.float32)
+    logits = 1.0 + grid // 2 * 0.01 + even * shift
+    distances = (4.0 + 3.0 * even).expand(1, 4, 16, 16)
+
+    def model(_images: object) -> list[LevelOutput]:
+        return [LevelOutput(logits, distances, torch.full((1, 1, 16, 16), 9.0))]
+
+    def keep_all(candidates: Any, **_: object) -> Survivors:
+        return Survivors(candidates.scores > 0, candidates.scores[:, :1] < 2)
+
+    network = torch.nn.Module()
+    network.forward = model
+    module = ExportableFcos(network, NMS, suppression=keep_all if faulty else None, with_sources=True).eval()
+
+    def run(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors = module(torch.from_numpy(feed["images"]))
+        return {name: tensor.numpy() for name, tensor in zip(module.output_names, tensors, strict=True)}
+
+    return run
+
+
+NMS = ModelContract(
+    class_names=("a",),
+    preprocess=PreprocessSpec(mean=(0, 0, 0), std=(1, 1, 1), height=128, width=128),
+    decode=DecodeSpec(profile=PROFILES["detectron2"], score_threshold=0.1, iou_threshold=0.1, strides=(8,)),
+    tail=Tail.NMS,
+)
+
+
+def test_a_rounding_that_lets_another_box_win_is_no_difference_but_wrong_suppression_is() -> None:
+    feed = {"images": np.zeros((1, 3, 128, 128), np.uint8)}
+    before, after = _nms_runner(3e-5), _nms_runner(-3e-5)
+    assert not np.allclose(before(feed)["boxes"], after(feed)["boxes"], atol=1)
+    check = compare(before, after, [feed], step="export", tolerance=1e-3, contract=NMS)
+    assert check.unmatched == 0
+    assert check.rows > 40
+    with pytest.raises(StepCheckError, match="rows without a partner"):
+        compare(before, _nms_runner(3e-5, faulty=True), [feed], step="export", tolerance=1e-3, contract=NMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,14 @@ from fcos_deploy.core.preprocess import (  # noqa: E402
     SizeRule,
 )
 from fcos_deploy.model.fcos import LevelOutput  # noqa: E402
-from fcos_deploy.model.tails import Candidates, ExportableFcos, StaticNms, decode_boxes, greedy_nms  # noqa: E402
+from fcos_deploy.model.tails import (  # noqa: E402
+    Candidates,
+    ExportableFcos,
+    StaticNms,
+    Survivors,
+    decode_boxes,
+    greedy_nms,
+)
 
 SIZE = (160, 224)  # P6 is 3x4 and P7 2x2: torchvision's grid steps are not the strides there
 STRIDES = (8, 16, 32, 64, 128)
@@ -84,7 +92,7 @@ def _assert_same(detections: Detections, expected: Detections) -> None:
     [
         (Tail.CANDIDATES, {}),
         (Tail.NMS, {}),
-        (Tail.NMS, {"suppression": StaticNms(boxes=3000, rounds=24)}),
+        (Tail.NMS, {"suppression": StaticNms(boxes=3000)}),
     ],
     ids=["candidates", "nms", "static-nms"],
 )
@@ -171,8 +179,8 @@ def test_float_input_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize("tail", list(Tail))
 @pytest.mark.parametrize("profile", list(PROFILES))
 def test_outputs_have_the_shapes_that_the_contract_says(profile: str, tail: Tail, top_k: int) -> None:
-    def keep_all(candidates: Candidates, **_: object) -> torch.Tensor:  # which suppression is no matter of shapes
-        return candidates.scores > 0
+    def keep_all(candidates: Candidates, **_: object) -> Survivors:  # which suppression is no matter of shapes
+        return Survivors(candidates.scores > 0, candidates.scores[:, :1] < 2)
 
     contract = _contract(profile, tail, pre_nms_top_k=top_k)
     outputs = _outputs(_Head(0), contract, suppression=keep_all)
@@ -219,39 +227,81 @@ def _chain(links: int) -> Candidates:
 def test_static_nms_equals_greedy_suppression(seed: int, threshold: float) -> None:
     candidates = _random_candidates(seed)
     expected = greedy_nms(candidates, iou_threshold=threshold, limit=300)
-    assert 10 < expected.sum() < (candidates.scores > 0).sum()
-    assert torch.equal(StaticNms(boxes=300, rounds=24)(candidates, iou_threshold=threshold, limit=300), expected)
+    assert 10 < expected.keep.sum() < (candidates.scores > 0).sum()
+    static = StaticNms(boxes=300)(candidates, iou_threshold=threshold, limit=300)
+    assert static.settled.all()
+    assert torch.equal(static.keep, expected.keep)
 
 
-@pytest.mark.parametrize("links", [2, 5, 9])
-def test_a_chain_needs_a_round_a_link(links: int) -> None:
+@pytest.mark.parametrize("links", [2, 9, 24, 33, 34, 60, 300])
+def test_a_chain_that_does_not_settle_says_so(links: int) -> None:
+    """A round a link, and one that proves it; blocks of 125 begin anew."""
     candidates = _chain(links)
     expected = greedy_nms(candidates, iou_threshold=0.4, limit=links)
-    assert expected[0].tolist() == [i % 2 == 0 for i in range(links)]
-    enough = StaticNms(boxes=links, rounds=links - 1)(candidates, iou_threshold=0.4, limit=links)
-    assert torch.equal(enough, expected)
-    if links > 2:
-        short = StaticNms(boxes=links, rounds=links - 2)(candidates, iou_threshold=0.4, limit=links)
-        assert not torch.equal(short, expected)
+    assert expected.keep[0].tolist() == [i % 2 == 0 for i in range(links)]
+    static = StaticNms()(candidates, iou_threshold=0.4, limit=links)
+    assert bool(static.settled) is (links <= 33)
+    assert torch.equal(static.keep, expected.keep) or not static.settled
+    exact = StaticNms(rounds=124)(candidates, iou_threshold=0.4, limit=links)
+    assert exact.settled
+    assert torch.equal(exact.keep, expected.keep)
+
+
+def test_two_objects_with_more_candidates_than_the_static_nms_looks_at_say_so() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]).repeat_interleave(750, 0)[None]
+    candidates = Candidates(boxes, torch.linspace(0.9, 0.5, 1500)[None], torch.zeros((1, 1500), dtype=torch.int64), 1)
+    seen = {size: StaticNms(boxes=size)(candidates, iou_threshold=0.6, limit=100) for size in (500, 1000, 1500)}
+    assert {size: (int(s.keep.sum()), bool(s.settled)) for size, s in seen.items()} == {
+        500: (1, False),
+        1000: (2, False),  # There may have been a third object.
+        1500: (2, True),
+    }
+    assert StaticNms(boxes=500)(candidates, iou_threshold=0.6, limit=1).settled  # The best one is.
+
+
+@pytest.mark.parametrize(
+    ("tail", "decode", "size", "hint"),
+    [
+        (Tail.CANDIDATES, {"pre_nms_top_k": 3841}, (800, 800), "--pre-nms-top-k 3840"),
+        (Tail.NMS, {"pre_nms_top_k": 50_000}, (800, 800), "--tail raw"),
+        (Tail.NMS, {"max_detections": 3841}, SIZE, "--max-detections 3840"),
+    ],
+)
+def test_what_a_tail_has_no_room_for_is_refused(
+    tail: Tail, decode: dict[str, int], size: tuple[int, int], hint: str
+) -> None:
+    contract = _contract("torchvision", tail, **decode)
+    contract = contract.with_preprocess(replace(contract.preprocess, height=size[0], width=size[1]))
+    with pytest.raises(ConfigError, match="at most 3840") as caught:
+        ExportableFcos(_Head(0), contract)
+    assert hint in caught.value.hint
+    ExportableFcos(_Head(0), replace(contract, tail=Tail.RAW))
+
+
+def test_more_detections_than_the_static_nms_looks_at_are_refused() -> None:
+    with pytest.raises(ConfigError, match="looks at the 1000 best candidates, 1200 detections") as caught:
+        StaticNms()(_random_candidates(0, count=1500), iou_threshold=0.5, limit=1200)
+    assert "--nms-boxes" in caught.value.hint
+    assert StaticNms()(_random_candidates(0, count=900), iou_threshold=0.5, limit=1200).settled.all()
 
 
 def test_only_the_best_boxes_take_part_in_static_nms() -> None:
     candidates = _chain(6)
-    kept = StaticNms(boxes=3, rounds=8)(candidates, iou_threshold=0.4, limit=10)
+    kept = StaticNms(boxes=3, rounds=8)(candidates, iou_threshold=0.4, limit=3).keep
     assert kept[0].tolist() == [True, False, True, False, False, False]
 
 
 def test_candidates_that_failed_the_gate_neither_survive_nor_suppress() -> None:
     candidates = _chain(3)
     candidates.scores[0, 0] = -1.0
-    assert StaticNms()(candidates, iou_threshold=0.4, limit=10)[0].tolist() == [False, True, False]
+    assert StaticNms()(candidates, iou_threshold=0.4, limit=10).keep[0].tolist() == [False, True, False]
 
 
 def test_empty_boxes_are_kept_like_the_reference_keeps_them() -> None:
     boxes = torch.tensor([[[5.0, 5, 5, 5], [5, 5, 5, 5]]])
     candidates = Candidates(boxes, torch.tensor([[0.9, 0.8]]), torch.zeros((1, 2), dtype=torch.int64), 1)
     expected = greedy_nms(candidates, iou_threshold=0.5, limit=2)
-    assert torch.equal(StaticNms()(candidates, iou_threshold=0.5, limit=2), expected)
+    assert torch.equal(StaticNms()(candidates, iou_threshold=0.5, limit=2).keep, expected.keep)
 
 
 @pytest.mark.parametrize("options", [{"boxes": 0}, {"boxes": 3841}, {"rounds": 0}])

@@ -19,14 +19,19 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from exporters import torch_onnx  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
 from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, trace  # noqa: E402
+from fcos_deploy.bundle import Artifact, StepRecord  # noqa: E402
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
-from fcos_deploy.core.enums import NmsForm, Precision, Tail  # noqa: E402
+from fcos_deploy.core.decode import PROFILES, DecodeSpec  # noqa: E402
+from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
 from fcos_deploy.core.onnx_file import onnx_interface, onnx_metadata  # noqa: E402
 from fcos_deploy.core.onnx_graph import NAMES_KEY, OnnxGraph, opset_of  # noqa: E402
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
-from fcos_deploy.core.preprocess import Letterbox  # noqa: E402
+from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec  # noqa: E402
+from fcos_deploy.model.wrap import wrap_module  # noqa: E402
+from fcos_deploy.serving.package import ServedModel, ServingOptions  # noqa: E402
+from fcos_deploy.serving.triton import config_text  # noqa: E402
 from runtimes.onnxruntime import open_model  # noqa: E402
 
 SIZE = (128, 160)
@@ -180,6 +185,58 @@ def test_only_asked_for_outputs_remain(export: Callable[..., OnnxExport]) -> Non
     assert [o.name for o in model.graph.output] == ["boxes", "scores", "labels", "num_detections"]
     assert _axes(model.graph.input[0]) == ["batch", 3, *SIZE]
     assert _axes(model.graph.output[0]) == ["batch", 100, 4]
+
+
+class _Small(torch.nn.Module):
+    """Three levels of a few weights, five classes; what makes a candidate is decided behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 10, 8, 8)
+        self.down = torch.nn.ModuleList(torch.nn.Conv2d(10, 10, 2, 2) for _ in range(2))
+
+    def forward(self, images: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        maps = [self.stem(images).tanh() * 4]
+        for layer in self.down:
+            maps.append(layer(maps[-1]).tanh() * 4)
+        return [(m[:, :5], m[:, 5:9].exp(), m[:, 9:]) for m in maps]
+
+
+@pytest.mark.parametrize("form", [None, *NmsForm], ids=["candidates", "nms", "static-nms"])
+@pytest.mark.parametrize("profile", ["mmdetection", "mmdetection2"])  # pairs are ranked, or locations
+def test_graph_contract_and_triton_have_the_same_shapes(profile: str, form: NmsForm | None, tmp_path: Path) -> None:
+    """1280, 320 and 80 locations: more pairs than TensorRT's TopK takes, so that the tails have to stay below it."""
+    torch.manual_seed(0)
+    wrapped = wrap_module(
+        _Small(),
+        preprocess=PreprocessSpec(mean=(0, 0, 0), std=(255, 255, 255), height=256, width=320),
+        decode=DecodeSpec(
+            profile=PROFILES[profile], score_threshold=0.5, iou_threshold=0.5, strides=(8, 16, 32), pre_nms_top_k=3840
+        ),
+        class_names=tuple("abcde"),
+    )
+    tail = Tail.NMS if form else Tail.CANDIDATES
+    options = ExportOptions(tail=tail, nms_form=form or NmsForm.ONNX, nms_boxes=100, simplify=False)
+    exported = export_onnx(wrapped, tmp_path / "m.onnx", options=options)
+    contract = read_contract(exported.path)
+    graph = {spec.name: spec.shape[1:] for spec in onnx_interface(exported.path).outputs}
+    assert graph == {spec.name: spec.shape[1:] for spec in contract.output_specs}
+    if tail is Tail.CANDIDATES:
+        assert graph["scores"] == (3840 + 1600 + 400,)
+    artifact = Artifact(
+        path="m.onnx",
+        kind=ArtifactKind.ONNX,
+        precision=Precision.FP32,
+        sha256="0" * 64,
+        size=1,
+        step=StepRecord(name="x"),
+    )
+    served = ServedModel(
+        name="m", artifact=artifact, contract=contract, path=exported.path, companions=(), options=ServingOptions()
+    )
+    for name, shape in graph.items():
+        assert f'name: "{name}"' in config_text(served)
+        assert f"dims: {[1, *shape]}" in next(line for line in config_text(served).splitlines() if f'"{name}"' in line)
 
 
 def _axes(value: object) -> list[object]:

@@ -107,7 +107,7 @@ class CheckpointOptions:
 
     ecosystem: str = _option(
         AUTO,
-        "Library that trained the checkpoint: auto, torchvision, mmdetection, adelaidet, detectron2 or tianzhi. "
+        "Library that trained the checkpoint, such as torchvision or mmdetection (docs/checkpoints.md has all). "
         "Default: auto, recognised by the tensors' names.",
         metavar="NAME",
         common=True,

@@ -145,8 +145,11 @@ def _command(*arguments: str | Path) -> str:
 
 
 def _options(reference: Reference) -> list[str]:
-    given = {**EDGES, "score-threshold": reference.score_threshold}
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    """The reference's sizes and threshold as a file of options, which every command takes."""
+    given = {**EDGES, "score_threshold": reference.score_threshold}
+    file = reference.checkpoint.with_suffix(".toml")
+    file.write_text("".join(f"{name} = {value}\n" for name, value in given.items() if value is not None))
+    return ["--checkpoint-options", str(file)]
 
 
 def export(reference: Reference, tail: Tail) -> Path:

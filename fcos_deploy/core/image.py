@@ -75,7 +75,9 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Grayscale is repeated, 16 bits are cut to the upper 8, transparency is dropped, palettes are looked up.
 
     Raises:
-        ImageError: the file is missing, empty, damaged, not an image, or has more than ``max_image_pixels`` pixels.
+        ImageError: the file is missing, empty, damaged, not an image, or has more than ``max_image_pixels`` pixels; its
+            pixels are floats or integers of 32 bits, for which nothing says what is white; or it has 16 bits of which
+            the upper two are never used.
     """
     try:
         content = read_file(path, limit=_MAX_BYTES)
@@ -144,14 +146,44 @@ def _jpeg_is_complete(content: bytes) -> bool:
 
 def _decode_pillow(path: Path, image: Any) -> NDArray[np.uint8]:
     try:
+        deep = ";16" in str([tile[3] for tile in image.tile]) or image.mode.startswith("I")
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise _no_white(path, "floating-point pixels" if image.mode == "F" else "integer pixels of 32 bits")
         image = require("PIL.ImageOps").exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
+        if image.mode.startswith("I"):
             # 16-bit values, in whatever type Pillow chose for them: (h, w) -> (h, w, 3) of the upper 8 bits.
-            upper = (np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+            values = np.clip(np.asarray(image), 0, 65535)
+            _check_range(path, int(values.max(initial=0)))
+            upper = (values.astype(np.uint16) >> 8).astype(np.uint8)
             return np.repeat(upper[:, :, None], 3, axis=2)
+        if deep:  # Pillow keeps the upper 8 bits of 16-bit colour.
+            _check_range(path, int(np.asarray(image.convert("RGB")).max(initial=0)) << 8)
         if image.mode != "RGB":
             # By way of RGBA: Pillow cannot drop a palette's transparency directly.
             image = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
         return np.array(image, np.uint8)
+    except ImageError:
+        raise
     except Exception as error:  # as for the header
         raise ImageError(f"Image '{path}' is damaged: {str(error) or type(error).__name__}.") from error
+
+
+# The largest value of 14 bits, the most that cameras write into 16 without scaling it.
+_MAX_OF_14_BITS = (1 << 14) - 1
+
+
+def _check_range(path: Path, largest: int) -> None:
+    """Refuse 16-bit values that never use the upper two bits: data of 10 to 14 bits, which would be nearly black."""
+    if 0 < largest <= _MAX_OF_14_BITS:
+        raise ImageError(
+            f"Image '{path}' has 16 bits a value, and its largest value is {largest}: data of fewer bits would be read "
+            "as nearly black.",
+            hint="scale it to 65535 for white, or convert it to 8 bits",
+        )
+
+
+def _no_white(path: Path, what: str) -> ImageError:
+    return ImageError(
+        f"Image '{path}' has {what}, and nothing in it says which value is white.",
+        hint="convert it to 8 or 16 bits, with 255 or 65535 for white",
+    )

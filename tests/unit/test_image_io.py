@@ -67,6 +67,36 @@ def test_16_bit_color_keeps_its_upper_8(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), deep >> 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "pixels", "message"),
+    [
+        ("float.tif", np.float32([[0.0, 0.5], [1.0, 0.2]]), "has floating-point pixels, and nothing in it says which"),
+        ("float255.tiff", np.float32([[0, 128], [255, 3]]), "has floating-point pixels"),
+        ("deep.tif", np.int32([[0, 70000], [1 << 30, 5]]), "has integer pixels of 32 bits"),
+        ("12-bit.tif", np.uint16([[0, 4095], [2000, 5]]), "its largest value is 4095"),
+        ("12-bit.png", np.uint16([[0, 4095], [2000, 5]]), "its largest value is 4095"),
+        ("14-bit.png", np.uint16([[0, 16383], [2000, 5]]), "its largest value is 16383"),
+        ("colour.png", np.full((4, 4, 3), 4095, np.uint16), "has 16 bits a value"),
+        ("colour.tif", np.full((4, 4, 3), 4095, np.uint16), "has 16 bits a value"),
+    ],
+)
+def test_pixels_that_would_be_read_as_black_are_refused_by_name(
+    name: str, pixels: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    assert cv2.imwrite(str(path), pixels)
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert message in caught.value.message
+    assert name in caught.value.message
+    assert "65535" in caught.value.hint
+
+
+def test_a_black_16_bit_image_is_black(tmp_path: Path) -> None:
+    assert cv2.imwrite(str(tmp_path / "black.png"), np.zeros((4, 4), np.uint16))
+    assert read_image(tmp_path / "black.png").max() == 0
+
+
 def test_alpha_is_dropped(tmp_path: Path) -> None:
     alpha = np.linspace(0, 255, 35, dtype=np.uint8).reshape(5, 7, 1)
     path = save(tmp_path / "alpha.png", np.concatenate((COLORS, alpha), axis=2))

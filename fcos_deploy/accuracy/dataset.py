@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import CocoObject, read_coco
+from fcos_deploy.core.coco_file import CocoFile, CocoObject, read_coco
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.image import list_images
+from fcos_deploy.core.image import image_size, list_images
 
 __all__ = [
     "Dataset",
@@ -24,6 +24,7 @@ __all__ = [
     "load_coco",
 ]
 
+_BORDER_PX = 2.0
 _SPELLED_OUT = 5  # how many file or class names an error spells out
 
 
@@ -76,7 +77,9 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
     All images of the file belong to the data set, those without an object too.
 
     Raises:
-        ConfigError: the file is not one of COCO annotations, contradicts itself, or names images that are not there.
+        ConfigError: the file is not one of COCO annotations, contradicts itself, names images that are not there, or
+            does not fit them: another size, or boxes outside.
+        ImageError: an image cannot be read.
     """
     coco = read_coco(annotations)
     records = tuple(EvaluationImage(image.image_id, images / image.name) for image in coco.images)
@@ -86,12 +89,50 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
             f"{len(missing)} of the {len(records)} images of '{annotations}' are not in '{images}': {_some(missing)}.",
             hint="give the folder that holds them with --images",
         )
+    _check_geometry(annotations, coco, images)
     positions = {category: position for position, category in enumerate(sorted(coco.categories))}
     objects: dict[int, list[CocoObject]] = {record.image_id: [] for record in records}
     for item in coco.objects:
         objects[item.image_id].append(item)
     ground_truth = {image_id: _ground_truth(items, positions) for image_id, items in objects.items()}
     return Dataset(records, ground_truth, tuple(coco.categories[c] for c in positions), str(annotations))
+
+
+def _check_geometry(annotations: Path, coco: CocoFile, images: Path) -> None:
+    """Hold sizes and boxes to the images as they are decoded: boxes of another frame give every model an AP near 0."""
+    sizes: dict[int, tuple[int, int]] = {}
+    for image in coco.images:
+        sizes[image.image_id] = actual = image_size(images / image.name)
+        if image.size is not None and image.size != actual:
+            swapped = image.size == actual[::-1]
+            raise ConfigError(
+                f"'{annotations}' is for a '{image.name}' of {image.size[1]}x{image.size[0]} pixels (width x height), "
+                f"the file has {actual[1]}x{actual[0]}"
+                + (": width and height are swapped, as an EXIF orientation does." if swapped else "."),
+                hint="images are turned as their EXIF orientation says: annotate the upright images"
+                if swapped
+                else "give the images that were annotated, at their size, with --images",
+            )
+    if coco.objects and max(max(item.box) for item in coco.objects) <= 1.0:
+        raise ConfigError(
+            f"No box of '{annotations}' is larger than a pixel: they look like shares of the image's size.",
+            hint="COCO boxes are x, y, width, height in pixels",
+        )
+    outside = [item for item in coco.objects if not _is_inside(item, sizes[item.image_id])]
+    if outside:
+        (height, width), box = sizes[outside[0].image_id], [round(value, 1) for value in outside[0].box]
+        name = next(image.name for image in coco.images if image.image_id == outside[0].image_id)
+        raise ConfigError(
+            f"{len(outside)} of the {len(coco.objects)} boxes of '{annotations}' lie outside their images: the first "
+            f"is {box} in '{name}', which has {width}x{height} pixels.",
+            hint="COCO boxes are x, y, width, height in pixels of the image as it is: check the format, or clip them",
+        )
+
+
+def _is_inside(item: CocoObject, size: tuple[int, int]) -> bool:
+    """Boxes may reach over the border by what annotation tools round."""
+    x, y, width, height = item.box
+    return min(x, y) >= -_BORDER_PX and x + width <= size[1] + _BORDER_PX and y + height <= size[0] + _BORDER_PX
 
 
 def _exists(path: Path) -> bool:

@@ -164,7 +164,7 @@ def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, refe
         expected = reference.run.relabelled(label_index(reference.run.names, dataset))
         options = MatchOptions() if gate.min_iou is None else MatchOptions(iou_threshold=gate.min_iou)
         agreement = compare_detections(expected, detections, options=options)
-        drop = _drop(reference, scores, samples)
+        drop = _drop(reference, scores, samples, agreement=agreement)
     evaluation = Evaluation(
         run=run,
         scores=scores,
@@ -201,9 +201,11 @@ def judge_evaluation(
     return tuple(verdicts)
 
 
-def _drop(reference: Evaluation, scores: CocoScores, samples: ApSamples | None) -> ApInterval | None:
+def _drop(
+    reference: Evaluation, scores: CocoScores, samples: ApSamples | None, *, agreement: DetectionAgreement
+) -> ApInterval | None:
     if reference.samples is not None and samples is not None:
-        return paired_ap_drop(reference.samples, samples)
+        return paired_ap_drop(reference.samples, samples, same_outputs=agreement.same_outputs)
     if reference.scores.ap is None or scores.ap is None:
         return None
     drop = reference.scores.ap - scores.ap  # without resamples there is no interval

@@ -28,6 +28,7 @@ __all__ = [
 
 # In image pixels. The overlap of boxes that are thinner than a pixel, or were clipped to a line, says nothing.
 _SAME_EDGE = 0.1
+_SAME_SCORE = 1e-3  # float32 on another runtime differs by 1e-5; half precision by more than this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +123,12 @@ class DetectionAgreement:
     box_delta_px: Distribution
     iou: Distribution
     score_pairs: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def same_outputs(self) -> bool:
+        """Whether every detection is the reference's but for rounding: all paired, the largest differences tiny."""
+        paired = self.matched > 0 and not self.missed + self.extra
+        return paired and self.score_delta.max_abs <= _SAME_SCORE and self.box_delta_px.max_abs <= _SAME_EDGE
 
 
 def detection_iou(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:

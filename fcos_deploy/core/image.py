@@ -9,7 +9,7 @@ import re
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.files import read_file
 from fcos_deploy.core.libraries import require
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS_VARIABLE", "list_images", "max_image_pixels", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS_VARIABLE", "image_size", "list_images", "max_image_pixels", "read_image"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -85,19 +85,39 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise ImageError(f"Cannot read image '{path}': {getattr(error, 'strerror', None) or error}.") from error
     if not content:
         raise ImageError(f"Image '{path}' is empty.")
-    header = _open_header(path, content)
+    header = _open_header(path, io.BytesIO(content))
     if header.format == "JPEG" and header.mode in ("L", "RGB"):
         return _decode_jpeg(path, content)
     return _decode_pillow(path, header)
 
 
-def _open_header(path: Path, content: bytes) -> Any:  # Any: PIL.Image.Image, imported only when called
+_EXIF_ORIENTATION = 0x0112
+_EXIF_ON_ITS_SIDE = frozenset({5, 6, 7, 8})  # turned by 90 degrees: width and height swap
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) that ``read_image`` gives, from the file's header alone: upright as its EXIF orientation says.
+
+    Raises:
+        ImageError: the file cannot be read, or is not an image.
+    """
+    try:
+        with path.open("rb") as stream:
+            header = _open_header(path, stream)
+            width, height = header.size
+            turned = header.getexif().get(_EXIF_ORIENTATION) in _EXIF_ON_ITS_SIDE
+    except OSError as error:
+        raise ImageError(f"Cannot read image '{path}': {error.strerror or error}.") from error
+    return (width, height) if turned else (height, width)
+
+
+def _open_header(path: Path, content: IO[bytes]) -> Any:  # Any: PIL.Image.Image, imported only when called
     pillow, limit = require("PIL.Image"), max_image_pixels()
     with _HEADER_LOCK, warnings.catch_warnings():
         # Pillow warns from half its own bound on, and about unreadable metadata; here only the bound is an error.
         warnings.simplefilter("ignore")
         try:
-            header = pillow.open(io.BytesIO(content), formats=_FORMATS)
+            header = pillow.open(content, formats=_FORMATS)
         except pillow.DecompressionBombError as error:
             raise _too_large(path, limit, str(error)) from error
         except Exception as error:  # A damaged header can fail in any way in the decoders; none of them is a bug here.

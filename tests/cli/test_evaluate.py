@@ -112,6 +112,43 @@ def test_a_failed_gate_is_exit_4_and_in_junit(tiny_onnx: Path, data: Path, tmp_p
     assert suite.attrib["failures"] == "1"
 
 
+LIMITS = ("--max-map-drop", 0.01, "--min-ap", 0.5, "--min-match-rate", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "more", "sentence"),
+    [
+        ([], (), "the annotations hold no object"),
+        ([], ("--judge", "point"), "the annotations hold no object"),
+        (None, (), "4 images are too few for a confidence interval"),
+        (None, ("--limit", 1), "1 images are too few"),
+        (None, ("--resamples", 0), "are too few"),
+    ],
+)
+def test_limits_that_nothing_was_measured_for_are_inconclusive(
+    tiny_onnx: Path,
+    data: Path,
+    tmp_path: Path,
+    annotations: list[object] | None,
+    more: tuple[object, ...],
+    sentence: str,
+) -> None:
+    content = json.loads((data / "annotations.json").read_text())
+    content["annotations"] = content["annotations"] if annotations is None else annotations
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    where = ("--images", data, "--annotations", tmp_path / "a.json", "--threads", 1, "--resamples", 200, *more)
+    arguments = ("evaluate", tiny_onnx, "--reference", tiny_onnx, *where, *LIMITS, "--junit", tmp_path / "junit.xml")
+    result = run(*arguments, "--json")
+    assert result.exit_code == 4, result.output
+    assert sentence in result.stderr
+    judged = {v["name"]: v["outcome"] for v in json.loads(result.stdout)["verdicts"]}
+    assert set(judged) == {"max_map_drop", "min_ap", "min_match_rate"}
+    assert (judged["max_map_drop"], judged["min_ap"]) == ("inconclusive", "inconclusive")
+    (suite,) = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("3", "0")
+    assert int(suite.attrib["errors"]) == list(judged.values()).count("inconclusive")
+
+
 def test_without_annotations_the_reference_is_the_ground_truth(demo_onnx: Path) -> None:
     where = ("--images", DEMO / "evaluation", "--limit", 2)
     arguments = (*where, "--reference", CHECKPOINT, "--threads", 1, "--resamples", 0, "--json")
@@ -181,7 +218,7 @@ def test_kept_predictions_are_those_of_the_same_images(tiny_onnx: Path, data: Pa
     shutil.copytree(data, copy)
     arguments = ("--backend", "onnxruntime", "--predictions", tmp_path / "kept", "--json")
     run("evaluate", tiny_onnx, *on(copy), *arguments)
-    cv2.imwrite(str(copy / "1.png"), np.zeros((50, 60, 3), np.uint8))
+    cv2.imwrite(str(copy / "1.png"), np.zeros_like(cv2.imread(str(copy / "1.png"))))
     again = json.loads(run("evaluate", tiny_onnx, *on(copy), *arguments).stdout)
     assert again["resumed_images"] == 0
 

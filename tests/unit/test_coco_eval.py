@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import (
@@ -18,8 +19,10 @@ from fcos_deploy.accuracy.dataset import (
     label_index,
     load_coco,
 )
+from fcos_deploy.accuracy.evidence import evidence_problem
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
+from fcos_deploy.core.gate import Judge
 
 
 def detections(rows: list[tuple[list[float], float, int]]) -> Detections:
@@ -93,7 +96,7 @@ def coco_file(folder: Path, **changes: object) -> Path:
     }
     content.update(changes)
     for name in ("x.png", "y.png"):
-        (folder / name).touch()
+        Image.new("RGB", (10, 10)).save(folder / name)
     path = folder / "annotations.json"
     path.write_text(json.dumps(content))
     return path
@@ -167,5 +170,6 @@ def test_a_reference_agrees_with_itself() -> None:
     data = ground_truth_from_detections(images, found, class_names=("a", "b"), min_score=0.3, source="reference")
     assert data.ground_truth[1].classes.tolist() == [0]
     assert coco_scores(data, found).ap == 1.0
-    with pytest.raises(ConfigError, match="finds nothing"):
-        ground_truth_from_detections(images, found, class_names=("a", "b"), min_score=0.95, source="reference")
+    none = ground_truth_from_detections(images, found, class_names=("a", "b"), min_score=0.95, source="reference")
+    assert coco_scores(none, found).ap is None
+    assert "finds no object" in evidence_problem(none, judge=Judge.POINT)

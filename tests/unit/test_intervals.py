@@ -9,7 +9,7 @@ import pytest
 
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
-from fcos_deploy.accuracy.intervals import ap_interval, match_dataset, paired_ap_drop, sample_ap, weighted_ap
+from fcos_deploy.accuracy.intervals import ApSamples, ap_interval, match_dataset, paired_ap_drop, sample_ap, weighted_ap
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 
@@ -74,8 +74,40 @@ def test_a_resample_equals_evaluating_the_resampled_images() -> None:
 def test_the_same_run_drops_by_exactly_nothing() -> None:
     data, found = random_data(3, images=20, noise=4.0)
     samples = sample_ap(match_dataset(data, found), resamples=50)
-    drop = paired_ap_drop(samples, samples)
+    drop = paired_ap_drop(samples, samples, same_outputs=True)
     assert (drop.value, drop.low, drop.high) == (0.0, 0.0, 0.0)
+
+
+def test_objects_that_chance_may_have_spared_are_allowed_for() -> None:
+    """A perfect detector of two classes, with 8 and 2 objects: one object carries 1/16 and 1/4 of its AP of 1."""
+    one = np.array([[0.0, 0.0, 20.0, 20.0], [40.0, 40.0, 60.0, 60.0]])
+    classes = [np.array([0, 0]), np.array([0, 1])]
+    images = tuple(EvaluationImage(number, Path(f"{number}.png")) for number in range(6))
+    chosen = [classes[0]] * 3 + [classes[1]] * 2 + [np.zeros(0, np.int64)]
+    truth = {
+        n: GroundTruth(one[: len(c)], c, np.full(len(c), 400.0), np.zeros(len(c), np.bool_))
+        for n, c in enumerate(chosen)
+    }
+    found = {
+        n: Detections(t.boxes.astype(np.float32), np.full(len(t.classes), 0.9, np.float32), t.classes.astype(np.int64))
+        for n, t in truth.items()
+    }
+    samples = sample_ap(match_dataset(Dataset(images, truth, ("a", "b"), "test"), found), resamples=50)
+    assert samples.object_share.tolist() == [1 / 16, 1 / 4]
+    drop = paired_ap_drop(samples, samples)
+    assert (drop.low, drop.value) == (0.0, 0.0)
+    assert drop.high == pytest.approx(1.9207 * np.hypot(1 / 16, 1 / 4), rel=1e-3)
+
+
+def test_few_images_widen_the_interval_as_students_t_does() -> None:
+    """Ten means of normal numbers, resampled: t with 9 degrees is 2.262 standard errors, the percentiles' 1.96."""
+    sample = np.random.default_rng(3).normal(0.5, 0.1, 10)
+    drawn = np.random.default_rng(4).choice(sample, (20000, 10)).mean(1)
+    values = np.concatenate([[sample.mean()], drawn])
+    interval = ap_interval(ApSamples(values, np.ones((1, 10), np.int64), 0, np.zeros(1)))
+    error = sample.std(ddof=1) / np.sqrt(10)
+    for reach in (interval.value - interval.low, interval.high - interval.value):
+        assert 2.1 * error < reach < 2.6 * error
 
 
 def test_pairing_makes_the_interval_narrower() -> None:

@@ -156,6 +156,7 @@ def export_onnx(
         opset=options.opset,
         dynamic_batch=options.batch is None,
         size=Axes.DYNAMIC if contract.preprocess.canvas is None else Axes.FIXED,
+        divisor=contract.preprocess.size_divisor,
     )
     progress(label, 1, steps)
     run = remembering(onnx_runner(model))
@@ -193,7 +194,10 @@ def _feeds(contract: ModelContract, *, batch: int | None, image_sizes: bool) -> 
     if batch is None:
         shapes.append((1, 3, height, width))
     if contract.preprocess.canvas is None:
-        shapes.append((count, 3, height // 2 + 32, width + 64))
+        # 160x384 where sizes are multiples of 32, 161x385 where they may be any number.
+        divisor = contract.preprocess.size_divisor
+        rows, columns = (max(side // divisor, 1) * divisor for side in (height // 2 + 33, width + 65))
+        shapes.append((count, 3, rows, columns))
     dtype = contract.preprocess.input_dtype.value
     return [provoking_feed(shape, dtype=dtype, image_sizes=image_sizes) for shape in shapes]
 
@@ -225,9 +229,12 @@ class Axes(StrEnum):
     DYNAMIC = "dynamic"
 
 
-def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes) -> Any:
+def trace(
+    module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes, divisor: int = 32
+) -> Any:
     """The ``onnx.ModelProto`` of ``module``, an ``ExportableFcos`` in eval mode.
 
+    ``divisor``: what an open height and width are multiples of.
     Every weight is one initializer, however many levels use it. BatchNorm is folded into convolutions. Names of nodes
     and tensors say which module made them, with the level's number where a module runs once a level.
 
@@ -235,7 +242,7 @@ def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: b
         ExportError: torch cannot trace the model, or the opset cannot express it.
     """
     traced_opset = max(opset, _TRACED_OPSET)
-    graph = _program(module, example, opset=traced_opset, dynamic_batch=dynamic_batch, size=size).model
+    graph = _program(module, example, opset=traced_opset, dynamic_batch=dynamic_batch, size=size, divisor=divisor).model
     _fold(graph)
     _name_after_modules(graph)
     name_weights_after_convolutions(graph)
@@ -259,12 +266,18 @@ def trace(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: b
     return model
 
 
-def _program(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes) -> Any:
+def _program(
+    module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes, divisor: int
+) -> Any:
     """Torch's ONNXProgram of the module, with operators as ``_translations`` writes them."""
     axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1024)} if dynamic_batch else {}
     other_inputs = [dict(axes) for _ in example[1:]]
     if size is Axes.DYNAMIC:
-        axes |= {axis: 32 * torch.export.Dim(name, min=1, max=512) for axis, name in ((2, "rows"), (3, "columns"))}
+        # Sizes up to the coarsest stride make a level of one row, which torch traces as a constant unless it can rule
+        # them out; multiples of 32 it does not look into.
+        least, limit = 1 if divisor % 32 == 0 else 128 // divisor + 1, 16384 // divisor
+        rows, columns = (divisor * torch.export.Dim(name, min=least, max=limit) for name in ("rows", "columns"))
+        axes |= {2: rows, 3: columns}
     shapes = (axes, *other_inputs) if axes else None
 
     def translate(program: Any) -> Any:

@@ -72,6 +72,17 @@ def golden_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def fill_weights() -> ModuleType:
+    """The script that gives each tensor of a reference its deterministic values: ``fill(name, shape)``."""
+    spec = importlib.util.spec_from_file_location("golden_fill_weights", TESTS / "golden" / "_fill_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def state_dict_keys_dir() -> Path:
     """Names and shapes of the tensors of real checkpoints."""
     return TESTS / "data" / "state_dict_keys"

@@ -289,7 +289,14 @@ def _suppression_of(spec: DecodeSpec, *, onto: DecodeSpec) -> DecodeSpec:
     """``onto`` with everything from ``spec`` that acts after decoding: clipping, overlap, limits."""
     after = ("clip", "nms_space", "box_filter", "iou_offset", "keep_ties", "sort_by_score")
     profile = replace(onto.profile, **{name: getattr(spec.profile, name) for name in after})
-    return replace(onto, profile=profile, iou_threshold=spec.iou_threshold, max_detections=spec.max_detections)
+    return replace(
+        onto,
+        profile=profile,
+        iou_threshold=spec.iou_threshold,
+        max_detections=spec.max_detections,
+        class_agnostic=spec.class_agnostic,
+        min_box_size=spec.min_box_size,
+    )
 
 
 def _host_stage(stage: str, different: Sequence[str], *, count: int) -> StageResult:

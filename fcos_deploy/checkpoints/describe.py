@@ -25,13 +25,15 @@ from fcos_deploy.checkpoints.rules import (
     canonical,
     decode_spec,
     final_rules,
+    network_config,
     preprocess_spec,
     refuse_unsupported,
 )
 from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
+from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError, brief
-from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
+from fcos_deploy.core.network import BackboneType, BlockType, ExtraSource, FcosConfig, TowerNorm
 
 __all__ = [
     "CheckpointDescription",
@@ -97,6 +99,7 @@ def describe_weights(
     refuse_unsupported(weights.tensors)
     if options.ecosystem != AUTO:
         ecosystem, source = get_ecosystem(options.ecosystem), "option"
+        ecosystem.refuse_others(weights.tensors)
     elif "ecosystem" in stated:
         ecosystem, source = get_ecosystem(stated["ecosystem"]), "the file's metadata"
     else:
@@ -112,16 +115,10 @@ def describe_weights(
         source_names=frozenset(weights.tensors),
         network=network,
         metadata=weights.metadata,
-        variant=options.variant,
+        options=options,
     )
     rules = final_rules(ecosystem, evidence, stated=stated, options=options)
-    config = dataclasses.replace(
-        network,
-        stride_in_1x1=rules.stride_in_1x1,
-        box_activation=rules.box_activation,
-        centerness_on_reg=rules.centerness_on_reg,
-        norm_eps=rules.norm_eps,
-    )
+    config = network_config(rules, network)
     decisions = [Decision("ecosystem", ecosystem.name, source)]
     if weights.container:
         rule = "rule: averaged weights are what is evaluated" if weights.has_both else "the only weights in the file"
@@ -151,6 +148,18 @@ def decided_options(description: CheckpointDescription) -> CheckpointOptions:
         box_activation=config.box_activation,
         centerness_on_reg=config.centerness_on_reg,
         norm_eps=config.norm_eps,
+        norm_groups=config.norm_groups if config.tower_norm is TowerNorm.GROUP else None,
+        tower_norm_eps=config.tower_norm_eps if config.tower_norm is not TowerNorm.NONE else None,
+        stage_strides=config.stage_strides if config.backbone is BackboneType.RESNET else None,
+        stage_dilations=config.stage_dilations if config.backbone is BackboneType.RESNET else None,
+        upsampling=config.upsampling,
+        extra_source=config.extra_source if config.num_levels == 5 else None,
+        extra_relu=config.extra_relu if config.num_levels == 5 else None,
+        ignore_config=tuple(decided["ignore_config"].split(", ")) if "ignore_config" in decided else (),
+        size_rule=preprocess.size_rule,
+        content=preprocess.content,
+        size_divisor=preprocess.size_divisor,
+        pad_pixel=preprocess.pad_pixel,
         input_size=preprocess.canvas,
         shortest=preprocess.shortest,
         longest=preprocess.longest,
@@ -162,7 +171,10 @@ def decided_options(description: CheckpointDescription) -> CheckpointOptions:
         score_threshold=decode.score_threshold,
         iou_threshold=decode.iou_threshold,
         max_detections=decode.max_detections,
-        pre_nms_top_k=decode.pre_nms_top_k,
+        pre_nms_top_k=0 if decode.pre_nms_top_k == ALL_CANDIDATES else decode.pre_nms_top_k,
+        class_agnostic=decode.class_agnostic,
+        min_box_size=decode.min_box_size,
+        clip=decode.profile.clip,
         centers=decode.profile.centers,
         profile=decode.profile.name,
     )
@@ -295,13 +307,20 @@ def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
     norm = next((f"{head}.conv.1" for head, count in convs.items() if count), "")
     if f"{norm}.0.running_mean" in tensors:
         tower_norm = TowerNorm.BATCH_PER_LEVEL
+    elif f"{norm}.running_mean" in tensors:
+        tower_norm = TowerNorm.BATCH
     else:
         tower_norm = TowerNorm.GROUP if f"{norm}.weight" in tensors else TowerNorm.NONE
+    channels, c5_channels = _shape(tensors, "backbone.fpn.inner_blocks.2.0.weight", 4)[:2]
+    p6 = tensors.get("backbone.fpn.extra_blocks.p6.weight")
+    from_c5 = p6 is not None and c5_channels != channels and tuple(p6.shape)[1:2] == (c5_channels,)
     try:
         return FcosConfig(
             num_classes=_shape(tensors, f"{CLS_HEAD}.cls_logits.weight", 4)[0],
             backbone=backbone,
-            fpn_channels=_shape(tensors, "backbone.fpn.inner_blocks.0.0.weight", 4)[0],
+            fpn_channels=channels,
+            extra_source=ExtraSource.INPUT if from_c5 else ExtraSource.OUTPUT,
+            norm_groups=1,  # decided later: shapes do not tell
             strides=_STRIDES if "backbone.fpn.extra_blocks.p6.weight" in tensors else _STRIDES[:3],
             cls_convs=convs[CLS_HEAD],
             reg_convs=convs[REG_HEAD],

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
-from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.checkpoint_options import CheckpointOptions, option_flag
 from fcos_deploy.core.contract import Decision
-from fcos_deploy.core.decode import PROFILES, DecodeSpec
+from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, BoxClip, DecodeSpec
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError, unknown_name
-from fcos_deploy.core.network import BoxActivation, FcosConfig
+from fcos_deploy.core.network import BackboneType, BoxActivation, ExtraSource, FcosConfig, TowerNorm, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
 
 __all__ = [
@@ -35,7 +35,9 @@ __all__ = [
     "canonical",
     "decode_spec",
     "final_rules",
+    "level_strides",
     "moved",
+    "network_config",
     "preprocess_spec",
     "refuse_unsupported",
 ]
@@ -90,7 +92,8 @@ class Rules:
     """Everything that neither shapes nor arithmetic can tell. ``sources`` says of each field who decided it.
 
     Pixels are normalised as ``(pixel / pixel_scale - mean) / std`` in ``channel_order``. ``label_offset`` is the label
-    of class channel 0. ``class_names`` is indexed by label.
+    of class channel 0. ``class_names`` is indexed by label. ``pre_nms_top_k`` of 0 keeps all candidates. None is the
+    default of ``FcosConfig``, ``PreprocessSpec`` or the profile.
     """
 
     variant: str = ""
@@ -100,12 +103,23 @@ class Rules:
     box_activation: BoxActivation = BoxActivation.RELU
     centerness_on_reg: bool = True
     norm_eps: float = 1e-5
+    norm_groups: int | None = 32
+    tower_norm_eps: float | None = None
+    stage_strides: tuple[int, int, int, int] | None = None
+    stage_dilations: tuple[int, int, int, int] | None = None
+    upsampling: Upsampling = Upsampling.NEAREST
+    extra_source: ExtraSource | None = ExtraSource.OUTPUT
+    extra_relu: bool | None = True
+    ignore_config: tuple[str, ...] = ()
     profile: str
     centers: CenterMode = CenterMode.HALF
     score_threshold: float
     iou_threshold: float
     pre_nms_top_k: int = 1000
     max_detections: int = 100
+    class_agnostic: bool = False
+    min_box_size: float | None = None
+    clip: BoxClip | None = None
     channel_order: ChannelOrder
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -116,6 +130,9 @@ class Rules:
     input_size: tuple[int, int] | None = None
     shortest: int | None = 800
     longest: int | None = 1333
+    size_divisor: int | None = None
+    content: tuple[int, int] | None = None
+    pad_pixel: tuple[float, float, float] | None = None
     input_dtype: InputDtype | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -130,10 +147,14 @@ class Rules:
         decisions = []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name == "sources" or value is None or value == "":
+            if item.name == "sources" or value is None or value in {"", ()}:
                 continue
             if item.name == "class_names":
                 text = f"{len(value)} names"
+            elif item.name == "ignore_config":
+                text = ", ".join(value)
+            elif item.name == "pre_nms_top_k" and value == 0:
+                text = "all"
             elif isinstance(value, bool):
                 text = "yes" if value else "no"
             else:
@@ -147,7 +168,7 @@ class Evidence:
     """What a checkpoint shows of itself.
 
     ``tensors`` have canonical names, ``source_names`` are those in the file; ``network`` is what shapes tell;
-    ``metadata`` is what the file holds beside tensors; ``variant`` is what the user said, or ''.
+    ``metadata`` is what the file holds beside tensors; ``options`` is what the user said.
     """
 
     file_name: str
@@ -155,7 +176,12 @@ class Evidence:
     source_names: frozenset[str]
     network: FcosConfig
     metadata: Mapping[str, Any]  # Any: whatever a training script stored
-    variant: str = ""
+    options: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    @property
+    def variant(self) -> str:
+        """What the user said, or ''."""
+        return self.options.variant
 
     def merged_batch_norm(self) -> bool:
         """Whether the backbone's statistics are 0 and 1, as converted Caffe (MSRA) backbones have them."""
@@ -174,7 +200,7 @@ class Ecosystem:
 
     ``signature``: parts of names that all must occur in the names of a checkpoint of this ecosystem.
     ``variants``: the words that ``Evidence.variant`` may be. ``coco_names``: COCO's class names by label, for a network
-    with as many labels.
+    with as many labels. ``reads_config``: its files may hold a configuration.
     """
 
     name: str
@@ -183,10 +209,25 @@ class Ecosystem:
     rules: Callable[[Evidence], Rules]
     variants: tuple[str, ...] = ()
     coco_names: tuple[str, ...] = COCO_80
+    reads_config: bool = False
 
     def matches(self, names: frozenset[str]) -> bool:
         """Whether every part of the signature occurs in some name."""
         return all(any(part in name for name in names) for part in self.signature)
+
+    def refuse_others(self, names: Iterable[str]) -> None:
+        """Stop where the names of a checkpoint are not this ecosystem's: its rules would make another detector.
+
+        Raises:
+            CheckpointError: naming a part that no name has.
+        """
+        present = frozenset(names)
+        missing = [part for part in self.signature if not any(part in name for name in present)]
+        if missing:
+            raise CheckpointError(
+                f"This is not a checkpoint of {self.name}: no tensor's name has '{missing[0]}' in it.",
+                hint="leave --ecosystem out to have the ecosystem recognised",
+            )
 
 
 _DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
@@ -252,7 +293,11 @@ def final_rules(
     Raises:
         ConfigError: when class names do not fit the network, or a profile does not exist.
     """
+    if options.ignore_config and not ecosystem.reads_config:
+        raise ConfigError(f"Files of {ecosystem.name} hold no configuration.", hint="leave --ignore-config out")
     rules = ecosystem.rules(evidence)
+    if evidence.network.extra_source is ExtraSource.INPUT:
+        rules = rules.decide("the shape of P6's weights", extra_source=ExtraSource.INPUT)
     names = {item.name for item in dataclasses.fields(Rules)} - {"variant"}
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name in names}
     for source, said in (("the file's metadata", stated), (_OPTION, given)):
@@ -260,12 +305,37 @@ def final_rules(
         # Another profile decodes from its own centers, unless they are given as well.
         if "profile" in values and "centers" not in values and values["profile"] in PROFILES:
             rules = rules.decide(f"{source}: profile", centers=PROFILES[values["profile"]].centers)
+            rules = dataclasses.replace(rules, clip=None)
         rules = rules.decide(source, **values)
         if "input_size" in values:
             rules = dataclasses.replace(rules, shortest=None, longest=None)
         if "shortest" in values:
             rules = dataclasses.replace(rules, input_size=None)
+    rules = _with_network_facts(rules, evidence.network)
     return _with_input_type(_with_class_names(rules, ecosystem, evidence.network))
+
+
+def _with_network_facts(rules: Rules, network: FcosConfig) -> Rules:
+    """Without decisions about parts that the network does not have.
+
+    Raises:
+        ConfigError: an option is about such a part.
+    """
+    is_resnet = network.backbone is BackboneType.RESNET
+    parts = {
+        "norm_groups": ("group norm in its towers", network.tower_norm is TowerNorm.GROUP),
+        "tower_norm_eps": ("norm in its towers", network.tower_norm is not TowerNorm.NONE),
+        "extra_source": ("level P6", network.num_levels == 5),
+        "extra_relu": ("level P7", network.num_levels == 5),
+        "stage_strides": ("ResNet backbone", is_resnet),
+        "stage_dilations": ("ResNet backbone", is_resnet),
+    }
+    absent = {name: part for name, (part, present) in parts.items() if not present}
+    for name, part in absent.items():
+        if rules.sources.get(name) == _OPTION:
+            raise ConfigError(f"The network has no {part}.", hint=f"leave {option_flag(name)} out")
+    nothing: dict[str, Any] = dict.fromkeys(absent)
+    return dataclasses.replace(rules, **nothing)
 
 
 def _with_class_names(rules: Rules, ecosystem: Ecosystem, network: FcosConfig) -> Rules:
@@ -292,16 +362,11 @@ def _with_class_names(rules: Rules, ecosystem: Ecosystem, network: FcosConfig) -
 
 def _with_input_type(rules: Rules) -> Rules:
     """float32 keeps the ecosystem's own arithmetic; pixels that stay uint8 are resized before they are normalised."""
-    if rules.input_size is None and rules.shortest is None:
-        raise ConfigError(
-            "The configuration in the file does not keep the ratio when it resizes (keep_ratio=False).",
-            hint="give --input-size HxW, or --shortest and --longest; both keep the ratio, so compare the accuracy",
-        )
     default = InputDtype.FLOAT32 if rules.input_size is None else InputDtype.UINT8
     dtype = rules.input_dtype or default
     if rules.input_dtype is None:
         rules = rules.decide("rule: uint8 for a fixed input size, float32 otherwise", input_dtype=dtype)
-    if rules.input_size is not None:
+    if rules.input_size is not None and rules.size_rule not in {SizeRule.LETTERBOX, SizeRule.STRETCH}:
         rules = rules.decide("rule: a fixed input size is filled keeping the ratio", size_rule=SizeRule.LETTERBOX)
     # OpenCV's bilinear filter of uint8 is torch's of float without antialiasing, rounded to levels (docs/fcos.md).
     if dtype is InputDtype.UINT8 and rules.resize_filter is ResizeFilter.TORCH:
@@ -309,6 +374,30 @@ def _with_input_type(rules: Rules) -> Rules:
     if rules.resize_filter is not ResizeFilter.TORCH and rules.resize_order is not ResizeOrder.RESIZE_FIRST:
         rules = rules.decide("rule: this resize filter works on uint8", resize_order=ResizeOrder.RESIZE_FIRST)
     return rules
+
+
+def network_config(rules: Rules, network: FcosConfig) -> FcosConfig:
+    """What shapes tell of the network, completed by the rules."""
+    decided = {
+        name: getattr(rules, name)
+        for name in (
+            *("stride_in_1x1", "box_activation", "centerness_on_reg", "norm_eps", "norm_groups", "tower_norm_eps"),
+            *("stage_strides", "stage_dilations", "upsampling", "extra_source", "extra_relu"),
+        )
+        if getattr(rules, name) is not None
+    }
+    if rules.stage_strides is not None:
+        decided["strides"] = level_strides(rules.stage_strides, network.num_levels)
+    return dataclasses.replace(network, **decided)
+
+
+def level_strides(stage_strides: tuple[int, ...], levels: int) -> tuple[int, ...]:
+    """Strides of the pyramid's levels in network-input pixels, of a ResNet with these strides of its stages."""
+    strides, stride = [], 4 * stage_strides[0]  # The stem has divided by 4.
+    for stage_stride in (*stage_strides[1:], *(2,) * (levels - 3)):
+        stride *= stage_stride
+        strides.append(stride)
+    return tuple(strides)
 
 
 def preprocess_spec(rules: Rules) -> PreprocessSpec:
@@ -332,6 +421,9 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
             resize_filter=rules.resize_filter,
             resize_order=rules.resize_order,
             input_dtype=rules.input_dtype or InputDtype.UINT8,
+            size_divisor=rules.size_divisor or 32,
+            content=rules.content,
+            pad_pixel=rules.pad_pixel,
         )
     except InputSizeError as error:
         source = rules.sources.get("input_size", _OPTION)
@@ -347,12 +439,15 @@ def decode_spec(rules: Rules, config: FcosConfig) -> DecodeSpec:
     if rules.profile not in PROFILES:
         raise unknown_name("profile", rules.profile, PROFILES)
     offset = rules.label_offset
+    profile = PROFILES[rules.profile]
     return DecodeSpec(
-        profile=dataclasses.replace(PROFILES[rules.profile], centers=rules.centers),
+        profile=dataclasses.replace(profile, centers=rules.centers, clip=rules.clip or profile.clip),
         score_threshold=rules.score_threshold,
         iou_threshold=rules.iou_threshold,
         strides=config.strides,
-        pre_nms_top_k=rules.pre_nms_top_k,
+        pre_nms_top_k=rules.pre_nms_top_k or ALL_CANDIDATES,
         max_detections=rules.max_detections,
+        class_agnostic=rules.class_agnostic,
+        min_box_size=rules.min_box_size or 0.0,
         label_map=tuple(range(offset, offset + config.num_classes)) if offset else (),
     )

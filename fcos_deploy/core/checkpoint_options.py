@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fcos_deploy.core.decode import BoxClip
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.network import BoxActivation
-from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter
+from fcos_deploy.core.network import BoxActivation, ExtraSource, Upsampling
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, SizeRule
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointOptions",
     "OptionInfo",
     "format_checkpoint_options",
+    "option_flag",
     "option_infos",
     "override_options",
     "read_checkpoint_options",
@@ -69,6 +71,21 @@ def _triple(text: str) -> tuple[float, float, float]:
     except ValueError as error:
         raise ConfigError(f"Expected three numbers separated by commas, got '{text}'.") from error
     return first, second, third
+
+
+def _pixel(text: str) -> tuple[float, float, float]:
+    return _triple(text if "," in text else ",".join([text] * 3))
+
+
+def _four(text: str) -> tuple[int, int, int, int]:
+    match = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3}),(\d{1,3})", text.replace(" ", ""))
+    if match is None:
+        raise ConfigError(f"Expected four whole numbers separated by commas such as 1,2,2,2, got '{text}'.")
+    return int(match[1]), int(match[2]), int(match[3]), int(match[4])
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    return tuple(key.strip() for key in text.split(",") if key.strip())
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
@@ -148,6 +165,42 @@ class CheckpointOptions:
         flags="--centerness-on-reg/--centerness-on-cls",
     )
     norm_eps: float | None = _option(None, "Epsilon of the backbone's batch norm. Default: the ecosystem's.")
+    norm_groups: int | None = _option(
+        None, "Number of groups of the towers' group norm. Default: the configuration's, or 32.", metavar="N"
+    )
+    tower_norm_eps: float | None = _option(None, "Epsilon of the towers' norm. Default: the configuration's, or 1e-5.")
+    stage_strides: tuple[int, int, int, int] | None = _option(
+        None,
+        "Strides of the four stages of a ResNet. Default: the configuration's, or 1,2,2,2.",
+        metavar="A,B,C,D",
+        parse=_four,
+    )
+    stage_dilations: tuple[int, int, int, int] | None = _option(
+        None,
+        "Dilations of the four stages of a ResNet. Default: the configuration's, or 1,1,1,1.",
+        metavar="A,B,C,D",
+        parse=_four,
+    )
+    upsampling: Upsampling | None = _option(
+        None, "Interpolation between the pyramid's levels. Default: the configuration's, or nearest."
+    )
+    extra_source: ExtraSource | None = _option(
+        None,
+        "Map from which P6 is computed: P5 (output), the lateral convolution of C5 (lateral) or C5 (input). "
+        "Default: what the tensors' shapes show, the configuration's, or output.",
+    )
+    extra_relu: bool | None = _option(
+        None,
+        "Whether P7 is computed from relu(P6) or from P6. Default: the configuration's, or relu(P6).",
+        flags="--extra-relu/--no-extra-relu",
+    )
+    ignore_config: tuple[str, ...] = _option(
+        (),
+        "Keys of the configuration in an mmdetection file to leave out, as the error that names them writes them, "
+        "separated by commas; cfg leaves out all of it. Default: none.",
+        metavar="KEYS",
+        parse=_keys,
+    )
     input_size: tuple[int, int] | None = _option(
         None,
         "Fixed input size, height x width, such as 640x640 (other tools' --imgsz 640). The image keeps its aspect "
@@ -192,6 +245,35 @@ class CheckpointOptions:
     resize_filter: ResizeFilter | None = _option(
         None, "Library whose bilinear interpolation is reproduced. Default: the ecosystem's.", panel="Preprocessing"
     )
+    size_rule: SizeRule | None = _option(
+        None,
+        "Arithmetic of the resized size: letterbox or stretch with --input-size, a library's with --shortest. "
+        "Default: letterbox with --input-size, otherwise the ecosystem's.",
+        panel="Preprocessing",
+    )
+    content: tuple[int, int] | None = _option(
+        None,
+        "Height x width in the upper left of --input-size that the image is resized to. Default: all of it.",
+        flags="--content-size",
+        panel="Preprocessing",
+        metavar="HxW",
+        parse=_size,
+    )
+    size_divisor: int | None = _option(
+        None,
+        "Number that the height and width of the network input are padded to a multiple of. "
+        "Default: the configuration's, or 32.",
+        panel="Preprocessing",
+        metavar="PIXELS",
+    )
+    pad_pixel: tuple[float, float, float] | None = _option(
+        None,
+        "Pixel of the padding, in the order of the channels, or one number for all three. Default: the mean.",
+        flags="--pad-pixel",
+        panel="Preprocessing",
+        metavar="A,B,C",
+        parse=_pixel,
+    )
     score_threshold: float | None = _option(
         None,
         "Minimum score of a detection. Default: the checkpoint's.",
@@ -210,9 +292,28 @@ class CheckpointOptions:
     )
     pre_nms_top_k: int | None = _option(
         None,
-        "Maximum number of candidates a level before NMS. Default: the checkpoint's.",
+        "Maximum number of candidates a level before NMS; 0: all. Default: the checkpoint's.",
         panel="Detection",
         metavar="N",
+    )
+    class_agnostic: bool | None = _option(
+        None,
+        "Whether NMS compares boxes of all classes, or those of the same class. Default: the checkpoint's.",
+        flags="--class-agnostic-nms/--per-class-nms",
+        panel="Detection",
+    )
+    min_box_size: float | None = _option(
+        None,
+        "Length in image pixels that both sides of a box must exceed, for profiles that drop boxes by their size. "
+        "Default: the checkpoint's.",
+        panel="Detection",
+        metavar="PIXELS",
+    )
+    clip: BoxClip | None = _option(
+        None,
+        "What boxes are clipped to before NMS: nothing (none), the padded input, the image in it, or one pixel less "
+        "(image-1). Default: the profile's.",
+        panel="Detection",
     )
     centers: CenterMode | None = _option(
         None, "Position of a level's locations in the image. Default: the profile's.", panel="Detection"
@@ -233,13 +334,19 @@ class CheckpointOptions:
             )
         if self.input_size is not None and self.shortest is not None:
             raise ConfigError("Give either --input-size or --shortest and --longest, not both.")
-        for size in (*(self.input_size or ()), self.shortest, self.longest):
+        sizes = (*(self.input_size or ()), *(self.content or ()), self.shortest, self.longest, self.size_divisor)
+        for size in sizes:
             if size is not None and size < 1:
                 raise ConfigError(f"An input size must be at least 1 pixel, got {size}.")
         if self.shortest is not None and self.longest is not None and self.shortest > self.longest:
             raise ConfigError(f"--shortest {self.shortest} is larger than --longest {self.longest}.")
         if self.weights not in ("", "model", "ema"):
             raise ConfigError(f"weights must be 'model' or 'ema', got '{self.weights}'.")
+
+
+def option_flag(name: str) -> str:
+    """The option of a field as one types it, without the form that switches it off."""
+    return option_infos()[name].flags.partition("/")[0] or f"--{name.replace('_', '-')}"
 
 
 def option_infos() -> dict[str, OptionInfo]:
@@ -255,11 +362,11 @@ def override_options(options: CheckpointOptions, values: Mapping[str, Any]) -> C
     """
     dropped: dict[str, Any] = {}
     if "input_size" in values:
-        dropped = {"shortest": None, "longest": None}
+        dropped = {"shortest": None, "longest": None, "size_rule": None, "content": None}
     elif "shortest" in values or "longest" in values:
-        dropped = {"input_size": None}
+        dropped = {"input_size": None, "size_rule": None, "content": None}
     if "profile" in values:
-        dropped["centers"] = None  # A profile brings its own.
+        dropped |= {"centers": None, "clip": None}  # A profile brings its own.
     return dataclasses.replace(options, **{**dropped, **values})
 
 

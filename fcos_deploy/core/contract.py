@@ -112,7 +112,7 @@ class ModelContract:
     def needs_image_sizes(self) -> bool:
         """Whether the graph has the second input ``image_sizes``."""
         profile = self.decode.profile
-        in_image_pixels = profile.clip is not BoxClip.NONE or profile.nms_space is not NmsSpace.INPUT
+        in_image_pixels = profile.clip not in {BoxClip.NONE, BoxClip.INPUT} or profile.nms_space is not NmsSpace.INPUT
         return self.tail is Tail.NMS and in_image_pixels
 
     @property

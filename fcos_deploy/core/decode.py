@@ -16,6 +16,7 @@ from fcos_deploy.core.errors import ConfigError, TensorMismatchError
 from fcos_deploy.core.nms import best_first, best_of_groups
 
 __all__ = [
+    "ALL_CANDIDATES",
     "MAX_TOP_K",
     "PROFILES",
     "SCORE_FORMS",
@@ -38,6 +39,7 @@ __all__ = [
 
 
 MAX_TOP_K = 3840  # the largest K of TensorRT's TopK layer
+ALL_CANDIDATES = 2**31 - 1  # a ``pre_nms_top_k`` that leaves out none
 
 
 class ScoreForm(StrEnum):
@@ -49,9 +51,10 @@ class ScoreForm(StrEnum):
 
 
 class BoxClip(StrEnum):
-    """To what boxes are clipped before suppression: nothing, or the resized image without its padding."""
+    """To what boxes are clipped before suppression: nothing, the network input, or the resized image in it."""
 
     NONE = "none"
+    INPUT = "input"  # [0, W] x [0, H] of the image with its padding
     IMAGE = "image"  # [0, W] x [0, H]
     IMAGE_MINUS_ONE = "image-1"  # [0, W - 1] x [0, H - 1]
 
@@ -64,7 +67,7 @@ class NmsSpace(StrEnum):
 
 
 class BoxFilter(StrEnum):
-    """When boxes without area are dropped: never, before suppression, or after a final clip to the original image."""
+    """When small boxes are dropped: never, before suppression, or (without area) after a final clip to the image."""
 
     NONE = "none"
     BEFORE_NMS = "before-nms"
@@ -166,7 +169,9 @@ class DecodeSpec:
     """From head outputs to detections.
 
     ``strides`` of the levels in network-input pixels, finest first. ``label_map[channel]`` is the label of a class
-    channel; empty means that the label is the channel.
+    channel; empty means that the label is the channel. ``class_agnostic``: boxes suppress those of other classes too.
+    Where the profile drops boxes before suppression, those stay whose sides are both longer than ``min_box_size``, in
+    the pixels in which overlaps are measured; -1 keeps all.
     """
 
     profile: PostprocessProfile
@@ -176,6 +181,8 @@ class DecodeSpec:
     pre_nms_top_k: int = 1000
     max_detections: int = 100
     label_map: tuple[int, ...] = ()
+    class_agnostic: bool = False
+    min_box_size: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.score_threshold < 1.0:
@@ -184,6 +191,11 @@ class DecodeSpec:
             raise ConfigError(f"The IoU threshold must be in (0, 1], got {self.iou_threshold}.")
         if self.pre_nms_top_k < 1 or self.max_detections < 1:
             raise ConfigError("pre_nms_top_k and max_detections must be at least 1.")
+        if self.min_box_size > 0 and self.profile.box_filter is not BoxFilter.BEFORE_NMS:
+            raise ConfigError(
+                f"The profile '{self.profile.name}' does not drop boxes by their size, got {self.min_box_size:g}.",
+                hint="--min-box-size 0, or --profile mmdetection",
+            )
 
     def candidates_per_level(self, locations: int, *, classes: int) -> int:
         """How many pairs of location and class a graph's top-k keeps of a level with ``locations``."""

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["BackboneType", "BlockType", "BoxActivation", "FcosConfig", "TowerNorm", "resnet_config"]
+__all__ = [
+    "BackboneType",
+    "BlockType",
+    "BoxActivation",
+    "ExtraSource",
+    "FcosConfig",
+    "TowerNorm",
+    "Upsampling",
+    "resnet_config",
+]
 
 
 class BackboneType(StrEnum):
@@ -39,8 +48,24 @@ class TowerNorm(StrEnum):
     """Normalisation after each tower convolution of the head."""
 
     GROUP = "gn"
+    BATCH = "bn"  # one for all levels
     BATCH_PER_LEVEL = "bn-per-level"
     NONE = "none"
+
+
+class ExtraSource(StrEnum):
+    """What P6 is computed from: the pyramid's finished P5, the lateral convolution of C5, or C5 itself."""
+
+    OUTPUT = "output"
+    LATERAL = "lateral"
+    INPUT = "input"
+
+
+class Upsampling(StrEnum):
+    """Interpolation of the pyramid's coarser map to the size of the finer one."""
+
+    NEAREST = "nearest"
+    BILINEAR = "bilinear"
 
 
 # Blocks per stage of the published ResNets.
@@ -58,7 +83,9 @@ class FcosConfig:
     """Everything the canonical network needs beside its weights.
 
     ``stem_channels`` is 64 in every published ResNet; a smaller number makes a backbone of reduced width.
-    ``strides`` are those of the pyramid levels, finest first, in network-input pixels.
+    ``strides`` are those of the pyramid levels, finest first, in network-input pixels. ``stage_strides`` and
+    ``stage_dilations`` are those of a ResNet's four stages. ``extra_relu``: P7 is computed from relu(P6).
+    ``tower_norm_eps`` belongs to the norm of the towers, ``norm_eps`` to that of the backbone.
     """
 
     num_classes: int
@@ -69,14 +96,20 @@ class FcosConfig:
     groups: int = 1
     width_per_group: int = 64
     stride_in_1x1: bool = False
+    stage_strides: tuple[int, int, int, int] = (1, 2, 2, 2)
+    stage_dilations: tuple[int, int, int, int] = (1, 1, 1, 1)
     norm_eps: float = 1e-5
     fpn_channels: int = 256
+    upsampling: Upsampling = Upsampling.NEAREST
+    extra_source: ExtraSource = ExtraSource.OUTPUT
+    extra_relu: bool = True
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
     cls_convs: int = 4
     reg_convs: int = 4
     shared_convs: int = 0
     tower_norm: TowerNorm = TowerNorm.GROUP
     norm_groups: int = 32
+    tower_norm_eps: float = 1e-5
     centerness_on_reg: bool = True
     box_activation: BoxActivation = BoxActivation.RELU
     has_scales: bool = False
@@ -87,10 +120,12 @@ class FcosConfig:
                 raise ConfigError(f"FcosConfig.{name} must be at least 1, got {getattr(self, name)}.")
         if len(self.strides) not in (3, 5):
             raise ConfigError(f"An FCOS pyramid has 3 or 5 levels, got strides {self.strides}.")
-        if self.tower_norm is TowerNorm.GROUP and self.fpn_channels % self.norm_groups:
+        if min(self.stage_strides + self.stage_dilations) < 1:
+            raise ConfigError("The strides and dilations of a backbone's stages must be at least 1.")
+        if self.norm_groups < 1 or (self.tower_norm is TowerNorm.GROUP and self.fpn_channels % self.norm_groups):
             raise ConfigError(
                 f"{self.fpn_channels} pyramid channels do not divide into {self.norm_groups} normalisation groups.",
-                hint=f"use a multiple of {self.norm_groups}",
+                hint="the number of the training: --norm-groups N",
             )
 
     @property

@@ -88,12 +88,12 @@ def _used_rows(outputs: Outputs) -> Outputs:
 
 def _from_raw(outputs: Outputs, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox) -> Candidates:
     head = HeadOutputs(outputs["cls_logits"], outputs["distances"], outputs["centerness"])
-    return _suppressed(decode(head, spec, input_size=input_size), spec, letterbox)
+    return _suppressed(decode(head, spec, input_size=input_size), spec, input_size, letterbox)
 
 
-def _from_candidates(outputs: Outputs, spec: DecodeSpec, _size: tuple[int, int], letterbox: Letterbox) -> Candidates:
+def _from_candidates(outputs: Outputs, spec: DecodeSpec, size: tuple[int, int], letterbox: Letterbox) -> Candidates:
     candidates = _float_candidates(outputs)
-    return _suppressed(candidates.take(candidates.scores >= 0), spec, letterbox)
+    return _suppressed(candidates.take(candidates.scores >= 0), spec, size, letterbox)
 
 
 def _from_nms(outputs: Outputs, _spec: DecodeSpec, _size: tuple[int, int], _letterbox: Letterbox) -> Candidates:
@@ -121,22 +121,25 @@ def _float_candidates(outputs: Outputs) -> Candidates:
     return Candidates(boxes.astype(np.float32, copy=False), scores.astype(np.float32, copy=False), labels)
 
 
-def _suppressed(candidates: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Candidates:
+def _suppressed(
+    candidates: Candidates, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox
+) -> Candidates:
     """Survivors in the profile's order, boxes clipped as it says, in network-input pixels."""
     profile = spec.profile
-    boxes = _CLIPS[profile.clip](candidates.boxes, letterbox)
+    boxes = _CLIPS[profile.clip](candidates.boxes, input_size, letterbox)
     candidates = Candidates(boxes, candidates.scores, candidates.channels)
     measured = letterbox.to_image(boxes) if profile.nms_space is NmsSpace.ORIGINAL else boxes
     if profile.box_filter is BoxFilter.BEFORE_NMS:
-        solid = _has_area(measured)
-        candidates, measured = candidates.take(solid), measured[solid]
+        large = (measured[:, 2:] - measured[:, :2]).min(axis=1, initial=np.inf) > spec.min_box_size
+        candidates, measured = candidates.take(large), measured[large]
     rule = Suppression(
         iou_threshold=spec.iou_threshold,
         limit=spec.max_detections,
         iou_offset=profile.iou_offset,
         keep_ties=profile.keep_ties,
     )
-    kept = suppress(measured, candidates.scores, labels=candidates.channels, rule=rule)
+    labels = np.zeros_like(candidates.channels) if spec.class_agnostic else candidates.channels
+    kept = suppress(measured, candidates.scores, labels=labels, rule=rule)
     return candidates.take(kept if profile.sort_by_score else np.sort(kept))
 
 
@@ -144,10 +147,11 @@ def _clip_to(boxes: NDArray[np.float32], width: float, height: float) -> NDArray
     return np.clip(boxes, np.float32(0), np.array([width, height, width, height], np.float32))
 
 
-_CLIPS: dict[BoxClip, Callable[[NDArray[np.float32], Letterbox], NDArray[np.float32]]] = {
-    BoxClip.NONE: lambda boxes, _: boxes,
-    BoxClip.IMAGE: lambda boxes, box: _clip_to(boxes, box.resized_width, box.resized_height),
-    BoxClip.IMAGE_MINUS_ONE: lambda boxes, box: _clip_to(boxes, box.resized_width - 1, box.resized_height - 1),
+_CLIPS: dict[BoxClip, Callable[[NDArray[np.float32], tuple[int, int], Letterbox], NDArray[np.float32]]] = {
+    BoxClip.NONE: lambda boxes, _size, _box: boxes,
+    BoxClip.INPUT: lambda boxes, size, _box: _clip_to(boxes, size[1], size[0]),
+    BoxClip.IMAGE: lambda boxes, _size, box: _clip_to(boxes, box.resized_width, box.resized_height),
+    BoxClip.IMAGE_MINUS_ONE: lambda boxes, _size, box: _clip_to(boxes, box.resized_width - 1, box.resized_height - 1),
 }
 
 

@@ -44,13 +44,16 @@ class ResizeFilter(StrEnum):
 class SizeRule(StrEnum):
     """How the resized height and width follow from the image and the canvas or edges (docs/fcos.md, Pixels).
 
-    ``letterbox``: the largest size of the same aspect ratio that fits the canvas, rounded to the nearest pixel. The
-    other rules are the five ecosystems' own shortest-edge / longest-edge arithmetic.
+    ``letterbox``: the largest size of the same aspect ratio that fits the canvas, rounded to the nearest pixel.
+    ``stretch``: the canvas itself, whatever the aspect ratio. The other rules are the five ecosystems' own
+    shortest-edge / longest-edge arithmetic; ``mmdetection-fix-scale`` is mmdetection's ``FixScaleResize``.
     """
 
     LETTERBOX = "letterbox"
+    STRETCH = "stretch"
     TORCHVISION = "torchvision"
     MMDETECTION = "mmdetection"
+    MMDETECTION_FIX_SCALE = "mmdetection-fix-scale"
     DETECTRON2 = "detectron2"
     TIANZHI = "tianzhi"
 
@@ -82,8 +85,9 @@ class PreprocessSpec:
 
     Either ``height`` and ``width`` (a fixed canvas) or ``shortest`` and ``longest`` (the size follows the image, padded
     to a multiple of ``size_divisor``) are given, in pixels. Normalising is ``(pixel / pixel_scale - mean) / std``,
-    with ``mean`` and ``std`` in the order of ``channel_order``. Padding is appended on the right and the bottom; it is
-    0 after normalising for float32 input, and ``pad_value`` (in ``channel_order``) for uint8 input.
+    with ``mean`` and ``std`` in the order of ``channel_order``. ``content`` is the (height, width) in the upper left of
+    a canvas that the image is resized to; None: all of it. Padding is appended on the right and the bottom; its pixels
+    are ``pad_pixel`` (in ``channel_order``), by default the mean, so that they are 0 after normalising.
     """
 
     mean: tuple[float, float, float]
@@ -99,6 +103,8 @@ class PreprocessSpec:
     resize_order: ResizeOrder = ResizeOrder.RESIZE_FIRST
     input_dtype: InputDtype = InputDtype.UINT8
     size_divisor: int = 32
+    content: tuple[int, int] | None = None
+    pad_pixel: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         canvas = self.height is not None and self.width is not None
@@ -106,7 +112,7 @@ class PreprocessSpec:
         given = sum(v is not None for v in (self.height, self.width, self.shortest, self.longest))
         if canvas == edges or given != 2:
             raise ConfigError("Give either height and width, or shortest and longest.")
-        if (self.size_rule is SizeRule.LETTERBOX) != canvas:
+        if (self.size_rule in _CANVAS_RULES) != canvas:
             raise ConfigError(f"Size rule '{self.size_rule}' does not go with {'a canvas' if canvas else 'edges'}.")
         for size in (self.height, self.width):
             if size is not None and (size < self.size_divisor or size % self.size_divisor):
@@ -118,8 +124,18 @@ class PreprocessSpec:
             raise ConfigError("uint8 input is resized before it is normalised, so the order must be 'resize-first'.")
         if self.resize_filter is ResizeFilter.PIL and self.resize_order is ResizeOrder.NORMALIZE_FIRST:
             raise ConfigError("The resize filter 'pil' works on uint8, so the order must be 'resize-first'.")
-        if min(self.std) <= 0 or self.pixel_scale <= 0:
-            raise ConfigError(f"std and pixel_scale must be positive, got {self.std} and {self.pixel_scale}.")
+        if min(*self.std, self.pixel_scale, self.size_divisor) <= 0:
+            values = f"{self.std}, {self.pixel_scale} and {self.size_divisor}"
+            raise ConfigError(f"std, pixel_scale and size_divisor must be positive, got {values}.")
+        if self.content is not None:
+            self._check_content(self.content)
+
+    def _check_content(self, content: tuple[int, int]) -> None:
+        if self.canvas is None or not all(1 <= size <= limit for size, limit in zip(content, self.canvas, strict=True)):
+            raise InputSizeError(
+                f"The content size {content[0]}x{content[1]} must lie within an input size.",
+                hint="give --input-size HxW that is at least as large",
+            )
 
     def _round(self, size: int | None) -> int:
         return max(self.size_divisor, round((size or 0) / self.size_divisor) * self.size_divisor)
@@ -131,17 +147,32 @@ class PreprocessSpec:
 
     @property
     def pad_value(self) -> tuple[int, int, int]:
-        """The uint8 nearest to the mean, per channel: what padding is for uint8 input."""
-        first, second, third = (round(m * self.pixel_scale) for m in self.mean)
+        """What padding is for uint8 input: the levels nearest to ``pad_pixel``, or to the mean."""
+        pixel = self.pad_pixel or [m * self.pixel_scale for m in self.mean]
+        first, second, third = (min(max(round(value), 0), 255) for value in pixel)
         return first, second, third
 
+    @property
+    def normalized_pad_value(self) -> tuple[float, float, float]:
+        """What padding is for float32 input."""
+        if self.pad_pixel is None:
+            return 0.0, 0.0, 0.0
+        parts = zip(self.pad_pixel, self.mean, self.std, strict=True)
+        first, second, third = ((pixel / self.pixel_scale - mean) / std for pixel, mean, std in parts)
+        return first, second, third
+
+
+# Rules for a canvas; the others are for edges.
+_CANVAS_RULES = frozenset({SizeRule.LETTERBOX, SizeRule.STRETCH})
 
 Size = tuple[int, int]  # height, width
 
 
 def resized_size(height: int, width: int, spec: PreprocessSpec) -> Size:
     """Height and width of an image of the given size after resizing, before padding; at least 1 each."""
-    bounds = spec.canvas or (spec.shortest or 0, spec.longest or 0)  # PreprocessSpec has checked that both are there
+    bounds = (
+        spec.content or spec.canvas or (spec.shortest or 0, spec.longest or 0)
+    )  # PreprocessSpec has checked that both are there
     new_height, new_width = _RULES[spec.size_rule](height, width, bounds)
     return max(new_height, 1), max(new_width, 1)
 
@@ -158,7 +189,7 @@ def _round_up(size: int, divisor: int) -> int:
     return -(-size // divisor) * divisor
 
 
-# ``bounds`` of the rules below: the canvas (height, width), or the (shortest, longest) edge.
+# ``bounds`` of the rules below: the canvas or its content (height, width), or the (shortest, longest) edge.
 
 
 def _letterbox(height: int, width: int, bounds: Size) -> Size:
@@ -176,6 +207,12 @@ def _mmdetection(height: int, width: int, bounds: Size) -> Size:
     shortest, longest = bounds
     scale = min(longest / max(height, width), shortest / min(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def _mmdetection_fix_scale(height: int, width: int, bounds: Size) -> Size:
+    shortest, longest = bounds
+    scale = min(longest / max(height, width), shortest / min(height, width))
+    return int(height * scale), int(width * scale)
 
 
 def _detectron2(height: int, width: int, bounds: Size) -> Size:
@@ -203,8 +240,10 @@ def _tianzhi(height: int, width: int, bounds: Size) -> Size:
 
 _RULES: dict[SizeRule, Callable[[int, int, Size], Size]] = {
     SizeRule.LETTERBOX: _letterbox,
+    SizeRule.STRETCH: lambda _height, _width, bounds: bounds,
     SizeRule.TORCHVISION: _torchvision,
     SizeRule.MMDETECTION: _mmdetection,
+    SizeRule.MMDETECTION_FIX_SCALE: _mmdetection_fix_scale,
     SizeRule.DETECTRON2: _detectron2,
     SizeRule.TIANZHI: _tianzhi,
 }
@@ -304,7 +343,7 @@ def _check_out(out: NDArray[Any], spec: PreprocessSpec, *, size: tuple[int, int]
 
 def _pad(out: NDArray[Any], spec: PreprocessSpec, *, size: tuple[int, int]) -> None:
     height, width = size
-    values = spec.pad_value if spec.input_dtype is InputDtype.UINT8 else (0, 0, 0)
+    values = spec.pad_value if spec.input_dtype is InputDtype.UINT8 else spec.normalized_pad_value
     for plane, value in zip(out, values, strict=True):
         plane[height:] = value
         plane[:height, width:] = value

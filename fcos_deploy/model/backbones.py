@@ -18,9 +18,9 @@ __all__ = ["Dla34Backbone", "MobileNetV2Backbone", "ResNetBackbone"]
 class _Residual(nn.Module):
     """3x3 - 3x3, added to a residual that the caller hands in; the stride sits on the first convolution."""
 
-    def __init__(self, in_channels: int, channels: int, *, stride: int, eps: float) -> None:
+    def __init__(self, in_channels: int, channels: int, *, stride: int, eps: float, dilation: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, dilation, dilation, bias=False)
         self.bn1 = nn.BatchNorm2d(channels, eps=eps)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels, eps=eps)
@@ -42,8 +42,8 @@ class _BasicBlock(_Residual):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, planes: int, *, stride: int, config: FcosConfig) -> None:
-        super().__init__(in_channels, planes, stride=stride, eps=config.norm_eps)
+    def __init__(self, in_channels: int, planes: int, *, stride: int, dilation: int, config: FcosConfig) -> None:
+        super().__init__(in_channels, planes, stride=stride, eps=config.norm_eps, dilation=dilation)
         self.downsample = _shortcut(in_channels, planes, stride=stride, eps=config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # finds its residual itself
@@ -56,7 +56,7 @@ class _Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, planes: int, *, stride: int, config: FcosConfig) -> None:
+    def __init__(self, in_channels: int, planes: int, *, stride: int, dilation: int, config: FcosConfig) -> None:
         super().__init__()
         # ResNeXt-32x8d: 32 groups of 8 channels in the first stage, of twice as many in each stage after it.
         width = planes * config.width_per_group // config.stem_channels * config.groups
@@ -64,7 +64,7 @@ class _Bottleneck(nn.Module):
         first, second = (stride, 1) if config.stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, first, bias=False)
         self.bn1 = nn.BatchNorm2d(width, eps=config.norm_eps)
-        self.conv2 = nn.Conv2d(width, width, 3, second, 1, groups=config.groups, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, second, dilation, dilation, config.groups, bias=False)
         self.bn2 = nn.BatchNorm2d(width, eps=config.norm_eps)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels, eps=config.norm_eps)
@@ -79,7 +79,7 @@ class _Bottleneck(nn.Module):
 
 
 class ResNetBackbone(nn.Module):
-    """ResNet without its classifier; ``forward`` gives C3, C4 and C5 (strides 8, 16, 32)."""
+    """ResNet without its classifier; ``forward`` gives C3, C4 and C5 (strides 8, 16, 32 by default)."""
 
     layer1: nn.Sequential
     layer2: nn.Sequential
@@ -97,9 +97,9 @@ class ResNetBackbone(nn.Module):
             planes = stem << index
             blocks: list[nn.Module] = []
             for position in range(count):
-                # The stem has divided by 4 already, so the first stage keeps its size.
-                stride = 2 if index > 0 and position == 0 else 1
-                blocks.append(block(channels, planes, stride=stride, config=config))
+                stride = config.stage_strides[index] if position == 0 else 1
+                dilation = config.stage_dilations[index]
+                blocks.append(block(channels, planes, stride=stride, dilation=dilation, config=config))
                 channels = planes * block.expansion
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
         self.out_channels = tuple((stem << i) * block.expansion for i in (1, 2, 3))

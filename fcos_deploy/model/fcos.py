@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fcos_deploy.core.network import BackboneType, BoxActivation, FcosConfig, TowerNorm
+from fcos_deploy.core.network import BackboneType, BoxActivation, ExtraSource, FcosConfig, TowerNorm
 from fcos_deploy.model.backbones import Dla34Backbone, MobileNetV2Backbone, ResNetBackbone
 
 __all__ = ["Fcos", "LevelOutput", "flatten_levels"]
@@ -59,7 +59,7 @@ class _Backbone(nn.Module):
     def __init__(self, config: FcosConfig) -> None:
         super().__init__()
         self.body = _BACKBONES[config.backbone](config)
-        self.fpn = _FeaturePyramid(self.body.out_channels, channels=config.fpn_channels, num_levels=config.num_levels)
+        self.fpn = _FeaturePyramid(self.body.out_channels, config=config)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         levels: list[Tensor] = self.fpn(self.body(images))
@@ -67,26 +67,31 @@ class _Backbone(nn.Module):
 
 
 class _ExtraLevels(nn.Module):
-    """P6 from the pyramid's P5 and not from C5, P7 from relu(P6): so in all five ecosystems."""
+    """P6 from ``source`` and P7 from relu(P6), or from P6 without ``relu``."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, *, relu: bool) -> None:
         super().__init__()
-        self.p6 = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.p6 = nn.Conv2d(in_channels, channels, 3, 2, 1)
         self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+        self._relu = relu
 
-    def forward(self, p5: Tensor) -> list[Tensor]:
-        p6 = self.p6(p5)
-        return [p6, self.p7(torch.relu(p6))]
+    def forward(self, source: Tensor) -> list[Tensor]:
+        p6 = self.p6(source)
+        return [p6, self.p7(torch.relu(p6) if self._relu else p6)]
 
 
 class _FeaturePyramid(nn.Module):
-    """C3-C5 -> P3-P5, and P6-P7 when ``num_levels`` is 5; every level has ``channels`` channels."""
+    """C3-C5 -> P3-P5, and P6-P7 when there are 5 levels; every level has ``fpn_channels`` channels."""
 
-    def __init__(self, in_channels: tuple[int, ...], *, channels: int, num_levels: int) -> None:
+    def __init__(self, in_channels: tuple[int, ...], *, config: FcosConfig) -> None:
         super().__init__()
+        channels = config.fpn_channels
+        self._upsampling, self._source = config.upsampling, config.extra_source
         self.inner_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(c, channels, 1)) for c in in_channels)
         self.layer_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1)) for _ in in_channels)
-        self.extra_blocks = _ExtraLevels(channels) if num_levels == 5 else None
+        extra_channels = in_channels[-1] if config.extra_source is ExtraSource.INPUT else channels
+        extra = _ExtraLevels(extra_channels, channels, relu=config.extra_relu) if config.num_levels == 5 else None
+        self.extra_blocks = extra
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """[C3, C4, C5] -> [P3, ..., P7], finest first."""
@@ -94,9 +99,14 @@ class _FeaturePyramid(nn.Module):
         for i in range(len(top_down) - 2, -1, -1):
             # To the size of the finer map, not times two: a map of odd size rounds up when it is halved.
             size = cast(list[int], top_down[i].shape[-2:])
-            top_down[i] = top_down[i] + nn.functional.interpolate(top_down[i + 1], size=size, mode="nearest")
+            top_down[i] = top_down[i] + nn.functional.interpolate(top_down[i + 1], size=size, mode=self._upsampling)
         levels = [block(feature) for block, feature in zip(self.layer_blocks, top_down, strict=True)]
-        return levels if self.extra_blocks is None else levels + self.extra_blocks(levels[-1])
+        sources = {
+            ExtraSource.OUTPUT: levels[-1],
+            ExtraSource.LATERAL: top_down[-1],
+            ExtraSource.INPUT: features[-1],
+        }
+        return levels if self.extra_blocks is None else levels + self.extra_blocks(sources[self._source])
 
 
 class _Tower(nn.Module):
@@ -109,9 +119,11 @@ class _Tower(nn.Module):
         for _ in range(count):
             norm: nn.Module = nn.Identity()
             if config.tower_norm is TowerNorm.GROUP:
-                norm = nn.GroupNorm(config.norm_groups, channels)
+                norm = nn.GroupNorm(config.norm_groups, channels, eps=config.tower_norm_eps)
+            elif config.tower_norm is TowerNorm.BATCH:
+                norm = nn.BatchNorm2d(channels, eps=config.tower_norm_eps)
             elif config.tower_norm is TowerNorm.BATCH_PER_LEVEL:
-                norm = nn.ModuleList(nn.BatchNorm2d(channels) for _ in config.strides)
+                norm = nn.ModuleList(nn.BatchNorm2d(channels, eps=config.tower_norm_eps) for _ in config.strides)
             layers += [nn.Conv2d(channels, channels, 3, 1, 1), norm, nn.ReLU()]
         self.conv = nn.Sequential(*layers)
 

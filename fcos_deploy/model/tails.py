@@ -111,11 +111,12 @@ class ExportableFcos(nn.Module):
         if self.contract.tail is Tail.RAW:
             return flatten_levels(levels)
         spec = self.contract.decode
-        candidates = select_candidates(levels, (images.shape[2], images.shape[3]), spec=spec)
+        input_size = (images.shape[2], images.shape[3])
+        candidates = select_candidates(levels, input_size, spec=spec)
         selected = (candidates.boxes, candidates.scores, candidates.labels.to(torch.int32))
         if self.contract.tail is Tail.CANDIDATES:
             return (*selected, *flatten_levels(levels)) if self._with_sources else selected
-        outputs = suppress(candidates, image_sizes, spec=spec, suppression=self._suppression)
+        outputs = suppress(candidates, image_sizes, input_size, spec=spec, suppression=self._suppression)
         outputs = outputs[: len(self.contract.outputs)]  # without ``settled``, where the contract has none
         return (*outputs, *selected, *flatten_levels(levels)) if self._with_sources else outputs
 
@@ -265,21 +266,29 @@ def decode_boxes(level: LevelOutput, input_size: tuple[int, int], *, stride: int
 
 
 def suppress(
-    candidates: Candidates, image_sizes: Tensor | None, *, spec: DecodeSpec, suppression: Suppression
+    candidates: Candidates,
+    image_sizes: Tensor | None,
+    input_size: tuple[int, int],
+    *,
+    spec: DecodeSpec,
+    suppression: Suppression,
 ) -> tuple[Tensor, ...]:
     """Boxes (n, D, 4), scores (n, D), labels (n, D) int32, their count and whether the suppression settled.
 
     D = ``max_detections``; the last two are (n, 1) int32.
 
     Boxes stay in network-input pixels. Rows after the count are zeros with label -1. Order: best score first, or
-    candidate order where the profile does not sort.
+    candidate order where the profile does not sort. ``input_size`` is (H, W) of the padded network input.
 
     Raises:
         ConfigError: the profile works in image pixels and ``image_sizes`` is None.
     """
     profile = spec.profile
     boxes, scores = candidates.boxes, candidates.scores
-    if profile.clip is not BoxClip.NONE:
+    if profile.clip is BoxClip.INPUT:
+        x, y = boxes[..., 0::2].clamp(0, input_size[1]), boxes[..., 1::2].clamp(0, input_size[0])
+        boxes = torch.stack((x, y), 3).flatten(2)
+    elif profile.clip is not BoxClip.NONE:
         resized, _ = _sizes(image_sizes)
         limit = resized - 1.0 if profile.clip is BoxClip.IMAGE_MINUS_ONE else resized
         boxes = torch.minimum(boxes.clamp(min=0.0), limit)
@@ -292,10 +301,11 @@ def suppress(
         measured = measured + torch.tensor([0.0, 0.0, 1.0, 1.0], device=boxes.device) * profile.iou_offset
     if profile.box_filter is BoxFilter.BEFORE_NMS:
         shortest = (measured[..., 2:] - measured[..., :2]).amin(2)
-        scores = torch.where(shortest > 0, scores, -1.0)
-    keep, settled = suppression(
-        candidates._replace(boxes=measured, scores=scores), iou_threshold=spec.iou_threshold, limit=spec.max_detections
-    )
+        scores = torch.where(shortest > spec.min_box_size, scores, -1.0)
+    rivals = candidates._replace(boxes=measured, scores=scores)
+    if spec.class_agnostic:
+        rivals = rivals._replace(labels=torch.zeros_like(rivals.labels), classes=1)
+    keep, settled = suppression(rivals, iou_threshold=spec.iou_threshold, limit=spec.max_detections)
     survivors = candidates._replace(boxes=boxes, scores=torch.where(keep, scores, -1.0))
     return (*_padded(survivors, spec=spec), settled.to(torch.int32))
 

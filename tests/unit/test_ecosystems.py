@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, describe_weights
 from fcos_deploy.checkpoints.ecosystems import all_ecosystems
-from fcos_deploy.checkpoints.ecosystems.mmdetection import UNKNOWN, parse_config
 from fcos_deploy.checkpoints.load import CheckpointOptions, build_network
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
 from fcos_deploy.core.decode import CenterMode
@@ -24,7 +24,6 @@ ALL = sorted(path.stem for path in KEYS.glob("*.json"))
 DCN = [name for name in ALL if "dcn" in name]
 LOADED = [name for name in ALL if "dcn" not in name]
 MSRA = (103.53, 116.28, 123.675)
-AUGMENTED = "dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms=[dict(type='Resize', %s)])"
 CAFFE = (102.9801, 115.9465, 122.7717)
 
 
@@ -183,88 +182,6 @@ def test_mmdetection_without_a_configuration() -> None:
     assert not x101.config.stride_in_1x1
 
 
-def test_mmdetection_configuration_decides() -> None:
-    text = """
-norm = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], to_rgb=True)
-img_norm_cfg = norm
-model = dict(
-    type='FCOS',
-    backbone=dict(type='ResNet', depth=50, style='pytorch', frozen=print('no')),
-    bbox_head=dict(type='FCOSHead', norm_on_bbox=True, strides=[8, 16, 32, 64, 128]),
-    test_cfg=dict(nms_pre=500, score_thr=0.1, nms=dict(type='nms', iou_threshold=0.4), max_per_img=50))
-test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms=[dict(type='Resize')])]
-"""
-    meta = {"config": text, "CLASSES": tuple(f"thing {i}" for i in range(80))}
-    described = _describe("mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco", meta=meta)
-    pre, decode = described.contract.preprocess, described.contract.decode
-    assert (pre.mean, pre.std, pre.channel_order) == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), ChannelOrder.RGB)
-    assert (pre.shortest, pre.longest) == (480, 640)
-    assert (decode.pre_nms_top_k, decode.score_threshold, decode.iou_threshold, decode.max_detections) == (
-        500,
-        0.1,
-        0.4,
-        50,
-    )
-    assert described.config.box_activation is BoxActivation.RELU
-    assert not described.config.centerness_on_reg
-    assert not described.config.stride_in_1x1
-    assert described.contract.class_names[79] == "thing 79"
-    assert _decision(described, "stride_in_1x1") == ("no", "the configuration in the file")
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "keeps"),
-    [
-        ("dict(type='Resize', scale=(640, 480), keep_ratio=True)", True),
-        ("dict(type='Resize', scale=(640, 480), keep_ratio=False)", False),
-        ("dict(type='Resize', scale=(640, 480))", False),  # mmdetection 3's default
-        ("dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms=[dict(type='Resize')])", True),
-        (
-            "dict(type='MultiScaleFlipAug', img_scale=(640, 480), transforms=[dict(type='Resize', keep_ratio=False)])",
-            False,
-        ),
-    ],
-)
-def test_a_resize_that_does_not_keep_the_ratio_needs_an_option(pipeline: str, keeps: bool) -> None:
-    name, meta = "mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco", {"cfg": f"test_pipeline = [{pipeline}]"}
-    if keeps:
-        pre = _describe(name, meta=meta).contract.preprocess
-        assert (pre.shortest, pre.longest) == (480, 640)
-        return
-    with pytest.raises(ConfigError, match="keep_ratio=False") as caught:
-        _describe(name, meta=meta)
-    assert "--input-size" in caught.value.hint
-    chosen = CheckpointOptions(input_size=(480, 640))
-    assert _describe(name, options=chosen, meta=meta).contract.preprocess.canvas == (480, 640)
-
-
-def test_configuration_text_is_never_evaluated() -> None:
-    config = parse_config(
-        "import os\na = os.system('false')\nb = dict(c=[1, -2.5, (3,)], d=a, e={'f': None}, **a)\ng = b"
-    )
-    assert config["a"] is UNKNOWN
-    assert config["g"] == {"c": [1, -2.5, [3]], "d": UNKNOWN, "e": {"f": None}}
-
-
-@pytest.mark.parametrize("text", ["def (", "a = " + "(" * 5000, "\0", "x" * 3_000_000, "a = " + "-" * 100_000 + "1"])
-def test_configuration_text_that_is_no_python_is_ignored(text: str) -> None:
-    assert parse_config(text) == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model = dict(type='ATSS')", "model.type = 'ATSS', not 'FCOS'"),
-        ("model = dict(type='FCOS', neck=dict(relu_before_extra_convs=False))", "relu_before_extra_convs"),
-        ("model = dict(type='FCOS', bbox_head=dict(strides=[4, 8, 16, 32, 64]))", "strides"),
-        ("model = dict(type='FCOS', test_cfg=dict(nms=dict(type='soft_nms')))", "soft_nms"),
-    ],
-)
-def test_configurations_of_other_detectors_are_refused(text: str, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        _describe("mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco", meta={"cfg": text})
-
-
 def test_mmdetection_1_names_of_predictors() -> None:
     tensors = {
         name.replace("bbox_head.conv_", "bbox_head.fcos_"): tensor
@@ -351,8 +268,24 @@ def test_options_that_cannot_be_meant(options: CheckpointOptions, message: str) 
 
 
 def test_an_ecosystem_that_does_not_fit_names_what_is_missing() -> None:
-    with pytest.raises(CheckpointError, match="backbone is none of"):
+    with pytest.raises(CheckpointError, match=r"no tensor's name has 'head\.classification_head\.' in it"):
         _describe("adelaidet_R_50_1x", options=CheckpointOptions(ecosystem="torchvision"))
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of mmdetection: no tensor's name has 'bbox_head\.'"):
+        _describe("torchvision_bn", options=CheckpointOptions(ecosystem="mmdetection"))
+
+
+def test_mmdetection_towers_without_norm_say_nothing_of_the_variant() -> None:
+    name = "mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco"
+    tensors = {key: tensor for key, tensor in _state_dict(name).items() if ".gn." not in key}
+    for key in [key for key in tensors if "_convs." in key and "bbox_head" in key]:
+        tensors[key.replace("weight", "bias")] = torch.empty(256, device="meta")
+    describe = functools.partial(describe_weights, _weights(tensors), file_name="x.pth", stated={})
+    with pytest.raises(ConfigError, match="have no norm") as asked:
+        describe(options=CheckpointOptions())
+    assert "--variant plain" in asked.value.hint
+    plain = describe(options=CheckpointOptions(variant="plain"))
+    assert (plain.config.tower_norm, plain.config.box_activation) == (TowerNorm.NONE, BoxActivation.EXP)
+    build_network(plain.config, plain.tensors)
 
 
 def test_retinanet_is_told_from_fcos() -> None:

@@ -253,7 +253,8 @@ def test_slice_that_does_not_fit_is_refused(out: np.ndarray) -> None:
 )
 def test_letterbox_inverts_the_resize(height: int, width: int, rule: SizeRule, seed: int) -> None:
     """Corners of boxes go to the resized image by its two ratios, and back to within float32."""
-    spec = CANVAS if rule is SizeRule.LETTERBOX else edges(rule)
+    fixed = replace(CANVAS, size_rule=rule) if rule in {SizeRule.LETTERBOX, SizeRule.STRETCH} else None
+    spec = fixed or edges(rule)
     new_height, new_width = resized_size(height, width, spec)
     box = Letterbox(height, width, new_height, new_width)
     corners = np.random.default_rng(seed).random((20, 4)) * (width, height, width, height)

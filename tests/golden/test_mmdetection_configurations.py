@@ -1,0 +1,122 @@
+"""Checkpoints with configurations that are not mmdetection's default give the detections of mmdetection 3.3.0.
+
+The file of references holds, for each configuration, the mean magnitude of each level's head outputs and the final
+detections of mmdetection's own pipeline, network and decoding, with the weights of ``_fill_weights.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from exporters.torch_onnx import export_onnx
+from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.postprocess import image_sizes_row, postprocess
+from fcos_deploy.core.preprocess import InputDtype, preprocess
+from fcos_deploy.detector import Detector
+from fcos_deploy.model.tails import ExportableFcos, StaticNms
+
+DATA = Path(__file__).parents[1] / "data" / "mmdetection" / "configurations.json"
+REFERENCES = json.loads(DATA.read_text())
+ABSENT = "<absent>"
+
+
+def configuration(name: str) -> dict[str, Any]:
+    """The configuration of a reference: the base, and its changes by dotted path."""
+    config: dict[str, Any] = copy.deepcopy(ast.literal_eval(REFERENCES["base"]))
+    for path, value in ast.literal_eval(REFERENCES["cases"][name]["changes"]).items():
+        *parents, last = path.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section.pop(last, None)
+        if value != ABSENT:
+            section[last] = value
+    return config
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, fill_weights: ModuleType) -> Callable[[str], Path]:
+    """Writes the file as mmdetection does: weights, and its configuration as text."""
+
+    def write(name: str) -> Path:
+        shapes = REFERENCES["networks"][REFERENCES["cases"][name]["network"]]
+        weights = {key: torch.as_tensor(fill_weights.fill(key, tuple(shape))) for key, shape in shapes.items()}
+        text = "\n".join(f"{key} = {value!r}" for key, value in configuration(name).items())
+        torch.save({"meta": {"cfg": text}, "state_dict": weights}, tmp_path / "model.pth")
+        return tmp_path / "model.pth"
+
+    return write
+
+
+def _image() -> NDArray[np.uint8]:
+    """(190, 250, 3) RGB: waves and noise, as the references have it."""
+    rng = np.random.default_rng(7)
+    y, x = np.mgrid[:190, :250].astype(np.float64)
+    planes = [127 + 60 * np.sin(x / (9 + 5 * k) + y / (17 + 3 * k)) + 50 * np.cos(y / (7 + 4 * k)) for k in range(3)]
+    noisy = np.stack(planes, -1) + rng.integers(-12, 13, (190, 250, 3))
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def _detect(loaded: LoadedCheckpoint, tail: Tail) -> Detections:
+    """Through the tail as PyTorch runs it: the nms tail with the static suppression."""
+    contract = loaded.contract
+    pixels, letterbox = preprocess(_image(), contract.preprocess)
+    contract = replace(contract, tail=tail)
+    graph = ExportableFcos(loaded.model, contract, suppression=StaticNms(boxes=2000, rounds=40))
+    sizes = torch.from_numpy(image_sizes_row(letterbox))[None] if contract.needs_image_sizes else None
+    with torch.inference_mode():
+        arrays = [tensor.numpy() for tensor in graph(torch.from_numpy(pixels)[None], sizes)]
+    outputs = dict(zip(graph.output_names, arrays, strict=True))
+    return postprocess(outputs, contract, index=0, input_size=pixels.shape[1:], letterbox=letterbox)
+
+
+def _assert_same(detections: Detections, case: dict[str, Any]) -> None:
+    assert detections.labels.tolist() == case["labels"]
+    np.testing.assert_allclose(detections.scores, case["scores"], atol=2e-6)
+    np.testing.assert_allclose(detections.boxes, case["boxes"], atol=2e-3)
+
+
+@pytest.mark.parametrize("name", REFERENCES["cases"])
+def test_detections_are_those_of_mmdetection(name: str, checkpoint: Callable[[str], Path]) -> None:
+    case = REFERENCES["cases"][name]
+    loaded = load_checkpoint(checkpoint(name), options=CheckpointOptions(input_dtype=InputDtype.FLOAT32))
+    pixels, _ = preprocess(_image(), loaded.contract.preprocess)
+    with torch.inference_mode():
+        levels = loaded.model(torch.from_numpy(pixels)[None])
+    means = [[float(tensor.abs().double().mean()) for tensor in level] for level in levels]
+    np.testing.assert_allclose(means, case["levels"], rtol=1e-5)  # P6 and P7 have few of the best detections.
+    _assert_same(_detect(loaded, Tail.RAW), case)
+
+
+@pytest.mark.parametrize("tail", [Tail.CANDIDATES, Tail.NMS])
+@pytest.mark.parametrize(
+    "name", ["class-agnostic", "min-bbox-size", "min-bbox-size-absent", "no-clip", "pad-larger", "nms-pre-20"]
+)
+def test_every_tail_follows_the_configuration(name: str, tail: Tail, checkpoint: Callable[[str], Path]) -> None:
+    loaded = load_checkpoint(checkpoint(name), options=CheckpointOptions(input_dtype=InputDtype.FLOAT32))
+    _assert_same(_detect(loaded, tail), REFERENCES["cases"][name])
+
+
+@pytest.mark.parametrize("name", ["bilinear", "divisor-1"])
+def test_an_exported_graph_of_open_size_gives_them_too(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnx")
+    loaded = load_checkpoint(checkpoint(name), options=CheckpointOptions(input_dtype=InputDtype.FLOAT32))
+    export_onnx(loaded, tmp_path / "model.onnx")
+    with Detector.open(tmp_path / "model.onnx", backend="onnxruntime") as detector:
+        _assert_same(detector.detect(_image()), REFERENCES["cases"][name])

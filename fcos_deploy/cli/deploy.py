@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.gate import Judge, overall_outcome
 from fcos_deploy.core.serialize import to_json
 
@@ -46,6 +47,16 @@ def command(
             autocompletion=cli.complete_backend,
         ),
     ] = None,
+    precision: Annotated[
+        list[Precision] | None,
+        cli.option(
+            "Precision to build, repeatable. Default: fp32 and int8; of a --target, its profile's.", panel=cli.RUNTIME
+        ),
+    ] = None,
+    tail: Annotated[
+        Tail | None,
+        cli.option("Where the graphs end. Default: raw; of a --target, its profile's.", panel=cli.RUNTIME),
+    ] = None,
     max_map_drop: Annotated[
         float, cli.option("Largest loss of AP of INT8, 0.01 for one point.", metavar="AP", panel=cli.GATE)
     ] = 0.01,
@@ -69,7 +80,11 @@ def command(
     from fcos_deploy.pipeline.steps import DeployRequest, plan_targets
 
     plans = plan_targets(
-        tuple(target or ()), backend=backend[0] if backend and target else "", input_size=options.input_size
+        tuple(target or ()),
+        backends=tuple(dict.fromkeys(backend or ())),
+        precisions=tuple(dict.fromkeys(precision or ())),
+        tail=tail,
+        input_size=options.input_size,
     )
     if dry_run:
         for plan in plans:
@@ -86,6 +101,8 @@ def command(
         calibration_images=calibration_images,
         backends=() if target else tuple(backend or ()),
         plans=plans,
+        precisions=tuple(precision or (Precision.FP32, Precision.INT8)),
+        tail=tail or Tail.RAW,
         options=options,
         images=images,
         annotations=annotations,

@@ -13,7 +13,7 @@ from fcos_deploy.accuracy.gate import require_all
 from fcos_deploy.benchmark.run import Benchmark
 from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifest, Provenance, RunDefaults, StepOutput
 from fcos_deploy.checkpoints.load import load_checkpoint
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -126,22 +126,38 @@ def _runs_here(name: str) -> bool:
 
 def _make_artifacts(
     context: DeployContext, backends: tuple[str, ...]
-) -> tuple[list[Variant], Calibrated, list[AccuracyGateError]]:
-    """What is measured here, the calibration behind it, and why INT8 is missing where it is."""
-    source = export(context)
-    calibrated = calibrate(context, source)
+) -> tuple[list[Variant], Calibrated | None, list[AccuracyGateError]]:
+    """What is measured here, the calibration behind it if there is INT8, and why INT8 is missing where it is."""
+    request = context.request
+    forms = [plan.nms_form for plan in request.plans if plan.tail is Tail.NMS]
+    with_int8 = Precision.INT8 in request.precisions
     variants, refused = [], []
+    calibrated: Calibrated | None = None
     for name in backends:
-        variants.append(build(context, source, backend=name))
+        # An engine that a plan makes as well is made once, from the same graph.
+        tail = next((plan.tail for plan in request.plans if plan.backend == name), request.tail)
+        graphs = {
+            precision: export(context, tail=tail, precision=precision, nms_form=forms[0] if forms else NmsForm.ONNX)
+            for precision in (Precision.FP32, Precision.FP16)
+            if precision in request.precisions or (with_int8 and precision is Precision.FP32)
+        }
+        variants += [build(context, graphs[p], backend=name) for p in graphs if p in request.precisions]
+        if not with_int8:
+            continue
+        source = graphs[Precision.FP32]
+        calibrated = calibrate(context, source)
         try:
             int8 = quantize(context, source, calibrated=calibrated, consumer=name)
             variants.append(build(context, int8, backend=name))
         except AccuracyGateError as error:
             refused.append(error)
+    if refused and not variants:  # INT8 alone was asked for.
+        raise refused[0]
     try:
-        for plan in context.request.plans:
+        for plan in request.plans:
             make_for_device(context, plan)
-        if not context.request.plans:  # The portable INT8 graph, from which other devices build their engines.
+        if not request.plans and calibrated is not None:
+            # The portable INT8 graph, from which other devices build their engines.
             quantize(context, source, calibrated=calibrated, consumer="portable")
     except AccuracyGateError as error:
         refused.append(error)
@@ -149,7 +165,7 @@ def _make_artifacts(
 
 
 def _manifest(
-    context: DeployContext, variants: list[Variant], *, calibrated: Calibrated, golden: tuple[GoldenImage, ...]
+    context: DeployContext, variants: list[Variant], *, calibrated: Calibrated | None, golden: tuple[GoldenImage, ...]
 ) -> Manifest:
     request = context.request
     preferred = next((v for v in reversed(variants) if v.artifact.precision is Precision.INT8), variants[-1])
@@ -174,7 +190,7 @@ def _manifest(
         ),
         gates={**DEFAULT_GATES, Precision.INT8: int8_gate},
         golden=golden,
-        calibration=(calibrated.record,),
+        calibration=(calibrated.record,) if calibrated else (),
     )
 
 

@@ -56,7 +56,8 @@ __all__ = [
 class DeployRequest:
     """From ``checkpoint`` to the bundle ``output``.
 
-    ``backends`` to build for; empty takes every one that this machine can run. ``images`` (and ``annotations``) prove
+    ``backends`` to build for; empty takes every one that this machine can run. ``precisions`` and ``tail`` of what is
+    built for them; plans have their own. ``images`` (and ``annotations``) prove
     the accuracy; without them the calibration images and the reference's own detections do. ``plans`` are devices that
     get artifacts of their own. ``max_map_drop`` is the most AP (0..1) that INT8 may lose; ``judge``: whether the
     interval or the point estimate must keep it.
@@ -67,6 +68,8 @@ class DeployRequest:
     calibration_images: Path
     backends: tuple[str, ...] = ()
     plans: tuple[Plan, ...] = ()
+    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.INT8)
+    tail: Tail = Tail.RAW
     options: CheckpointOptions = field(default_factory=CheckpointOptions)
     images: Path | None = None
     annotations: Path | None = None
@@ -84,18 +87,41 @@ class DeployRequest:
             )
         if self.annotations is not None and self.images is None:
             raise ConfigError("Annotations need the images they belong to.", hint="give --images DIR as well")
+        object.__setattr__(self, "tail", Tail.of(self.tail, option="tail"))
+        precisions = tuple(Precision.of(word, option="precision") for word in self.precisions)
+        object.__setattr__(self, "precisions", tuple(dict.fromkeys(precisions)))
+        if not self.precisions:
+            raise ConfigError("There is no precision to build.", hint="give --precision fp32, fp16 or int8")
+        forms = {plan.nms_form for plan in self.plans if plan.tail is Tail.NMS}
+        if len(forms) > 1:
+            raise ConfigError(
+                "The targets need the nms tail in two forms, and a bundle has one file for it.",
+                hint="make a bundle for each --target",
+            )
 
 
 def plan_targets(
-    names: tuple[str, ...], *, backend: str = "", input_size: tuple[int, int] | None = None
+    names: tuple[str, ...],
+    *,
+    backends: tuple[str, ...] = (),
+    precisions: tuple[Precision, ...] = (),
+    tail: Tail | None = None,
+    input_size: tuple[int, int] | None = None,
 ) -> tuple[Plan, ...]:
-    """What each device profile gets; ``backend`` and ``input_size`` (height, width) replace the profile's choice.
+    """What each device profile gets: a plan for every backend and precision.
+
+    Empty, None: the profile's choice. ``input_size`` is (height, width).
 
     Raises:
         ConfigError: an unknown profile, a plan that cannot work there, with the rule that forbids it, or a profile that
             wants another batch than the graphs of a bundle have.
     """
-    request = PlanRequest(backend=backend, input_size=input_size or PlanRequest().input_size)
+    size = input_size or PlanRequest().input_size
+    requests = [
+        PlanRequest(backend=backend, precision=precision, tail=tail, input_size=size)
+        for backend in backends or ("",)
+        for precision in precisions or (None,)
+    ]
     profiles = [load_profile(name) for name in names]
     for profile in profiles:
         if profile.batch != 1:
@@ -103,7 +129,7 @@ def plan_targets(
                 f"Profile '{profile.name}' wants batches of {profile.batch}; the graphs of a bundle take one image.",
                 hint=f"set its batch to 1, or: fcos-deploy export --batch {profile.batch}, then build --target",
             )
-    return tuple(make_plan(profile, request) for profile in profiles)
+    return tuple(make_plan(profile, request) for profile in profiles for request in requests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class _DeepStream(Packager):
         if model.contract.tail is not Tail.NMS:
             raise ConfigError(
                 f"DeepStream needs the nms tail, '{model.artifact.path}' has '{model.contract.tail}'.",
-                hint="deploy with a device profile of your own that has tail = 'nms': --target my-board.toml",
+                hint="make the bundle with 'fcos-deploy deploy --tail nms'",
             )
         model.copy_to(folder)
         (folder / "labels.txt").write_text(model.label_text, encoding="utf-8")

@@ -62,7 +62,7 @@ def config_text(model: ServedModel) -> str:
             *_tensors("input", model.inputs, options),
             *_tensors("output", model.contract.output_specs, options),
             *_batching(options),
-            *_instances(options),
+            *_instances(model),
             *_warm_up(model.inputs, options),
             "version_policy { latest { num_versions: 1 } }",
             "parameters {",
@@ -97,12 +97,15 @@ def _batching(options: ServingOptions) -> Iterable[str]:
         yield f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay_us} }}"
 
 
-def _instances(options: ServingOptions) -> Iterable[str]:
+def _instances(model: ServedModel) -> Iterable[str]:
+    """On the GPUs that were named; an engine of TensorRT, which has no other place, on every one by default."""
+    options = model.options
+    place = "kind: KIND_CPU"
     if options.gpus:
-        gpus = ", ".join(map(str, options.gpus))
-        yield f"instance_group {{ count: {options.instances}, kind: KIND_GPU, gpus: [{gpus}] }}"
-    else:
-        yield f"instance_group {{ count: {options.instances}, kind: KIND_CPU }}"
+        place = f"kind: KIND_GPU, gpus: [{', '.join(map(str, options.gpus))}]"
+    elif model.artifact.kind is ArtifactKind.TENSORRT_ENGINE:
+        place = "kind: KIND_GPU"  # Triton refuses such a model on KIND_CPU.
+    yield f"instance_group {{ count: {options.instances}, {place} }}"
 
 
 def _warm_up(specs: Iterable[TensorSpec], options: ServingOptions) -> Iterable[str]:

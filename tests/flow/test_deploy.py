@@ -68,6 +68,38 @@ def _tiny_arguments(checkpoint: Path, images: Path, output: Path, *more: str) ->
     return ["deploy", str(checkpoint), "-o", str(output), *data, *more]
 
 
+def test_a_bundle_with_the_nms_tail_is_packaged_for_deepstream(
+    tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path
+) -> None:
+    bundle, packed = tmp_path / "bundle", tmp_path / "packed"
+    arguments = _tiny_arguments(
+        tiny_checkpoint, smooth_images, bundle, "--tail", "nms", "--precision", "fp32", "--allow-inconclusive"
+    )
+    deployed = CliRunner().invoke(build_app(), arguments)
+    assert deployed.exit_code == 0, deployed.stderr
+    with open_bundle(bundle) as opened:
+        (artifact,) = opened.manifest.artifacts
+        assert (artifact.path, artifact.precision) == ("model.fp32.nms.onnx", Precision.FP32)
+        assert opened.manifest.calibration == ()
+    done = CliRunner().invoke(build_app(), ["package", str(bundle), "--for", "deepstream", "-o", str(packed)])
+    assert done.exit_code == 0, done.stderr
+    assert (packed / "labels.txt").read_text() == "red\nwhite\nplatelet\n"
+    assert "output-blob-names=boxes;scores;labels;num_detections" in (packed / "config_infer.txt").read_text()
+
+
+def test_every_backend_and_precision_of_a_target_is_planned(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--target", "intel-core", "--backend", "openvino", "--backend", "onnxruntime", "--tail", "candidates"]
+    arguments = _tiny_arguments(tiny_checkpoint, tmp_path, tmp_path / "b", *words, "--dry-run", "--json")
+    result = CliRunner().invoke(build_app(), [*arguments, "--precision", "fp32", "--precision", "int8"])
+    assert result.exit_code == 0, result.stderr
+    planned = {(plan["backend"], plan["precision"], plan["tail"]) for plan in json.loads(result.stdout)}
+    both = ("openvino", "onnxruntime")
+    assert planned == {(backend, precision, "candidates") for backend in both for precision in ("fp32", "int8")}
+    refused = CliRunner().invoke(build_app(), [*arguments, "--target", "jetson-orin-nano"])
+    assert refused.exit_code == 2
+    assert "does not run there" in refused.stderr
+
+
 def test_what_was_measured_before_an_interruption_is_not_measured_again(
     tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

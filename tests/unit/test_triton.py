@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fcos_deploy.bundle import open_bundle
+from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.serving import ServingOptions, package_bundle
+from fcos_deploy.serving.package import ServedModel
+from fcos_deploy.serving.triton import config_text
 
 
 def _config(bundle: Path, output: Path, options: ServingOptions | None = None) -> str:
@@ -47,6 +52,22 @@ def test_batches_are_refused_where_the_model_takes_none(tiny_bundle: Path, tmp_p
 def test_gpus_are_named(tiny_bundle: Path, tmp_path: Path) -> None:
     config = _config(tiny_bundle, tmp_path / "m", ServingOptions(gpus=(0, 2)))
     assert "kind: KIND_GPU, gpus: [0, 2]" in config
+
+
+def test_a_tensorrt_engine_is_served_on_gpus_without_a_number(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Triton refuses a model of its tensorrt backend on KIND_CPU."""
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "engine"))
+    with open_bundle(path) as opened:
+        (artifact,) = opened.manifest.artifacts
+        model = ServedModel(
+            name="tiny",
+            path=opened.path(artifact.path),
+            companions=(),
+            artifact=replace(artifact, kind=ArtifactKind.TENSORRT_ENGINE, backend="tensorrt"),
+            contract=opened.manifest.contract,
+            options=ServingOptions(),
+        )
+    assert "instance_group { count: 1, kind: KIND_GPU }" in config_text(model)
 
 
 def test_tritons_own_definition_accepts_the_text(tiny_bundle: Path, tmp_path: Path) -> None:

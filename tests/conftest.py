@@ -44,7 +44,7 @@ TESTS = Path(__file__).parent
 # Folders and files that export, build or run whole models: left out of the quick loop.
 _SLOW = frozenset(
     (
-        *("contract", "flow", "golden"),
+        *("contract", "docs", "flow", "golden"),
         *("test_torch_onnx", "test_tails", "test_detector", "test_ecosystems", "test_simplify", "test_onnx_fp16"),
         *("test_wrap", "test_evaluate", "test_sign", "test_benchmark", "test_predict", "test_export"),
         *("test_argument_fuzz", "test_diagnosis", "test_report"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,15 +24,20 @@ from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.model_files import files_of
 from fcos_deploy.core.preprocess import Letterbox
 from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = ["DetectionRun", "StageSeconds", "collect_detections"]
 
+_LOG = logging.getLogger(__name__)
+
+_SYNC_SECONDS = 1.0  # of detections that a power cut may take
+_MAX_BYTES = 4 << 30  # of kept detections
 _AHEAD = 4  # images that wait before and after the network
 
 _In = TypeVar("_In")
@@ -195,15 +202,16 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[_In], _Out], items: Iterabl
 class _PredictionStore:
     """Detections by image id, in memory and, with ``path``, one JSON line an image in a file that a rerun goes on with.
 
-    A last line that a killed run left incomplete is dropped.
+    What a killed run or a power cut left of the last lines, cut off or zeroed, is dropped: these images run again.
 
     Raises:
-        ConfigError: the file cannot be written, or is damaged.
+        ConfigError: the file cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.detections: dict[int, Detections] = {}
         self._stream: IO[str] | None = None
+        self._synced = time.monotonic()
         if path is None:
             return
         try:
@@ -213,33 +221,41 @@ class _PredictionStore:
             self._stream.truncate(complete)
         except OSError as error:
             raise ConfigError(f"Cannot keep predictions in '{path.parent}': {error.strerror}.") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"'{path}' is damaged: {error!r}.", hint="delete it, and the images run again") from error
 
     def __enter__(self) -> _PredictionStore:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._stream is not None:
+            self._sync()
             self._stream.close()
 
     def _load(self, path: Path) -> int:
-        """Read the complete lines; returns how many bytes they are."""
+        """Read the sound lines up to the first that is not; returns how many bytes they are."""
         complete = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-            if not line.endswith(b"\n"):
+        content = read_file(path, limit=_MAX_BYTES) if path.exists() else b""
+        for line in content.split(b"\n")[:-1]:
+            try:
+                record = parse_json(line)
+                number, detections = int(record["image_id"]), _detections(record)
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                _LOG.warning(
+                    "'%s' is damaged after %d images, which is where it goes on: %r", path, len(self.detections), error
+                )
                 break
-            record = json.loads(line)
-            self.detections[int(record["image_id"])] = Detections(
-                np.array(record["boxes"], np.float32).reshape(-1, 4),
-                np.array(record["scores"], np.float32),
-                np.array(record["labels"], np.int64),
-            )
-            complete += len(line)
+            self.detections[number] = detections
+            complete += len(line) + 1
         return complete
 
+    def _sync(self) -> None:
+        """Wait until the lines are on the disk."""
+        if self._stream is not None:
+            with contextlib.suppress(OSError):  # Writing fails as well, and says so.
+                os.fsync(self._stream.fileno())
+            self._synced = time.monotonic()
+
     def add(self, image_id: int, detections: Detections) -> None:
-        """Keep an image's detections, on disk before this returns.
+        """Keep an image's detections: at once for a process that is killed, within a second for a power cut.
 
         Raises:
             ConfigError: the disk is full or was removed; what was kept before stays.
@@ -251,6 +267,8 @@ class _PredictionStore:
         try:
             self._stream.write(json.dumps({"image_id": image_id, **columns}) + "\n")
             self._stream.flush()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                self._sync()
         except OSError as error:
             stream, self._stream = self._stream, None
             with contextlib.suppress(OSError):
@@ -259,3 +277,11 @@ class _PredictionStore:
                 f"Cannot keep predictions in '{stream.name}': {error.strerror}.",
                 hint="make room and run the command again: it resumes where it stopped",
             ) from error
+
+
+def _detections(record: Mapping[str, Any]) -> Detections:  # Any: JSON
+    return Detections(
+        np.array(record["boxes"], np.float32).reshape(-1, 4),
+        np.array(record["scores"], np.float32),
+        np.array(record["labels"], np.int64),
+    )

@@ -161,8 +161,12 @@ class _Run:
 
         with ThreadPoolExecutor(threads, "soak") as pool:
             workers = [pool.submit(work, worker) for worker in range(threads)]
-            while wait(workers, timeout=0.5).not_done:
-                progress(label, sum(done), count)
+            try:
+                while wait(workers, timeout=0.5).not_done:
+                    progress(label, sum(done), count)
+            except BaseException:  # an interrupt: the pool waits for its threads, and they would finish the run
+                stop.set()
+                raise
             progress(label, sum(done), count)
             return sum(worker.result() for worker in workers)
 

@@ -82,7 +82,7 @@ def select_runnable(
             return selection, tuple(fallbacks)
     raise DeviceError(
         "No backend of the bundle's chain can run here. " + "; ".join(f"{f.backend}: {f.reason}" for f in fallbacks),
-        hint=bundle.manifest.provenance.command or "make the bundle for this machine with 'fcos-deploy deploy'",
+        hint="make the bundle for this machine with 'fcos-deploy deploy'",
     )
 
 
@@ -96,7 +96,8 @@ def require_fit(bundle: Bundle, selection: Selection, *, machine: MachineFacts |
     differences = preflight(selection.artifact, probe=probe, machine=machine or read_machine())
     if not differences:
         return
-    rebuild = bundle.manifest.provenance.command or "fcos-deploy deploy"
+    # Never a line of the manifest: pasted into a shell it would be a program of whoever wrote it.
+    rebuild = "fcos-deploy deploy"
     if selection.backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts):
         rebuild = renew_command(bundle, backend=selection.backend, precision=selection.artifact.precision)
     chain = ", then ".join(bundle.manifest.defaults.fallback)

@@ -7,9 +7,11 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import hmac
 import json
 import os
 import platform
+import re
 import shutil
 import time
 import uuid
@@ -32,7 +34,8 @@ from fcos_deploy.bundle.manifest import (
 from fcos_deploy.bundle.store import check_files, digest_line, read_manifest
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError
-from fcos_deploy.core.files import sha256_file, write_text
+from fcos_deploy.core.files import require_name, sha256_file, sync_folder, write_text
+from fcos_deploy.core.local_trust import authenticate, own_folder
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [
@@ -46,6 +49,9 @@ __all__ = [
     "replace_folder",
     "restore_folder",
 ]
+
+# What a working folder holds; see ``BundleWriter``.
+_OWN_NAMES = re.compile(r"lock|files|scratch|journal\.(jsonl|partial)|step-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +104,7 @@ class BundleWriter:
     """
 
     def __init__(self, target: Path) -> None:
+        require_name(target)
         self.target = target
         self._work = target.with_name(f".{target.name}.work")
         self._files = self._work / "files"
@@ -116,7 +123,17 @@ class BundleWriter:
                 raise
 
     def _recover(self) -> Journal:
-        """The journal of an earlier run; whatever a killed step left behind is removed."""
+        """The journal of an earlier run; whatever a killed step left behind is removed.
+
+        Raises:
+            ConfigError: the working folder holds what no run of ours made, and what is removed may be somebody's.
+        """
+        strange = sorted(path.name for path in self._work.iterdir() if not _OWN_NAMES.fullmatch(path.name))
+        if strange or self._files.is_symlink():
+            raise ConfigError(
+                f"'{self._work}' is not a working folder of fcos-deploy: it holds '{(strange or ['files'])[0]}'.",
+                hint="move it away, or choose another output",
+            )
         self._files.mkdir(parents=True, exist_ok=True)
         for leftover in self._work.glob("step-*"):
             shutil.rmtree(leftover)
@@ -176,7 +193,8 @@ class BundleWriter:
 
     def _is_intact(self, record: FileRecord) -> bool:
         path = self.path(record.path)
-        return path.is_file() and path.stat().st_size == record.size and sha256_file(path) == record.sha256
+        plain = path.is_file() and not path.is_symlink()
+        return plain and path.stat().st_size == record.size and sha256_file(path) == record.sha256
 
     def _forget(self, name: str) -> None:
         step = self._journal.drop(name)
@@ -206,6 +224,9 @@ class BundleWriter:
                 target = self._files.joinpath(*PurePosixPath(path).parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).replace(target)
+            # The names too, before the journal says that the step is finished.
+            for parent in {self._files, *(self._files.joinpath(path).parent for path in records)}:
+                sync_folder(parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._journal.add(step)
@@ -290,15 +311,23 @@ def _artifact(draft: ArtifactDraft, records: Mapping[str, FileRecord], *, step: 
 
 
 class Journal:
-    """Finished steps by name, one JSON line each in the file ``path``, on the disk before a step counts as finished."""
+    """Finished steps by name, one JSON line each in the file ``path``, on the disk before a step counts as finished.
+
+    Each line is authenticated with the user's secret, for this path: what another user planted, or what belongs to
+    another bundle, is not resumed from. A user without a place for a secret begins anew.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.steps: dict[str, StepResult] = {}
         for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
             try:
-                step = from_json(StepResult, json.loads(line), where=path.name)
-            except (ValueError, ConfigError, BundleError):
+                content = json.loads(line)
+                code = content.pop("hmac", "")
+                if not code or not hmac.compare_digest(code, self._authenticate(content)):
+                    break  # not ours
+                step = from_json(StepResult, content, where=path.name)
+            except (ValueError, TypeError, AttributeError, RecursionError, ConfigError, BundleError):
                 break  # A line of another version or cut off by a power failure: that step and later ones run again.
             self.steps[step.name] = step
 
@@ -315,14 +344,27 @@ class Journal:
             self._write()
         return step
 
+    def _authenticate(self, step: Mapping[str, Any]) -> str:  # Any: JSON
+        """The code of a step; '' where this user has no place for a secret."""
+        message = f"{self._path.absolute()}\n{json.dumps(step, sort_keys=True)}"
+        try:
+            return authenticate("journal", message.encode())
+        except ConfigError:
+            return ""
+
+    def _line(self, step: StepResult) -> str:
+        content = to_json(step)
+        return json.dumps({**content, "hmac": self._authenticate(content)}) + "\n"
+
     def _write(self) -> None:
         # Rewritten whole and renamed: a line appended behind a half-written one would be lost.
         partial = self._path.with_suffix(".partial")
         with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(to_json(step)) + "\n" for step in self.steps.values())
+            stream.writelines(map(self._line, self.steps.values()))
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(self._path)
+        sync_folder(self._path.parent)
 
 
 def lock_folder(folder: Path) -> int:
@@ -331,15 +373,20 @@ def lock_folder(folder: Path) -> int:
     Returns the file descriptor; the kernel releases the lock when it is closed, also by the death of the process.
 
     Raises:
+        ConfigError: another user made the folder, or others can write it.
         BundleError: another process holds the lock.
     """
     path = folder / "lock"
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            own_folder(folder)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:
             continue  # The holder removed the folder between the two calls.
+        except ConfigError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                continue
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -372,11 +419,7 @@ def replace_folder(new: Path, target: Path) -> None:
         target.rename(_aside(target))
         new.rename(target)
         _aside(target).rename(new)
-    descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(target.parent)
 
 
 def restore_folder(target: Path) -> None:

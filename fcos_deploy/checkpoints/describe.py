@@ -32,8 +32,9 @@ from fcos_deploy.checkpoints.rules import (
 from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.decode import ALL_CANDIDATES
-from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError, brief
+from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError
 from fcos_deploy.core.network import BackboneType, BlockType, ExtraSource, FcosConfig, TowerNorm
+from fcos_deploy.core.text import brief
 
 __all__ = [
     "CheckpointDescription",

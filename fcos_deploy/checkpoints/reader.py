@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.checkpoints.pickle_reader import MAX_AXES, Inert, PickleHooks, read_pickle
-from fcos_deploy.core.errors import CheckpointError, brief
+from fcos_deploy.core.errors import CheckpointError
 from fcos_deploy.core.files import open_regular
 from fcos_deploy.core.model_files import CheckpointFormat, checkpoint_format
+from fcos_deploy.core.text import brief
 
 __all__ = [
     "ITEM_SIZES",

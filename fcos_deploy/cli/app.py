@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from fcos_deploy.cli.options import OUTPUT, with_parameters
-from fcos_deploy.cli.output import verbosity
+from fcos_deploy.cli.output import show_error, verbosity
 from fcos_deploy.core.errors import FcosDeployError
 
 __all__ = ["COMMANDS", "build_app", "main"]
@@ -104,12 +106,13 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
             with verbosity(verbose=verbose, quiet=quiet):
                 _call(command, arguments)
         except FcosDeployError as error:
-            _show(error)
+            show_error(error.message, hint=error.hint)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             Console(stderr=True).print("[bold red]interrupted[/]")
             raise typer.Exit(130) from None
         except BrokenPipeError:
+            _silence_stdout()
             raise typer.Exit(0) from None
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -134,18 +137,39 @@ def _call(command: Callable[..., None], arguments: dict[str, Any]) -> None:
         _LOG.debug("%s", error, exc_info=True)
         raise
     except OSError as error:
+        _silence_stdout()
         _LOG.debug("%s", error, exc_info=True)
         raise FcosDeployError(f"{error}.", hint="check the free space, the permissions and the device") from error
 
 
-def _show(error: FcosDeployError) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/] {escape(error.message)}")
-    if error.hint:
-        console.print(f"[bold]hint:[/]  {escape(error.hint)}")
+def _open_standard_streams() -> None:
+    """Give the null device to a standard stream that is closed: the next file would take its number and its output."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  (to the end)
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  (to the end)
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from failing once more when it flushes an output that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+
+
+def _terminate(number: int, _: object) -> None:
+    """Leave as after an error, so that temporary folders are removed, which the signal's own action would not do."""
+    raise SystemExit(128 + number)
 
 
 def main() -> None:
     """Entry point of ``fcos-deploy``."""
+    _open_standard_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, _terminate)
     build_app(only=next(iter(sys.argv[1:]), ""))()
     sys.exit(0)

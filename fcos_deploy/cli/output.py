@@ -14,11 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn
+from fcos_deploy.core.text import printable
 
-__all__ = ["command_line", "note", "print_json", "progress_bar", "table", "verbosity"]
+__all__ = ["command_line", "note", "print_json", "progress_bar", "show_error", "table", "verbosity"]
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
@@ -29,7 +31,7 @@ class _Stderr(logging.Handler):
     """Writes to what ``sys.stderr`` is at that moment, so that lines and progress bars don't overwrite each other."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
+        sys.stderr.write(f"{record.levelname.lower()}: {printable(self.format(record), lines=True)}\n")
 
 
 @contextlib.contextmanager
@@ -61,20 +63,30 @@ def verbosity(*, verbose: int, quiet: bool) -> Iterator[None]:
 def print_json(value: Any) -> None:  # Any: a JSON value has no narrower type
     """One JSON document on stdout; what JSON lacks becomes its text, but NaN is an error."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+    sys.stdout.flush()  # here, where a full disk or a closed pipe is an error with a sentence
 
 
 def note(text: str) -> None:
     """A line for people, on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False, quiet=_QUIET.get()).print(text, markup=False)
+    shown = printable(text, lines=True)
+    Console(stderr=True, soft_wrap=True, highlight=False, quiet=_QUIET.get()).print(shown, markup=False, emoji=False)
+
+
+def show_error(message: str, *, hint: str) -> None:
+    """An error and what to do about it, on stderr; names of files in it are text, whatever they contain."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error:", "bold red"), " ", printable(message, lines=True)))
+    if hint:
+        console.print(Text.assemble(("hint:", "bold"), "  ", printable(hint, lines=True)))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stderr; the first column is left-aligned, the others right-aligned."""
-    sheet = Table(title=title, title_justify="left")
+    """A table on stderr; the first column is left-aligned, the others right-aligned. Cells are text, never markup."""
+    sheet = Table(title=Text(printable(title)), title_justify="left")
     for index, column in enumerate(columns):
         sheet.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        sheet.add_row(*row)
+        sheet.add_row(*(Text(printable(cell)) for cell in row))
     Console(stderr=True, width=None if sys.stderr.isatty() else 160, quiet=_QUIET.get()).print(sheet)
 
 
@@ -83,7 +95,7 @@ def progress_bar() -> Iterator[ProgressFn]:
     """A function for libraries to report to: bars on a terminal, a logged line when each step begins and ends."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -94,7 +106,7 @@ def progress_bar() -> Iterator[ProgressFn]:
 
         def report(label: str, done: int, total: int) -> None:
             if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total or None)
+                tasks[label] = progress.add_task(printable(label), total=total or None)
                 _LOG.info("%s", label)
             progress.update(tasks[label], completed=done, total=total or None)
             if total and done >= total:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from fcos_deploy.core.text import brief
+
 __all__ = [
     "AccuracyGateError",
     "BackendError",
@@ -28,12 +30,8 @@ __all__ = [
     "SlowdownError",
     "StepCheckError",
     "TensorMismatchError",
-    "brief",
     "unknown_name",
 ]
-
-
-_BRIEF = 80  # characters, and bits of an integer
 
 
 class FcosDeployError(Exception):
@@ -59,7 +57,7 @@ class ConfigError(FcosDeployError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a ``name`` that is none of the ``known`` ones of its ``kind``: suggests the nearest, lists all."""
     names = list(known)
-    similar = difflib.get_close_matches(name[:_BRIEF], names, n=1)
+    similar = difflib.get_close_matches(name[:80], names, n=1)  # the time is that of the product
     suggestion = f"did you mean '{similar[0]}'? " if similar else ""
     return ConfigError(f"There is no {kind} {brief(name)}.", hint=f"{suggestion}known: {', '.join(names)}")
 
@@ -148,17 +146,3 @@ class BundleReplacedError(BundleError):
 
 class SignatureError(BundleError):
     """A signature that is missing or does not match."""
-
-
-def brief(value: object) -> str:
-    """A value of a file as an error shows it, in a line; lists and objects by their type alone.
-
-    Text for a nested or shared list, or for an integer of a million digits, would take minutes and gigabytes.
-    """
-    if isinstance(value, str):
-        return repr(value if len(value) <= _BRIEF else value[:_BRIEF] + "...")
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > _BRIEF:
-        return f"an integer of {value.bit_length()} bits"
-    if value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    return f"a {type(value).__name__}"

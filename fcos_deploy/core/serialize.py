@@ -13,7 +13,8 @@ import typing
 from enum import Enum
 from typing import Any, TypeVar
 
-from fcos_deploy.core.errors import ConfigError, brief
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.text import brief
 
 __all__ = ["from_json", "json_schema", "parse_json", "to_json"]
 

@@ -21,6 +21,10 @@ cv2 = lazy_import("cv2")
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
+# Containers that store the number of frames; for the others OpenCV estimates it from the duration.
+_COUNTED_SUFFIXES = frozenset({".avi", ".m4v", ".mov", ".mp4"})
+_UNREADABLE = 2  # frames that a decoder may leave out at the ends of a sound file
+
 _DEFAULT_RATE = 25.0  # frames a second, for files that do not say their rate
 
 
@@ -38,18 +42,20 @@ def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
     """Frames (h, w, 3) uint8 RGB.
 
     Raises:
-        ImageError: the file is missing, not a video, or has no frame.
+        ImageError: the file is missing, not a video, has no frame, or, after its last frame, ends early.
     """
+    frames, expected = 0, frame_count(path) if path.suffix.lower() in _COUNTED_SUFFIXES else 0
     with _opened(path) as capture:
-        empty = True
         while True:
             read, frame = capture.read()
             if not read:
                 break
-            empty = False
+            frames += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-    if empty:
+    if not frames:
         raise ImageError(f"Video '{path}' has no frame that can be read.")
+    if frames < expected - _UNREADABLE:
+        raise ImageError(f"Video '{path}' is damaged: its header says {expected} frames, {frames} can be read.")
 
 
 class VideoWriter:

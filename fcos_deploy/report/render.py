@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from calibration.trade_offs import TradeOffs
 from fcos_deploy.accuracy.evaluate import evaluation_drift
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.text import printable
 from fcos_deploy.report.charts import make_charts
 from fcos_deploy.report.data import ReportData, ReportVariant
 from fcos_deploy.report.panels import image_panels
@@ -20,6 +22,7 @@ __all__ = ["write_report"]
 
 jinja2 = lazy_import("jinja2", extra="report")
 
+_MARKDOWN = re.compile(r"[\\`|<>\[\]]")
 _NOTHING = "–"  # noqa: RUF001  (a dash where a table has no figure)
 
 
@@ -66,12 +69,22 @@ def _fill(name: str, **values: Any) -> str:  # Any: what a template is given
     environment = jinja2.Environment(
         autoescape=name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
+        finalize=_plain if name.endswith(".html.j2") else _markdown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(typeset=_typeset, mebibytes=_mebibytes)
     text: str = environment.from_string(_template(name)).render(**values)
     return text
+
+
+def _plain(value: Any) -> Any:  # Any: what a template shows; HTML of our own is a subclass of str
+    return printable(value, lines=True) if type(value) is str else value
+
+
+def _markdown(value: Any) -> Any:  # Any: as above
+    """Names of files and classes as text: what opens a cell, a link, code or HTML is escaped."""
+    return _MARKDOWN.sub(r"\\\g<0>", printable(value)) if type(value) is str else value
 
 
 def _template(name: str) -> str:

@@ -21,6 +21,7 @@ from fcos_deploy.core.files import atomic_directory
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.registry import discover, get_plugin
 from fcos_deploy.core.tensor_spec import TensorSpec
+from fcos_deploy.core.text import printable
 
 __all__ = ["Packager", "ServedModel", "ServingOptions", "all_packagers", "package_bundle"]
 
@@ -79,7 +80,7 @@ class ServedModel:
     @property
     def label_text(self) -> str:
         """Class names, one a line, by class channel, as the graph's ``cls_logits`` and ``labels`` count."""
-        return "".join(f"{name}\n" for name in self.contract.channel_names)
+        return "".join(f"{printable(name)}\n" for name in self.contract.channel_names)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -128,6 +129,11 @@ class Packager(ABC):
         """
 
 
+def _served_name(name: str) -> str:
+    """A bundle's name as servers accept it, and as a folder beside nothing else: never ``..``."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("_.-")[:128] or "fcos"
+
+
 @cache
 def all_packagers() -> dict[str, Packager]:
     """All packagers by name."""
@@ -154,7 +160,7 @@ def package_bundle(bundle: Bundle, *, server: str, output: Path, options: Servin
     ).artifact
     path = bundle.path(artifact.path)
     model = ServedModel(
-        name=options.name or re.sub(r"[^A-Za-z0-9_.-]", "_", bundle.manifest.name) or "fcos",
+        name=options.name or _served_name(bundle.manifest.name),
         path=path,
         companions=tuple(bundle.path(name) for name in artifact.companions),
         artifact=artifact,

@@ -17,7 +17,8 @@ __all__ = ["NAMES_KEY", "OnnxGraph", "opset_of", "save_onnx", "with_contract"]
 
 onnx = lazy_import("onnx", extra="export")
 
-NAMES_KEY = "fcos_deploy.class_names"  # JSON list, for people and for tools that don't know the contract
+# JSON list by class channel, as the graph counts, for people and for tools that don't know the contract.
+NAMES_KEY = "fcos_deploy.class_names"
 
 
 class OnnxGraph:
@@ -86,7 +87,7 @@ def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, s
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     properties = {p.key: p.value for p in model.metadata_props}
-    properties |= {METADATA_KEY: contract_to_text(contract), NAMES_KEY: json.dumps(list(contract.class_names))}
+    properties |= {METADATA_KEY: contract_to_text(contract), NAMES_KEY: json.dumps(list(contract.channel_names))}
     properties |= {f"fcos_deploy.{key}": value for key, value in (record or {}).items()}
     onnx.helper.set_model_props(copy, dict(sorted(properties.items())))
     return copy

@@ -11,26 +11,27 @@ import json
 import shutil
 from pathlib import Path
 
-COUNT = 40
+CALIBRATION_IMAGES = 40
 SOURCE = Path(__file__).parent / "data"
 TARGET = Path(__file__).parents[2] / "fcos_deploy" / "demo_data"
 
 
-def choose(split: str) -> dict[str, list[dict[str, object]]]:
-    """The COCO json of ``COUNT`` images of a split."""
+def choose(split: str, count: int | None) -> dict[str, list[dict[str, object]]]:
+    """The COCO json of ``count`` images of a split, evenly spaced; None takes all."""
     coco = json.loads((SOURCE / f"instances_{split}.json").read_text())
     images = sorted(coco["images"], key=lambda i: i["file_name"])
-    chosen = [images[i * len(images) // COUNT] for i in range(COUNT)]
+    count = count or len(images)
+    chosen = [images[i * len(images) // count] for i in range(count)]
     ids = {image["id"] for image in chosen}
     annotations = [a for a in coco["annotations"] if a["image_id"] in ids]
     return {"info": coco["info"], "images": chosen, "annotations": annotations, "categories": coco["categories"]}
 
 
-def copy_images(split: str, folder: str) -> dict[str, list[dict[str, object]]]:
+def copy_images(split: str, folder: str, *, count: int | None) -> dict[str, list[dict[str, object]]]:
     """Copy the chosen images of ``split`` into ``folder`` of the demo data."""
     shutil.rmtree(TARGET / folder, ignore_errors=True)
     (TARGET / folder).mkdir(parents=True)
-    coco = choose(split)
+    coco = choose(split, count)
     for image in coco["images"]:
         shutil.copy(SOURCE / split / str(image["file_name"]), TARGET / folder)
     return coco
@@ -38,8 +39,8 @@ def copy_images(split: str, folder: str) -> dict[str, list[dict[str, object]]]:
 
 def main() -> None:
     """Write ``calibration/``, ``evaluation/`` and ``evaluation.json``."""
-    copy_images("train", "calibration")
-    coco = copy_images("val", "evaluation")
+    copy_images("train", "calibration", count=CALIBRATION_IMAGES)
+    coco = copy_images("val", "evaluation", count=None)
     (TARGET / "evaluation.json").write_text(json.dumps(coco, separators=(",", ":")))
     shutil.copy(SOURCE / "LICENSE", TARGET / "LICENSE")
 

@@ -57,7 +57,7 @@ class ApSamples:
     """values: (1 + resamples,) float64, AP of the data as it is and of each resample; NaN where no object was drawn.
 
     positives: (classes, images) int64, how many objects there are; together with ``seed`` it says what was resampled.
-    object_share: (classes,) float64, the AP that one object of each class carries; 0 for a class without objects.
+    object_share: (classes,) float64, the AP that one found object of each class carries; 0 where none is found.
     """
 
     values: NDArray[np.float64]
@@ -234,11 +234,14 @@ def sample_ap(matches: list[ClassMatches], *, resamples: int = 1000, seed: int =
 
 
 def _object_share(matches: list[ClassMatches]) -> NDArray[np.float64]:
-    counts = np.array([match.positives.sum() for match in matches])
-    ones = [np.ones((1, len(match.positives)), np.float32) for match in matches]
-    per_class = [weighted_ap([match], one)[0] for match, one in zip(matches, ones, strict=True)]
-    shares = np.array(per_class) / np.maximum(counts, 1) / max(1, np.count_nonzero(counts))
-    return np.where(counts > 0, shares, 0.0)
+    classes = sum(bool(match.positives.any()) for match in matches)
+    shares = np.zeros(len(matches))
+    for position, match in enumerate(matches):
+        found = match.correct.sum() / len(match.correct)  # mean over the IoU thresholds
+        if found:
+            (ap,) = weighted_ap([match], np.ones((1, len(match.positives)), np.float32))
+            shares[position] = ap / found / classes
+    return shares
 
 
 def ap_interval(samples: ApSamples, *, confidence: float = 0.95) -> ApInterval:
@@ -272,8 +275,10 @@ def paired_ap_drop(
     if same_outputs:
         return interval
     # Wilson's upper end for a share lies z^2 / 2 objects above the normal one when few were lost. In AP that is z^2 / 2
-    # times what an object carries; classes are independent, so the squares add up.
-    spared = _normal_quantile(confidence) ** 2 / 2 * float(np.sqrt(np.square(reference.object_share).sum()))
+    # times what an object carries; classes are independent, so the squares add up. z is one-sided (1.645): it is only
+    # the upper end that lets a loss pass.
+    one_sided = NormalDist().inv_cdf(confidence)
+    spared = one_sided**2 / 2 * float(np.sqrt(np.square(reference.object_share).sum()))
     return replace(interval, high=interval.value + math.hypot(interval.high - interval.value, spared))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fcos_deploy.core.machine import kernel_text
 
-__all__ = ["ClockReading", "PowerMeter", "PowerReading", "read_clock"]
+__all__ = ["ClockReading", "Contention", "ContentionMeter", "PowerMeter", "PowerReading", "read_clock"]
 
 _ROOT = Path("/")
 
@@ -48,6 +49,61 @@ def read_clock(root: Path = _ROOT) -> ClockReading:
         throttled=sum(throttled) if throttled else None,
         problem="; ".join(missing),
     )
+
+
+# Shares of the processors' time that others may take before a comparison of runtimes is doubtful: one that waits for
+# all of its threads stands still when a single one is displaced.
+_MAX_OTHERS, _MAX_STOLEN = 0.10, 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contention:
+    """Shares (0..1) of the processors' time that ``others`` used, and that the hypervisor gave away (``stolen``).
+
+    None: the system does not tell.
+    """
+
+    others: float | None = None
+    stolen: float | None = None
+
+    @property
+    def problem(self) -> str:
+        """Who disturbed the measurement; empty when nobody is known to have."""
+        parts = []
+        if self.others is not None and self.others > _MAX_OTHERS:
+            parts.append(f"other programs used {self.others:.0%} of the processors")
+        if self.stolen is not None and self.stolen > _MAX_STOLEN:
+            parts.append(f"the hypervisor took {self.stolen:.0%} of their time")
+        return " and ".join(parts)
+
+
+@dataclass(slots=True)
+class ContentionMeter:
+    """What others took of the processors between ``start`` and ``stop``, from Linux' counters in ``/proc/stat``."""
+
+    root: Path = _ROOT
+    _ticks: tuple[int, ...] = field(default=(), init=False)
+    _own: float = field(default=0.0, init=False)
+
+    def start(self) -> None:
+        """Begin the measurement."""
+        self._ticks, self._own = self._read(), time.process_time()
+
+    def stop(self) -> Contention:
+        """End it; the shares since ``start``."""
+        own = time.process_time() - self._own
+        # user, nice, system, idle, iowait, irq, softirq, steal (proc(5)); guests are counted in user already.
+        ticks = [after - before for before, after in zip(self._ticks, self._read(), strict=False)]
+        if len(ticks) < 8 or sum(ticks) <= 0:
+            return Contention()
+        total, idle, stolen = sum(ticks), ticks[3] + ticks[4], ticks[7]
+        busy = total - idle - stolen
+        others = max(0.0, busy - own * os.sysconf("SC_CLK_TCK")) / total
+        return Contention(others=round(others, 4), stolen=round(stolen / total, 4))
+
+    def _read(self) -> tuple[int, ...]:
+        first = kernel_text(self.root / "proc/stat").partition("\n")[0].split()
+        return tuple(int(count) for count in first[1:9]) if first[:1] == ["cpu"] else ()
 
 
 @dataclass(slots=True)

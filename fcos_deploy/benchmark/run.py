@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from fcos_deploy.benchmark.cold_start import ColdStart, ColdStartTask, measure_cold_start
 from fcos_deploy.benchmark.machine import (
     ClockReading,
+    Contention,
+    ContentionMeter,
     PowerMeter,
     PowerReading,
     read_clock,
 )
 from fcos_deploy.benchmark.measure import (
     LatencyStats,
+    Speedup,
     StageMedians,
     TimingOptions,
     measure_throughput,
@@ -45,6 +48,7 @@ __all__ = [
     "benchmark_json",
     "compare_with_baseline",
     "demo_image",
+    "doubted_speedup",
     "read_baseline",
     "require_no_slowdown",
     "result_row",
@@ -59,6 +63,7 @@ TABLE_COLUMNS = (
     "p50 ms",
     "p90 ms",
     "p99 ms",
+    "times",
     "preprocess",
     "infer",
     "decode",
@@ -93,7 +98,7 @@ class BenchmarkRequest:
 class BenchmarkResult:
     """The figures of one candidate. Times in milliseconds, sizes in bytes; energy is per image at full throughput.
 
-    ``samples_ms`` has every whole detection that was timed, in order.
+    ``samples_ms`` has every whole detection that was timed, in order; ``rounds_ms`` the fastest of each round.
     """
 
     model: str
@@ -109,16 +114,35 @@ class BenchmarkResult:
     clock: ClockReading
     session: dict[str, str]
     samples_ms: tuple[float, ...]
+    rounds_ms: tuple[float, ...] = ()
+
+
+def doubted_speedup(candidate: BenchmarkResult, *, reference: BenchmarkResult, contention: Contention) -> Speedup:
+    """How many times as fast ``candidate`` is, with everything that makes that doubtful: load, spread, threads."""
+    speedup = Speedup.of(reference.rounds_ms, candidate.rounds_ms)
+    problems = [contention.problem, speedup.problem]
+    threads = [result.session.get("threads", "") for result in (reference, candidate)]
+    if all(count.isdigit() for count in threads) and threads[0] != threads[1]:
+        problems.append(f"the reference ran with {threads[0]} threads, this one with {threads[1]}")
+    return replace(speedup, problem="; ".join(filter(None, problems)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """All candidates, and where they were timed. ``throttled``: how often cores throttled meanwhile; None: unknown."""
+    """All candidates, and where they were timed. ``throttled``: how often cores throttled meanwhile; None: unknown.
+
+    ``contention``: what other programs took of the processors while latencies were measured.
+    """
 
     machine: MachineFacts
     image: str
     results: tuple[BenchmarkResult, ...]
     throttled: int | None
+    contention: Contention = field(default_factory=Contention)
+
+    def speedup(self, candidate: BenchmarkResult, *, reference: BenchmarkResult) -> Speedup:
+        """How many times as fast ``candidate`` is; see ``doubted_speedup``."""
+        return doubted_speedup(candidate, reference=reference, contention=self.contention)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +186,10 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
     machine, before = read_machine(), read_clock().throttled
     with contextlib.ExitStack() as stack:
         detectors = [stack.enter_context(candidate.open(PerformanceHint.LATENCY)) for candidate in request.candidates]
+        meter = ContentionMeter()
+        meter.start()
         timings = time_in_turns(detectors, image, options=request.timing, progress=progress)
+        contention = meter.stop()
         opened = [(dict(d.session.description), str(d.contract.precision)) for d in detectors]
     after = read_clock().throttled
     results = []
@@ -183,11 +210,14 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
                 clock=clock,
                 session=session,
                 samples_ms=tuple(timing.whole),
+                rounds_ms=tuple(timing.rounds),
             )
         )
         progress("throughput and cold start", len(results), len(request.candidates))
     throttled = None if before is None or after is None else after - before
-    return Benchmark(machine=machine, image=path.name, results=tuple(results), throttled=throttled)
+    return Benchmark(
+        machine=machine, image=path.name, results=tuple(results), throttled=throttled, contention=contention
+    )
 
 
 def _measure_load(
@@ -226,6 +256,7 @@ def benchmark_json(benchmark: Benchmark) -> list[dict[str, Any]]:
             "joules_per_image": result.joules_per_image,
             "clock": to_json(result.clock),
             "throttled": benchmark.throttled,
+            "contention": to_json(benchmark.contention),
             "session": result.session,
             "machine": to_json(benchmark.machine),
             "image": benchmark.image,
@@ -240,7 +271,8 @@ def result_row(result: BenchmarkResult) -> tuple[str, ...]:
     return (
         result.backend,
         result.precision,
-        *(f"{v:.2f}" for v in (latency.p50, latency.p90, latency.p99)),
+        *("-" if v is None else f"{v:.2f}" for v in (latency.p50, latency.p90, latency.p99)),
+        str(latency.count),
         *(f"{v:.2f}" for v in (stages.preprocess, stages.infer, stages.decode)),
         f"{result.throughput_fps:.1f}",
         "-" if cold is None else f"{cold.first_detection:.2f}",

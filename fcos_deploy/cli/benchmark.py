@@ -79,6 +79,8 @@ def command(
         request = run.BenchmarkRequest(candidates=candidates, image=image, timing=timing, cold_start=cold_start)
         result = run.run_benchmark(request, progress=progress)
     table("Speed", run.TABLE_COLUMNS, [run.result_row(measured) for measured in result.results])
+    if result.contention.problem:
+        note(f"disturbed: {result.contention.problem}; measure again on a quiet machine")
     if as_json:
         print_json(run.benchmark_json(result))
     if output is not None:

@@ -134,9 +134,15 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
 
     verdicts = deployment.evaluations.verdicts
     rows = [_row(deployment, index) for index in range(len(deployment.rows))]
-    table(str(deployment.bundle), _COLUMNS, [tuple(_text(value) for value in row.values()) for row in rows])
+    table(str(deployment.bundle), _COLUMNS, [_cells(row) for row in rows])
     images, seconds = deployment.rows[0].scores.images, deployment.seconds
-    note(f"AP over {images} images; times are medians, taken in turns on this machine. {seconds:.0f} s in all.")
+    count = deployment.benchmark.results[0].latency.count
+    note(
+        f"AP over {images} images; times are medians of {count}, taken in turns on this machine; speed-ups are ratios "
+        f"of the fastest rounds. {seconds:.0f} s in all."
+    )
+    for problem in dict.fromkeys(row["speedup_problem"] for row in rows if row["speedup_problem"]):
+        note(f"(?) speed-ups are doubtful: {problem}")
     for verdict in verdicts:
         note(verdict_line(verdict))
     if as_json:
@@ -153,6 +159,7 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
 def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a number or None
     evaluation = deployment.rows[index]
     speed, reference = deployment.benchmark.results[index], deployment.benchmark.results[0]
+    speedup = deployment.benchmark.speedup(speed, reference=reference)
     return {
         "backend": evaluation.run.backend,
         "precision": evaluation.run.precision,
@@ -163,10 +170,18 @@ def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a 
         "outcome": overall_outcome(verdict.outcome for verdict in evaluation.verdicts),
         "p50_ms": speed.latency.p50,
         "p90_ms": speed.latency.p90,
-        "speedup": reference.latency.p50 / speed.latency.p50,
+        "speedup": speedup.ratio,
+        "speedup_problem": speedup.problem,
         "throughput_fps": speed.throughput_fps,
         "size_mib": speed.file_bytes / 2**20,
     }
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """As ``_COLUMNS`` names them; a doubtful speed-up has a question mark."""
+    texts = {name: _text(value) for name, value in row.items() if name != "speedup_problem"}
+    doubt = " (?)" if row["speedup_problem"] else ""
+    return tuple(text + doubt if name == "speedup" else text for name, text in texts.items())
 
 
 def _text(value: Any) -> str:

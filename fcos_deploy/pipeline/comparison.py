@@ -9,6 +9,7 @@ from pathlib import Path
 
 from calibration.trade_offs import find_trade_offs
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
+from fcos_deploy.benchmark.machine import Contention
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, run_benchmark
 from fcos_deploy.core.files import sha256_file
@@ -101,6 +102,7 @@ def comparison_report(comparison: Comparison, *, title: str, command: str = "") 
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         files=tuple(map(_report_file, dict.fromkeys(models))),
         machine=comparison.benchmark.machine if comparison.benchmark else None,
+        contention=comparison.benchmark.contention if comparison.benchmark else Contention(),
         versions=library_versions(*_TOOLS),
         command=command,
     )

@@ -210,8 +210,8 @@ def benchmark_figures(
             device=f"{benchmark.machine.processor}, {benchmark.machine.cores} cores",
             metrics={
                 "total_p50_ms": result.latency.p50,
-                "total_p90_ms": result.latency.p90,
-                "total_p99_ms": result.latency.p99,
+                **({} if result.latency.p90 is None else {"total_p90_ms": result.latency.p90}),
+                **({} if result.latency.p99 is None else {"total_p99_ms": result.latency.p99}),
                 "preprocess_p50_ms": result.stages.preprocess,
                 "infer_p50_ms": result.stages.infer,
                 "decode_p50_ms": result.stages.decode,

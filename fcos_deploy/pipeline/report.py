@@ -43,6 +43,7 @@ def write_report_step(
             created=provenance.created.replace("T", " ").replace("+00:00", " UTC"),
             files=_files(context, manifest, artifacts),
             machine=benchmark.machine,
+            contention=benchmark.contention,
             versions={tool: version for a in artifacts for tool, version in a.step.tools.items()},
             decisions=provenance.decisions,
             command=provenance.command,

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from calibration.trade_offs import TradeOffs
 from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.accuracy.evaluate import Evaluation
-from fcos_deploy.benchmark.run import BenchmarkResult
+from fcos_deploy.benchmark.machine import Contention
+from fcos_deploy.benchmark.measure import Speedup
+from fcos_deploy.benchmark.run import BenchmarkResult, doubted_speedup
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Outcome, overall_outcome
@@ -59,8 +61,9 @@ class ReportData:
     """A whole report.
 
     ``variants`` were evaluated on ``dataset``; one of them may be the reference of the others. ``searches``: those for
-    mixed precision. ``machine``: where the variants were timed. ``decisions``: what the checkpoint does not tell.
-    ``command`` makes it all again. ``notes``: sentences that belong beside the verdict.
+    mixed precision. ``machine``: where the variants were timed, ``contention``: what else ran there. ``decisions``:
+    what the checkpoint does not tell. ``command`` makes it all again. ``notes``: sentences that belong beside the
+    verdict.
     """
 
     title: str
@@ -70,6 +73,7 @@ class ReportData:
     created: str = ""
     files: tuple[ReportFile, ...] = ()
     machine: MachineFacts | None = None
+    contention: Contention = field(default_factory=Contention)
     versions: Mapping[str, str] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     command: str = ""
@@ -84,6 +88,13 @@ class ReportData:
     def reference(self) -> ReportVariant | None:
         """What the others are compared with."""
         return next((variant for variant in self.variants if variant.reference), None)
+
+    def speedup(self, variant: ReportVariant) -> Speedup | None:
+        """How many times as fast as the reference; None where one of the two was not timed."""
+        reference = self.reference
+        if reference is None or reference.result is None or variant.result is None:
+            return None
+        return doubted_speedup(variant.result, reference=reference.result, contention=self.contention)
 
     @property
     def candidates(self) -> tuple[ReportVariant, ...]:

@@ -191,6 +191,7 @@ def _machine_cells(data: ReportData) -> list[tuple[str, str]]:
         ("cores used", str(machine.cores)),
         ("memory", f"{machine.memory_mib} MiB"),
         ("system", machine.system),
+        ("other load meanwhile", data.contention.problem or "none that counts"),
         ("load before", "unknown" if machine.load is None else f"{machine.load:.2f}"),
     ]
 

@@ -68,12 +68,14 @@ def key_figures(data: ReportData) -> list[KeyFigure]:
         drop, label = max(drops)
         figures.append(KeyFigure(f"{100 * max(drop, 0.0):.1f}", f"points of AP lost at most ({label})"))
     reference = data.reference
-    timed = [(v.result.latency.p50, v.label) for v in data.candidates if v.result is not None]
-    if reference and reference.result and timed:
-        p50, label = min(timed)
-        gain = reference.result.latency.p50 / p50
-        meaning = f"as fast as {reference.label}: {p50:.1f} ms an image ({label})"
-        figures.append(KeyFigure(f"{gain:.1f} times", meaning))
+    timed = [(speedup, v) for v in data.candidates if (speedup := data.speedup(v)) is not None]
+    if reference and timed:
+        speedup, variant = max(timed, key=lambda item: item[0].ratio)
+        meaning = f"as fast as {reference.label}: {variant.p50_ms:.1f} ms an image ({variant.label})"
+        if speedup.problem:
+            figures.append(KeyFigure("no speed-up", f"that could be quoted: {speedup.problem}"))
+        else:
+            figures.append(KeyFigure(f"{speedup.ratio:.1f} times", meaning))
     sizes = [(v.result.file_bytes, v.label) for v in data.candidates if v.result and v.result.file_bytes]
     if reference and reference.result and reference.result.file_bytes and sizes:
         size, label = min(sizes)

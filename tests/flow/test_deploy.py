@@ -20,8 +20,15 @@ pytestmark = pytest.mark.slow
 
 
 def _arguments(output: Path, *more: str) -> list[str]:
+    """On 40 of the 87 evaluation images, which are enough for every step but cannot decide a small limit."""
     data = ["--calibration-images", str(DEMO_DATA / "calibration"), "--calibration-count", "8"]
-    proof = ["--images", str(DEMO_DATA / "evaluation"), "--annotations", str(DEMO_DATA / "evaluation.json")]
+    coco = json.loads((DEMO_DATA / "evaluation.json").read_text(encoding="utf-8"))
+    coco["images"] = coco["images"][:40]
+    kept = {image["id"] for image in coco["images"]}
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in kept]
+    annotations = output.with_suffix(".json")
+    annotations.write_text(json.dumps(coco), encoding="utf-8")
+    proof = ["--images", str(DEMO_DATA / "evaluation"), "--annotations", str(annotations), "--allow-inconclusive"]
     return ["deploy", str(CHECKPOINT), "-o", str(output), *data, *proof, "--backend", "openvino", *more]
 
 

@@ -42,6 +42,7 @@ def average_precision(model: Path, backend: str) -> float:
         candidates=(DetectorSpec(model=model, backend=backend, options=SessionOptions(threads=2)),),
         images=DEMO / "evaluation",
         annotations=DEMO / "evaluation.json",
+        limit=40,
         resamples=0,
     )
     ap = evaluate(request).candidates[0].scores.ap

@@ -11,11 +11,13 @@ import pytest
 
 from fcos_deploy.benchmark.machine import (
     ClockReading,
+    Contention,
+    ContentionMeter,
     PowerMeter,
     PowerReading,
     read_clock,
 )
-from fcos_deploy.benchmark.measure import LatencyStats, StageMedians
+from fcos_deploy.benchmark.measure import LatencyStats, Speedup, StageMedians
 from fcos_deploy.benchmark.run import (
     Benchmark,
     BenchmarkResult,
@@ -47,6 +49,7 @@ def result(backend: str = "openvino", *, times: float = 10.0) -> BenchmarkResult
         clock=ClockReading(mhz=None, throttled=None, problem="none"),
         session={"backend": backend},
         samples_ms=(times, times + 1, times + 2),
+        rounds_ms=(times, times + 1),
     )
 
 
@@ -57,10 +60,55 @@ def benchmark(*results: BenchmarkResult, processor: str = "P") -> Benchmark:
 
 def test_percentiles_of_known_times() -> None:
     stats = LatencyStats.of(np.arange(1.0, 102.0))
-    assert (stats.mean, stats.p50, stats.p90, stats.p99) == (51.0, 51.0, 91.0, 100.0)
+    assert (stats.mean, stats.p50, stats.p90, stats.p99) == (51.0, 51.0, 91.0, None)
     assert (stats.minimum, stats.maximum, stats.count) == (1.0, 101.0, 101)
+    assert LatencyStats.of(np.arange(1.0, 202.0)).p99 == 199.0
+    assert LatencyStats.of(np.arange(1.0, 20.0)).p90 is None
     with pytest.raises(ConfigError, match="no times"):
         LatencyStats.of(np.zeros(0))
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "ratio", "doubt"),
+    [
+        ((24.0, 25.0, 24.5, 24.2), (10.0, 10.2, 10.1, 10.3), 2.4, ""),
+        ((24.0, 600.0, 24.5, 580.0), (10.0, 11.0, 10.1, 10.3), 2.4, "between rounds"),
+        ((240.0, 250.0, 245.0, 24.0), (10.0, 10.2, 10.1, 10.3), 2.4, "between rounds"),
+    ],
+)
+def test_a_speedup_is_the_ratio_of_the_fastest_rounds(
+    reference: tuple[float, ...], candidate: tuple[float, ...], ratio: float, doubt: str
+) -> None:
+    speedup = Speedup.of(reference, candidate)
+    assert speedup.ratio == pytest.approx(ratio)
+    assert doubt in speedup.problem
+    assert bool(speedup.problem) is bool(doubt)
+
+
+def test_other_load_and_unequal_threads_make_a_speedup_doubtful(tmp_path: Path) -> None:
+    slow, fast = result(times=20.0), result(times=10.0)
+    assert benchmark(slow, fast).speedup(fast, reference=slow).problem == ""
+    busy = replace(benchmark(slow, fast), contention=Contention(others=0.4, stolen=0.0))
+    assert "other programs used 40% of the processors" in busy.speedup(fast, reference=slow).problem
+    threads = [replace(r, session={"threads": count}) for r, count in ((slow, "1"), (fast, "2"))]
+    assert "1 threads, this one with 2" in benchmark(*threads).speedup(threads[1], reference=threads[0]).problem
+
+
+def test_what_others_take_of_the_processors_is_read_from_the_kernel(tmp_path: Path) -> None:
+    """Of 1000 ticks 400 are busy, hardly any of them this process's, and 50 are stolen."""
+    stat = tmp_path / "proc" / "stat"
+    stat.parent.mkdir()
+    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\n")
+    meter = ContentionMeter(root=tmp_path)
+    meter.start()
+    stat.write_text("cpu 300 50 50 500 50 0 0 50 0 0\n")
+    contention = meter.stop()
+    assert contention.others == pytest.approx(0.4, abs=0.05)
+    assert contention.stolen == 0.05
+    assert "5%" in contention.problem
+    assert Contention().problem == ""
+    stat.unlink()
+    assert ContentionMeter(root=tmp_path).stop() == Contention()
 
 
 def test_host_share() -> None:

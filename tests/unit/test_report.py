@@ -93,6 +93,7 @@ def timing(p50: float, size: int) -> BenchmarkResult:
         clock=ClockReading(mhz=None, throttled=None),
         session={},
         samples_ms=tuple(np.random.default_rng(0).uniform(8, 9, 40)),
+        rounds_ms=(p50, p50 + 0.1),
     )
 
 

@@ -420,7 +420,7 @@ class _Reader:
 
     def _refuse(self, path: str, value: object, expected: str, *options: str) -> None:
         """Stop, unless the path is ignored or one of ``options`` (fields of ``CheckpointOptions``) answers instead."""
-        if path in self._ignored:
+        if path in self._options.ignore_config:
             self._ignored.discard(path)
             return
         if any(self._given(name) for name in options):
@@ -484,8 +484,8 @@ class _Reader:
         if head.get("num_classes", channels) not in self._class_counts:
             self._refuse("model.bbox_head.num_classes", head["num_classes"], f"the {channels} channels of the tensors")
         loss = self._section("model.bbox_head.loss_cls", head.get("loss_cls"))
-        if loss is not None and "use_sigmoid" not in loss and loss.get("type") == "CrossEntropyLoss":
-            self._refuse("model.bbox_head.loss_cls.use_sigmoid", False, "True: classes by sigmoid")
+        if loss is not None and "use_sigmoid" not in loss:  # FCOSHead then takes the softmax
+            self._refuse("model.bbox_head.loss_cls.use_sigmoid", None, "True")
         self._check_strides(model, head.get("strides", [4, 8, 16, 32, 64]))
         coder = self._section("model.bbox_head.bbox_coder", head.get("bbox_coder")) or {}
         norm_cfg = head.get("norm_cfg", {"type": "GN", "num_groups": 32})

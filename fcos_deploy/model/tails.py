@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from fcos_deploy.core.contract import SOURCE_OUTPUTS, ModelContract
-from fcos_deploy.core.decode import MAX_TOP_K, BoxClip, BoxFilter, DecodeSpec, NmsSpace, ScoreForm, level_sizes
+from fcos_deploy.core.decode import (
+    ALL_CANDIDATES,
+    MAX_TOP_K,
+    BoxClip,
+    BoxFilter,
+    DecodeSpec,
+    NmsSpace,
+    ScoreForm,
+    level_sizes,
+)
 from fcos_deploy.core.enums import CenterMode, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec
@@ -136,8 +145,9 @@ def _require_room(contract: ModelContract) -> None:
         ranked = height * width * (1 if spec.profile.rank_per_location else len(contract.channel_names))
         wanted = min(wanted, ranked)
     if wanted > MAX_TOP_K:
+        count = "any number of" if wanted == ALL_CANDIDATES else wanted
         raise ConfigError(
-            f"A level may have {wanted} candidates, and the tail '{tail}' takes at most {MAX_TOP_K} of a level.",
+            f"A level may have {count} candidates, and the tail '{tail}' takes at most {MAX_TOP_K} of a level.",
             hint=f"--pre-nms-top-k {MAX_TOP_K}, or --tail raw, which has no limit",
         )
     if tail is Tail.NMS and spec.max_detections > MAX_TOP_K:

@@ -13,10 +13,12 @@ from fcos_deploy.checkpoints.describe import CheckpointDescription, decided_opti
 from fcos_deploy.checkpoints.reader import count_of
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract, read_contract, sidecar_path
+from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
 from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, kinds_of
-from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig
+from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
+from fcos_deploy.core.preprocess import SizeRule
 from fcos_deploy.core.serialize import to_json
 
 __all__ = ["Inspection", "inspect_bundle", "inspect_file"]
@@ -148,16 +150,24 @@ def _contract_facts(contract: ModelContract) -> _Facts:
     if pre.canvas is None:
         size = f"shortest {pre.shortest}, longest {pre.longest}, by the rule of {pre.size_rule}"
     else:
-        size = f"{pre.height}x{pre.width}, keeping the ratio"
+        part = f" with the image in {pre.content[0]}x{pre.content[1]}" if pre.content else ""
+        how = "stretched" if pre.size_rule is SizeRule.STRETCH else "keeping the ratio"
+        size = f"{pre.height}x{pre.width}{part}, {how}"
+    top_k = "all" if decode.pre_nms_top_k == ALL_CANDIDATES else decode.pre_nms_top_k
     suppression = (
-        f"score > {decode.score_threshold:g}, IoU {decode.iou_threshold:g}, {decode.pre_nms_top_k} a level, "
-        f"at most {decode.max_detections}"
+        f"score > {decode.score_threshold:g}, IoU {decode.iou_threshold:g}"
+        f"{' across classes' if decode.class_agnostic else ''}, {top_k} a level, at most {decode.max_detections}"
     )
     return (
         ("class names", f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"),
         ("input", f"{pre.input_dtype} {pre.channel_order}, {size}, resized as {pre.resize_filter} does"),
         ("post-processing", f"{decode.profile.name}: {suppression}"),
     )
+
+
+def _tower_norm(config: FcosConfig) -> str:
+    groups = f" of {config.norm_groups} groups" if config.tower_norm is TowerNorm.GROUP else ""
+    return f"{config.tower_norm}{groups}"
 
 
 def _network_facts(checkpoint: CheckpointDescription) -> _Facts:
@@ -171,7 +181,7 @@ def _network_facts(checkpoint: CheckpointDescription) -> _Facts:
         ("classes", f"{config.num_classes} channels"),
         ("pyramid", f"{config.fpn_channels} channels"),
         ("towers", f"{config.cls_convs} + {config.reg_convs} convolutions{shared}"),
-        ("norms", f"backbone: batch norm, eps {config.norm_eps:g}; towers: {config.tower_norm}"),
+        ("norms", f"backbone: batch norm, eps {config.norm_eps:g}; towers: {_tower_norm(config)}"),
         ("scales", "one a level" if config.has_scales else "none"),
         ("weights", f"{sum(map(count_of, weights)):,} numbers, {', '.join(dtypes)}"),
         ("read by", checkpoint.reader),

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.preprocess import ChannelOrder, InputDtype
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, SizeRule
 from fcos_deploy.serving.package import Packager, ServedModel
 
 __all__ = ["PACKAGER", "nvinfer_config", "preprocess_config"]
@@ -70,7 +70,7 @@ def nvinfer_config(model: ServedModel) -> str:
         "num-detected-classes": len(contract.channel_names),
         "infer-dims": ";".join(str(size) for size in images.shape[1:]),
         "input-tensor-from-meta": 1,
-        "maintain-aspect-ratio": 1,
+        "maintain-aspect-ratio": int(contract.preprocess.size_rule is not SizeRule.STRETCH),
         "symmetric-padding": 0,
         "output-blob-names": ";".join(contract.outputs),
         "cluster-mode": _NO_CLUSTERING,
@@ -88,7 +88,8 @@ def preprocess_config(model: ServedModel) -> str:
     No normalisation for uint8 input.
 
     Raises:
-        ConfigError: a normalisation with a deviation per channel, which its library does not do.
+        ConfigError: a normalisation with a deviation per channel, or a resize to a part of the input, which its library
+            does not do.
     """
     contract, batch = model.contract, max(1, model.options.max_batch)
     spec, images = contract.preprocess, model.inputs[0]
@@ -96,6 +97,12 @@ def preprocess_config(model: ServedModel) -> str:
         raise ConfigError(
             f"DeepStream divides all channels by one number, this model by {list(spec.std)}.",
             hint="export with uint8 input, which is normalised inside the graph",
+        )
+    if spec.content is not None:
+        part = f"{spec.content[0]}x{spec.content[1]}"
+        raise ConfigError(
+            f"DeepStream resizes an image to all of the input, this model to {part} of it.",
+            hint="export it with an --input-size of its own",
         )
     _, channels, height, width = images.shape
     settings: dict[str, object] = {
@@ -105,7 +112,7 @@ def preprocess_config(model: ServedModel) -> str:
         "target-unique-ids": 1,
         "process-on-frame": 1,
         "network-input-order": 0,
-        "maintain-aspect-ratio": 1,
+        "maintain-aspect-ratio": int(contract.preprocess.size_rule is not SizeRule.STRETCH),
         "symmetric-padding": 0,
         "processing-width": width,
         "processing-height": height,

@@ -16,7 +16,7 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
 from fcos_deploy.core.files import require_writable
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import OnnxGraph, opset_of, save_onnx
+from fcos_deploy.core.onnx_graph import OnnxGraph, opset_of, save_onnx, without_initializers
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["LARGE", "Simplification", "rewrite_onnx", "simplified", "simplify_onnx", "with_weights_aside"]
@@ -177,12 +177,10 @@ def with_weights_aside(model: Any, rewrite: Callable[[Any], Any]) -> Any:
     ``rewrite`` gets the graph with an input in place of every initializer of more than ``LARGE`` bytes. Tools that
     copy a graph many times and never look at its weights then take a fraction of the time.
     """
-    lean = onnx.ModelProto()
-    lean.CopyFrom(model)
+    lean = without_initializers(model)
     graph = lean.graph
     large = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.raw_data) > LARGE}
     small = [tensor for tensor in model.graph.initializer if tensor.name not in large]
-    del graph.initializer[:]
     graph.initializer.extend(small)
     for name, tensor in large.items():
         graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))

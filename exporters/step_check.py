@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from fcos_deploy.core.contract import SOURCE_OUTPUTS, TAIL_OUTPUTS, ModelContrac
 from fcos_deploy.core.decode import HeadOutputs, decode
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import StepCheckError
+from fcos_deploy.core.onnx_graph import fits_one_file, save_onnx
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import Letterbox
 from runtimes.onnxruntime import GraphOptimization, open_model
@@ -221,7 +224,12 @@ def onnx_runner(model: Any) -> Runner:  # Any: onnx.ModelProto, whose package sh
     Raises:
         BackendLoadError: ONNX Runtime cannot load the graph.
     """
-    return open_model(model.SerializeToString(), optimization=GraphOptimization.DISABLED).run
+    if fits_one_file(model):
+        return open_model(model.SerializeToString(), optimization=GraphOptimization.DISABLED).run
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(model, path)
+        return open_model(path, optimization=GraphOptimization.DISABLED).run
 
 
 def remembering(run: Runner) -> Runner:

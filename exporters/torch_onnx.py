@@ -38,7 +38,7 @@ onnxscript = lazy_import("onnxscript", extra="export")
 tails = lazy_import("fcos_deploy.model.tails", extra="export")  # imports torch
 
 DEFAULT_OPSET = 17  # docs/export.md has the measurements
-_OPSETS = range(17, 24)
+_OPSETS = range(16, 24)
 _TRACED_OPSET = 18  # the exporter's own; older ones are converted afterwards, newer ones are asked for directly
 _NATIVE_GROUP_NORM = 21  # the first opset whose GroupNormalization has a scale for every channel, as torch's has
 _TOLERANCE = 1e-3  # relative; torch and ONNX Runtime sum convolutions in different orders
@@ -145,7 +145,7 @@ def export_onnx(
     label, steps = "export to ONNX", 4
     progress(label, 0, steps)
     suppression = tails.StaticNms(boxes=options.nms_boxes) if form is NmsForm.STATIC else None
-    network = copy.deepcopy(loaded.model).to(device="cpu").float()
+    network = _copied_without_weights(loaded.model).to(device="cpu").float()
     # With what the detections are made from, which the checks look at: ready detections hide small differences, and
     # suppression turns a rounding that swaps two scores into another detection.
     module = tails.ExportableFcos(network, contract, suppression=suppression, with_sources=True).eval()
@@ -186,6 +186,13 @@ def export_onnx(
     )
 
 
+def _copied_without_weights(model: Any) -> Any:
+    """A copy that shares the weights which need no conversion: nothing changes those."""
+    tensors = (*model.parameters(), *model.buffers())
+    as_needed = [t for t in tensors if t.device.type == "cpu" and t.dtype in (torch.float32, torch.int64)]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in as_needed})
+
+
 def _feeds(contract: ModelContract, *, batch: int | None, image_sizes: bool) -> list[Tensors]:
     """A feed of the traced example's shape; where axes are open, of a single image and of another size as well."""
     height, width = contract.preprocess.canvas or _OPEN_SIZE
@@ -216,10 +223,11 @@ def _without_extra_outputs(model: Any, contract: ModelContract) -> Any:
     outputs = [output for output in model.graph.output if output.name in contract.outputs]
     if len(outputs) == len(model.graph.output):
         return model
-    trimmed = copy.deepcopy(model)
-    del trimmed.graph.output[:]
-    trimmed.graph.output.extend(outputs)
-    return ir.to_proto(ir_passes.RemoveUnusedNodesPass()(ir.from_proto(trimmed)).model)
+    trimmed = ir.from_proto(model)
+    names = {output.name for output in outputs}
+    kept = [value for value in trimmed.graph.outputs if value.name in names]
+    trimmed.graph.outputs[:] = kept
+    return ir.to_proto(ir_passes.RemoveUnusedNodesPass()(trimmed).model)
 
 
 class Axes(StrEnum):

@@ -8,15 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fcos_deploy.checkpoints.ecosystems import detect_ecosystem, get_ecosystem
-from fcos_deploy.checkpoints.pickle_reader import PickledArray
-from fcos_deploy.checkpoints.reader import StoredTensor, TensorFacts, open_checkpoint
+from fcos_deploy.checkpoints.reader import TensorFacts, open_checkpoint
 from fcos_deploy.checkpoints.rules import (
     CLS_HEAD,
     REG_HEAD,
@@ -29,12 +27,12 @@ from fcos_deploy.checkpoints.rules import (
     preprocess_spec,
     refuse_unsupported,
 )
+from fcos_deploy.checkpoints.weights import StoredWeights, find_weights
 from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError
 from fcos_deploy.core.network import BackboneType, BlockType, ExtraSource, FcosConfig, TowerNorm
-from fcos_deploy.core.text import brief
 
 __all__ = [
     "CheckpointDescription",
@@ -45,29 +43,8 @@ __all__ = [
     "find_weights",
 ]
 
-_CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network")
-_EMA_CONTAINERS = ("model_ema", "ema_model", "ema")
-_PREFIXES = ("module.", "model.", "_orig_mod.", "detector.")  # of DataParallel, Lightning, torch.compile, wrappers
 _METADATA_KEY = "fcos_deploy"  # of a safetensors file
-# Bounds of a state dict. The largest FCOS has 1,400 tensors with names of 80 characters; weights that are shared
-# between modules are stored once and named twice.
-_MAX_TENSORS = 20_000
-_MAX_NAME = 512
-_MAX_SHARED = 8
 _STRIDES = (8, 16, 32, 64, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredWeights:
-    """Tensors by the names that they have in the file, without wrappers' prefixes.
-
-    ``metadata`` is all that the file holds beside them; ``container`` is the key they were under, or ''.
-    """
-
-    tensors: Mapping[str, TensorFacts]
-    metadata: dict[str, Any]  # Any: whatever a training script stored
-    container: str
-    has_both: bool  # averaged and plain weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +95,17 @@ def describe_weights(
         metadata=weights.metadata,
         options=options,
     )
+    names = _stored_class_names(weights.metadata)
+    stated = {"class_names": names, **stated} if names else stated
     rules = final_rules(ecosystem, evidence, stated=stated, options=options)
     config = network_config(rules, network)
     decisions = [Decision("ecosystem", ecosystem.name, source)]
     if weights.container:
-        rule = "rule: averaged weights are what is evaluated" if weights.has_both else "the only weights in the file"
-        decisions.append(Decision("weights", weights.container, "option" if options.weights else rule))
+        decisions.append(Decision("weights", weights.container, weights.source))
+    if weights.left_out:
+        more = f", and {len(weights.left_out) - 4} more" if len(weights.left_out) > 4 else ""
+        shown = ", ".join(weights.left_out[:4]) + more
+        decisions.append(Decision("left_out", shown, "rule: these tensors are the training's, not the network's"))
     contract = ModelContract(
         class_names=rules.class_names,
         preprocess=preprocess_spec(rules),
@@ -143,7 +125,7 @@ def decided_options(description: CheckpointDescription) -> CheckpointOptions:
     return CheckpointOptions(
         ecosystem=contract.ecosystem,
         variant=variant if variant in get_ecosystem(contract.ecosystem).variants else "",
-        weights=("ema" if container in _EMA_CONTAINERS else "model") if container else "",
+        weights=container,
         class_names=contract.class_names,
         stride_in_1x1=config.stride_in_1x1,
         box_activation=config.box_activation,
@@ -204,76 +186,23 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
-# ---- the state dict in what a training script saved ----
+_NAME_KEYS = ("classes", "class_names", "CLASSES", "names")
+_NAME_CONTAINERS = ("args", "hyper_parameters", "hparams", "config", "cfg")
 
 
-def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
-    """The state dict in the contents of a file.
-
-    ``prefer`` is 'ema', 'model', or '' for the averaged weights where there are any, which is what torchvision's
-    reference scripts evaluate.
-
-    Raises:
-        CheckpointError: when there is none, or a tensor reaches beyond the file.
-        ConfigError: when ``prefer`` asks for weights that the file does not hold.
-    """
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"The file holds a {type(content).__name__}, expected a dict of tensors.",
-            hint="save the weights: torch.save(model.state_dict(), path)",
-        )
-    plain, averaged = (_first_state_dict(content, keys) for keys in (_CONTAINERS, _EMA_CONTAINERS))
-    if prefer == "ema" and averaged is None:
-        raise ConfigError("The file holds no averaged (EMA) weights.", hint="leave --weights out")
-    chosen = plain if averaged is None or (prefer == "model" and plain) else averaged
-    container, stored = chosen or ("", _state_dict(content))
-    if not stored:
-        keys = ", ".join(map(brief, list(content)[:6]))
-        raise CheckpointError(f"The file holds no tensors, only {keys or 'nothing'}.")
-    if len(stored) > _MAX_TENSORS or max(map(len, stored)) > _MAX_NAME:
-        raise CheckpointError("The file has more tensors, or longer names, than an FCOS can have.")
-    tensors = {name: value for name, value in stored.items() if name != "n_averaged"}
-    # Wrappers nest, as in 'module.model.': drop prefixes that all names have, until there is none.
-    while prefix := next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), ""):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    for name, value in tensors.items():
-        try:
-            value.check()
-        except CheckpointError as error:
-            raise CheckpointError(f"Tensor '{name}': {error.message}", hint=error.hint) from error
-    _refuse_multiples(tensors.values())
-    metadata: dict[str, Any] = {name: tensors[name] for name in ("pixel_mean", "pixel_std") if name in tensors}
-    if container:
-        metadata |= {key: value for key, value in content.items() if key not in (*_CONTAINERS, *_EMA_CONTAINERS)}
-    return StoredWeights(tensors, metadata, container, plain is not None and averaged is not None)
-
-
-def _refuse_multiples(tensors: Iterable[StoredTensor | PickledArray]) -> None:
-    """Raise CheckpointError when many tensors repeat few stored bytes: loaded they would take terabytes."""
-    stored: dict[object, int] = {}
-    claimed, file_size = 0, 0
-    for tensor in tensors:
-        stored[tensor.stored_at] = tensor.stored_bytes
-        claimed += tensor.nbytes
-        # Entries of a zip file may overlap.
-        file_size = max(file_size, tensor.storage.archive.size if isinstance(tensor, StoredTensor) else sys.maxsize)
-    if claimed > _MAX_SHARED * min(file_size, sum(stored.values())):
-        raise CheckpointError(f"The tensors together have more than {_MAX_SHARED} times the numbers that are stored.")
-
-
-def _first_state_dict(
-    content: Mapping[Any, Any], keys: tuple[str, ...]
-) -> tuple[str, dict[str, StoredTensor | PickledArray]] | None:
-    for key in keys:
-        tensors = _state_dict(content.get(key))
-        if tensors:
-            return key, tensors
-    return None
-
-
-def _state_dict(content: object) -> dict[str, StoredTensor | PickledArray]:
-    items = content.items() if isinstance(content, Mapping) else ()
-    return {n: v for n, v in items if isinstance(n, str) and isinstance(v, (StoredTensor, PickledArray))}
+def _stored_class_names(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Class names that a training script stored beside the weights, or with its arguments; () where it did not."""
+    places = [metadata, *(getattr(metadata.get(key), "state", metadata.get(key)) for key in _NAME_CONTAINERS)]
+    for place in places:
+        if not isinstance(place, Mapping):
+            continue
+        for key in _NAME_KEYS:
+            names = place.get(key)
+            if isinstance(names, Mapping) and set(names) == set(range(len(names))):
+                names = [names[index] for index in range(len(names))]
+            if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+                return tuple(names)
+    return ()
 
 
 # ---- the network that the shapes show ----

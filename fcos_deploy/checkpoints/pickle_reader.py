@@ -238,6 +238,10 @@ def _dict(items: object = None, *_: object) -> dict[Any, Any]:
     return result
 
 
+def _defaultdict(*_: object) -> dict[Any, Any]:
+    return {}
+
+
 def _list(items: object = None, *_: object) -> list[Any]:
     return items if isinstance(items, list) else []
 
@@ -262,7 +266,7 @@ _BUILTINS = (
 _KNOWN_GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _dict,
     ("collections", "Counter"): _dict,
-    ("collections", "defaultdict"): Inert,
+    ("collections", "defaultdict"): _defaultdict,
     ("collections", "deque"): _list,
     ("_codecs", "encode"): _Encoded,
     ("copyreg", "_reconstructor"): _reconstruct,
@@ -395,7 +399,11 @@ class _Unpickler(pickle._Unpickler):
     def _store(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise UnsafeGlobalError(f"The pickle stores an item in a {type(target).__name__}.")
+            what = "an object that is not a dict" if isinstance(target, Inert) else f"a {type(target).__name__}"
+            raise UnsafeGlobalError(
+                f"The file stores items in {what}, as pickled objects of a program's own classes do.",
+                hint="save only the weights: torch.save(model.state_dict(), path)",
+            )
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_checked_key(key)] = value
 

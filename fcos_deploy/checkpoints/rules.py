@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -339,7 +340,11 @@ def _with_network_facts(rules: Rules, network: FcosConfig) -> Rules:
 
 
 def _with_class_names(rules: Rules, ecosystem: Ecosystem, network: FcosConfig) -> Rules:
-    """Class names by label: a list without the background gets one, a missing list is COCO's or gets numbers."""
+    """Class names by label; a missing list is COCO's or gets numbers.
+
+    Raises:
+        ConfigError: the names do not fit the network; COCO's never take their place.
+    """
     count = network.num_classes + rules.label_offset
     names = rules.class_names
     if not names and count == len(ecosystem.coco_names):
@@ -348,14 +353,17 @@ def _with_class_names(rules: Rules, ecosystem: Ecosystem, network: FcosConfig) -
     if not names:
         numbered = tuple(f"class_{i}" for i in range(count))
         return rules.decide(UNKNOWN_CLASS_NAMES, class_names=numbered)
-    # torchvision counts the background as channel 0; tianzhi's labels begin at 1.
-    background = rules.label_offset == 1 or rules.profile == "torchvision"
+    # tianzhi's labels begin at 1, and the label 0 has no channel; of COCO's 91 ids, 0 is the background.
+    background = rules.label_offset == 1 or count == len(COCO_91) == len(ecosystem.coco_names)
     if len(names) == count - 1 and background:
         return dataclasses.replace(rules, class_names=("background", *names))
     if len(names) != count:
+        source = rules.sources.get("class_names", _OPTION)
+        given = "were given" if source == _OPTION else f"come from {source}"
         raise ConfigError(
-            f"The network has {network.num_classes} class channels, but {len(names)} class names were given.",
-            hint="one name a line, in the order of the training labels",
+            f"The network has {network.num_classes} class channels, but {len(names)} class names {given}.",
+            hint="give --classes FILE with one name a line, in the order of the training labels"
+            + ("; name the background first where it has a channel" if len(names) == count - 1 else ""),
         )
     return rules
 
@@ -406,6 +414,7 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
     Raises:
         ConfigError: a size that is no multiple of the network's strides; where it is not the user's, whose it is.
     """
+    _check_units(rules)
     height, width = rules.input_size or (None, None)
     try:
         return PreprocessSpec(
@@ -432,6 +441,32 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
         raise InputSizeError(
             f"{error.message} The size comes from {source}.", hint=f"{error.hint}; --input-size HxW overrides it"
         ) from error
+
+
+def _check_units(rules: Rules) -> None:
+    """Refuse a mean or std that belongs to pixels of another range.
+
+    Raises:
+        ConfigError: it is not finite, or cannot be one of pixels from 0 to 255 / ``pixel_scale``.
+    """
+    scale = rules.pixel_scale
+    largest = 255.0 / scale
+    unit = f"pixels are {f'divided by {scale:g}, so ' if scale != 1 else ''}0 to {largest:g} here"
+    for name, values in (("mean", rules.mean), ("std", rules.std)):
+        shown = ", ".join(f"{value:g}" for value in values)
+        source = rules.sources.get(name, _OPTION)
+        said = f"The {name} {shown}" + ("" if source == _OPTION else f", from {source},")
+        if not all(math.isfinite(value) for value in values):
+            raise ConfigError(f"{said} is not made of finite numbers.", hint=f"--{name} A,B,C")
+        # A mean lies within the range. A std is at least one level of 255 and at most the range.
+        least = 0.0 if name == "mean" else 1.0 / scale
+        within = all(least <= value <= largest for value in values)
+        # Of pixels up to 255 no image's mean lies below 1, but those of 0..1 always do.
+        of_unit_range = name == "mean" and scale == 1 and 0 < max(values) <= 1
+        if not within or of_unit_range:
+            factor = 255.0 if max(values) <= 1 else 1 / 255.0
+            hint = ",".join(f"{value * factor:.6g}" for value in values)
+            raise ConfigError(f"{said} cannot be one of the pixels: {unit}.", hint=f"--{name} {hint} in this unit")
 
 
 def decode_spec(rules: Rules, config: FcosConfig) -> DecodeSpec:

@@ -124,7 +124,7 @@ Annotations = Annotated[
 ]
 Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
 Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
-Opset = Annotated[int | None, option("ONNX operator set, 17 to 23. Default: 17.")]
+Opset = Annotated[int | None, option("ONNX operator set, 16 to 23. Default: 17.")]
 Target = Annotated[
     str,
     option(

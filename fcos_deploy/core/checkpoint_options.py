@@ -138,8 +138,9 @@ class CheckpointOptions:
     )
     weights: str = _option(
         "",
-        "Weights to load from a file that holds both: model or ema. Default: ema, which training scripts evaluate.",
-        metavar="model|ema",
+        "Weights to load from a file that holds several: ema, model, or a name that 'inspect' shows. "
+        "Default: ema, which training scripts evaluate; you are asked where the file leaves it open.",
+        metavar="ema|model|NAME",
     )
     class_names: tuple[str, ...] = _option(
         (),
@@ -230,14 +231,16 @@ class CheckpointOptions:
     )
     mean: tuple[float, float, float] | None = _option(
         None,
-        "Mean that is subtracted, in the order of the channels. Default: the ecosystem's.",
+        "Mean that is subtracted, in the order of the channels and the unit of the pixels: 0 to 1 for torchvision, "
+        "0 to 255 for the others. Default: the ecosystem's.",
         panel="Preprocessing",
         metavar="A,B,C",
         parse=_triple,
     )
     std: tuple[float, float, float] | None = _option(
         None,
-        "Standard deviation to divide by, in the order of the channels. Default: the ecosystem's.",
+        "Standard deviation to divide by, in the order of the channels and the unit of the mean. "
+        "Default: the ecosystem's.",
         panel="Preprocessing",
         metavar="A,B,C",
         parse=_triple,
@@ -340,8 +343,6 @@ class CheckpointOptions:
                 raise ConfigError(f"An input size must be at least 1 pixel, got {size}.")
         if self.shortest is not None and self.longest is not None and self.shortest > self.longest:
             raise ConfigError(f"--shortest {self.shortest} is larger than --longest {self.longest}.")
-        if self.weights not in ("", "model", "ema"):
-            raise ConfigError(f"weights must be 'model' or 'ema', got '{self.weights}'.")
 
 
 def option_flag(name: str) -> str:

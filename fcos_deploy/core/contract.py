@@ -10,7 +10,7 @@ from fcos_deploy.core.decode import BoxClip, DecodeSpec, NmsSpace, level_sizes
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.files import write_text
-from fcos_deploy.core.onnx_file import onnx_metadata
+from fcos_deploy.core.onnx_file import onnx_interface, onnx_metadata
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -189,11 +189,16 @@ def read_contract(path: Path) -> ModelContract:
         BackendLoadError: when the file is missing or damaged, or has no contract.
     """
     try:
-        return from_json(ModelContract, json.loads(_contract_text(path)), where="contract")
+        contract = from_json(ModelContract, json.loads(_contract_text(path)), where="contract")
     except ConfigError as error:
         raise BackendLoadError(f"Cannot read the contract of '{path}': {error.message}", hint=error.hint) from error
     except (OSError, ValueError, RecursionError) as error:
         raise BackendLoadError(f"Cannot read the contract of '{path}': {error}.") from error
+    # Another tool may quantize the graph and keep its metadata: the operators are what runs.
+    quantized = (
+        path.suffix == ".onnx" and contract.precision is not Precision.INT8 and onnx_interface(path).is_quantized
+    )
+    return replace(contract, precision=Precision.INT8) if quantized else contract
 
 
 def find_contract(path: Path) -> ModelContract | None:

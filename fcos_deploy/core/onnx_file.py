@@ -32,6 +32,13 @@ _TO_EXTERNAL_DATA: dict[str, dict[int, str]] = {
 }
 
 
+# What quantizers write: Q/DQ pairs, the operators on integers, ONNX Runtime's fused ones.
+_INTEGER_OPERATORS = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "QLinearConv",
+    "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "QGemm",
+})  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class OnnxInterface:
     """What a graph takes and gives; ``opset`` is that of the standard operators, 0 when the file does not say.
@@ -45,6 +52,11 @@ class OnnxInterface:
     producer: str
     nodes: int
     operators: frozenset[str] = frozenset()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some of it computes in integers, by whichever tool."""
+        return not _INTEGER_OPERATORS.isdisjoint(self.operators)
 
     @property
     def nms_form(self) -> NmsForm:

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text, read_contract
-from fcos_deploy.core.errors import BackendLoadError, ExportError
+from fcos_deploy.core.errors import BackendLoadError
 from fcos_deploy.core.files import atomic_file, sha256_file
 from fcos_deploy.core.libraries import lazy_import
 
-__all__ = ["NAMES_KEY", "OnnxGraph", "opset_of", "save_onnx", "with_contract"]
+__all__ = [
+    "NAMES_KEY",
+    "OnnxGraph",
+    "fits_one_file",
+    "opset_of",
+    "save_onnx",
+    "with_contract",
+    "without_initializers",
+]
 
 onnx = lazy_import("onnx", extra="export")
 
@@ -58,7 +66,8 @@ class OnnxGraph:
         load, check = onnx.load, onnx.checker.check_model  # outside of the try: onnx may be missing
         try:
             model = load(str(self.path))
-            check(model)
+            # What does not fit into one message is checked as a file.
+            check(model if fits_one_file(model) else str(self.path))
         except Exception as error:  # protobuf's and the checker's own exceptions have no common base
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise BackendLoadError(
@@ -67,19 +76,63 @@ class OnnxGraph:
         return model
 
 
+_LARGEST_FILE = 1_900_000_000  # bytes of weights inside of an ONNX file; protobuf ends at 2 GiB
+_EXTERNAL = 1024  # bytes; smaller tensors stay inside, where shapes and factors are read
+
+
 def save_onnx(model: Any, path: Path) -> None:  # Any: onnx.ModelProto, whose package ships no types
     """Write a model under its final name once it is complete.
 
+    Weights that do not fit into one file go into another beside it, whose name is the model's and ``.data``.
+
     Raises:
         ConfigError: the folder cannot be written.
-        ExportError: the model exceeds protobuf's limit of 2 GiB.
     """
-    try:
-        content = model.SerializeToString(deterministic=True)
-    except ValueError as error:
-        raise ExportError(f"The model is too large for one ONNX file: {error}.") from error
+    if not fits_one_file(model):
+        data = path.with_name(path.name + ".data")
+        with atomic_file(data) as temporary:
+            model = _with_external_weights(model, temporary, location=data.name)
     with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def fits_one_file(model: Any) -> bool:
+    """Whether the model with its weights is one protobuf message."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= _LARGEST_FILE
+
+
+def _with_external_weights(model: Any, data: Path, *, location: str) -> Any:
+    """The model with its larger weights written to ``data``, which it will find as ``location``."""
+    shell = without_initializers(model)
+    with data.open("wb") as stream:
+        for tensor in model.graph.initializer:
+            size = len(tensor.raw_data)
+            if size <= _EXTERNAL:
+                shell.graph.initializer.append(tensor)
+                continue
+            outside = shell.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            outside.data_location = onnx.TensorProto.EXTERNAL
+            stream.write(b"\0" * (-stream.tell() % 4096))  # So that runtimes can map each tensor.
+            for key, value in (("location", location), ("offset", stream.tell()), ("length", size)):
+                outside.external_data.add(key=key, value=str(value))
+            stream.write(tensor.raw_data)
+    return shell
+
+
+def without_initializers(model: Any) -> Any:
+    """A copy of the model without its initializers, which takes no memory of their size."""
+    shell = onnx.ModelProto()
+    for message, copy in ((model, shell), (model.graph, shell.graph)):
+        for field, value in message.ListFields():
+            if field.name in {"graph", "initializer"}:
+                continue
+            if isinstance(value, (int, float, str, bytes)):
+                setattr(copy, field.name, value)
+            elif hasattr(value, "CopyFrom"):
+                getattr(copy, field.name).CopyFrom(value)
+            else:
+                getattr(copy, field.name).extend(value)
+    return shell
 
 
 def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, str] | None = None) -> Any:
@@ -90,6 +143,8 @@ def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, s
     properties |= {METADATA_KEY: contract_to_text(contract), NAMES_KEY: json.dumps(list(contract.channel_names))}
     properties |= {f"fcos_deploy.{key}": value for key, value in (record or {}).items()}
     onnx.helper.set_model_props(copy, dict(sorted(properties.items())))
+    # The oldest format that has the operators: runtimes refuse a newer one than they know (ONNX Runtime 1.17: 10).
+    copy.ir_version = onnx.helper.find_min_ir_version_for(copy.opset_import)
     return copy
 
 

@@ -73,14 +73,21 @@ def wrap_module(
     class_names: Sequence[str],
     convention: OutputConvention | None = None,
 ) -> WrappedModule:
-    """Wrap ``module`` for ``export_onnx``, after one run that checks the shapes of its outputs.
+    """Wrap ``module`` for ``export_onnx``, after a run that checks the shapes and the signs of its outputs.
 
     ``module`` takes normalised images (n, 3, H, W) float32, H and W multiples of ``preprocess.size_divisor``. It is set
     to evaluation mode.
 
     Raises:
-        ConfigError: its outputs are not what ``convention``, ``decode.strides`` or ``class_names`` say.
+        ConfigError: its outputs are not what ``convention``, ``decode.strides`` or ``class_names`` say; or shapes could
+            not tell, because four classes look like boxes and one like the centerness, and ``convention`` is not given.
     """
+    twin = _TWINS.get(len(decode.label_map or class_names))
+    if convention is None and twin is not None:
+        raise ConfigError(
+            f"The class logits have as many channels as {twin}, so that a wrong order of the outputs would not show.",
+            hint='say the order: convention=OutputConvention(order=("classes", "boxes", "centerness"))',
+        )
     convention = convention or OutputConvention()
     adapter = _Adapter(module, convention, decode.strides).eval()
     contract = ModelContract(
@@ -95,6 +102,10 @@ def wrap_module(
     )
     _check_outputs(adapter, contract)
     return WrappedModule(adapter, contract)
+
+
+# What class logits look like with this many classes.
+_TWINS = {1: "the centerness", 4: "the boxes"}
 
 
 class _Adapter(nn.Module):
@@ -128,12 +139,14 @@ _TO_PIXELS: dict[BoxOutput, Callable[[Tensor, int], Tensor]] = {
 
 
 def _check_outputs(adapter: _Adapter, contract: ModelContract) -> None:
-    """Run once on a black image, and compare the shapes with what the contract says."""
+    """Run once on a black image and one of noise; compare shapes and signs with what the contract says."""
     # Without a fixed size: four divisors, so that even the coarsest of five levels has a location.
     height, width = contract.preprocess.canvas or (4 * contract.preprocess.size_divisor,) * 2
+    images = torch.zeros(2, 3, height, width)
+    images[1] = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode():
-            levels = adapter(torch.zeros(1, 3, height, width))
+            levels = [level for image in images for level in adapter(image[None])]
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"The module's output is not what the convention says: {error}.",
@@ -141,13 +154,29 @@ def _check_outputs(adapter: _Adapter, contract: ModelContract) -> None:
         ) from error
     channels = len(contract.channel_names)
     sizes = level_sizes(height, width, strides=contract.decode.strides)
-    for number, (level, size) in enumerate(zip(levels, sizes, strict=True)):
+    for number, (level, size) in enumerate(zip(levels, (*sizes, *sizes), strict=True)):
         for name, tensor, depth in zip(LevelOutput._fields, level, (channels, 4, 1), strict=True):
-            expected = (1, depth, *size)
+            expected, where = (1, depth, *size), f"Level {number % len(sizes)}: {name}"
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != expected:
                 got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise ConfigError(
-                    f"Level {number}: {name} must have shape {expected} for a {height}x{width} input, got {got}."
-                )
+                raise ConfigError(f"{where} must have shape {expected} for a {height}x{width} input, got {got}.")
             if not torch.isfinite(tensor).all():
-                raise ConfigError(f"Level {number}: {name} holds NaN or infinite values for a black image.")
+                raise ConfigError(f"{where} holds NaN or infinite values for a black image or one of noise.")
+    if channels in _TWINS:  # Elsewhere shapes have told the kinds apart.
+        _check_signs(levels)
+
+
+def _check_signs(levels: list[LevelOutput]) -> None:
+    """Refuse kinds that were taken for one another although their shapes are equal.
+
+    Raises:
+        ConfigError: distances below 0, or class logits that are nowhere below 0.
+    """
+    hint = "compare OutputConvention(order=..., boxes=...) with what module(images) returns"
+    lowest = min(float(level.distances.min()) for level in levels)
+    if lowest < 0:
+        raise ConfigError(f"Distances to the sides of a box are not negative, these reach {lowest:.3g}.", hint=hint)
+    if min(float(level.cls_logits.min()) for level in levels) >= 0:
+        raise ConfigError(
+            "The class logits are nowhere below 0: every location would hold an object of every class.", hint=hint
+        )

@@ -23,7 +23,7 @@ from fcos_deploy.core.exporter import BuildOptions, BuildRequest
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.libraries import library_versions
-from fcos_deploy.core.model_files import engine_file, graph_file
+from fcos_deploy.core.model_files import engine_file, files_of, graph_file
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.serialize import to_json
@@ -203,6 +203,7 @@ def export(
             kind=ArtifactKind.ONNX,
             precision=precision,
             parent=context.contract.source_sha256,
+            companions=tuple(file.name for file in files_of(folder / name)[1:]),
             config={"tail": str(tail), "opset": str(exported.opset), "nodes": str(exported.nodes), **checks},
             tools=library_versions("torch", "onnx", "onnxscript", "onnxsim"),
         )

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcos_deploy.checkpoints.describe import describe_checkpoint, find_weights
+from fcos_deploy.checkpoints.describe import decided_options, describe_checkpoint, find_weights
 from fcos_deploy.checkpoints.load import CheckpointOptions, load_checkpoint, to_tensors
+from fcos_deploy.checkpoints.reader import open_checkpoint
 from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError
 from fcos_deploy.core.network import resnet_config
 from fcos_deploy.model.fcos import Fcos
@@ -129,12 +130,106 @@ def test_averaged_weights_are_taken_unless_the_others_are_asked_for(weights: dic
     assert torch.equal(to_tensors(ema.tensors)[name], weights[name] + 1)
     assert torch.equal(to_tensors(plain.tensors)[name], weights[name])
     decision = next(d for d in ema.contract.decisions if d.name == "weights")
-    assert (decision.value, decision.source) == ("model_ema", "rule: averaged weights are what is evaluated")
+    assert (decision.value, decision.source) == (
+        "model_ema",
+        "rule: averaged weights are what is evaluated; 'model' has the others",
+    )
 
 
-def test_missing_averaged_weights_are_an_error() -> None:
+@pytest.mark.parametrize(
+    "container",
+    [
+        "state_dict_ema",
+        "ema_state_dict",
+        "ema.module",
+        "ema.state_dict",
+        "ema_state",
+        "swa_model_state_dict",
+        "state_dict.ema",
+    ],
+)
+def test_averaged_weights_are_found_in_every_container(
+    container: str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    averaged: Any = {n: t + 1 if t.is_floating_point() else t for n, t in weights.items()}
+    if container == "state_dict.ema":  # in one mapping, by their prefixes, as Lightning's callbacks store them
+        both = {f"{p}.{n}": t for p, ts in (("net", weights), ("ema", averaged)) for n, t in ts.items()}
+        content = {"state_dict": both}
+    else:
+        *outer, key = container.split(".")
+        content = {"model": weights, **({outer[0]: {key: averaged}} if outer else {key: averaged})}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(4)}}}
+    torch.save({**content, "optimizer": optimizer}, tmp_path / "m.pth")
+    described = describe_checkpoint(tmp_path / "m.pth", options=CANVAS)
+    name = "head.regression_head.bbox_reg.bias"
+    assert torch.equal(to_tensors(described.tensors)[name], weights[name] + 1)
+    decision = next(d for d in described.contract.decisions if d.name == "weights")
+    assert decision.value == container
+    assert "averaged" in decision.source
+    assert "has the others" in decision.source
+    again = describe_checkpoint(tmp_path / "m.pth", options=decided_options(described))
+    assert again.contract.preprocess == described.contract.preprocess
+    assert torch.equal(to_tensors(again.tensors)[name], weights[name] + 1)
+
+
+def test_mmengine_stores_the_averaged_weights_in_state_dict(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """Its EMA hook swaps them before it saves (mmengine/hooks/ema_hook.py)."""
+    raw = {n: t + 1 if t.is_floating_point() else t for n, t in weights.items()}
+    content = {"state_dict": weights, "ema_state_dict": raw, "meta": {"mmengine_version": "0.10.7"}, "message_hub": {}}
+    torch.save(content, tmp_path / "m.pth")
+    described = describe_checkpoint(tmp_path / "m.pth", options=CANVAS)
+    decision = next(d for d in described.contract.decisions if d.name == "weights")
+    assert (decision.value, "mmengine" in decision.source) == ("state_dict", True)
+
+
+def test_weights_of_an_unknown_container_are_asked_for(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    best = {n: t + 1 if t.is_floating_point() else t for n, t in weights.items()}
+    torch.save({"model_state_dict": weights, "best_model_state_dict": best}, tmp_path / "m.pth")
+    with pytest.raises(ConfigError, match="2 sets of weights: 'model_state_dict', 'best_model_state_dict'") as caught:
+        describe_checkpoint(tmp_path / "m.pth", options=CANVAS)
+    assert "--weights NAME" in caught.value.hint
+    options = CheckpointOptions(weights="best_model_state_dict", input_size=(128, 160))
+    name = "head.regression_head.bbox_reg.bias"
+    described = describe_checkpoint(tmp_path / "m.pth", options=options)
+    assert torch.equal(to_tensors(described.tensors)[name], weights[name] + 1)
+    with pytest.raises(ConfigError, match="holds no weights 'last', only 'model_state_dict'"):
+        describe_checkpoint(tmp_path / "m.pth", options=CheckpointOptions(weights="last"))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda n: f"net.{n}",
+        lambda n: f"fcos.{n}",
+        lambda n: f"_model.{n}",
+        lambda n: f"_orig_mod.{n.replace('backbone.', 'backbone._orig_mod.')}",
+        lambda n: f"_fsdp_wrapped_module.{n.replace('body.layer2.', 'body.layer2._fsdp_wrapped_module.')}",
+        lambda n: f"model.{n.replace('layer3.0.', 'layer3.0._checkpoint_wrapped_module.')}",
+        lambda n: f"module.detector.model.{n}",
+    ],
+    ids=["net", "fcos", "_model", "compile", "fsdp", "checkpoint", "nested"],
+)
+def test_prefixes_of_wrappers_and_buffers_of_the_training_are_left_out(
+    rename: Any, weights: dict[str, Tensor], expected: Tensor, tmp_path: Path
+) -> None:
+    stray = {rename(n): torch.zeros(1) for n in ("total_ops", "backbone.body.conv1.total_params", "criterion.weight")}
+    stored = {**{rename(n): t for n, t in weights.items()}, **stray, "loss_fn.pos_weight": torch.ones(3)}
+    torch.save({"state_dict": stored}, tmp_path / "m.pth")
+    loaded = load_checkpoint(tmp_path / "m.pth", options=CANVAS)
+    assert torch.equal(_class_logits(loaded.model), expected)
+    left_out = next(d.value for d in loaded.contract.decisions if d.name == "left_out")
+    assert left_out.split(", ") == [
+        "total_ops",
+        "backbone.body.conv1.total_params",
+        "criterion.weight",
+        "loss_fn.pos_weight",
+    ]
+
+
+def test_missing_averaged_weights_are_an_error(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"model": weights}, tmp_path / "m.pth")
     with pytest.raises(ConfigError, match="no averaged"):
-        find_weights({"model": {"a": torch.zeros(1)}}, prefer="ema")
+        find_weights(open_checkpoint(tmp_path / "m.pth").content, prefer="ema")
 
 
 def test_what_a_safetensors_file_says_of_itself(tiny_checkpoint: Path) -> None:
@@ -204,8 +299,6 @@ def test_options_that_contradict_each_other() -> None:
         CheckpointOptions(shortest=800, longest=100)
     with pytest.raises(ConfigError, match="at least 1 pixel"):
         CheckpointOptions(input_size=(0, 64))
-    with pytest.raises(ConfigError, match="'model' or 'ema'"):
-        CheckpointOptions(weights="best")
 
 
 @pytest.mark.slow

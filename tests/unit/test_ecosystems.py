@@ -204,8 +204,8 @@ def test_every_decision_can_be_overridden_and_says_so() -> None:
         centerness_on_reg=False,
         norm_eps=1e-3,
         channel_order=ChannelOrder.BGR,
-        mean=(1.0, 2.0, 3.0),
-        std=(4.0, 5.0, 6.0),
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
         resize_filter=ResizeFilter.PIL,
         profile="mmdetection",
         class_names=tuple("abc"[i % 3] for i in range(91)),
@@ -214,8 +214,8 @@ def test_every_decision_can_be_overridden_and_says_so() -> None:
     pre, decode, config = described.contract.preprocess, described.contract.decode, described.config
     assert (pre.canvas, pre.input_dtype, pre.size_rule) == ((320, 416), InputDtype.FLOAT32, SizeRule.LETTERBOX)
     assert (pre.mean, pre.std, pre.channel_order, pre.resize_filter) == (
-        (1.0, 2.0, 3.0),
-        (4.0, 5.0, 6.0),
+        (0.1, 0.2, 0.3),
+        (0.4, 0.5, 0.6),
         ChannelOrder.BGR,
         ResizeFilter.PIL,
     )
@@ -251,6 +251,58 @@ def test_class_names_without_the_background_get_it_where_it_has_a_channel() -> N
         _describe("torchvision_bn", options=CheckpointOptions(class_names=("a", "b", "c")))
     with pytest.raises(ConfigError, match="80 class channels, but 79 class names"):
         _describe("adelaidet_R_50_1x", options=CheckpointOptions(class_names=names[:79]))
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "message"),
+    [
+        ("torchvision_bn", {"classes": ["a", "b", "c"]}, "91 class channels, but 3 class names come from"),
+        ("adelaidet_R_50_1x", {"args": {"class_names": ["a", "b", "c"]}}, "80 class channels, but 3 class names"),
+        ("adelaidet_R_50_1x", {"names": {0: "a", 1: "b"}}, "80 class channels, but 2 class names"),
+        ("mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco", {"meta": {"CLASSES": ("a", "b", "c")}}, "but 3 class names"),
+    ],
+)
+def test_names_in_the_file_that_do_not_fit_are_asked_about(
+    name: str, metadata: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        _describe(name, **metadata)
+    assert "--classes FILE" in caught.value.hint
+    count = 91 if name.startswith("torchvision") else 80
+    names = tuple(f"thing {i}" for i in range(count))
+    options = CheckpointOptions(class_names=names)
+    assert _describe(name, options=options, **metadata).contract.class_names == names
+
+
+def test_three_channels_with_two_names_get_no_background_without_a_word() -> None:
+    tensors = _state_dict("torchvision_bn")
+    for part in ("weight", "bias"):
+        full = tensors[f"head.classification_head.cls_logits.{part}"]
+        tensors[f"head.classification_head.cls_logits.{part}"] = torch.empty((3, *full.shape[1:]), device="meta")
+    weights = _weights(tensors)
+    with pytest.raises(ConfigError, match="3 class channels, but 2 class names were given") as caught:
+        describe_weights(weights, file_name="x.pth", stated={}, options=CheckpointOptions(class_names=("cat", "dog")))
+    assert "the background first" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "hint"),
+    [
+        ("torchvision_bn", {"mean": (123.675, 116.28, 103.53)}, "--mean 0.485,0.456,0.406"),
+        ("torchvision_bn", {"std": (58.395, 57.12, 57.375)}, "--std 0.229,0.224,0.225"),
+        ("adelaidet_R_50_1x", {"mean": (0.485, 0.456, 0.406)}, "--mean 123.675,116.28,103.53"),
+        ("adelaidet_R_50_1x", {"std": (0.229, 0.224, 0.225)}, "--std 58.395,57.12,57.375"),
+        ("torchvision_bn", {"mean": (float("nan"), 0.1, 0.1)}, "--mean A,B,C"),
+        ("torchvision_bn", {"std": (0.0, 0.1, 0.1)}, "--std"),
+        ("adelaidet_R_50_1x", {"std": (float("inf"), 1.0, 1.0)}, "--std A,B,C"),
+    ],
+)
+def test_a_mean_of_another_unit_is_refused_with_the_value_in_this_one(
+    name: str, options: dict[str, tuple[float, float, float]], hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"mean|std") as caught:
+        _describe(name, options=CheckpointOptions(**options))
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize(

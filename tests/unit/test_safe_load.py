@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import pickle
@@ -345,3 +346,13 @@ def test_configurations_of_training_libraries_are_read_as_dicts(
     content = open_checkpoint(tmp_path / "m.pth").content
     assert isinstance(content, dict)
     assert content["cfg"] == {"a": 1}
+
+
+def test_a_defaultdict_is_read_and_items_of_other_objects_are_told(tmp_path: Path) -> None:
+    history: collections.defaultdict[str, list[int]] = collections.defaultdict(list, loss=[1, 2])
+    torch.save({"model": {"a": torch.zeros(1)}, "history": history}, tmp_path / "m.pth")
+    assert open_checkpoint(tmp_path / "m.pth").content["history"] == {"loss": [1, 2]}
+    stores_items = b"\x80\x02cargparse\nNamespace\n)R(X\x01\x00\x00\x00aK\x01u."
+    with pytest.raises(UnsafeGlobalError, match="stores items in an object that is not a dict") as caught:
+        read_pickle(stores_items)
+    assert "state_dict" in caught.value.hint

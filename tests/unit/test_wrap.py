@@ -92,6 +92,41 @@ def test_a_convention_that_does_not_fit_is_an_error(module: nn.Module, message: 
         _wrap(module)
 
 
+class _Real(nn.Module):
+    """Outputs as a detector has them: logits of rare objects, distances of some pixels."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images: Tensor) -> list[tuple[Tensor, ...]]:
+        levels = []
+        for stride in (8, 16, 32):
+            level = nn.functional.avg_pool2d(images, stride).mean(1, keepdim=True)
+            logits, distances = level.expand(-1, self.classes, -1, -1) - 4.0, (level * 0.1).exp().expand(-1, 4, -1, -1)
+            levels.append((logits, distances, level))
+        return levels
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_where_shapes_cannot_tell_the_kinds_apart_the_order_is_asked_for_and_checked(classes: int) -> None:
+    names = tuple("abcd"[:classes])
+    decode = DecodeSpec(profile=PROFILES["adelaidet"], strides=(8, 16, 32), score_threshold=0.05, iou_threshold=0.6)
+
+    def wrap(convention: OutputConvention | None) -> WrappedModule:
+        module = _Real(classes)
+        return wrap_module(module, preprocess=PREPROCESS, decode=decode, class_names=names, convention=convention)
+
+    with pytest.raises(ConfigError, match=r"as many channels as the (centerness|boxes)") as caught:
+        wrap(None)
+    assert "OutputConvention(order=" in caught.value.hint
+    assert wrap(OutputConvention()).contract.class_names == names
+    if classes == 4:
+        for form in BoxOutput:
+            with pytest.raises(ConfigError, match=r"not negative|nowhere below 0"):
+                wrap(OutputConvention(order=("boxes", "classes", "centerness"), boxes=form))
+
+
 def test_an_order_must_name_each_kind_once() -> None:
     with pytest.raises(ConfigError, match="once each"):
         OutputConvention(order=("boxes", "boxes", "classes"))

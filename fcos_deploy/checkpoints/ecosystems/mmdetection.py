@@ -33,7 +33,7 @@ def _rules(evidence: Evidence) -> Rules:
         counts_background="bbox_head.fcos_cls.weight" in evidence.source_names,  # version 1
     )
     rules = _by_tensors(evidence, config or {})
-    rules = _with_class_names(rules, meta, count=evidence.network.num_classes)
+    rules = _with_class_names(rules, meta)
     if config is None:
         return rules
     rules = rules.decide(_CONFIG, **config)
@@ -86,12 +86,12 @@ def _by_tensors(evidence: Evidence, config: Mapping[str, Any]) -> Rules:
     return rules.decide(source, stride_in_1x1=True, channel_order=ChannelOrder.BGR, mean=mean, std=UNIT_STD)
 
 
-def _with_class_names(rules: Rules, meta: object, *, count: int) -> Rules:
+def _with_class_names(rules: Rules, meta: object) -> Rules:
     """Those in the file (version 3: ``dataset_meta``, version 2: ``CLASSES``)."""
     for path in (("dataset_meta", "classes"), ("dataset_meta", "CLASSES"), ("CLASSES",)):
         stored = _lookup(meta, *path)
         names = (stored,) if isinstance(stored, str) else stored
-        if isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(n, str) for n in names):
+        if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
             return rules.decide("the class names in the file", class_names=tuple(names))
     return rules
 

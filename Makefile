@@ -6,8 +6,11 @@ STAMP = $(VENV)/.installed
 SERVER ?= .venv-server
 SERVER_PYTHON ?= /usr/bin/python3
 SERVER_STAMP = $(SERVER)/.installed
+# A device with the oldest OpenVINO that is promised, and nothing of the export extra.
+OLD_OPENVINO ?= .venv-old-openvino
+OLD_OPENVINO_STAMP = $(OLD_OPENVINO)/.installed
 
-.PHONY: install server-env demo test test-fast check schemas docs fix
+.PHONY: install server-env old-openvino-env demo test test-fast check schemas docs fix
 
 install: $(STAMP)
 
@@ -26,12 +29,21 @@ $(SERVER_STAMP): tests/data/serving/requirements.txt
 	$(SERVER)/bin/pip install --quiet --no-deps -r $<
 	touch $@
 
+old-openvino-env: $(OLD_OPENVINO_STAMP)
+
+$(OLD_OPENVINO_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(OLD_OPENVINO)
+	$(OLD_OPENVINO)/bin/pip install --quiet openvino==2025.0.0 '.[sign]'
+	$(OLD_OPENVINO)/bin/pip uninstall --quiet --yes fcos-deploy
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/fcos-deploy demo -o runs/demo
 
 test: $(STAMP)
-	FCOS_DEPLOY_REQUIRE=pytorch,onnxruntime,openvino \
+	FCOS_DEPLOY_REQUIRE=pytorch,onnxruntime,openvino$(REQUIRE_MORE) \
 	FCOS_DEPLOY_TRITON_PYTHON=$(wildcard $(abspath $(SERVER))/bin/python) \
+	FCOS_DEPLOY_OLD_OPENVINO_PYTHON=$(wildcard $(abspath $(OLD_OPENVINO))/bin/python) \
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP)

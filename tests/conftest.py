@@ -324,6 +324,65 @@ def tiny_ir(tiny_onnx: Path, make_once: MakeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_ir_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.uint8]], make_once: MakeOnce) -> Path:
+    """A bundle for OpenVINO: ``tiny_onnx``, its IR in fp32 and fp16, golden detections; read-only by agreement."""
+    pytest.importorskip("openvino")
+    from exporters.openvino_ir import EXPORTER
+    from fcos_deploy.core.contract import read_contract
+    from fcos_deploy.core.exporter import BuildOptions, BuildRequest
+    from fcos_deploy.core.files import sha256_file
+    from fcos_deploy.core.registry import get_backend
+    from fcos_deploy.detector import Detector
+    from fcos_deploy.pipeline.build import engine_requirements
+
+    contract, source = read_contract(tiny_onnx), sha256_file(tiny_checkpoint)
+
+    def graphs(folder: Path) -> StepOutput:
+        shutil.copyfile(tiny_onnx, folder / "model.fp32.onnx")
+        onnx = ArtifactDraft(path="model.fp32.onnx", kind=ArtifactKind.ONNX, precision=Precision.FP32, parent=source)
+        drafts = [onnx]
+        version = get_backend("openvino").probe().version
+        for precision in (Precision.FP32, Precision.FP16):
+            name = f"model.{precision}.openvino.xml"
+            options = BuildOptions(precision=precision if precision is Precision.FP16 else None)
+            result = EXPORTER.build(BuildRequest(source=tiny_onnx, output=folder / name, options=options))
+            drafts.append(
+                ArtifactDraft(
+                    path=name,
+                    kind=ArtifactKind.OPENVINO_IR,
+                    precision=precision,
+                    parent=sha256_file(tiny_onnx),
+                    backend="openvino",
+                    companions=tuple(file.name for file in result.files if file.name != name),
+                    requires=engine_requirements("openvino", version=version, record=result.record),
+                )
+            )
+        return StepOutput(artifacts=tuple(drafts))
+
+    def golden(folder: Path) -> StepOutput:
+        with Detector.open(tiny_checkpoint, backend="pytorch") as reference:
+            records = make_golden(blobs, folder=folder, contract=contract, detect=reference.detect)
+        return StepOutput(values=to_json(records))
+
+    def make(folder: Path) -> None:
+        with BundleWriter(folder / "bundle") as writer:
+            writer.step("graphs", inputs={}, make=graphs)
+            records = writer.step("golden", inputs={}, make=golden).values
+            writer.finish(
+                Manifest(
+                    name="tiny",
+                    contract=contract,
+                    provenance=Provenance(checkpoint="tiny.safetensors", checkpoint_sha256=source),
+                    defaults=RunDefaults(backend="openvino", precision=Precision.FP32),
+                    gates=DEFAULT_GATES,
+                    golden=tuple(from_json(GoldenImage, value) for value in records),
+                )
+            )
+
+    return make_once("tiny-ir-bundle", make) / "bundle"
+
+
+@pytest.fixture(scope="session")
 def blobs() -> list[NDArray[np.uint8]]:
     """Four images (h, w, 3) uint8 of different sizes, coarse colour blobs and a gradient."""
     generator = np.random.default_rng(1)

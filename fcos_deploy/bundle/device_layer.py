@@ -45,6 +45,7 @@ __all__ = [
     "describe_layers",
     "device_facts",
     "find_layers",
+    "layer_room",
     "renew_command",
     "sign_layers",
     "usable_layers",
@@ -262,6 +263,15 @@ def _places(bundle: Bundle) -> Iterator[Path]:
         yield state_folder() / "layers" / bundle.manifest_sha256[:32]
 
 
+def layer_room(bundle: Bundle) -> int:
+    """Free bytes where a layer of the bundle would be written.
+
+    Raises:
+        ConfigError: there is no place where this user can write one.
+    """
+    return shutil.disk_usage(_writable_place(bundle)).free
+
+
 def find_layers(bundle: Bundle, *, facts_of: Callable[[str], dict[str, str]] = device_facts) -> list[LayerState]:
     """Every complete layer beside the bundle, with the reason why it is not used, if it is not; files are not hashed.
 
@@ -409,7 +419,7 @@ def sign_layers(bundle: Bundle) -> list[str]:
     if not signed:
         raise ConfigError(
             f"'{bundle.source}' has no layer of this user and device to sign.",
-            hint=f"make one: fcos-deploy build {shlex.quote(str(bundle.source))} --backend NAME",
+            hint=f"make one: fcos-deploy setup {shlex.quote(str(bundle.source))}",
         )
     return signed
 

@@ -94,7 +94,7 @@ def _build_hint(bundle: Bundle, backend: str) -> str:
     """How to build here what the bundle lacks, where it has a graph to build from."""
     buildable = backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts)
     return (
-        f"; build it here: {shlex.join(['fcos-deploy', 'build', str(bundle.source), '--backend', backend])}"
+        f"; build it here: {shlex.join(['fcos-deploy', 'setup', str(bundle.source), '--backend', backend])}"
         if (buildable)
         else ""
     )

@@ -30,6 +30,7 @@ __all__ = [
     "device_public_key",
     "generate_key",
     "key_id",
+    "public_key_text",
     "required_keys",
     "sign_bytes",
     "sign_manifest",
@@ -242,6 +243,13 @@ def device_public_key() -> Path | None:
     except ConfigError:
         return None
     return public if own_file_bytes(public) else None
+
+
+def public_key_text(path: Path) -> str:
+    """A public key in PEM form, after checking that it is one."""
+    pem, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    text: str = _public_key(path).public_bytes(pem, form).decode()
+    return text
 
 
 def sign_with_device_key(message: bytes) -> Envelope:

@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 # Panels of the help, each with its commands in the order of use; a command is a module here that defines ``command``.
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "From a checkpoint to a bundle": ("deploy", "demo", "inspect", "doctor"),
+    "From a checkpoint to a bundle": ("deploy", "setup", "demo", "inspect", "doctor"),
     "Single steps": ("export", "simplify", "calibrate", "quantize", "build", "package"),
     "Accuracy": ("verify", "evaluate", "parity", "compare", "report"),
     "Running a model": ("predict", "benchmark", "soak"),

@@ -10,6 +10,7 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Judge
 
 __all__ = ["command"]
@@ -19,8 +20,21 @@ __all__ = ["command"]
 def command(
     model: cli.Model,
     *,
-    reference: cli.Reference,
-    images: cli.Images,
+    reference: Annotated[
+        Path | None,
+        cli.option(
+            "Model to compare with, usually the checkpoint it was made from. Needed without --records.", metavar="MODEL"
+        ),
+    ] = None,
+    images: Annotated[Path | None, cli.option("Folder of the images. Needed without --records.", metavar="DIR")] = None,
+    records: Annotated[
+        list[Path] | None,
+        cli.option(
+            "Device record of the bundle, written by 'verify --export', repeatable: one page for its sign-off in place "
+            "of a comparison.",
+            metavar="FILE",
+        ),
+    ] = None,
     annotations: cli.Annotations = None,
     also: cli.Also = None,
     limit: cli.Limit = None,
@@ -56,8 +70,16 @@ def command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    models = [model, *(also or [])]
     keys = cli.trusted_keys(public_key, required=require_signature)
+    if records:
+        _sign_off(model, records, keys=keys, output=output, allow_inconclusive=allow_inconclusive)
+        return
+    if reference is None or images is None:
+        raise ConfigError(
+            "A comparison needs a reference and images.",
+            hint="give --reference and --images, or the devices' --records of a bundle",
+        )
+    models = [model, *(also or [])]
     base = SessionOptions(threads=threads, public_keys=keys, trust_local_builds=trust_local_builds)
     sessions = cli.session_options(base, [*models, reference], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
@@ -82,3 +104,23 @@ def command(
     for verdict in comparison.evaluations.verdicts:
         note(verdict_line(verdict))
     require_all(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
+
+
+def _sign_off(
+    bundle: Path, records: list[Path], *, keys: tuple[str, ...], output: Path, allow_inconclusive: bool
+) -> None:
+    """The page of a bundle's device records; with keys one of them must have signed the bundle or the record."""
+    from fcos_deploy.accuracy.device_record import read_records
+    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
+    from fcos_deploy.core.gate import Outcome
+    from fcos_deploy.report.sign_off import write_sign_off
+
+    with open_bundle(bundle) as opened:
+        paths, outcome = write_sign_off(opened, read_records(records, bundle=opened, public_keys=keys), output)
+    for path in paths:
+        note(f"wrote {path}")
+    if outcome is Outcome.FAILED:
+        raise AccuracyGateError("A device does not give the certified detections.", hint=f"see '{output}'")
+    if outcome is Outcome.INCONCLUSIVE and not allow_inconclusive:
+        raise InconclusiveError("A device's golden images cannot decide it.", hint=f"see '{output}'")

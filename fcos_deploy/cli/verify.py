@@ -25,6 +25,14 @@ def command(
     log: Annotated[
         Path | None, cli.option("Log to append the record to. Default: the bundle's.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
+    export: Annotated[
+        Path | None,
+        cli.option(
+            "Device record to write, for 'fcos-deploy report --records'; signed where there is a device key.",
+            metavar="FILE",
+            panel=cli.OUTPUT,
+        ),
+    ] = None,
     allow_inconclusive: cli.AllowInconclusive = False,
     junit: cli.Junit = None,
     as_json: cli.Json = False,
@@ -34,6 +42,7 @@ def command(
     Exit code 4: it does not, or the golden images cannot decide it.
     """
     from fcos_deploy.accuracy import verify
+    from fcos_deploy.accuracy.device_record import export_record
     from fcos_deploy.accuracy.gate import write_junit
     from fcos_deploy.bundle import open_bundle
     from fcos_deploy.core.backend import SessionOptions
@@ -51,6 +60,8 @@ def command(
     with opening as opened, progress_bar() as progress:
         record = verify.verify_bundle(opened, options=options, progress=progress)
         written = verify.write_record(record, bundle=opened, log=log)
+        if export is not None:
+            export_record(export, record, bundle=opened)
     if as_json or written is None:
         print_json(to_json(record))
     if junit is not None:

@@ -18,7 +18,7 @@ from fcos_deploy.report.data import ReportData, ReportVariant
 from fcos_deploy.report.panels import image_panels
 from fcos_deploy.report.summary import dataset_sentence, key_figures, report_verdict
 
-__all__ = ["write_report"]
+__all__ = ["fill_template", "read_template", "write_report"]
 
 jinja2 = lazy_import("jinja2", extra="report")
 
@@ -57,15 +57,16 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
         }
         for chart in make_charts(data)
     ]
-    css = _template("report.css")
-    html = _fill("report.html.j2", charts=charts, panels=image_panels(data), css=css, **values)
+    css = read_template("report.css")
+    html = fill_template("report.html.j2", charts=charts, panels=image_panels(data), css=css, **values)
     markdown = path.with_suffix(".md")
     write_text(path, html)
-    write_text(markdown, _fill("report.md.j2", **values))
+    write_text(markdown, fill_template("report.md.j2", **values))
     return path, markdown
 
 
-def _fill(name: str, **values: Any) -> str:  # Any: what a template is given
+def fill_template(name: str, /, **values: Any) -> str:  # Any: what a template is given
+    """One of this package's templates, filled; HTML is escaped."""
     environment = jinja2.Environment(
         autoescape=name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
@@ -74,7 +75,7 @@ def _fill(name: str, **values: Any) -> str:  # Any: what a template is given
         lstrip_blocks=True,
     )
     environment.filters.update(typeset=_typeset, mebibytes=_mebibytes)
-    text: str = environment.from_string(_template(name)).render(**values)
+    text: str = environment.from_string(read_template(name)).render(**values)
     return text
 
 
@@ -87,7 +88,8 @@ def _markdown(value: Any) -> Any:  # Any: as above
     return _MARKDOWN.sub(r"\\\g<0>", printable(value)) if type(value) is str else value
 
 
-def _template(name: str) -> str:
+def read_template(name: str) -> str:
+    """A file of this package's templates."""
     return (importlib.resources.files("fcos_deploy.report") / "templates" / name).read_text(encoding="utf-8")
 
 

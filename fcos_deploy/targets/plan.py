@@ -274,7 +274,7 @@ def plan(profile: DeviceProfile, request: PlanRequest | None = None) -> Plan:
         placement=draft.placement,
         artifacts=artifacts,
         options=_options(draft),
-        commands=(f"fcos-deploy build BUNDLE --backend {draft.backend}",) if on_device and profile.runs_python else (),
+        commands=(f"fcos-deploy setup BUNDLE --backend {draft.backend}",) if on_device and profile.runs_python else (),
         trtexec=_trtexec(draft) if draft.tensorrt else "",
         notes=(*profile.notes, *_notes(draft)),
     )

@@ -265,7 +265,7 @@ def test_another_user_believes_a_layer_by_the_device_key_only(
 def test_a_bundle_that_lacks_an_engine_says_how_to_build_it(tiny_bundle: Path) -> None:
     refused = _run("verify", tiny_bundle, "--backend", "tensorrt-rtx")
     assert refused.exit_code == 2
-    assert f"fcos-deploy build {tiny_bundle} --backend tensorrt-rtx" in " ".join(refused.stderr.split())
+    assert f"fcos-deploy setup {tiny_bundle} --backend tensorrt-rtx" in " ".join(refused.stderr.split())
 
 
 def test_an_engine_of_tensorrt_rtx_becomes_a_layer_without_a_gpu(bundle: Path) -> None:

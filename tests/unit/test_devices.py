@@ -49,7 +49,7 @@ def test_jetson_engines_are_built_on_the_jetson() -> None:
     assert (engine.path, engine.where) == ("model.int8.tensorrt.engine", "on the device")
     assert made.placement == "portable"
     assert made.options.workspace_mib == 1024
-    assert made.commands == ("fcos-deploy build BUNDLE --backend tensorrt",)
+    assert made.commands == ("fcos-deploy setup BUNDLE --backend tensorrt",)
     assert made.trtexec == (
         "trtexec --onnx=model.int8.portable.candidates.onnx --saveEngine=model.int8.tensorrt.engine --skipInference "
         "--stronglyTyped --noTF32 --memPoolSize=workspace:1024"

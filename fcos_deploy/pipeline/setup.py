@@ -1,0 +1,256 @@
+"""Sets a bundle up on the device it is to run on: build what must be built here, verify it, choose by latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcos_deploy.accuracy.verify import VerificationRecord, VerifyOptions, verify_bundle, write_record
+from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
+from fcos_deploy.bundle.device_layer import (
+    Choice,
+    layer_room,
+    sign_layers,
+    usable_layers,
+    write_layer,
+)
+from fcos_deploy.bundle.golden import read_golden_image
+from fcos_deploy.bundle.preflight import select_runnable
+from fcos_deploy.bundle.selection import Selection
+from fcos_deploy.bundle.store import Bundle, open_bundle
+from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError, DeviceError, InconclusiveError
+from fcos_deploy.core.gate import Outcome
+from fcos_deploy.core.machine import MachineFacts, kernel_text, read_machine
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.registry import get_backend
+from fcos_deploy.detector import Detector
+from fcos_deploy.pipeline.build import ArtifactRequest, build_artifact
+
+__all__ = ["CheckedFact", "SetupReport", "SetupRequest", "set_up"]
+
+_ROOM = 4  # times the size of the graph: the engine, what the builder needs meanwhile, and the layer it replaces
+_TIMING = TimingOptions(rounds=10, block=4, warmup=3)
+_ROOT = Path("/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetupRequest:
+    """``backend`` empty: the bundle's own. With ``public_keys`` one of their owners must have signed the bundle."""
+
+    bundle: Path
+    backend: str = ""
+    public_keys: tuple[Path | str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedFact:
+    """Something of this machine that matters to the bundle; ``warning`` is empty where it is as it should be."""
+
+    name: str
+    value: str
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetupReport:
+    """What was found, built, verified and chosen. ``built`` and ``kept`` are names of artifacts.
+
+    ``latency_ms``: the median of each precision, where there was a choice. ``chosen``: the artifact that commands take
+    from now on.
+    """
+
+    backend: str
+    facts: tuple[CheckedFact, ...]
+    built: tuple[str, ...]
+    kept: tuple[str, ...]
+    skipped: dict[str, str]
+    records: tuple[VerificationRecord, ...]
+    chosen: VerificationRecord
+    latency_ms: dict[str, float]
+    signed: tuple[str, ...] = ()
+
+
+def set_up(request: SetupRequest, *, progress: ProgressFn = no_progress) -> SetupReport:
+    """Make the bundle run on this device; what an earlier, interrupted run finished is kept.
+
+    Layers that are built here count, since the user asked for them; where the bundle's signature is required they are
+    signed with the device key.
+
+    Raises:
+        DeviceError: the runtime is missing, or there is no room.
+        ConfigError: the bundle has nothing for the backend, and nothing to build it from.
+        AccuracyGateError: what was built is not the certified detector.
+        InconclusiveError: the golden images cannot decide it.
+    """
+    with open_bundle(request.bundle, public_keys=request.public_keys, trust_local_builds=True) as bundle:
+        backend = request.backend or bundle.manifest.defaults.backend
+        facts = _check_machine(bundle, backend)
+        built: list[str] = []
+        kept: list[str] = []
+        skipped: dict[str, str] = {}
+        for precision in _candidates(bundle):
+            try:
+                selection = _runnable(bundle, backend, precision)
+                if selection is not None:
+                    kept.append(selection.artifact.path)
+                else:
+                    built.append(_build(request, bundle, backend, precision, progress))
+            except ConfigError as error:  # The backend does not take this precision, the others may do.
+                skipped[str(precision)] = error.message
+        if not built and not kept:
+            raise ConfigError(
+                f"'{request.bundle}' has nothing that '{backend}' could run here. {'; '.join(skipped.values())}",
+                hint="name another one with --backend",
+            )
+        records = _verify(bundle, backend, skipped, progress)
+        passed = [record for record in records if record.outcome is Outcome.PASSED]
+        latency = _measure(bundle, backend, passed, progress)
+        chosen = _choose(bundle, records, latency)
+        if len(passed) > 1:
+            choice = Choice(precision=chosen.precision, latency_ms=latency)
+            write_layer(bundle, backend=backend, choice=choice)
+        layers = [state for state in usable_layers(bundle, backend=backend) if state.layer and state.layer.artifacts]
+        signed = sign_layers(bundle) if request.public_keys and layers else []
+        for record in records:
+            write_record(record, bundle=bundle)
+        return SetupReport(
+            backend=backend,
+            facts=facts,
+            built=tuple(built),
+            kept=tuple(kept),
+            skipped=skipped,
+            records=tuple(records),
+            chosen=chosen,
+            latency_ms=latency,
+            signed=tuple(signed),
+        )
+
+
+def _check_machine(bundle: Bundle, backend: str, *, root: Path = _ROOT) -> tuple[CheckedFact, ...]:
+    """The runtime, memory, disk and power mode, before anything that takes minutes.
+
+    Raises:
+        DeviceError: the runtime is missing, or there is no room.
+    """
+    probe, machine = get_backend(backend).probe(), read_machine()
+    if not probe.available:
+        raise DeviceError(f"'{backend}' cannot run here: {probe.problem}", hint=probe.remedy)
+    graphs = [a.size for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX]
+    needed, free = _ROOM * max(graphs, default=0), layer_room(bundle)
+    if free < needed:
+        raise DeviceError(
+            f"Building needs about {needed >> 20} MiB of disk, {free >> 20} MiB are free.", hint="make room on the disk"
+        )
+    return (
+        CheckedFact(name="runtime", value=f"{backend} {probe.version}", warning=probe.problem),
+        _memory(machine, needed),
+        CheckedFact(name="free disk", value=f"{free >> 20} MiB"),
+        *_power_mode(root),
+    )
+
+
+def _memory(machine: MachineFacts, needed: int) -> CheckedFact:
+    small = bool(machine.memory_mib) and machine.memory_mib < 512 + (needed >> 20)
+    warning = "a build may fail: close other programs, or add swap" if small else ""
+    return CheckedFact(name="memory", value=f"{machine.memory_mib} MiB", warning=warning)
+
+
+def _power_mode(root: Path) -> tuple[CheckedFact, ...]:
+    """A Jetson's power mode and the governor of the first core, where the kernel tells them."""
+    facts = []
+    mode = kernel_text(root / "var/lib/nvpmodel/status")
+    if mode:
+        facts.append(CheckedFact(name="power mode", value=mode.replace("pmode:", "").lstrip("0") or "0"))
+    governor = kernel_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if governor:
+        slow = "latency is measured at a changing clock" if governor == "powersave" else ""
+        facts.append(CheckedFact(name="governor", value=governor, warning=slow))
+    return tuple(facts)
+
+
+def _candidates(bundle: Bundle) -> list[Precision]:
+    """The default precision and, to measure it against, int8 and the smallest float format that the bundle has."""
+    present = {artifact.precision for artifact in bundle.manifest.artifacts}
+    floats = [precision for precision in (Precision.FP16, Precision.FP32) if precision in present][:1]
+    wanted = [bundle.manifest.defaults.precision, Precision.INT8, *floats]
+    return [precision for precision in dict.fromkeys(wanted) if precision in present]
+
+
+def _runnable(bundle: Bundle, backend: str, precision: Precision) -> Selection | None:
+    """What runs here already; None: it must be built."""
+    try:
+        selection, _ = select_runnable(bundle, backend=backend, precision=precision)
+    except (ConfigError, DeviceError):
+        return None
+    return selection
+
+
+def _build(request: SetupRequest, bundle: Bundle, backend: str, precision: Precision, progress: ProgressFn) -> str:
+    from fcos_deploy.core.exporter import BuildOptions
+
+    result = build_artifact(
+        ArtifactRequest(
+            source=request.bundle,
+            output=None,
+            backend=backend,
+            options=BuildOptions(precision=precision),
+            public_keys=request.public_keys,
+        ),
+        progress=progress,
+    )
+    bundle.require_not_replaced()
+    return f"{result.record['layer']}/{result.files[0].name}"
+
+
+def _verify(bundle: Bundle, backend: str, skipped: dict[str, str], progress: ProgressFn) -> list[VerificationRecord]:
+    records = []
+    for precision in _candidates(bundle):
+        if str(precision) not in skipped:
+            options = VerifyOptions(backend=backend, precision=precision)
+            records.append(verify_bundle(bundle, options=options, progress=progress))
+    return records
+
+
+def _measure(
+    bundle: Bundle, backend: str, passed: Sequence[VerificationRecord], progress: ProgressFn
+) -> dict[str, float]:
+    """Median milliseconds of each verified precision, in turns on a golden image; nothing where there is no choice."""
+    if len(passed) < 2:
+        return {}
+    golden = bundle.manifest.golden[0]
+    image = read_golden_image(bundle.path(golden.path), golden)
+    detectors: list[Detector] = []
+    try:
+        detectors = [Detector.open(bundle.path(record.artifact), backend=backend) for record in passed]
+        timings = time_in_turns(detectors, image, options=_TIMING, progress=progress)
+    finally:
+        for detector in detectors:
+            detector.close()
+    return {
+        str(record.precision): round(timing.latency().p50, 3) for record, timing in zip(passed, timings, strict=True)
+    }
+
+
+def _choose(bundle: Bundle, records: Sequence[VerificationRecord], latency: dict[str, float]) -> VerificationRecord:
+    """The fastest that passed; the default precision where they are equal or nothing was measured.
+
+    Raises:
+        AccuracyGateError: none passed.
+        InconclusiveError: none passed, and none failed.
+    """
+    default = bundle.manifest.defaults.precision
+    passed = [record for record in records if record.outcome is Outcome.PASSED]
+    if not passed:
+        if not records:
+            raise BundleError("Nothing was verified.")
+        failed = [record for record in records if record.outcome is Outcome.FAILED]
+        summary = "; ".join(f"{record.artifact}: {record.summary}" for record in failed or records)
+        if failed:
+            raise AccuracyGateError(
+                f"What runs here is not the certified detector. {summary}.",
+                hint="see which stage diverges with 'fcos-deploy parity', or make the bundle for this machine",
+            )
+        raise InconclusiveError(f"The golden images cannot decide it. {summary}.")
+    return min(passed, key=lambda r: (latency.get(str(r.precision), 0.0), r.precision is not default))

@@ -50,7 +50,8 @@ class CalibrationRequest:
     """One calibration; ``method`` empty means the default.
 
     ``evaluation_images``: a folder, list file or COCO json; images that are in both sets are reported.
-    ``tensorrt_version``: also write a calibration cache for this version of TensorRT.
+    ``tensorrt_version``: also write a calibration cache for this version of TensorRT. ``allow_outside``: a list may
+    name files that are not below its folder.
     """
 
     model: Path
@@ -66,6 +67,7 @@ class CalibrationRequest:
     convergence: bool = False
     minimum: int = 8
     tensorrt_version: str = ""
+    allow_outside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,9 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
     method, graph = range_method(request.method), open_graph(request.model)
     if request.tensorrt_version:
         calibration_cache_number(request.tensorrt_version)  # refused now, not after the pass
-    sample = SampleOptions(count=request.count, seed=request.seed, minimum=request.minimum)
+    sample = SampleOptions(
+        count=request.count, seed=request.seed, minimum=request.minimum, allow_outside=request.allow_outside
+    )
     images = collect_images(request.images, annotations=request.annotations, options=sample)
     report = examine_set(images, graph.source.contract, evaluation_images=request.evaluation_images)
     recorder = _ConvergenceRecorder(len(images.images), method=method) if request.convergence else None

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import read_coco
+from fcos_deploy.core.coco_file import is_below, read_coco
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
-from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.image import IMAGE_SUFFIXES, list_images, read_image
 from fcos_deploy.core.preprocess import resized_size
 from fcos_deploy.core.serialize import parse_json
+from fcos_deploy.core.text import brief
 
 __all__ = [
     "Box",
@@ -29,6 +30,7 @@ __all__ = [
     "find_images",
 ]
 
+_LARGEST_LIST = 512 << 20  # bytes
 # From 64 to 128 images the demo detector's ranges still move by 1 % in the median (docs/int8.md).
 _DEFAULT_COUNT = 128
 # Below this the demo detector's ranges are more than 2 % from those of 128 images, in the median (docs/int8.md).
@@ -43,12 +45,13 @@ class SampleOptions:
     """How many images to take, and with which random seed.
 
     ``count`` None takes up to 128. Fewer than ``minimum`` images are refused: ranges of a handful of images miss the
-    large objects, which live in the tails.
+    large objects, which live in the tails. ``allow_outside``: a list may name files that are not below its folder.
     """
 
     count: int | None = None
     seed: int = 0
     minimum: int = 8
+    allow_outside: bool = False
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
@@ -149,7 +152,7 @@ def collect_images(
         CalibrationError: nothing there, too few images, or a file that is missing.
     """
     options = options or SampleOptions()
-    files = find_images(source)
+    files = find_images(source, allow_outside=options.allow_outside)
     coco = annotations or (source if source.suffix == ".json" else None)
     labels, categories = _read_objects(coco) if coco else ({}, {})
     strata = {name: _stratum(name, labels.get(name)) for name in files}
@@ -164,8 +167,8 @@ def collect_images(
     return CalibrationSet(source, images, len(files), options.seed, boxes, categories)
 
 
-def find_images(source: Path) -> dict[str, Path]:
-    """All images of a folder, list file or COCO json, by name.
+def find_images(source: Path, *, allow_outside: bool = False) -> dict[str, Path]:
+    """All images of a folder, list file or COCO json, by name; those of a file lie below its folder, or are refused.
 
     Raises:
         CalibrationError: the source is not there or names no image.
@@ -181,6 +184,12 @@ def find_images(source: Path) -> dict[str, Path]:
             ) from error
     else:
         paths = {name: source.parent / name for name in _listed(source)}
+        outside = next((name for name in paths if not allow_outside and not is_below(name)), None)
+        if outside is not None:
+            raise CalibrationError(
+                f"'{source}' names the file {brief(outside)}, which is not below '{source.parent}'.",
+                hint="put the list into the folder of the images, or allow it: calibrate --allow-outside",
+            )
     if not paths:
         raise CalibrationError(f"'{source}' names no images.", hint="one path a line, or a COCO json")
     return dict(sorted(paths.items()))
@@ -213,7 +222,7 @@ def examine_set(images: CalibrationSet, contract: ModelContract, *, evaluation_i
 
 def _listed(source: Path) -> list[str]:
     try:
-        text = source.read_text(encoding="utf-8")
+        text = read_file(source, limit=_LARGEST_LIST).decode("utf-8")
         if source.suffix == ".json":
             return [str(entry["file_name"]) for entry in parse_json(text)["images"]]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,13 +6,17 @@ Triton's (docs/protocol/extension_binary_data.md of triton-inference-server/serv
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
+import os
 import re
+import socket
+import ssl
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,10 +49,13 @@ DATATYPES: dict[str, str] = {
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 _PATH = re.compile(r"(?:/v2/models)?/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/?")
-_PORTS = {"http": 8000, "https": 443, "grpc": 8001}
+_PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}
+_TLS = frozenset({"https", "grpcs"})
+_MAX_DESCRIPTION = 4 << 20  # bytes of an answer about a server or a model
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _BINARY = "binary_tensor_data"  # the protocol extension, as servers announce it
 _MAX_ANSWER = 1 << 30  # bytes
+_CREDENTIALS_PREFIX = "FCOS_DEPLOY_SERVER_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +93,65 @@ def parse_address(url: str) -> ModelAddress:
     return ModelAddress(
         scheme=parts.scheme, host=parts.hostname, port=port, model=path["model"], version=path["version"] or ""
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """How this machine and the server know each other: a token to send, and PEM files.
+
+    ``authority``: whose certificates are accepted, in place of the system's. ``certificate`` and ``key``: this
+    client's own.
+    """
+
+    token: str = ""
+    authority: str = ""
+    certificate: str = ""
+    key: str = ""
+
+    @staticmethod
+    def of_environment(address: ModelAddress) -> Credentials:
+        """Those in FCOS_DEPLOY_SERVER_TOKEN, _CA, _CERT and _KEY; never in the description, which travels.
+
+        Raises:
+            ConfigError: there are some, and the address is one that would send them without encryption.
+        """
+        token, authority, certificate, key = (
+            os.environ.get(f"{_CREDENTIALS_PREFIX}{name}", "") for name in ("TOKEN", "CA", "CERT", "KEY")
+        )
+        if (token or certificate) and address.scheme not in _TLS:
+            raise ConfigError(
+                f"A token or certificate is only sent over an encrypted connection, not to '{address}'.",
+                hint="give an address that begins with https:// or grpcs://, or unset the variables",
+            )
+        if bool(certificate) != bool(key):
+            raise ConfigError(f"{_CREDENTIALS_PREFIX}CERT and {_CREDENTIALS_PREFIX}KEY go together.")
+        if not token.isascii() or not token.isprintable():
+            raise ConfigError(f"{_CREDENTIALS_PREFIX}TOKEN must be printable ASCII.")
+        return Credentials(token=token, authority=authority, certificate=certificate, key=key)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What each request carries."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+    def context(self) -> ssl.SSLContext:
+        """For HTTPS.
+
+        Raises:
+            ConfigError: a file cannot be used.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.authority or None)
+            if self.certificate:
+                context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"The certificates for the server cannot be used: {error}.") from error
+        return context
+
+    def files(self) -> dict[str, Any]:  # Any: keyword arguments of tritonclient
+        """For gRPC."""
+        names = {"root_certificates": self.authority, "certificate_chain": self.certificate, "private_key": self.key}
+        return {name: path or None for name, path in names.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +259,8 @@ class HttpClient(Client):
 
     def __init__(self, address: ModelAddress, *, timeout: float) -> None:
         self._address = address
+        self._credentials = Credentials.of_environment(address)
+        self._context = self._credentials.context() if address.scheme in _TLS else None
         self._timeout = timeout
         self._local = threading.local()
         self._all: list[http.client.HTTPConnection] = []
@@ -282,22 +350,52 @@ class HttpClient(Client):
         payload: bytes,
         headers: Mapping[str, str],
     ) -> tuple[bytes, Mapping[str, str]]:
-        connection.request(method, path, body=payload or None, headers=dict(headers))
-        response = connection.getresponse()
-        content = response.read(_MAX_ANSWER + 1)
-        if len(content) > _MAX_ANSWER:
+        limit = _MAX_ANSWER if payload else _MAX_DESCRIPTION
+        with self._deadline(connection):
+            connection.request(method, path, body=payload or None, headers={**headers, **self._credentials.headers})
+            response = connection.getresponse()
+            content = response.read(limit + 1)
+        if len(content) > limit:
             connection.close()
-            raise _Answer(response.status, "the answer is larger than 1 GiB")
+            raise _Answer(response.status, f"the answer is larger than {limit >> 20} MiB")
         if response.status != http.client.OK:
             raise _Answer(response.status, _error_text(content))
         return content, {name.lower(): value for name, value in response.getheaders()}
+
+    @contextlib.contextmanager
+    def _deadline(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """End the exchange after the timeout: that of a socket begins anew with every byte that arrives."""
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self._timeout, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if expired.is_set():
+                raise TimeoutError from error
+            raise
+        finally:
+            timer.cancel()
+        if expired.is_set():
+            raise TimeoutError
 
     def _connection(self) -> tuple[http.client.HTTPConnection, bool]:
         """The calling thread's connection, and whether it is not open yet."""
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
         if connection is None:
-            kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
-            connection = kind(self._address.host, self._address.port, timeout=self._timeout)
+            host, port = self._address.host, self._address.port
+            if self._context is not None:
+                connection = http.client.HTTPSConnection(host, port, timeout=self._timeout, context=self._context)
+            else:
+                connection = http.client.HTTPConnection(host, port, timeout=self._timeout)
             self._local.connection = connection
             with self._lock:
                 self._all.append(connection)
@@ -347,14 +445,21 @@ class GrpcClient(Client):
         self._failure = grpc_utils.InferenceServerException
         self._address = address
         self._timeout = timeout
-        self._client = grpc.InferenceServerClient(f"{address.host}:{address.port}")
+        credentials = Credentials.of_environment(address)
+        self._headers = {key.lower(): value for key, value in credentials.headers.items()} or None
+        secure = address.scheme in _TLS
+        try:
+            files = credentials.files() if secure else {}
+            self._client = grpc.InferenceServerClient(f"{address.host}:{address.port}", ssl=secure, **files)
+        except OSError as error:
+            raise ConfigError(f"The certificates for the server cannot be used: {error}.") from error
 
     def metadata(self) -> ModelMetadata:
         address = self._address
         try:
-            server = self._client.get_server_metadata(as_json=True, client_timeout=self._timeout)
+            server = self._client.get_server_metadata(as_json=True, client_timeout=self._timeout, headers=self._headers)
             model = self._client.get_model_metadata(
-                address.model, address.version, as_json=True, client_timeout=self._timeout
+                address.model, address.version, as_json=True, client_timeout=self._timeout, headers=self._headers
             )
         except self._failure as error:
             if any(word in str(error.status()) for word in ("UNAVAILABLE", "DEADLINE_EXCEEDED")):
@@ -376,6 +481,7 @@ class GrpcClient(Client):
                 model_version=self._address.version,
                 outputs=requested,
                 client_timeout=self._timeout,
+                headers=self._headers,
             )
         except self._failure as error:
             status = str(error.status())

@@ -15,13 +15,19 @@ from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
-from fcos_deploy.core.files import write_text
-from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.files import read_file, write_text
+from fcos_deploy.core.serialize import from_json, parse_json, to_json
 from runtimes._kserve import Client, GrpcClient, HttpClient, ModelMetadata, parse_address
 
 __all__ = ["BACKEND", "RemoteModel", "write_remote_model"]
 
-_CLIENTS: dict[str, Callable[..., Client]] = {"http": HttpClient, "https": HttpClient, "grpc": GrpcClient}
+_MAX_BYTES = 4 << 20  # of a description
+_CLIENTS: dict[str, Callable[..., Client]] = {
+    "http": HttpClient,
+    "https": HttpClient,
+    "grpc": GrpcClient,
+    "grpcs": GrpcClient,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +84,25 @@ class _RemoteSession(Session):
         self._client.close()
 
 
+def _require_contract(model: RemoteModel, metadata: ModelMetadata) -> None:
+    """Raise BackendLoadError when the server's tensors are not those of the contract, a free batch aside."""
+    contract = model.contract
+    served = {spec.name: spec for spec in (*metadata.inputs, *metadata.outputs)}
+    for expected in (*contract.input_specs, *contract.output_specs):
+        given = served.get(expected.name)
+        if given is None:
+            continue  # outputs that are missing have a sentence of their own
+        pairs = zip(given.shape[1:], expected.shape[1:], strict=False)
+        sizes_fit = len(given.shape) == len(expected.shape) and all(
+            None in pair or pair[0] == pair[1] for pair in pairs
+        )
+        if not sizes_fit or given.dtype != expected.dtype:
+            raise BackendLoadError(
+                f"Tensor '{expected.name}' of the model at {model.url} is {given}, the contract says {expected}.",
+                hint="serve the artifact that the description was made from",
+            )
+
+
 class _KServe(Backend):
     """Everything about devices, threads and precision is the server's business, so such options are refused."""
 
@@ -99,7 +124,7 @@ class _KServe(Backend):
         if refused:
             raise ConfigError(f"A remote model cannot be told {', '.join(refused)}.", hint="set it on the server")
         try:
-            model = from_json(RemoteModel, json.loads(path.read_text(encoding="utf-8")), where=path.name)
+            model = from_json(RemoteModel, parse_json(read_file(path, limit=_MAX_BYTES)), where=path.name)
         except (OSError, ValueError, RecursionError) as error:
             raise BackendLoadError(f"Cannot read '{path}': {error}.") from error
         address = parse_address(model.url)
@@ -113,6 +138,7 @@ class _KServe(Backend):
                     f"{[spec.name for spec in metadata.outputs]}.",
                     hint="serve the artifact that the description was made from",
                 )
+            _require_contract(model, metadata)
             return _RemoteSession(client, metadata, model=model)
         except BaseException:
             client.close()

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
-from fcos_deploy.bundle.manifest import check_relative_path
-from fcos_deploy.core.errors import BundleError
+from fcos_deploy.bundle.manifest import (
+    DIGEST_NAME,
+    LOG_NAME,
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE_NAME,
+    check_relative_path,
+)
+from fcos_deploy.core.errors import BundleError, ChecksumError, FcosDeployError
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.model_files import is_checkpoint
 
@@ -16,6 +24,8 @@ __all__ = ["is_archive", "pack_files", "unpack"]
 _MAX_MEMBERS = 20_000
 _MAX_BYTES = 64 << 30
 _MAX_NAME = 1024
+_MAX_HEADER = 1 << 16  # bytes of an extended header: names of 1024 characters and times
+_FIRST = (MANIFEST_NAME, DIGEST_NAME, SIGNATURE_NAME)
 _BLOCK = 1 << 20
 
 
@@ -38,27 +48,56 @@ def pack_files(root: Path, *, names: list[str], output: Path) -> None:
                 archive.addfile(member, stream)
 
 
-def unpack(path: Path, folder: Path) -> None:
+class _Member(tarfile.TarInfo):
+    """A member whose extended header, which tarfile reads whole, is bounded."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and self.size > _MAX_HEADER:
+            raise tarfile.ReadError(f"an extended header of {self.size} bytes")
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]  # documented as to be overridden
+        return member
+
+
+def unpack(path: Path, folder: Path, *, sizes: Callable[[], Mapping[str, int]] | None = None) -> None:
     """Extract a bundle's archive into the empty ``folder``.
 
     Only plain files and folders with plain relative names are accepted; nothing is written beyond the archive's own
-    size, so that neither sparse members nor compression can fill a disk.
+    size, so that neither sparse members nor compression can fill a disk. ``sizes`` is called when manifest and
+    signature are extracted, before anything else is, for what the manifest lists: other files and other sizes are
+    refused.
 
     Raises:
         BundleError: the archive is damaged, contains anything else, or does not fit the disk.
     """
     try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="strict") as archive:
-            _extract(archive, folder, limit=min(path.stat().st_size, _MAX_BYTES))
-    except (tarfile.TarError, EOFError, UnicodeError, ValueError, RecursionError) as error:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="strict", tarinfo=_Member) as archive:
+            members = _members(archive, limit=min(path.stat().st_size, _MAX_BYTES, shutil.disk_usage(folder).free))
+            first = [member for member in members if member.name in _FIRST]
+            for member in first:
+                if member.size > MAX_MANIFEST_BYTES:
+                    raise BundleError(f"Member '{member.name}' of the archive is larger than any manifest.")
+                _write(archive, member, folder / member.name)
+            listed = sizes() if sizes else None
+            for member in members:
+                if member in first:
+                    continue
+                if listed is not None and member.name != LOG_NAME and listed.get(member.name) != member.size:
+                    raise ChecksumError(f"Member '{member.name}' of the archive is not what its manifest lists.")
+                _write(archive, member, folder.joinpath(*PurePosixPath(member.name).parts))
+    except FcosDeployError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise BundleError(f"'{path}' is not a bundle's archive: {error}.", hint="copy it again") from error
     except OSError as error:
         raise BundleError(f"Cannot unpack '{path}': {error.strerror or error}.") from error
 
 
-def _extract(archive: tarfile.TarFile, folder: Path, *, limit: int) -> None:
-    """``limit`` bounds the bytes of all members together: an uncompressed archive cannot hold more than its size."""
-    remaining, seen = min(limit, shutil.disk_usage(folder).free), set[str]()
+def _members(archive: tarfile.TarFile, *, limit: int) -> list[tarfile.TarInfo]:
+    """The plain files, from their headers alone.
+
+    ``limit`` bounds the bytes of all members together: an uncompressed archive cannot hold more than its size.
+    """
+    remaining, seen = limit, dict[str, tarfile.TarInfo]()
     for count, member in enumerate(archive, 1):
         if count > _MAX_MEMBERS:
             raise BundleError(f"The archive has more than {_MAX_MEMBERS} members.")
@@ -70,11 +109,11 @@ def _extract(archive: tarfile.TarFile, folder: Path, *, limit: int) -> None:
             continue
         if not member.isreg() or member.issparse() or name in seen:
             raise BundleError(f"Member '{name}' of the archive is not a plain file, or occurs twice.")
-        seen.add(name)
+        seen[name] = member
         remaining -= member.size
         if member.size < 0 or remaining < 0:
             raise BundleError(f"Member '{name}' of the archive is larger than the archive or than the free space.")
-        _write(archive, member, folder.joinpath(*PurePosixPath(name).parts))
+    return list(seen.values())
 
 
 def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:

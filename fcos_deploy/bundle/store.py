@@ -160,7 +160,7 @@ def open_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = (), trust_l
     if is_archive(path):
         folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
         try:
-            unpack(path, folder)
+            unpack(path, folder, sizes=lambda: _listed_sizes(folder, public_keys))
             checked = _check(folder, public_keys)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -197,6 +197,14 @@ def _inode(root: Path) -> tuple[int, int]:
     except OSError:
         return (0, 0)
     return facts.st_dev, facts.st_ino
+
+
+def _listed_sizes(root: Path, public_keys: tuple[Path | str, ...]) -> dict[str, int]:
+    """What the manifest in ``root`` lists, once its signature is checked where one is asked for."""
+    content = _manifest_bytes(root)
+    if public_keys:
+        check_signature(root, manifest=content, public_keys=public_keys)
+    return {name: record.size for name, record in _parsed(content, root).all_files.items()}
 
 
 def _check(root: Path, public_keys: tuple[Path | str, ...]) -> _Checked:

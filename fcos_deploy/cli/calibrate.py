@@ -30,6 +30,9 @@ def command(
     evaluation_images: Annotated[
         Path | None, cli.option("Images that accuracy will be measured on; an overlap is reported.", metavar="PATH")
     ] = None,
+    allow_outside: Annotated[
+        bool, cli.option("Permission for a list file to name images that are not below its folder.", "--allow-outside")
+    ] = False,
     method: Annotated[
         str,
         cli.option(
@@ -69,6 +72,7 @@ def command(
         method=method,
         count=count,
         seed=seed,
+        allow_outside=allow_outside,
         evaluation_images=evaluation_images,
         engine=engine,
         threads=threads,

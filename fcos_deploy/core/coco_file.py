@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.files import read_file
 from fcos_deploy.core.serialize import parse_json
+from fcos_deploy.core.text import brief
 
-__all__ = ["CocoFile", "CocoImage", "CocoObject", "read_coco"]
+__all__ = ["CocoFile", "CocoImage", "CocoObject", "is_below", "read_coco"]
+
+_MAX_BYTES = 512 << 20  # COCO's own training set takes 448 MB
+_MAX_OBJECTS = 1_000_000  # and has 860,001
+# What is kept of each object of the file: outlines of objects take most of its space.
+_KEYS = frozenset(
+    (
+        *("images", "annotations", "categories", "id", "name", "file_name", "height", "width"),
+        *("image_id", "category_id", "bbox", "area", "iscrowd"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,12 @@ class CocoFile:
     categories: dict[int, str]
 
 
+def is_below(name: str) -> bool:
+    """Whether a file name that a data set gives stays below its folder: not absolute, and no ``..`` in it."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
 def read_coco(path: Path) -> CocoFile:
     """Read COCO annotations of boxes.
 
@@ -49,7 +67,7 @@ def read_coco(path: Path) -> CocoFile:
         ConfigError: the file cannot be read, is not one of COCO annotations, or contradicts itself.
     """
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_file(path, limit=_MAX_BYTES), keys=_KEYS)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the annotations '{path}': {error}.") from error
     if not isinstance(content, dict):
@@ -60,6 +78,8 @@ def read_coco(path: Path) -> CocoFile:
         # Names are matched with those of a model, whatever their case.
         if len({name.strip().casefold() for name in categories.values()}) < max(1, len(content["categories"])):
             raise ConfigError(f"The categories of '{path}' must have different ids and names, and be at least one.")
+        if len(content["annotations"]) > _MAX_OBJECTS:
+            raise ValueError(f"it has more than {_MAX_OBJECTS} annotations")
         objects = tuple(_object(entry) for entry in content["annotations"])
         ids = {image.image_id for image in images}
         if len(ids) < len(images):
@@ -74,7 +94,17 @@ def read_coco(path: Path) -> CocoFile:
         ) from error
     if not images:
         raise ConfigError(f"'{path}' has no images.")
+    _require_below(path, images)
     return CocoFile(tuple(images), objects, categories)
+
+
+def _require_below(path: Path, images: list[CocoImage]) -> None:
+    outside = next((image.name for image in images if not is_below(image.name)), None)
+    if outside is not None:
+        raise ConfigError(
+            f"'{path}' names the image {brief(outside)}, which is not below the folder of the images.",
+            hint="make the names relative to the folder that holds all images, and give it with --images",
+        )
 
 
 def _image(entry: dict[str, Any]) -> CocoImage:

@@ -8,8 +8,9 @@ import os
 import re
 import threading
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,15 @@ from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.files import read_file
 from fcos_deploy.core.libraries import require
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS_VARIABLE", "image_size", "list_images", "max_image_pixels", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS_VARIABLE",
+    "image_size",
+    "list_images",
+    "max_image_pixels",
+    "read_image",
+    "windows",
+]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -30,9 +39,25 @@ MAX_PIXELS_VARIABLE = "FCOS_DEPLOY_MAX_PIXELS"  # the largest image that is deco
 _MAX_PIXELS = 64_000_000
 _PILLOWS_MAX_PIXELS = 178_956_970
 _MAX_BYTES = 1 << 30  # of a file
+_WINDOW = 16
+_WINDOW_BYTES = 256 << 20
+
+_Key = TypeVar("_Key")
 
 # `warnings.catch_warnings` is not safe among threads before Python 3.14.
 _HEADER_LOCK = threading.Lock()
+
+
+def windows(images: Iterable[tuple[_Key, NDArray[np.uint8]]]) -> Iterator[list[tuple[_Key, NDArray[np.uint8]]]]:
+    """Images with their keys in groups that fit the memory: up to 16, and to 256 MiB of pixels or one larger image."""
+    group: list[tuple[_Key, NDArray[np.uint8]]] = []
+    for key, image in images:
+        if group and (len(group) == _WINDOW or sum(i.nbytes for _, i in group) + image.nbytes > _WINDOW_BYTES):
+            yield group
+            group = []
+        group.append((key, image))
+    if group:
+        yield group
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -79,6 +79,10 @@ class InputDtype(StrEnum):
     FLOAT32 = "float32"
 
 
+_LARGEST_INPUT = 65536  # pixels of a side
+_LARGEST_LEVEL = 1e6  # of a pixel; those of 16-bit images end at 65535
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessSpec:
     """From an image to the input tensor ``(3, H, W)``.
@@ -106,7 +110,17 @@ class PreprocessSpec:
     content: tuple[int, int] | None = None
     pad_pixel: tuple[float, float, float] | None = None
 
+    def _require_bounded(self) -> None:
+        sizes = (self.height, self.width, self.shortest, self.longest)
+        if not 1 <= self.size_divisor <= _LARGEST_INPUT or any(
+            size is not None and not 1 <= size <= _LARGEST_INPUT for size in sizes
+        ):
+            raise ConfigError(f"Sizes and size_divisor must be from 1 to {_LARGEST_INPUT} pixels.")
+        if not all(abs(number) <= _LARGEST_LEVEL for number in (*self.mean, *self.std, self.pixel_scale)):
+            raise ConfigError(f"mean, std and pixel_scale must be finite and at most {_LARGEST_LEVEL:g}.")
+
     def __post_init__(self) -> None:
+        self._require_bounded()
         canvas = self.height is not None and self.width is not None
         edges = self.shortest is not None and self.longest is not None
         given = sum(v is not None for v in (self.height, self.width, self.shortest, self.longest))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.files import atomic_file
-from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.image import list_images, read_image, windows
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
@@ -27,8 +27,6 @@ __all__ = ["TABLE_COLUMNS", "Prediction", "predict", "prediction_json", "predict
 cv2 = lazy_import("cv2")
 
 TABLE_COLUMNS = ("image", "name", "score", "x1", "y1", "x2", "y2")
-
-_AT_A_TIME = 16  # images in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,21 +123,24 @@ def _predict_images(
     progress: ProgressFn,
 ) -> Iterator[Prediction]:
     """In batches; the errors of images that cannot be read are put into ``unread``."""
-    for start in range(0, len(paths), _AT_A_TIME):
-        window = paths[start : start + _AT_A_TIME]
-        images: list[tuple[Path, NDArray[np.uint8]]] = []
-        for path in window:
+
+    def readable() -> Iterator[tuple[Path, NDArray[np.uint8]]]:
+        for path in paths:
             try:
-                images.append((path, read_image(path)))
+                yield path, read_image(path)
             except ImageError as error:
                 unread.append(error)
+
+    done = 0
+    for images in windows(readable()):
         results = detector.detect_batch([image for _, image in images])
         for (path, image), detections in zip(images, results, strict=True):
             copy = copies.path(path, ".jpg")
             if copy is not None:
                 _write_jpeg(copies.draw(image, detections), copy)
             yield Prediction(source=path, width=image.shape[1], height=image.shape[0], detections=detections)
-        progress("detect", start + len(window), len(paths))
+        done += len(images)
+        progress("detect", done + len(unread), len(paths))
 
 
 def _write_jpeg(image: NDArray[np.uint8], path: Path) -> None:

@@ -1,0 +1,365 @@
+"""What docs/security.md promises of the surroundings of a run: other users, the working directory, the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from calibration.dataset import SampleOptions, find_images
+from fcos_deploy.accuracy.dataset import load_coco
+from fcos_deploy.bundle import BundleWriter, StepOutput, open_bundle
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.child import module_command
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.errors import (
+    BackendLoadError,
+    BundleError,
+    CalibrationError,
+    ConfigError,
+    DeviceError,
+    ImageError,
+)
+from fcos_deploy.core.preprocess import PreprocessSpec
+from fcos_deploy.detector.sources import read_frames
+from runtimes.kserve import BACKEND, RemoteModel, write_remote_model
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = "import sys; sys.path.remove(''); from fcos_deploy.cli.app import main; main()"
+HOSTILE = "open({marker!r}, 'w'); raise SystemExit('the working directory was imported from')\n"
+
+
+def _start(*words: object, **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def _run(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    process = _start(*words, **options)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+# ---- the working directory ----
+
+
+@pytest.fixture
+def hostile_folder(tmp_path: Path) -> Path:
+    """A folder of downloaded models, with modules by the names that Python and this product import."""
+    folder, marker = tmp_path / "downloads", str(tmp_path / "marker")
+    (folder / "fcos_deploy").mkdir(parents=True)
+    for name in ("numpy", "json", "runpy", "linecache", "site", "cv2", "fcos_deploy/__init__", "runtimes"):
+        (folder / f"{name}.py").write_text(HOSTILE.format(marker=marker))
+    return folder
+
+
+def test_no_process_imports_from_the_working_directory(
+    hostile_folder: Path, tiny_onnx: Path, tiny_bundle: Path, smooth_images: Path
+) -> None:
+    short = ("--rounds", 1, "--seconds", 0.1, "--warmup", 0)
+    commands: tuple[tuple[object, ...], ...] = (
+        ("benchmark", tiny_onnx, *short),
+        ("verify", tiny_bundle),
+        ("inspect", tiny_bundle),
+        ("doctor",),
+        ("predict", tiny_bundle, next(smooth_images.rglob("*.png"))),
+    )
+    for words in commands:
+        done = _run(*words, cwd=hostile_folder)
+        assert done.returncode == 0, done.stderr
+    assert not (hostile_folder.parent / "marker").exists()
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 11)])
+def test_a_module_is_run_without_the_working_directory(version: tuple[int, int], hostile_folder: Path) -> None:
+    command = module_command("fcos_deploy.benchmark.cold_start", version=version)
+    done = subprocess.run(command, cwd=hostile_folder, input="{}", capture_output=True, text=True, check=False)
+    assert "ColdStartTask lacks" in done.stderr
+    assert not (hostile_folder.parent / "marker").exists()
+
+
+# ---- the network and the disk ----
+
+AUDITED = """
+import sys
+sys.path.remove('')
+def refuse(event, arguments):
+    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto', 'os.system', 'os.exec', 'os.posix_spawn'):
+        sys.stderr.write(f'AUDIT {event} {arguments}\\n')
+sys.addaudithook(refuse)
+from fcos_deploy.cli.app import main
+try:
+    main()
+finally:
+    import time
+    time.sleep(float(sys.argv[0] == '-c') * 3)
+"""
+
+
+def test_no_command_connects_or_writes_outside_of_declared_places(
+    tiny_onnx: Path, tiny_bundle: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    """Three seconds after the command too: ONNX Runtime's telemetry comes late. With strace, native code is watched."""
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    (temporary / ".ses").symlink_to(tmp_path / "victim")
+    kept = {key: value for key, value in os.environ.items() if key not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment = {**kept, "HOME": str(home), "TMPDIR": str(temporary)}
+    for name in ("FCOS_DEPLOY_CACHE", "FCOS_DEPLOY_STATE"):
+        environment.pop(name, None)
+    trace = tmp_path / "trace"
+    strace = shutil.which("strace")
+    watched = [strace, "-f", "-qq", "-e", "trace=connect,sendto", "-o", str(trace)] if strace else []
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    image = next(smooth_images.rglob("*.png"))
+    for words in (("verify", bundle), ("predict", tiny_onnx, image, "--backend", "openvino")):
+        command = [*watched, sys.executable, "-c", AUDITED, *map(str, words)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "AUDIT" not in done.stderr
+        calls = trace.read_text().splitlines() if strace else []
+        assert [line for line in calls if "AF_INET" in line] == []
+    assert [path.name for path in temporary.iterdir()] == [".ses"]
+    assert not (tmp_path / "victim").exists()
+    written = {path.relative_to(home).parts[:3] for path in home.rglob("*") if path.is_file()}
+    assert written <= {(".cache", "fcos-deploy", "openvino"), (".local", "state", "fcos-deploy")}, written
+
+
+def test_a_user_without_a_home_is_served(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, pwd, sys; sys.path.remove('')\n"
+        "def unknown(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = unknown\n"
+        "from fcos_deploy.cli.app import main; main()"
+    )
+    names = ("HOME", "FCOS_DEPLOY_CACHE", "FCOS_DEPLOY_STATE", "XDG_CACHE_HOME", "XDG_STATE_HOME", "USER", "LOGNAME")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    for backend in ("onnxruntime", "openvino"):
+        command = [sys.executable, "-c", program, "verify", str(tiny_bundle), "--backend", backend, "--log"]
+        log = str(tmp_path / f"{backend}.jsonl")
+        done = subprocess.run([*command, log], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+# ---- other users of the machine ----
+
+
+def _one_step(target: Path, made: list[str], content: str = "int8") -> None:
+    with BundleWriter(target) as writer:
+
+        def make(folder: Path) -> StepOutput:
+            made.append(content)
+            (folder / "model").write_text(content)
+            return StepOutput()
+
+        writer.step("quantize", inputs={"x": "1"}, make=make)
+
+
+def test_a_planted_working_folder_is_never_resumed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setenv("FCOS_DEPLOY_STATE", str(tmp_path / "attacker"))
+    _one_step(tmp_path / "b", made, "planted")
+    monkeypatch.setenv("FCOS_DEPLOY_STATE", str(tmp_path / "victim"))
+    _one_step(tmp_path / "b", made)
+    assert made == ["planted", "int8"]
+    assert (tmp_path / ".b.work" / "files" / "model").read_text() == "int8"
+    _one_step(tmp_path / "b", made)
+    assert len(made) == 2  # one's own is resumed from
+    (tmp_path / ".b.work").rename(tmp_path / ".c.work")
+    _one_step(tmp_path / "c", made)
+    assert len(made) == 3  # and not that of another bundle
+
+
+@pytest.mark.parametrize("kind", ["link", "loose", "strange", "files"])
+def test_a_working_folder_that_somebody_prepared_is_refused(kind: str, tmp_path: Path) -> None:
+    work, victim = tmp_path / ".b.work", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "diary").write_text("x")
+    if kind == "link":
+        work.symlink_to(victim)
+    else:
+        work.mkdir(mode=0o700)
+    if kind == "loose":
+        work.chmod(0o777)
+    elif kind == "strange":
+        (work / "diary").write_text("x")
+    elif kind == "files":
+        (work / "files").symlink_to(victim)
+    with pytest.raises((ConfigError, BundleError)):
+        BundleWriter(tmp_path / "b")
+    assert (victim / "diary").read_text() == "x"
+
+
+# ---- data sets, videos and archives ----
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png"])
+def test_lists_and_annotations_stay_below_their_folder(name: str, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    cv2.imwrite(str(tmp_path / "secret.png"), np.zeros((8, 8, 3), np.uint8))
+    coco = {"images": [{"id": 1, "file_name": name}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (images / "coco.json").write_text(json.dumps(coco))
+    (images / "list.txt").write_text(f"{name}\n")
+    with pytest.raises(ConfigError, match="not below the folder"):
+        load_coco(images / "coco.json", images=images)
+    for source in ("coco.json", "list.txt"):
+        with pytest.raises(CalibrationError, match="not below"):
+            find_images(images / source)
+    assert list(find_images(images / "list.txt", allow_outside=True)) == [name]
+    assert SampleOptions(allow_outside=True).allow_outside
+
+
+def test_a_video_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.avi"
+    writer = cv2.VideoWriter(str(whole), cv2.VideoWriter_fourcc(*"MJPG"), 25.0, (64, 48))
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), np.uint8)
+    for frame in noise:
+        writer.write(frame)
+    writer.release()
+    assert len(list(read_frames(whole))) == 40
+    (tmp_path / "cut.avi").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ImageError, match=r"damaged|Cannot read"):
+        list(read_frames(tmp_path / "cut.avi"))
+
+
+@pytest.mark.parametrize("kind", ["padding", "pax"])
+def test_an_archive_is_bounded_by_its_manifest_before_it_is_unpacked(
+    kind: str, make_bundle: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, tar = make_bundle(tmp_path / "cells"), tmp_path / "cells.tar"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(bundle.rglob("*")):
+            archive.add(path, arcname=str(path.relative_to(bundle)), recursive=False)
+        member = tarfile.TarInfo("zeros")
+        if kind == "pax":
+            member.pax_headers = {"comment": "x" * 10_000_000}
+        archive.addfile(member)
+    if kind == "padding":
+        content = tar.read_bytes()
+        place = content.rindex(b"zeros")
+        header = tarfile.TarInfo("zeros")
+        header.size = 5 << 30
+        tar.write_bytes(content[:place] + header.tobuf(tarfile.GNU_FORMAT))
+        os.truncate(tar, 6 << 30)  # a sparse file of which nothing is on the disk
+    started = time.monotonic()
+    with pytest.raises(BundleError):
+        open_bundle(tar)
+    assert time.monotonic() - started < 10
+
+
+def test_an_archive_of_a_bundle_still_opens(make_bundle: Callable[[Path], Path], tmp_path: Path) -> None:
+    from fcos_deploy.bundle import pack
+
+    pack(make_bundle(tmp_path / "cells"), tmp_path / "cells.tar")
+    with open_bundle(tmp_path / "cells.tar") as opened:
+        assert opened.manifest.name == "cells"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"size_divisor": 0}, {"mean": (1e30, 0, 0)}, {"std": (float("nan"), 1, 1)}, {"height": 1 << 40, "width": 1 << 40}],
+)
+def test_a_preprocessing_without_bounds_is_refused(values: dict[str, object]) -> None:
+    sound = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "height": 64, "width": 64}
+    with pytest.raises(ConfigError):
+        PreprocessSpec(**{**sound, **values})  # type: ignore[arg-type]  # what a file may hold
+
+
+# ---- servers ----
+
+
+@pytest.fixture
+def slow_server() -> Iterator[int]:
+    """Answers a byte of its header every tenth of a second, for ever."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    stop = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            while not stop.wait(0.1):
+                try:
+                    connection.send(b"H")
+                except OSError:
+                    return
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield listener.getsockname()[1]
+    stop.set()
+    thread.join()
+    listener.close()
+
+
+def test_a_server_that_trickles_meets_a_deadline(
+    slow_server: int, bundle_contract: ModelContract, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.kserve"
+    url = f"http://127.0.0.1:{slow_server}/v2/models/m"
+    write_remote_model(path, RemoteModel(url=url, contract=bundle_contract, timeout_s=1.0))
+    started = time.monotonic()
+    with pytest.raises((DeviceError, BackendLoadError)):
+        BACKEND.open(path, SessionOptions())
+    assert time.monotonic() - started < 5
+
+
+def test_a_token_is_never_sent_without_encryption(
+    bundle_contract: ModelContract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.kserve"
+    write_remote_model(path, RemoteModel(url="http://127.0.0.1:9/v2/models/m", contract=bundle_contract))
+    monkeypatch.setenv("FCOS_DEPLOY_SERVER_TOKEN", "secret")
+    with pytest.raises(ConfigError, match="encrypted connection"):
+        BACKEND.open(path, SessionOptions())
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_one_signal_ends_a_soak_run_and_removes_what_was_unpacked(
+    number: int, code: int, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    from fcos_deploy.bundle import pack
+
+    tar, temporary = tmp_path / "b.tar", tmp_path / "tmp"
+    pack(tiny_bundle, tar)
+    temporary.mkdir()
+    process = _start("soak", tar, "--inferences", 10_000_000, env={**os.environ, "TMPDIR": str(temporary)})
+    end = time.monotonic() + 60
+    while not list(temporary.rglob("*.onnx")) and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_closed_stdout_and_a_full_one_are_no_traceback(tiny_onnx: Path) -> None:
+    closed = _run("inspect", tiny_onnx, "--json", preexec_fn=lambda: os.close(1))
+    assert "Traceback" not in closed.stderr
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", PROGRAM, "inspect", str(tiny_onnx), "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -43,6 +43,7 @@ class ImageRecord:
 class TensorRanges:
     """What was seen of a tensor, and the range that each method finds.
 
+    ``ranges`` is empty for a tensor that is zero for every image: nothing tells a range, so that it stays float.
     ``channel_means``: numbers in one text, so that the file stays readable; empty where they are not known.
     """
 
@@ -80,15 +81,27 @@ class Calibration:
     tensors: dict[str, TensorRanges]
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            ends = [end for limits in tensor.ranges.values() for end in (limits.low, limits.high, limits.amax)]
+            if not np.isfinite([tensor.minimum, tensor.maximum, tensor.zero_share, *ends]).all():
+                raise CalibrationError(f"The ranges of tensor '{name}' are not finite.", hint="calibrate again")
+
+    @property
+    def zero_tensors(self) -> tuple[str, ...]:
+        """Those that are zero for every image."""
+        return tuple(name for name, tensor in self.tensors.items() if not tensor.ranges)
+
     def range_of(self, tensor: str) -> Range:
         """The range to quantize a tensor with.
 
         Raises:
             CalibrationError: the tensor was not observed.
         """
-        if tensor not in self.tensors:
+        ranges = self.tensors[tensor].ranges if tensor in self.tensors else {}
+        if self.method not in ranges:
             raise CalibrationError(f"The calibration has no range for tensor '{tensor}'.", hint="calibrate again")
-        return self.tensors[tensor].ranges[self.method]
+        return ranges[self.method]
 
     def with_method(self, method: RangeMethod) -> Calibration:
         """The same statistics under another method."""
@@ -150,10 +163,11 @@ def write_trt_cache(calibration: Calibration, graph: ConvGraph, output: Path, *,
     """
     header = f"TRT-{calibration_cache_number(version)}-{_ALGORITHM}"
     calibration.check_graph(graph.source)
-    amax = {name: calibration.range_of(name).amax for name in graph.activations}
+    zero = set(calibration.zero_tensors)  # TensorRT computes in float what has no scale.
+    amax = {name: calibration.range_of(name).amax for name in graph.activations if name not in zero}
     # TensorRT fuses a ReLU, but asks for the scale of what stands before it as well.
-    amax |= {conv.output: amax.get(conv.output, amax[conv.result]) for conv in graph.convs}
-    amax |= {add.output: amax.get(add.output, amax[add.result]) for add in graph.adds}
+    behind = {conv.output: conv.result for conv in graph.convs} | {add.output: add.result for add in graph.adds}
+    amax |= {name: amax[result] for name, result in behind.items() if name not in amax and result in amax}
     # Symmetric int8: the largest magnitude becomes 127.
     scales = [f"{name}: {struct.pack('!f', value / 127.0).hex()}" for name, value in amax.items()]
     write_text(output, "\n".join([header, *scales]) + "\n")

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from calibration.cache import Calibration, ImageRecord, TensorRanges, save_calibration, write_trt_cache
-from calibration.dataset import CalibrationImage, CalibrationSet, SampleOptions, SetReport, collect_images, examine_set
+from calibration.dataset import (
+    CalibrationImage,
+    CalibrationSet,
+    SampleOptions,
+    SetReport,
+    collect_images,
+    examine_set,
+    find_images,
+    inspect_images,
+)
 from calibration.execution import Feeder, expose, memory_groups, open_engine, pick_engine
 from calibration.placement import ConvGraph, open_graph
 from calibration.ranges import DEFAULT_METHOD, Histogram, RangeMethod, find_range, range_method
@@ -49,7 +58,8 @@ Observer = Callable[[int, Histograms], None]  # called with the number of images
 class CalibrationRequest:
     """One calibration; ``method`` empty means the default.
 
-    ``evaluation_images``: a folder, list file or COCO json; images that are in both sets are reported.
+    ``evaluation_images``: a folder, list file or COCO json; images that are in both sets are refused, or with
+    ``allow_overlap`` reported.
     ``tensorrt_version``: also write a calibration cache for this version of TensorRT. ``allow_outside``: a list may
     name files that are not below its folder.
     """
@@ -62,6 +72,7 @@ class CalibrationRequest:
     count: int | None = None
     seed: int = 0
     evaluation_images: Path | None = None
+    allow_overlap: bool = False
     engine: str = "auto"
     threads: int | None = None
     convergence: bool = False
@@ -87,12 +98,14 @@ class CalibrationReport:
     method: RangeMethod
     tensors: int
     images: SetReport
+    zero_tensors: tuple[str, ...] = ()
     convergence: tuple[ConvergencePoint, ...] = ()
 
     def lines(self) -> list[str]:
         """For people."""
         return [
             *self.images.lines(),
+            *(f"zero for every image, so that its layers stay in float: {name}" for name in self.zero_tensors),
             f"{self.tensors} tensors, method {self.method}: {self.output}",
             *(
                 f"{p.images:5d} images: ranges differ from the final ones by {p.median_change:.2%} in the median, "
@@ -135,7 +148,9 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
         count=request.count, seed=request.seed, minimum=request.minimum, allow_outside=request.allow_outside
     )
     images = collect_images(request.images, annotations=request.annotations, options=sample)
-    report = examine_set(images, graph.source.contract, evaluation_images=request.evaluation_images)
+    evaluation = inspect_images(find_images(request.evaluation_images)) if request.evaluation_images else ()
+    report = examine_set(images, graph.source.contract, evaluation=evaluation, allow_overlap=request.allow_overlap)
+    report.require_usable()
     recorder = _ConvergenceRecorder(len(images.images), method=method) if request.convergence else None
     calibration = collect_ranges(
         graph,
@@ -154,6 +169,7 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
         method=method,
         tensors=len(calibration.tensors),
         images=report,
+        zero_tensors=calibration.zero_tensors,
         convergence=recorder.curve() if recorder else (),
     )
 
@@ -195,7 +211,7 @@ def collect_ranges(
     sees the histograms after every image.
 
     Raises:
-        CalibrationError: an unreadable image, NaN or infinity, a tensor that is always zero.
+        CalibrationError: an unreadable image, NaN or infinity, nothing but zeros in every tensor.
         ConfigError: there is no such engine.
     """
     options = options or StatisticsOptions()
@@ -221,21 +237,24 @@ def collect_ranges(
         seed=images.seed,
         engine=calibration_pass.engine,
         images=tuple(ImageRecord(image.name, image.sha256) for image in images.images),
-        tensors={name: _tensor_ranges(name, histogram, images) for name, histogram in histograms.items()},
+        tensors={name: _tensor_ranges(name, histogram) for name, histogram in histograms.items()},
     )
+    if len(calibration.zero_tensors) == len(calibration.tensors):
+        raise CalibrationError(
+            f"Every tensor is zero for all {len(images.images)} images.",
+            hint="is the checkpoint trained, and do the images fit it?",
+        )
     if state is not None:
         state.unlink(missing_ok=True)
     return calibration
 
 
-def _tensor_ranges(name: str, histogram: Histogram, images: CalibrationSet) -> TensorRanges:
+def _tensor_ranges(name: str, histogram: Histogram) -> TensorRanges:
+    methods = RangeMethod if histogram.amax else ()
     try:
-        ranges = {str(method): find_range(histogram, method) for method in RangeMethod}
+        ranges = {str(method): find_range(histogram, method) for method in methods}
     except CalibrationError as error:
-        raise CalibrationError(
-            f"Tensor '{name}': {error.message} ({len(images.images)} images, first '{images.images[0].path}').",
-            hint="is the checkpoint trained, and do the images fit it?",
-        ) from error
+        raise CalibrationError(f"Tensor '{name}': {error.message}", hint="does the float model work?") from error
     share = round(histogram.zeros / histogram.elements, 6)
     means = " ".join(f"{mean:.6g}" for mean in histogram.channel_means)
     return TensorRanges(histogram.minimum, histogram.maximum, share, ranges, means)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import is_below, read_coco
+from fcos_deploy.core.coco_file import find_coco_images, is_below, read_coco
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.files import read_file, sha256_file
+from fcos_deploy.core.findings import Finding, Severity
 from fcos_deploy.core.image import IMAGE_SUFFIXES, list_images, read_image
+from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
 from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.core.text import brief
@@ -28,6 +32,7 @@ __all__ = [
     "collect_images",
     "examine_set",
     "find_images",
+    "inspect_images",
 ]
 
 _LARGEST_LIST = 512 << 20  # bytes
@@ -35,6 +40,10 @@ _LARGEST_LIST = 512 << 20  # bytes
 _DEFAULT_COUNT = 128
 # Below this the demo detector's ranges are more than 2 % from those of 128 images, in the median (docs/int8.md).
 _FEW = 32
+# How many names a finding or an error lists.
+_LISTED = 20
+# What an image may hold that tells nothing about activations.
+_EMPTY = (_LINE, _COLOUR) = ("a single row or column of pixels", "a single colour")
 # Largest distance from a location to a side that a level regresses, in units of its stride: 64 pixels at stride 8 up to
 # 512 at stride 64 (Tian et al., "FCOS", ICCV 2019, m_i of multi-level prediction).
 _LEVEL_REACH = 8.0
@@ -60,29 +69,28 @@ class SampleOptions:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationImage:
-    """One file; ``name`` is its path below the image folder, with forward slashes."""
+    """One file; ``name`` is its path below the image folder, with forward slashes.
+
+    ``sha256`` is that of the file, ``pixels_sha256`` that of the decoded pixels, which a copy in another format shares.
+    ``flaw``: what speaks against a photograph, such as ``a single colour``; '' for nothing.
+    """
 
     name: str
     path: Path
     sha256: str
+    pixels_sha256: str = ""
+    flaw: str = ""
 
     def read(self) -> NDArray[np.uint8]:
         """The pixels: (h, w, 3) uint8 RGB.
 
         Raises:
-            CalibrationError: the file cannot be read, or holds a single colour or noise, on which ranges mean nothing.
+            CalibrationError: the file cannot be read.
         """
         try:
-            pixels: NDArray[np.uint8] = read_image(self.path)
+            return read_image(self.path)
         except ImageError as error:
             raise CalibrationError(f"Calibration image: {error.message}", hint="remove the file and repeat") from error
-        problem = _why_not_a_photograph(pixels)
-        if problem:
-            raise CalibrationError(
-                f"Calibration image '{self.path}' is {problem}, not a photograph.",
-                hint="calibrate on images of what the detector will see",
-            )
-        return pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,35 +117,27 @@ class CalibrationSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetReport:
-    """What is wrong with a choice of images; empty tuples are good news.
-
-    ``duplicates``: pairs of names with the same content. ``overlap``: images that the evaluation set has as well.
-    ``classes_absent``: classes that no image shows. ``levels_absent``: strides of the pyramid levels that no object
-    excites. ``few``: too few images for ranges to settle.
-    """
+    """How many images were chosen, and what is to be said of them."""
 
     images: int
     candidates: int
-    duplicates: tuple[tuple[str, str], ...] = ()
-    overlap: tuple[str, ...] = ()
-    classes_absent: tuple[str, ...] = ()
-    levels_absent: tuple[int, ...] = ()
-    few: bool = False
+    findings: tuple[Finding, ...] = ()
 
     def lines(self) -> list[str]:
-        """For people: one line a finding, the number of images first."""
-        lines = [f"{self.images} of {self.candidates} images"]
-        lines += [f"duplicate: '{second}' is the same file as '{first}'" for first, second in self.duplicates]
-        if self.overlap:
-            shown = ", ".join(self.overlap[:3])
-            lines.append(f"overlap: {len(self.overlap)} images are in the evaluation set too ({shown})")
-        if self.classes_absent:
-            lines.append(f"no image shows: {', '.join(self.classes_absent)}")
-        if self.levels_absent:
-            lines.append(f"no object excites the levels of stride {', '.join(map(str, self.levels_absent))}")
-        if self.few:
-            lines.append(f"few images: fewer than {_FEW} leave ranges unsettled")
-        return lines
+        """For people: the number of images, then one line a finding."""
+        return [f"{self.images} of {self.candidates} images", *(finding.line for finding in self.findings)]
+
+    def require_usable(self) -> None:
+        """Refuse images on which nothing can be measured.
+
+        Raises:
+            CalibrationError: with every finding, those that only warn too.
+        """
+        if any(finding.severity is Severity.REFUSED for finding in self.findings):
+            raise CalibrationError(
+                "\n".join(["The images cannot be used.", *(finding.line for finding in self.findings)]),
+                hint="give other --calibration-images, or accept an overlap knowingly with --allow-overlap",
+            )
 
 
 def collect_images(
@@ -149,22 +149,59 @@ def collect_images(
     depends on the names, the seed and the annotations only; a larger count contains the smaller one.
 
     Raises:
-        CalibrationError: nothing there, too few images, or a file that is missing.
+        CalibrationError: nothing there, files that are missing or damaged (all are listed), too few different images,
+            or annotations of other images.
     """
     options = options or SampleOptions()
     files = find_images(source, allow_outside=options.allow_outside)
     coco = annotations or (source if source.suffix == ".json" else None)
-    labels, categories = _read_objects(coco) if coco else ({}, {})
+    labels, categories = _read_objects(coco, files, source=source) if coco else ({}, {})
     strata = {name: _stratum(name, labels.get(name)) for name in files}
     chosen = sorted(_stratified(strata, count=options.count or _DEFAULT_COUNT, seed=options.seed))
-    if len(chosen) < options.minimum:
+    images = inspect_images({name: files[name] for name in chosen})
+    photographs = {image.pixels_sha256 for image in images if image.flaw not in _EMPTY}
+    if len(photographs) < options.minimum:
+        different = f", {len(photographs)} of them different photographs" if len(photographs) < len(images) else ""
         raise CalibrationError(
-            f"'{source}' gives {len(chosen)} calibration images, at least {options.minimum} are needed.",
+            f"'{source}' gives {len(images)} calibration images{different}, at least {options.minimum} are needed.",
             hint="100 to 300 images of what the detector will see are best",
         )
-    images = tuple(CalibrationImage(name, files[name], _hash(files[name])) for name in chosen)
     boxes = {name: labels[name] for name in chosen if name in labels}
     return CalibrationSet(source, images, len(files), options.seed, boxes, categories)
+
+
+def inspect_images(files: Mapping[str, Path]) -> tuple[CalibrationImage, ...]:
+    """Read every file once, in the order of names: what it holds, and what speaks against a photograph.
+
+    Raises:
+        CalibrationError: files that cannot be read or are damaged; all of them are listed.
+    """
+    problems: list[str] = []
+
+    def inspect(name: str) -> CalibrationImage | str:
+        try:
+            pixels = read_image(files[name])
+            content = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+            return CalibrationImage(name, files[name], sha256_file(files[name]), content, _why_not_a_photograph(pixels))
+        except ImageError as error:
+            return error.message
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+            return f"Cannot read image '{files[name]}': {getattr(error, 'strerror', None) or error}."
+
+    images = []
+    with ThreadPoolExecutor(usable_cpus(), "images") as pool:
+        for result in pool.map(inspect, sorted(files)):
+            if isinstance(result, str):
+                problems.append(result)
+            else:
+                images.append(result)
+    if problems:
+        more = [f"... and {len(problems) - _LISTED} more."] if len(problems) > _LISTED else []
+        raise CalibrationError(
+            "\n".join([f"{len(problems)} of {len(files)} images cannot be used.", *problems[:_LISTED], *more]),
+            hint="get these files again, or remove them",
+        )
+    return tuple(images)
 
 
 def find_images(source: Path, *, allow_outside: bool = False) -> dict[str, Path]:
@@ -183,7 +220,7 @@ def find_images(source: Path, *, allow_outside: bool = False) -> dict[str, Path]
                 f"'{source}' holds no images.", hint=f"readable kinds: {' '.join(sorted(IMAGE_SUFFIXES))}"
             ) from error
     else:
-        paths = {name: source.parent / name for name in _listed(source)}
+        paths = _listed(source)
         outside = next((name for name in paths if not allow_outside and not is_below(name)), None)
         if outside is not None:
             raise CalibrationError(
@@ -195,54 +232,126 @@ def find_images(source: Path, *, allow_outside: bool = False) -> dict[str, Path]
     return dict(sorted(paths.items()))
 
 
-def examine_set(images: CalibrationSet, contract: ModelContract, *, evaluation_images: Path | None = None) -> SetReport:
-    """Look for duplicates, overlap with the evaluation set, and classes and pyramid levels that no image shows.
+def examine_set(
+    images: CalibrationSet,
+    contract: ModelContract,
+    *,
+    evaluation: Sequence[CalibrationImage] = (),
+    allow_overlap: bool = False,
+) -> SetReport:
+    """Look for copies, overlap with the evaluation set, and classes and pyramid levels that no image shows.
 
-    Images are compared by content, never by name. Classes and levels need annotations.
-
-    Raises:
-        CalibrationError: the evaluation set cannot be read.
+    Images are compared by their decoded pixels, never by name. Classes and levels need annotations.
     """
-    by_hash: dict[str, list[str]] = defaultdict(list)
-    for image in images.images:
-        by_hash[image.sha256].append(image.name)
-    evaluation = {sha256_file(p) for p in find_images(evaluation_images).values()} if evaluation_images else set()
-    boxes = [box for of_image in images.annotations.values() for box in of_image]
-    seen = {box.category for box in boxes}
-    return SetReport(
-        images=len(images.images),
-        candidates=images.candidates,
-        duplicates=tuple((names[0], again) for names in by_hash.values() for again in names[1:]),
-        overlap=tuple(image.name for image in images.images if image.sha256 in evaluation),
-        classes_absent=tuple(name for category, name in images.categories.items() if category not in seen),
-        levels_absent=_levels_absent(boxes, contract) if images.annotations else (),
-        few=len(images.images) < _FEW,
-    )
+    findings = [
+        *_copies(images.images, of="calibration", severity=Severity.WARNING),
+        *_flaws(images.images),
+        *_overlap(images.images, evaluation, severity=Severity.WARNING if allow_overlap else Severity.REFUSED),
+        *_copies(evaluation, of="evaluation", severity=Severity.INCONCLUSIVE),
+    ]
+
+    def warn(kind: str, message: str) -> None:
+        findings.append(Finding(kind=kind, severity=Severity.WARNING, message=message))
+
+    different = len({image.pixels_sha256 for image in images.images})
+    if different < _FEW:
+        warn("few", f"{different} different calibration images: fewer than {_FEW} leave ranges unsettled")
+    if images.annotations:
+        boxes = [box for of_image in images.annotations.values() for box in of_image]
+        seen = {box.category for box in boxes}
+        absent = [name for category, name in images.categories.items() if category not in seen]
+        levels = _levels_absent(boxes, contract)
+        unlabelled = len(images.images) - len(images.annotations)
+        if unlabelled:
+            warn("unlabelled", f"{unlabelled} of {len(images.images)} calibration images are not in the annotations")
+        if absent:
+            warn("classes-absent", f"no calibration image shows: {', '.join(absent)}")
+        if levels:
+            warn("levels-absent", f"no object excites the levels of stride {', '.join(map(str, levels))}")
+    return SetReport(images=len(images.images), candidates=images.candidates, findings=tuple(findings))
 
 
-def _listed(source: Path) -> list[str]:
+def _copies(images: Sequence[CalibrationImage], *, of: str, severity: Severity) -> Iterator[Finding]:
+    """Copies count as several images and tell no more than one."""
+    names: dict[str, str] = {}
+    pairs = [
+        (image.name, first)
+        for image in images
+        if (first := names.setdefault(image.pixels_sha256, image.name)) != image.name
+    ]
+    if pairs:
+        shown = ", ".join(f"'{name}' is '{first}'" for name, first in pairs[:_LISTED])
+        message = f"{len(pairs)} of {len(images)} {of} images are copies of others ({shown})"
+        yield Finding(kind=f"{of}-copies", severity=severity, message=message)
+
+
+def _flaws(images: Sequence[CalibrationImage]) -> Iterator[Finding]:
+    for flaw in sorted({image.flaw for image in images if image.flaw}):
+        names = [image.name for image in images if image.flaw == flaw]
+        message = f"{len(names)} calibration images hold {flaw} ({', '.join(names[:_LISTED])})"
+        yield Finding(kind=flaw.rpartition(" ")[2], severity=Severity.WARNING, message=message)
+
+
+def _overlap(
+    images: Sequence[CalibrationImage], evaluation: Sequence[CalibrationImage], *, severity: Severity
+) -> Iterator[Finding]:
+    contents = {image.pixels_sha256 for image in images}
+    shared = [image.name for image in evaluation if image.pixels_sha256 in contents]
+    if shared:
+        message = (
+            f"{len(shared)} of {len(evaluation)} evaluation images are calibration images too "
+            f"({', '.join(shared[:_LISTED])}), on which INT8 looks better than it is"
+        )
+        yield Finding(kind="overlap", severity=severity, message=message)
+
+
+def _listed(source: Path) -> dict[str, Path]:
+    """The images that a list file or a COCO json names; a COCO json also finds them beside its own folder."""
     try:
         text = read_file(source, limit=_LARGEST_LIST).decode("utf-8")
         if source.suffix == ".json":
-            return [str(entry["file_name"]) for entry in parse_json(text)["images"]]
+            names = [str(entry["file_name"]) for entry in parse_json(text)["images"]]
+            folders = (source.parent, source.parent.parent)
+            found = [find_coco_images(names, folder, annotations=source) for folder in folders]
+            return {
+                name: next((paths[name] for paths in found if paths[name].exists()), found[0][name]) for name in names
+            }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return {line.strip(): source.parent / line.strip() for line in text.splitlines() if line.strip()}
 
 
-def _read_objects(path: Path) -> tuple[dict[str, tuple[Box, ...]], dict[int, str]]:
-    """Objects by image name, and class names by category."""
+def _read_objects(
+    path: Path, files: Mapping[str, Path], *, source: Path
+) -> tuple[dict[str, tuple[Box, ...]], dict[int, str]]:
+    """Objects by image name, as ``files`` has them, and class names by category.
+
+    Raises:
+        CalibrationError: the annotations cannot be read, or none of the files is in them.
+    """
     try:
         coco = read_coco(path)
     except ConfigError as error:
         raise CalibrationError(error.message, hint=error.hint) from error
+    names = {file: name for name, file in files.items()}
+    folder = source if source.is_dir() else source.parent
+    paths = find_coco_images((image.name for image in coco.images), folder, annotations=path)
+    own = {image.image_id: names.get(paths[image.name], image.name) for image in coco.images}
+    own |= {image.image_id: image.name for image in coco.images if image.name in files}
     images = {image.image_id: image for image in coco.images}
-    boxes: dict[str, list[Box]] = {image.name: [] for image in coco.images}
+    boxes: dict[str, list[Box]] = {own[image.image_id]: [] for image in coco.images if own[image.image_id] in files}
+    if not boxes:
+        raise CalibrationError(
+            f"None of the {len(files)} images of '{source}' is in '{path}': it names '{coco.images[0].name}', "
+            f"'{source.name}' holds '{next(iter(files))}'.",
+            hint="give the annotations that belong to these images, or none",
+        )
     for item in coco.objects:
         image = images[item.image_id]
         if image.size is None:
             raise CalibrationError(f"'{path}' does not give the height and width of '{image.name}'.")
-        boxes[image.name].append(Box(item.category_id, max(item.box[2:]), *image.size))
+        if own[item.image_id] in boxes:
+            boxes[own[item.image_id]].append(Box(item.category_id, max(item.box[2:]), *image.size))
     return {name: tuple(items) for name, items in boxes.items()}, coco.categories
 
 
@@ -273,25 +382,18 @@ def _stratified(strata: Mapping[str, str], *, count: int, seed: int) -> list[str
     return [name for *_, name in sorted(ranked)[:count]]
 
 
-def _hash(path: Path) -> str:
-    try:
-        return sha256_file(path)
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        reason = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"Cannot read the calibration image '{path}': {reason}.") from error
-
-
 def _why_not_a_photograph(pixels: NDArray[np.uint8]) -> str:
+    """What the image looks like instead; a camera's frame at night may look like noise as well."""
     if min(pixels.shape[:2]) < 2:
-        return "a single row or column of pixels"
+        return _LINE
     grey = pixels[:512, :512].astype(np.float32).mean(2)
     spread = float(grey.std())
     if spread == 0.0:
-        return "a single colour"
+        return _COLOUR
     # The difference of two independent pixels has sqrt(2) times the deviation of one. In photographs neighbours are
     # alike: the sharpest and noisiest that were tried stay below 0.8.
     step = float(np.diff(grey, axis=1).std())
-    return "noise" if step > 1.25 * spread and pixels.size > 3 * 1024 else ""
+    return "little but noise" if step > 1.25 * spread and pixels.size > 3 * 1024 else ""
 
 
 def _levels_absent(boxes: Sequence[Box], contract: ModelContract) -> tuple[int, ...]:

@@ -161,7 +161,7 @@ def compare_models(source: OnnxGraph, result: Any, *, images: Sequence[NDArray[n
     """Run a graph and what was made of it (an onnx.ModelProto) on the same images, (h, w, 3) uint8 RGB.
 
     Raises:
-        StepCheckError: the result does not run, or gives values that are not finite.
+        StepCheckError: the result does not run, or one of the two gives values that are not finite.
     """
     feeder, names = Feeder(source), [output.name for output in source.model.graph.output]
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
@@ -175,10 +175,12 @@ def compare_models(source: OnnxGraph, result: Any, *, images: Sequence[NDArray[n
                 feeds = feeder(image)
                 expected, measured = reference.borrow(feeds), session.borrow(feeds)
                 for name in names:
-                    if measured[name].dtype.kind == "f" and not np.isfinite(measured[name]).all():
-                        raise StepCheckError(
-                            f"Output '{name}' of the quantized graph is not finite.", hint="calibrate on other images"
-                        )
+                    for which, values in (("float", expected[name]), ("quantized", measured[name])):
+                        if values.dtype.kind == "f" and not np.isfinite(values).all():
+                            raise StepCheckError(
+                                f"Output '{name}' of the {which} graph is not finite.",
+                                hint="calibrate on other images" if which == "quantized" else "is the model complete?",
+                            )
                     exact = expected[name].astype(np.float64)
                     signal[name] += float(np.square(exact).sum())
                     noise[name] += float(np.square(measured[name].astype(np.float64) - exact).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from calibration.cache import Calibration
 from calibration.execution import Feeder, conv_macs, open_engine
-from calibration.placement import ConvGraph, Placement, plan_pairs
+from calibration.placement import ConvGraph, Placement, QdqPlan, plan_pairs
 from calibration.qdq import QuantizedOnnx, quantize_qdq, quantized_model
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.files import sha256_file, write_text
+from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
@@ -30,8 +31,11 @@ __all__ = [
     "DetectionEffect",
     "LayerSensitivity",
     "MixedPrecision",
+    "ScoreLoss",
     "Trial",
+    "acceptable",
     "detection_effect",
+    "narrow",
     "pareto_front",
     "search_mixed_precision",
 ]
@@ -44,33 +48,69 @@ _FOREGROUND = 0.05
 # Scores are compared to a millionth: AP has that many digits.
 _SCORE_DIGIT = 1e-6
 
-Evaluate = Callable[[Path], float]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreLoss:
+    """The score of a model file, higher is better, and the 95 % interval of what it lost against the float graph.
+
+    The interval is a paired one: both models are measured on the same images.
+    """
+
+    score: float
+    interval: tuple[float, float]
+
+
+Evaluate = Callable[[Path], ScoreLoss]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyGoal:
-    """How far AP (0..1) may fall, measured on which images; without annotations the float model's detections count.
+    """How much accuracy may be lost, measured on which images.
 
-    ``evaluations``: how many candidates may be evaluated; 1 is all layers in INT8 or nothing.
+    With ``annotations`` AP may fall by ``max_map_drop`` (0..1). Without, the score is the share of detections that
+    agree with the float graph's, which must be ``min_match_rate`` or more. ``judge``: whether intervals or measured
+    figures decide. ``evaluations``: how many candidates may be evaluated; 1 is all layers in INT8 or nothing.
     """
 
-    max_map_drop: float
     images: Path
+    max_map_drop: float | None = None
+    min_match_rate: float | None = None
     annotations: Path | None = None
+    judge: Judge = Judge.INTERVAL
     backend: str = "onnxruntime"
     threads: int | None = None
     evaluations: int = DEFAULT_EVALUATIONS
 
     def __post_init__(self) -> None:
-        if self.max_map_drop < 0:
-            raise ConfigError(f"The allowed drop must not be negative, got {self.max_map_drop}.")
+        if (self.max_map_drop is None) == (self.annotations is not None):
+            raise ConfigError(
+                "A drop of AP needs annotations; without them it is the share of detections that agree with the float "
+                "model's that is held.",
+                hint="give --annotations FILE with --max-map-drop, or --min-match-rate without",
+            )
+        if (self.max_map_drop is None) == (self.min_match_rate is None):
+            raise ConfigError("An accuracy goal has one limit.", hint="give --max-map-drop or --min-match-rate")
+        if not 0.0 <= self.max_loss <= 1.0:
+            raise ConfigError(f"What may be lost is a share of 1, in [0, 1], got {self.max_loss}.")
         if self.evaluations < 1:
             raise ConfigError(f"At least 1 candidate must be evaluated, got {self.evaluations}.")
 
+    @property
+    def max_loss(self) -> float:
+        """Of the score, which is 1 for the float graph itself where there are no annotations."""
+        if self.max_map_drop is not None:
+            return self.max_map_drop
+        return 1.0 - (self.min_match_rate or 0.0)
+
+    @property
+    def quantity(self) -> str:
+        """What the score is."""
+        return "AP" if self.annotations is not None else "agreement with the float model's detections"
+
     def fingerprint(self) -> list[str]:
-        """Stands for everything that scores depend on beside the model."""
+        """Stands for everything that scores depend on beside the model: contents, and names that annotations use."""
         files = [*list_images(self.images), *([self.annotations] if self.annotations else [])]
-        return [self.backend, *(sha256_file(path) for path in files)]
+        return [self.backend, *(f"{path.name} {sha256_file(path)}" for path in files)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +142,15 @@ class LayerSensitivity:
 class Trial:
     """A candidate: the layers left in float, its share of multiply-accumulates in INT8, its score.
 
-    ``p50_ms``: median milliseconds of one image; None where it was not timed.
+    ``loss_interval``: the paired 95 % interval of what it lost against the float graph. ``p50_ms``: median milliseconds
+    of one image; None where it was not timed.
     """
 
     ignored_layers: tuple[str, ...]
     int8_share: float
     score: float
     p50_ms: float | None = None
+    loss_interval: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,25 +187,30 @@ def search_mixed_precision(
 ) -> MixedPrecision:
     """Find the INT8 graph that reaches the goal with the fewest layers in float.
 
-    ``evaluate`` scores a model file on the goal's images, higher is better. An interrupted search resumes from
-    ``state`` if graph, calibration, placement and the goal's images are the same. Refusal and success remove it.
+    ``evaluate`` scores a model file on the goal's images and compares it with the float graph. An interrupted
+    search resumes from ``state`` if graph, calibration, placement and the goal's images are the same. Refusal and
+    success remove it.
 
-    All layers in INT8 are tried first. If they miss the goal, layers return to float in the order of their effect on
-    detections: first doubling their number, then halving the interval, then offering single layers back to INT8.
+    All layers in INT8 are tried first. If their harm is shown and the goal is not kept for certain, layers return to
+    float in the order of their effect on detections, as ``narrow`` says. Where no candidate reaches the goal, the best
+    of those for which the images cannot decide it is taken.
 
     Raises:
-        AccuracyGateError: no candidate reached the goal; the message holds the trade-offs. ``output`` is not written.
+        AccuracyGateError: every candidate misses the goal; the message holds the trade-offs. ``output`` is not written.
         ConfigError: the graph does not end in raw outputs.
     """
     search = _Search(
         graph, calibration, output, placement=placement, goal=goal, evaluate=evaluate, state=state, progress=progress
     )
     if not search.reaches_goal(()) and goal.evaluations > 1:
-        search.narrow(search.rank())
+        narrow(search.rank(), accepts=search.reaches_goal, may_try=search.may_evaluate, best=search.float_layers)
     chosen = search.best()
     if chosen is None:
         search.finish()
-        message = f"INT8 misses the goal: float {search.float_score:.4f}, allowed drop {goal.max_map_drop:.4f}."
+        message = (
+            f"INT8 misses the goal: {goal.quantity} of the float graph {search.float_score:.4f}, "
+            f"{goal.max_loss:.4f} may be lost."
+        )
         raise AccuracyGateError(
             f"{message}\n{search.table()}",
             hint="allow a larger drop or more evaluations, calibrate on other images, or use the float "
@@ -180,6 +227,43 @@ def search_mixed_precision(
         trials=search.trials,
         ranking=search.ranking,
     )
+
+
+def acceptable(loss: float, interval: tuple[float, float], *, at_most: float, judge: Judge) -> bool:
+    """Whether no layer has to return to float for a candidate that lost ``loss``.
+
+    By the interval: the limit is kept for certain, or no harm is shown at all: a loss that may be noise is no reason to
+    give up speed, since the next images may show a gain.
+    """
+    if judge is Judge.POINT:
+        return loss <= at_most + _SCORE_DIGIT
+    low, high = interval
+    return high <= at_most + _SCORE_DIGIT or low <= 0.0
+
+
+def narrow(
+    order: Sequence[str],
+    *,
+    accepts: Callable[[Sequence[str]], bool],
+    may_try: Callable[[], bool],
+    best: Callable[[], Sequence[str] | None],
+) -> None:
+    """Try which layers, the most harmful first in ``order``, have to return to float.
+
+    Their number doubles until ``accepts`` says yes, is halved back, and then single layers of ``best()`` are offered to
+    INT8 again. All layers in INT8 were tried before.
+    """
+    low, high = 0, 1
+    while high < len(order) and may_try() and not accepts(order[:high]):
+        low, high = high, min(high * 2, len(order) - 1) if high < len(order) - 1 else len(order)
+    while high - low > 1 and may_try():
+        middle = (low + high) // 2
+        low, high = (low, middle) if accepts(order[:middle]) else (middle, high)
+    kept = best() or ()
+    for layer in reversed(kept):
+        fewer = [name for name in kept if name != layer]
+        if may_try() and accepts(fewer):
+            kept = best() or ()
 
 
 def pareto_front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
@@ -240,12 +324,12 @@ class _Search:
         self._sensitivities: dict[str, LayerSensitivity] = {}
         self.images = [read_image(path) for path in list_images(goal.images)[:_RANKING_IMAGES]]
         self.ranking: tuple[LayerSensitivity, ...] = ()
-        parts = [graph.source.sha256, to_json(calibration), to_json(placement), goal.fingerprint()]
+        parts = [graph.source.sha256, to_json(calibration), to_json(placement), goal.quantity, goal.fingerprint()]
         self._key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         self._float_score = self._resume()
         if self._float_score is None:
             self._report_evaluation()
-            self._float_score = evaluate(graph.source.path)
+            self._float_score = evaluate(graph.source.path).score
             self._save()
 
     @property
@@ -261,19 +345,29 @@ class _Search:
         key = tuple(sorted(ignored_layers))
         if key not in self._trials:
             self._report_evaluation()
-            quantized = plan_pairs(self._graph, self._placement, ignored_layers=key).convs
+            quantized = self._plan(key).convs
             share = round(sum(self._macs[conv.name] for conv in quantized) / sum(self._macs.values()), 6)
             candidate = self._output.with_name(f".{self._output.stem}.trial.onnx")
             try:
                 quantize_qdq(self._graph, self._calibration, candidate, placement=self._placement, ignored_layers=key)
-                self._trials[key] = Trial(key, share, self._evaluate(candidate))
+                measured = self._evaluate(candidate)
+                self._trials[key] = Trial(key, share, measured.score, loss_interval=measured.interval)
             finally:
                 candidate.unlink(missing_ok=True)
             self._save()
         return self._within_goal(self._trials[key])
 
+    def _plan(self, ignored_layers: Collection[str]) -> QdqPlan:
+        return plan_pairs(
+            self._graph,
+            self._placement,
+            ignored_layers=ignored_layers,
+            zero_tensors=self._calibration.zero_tensors,
+        )
+
     def _within_goal(self, trial: Trial) -> bool:
-        return self.float_score - trial.score <= self._goal.max_map_drop + _SCORE_DIGIT
+        loss, goal = self.float_score - trial.score, self._goal
+        return acceptable(loss, trial.loss_interval, at_most=goal.max_loss, judge=goal.judge)
 
     def rank(self) -> list[str]:
         """All layers that the placement would quantize, the most harmful first; each is quantized alone."""
@@ -286,15 +380,14 @@ class _Search:
         feeds = [feeder(image) for image in self.images]
         with open_engine("onnxruntime", source.model) as session:
             reference = [session.run(feed) for feed in feeds]
-        every = plan_pairs(self._graph, self._placement).convs
+        every = self._plan(()).convs
         layers = tuple(dict.fromkeys(conv.layer for conv in every))
         for index, layer in enumerate(layers):
             self._progress("measuring layers", index, len(layers))
             if layer in self._sensitivities:
                 continue
             others = set(self._graph.layers) - {layer}
-            plan = plan_pairs(self._graph, self._placement, ignored_layers=others)
-            with open_engine("onnxruntime", quantized_model(plan, self._calibration)) as session:
+            with open_engine("onnxruntime", quantized_model(self._plan(others), self._calibration)) as session:
                 effect = detection_effect(reference, [session.run(feed) for feed in feeds])
             self._sensitivities[layer] = LayerSensitivity(layer, effect)
             self._save()
@@ -303,31 +396,33 @@ class _Search:
         self.ranking = tuple(sorted(measured, key=lambda item: (-item.effect.total, item.layer)))
         return [item.layer for item in self.ranking]
 
-    def narrow(self, order: Sequence[str]) -> None:
-        """Double the number of float layers until the goal holds, halve back, then try single layers in INT8 again."""
-        low, high = 0, 1
-        while high < len(order) and self._may_evaluate() and not self.reaches_goal(order[:high]):
-            low, high = high, min(high * 2, len(order) - 1) if high < len(order) - 1 else len(order)
-        while high - low > 1 and self._may_evaluate():
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.reaches_goal(order[:middle]) else (middle, high)
-        best = self.best()
-        for layer in reversed(best.ignored_layers if best else ()):
-            fewer = [name for name in best.ignored_layers if name != layer] if best else []
-            if self._may_evaluate() and self.reaches_goal(fewer):
-                best = self.best()
-
-    def _may_evaluate(self) -> bool:
+    def may_evaluate(self) -> bool:
+        """Whether the goal allows another candidate."""
         return len(self._trials) < self._goal.evaluations
 
+    def float_layers(self) -> tuple[str, ...] | None:
+        """Those of the best candidate that reaches the goal."""
+        reaching = next((trial for trial in self.trials if self._within_goal(trial)), None)
+        return reaching.ignored_layers if reaching else None
+
     def best(self) -> Trial | None:
-        """The candidate with most in INT8 among those that reach the goal."""
-        return next((trial for trial in self.trials if self._within_goal(trial)), None)
+        """The candidate with most in INT8 among those that reach the goal, or else the best that may reach it."""
+        reaching = next((trial for trial in self.trials if self._within_goal(trial)), None)
+        if reaching is not None or self._goal.judge is Judge.POINT:
+            return reaching
+        undecided = [trial for trial in self.trials if trial.loss_interval[0] <= self._goal.max_loss]
+        return max(undecided, key=lambda trial: trial.score, default=None)
 
     def table(self) -> str:
         """The trade-offs, most INT8 first."""
-        rows = [f"{t.int8_share:8.1%}  {len(t.ignored_layers):5d}  {t.score:.4f}" for t in self.trials]
-        return "\n".join(["    INT8  float  score", *rows, f"{0:8.1%}    all  {self.float_score:.4f}"])
+        rows = [
+            f"{t.int8_share:8.1%}  {len(t.ignored_layers):5d}  {t.score:.4f}  "
+            f"{t.loss_interval[0]:+.4f} to {t.loss_interval[1]:+.4f}"
+            for t in self.trials
+        ]
+        return "\n".join(
+            ["    INT8  float  score   95 % of the loss", *rows, f"{0:8.1%}    all  {self.float_score:.4f}"]
+        )
 
     def finish(self) -> None:
         if self._state is not None:

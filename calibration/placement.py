@@ -344,8 +344,16 @@ class QdqPlan:
     scale_of: dict[str, str]
 
 
-def plan_pairs(graph: ConvGraph, placement: Placement, *, ignored_layers: Collection[str] = ()) -> QdqPlan:
+def plan_pairs(
+    graph: ConvGraph,
+    placement: Placement,
+    *,
+    ignored_layers: Collection[str] = (),
+    zero_tensors: Collection[str] = (),
+) -> QdqPlan:
     """Which tensors get a Q/DQ pair. ``ignored_layers`` names layers, or single nodes, that stay in float.
+
+    ``zero_tensors`` have no range and get no pair; the convolutions that read or write them stay in float.
 
     Raises:
         ConfigError: a name that the graph does not have.
@@ -360,12 +368,15 @@ def plan_pairs(graph: ConvGraph, placement: Placement, *, ignored_layers: Collec
         if not (placement.ignore_predictions and conv.is_prediction)
         and conv.layer not in ignored_layers
         and conv.name not in ignored_layers
+        and not {conv.input, conv.output, conv.result} & set(zero_tensors)
     )
     if not convs:
         raise CalibrationError("Every convolution would stay float.", hint="leave the model in fp32")
     if placement.results is ResultRule.FLOAT:
-        return QdqPlan(graph, placement, convs, _pairs_on_inputs(graph, placement, convs), {})
-    return _pairs_on_results(graph, placement, convs)
+        plan = QdqPlan(graph, placement, convs, _pairs_on_inputs(graph, placement, convs), {})
+    else:
+        plan = _pairs_on_results(graph, placement, convs)
+    return replace(plan, readers={name: nodes for name, nodes in plan.readers.items() if name not in zero_tensors})
 
 
 def _pairs_on_inputs(

@@ -73,7 +73,10 @@ class WeightValues:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedOnnx:
-    """What was written. ``int8_convolutions``, ``float_convolutions``: names of the nodes."""
+    """What was written. ``int8_convolutions``, ``float_convolutions``: names of the nodes.
+
+    ``zero_tensors``: what was zero for every calibration image, for which layers are float.
+    """
 
     path: Path
     placement: Placement
@@ -82,6 +85,7 @@ class QuantizedOnnx:
     float_convolutions: tuple[str, ...]
     pairs: int
     fidelity: Fidelity
+    zero_tensors: tuple[str, ...] = ()
 
     @property
     def record(self) -> dict[str, str]:
@@ -96,6 +100,7 @@ class QuantizedOnnx:
             "int8_convolutions": str(len(self.int8_convolutions)),
             "float_convolutions": ", ".join(self.float_convolutions),
             "pairs": str(self.pairs),
+            **({"zero_for_every_image": ", ".join(self.zero_tensors)} if self.zero_tensors else {}),
             **{f"sqnr_db_{name}": f"{value:.2f}" for name, value in noise.items()},
         }
 
@@ -119,7 +124,7 @@ def quantize_qdq(
         StepCheckError: the result does not run, or gives values that are not finite.
     """
     calibration.check_graph(graph.source)
-    plan = plan_pairs(graph, placement, ignored_layers=ignored_layers)
+    plan = plan_pairs(graph, placement, ignored_layers=ignored_layers, zero_tensors=calibration.zero_tensors)
     model = quantized_model(plan, calibration)
     onnx.checker.check_model(model)
     fidelity = compare_models(graph.source, model, images=images)
@@ -133,6 +138,7 @@ def quantize_qdq(
         float_convolutions=tuple(conv.name for conv in graph.convs if conv.name not in set(quantized)),
         pairs=len(plan.readers),
         fidelity=fidelity,
+        zero_tensors=calibration.zero_tensors,
     )
 
 
@@ -140,7 +146,7 @@ def quantized_model(plan: QdqPlan, calibration: Calibration) -> Any:
     """The quantized onnx.ModelProto; ``quantize_qdq`` is this with all its checks.
 
     Raises:
-        CalibrationError: a range is missing.
+        CalibrationError: a range is missing, or weights are not finite.
     """
     return _Writer(plan, calibration).model()
 
@@ -315,6 +321,8 @@ class _Writer:
 
     def _array(self, name: str) -> Floats:
         array: Floats = onnx.numpy_helper.to_array(self._plan.graph.initializers[name])
+        if not np.isfinite(array).all():
+            raise CalibrationError(f"The weights '{name}' are not finite.", hint="is the checkpoint complete?")
         return array
 
     def _minimum_scale(self, convs: list[ConvSite]) -> Floats | float:

@@ -24,12 +24,12 @@ __all__ = [
 ]
 
 SUFFIX = ".mixed-precision.json"
-TRADE_OFF_COLUMNS = ("layers in float", "in INT8, %", "AP", "drop", "p50 ms", "")
+TRADE_OFF_COLUMNS = ("layers in float", "in INT8, %", "score", "loss", "95% interval", "p50 ms", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TradeOffs:
-    """One search. Scores are AP (0..1) on ``backend``.
+    """One search. Scores are ``quantity`` (0..1) on ``backend``, of which at most ``max_loss`` was to be lost.
 
     ``trials`` begin with most INT8; those on the Pareto front are timed.
     ``ranking`` is empty where all layers in INT8 reached the goal at once, so that nothing had to be ranked.
@@ -37,18 +37,19 @@ class TradeOffs:
 
     placement: str
     backend: str
-    max_drop: float
+    quantity: str
+    max_loss: float
     float_score: float
     float_p50_ms: float | None
     ignored_layers: tuple[str, ...]
     trials: tuple[Trial, ...]
     ranking: tuple[LayerSensitivity, ...]
     drift: ScoreDrift
-    schema_version: int = 1
+    schema_version: int = 2
 
     def __post_init__(self) -> None:
-        if self.schema_version != 1:
-            raise ConfigError(f"Trade-offs of schema version {self.schema_version}, this fcos-deploy reads 1.")
+        if self.schema_version != 2:
+            raise ConfigError(f"Trade-offs of schema version {self.schema_version}, this fcos-deploy reads 2.")
 
 
 def write_trade_offs(trade_offs: TradeOffs, model: Path) -> Path:
@@ -87,6 +88,7 @@ def trade_off_rows(trade_offs: TradeOffs) -> list[tuple[str, ...]]:
             f"{100 * trial.int8_share:.1f}",
             f"{trial.score:.4f}",
             f"{trade_offs.float_score - trial.score:.4f}",
+            f"{trial.loss_interval[0]:+.4f} to {trial.loss_interval[1]:+.4f}",
             _milliseconds(trial.p50_ms),
             "chosen" if trial.ignored_layers == trade_offs.ignored_layers else "",
         )
@@ -94,7 +96,7 @@ def trade_off_rows(trade_offs: TradeOffs) -> list[tuple[str, ...]]:
     ]
     return [
         *rows,
-        ("all", "0.0", f"{trade_offs.float_score:.4f}", "-", _milliseconds(trade_offs.float_p50_ms), "float"),
+        ("all", "0.0", f"{trade_offs.float_score:.4f}", "-", "", _milliseconds(trade_offs.float_p50_ms), "float"),
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import CocoFile, CocoObject, read_coco
+from fcos_deploy.core.coco_file import CocoFile, CocoObject, find_coco_images, read_coco
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.image import image_size, list_images
@@ -82,14 +82,15 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
         ImageError: an image cannot be read.
     """
     coco = read_coco(annotations)
-    records = tuple(EvaluationImage(image.image_id, images / image.name) for image in coco.images)
+    paths = find_coco_images((image.name for image in coco.images), images, annotations=annotations)
+    records = tuple(EvaluationImage(image.image_id, paths[image.name]) for image in coco.images)
     missing = [record.path.name for record in records if not _exists(record.path)]
     if missing:
         raise ConfigError(
             f"{len(missing)} of the {len(records)} images of '{annotations}' are not in '{images}': {_some(missing)}.",
             hint="give the folder that holds them with --images",
         )
-    _check_geometry(annotations, coco, images)
+    _check_geometry(annotations, coco, paths)
     positions = {category: position for position, category in enumerate(sorted(coco.categories))}
     objects: dict[int, list[CocoObject]] = {record.image_id: [] for record in records}
     for item in coco.objects:
@@ -98,11 +99,11 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
     return Dataset(records, ground_truth, tuple(coco.categories[c] for c in positions), str(annotations))
 
 
-def _check_geometry(annotations: Path, coco: CocoFile, images: Path) -> None:
+def _check_geometry(annotations: Path, coco: CocoFile, paths: Mapping[str, Path]) -> None:
     """Hold sizes and boxes to the images as they are decoded: boxes of another frame give every model an AP near 0."""
     sizes: dict[int, tuple[int, int]] = {}
     for image in coco.images:
-        sizes[image.image_id] = actual = image_size(images / image.name)
+        sizes[image.image_id] = actual = image_size(paths[image.name])
         if image.size is not None and image.size != actual:
             swapped = image.size == actual[::-1]
             raise ConfigError(

@@ -17,7 +17,16 @@ from fcos_deploy.accuracy.dataset import (
 )
 from fcos_deploy.accuracy.evidence import baseline_problem, evidence_problem
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_ap, judge_drop
-from fcos_deploy.accuracy.intervals import ApInterval, ApSamples, ap_interval, match_dataset, paired_ap_drop, sample_ap
+from fcos_deploy.accuracy.intervals import (
+    ApInterval,
+    ApSamples,
+    ap_interval,
+    match_dataset,
+    paired_ap_drop,
+    sample_ap,
+    selection_factor,
+    widened_for_selection,
+)
 from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, agreement_json, compare_detections
 from fcos_deploy.accuracy.predictions import DetectionRun, collect_detections
 from fcos_deploy.core.errors import ConfigError
@@ -28,6 +37,7 @@ from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
 
 __all__ = [
+    "OPERATING_SCORE",
     "TABLE_COLUMNS",
     "Evaluation",
     "EvaluationRequest",
@@ -37,16 +47,21 @@ __all__ = [
     "evaluation_json",
     "evaluation_row",
     "judge_evaluation",
+    "widened_evaluation",
 ]
 
 TABLE_COLUMNS = ("backend", "precision", "AP", "AP50", "AP75", "95% interval", "drop", "agree", "images", "ms/image")
+
+# Detections with less are seldom shown to anybody, and in every model there are many of them.
+OPERATING_SCORE = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRequest:
     """The detectors to evaluate, the images, and what they are judged by.
 
-    Without ``annotations`` the detections of ``reference`` with at least ``reference_score`` are the ground truth.
+    Without ``annotations`` the detections of ``reference`` with at least ``reference_score`` are the ground truth; what
+    can be limited is then the share of these detections that agree, not a loss of AP.
     ``limit``: only the first images. ``resamples``: number of bootstrap resamples; 0 leaves
     intervals out. ``predictions``: folder that makes an interrupted run resumable.
     """
@@ -55,7 +70,7 @@ class EvaluationRequest:
     images: Path
     annotations: Path | None = None
     reference: DetectorSpec | None = None
-    reference_score: float = 0.3
+    reference_score: float = OPERATING_SCORE
     gate: Gate = field(default_factory=Gate)
     resamples: int = 1000
     seed: int = 0
@@ -75,6 +90,11 @@ class EvaluationRequest:
         if self.reference is None and any(limit is not None for limit in needs_reference):
             raise ConfigError(
                 "A limit on a drop or on agreement needs the model to compare with.", hint="give --reference CHECKPOINT"
+            )
+        if self.annotations is None and gate.max_map_drop is not None:
+            raise ConfigError(
+                "A loss of AP cannot be limited without annotations: a reference's detections are no ground truth.",
+                hint="give --annotations FILE, or limit what has to agree with --min-match-rate",
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"The number of images must be at least 1, got {self.limit}.")
@@ -162,7 +182,8 @@ def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, refe
         samples = sample_ap(matches, resamples=request.resamples, seed=request.seed)
     if reference is not None:
         expected = reference.run.relabelled(label_index(reference.run.names, dataset))
-        options = MatchOptions() if gate.min_iou is None else MatchOptions(iou_threshold=gate.min_iou)
+        least = MatchOptions().min_score if request.annotations else request.reference_score
+        options = MatchOptions(min_score=least, iou_threshold=0.5 if gate.min_iou is None else gate.min_iou)
         agreement = compare_detections(expected, detections, options=options)
         drop = _drop(reference, scores, samples, agreement=agreement)
     evaluation = Evaluation(
@@ -178,14 +199,21 @@ def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, refe
 
 
 def judge_evaluation(
-    gate: Gate, evaluation: Evaluation, *, dataset: Dataset, reference: Evaluation | None, subject: str = ""
+    gate: Gate,
+    evaluation: Evaluation,
+    *,
+    dataset: Dataset,
+    reference: Evaluation | None,
+    subject: str = "",
+    problem: str = "",
 ) -> tuple[Verdict, ...]:
     """A verdict on every limit of ``gate``: inconclusive where the data cannot decide it, with the reason.
 
-    ``subject``: what the verdicts call the model; its backend and precision by default.
+    ``subject``: what the verdicts call the model; its backend and precision by default. ``problem``: why these images
+    cannot decide anything, if that is known before.
     """
     subject = subject or evaluation.run.subject
-    scores, problem = evaluation.scores, evidence_problem(dataset, judge=gate.judge)
+    scores, known, problem = evaluation.scores, problem, problem or evidence_problem(dataset, judge=gate.judge)
     verdicts = judge_ap(
         gate, scores.ap, subject=subject, images=scores.images, interval=evaluation.interval, problem=problem
     )
@@ -197,7 +225,7 @@ def judge_evaluation(
             subject=subject,
             problem=problem or reference.contradiction,
         )
-        verdicts += judge_agreement(gate, evaluation.agreement, subject=subject)
+        verdicts += judge_agreement(gate, evaluation.agreement, subject=subject, problem=known)
     return tuple(verdicts)
 
 
@@ -211,6 +239,20 @@ def _drop(
     drop = reference.scores.ap - scores.ap  # without resamples there is no interval
     return ApInterval(
         value=drop, low=drop, high=drop, standard_error=0.0, confidence=0.0, resamples=0, images=scores.images
+    )
+
+
+def widened_evaluation(evaluation: Evaluation, choices: int) -> Evaluation:
+    """The figures of a model that was chosen among ``choices`` on these very images, on which it looks too good."""
+    drop, agreement = evaluation.drop, evaluation.agreement
+    if choices < 2 or drop is None or agreement is None:
+        return evaluation
+    rate, (low, high), factor = agreement.match_rate, agreement.match_interval, selection_factor(choices)
+    interval = max(0.0, rate - factor * (rate - low)), min(1.0, rate + factor * (high - rate))
+    return replace(
+        evaluation,
+        drop=widened_for_selection(drop, choices),
+        agreement=replace(agreement, match_interval=interval),
     )
 
 

@@ -30,7 +30,9 @@ __all__ = [
     "match_dataset",
     "paired_ap_drop",
     "sample_ap",
+    "selection_factor",
     "weighted_ap",
+    "widened_for_selection",
 ]
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -280,6 +282,26 @@ def paired_ap_drop(
     one_sided = NormalDist().inv_cdf(confidence)
     spared = one_sided**2 / 2 * float(np.sqrt(np.square(reference.object_share).sum()))
     return replace(interval, high=interval.value + math.hypot(interval.high - interval.value, spared))
+
+
+def selection_factor(choices: int) -> float:
+    """By how much the sides of a 95 % interval grow when its model was chosen among ``choices`` on the same images.
+
+    Bonferroni: intervals that each miss in 5 % / choices of all data sets all hold in 95 % of them, so that the chosen
+    one's does, however it was chosen. The quantiles are those of the normal distribution.
+    """
+    normal = NormalDist()
+    return normal.inv_cdf(1 - 0.025 / max(choices, 1)) / normal.inv_cdf(1 - 0.025)
+
+
+def widened_for_selection(interval: ApInterval, choices: int) -> ApInterval:
+    """The interval of a model that was chosen among ``choices`` on the same images."""
+    factor = selection_factor(choices)
+    return replace(
+        interval,
+        low=interval.value - factor * (interval.value - interval.low),
+        high=interval.value + factor * (interval.high - interval.value),
+    )
 
 
 def _weights(images: int, *, resamples: int, seed: int) -> NDArray[np.float32]:

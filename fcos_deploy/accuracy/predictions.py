@@ -128,15 +128,14 @@ def collect_detections(
 
 
 def _key(spec: DetectorSpec, detector: Detector, images: Sequence[EvaluationImage]) -> str:
-    """Hash of everything that the detections depend on: model, contract, runtime and the image files."""
+    """Hash of everything that the detections depend on: model, contract, runtime and what the image files hold."""
     # The manifest of a bundle has the hash of every other file.
     files = [spec.model / "manifest.json"] if spec.model.is_dir() else files_of(spec.model)
-    statuses = [(image.image_id, image.path.name, image.path.stat()) for image in images]
     facts: dict[str, Any] = {
         "files": [sha256_file(path) for path in files],
         "contract": contract_to_text(detector.contract),
         "session": sorted(detector.session.description.items()),
-        "images": [(number, name, status.st_size, status.st_mtime_ns) for number, name, status in statuses],
+        "images": [(image.image_id, sha256_file(image.path)) for image in images],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

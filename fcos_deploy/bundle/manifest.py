@@ -14,6 +14,7 @@ from fcos_deploy.bundle.golden import GoldenImage
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.enums import ArtifactKind, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
+from fcos_deploy.core.findings import Finding
 from fcos_deploy.core.gate import Gate, Outcome
 from fcos_deploy.core.score_drift import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
@@ -152,12 +153,16 @@ DEFAULT_GATES: dict[Precision, Gate] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
-    """Where INT8 ranges came from. ``path``: the calibration file in the bundle; ``images``: their SHA-256, sorted."""
+    """Where INT8 ranges came from. ``path``: the calibration file in the bundle; ``images``: their SHA-256, sorted.
+
+    ``findings``: what is to be said of these images, and of those that INT8 was judged on.
+    """
 
     path: str
     method: str
     images: tuple[str, ...] = ()
     details: dict[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

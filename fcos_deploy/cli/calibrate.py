@@ -28,8 +28,9 @@ def command(
     count: Annotated[int | None, cli.option("Number of images to choose. Default: up to 128.", min=1)] = None,
     seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
     evaluation_images: Annotated[
-        Path | None, cli.option("Images that accuracy will be measured on; an overlap is reported.", metavar="PATH")
+        Path | None, cli.option("Images that accuracy will be measured on; an overlap is refused.", metavar="PATH")
     ] = None,
+    allow_overlap: cli.AllowOverlap = False,
     allow_outside: Annotated[
         bool, cli.option("Permission for a list file to name images that are not below its folder.", "--allow-outside")
     ] = False,
@@ -74,6 +75,7 @@ def command(
         seed=seed,
         allow_outside=allow_outside,
         evaluation_images=evaluation_images,
+        allow_overlap=allow_overlap,
         engine=engine,
         threads=threads,
         convergence=convergence,

@@ -30,6 +30,7 @@ def command(
         Path | None, cli.option("Images to measure the accuracy on. Default: the calibration images.", metavar="DIR")
     ] = None,
     annotations: cli.Annotations = None,
+    allow_overlap: cli.AllowOverlap = False,
     target: Annotated[
         list[str] | None,
         cli.option(
@@ -58,8 +59,19 @@ def command(
         cli.option("Where the graphs end. Default: raw; of a --target, its profile's.", panel=cli.RUNTIME),
     ] = None,
     max_map_drop: Annotated[
-        float, cli.option("Largest loss of AP of INT8, 0.01 for one point.", metavar="AP", panel=cli.GATE)
-    ] = 0.01,
+        float | None,
+        cli.option(
+            "Largest loss of AP of INT8; needs annotations. Default: 0.01, one point.", metavar="AP", panel=cli.GATE
+        ),
+    ] = None,
+    min_match_rate: Annotated[
+        float | None,
+        cli.option(
+            "Smallest share of INT8's detections that agree with the float model's. Default: 0.97 without annotations.",
+            metavar="SHARE",
+            panel=cli.GATE,
+        ),
+    ] = None,
     judge: cli.JudgeBy = Judge.INTERVAL,
     allow_inconclusive: cli.AllowInconclusive = False,
     calibration_count: Annotated[
@@ -107,7 +119,9 @@ def command(
         images=images,
         annotations=annotations,
         max_map_drop=max_map_drop,
+        min_match_rate=min_match_rate,
         judge=judge,
+        allow_overlap=allow_overlap,
         calibration_count=calibration_count,
         seed=seed,
         opset=opset,
@@ -119,7 +133,7 @@ def command(
 
 
 _COLUMNS = (
-    *("backend", "precision", "float in", "AP", "AP50", "drop", "verdict"),
+    *("backend", "precision", "float in", "AP", "AP50", "drop", "agree", "verdict"),
     *("p50 ms", "p90 ms", "speed-up", "images/s", "MiB"),
 )
 
@@ -134,7 +148,11 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
 
     verdicts = deployment.evaluations.verdicts
     rows = [_row(deployment, index) for index in range(len(deployment.rows))]
-    table(str(deployment.bundle), _COLUMNS, [_cells(row) for row in rows])
+    annotated = deployment.evaluations.dataset.annotated
+    columns = tuple(column for column in _COLUMNS if column != "agree" or not annotated)
+    hidden = {"match_rate"} if annotated else set()
+    shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+    table(str(deployment.bundle), columns, [_cells(row) for row in shown])
     images, seconds = deployment.rows[0].scores.images, deployment.seconds
     count = deployment.benchmark.results[0].latency.count
     note(
@@ -143,6 +161,10 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
     )
     for problem in dict.fromkeys(row["speedup_problem"] for row in rows if row["speedup_problem"]):
         note(f"(?) speed-ups are doubtful: {problem}")
+    if not annotated:
+        note("No annotations: AP is agreement with the reference's own detections, and what agrees has the limit.")
+    for finding in deployment.findings:
+        note(finding.line)
     for verdict in verdicts:
         note(verdict_line(verdict))
     if as_json:
@@ -152,7 +174,9 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
             "images": images,
             "outcome": deployment.outcome,
         }
-        print_json({**content, "variants": rows, "verdicts": to_json(verdicts)})
+        print_json(
+            {**content, "variants": rows, "verdicts": to_json(verdicts), "findings": to_json(deployment.findings)}
+        )
     require_all(verdicts, allow_inconclusive=allow_inconclusive)
 
 
@@ -167,6 +191,7 @@ def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a 
         "ap": evaluation.scores.ap,
         "ap50": evaluation.scores.ap50,
         "drop": evaluation.drop.value if evaluation.drop else None,
+        "match_rate": evaluation.agreement.match_rate if evaluation.agreement else None,
         "outcome": overall_outcome(verdict.outcome for verdict in evaluation.verdicts),
         "p50_ms": speed.latency.p50,
         "p90_ms": speed.latency.p90,

@@ -122,6 +122,10 @@ Annotations = Annotated[
         metavar="FILE",
     ),
 ]
+AllowOverlap = Annotated[
+    bool,
+    option("Evaluation images that are calibration images too are accepted, and reported.", "--allow-overlap"),
+]
 Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
 Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
 Opset = Annotated[int | None, option("ONNX operator set, 16 to 23. Default: 17.")]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.core.gate import Gate, Judge
 
 __all__ = ["command"]
 
@@ -46,6 +47,8 @@ def command(
     ] = None,
     annotations: cli.Annotations = None,
     max_map_drop: cli.MaxMapDrop = None,
+    min_match_rate: cli.MinMatchRate = None,
+    judge: cli.JudgeBy = Judge.INTERVAL,
     evaluations: Annotated[
         int,
         cli.option(
@@ -57,7 +60,8 @@ def command(
 ) -> None:
     """Quantize a float ONNX graph to INT8.
 
-    With --max-map-drop layers stay in float until the gate holds; exit code 4 when it does not.
+    With --max-map-drop, or without annotations --min-match-rate, layers whose harm is shown stay in float until the
+    gate holds; exit code 4 when it does not.
     """
     from calibration.cache import load_calibration
     from calibration.placement import open_graph, placement_for
@@ -76,7 +80,7 @@ def command(
         ignored_layers=tuple(ignore_layer or ()),
     )
     goal = accuracy_goal(
-        max_map_drop,
+        Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate, judge=judge),
         images=images,
         annotations=annotations,
         placement=request.placement,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +13,7 @@ from fcos_deploy.core.files import read_file
 from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.core.text import brief
 
-__all__ = ["CocoFile", "CocoImage", "CocoObject", "is_below", "read_coco"]
+__all__ = ["CocoFile", "CocoImage", "CocoObject", "find_coco_images", "is_below", "read_coco"]
 
 _MAX_BYTES = 512 << 20  # COCO's own training set takes 448 MB
 _MAX_OBJECTS = 1_000_000  # and has 860,001
@@ -105,6 +106,27 @@ def _require_below(path: Path, images: list[CocoImage]) -> None:
             f"'{path}' names the image {brief(outside)}, which is not below the folder of the images.",
             hint="make the names relative to the folder that holds all images, and give it with --images",
         )
+
+
+def find_coco_images(names: Iterable[str], folder: Path, *, annotations: Path) -> dict[str, Path]:
+    """Where the images that ``annotations`` names lie, by name; where they should lie when they are not there.
+
+    Beside ``folder`` itself these are the places of COCO's own layout, and of what is often made of it:
+    ``annotations/instances_val2017.json`` names the images of ``val2017`` or ``images/val2017``.
+    """
+    split = annotations.stem.rpartition("_")[2]
+    places = (folder, folder / split, folder / "images" / split, folder / "images", folder.parent)
+    return {
+        name: next((place / name for place in places if _is_file(place / name)), folder / name)
+        for name in dict.fromkeys(names)
+    }
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # A name that no file can have.
+        return False
 
 
 def _image(entry: dict[str, Any]) -> CocoImage:

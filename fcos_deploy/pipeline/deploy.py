@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from calibration.dataset import SampleOptions
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
 from fcos_deploy.accuracy.gate import require_all
 from fcos_deploy.benchmark.run import Benchmark
@@ -15,10 +16,12 @@ from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifes
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.findings import Finding
 from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.pipeline import proof
+from fcos_deploy.pipeline.image_sets import open_image_sets
 from fcos_deploy.pipeline.report import write_report_step
 from fcos_deploy.pipeline.steps import (
     Calibrated,
@@ -39,12 +42,16 @@ DEMO_DATA = Path(__file__).parent.parent / "demo_data"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A finished bundle and the figures behind it; the reference is first in ``benchmark.results``."""
+    """A finished bundle and the figures behind it; the reference is first in ``benchmark.results``.
+
+    ``findings``: what is to be said of the images.
+    """
 
     bundle: Path
     evaluations: Evaluations
     benchmark: Benchmark
     seconds: float
+    findings: tuple[Finding, ...] = ()
 
     @property
     def outcome(self) -> Outcome | None:
@@ -72,7 +79,15 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
     backends = _backends_to_measure(request)
     loaded = load_checkpoint(request.checkpoint, options=request.options)
     with BundleWriter(request.output) as writer:
-        context = DeployContext(request, loaded, loaded.contract, writer, progress)
+        images = open_image_sets(
+            request.calibration_images,
+            loaded.contract,
+            images=request.images,
+            annotations=request.annotations,
+            sample=SampleOptions(count=request.calibration_count, seed=request.seed),
+            allow_overlap=request.allow_overlap,
+        )
+        context = DeployContext(request, loaded, loaded.contract, images, writer, progress)
         variants, calibrated, refused = _make_artifacts(context, backends)
         golden = proof.write_golden(context)
         evaluations = proof.measure_accuracy(context, variants)
@@ -83,7 +98,8 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
             accuracy=proof.accuracy_figures(context, variants, evaluations),
             benchmark=proof.benchmark_figures(context, variants, benchmark),
         )
-        notes = tuple(f"No INT8: {error.message}" for error in refused)
+        findings = calibrated.record.findings if calibrated else ()
+        notes = (*(f"No INT8: {error.message}" for error in refused), *(finding.line for finding in findings))
         write_report_step(
             context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes
         )
@@ -93,7 +109,7 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
             f"{refused[0].message}\nThe bundle '{bundle}' holds the float artifacts only.", hint=refused[0].hint
         )
     seconds = time.perf_counter() - started
-    return Deployment(bundle=bundle, evaluations=evaluations, benchmark=benchmark, seconds=seconds)
+    return Deployment(bundle=bundle, evaluations=evaluations, benchmark=benchmark, seconds=seconds, findings=findings)
 
 
 def _backends_to_measure(request: DeployRequest) -> tuple[str, ...]:
@@ -169,7 +185,7 @@ def _manifest(
 ) -> Manifest:
     request = context.request
     preferred = next((v for v in reversed(variants) if v.artifact.precision is Precision.INT8), variants[-1])
-    int8_gate = replace(DEFAULT_GATES[Precision.INT8], max_map_drop=request.max_map_drop, judge=request.judge)
+    int8_gate = replace(DEFAULT_GATES[Precision.INT8], max_map_drop=request.gate.max_map_drop, judge=request.judge)
     return Manifest(
         name=request.output.stem,
         contract=context.contract,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
 from fcos_deploy.accuracy.evaluate import (
     Evaluation,
     EvaluationRequest,
@@ -13,15 +12,17 @@ from fcos_deploy.accuracy.evaluate import (
     evaluate,
     evaluation_drift,
     judge_evaluation,
+    widened_evaluation,
 )
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, run_benchmark
-from fcos_deploy.bundle import AccuracyFigure, BenchmarkFigure, GoldenImage, StepOutput, make_golden
+from fcos_deploy.bundle import AccuracyFigure, Artifact, BenchmarkFigure, GoldenImage, StepOutput, make_golden
 from fcos_deploy.checkpoints.load import LoadedCheckpoint
 from fcos_deploy.core.backend import ComputeType, PerformanceHint, SessionOptions
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.findings import undecided_because
 from fcos_deploy.core.gate import Gate, overall_outcome
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.serialize import from_json, to_json
@@ -66,14 +67,6 @@ def _reference(context: DeployContext) -> _ReferenceSpec:
     )
 
 
-def _evaluation_images(context: DeployContext) -> tuple[EvaluationImage, ...]:
-    """The images that prove the accuracy, in a fixed order."""
-    request = context.request
-    if request.images is not None and request.annotations is not None:
-        return load_coco(request.annotations, images=request.images).images
-    return folder_images(request.images or request.calibration_images)
-
-
 def with_bf16(variants: list[Variant]) -> list[Variant]:
     """Each variant and, where the backend and this processor compute in bf16, the same artifact again in bf16."""
     runs = []
@@ -105,18 +98,30 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
         progress=context.progress,
     )
     judged = []
-    for variant, evaluation in zip(variants, evaluations.candidates, strict=True):
+    for variant, measured in zip(variants, evaluations.candidates, strict=True):
         exact = variant.artifact.precision is Precision.FP32 and variant.compute is ComputeType.F32
-        gate = Gate(max_map_drop=_FP32_MAP_DROP if exact else request.max_map_drop, judge=request.judge)
+        gate = Gate(max_map_drop=_FP32_MAP_DROP, judge=request.judge) if exact else request.gate
+        evaluation = widened_evaluation(measured, _choices(context, variant.artifact))
         verdicts = judge_evaluation(
             gate,
             evaluation,
             dataset=evaluations.dataset,
             reference=evaluations.reference,
             subject=f"{evaluation.run.subject} ({variant.compute})",
+            # Float artifacts are made without calibration images.
+            problem=undecided_because(context.images.findings) if variant.artifact.precision is Precision.INT8 else "",
         )
         judged.append(replace(evaluation, verdicts=verdicts))
     return replace(evaluations, candidates=tuple(judged))
+
+
+def _choices(context: DeployContext, artifact: Artifact) -> int:
+    """From how many graphs a search chose, on the images of the evaluation, the one that ``artifact`` was made from."""
+    artifacts = {made.sha256: made for step in context.writer.finished for made in step.artifacts}
+    origin: Artifact | None = artifact
+    while origin is not None and "choices" not in origin.step.config:
+        origin = artifacts.get(origin.parent)
+    return int(origin.step.config["choices"]) if origin else 1
 
 
 def accuracy_figures(
@@ -155,7 +160,7 @@ def accuracy_figures(
 
 def write_golden(context: DeployContext) -> tuple[GoldenImage, ...]:
     """A few evaluation images, evenly spaced, with what the reference detects in them."""
-    images = _evaluation_images(context)
+    images = context.images.evaluation
     count = min(_GOLDEN_IMAGES, len(images))
     paths = [images[i * len(images) // count].path for i in range(count)]
 
@@ -168,7 +173,7 @@ def write_golden(context: DeployContext) -> tuple[GoldenImage, ...]:
     inputs = {
         "checkpoint": context.contract.source_sha256,
         "contract": repr(context.contract),
-        "images": " ".join(path.name for path in paths),
+        "images": context.images.evaluation_key,
     }
     step = context.writer.step("golden", inputs=inputs, make=make)
     return tuple(from_json(GoldenImage, value) for value in step.values)
@@ -179,7 +184,7 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
 
     A run that was interrupted afterwards takes these times, and measures nothing again.
     """
-    image = _evaluation_images(context)[0].path
+    image = context.images.evaluation[0].path
 
     def make(_: Path) -> StepOutput:
         request = BenchmarkRequest(candidates=(_reference(context), *variants), image=image, timing=_TIMING)

@@ -14,6 +14,7 @@ from calibration.mixed_precision import (
     DEFAULT_EVALUATIONS,
     AccuracyGoal,
     MixedPrecision,
+    ScoreLoss,
     Trial,
     pareto_front,
     search_mixed_precision,
@@ -22,11 +23,14 @@ from calibration.placement import Placement
 from calibration.qdq import quantize_qdq
 from calibration.quantizers import QuantizeRequest, QuantizeResult, get_quantizer
 from calibration.trade_offs import TradeOffs, write_trade_offs
-from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+from fcos_deploy.accuracy.evaluate import OPERATING_SCORE, Evaluation, EvaluationRequest, evaluate
+from fcos_deploy.accuracy.intervals import paired_ap_drop
+from fcos_deploy.accuracy.matching import MatchOptions, compare_detections
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
@@ -35,11 +39,12 @@ from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = ["accuracy_goal", "quantize_model"]
 
+_RESAMPLES = 1000
 _TIMING = TimingOptions(rounds=6, block=4, warmup=2)
 
 
 def accuracy_goal(
-    max_map_drop: float | None,
+    gate: Gate,
     *,
     images: Path | None,
     annotations: Path | None,
@@ -47,19 +52,21 @@ def accuracy_goal(
     threads: int | None = None,
     evaluations: int = DEFAULT_EVALUATIONS,
 ) -> AccuracyGoal | None:
-    """The goal that options ask for; the drop is measured on the placement's own backend where it runs here.
+    """The goal that a gate's limits ask for; it is measured on the placement's own backend where that runs here.
 
     Raises:
-        ConfigError: a goal without images.
+        ConfigError: a goal without images, or a limit on AP without annotations.
     """
-    if max_map_drop is None:
+    if gate.max_map_drop is None and gate.min_match_rate is None:
         return None
     if images is None:
-        raise ConfigError("--max-map-drop needs images to measure on.", hint="--images DIR [--annotations FILE]")
+        raise ConfigError("An accuracy goal needs images to measure on.", hint="--images DIR [--annotations FILE]")
     here = [name for name in placement.backends if name in all_backends() and all_backends()[name].probe().available]
     backend = here[0] if here else "onnxruntime"
     return AccuracyGoal(
-        max_map_drop=max_map_drop,
+        max_map_drop=gate.max_map_drop,
+        min_match_rate=gate.min_match_rate,
+        judge=gate.judge,
         images=images,
         annotations=annotations,
         backend=backend,
@@ -90,8 +97,8 @@ def quantize_model(
     if not chosen.ignores_layers:
         raise ConfigError(
             f"The quantizer '{quantizer}' cannot search for an accuracy goal.",
-            hint=f"quantize without --max-map-drop, then 'fcos-deploy evaluate {request.output} --images DIR "
-            f"--reference {request.graph.source.path} --max-map-drop {goal.max_map_drop}'; or --quantizer qdq",
+            hint=f"quantize without it, then 'fcos-deploy evaluate {request.output} --images DIR "
+            f"--reference {request.graph.source.path}' with the same limit; or --quantizer qdq",
         )
     with tempfile.TemporaryDirectory() as folder:
         return _quantize_to_goal(request, goal, state=state, folder=Path(folder), progress=progress)
@@ -124,8 +131,11 @@ def _quantize_to_goal(
     )
     record = {
         **search.result.record,
-        "ap_float": f"{search.float_score:.6f}",
-        "ap_int8": f"{search.chosen.score:.6f}",
+        "score": goal.quantity,
+        "score_float": f"{search.float_score:.6f}",
+        "score_int8": f"{search.chosen.score:.6f}",
+        # How many graphs this one was chosen from, for which its interval has to be widened.
+        "choices": str(len(search.trials)),
         "float_score_threshold": f"{drift.float_threshold}",
         "score_threshold": f"{drift.threshold}",
         **{f"score_shift_{c.name}": f"{c.mean_shift:+.5f}" for c in drift.classes if c.matched},
@@ -151,7 +161,8 @@ def _trade_offs(
     return TradeOffs(
         placement=request.placement.name,
         backend=goal.backend,
-        max_drop=goal.max_map_drop,
+        quantity=goal.quantity,
+        max_loss=goal.max_loss,
         float_score=search.float_score,
         float_p50_ms=speed.get(None),
         ignored_layers=search.chosen.ignored_layers,
@@ -162,34 +173,49 @@ def _trade_offs(
 
 
 class _Score:
-    """AP of a model file on the goal's images; its detections are kept."""
+    """Scores a model file on the goal's images, and compares it with the float graph; its detections are kept."""
 
     def __init__(self, source: Path, goal: AccuracyGoal, *, predictions: Path, progress: ProgressFn) -> None:
-        self._goal, self._predictions, self._progress = goal, predictions, progress
-        self._detections: dict[Path, Mapping[int, Detections]] = {}
+        self._source, self._goal, self._predictions, self._progress = source, goal, predictions, progress
+        self._evaluations: dict[Path, Evaluation] = {}
         self._options = SessionOptions(threads=goal.threads)
-        self._reference = DetectorSpec(model=source, backend=goal.backend, options=self._options)
 
-    def __call__(self, model: Path) -> float:
-        request = EvaluationRequest(
-            candidates=(DetectorSpec(model=model, backend=self._goal.backend, options=self._options),),
-            images=self._goal.images,
-            annotations=self._goal.annotations,
-            reference=None if self._goal.annotations else self._reference,
-            resamples=0,
-            predictions=self._predictions,
-        )
-        evaluation = evaluate(request, progress=self._progress).candidates[0]
-        if evaluation.scores.ap is None:
+    def __call__(self, model: Path) -> ScoreLoss:
+        self._evaluations.pop(model, None)  # A candidate's file takes the name of the one before.
+        evaluation, reference = self._evaluation(model), self._evaluation(self._source)
+        if self._goal.annotations is None:
+            return self._agreement(evaluation, reference)
+        if evaluation.scores.ap is None or evaluation.samples is None or reference.samples is None:
             raise ConfigError("No annotated object in these images, so that there is no AP.", hint="other --images")
-        self._detections[model] = evaluation.run.detections
-        return evaluation.scores.ap
+        drop = paired_ap_drop(reference.samples, evaluation.samples)
+        return ScoreLoss(score=evaluation.scores.ap, interval=(drop.low, drop.high))
+
+    def _agreement(self, evaluation: Evaluation, reference: Evaluation) -> ScoreLoss:
+        options = MatchOptions(min_score=OPERATING_SCORE)
+        agreement = compare_detections(reference.run.detections, evaluation.run.detections, options=options)
+        low, high = agreement.match_interval
+        if evaluation is reference:
+            low = high = 1.0
+        return ScoreLoss(score=agreement.match_rate, interval=(1.0 - high, 1.0 - low))
+
+    def _evaluation(self, model: Path) -> Evaluation:
+        """A model that a resumed search had evaluated is evaluated again."""
+        if model not in self._evaluations:
+            spec = DetectorSpec(model=model, backend=self._goal.backend, options=self._options)
+            request = EvaluationRequest(
+                candidates=(spec,),
+                images=self._goal.images,
+                annotations=self._goal.annotations,
+                reference=None if self._goal.annotations else replace(spec, model=self._source),
+                resamples=_RESAMPLES if self._goal.annotations else 0,
+                predictions=self._predictions,
+            )
+            self._evaluations[model] = evaluate(request, progress=self._progress).candidates[0]
+        return self._evaluations[model]
 
     def detections(self, model: Path) -> Mapping[int, Detections]:
-        """By image number; a model that a resumed search had evaluated is evaluated again."""
-        if model not in self._detections:
-            self(model)
-        return self._detections[model]
+        """By image number."""
+        return self._evaluation(model).run.detections
 
 
 def _time_trials(

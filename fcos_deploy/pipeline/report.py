@@ -56,7 +56,7 @@ def write_report_step(
     inputs = {
         "manifest": json.dumps(to_json(manifest)),
         "files": " ".join(record.sha256 for step in context.writer.finished for record in step.files),
-        "images": f"{context.request.images} {context.request.annotations}",
+        "images": context.images.evaluation_key,
         "notes": " ".join(notes),
     }
     context.writer.step("report", inputs=inputs, make=make)

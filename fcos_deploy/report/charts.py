@@ -279,7 +279,7 @@ def _draw_trials(
     float_at: float | None,
 ) -> None:
     """Draw each trial at its place on the x axis, the float model at ``float_at``, and the gate."""
-    axes.axhline(search.float_score - search.max_drop, color=_RED, linewidth=1.1, linestyle=_DASHED, label="gate")
+    axes.axhline(search.float_score - search.max_loss, color=_RED, linewidth=1.1, linestyle=_DASHED, label="gate")
     if float_at is not None:
         axes.plot([float_at], [search.float_score], "D", color=_MUTED, ms=6, label="all in float", zorder=4)
     axes.plot([x for x, _ in trials], [trial.score for _, trial in trials], "o", color=_BLUE, ms=5, label="candidate")

@@ -159,9 +159,10 @@ def _search_cells(search: TradeOffs) -> dict[str, Any]:  # Any: rows for a templ
             "int8_share": _percent(trial.int8_share),
             "ap": _number(trial.score, 4),
             "drop": _signed(search.float_score - trial.score, 4),
+            "interval": " to ".join(_signed(end, 4) for end in trial.loss_interval),
             "p50": _number(trial.p50_ms, 1),
             "chosen": trial.ignored_layers == search.ignored_layers,
-            "missed": search.float_score - trial.score > search.max_drop + 1e-6,
+            "missed": trial.loss_interval[0] > search.max_loss,
         }
         for trial in search.trials
     ]
@@ -176,7 +177,8 @@ def _search_cells(search: TradeOffs) -> dict[str, Any]:  # Any: rows for a templ
     return {
         "placement": search.placement,
         "backend": search.backend,
-        "max_drop": _number(search.max_drop, 4),
+        "quantity": search.quantity,
+        "max_loss": _number(search.max_loss, 4),
         "float_ap": _number(search.float_score, 4),
         "float_p50": _number(search.float_p50_ms, 1),
         "trials": trials,

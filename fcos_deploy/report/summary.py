@@ -49,6 +49,11 @@ def report_verdict(data: ReportData) -> ReportVerdict:
 
 def _agreement_sentence(data: ReportData) -> str:
     images = data.variants[0].evaluation.scores.images
+    rates = _match_rates(data)
+    if rates and not data.dataset.annotated:
+        subject = "the variant's" if len(rates) == 1 else f"those of each of {len(rates)} variants"
+        share = math.floor(1000 * min(rates)[0]) / 10  # Rounded down: the sentence says "at least".
+        return f"At least {share:.1f} % of the reference's detections and {subject} agree on {images} images."
     drops = [v.evaluation.drop.value for v in data.candidates if v.evaluation.drop is not None]
     if not drops:
         return f"Measured on {images} images; there was no reference to compare with."
@@ -60,11 +65,21 @@ def _agreement_sentence(data: ReportData) -> str:
     return f"{subject} within {bound:.3f} AP of the reference on {images} images."
 
 
+def _match_rates(data: ReportData) -> list[tuple[float, str]]:
+    """The share of detections that agree with the reference's, and the variant."""
+    agreements = [(v.evaluation.agreement, v.label) for v in data.candidates]
+    return [(agreement.match_rate, label) for agreement, label in agreements if agreement is not None]
+
+
 def key_figures(data: ReportData) -> list[KeyFigure]:
     """Largest loss of accuracy, gain in speed and size, smallest share in INT8: those that were measured."""
     figures = []
     drops = [(v.evaluation.drop.value, v.label) for v in data.candidates if v.evaluation.drop is not None]
-    if drops:
+    rates = _match_rates(data)
+    if rates and not data.dataset.annotated:
+        rate, label = min(rates)
+        figures.append(KeyFigure(f"{100 * rate:.1f} %", f"of the detections agree with the reference's ({label})"))
+    elif drops:
         drop, label = max(drops)
         figures.append(KeyFigure(f"{100 * max(drop, 0.0):.1f}", f"points of AP lost at most ({label})"))
     reference = data.reference
@@ -95,5 +110,10 @@ def dataset_sentence(data: ReportData) -> str:
     scores, names = data.variants[0].evaluation.scores, data.dataset.class_names
     return (
         f"{scores.images} images with {scores.objects} objects of {len(names)} classes "
-        f"({', '.join(names[:8])}{', …' if len(names) > 8 else ''}); ground truth: {Path(data.dataset.source).name}."
+        f"({', '.join(names[:8])}{', …' if len(names) > 8 else ''}); "
+        + (
+            f"ground truth: {Path(data.dataset.source).name}."
+            if data.dataset.annotated
+            else "no annotations: the reference's own detections stand for the ground truth."
+        )
     )

@@ -70,7 +70,7 @@ def test_noise_is_that_of_pictures_or_not_told(
         (("--weights", "half"), 2, "no range of weights 'half'"),
         (("--quantizer", "magic"), 2, "no quantizer 'magic'"),
         (("--ignore-layer", "ghost"), 2, "no layer ['ghost']"),
-        (("--max-map-drop", "0.01"), 2, "--max-map-drop needs images"),
+        (("--max-map-drop", "0.01"), 2, "An accuracy goal needs images"),
     ],
 )
 def test_options_that_cannot_be_meant(
@@ -108,17 +108,48 @@ def test_goal_holds_by_the_float_models_own_detections(
     mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("faster_coco_eval")
-    options = ("--images", smooth_images, "--max-map-drop", "0.9", "--for", "onnxruntime", "--threads", "1", "--json")
+    options = (
+        "--images",
+        smooth_images,
+        "--min-match-rate",
+        "0.05",
+        "--for",
+        "onnxruntime",
+        "--threads",
+        "1",
+        "--json",
+    )
     result = call("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", *options)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)["record"]
-    assert float(record["ap_float"]) - float(record["ap_int8"]) <= 0.9
+    assert record["score"] == "agreement with the float model's detections"
+    assert record["score_float"] == "1.000000"
+    assert 0.05 <= float(record["score_int8"]) <= 1.0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q.mixed-precision.json", "q.onnx"]
+
+
+def test_a_loss_of_ap_is_no_goal_without_annotations(
+    mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    """Against a model's own detections it is another quantity, with another limit."""
+    options = ("--calibration", calibration, "--images", smooth_images, "--max-map-drop", "0.01")
+    for command in (
+        ("quantize", mini_onnx, "-o", tmp_path / "q.onnx", *options),
+        _evaluation(mini_onnx, smooth_images),
+    ):
+        result = call(*command)
+        assert result.exit_code == 2
+        assert "--min-match-rate" in result.stderr
+
+
+def _evaluation(model: Path, images: Path) -> tuple[Any, ...]:
+    return ("evaluate", model, "--images", images, "--reference", model, "--max-map-drop", "0.01")
 
 
 def test_missed_goal_is_exit_code_four(mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path) -> None:
     pytest.importorskip("faster_coco_eval")
-    options = ("--images", smooth_images, "--max-map-drop", "0", "--for", "onnxruntime", "--threads", "1")
+    limit = ("--min-match-rate", "1", "--judge", "point", "--evaluations", "3")
+    options = ("--images", smooth_images, *limit, "--for", "onnxruntime", "--threads", "1")
     result = call("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", *options)
     assert result.exit_code == 4
     assert "INT8 misses the goal" in result.stderr
@@ -128,10 +159,10 @@ def test_missed_goal_is_exit_code_four(mini_onnx: Path, calibration: Path, smoot
 def test_a_goal_for_nncf_is_refused_with_what_to_do_instead(
     mini_onnx: Path, smooth_images: Path, tmp_path: Path
 ) -> None:
-    options = ("--quantizer", "nncf", "--for", "openvino", "--images", smooth_images, "--max-map-drop", "0.01")
+    options = ("--quantizer", "nncf", "--for", "openvino", "--images", smooth_images, "--min-match-rate", "0.9")
     result = call("quantize", mini_onnx, "-o", tmp_path / "q.xml", *options)
     assert result.exit_code == 2
     assert "'nncf' cannot search for an accuracy goal" in result.stderr
     assert "fcos-deploy evaluate" in result.stderr
-    assert "--max-map-drop 0.01" in " ".join(result.stderr.split())
+    assert "with the same limit" in " ".join(result.stderr.split())
     assert list(tmp_path.iterdir()) == []

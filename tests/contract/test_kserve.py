@@ -210,7 +210,7 @@ def test_an_evaluation_whose_server_dies_goes_on_after_a_restart_and_holds_the_g
     images.mkdir()
     for path in smooth_images.rglob("*.png"):
         (images / path.name).write_bytes(path.read_bytes())
-    gate = ("--max-map-drop", "0", "--reference", tiny_onnx, "--resamples", "0", "--json")
+    gate = ("--min-match-rate", "1", "--judge", "point", "--reference", tiny_onnx, "--resamples", "0", "--json")
     description = _description(tmp_path, server.url(scheme), tiny_onnx)
 
     def run() -> Result:

@@ -90,7 +90,18 @@ def _write_images(folder: Path) -> None:
 def _arguments(hard: Path, output: Path, *more: str) -> list[str]:
     sources = [str(hard / "model.onnx"), "--calibration", str(hard / "calibration.json"), "-o", str(output)]
     proof = ["--images", str(hard / "val"), "--annotations", str(hard / "val.json"), "--threads", "1"]
-    return ["quantize", *sources, *proof, "--for", "onnxruntime", "--max-map-drop", str(GOAL), *more]
+    return [
+        "quantize",
+        *sources,
+        *proof,
+        "--for",
+        "onnxruntime",
+        "--max-map-drop",
+        str(GOAL),
+        "--judge",
+        "point",
+        *more,
+    ]
 
 
 def _ap(hard: Path, model: Path) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from calibration.trade_offs import find_trade_offs
 from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
@@ -112,7 +113,9 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(
 ) -> None:
     """The report is the last step: it shows those figures, and is as it was as well."""
     bundle = tmp_path / "bundle"
-    arguments = _tiny_arguments(tiny_checkpoint, smooth_images, bundle, "--max-map-drop", "1", "--judge", "point")
+    arguments = _tiny_arguments(
+        tiny_checkpoint, smooth_images, bundle, "--min-match-rate", "0", "--judge", "point", "--allow-inconclusive"
+    )
     with monkeypatch.context() as cut:
         cut.setattr(BundleWriter, "finish", lambda *_: sys.exit("cut off"))
         assert CliRunner().invoke(build_app(), arguments).exit_code == 1
@@ -124,14 +127,23 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_gate_of_zero_is_held_by_keeping_layers_in_float(
+def test_without_other_images_and_annotations_agreement_is_the_goal_and_nothing_is_passed(
     tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path
 ) -> None:
     """Random weights sit on every threshold, so that plain INT8 does not reproduce all of their detections."""
-    arguments = _tiny_arguments(
-        tiny_checkpoint, smooth_images, tmp_path / "bundle", "--max-map-drop", "0", "--json", "--allow-inconclusive"
+    limit = ("--min-match-rate", "0.9", "--judge", "point", "--json")
+    result = CliRunner().invoke(
+        build_app(), _tiny_arguments(tiny_checkpoint, smooth_images, tmp_path / "bundle", *limit)
     )
-    result = CliRunner().invoke(build_app(), arguments)
-    assert result.exit_code == 0, result.stderr
-    (int8,) = (v for v in json.loads(result.stdout)["variants"] if v["precision"] == "int8")
-    assert int8["drop"] <= 0.0
+    assert result.exit_code == 4
+    assert "evaluated on its own calibration images" in result.stderr
+    content = json.loads(result.stdout)
+    assert "no-evaluation-images" in [finding["kind"] for finding in content["findings"]]
+    assert content["outcome"] == "inconclusive"
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert "no-evaluation-images" in [finding.kind for finding in manifest.calibration[0].findings]
+    assert "evaluated on its own calibration images" in (tmp_path / "bundle" / "report.md").read_text()
+    for search in find_trade_offs([tmp_path / "bundle"]):
+        chosen = next(trial for trial in search.trials if trial.ignored_layers == search.ignored_layers)
+        assert search.quantity == "agreement with the float model's detections"
+        assert chosen.score >= 0.9

@@ -161,7 +161,18 @@ def test_deploy(launch: Launcher, tiny_checkpoint: Path, smooth_images: Path, tm
 
     def arguments(threshold: float) -> list[str]:
         data = ["--calibration-images", str(smooth_images), "--calibration-count", "8", "--backend", "onnxruntime"]
-        made = ["deploy", str(tiny_checkpoint), "-o", str(target), *data, "--max-map-drop", "1", "--judge", "point"]
+        made = [
+            "deploy",
+            str(tiny_checkpoint),
+            "-o",
+            str(target),
+            *data,
+            "--min-match-rate",
+            "0",
+            "--judge",
+            "point",
+            "--allow-inconclusive",
+        ]
         return [*made, "--score-threshold", str(threshold)]
 
     def threshold() -> float:

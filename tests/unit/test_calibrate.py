@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.cache import Calibration, load_calibration, save_calibration, write_trt_cache
 from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate, collect_ranges
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images
 from calibration.execution import ENGINES, Feeder, expose, memory_groups, open_engine, pick_engine
-from calibration.placement import ConvGraph, open_graph
+from calibration.placement import PLACEMENTS, ConvGraph, open_graph
+from calibration.qdq import quantize_qdq
 from calibration.ranges import Histogram
 from fcos_deploy.core.errors import BackendLoadError, CalibrationError, ConfigError
+from fcos_deploy.core.serialize import to_json
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -199,11 +203,42 @@ def test_nan_names_tensor_and_image(mini_onnx: Path, images: CalibrationSet, tmp
         collect_ranges(open_graph(broken), images, options=OPTIONS)
 
 
-def test_dead_tensor_is_an_empty_range(mini_onnx: Path, images: CalibrationSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
+def test_a_tensor_that_is_always_zero_keeps_its_layers_in_float(
+    placement: str, mini_onnx: Path, images: CalibrationSet, tmp_path: Path
+) -> None:
     dead = changed(mini_onnx, tmp_path / "a.onnx", "block.a.weight", 0.0)
-    dead = changed(dead, tmp_path / "dead.onnx", "block.a.bias", -1.0)
-    with pytest.raises(CalibrationError, match=r"Tensor 'a_relu'.*range is empty.*12 images"):
-        collect_ranges(open_graph(dead), images, options=OPTIONS)
+    graph = open_graph(changed(dead, tmp_path / "dead.onnx", "block.a.bias", -1.0))
+    ranges = collect_ranges(graph, images, options=OPTIONS)
+    save_calibration(ranges, tmp_path / "c.json")
+    assert load_calibration(tmp_path / "c.json").zero_tensors == ("a_relu",)
+    write_trt_cache(ranges, graph, tmp_path / "c.cache", version="10.3.0")
+    assert "a_relu:" not in (tmp_path / "c.cache").read_text()
+    result = quantize_qdq(graph, ranges, tmp_path / "q.onnx", placement=PLACEMENTS[placement])
+    assert {"n_a", "n_b"} <= set(result.float_convolutions)
+    assert "n_c3_conv" in result.int8_convolutions
+    assert result.record["zero_for_every_image"] == "a_relu"
+
+
+def test_a_graph_that_gives_nothing_but_zeros_is_refused(
+    mini_onnx: Path, images: CalibrationSet, tmp_path: Path
+) -> None:
+    dead = changed(mini_onnx, tmp_path / "a.onnx", "block.a.weight", 0.0)
+    graph = open_graph(changed(dead, tmp_path / "dead.onnx", "block.a.bias", -1.0))
+    with pytest.raises(CalibrationError, match="Every tensor is zero for all 12 images"):
+        collect_ranges(replace(graph, activations=("a_relu",)), images, options=OPTIONS)
+
+
+@pytest.mark.parametrize(("field", "value"), [("minimum", "NaN"), ("amax", "Infinity"), ("high", "Infinity")])
+def test_numbers_that_are_not_finite_are_refused(
+    field: str, value: str, mini_calibration: Calibration, tmp_path: Path
+) -> None:
+    content = to_json(mini_calibration)
+    tensor = content["tensors"]["block"]
+    (tensor if field in tensor else tensor["ranges"]["minmax"])[field] = float(value)
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(CalibrationError, match="The ranges of tensor 'block' are not finite"):
+        load_calibration(tmp_path / "c.json")
 
 
 def test_truncated_graph(mini_onnx: Path, tmp_path: Path) -> None:
@@ -232,11 +267,14 @@ def test_calibrate_writes_a_report_with_convergence(mini_onnx: Path, smooth_imag
         threads=1,
         convergence=True,
         evaluation_images=smooth_images,
+        allow_overlap=True,
     )
+    with pytest.raises(CalibrationError, match="12 of 12 evaluation images are calibration images too"):
+        calibrate(replace(request, allow_overlap=False))
     report = calibrate(request)
     assert [point.images for point in report.convergence] == [1, 3, 6, 12]
     assert report.convergence[-1].largest_change == 0.0
     assert report.convergence[0].largest_change > report.convergence[2].largest_change
-    assert len(report.images.overlap) == 12
+    assert "overlap" in [finding.kind for finding in report.images.findings]
     assert (tmp_path / "calibration.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["calibration.json"]

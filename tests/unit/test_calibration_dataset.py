@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.dataset import CalibrationImage, SampleOptions, collect_images, examine_set
+from calibration.dataset import (
+    SampleOptions,
+    SetReport,
+    collect_images,
+    examine_set,
+    find_images,
+    inspect_images,
+)
+from fcos_deploy.accuracy.dataset import load_coco
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.findings import Finding, Severity
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
@@ -115,41 +124,105 @@ def test_count_must_be_positive() -> None:
         SampleOptions(count=0)
 
 
-@pytest.mark.parametrize(
-    ("pixels", "problem"),
-    [
-        (np.full((32, 32, 3), 90), "a single colour"),
-        (np.random.default_rng(0).integers(0, 256, (64, 64, 3)), "noise"),
-    ],
-)
-def test_what_is_no_picture_is_refused(tmp_path: Path, pixels: np.ndarray, problem: str) -> None:
-    path = save(tmp_path / "odd.png", pixels)
-    with pytest.raises(CalibrationError, match=rf"odd\.png' is {problem}"):
-        CalibrationImage("odd.png", path, "").read()
+def kinds(report: SetReport) -> dict[str, Finding]:
+    return {finding.kind: finding for finding in report.findings}
 
 
-def test_unreadable_image_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "torn.jpg"
-    path.write_bytes(b"\xff\xd8\xff\xe0 not a picture")
-    with pytest.raises(CalibrationError, match=r"torn\.jpg"):
-        CalibrationImage("torn.jpg", path, "").read()
-
-
-def test_report_finds_duplicates_and_overlap(tmp_path: Path, bundle_contract: ModelContract) -> None:
+def test_frames_of_a_dark_and_noisy_night_are_images_and_are_named(
+    tmp_path: Path, bundle_contract: ModelContract
+) -> None:
     for index in range(8):
-        save(tmp_path / "set" / f"{index}.png", picture(index))
-    shutil.copy(tmp_path / "set" / "3.png", tmp_path / "set" / "same.png")
-    shutil.copytree(tmp_path / "set", tmp_path / "evaluation")
-    (tmp_path / "evaluation" / "0.png").unlink()
-    report = examine_set(collect_images(tmp_path / "set"), bundle_contract, evaluation_images=tmp_path / "evaluation")
-    assert report.duplicates == (("3.png", "same.png"),)
-    assert "0.png" not in report.overlap
-    assert len(report.overlap) == 8
-    assert report.few
+        save(tmp_path / f"{index}.png", picture(index))
+    save(tmp_path / "night.png", np.random.default_rng(0).poisson(3, (64, 64, 3)).clip(0, 255))
+    save(tmp_path / "lid.png", np.zeros((32, 32, 3)))
+    chosen = collect_images(tmp_path)
+    assert len(chosen.images) == 10
+    findings = kinds(examine_set(chosen, bundle_contract))
+    assert {"noise", "colour"} <= set(findings)
+    assert {finding.severity for finding in findings.values()} == {Severity.WARNING}
+    assert "night.png" in findings["noise"].message
+
+
+def test_everything_that_cannot_be_read_is_listed_at_once(tmp_path: Path) -> None:
+    for index in range(8):
+        save(tmp_path / f"{index}.jpg", picture(index))
+    whole = (tmp_path / "0.jpg").read_bytes()
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) * 4 // 5] + b"\xff\xd9")
+    with pytest.raises(CalibrationError, match="2 of 10 images cannot be used") as error:
+        collect_images(tmp_path)
+    assert all(name in error.value.message for name in ("torn.jpg", "cut.jpg"))
+
+
+def test_one_image_many_times_is_one_image(tmp_path: Path) -> None:
+    for index in range(12):
+        save(tmp_path / f"{index}.png", picture(1))
+    with pytest.raises(CalibrationError, match="gives 12 calibration images, 1 of them different photographs"):
+        collect_images(tmp_path)
+
+
+def test_images_are_compared_by_what_they_show(tmp_path: Path, bundle_contract: ModelContract) -> None:
+    """A copy in another format is a copy, on either side, and in both sets it is an overlap."""
+    for index in range(10):
+        save(tmp_path / "set" / f"{index}.jpg", picture(20 * index))
+    save(tmp_path / "set" / "same.png", np.asarray(Image.open(tmp_path / "set" / "3.jpg")))
+    save(tmp_path / "evaluation" / "other.png", picture(250))
+    save(tmp_path / "evaluation" / "a.png", np.asarray(Image.open(tmp_path / "set" / "5.jpg")))
+    shutil.copy(tmp_path / "evaluation" / "a.png", tmp_path / "evaluation" / "b.png")
+    evaluation = inspect_images(find_images(tmp_path / "evaluation"))
+    chosen = collect_images(tmp_path / "set")
+    report = examine_set(chosen, bundle_contract, evaluation=evaluation)
+    findings = kinds(report)
+    assert (
+        "1 of 11 calibration images are copies of others ('same.png' is '3.jpg')" in findings["calibration-copies"].line
+    )
+    assert "2 of 3 evaluation images are calibration images too (a.png, b.png)" in findings["overlap"].line
+    assert findings["overlap"].severity is Severity.REFUSED
+    assert findings["evaluation-copies"].severity is Severity.INCONCLUSIVE
+    assert "few" in findings
+    with pytest.raises(CalibrationError, match="evaluation images are calibration images too") as error:
+        report.require_usable()
+    assert "'same.png' is '3.jpg'" in error.value.message, "all findings at once"
+    allowed = examine_set(chosen, bundle_contract, evaluation=evaluation, allow_overlap=True)
+    allowed.require_usable()
+    assert kinds(allowed)["overlap"].severity is Severity.WARNING
 
 
 def test_report_names_absent_classes_and_levels(coco: Path, bundle_contract: ModelContract) -> None:
-    report = examine_set(collect_images(coco), bundle_contract)
+    findings = kinds(examine_set(collect_images(coco), bundle_contract))
     # 12 px of 32 at twice the size are 12 px from the centre: stride 8 reaches to 64.
-    assert report.classes_absent == ("blue",)
-    assert report.levels_absent == (16, 32, 64, 128)
+    assert findings["classes-absent"].message.endswith("shows: blue")
+    assert findings["levels-absent"].message.endswith("stride 16, 32, 64, 128")
+
+
+def test_annotations_of_other_images_are_refused_as_such(coco: Path, tmp_path: Path) -> None:
+    for index in range(8):
+        save(tmp_path / "others" / f"x{index}.png", picture(index))
+    with pytest.raises(
+        CalibrationError, match=r"None of the 8 images of '.*others' is in '.*coco\.json': it names"
+    ) as error:
+        collect_images(tmp_path / "others", annotations=coco)
+    assert "'images/00.png'" in error.value.message
+    assert "'x0.png'" in error.value.message
+
+
+@pytest.mark.parametrize("source", ["images/val2017", "images", ".", "annotations/instances_val2017.json"])
+@pytest.mark.parametrize("folder", ["images/val2017", "val2017"])
+def test_cocos_own_folders(source: str, folder: str, tmp_path: Path) -> None:
+    """``file_name`` is the bare name there, and the images lie beside the folder of the annotations."""
+    if not (tmp_path / folder).is_relative_to(tmp_path / source) and not source.endswith(".json"):
+        pytest.skip("another layout")
+    names = [f"{index:012d}.png" for index in range(8)]
+    for index, name in enumerate(names):
+        save(tmp_path / folder / name, picture(index))
+    images = [{"id": i, "file_name": name, "width": 40, "height": 32} for i, name in enumerate(names)]
+    objects = [{"image_id": i, "category_id": 1, "bbox": [1, 1, 10, 12]} for i in range(8)]
+    content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "red"}]}
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
+    chosen = collect_images(tmp_path / source, annotations=None if source.endswith(".json") else path)
+    assert sum(len(boxes) for boxes in chosen.annotations.values()) == 8
+    if not source.endswith(".json"):
+        dataset = load_coco(path, images=tmp_path / source)
+        assert all(image.path.is_file() for image in dataset.images)

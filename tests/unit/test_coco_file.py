@@ -56,7 +56,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("pictures")
     for number in (1, 2, 3):
-        Image.new("RGB", (8, 6), (number, 0, 0)).save(folder / f"{number}.png")
+        Image.linear_gradient("L").resize((8, 6)).rotate(90 * number).convert("RGB").save(folder / f"{number}.png")
     return folder
 
 

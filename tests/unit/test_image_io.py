@@ -200,6 +200,44 @@ def test_cut_off_files_are_errors_not_gray_areas(suffix: str, share: float, tmp_
         read_image(path)
 
 
+@pytest.mark.parametrize("form", ["plain", "optimize", "progressive", "restarts", "gray"])
+@pytest.mark.parametrize("damage", ["none", "cut", "hole", "part gone"])
+def test_a_jpeg_with_damaged_data_is_an_error_not_a_gray_area(form: str, damage: str, tmp_path: Path) -> None:
+    """Closed by an end marker, or with a hole that a broken disk or download left."""
+    rows, columns = np.mgrid[0:240, 0:320]
+    rng = np.random.default_rng(0)
+    pixels = 128 + 60 * np.sin(rows / 9)[..., None] * np.cos(columns / 11)[..., None] + rng.normal(0, 9, (240, 320, 3))
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    path = tmp_path / "a.jpg"
+    if form == "restarts":
+        assert cv2.imwrite(str(path), pixels, [cv2.IMWRITE_JPEG_RST_INTERVAL, 20])
+    else:
+        save(path, pixels[..., 0] if form == "gray" else pixels, **({} if form in ("plain", "gray") else {form: True}))
+    content = path.read_bytes()
+    start = content.index(b"\xff\xda")
+    # A progressive file sends the finest bits last: a gap in its last scan shows nowhere.
+    middle = start + (len(content) - start) // (20 if form == "progressive" else 2)
+    changed = {
+        "none": content,
+        "cut": content[:middle] + b"\xff\xd9",
+        "hole": content[:middle] + bytes(600) + content[middle + 600 :],
+        "part gone": content[:middle] + content[middle + 1200 :],
+    }
+    path.write_bytes(changed[damage])
+    if damage == "none":
+        assert read_image(path).shape == (240, 320, 3)
+        return
+    with pytest.raises(ImageError, match=r"a\.jpg' is damaged: "):
+        read_image(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
+@pytest.mark.parametrize("gray", [0, 128, 255])
+def test_flat_jpegs_are_whole(gray: int, options: dict[str, bool], tmp_path: Path) -> None:
+    """Their data has long runs of equal bytes, and may end gray."""
+    assert read_image(save(tmp_path / "flat.jpg", np.full((400, 600, 3), gray, np.uint8), **options)).mean() == gray
+
+
 def test_jpeg_with_something_behind_it_is_whole(tmp_path: Path) -> None:
     """Phones append videos; the bytes of an end marker may occur there or not."""
     path = save(tmp_path / "motion.jpg", np.full((16, 16, 3), 60, np.uint8))

@@ -99,12 +99,16 @@ def timing(p50: float, size: int) -> BenchmarkResult:
 
 def search(placement: str, *, trials: int) -> TradeOffs:
     layers = [f"layer{i}.weight" for i in range(30)]
-    tried = [Trial(tuple(layers[:i]), 1 - i / 10, 0.55 + i / 50, 5.0 + i if i != 1 else None) for i in range(trials)]
+    tried = [
+        Trial(tuple(layers[:i]), 1 - i / 10, 0.55 + i / 50, 5.0 + i if i != 1 else None, (0.04 - i / 50, 0.06 - i / 50))
+        for i in range(trials)
+    ]
     ranking = [LayerSensitivity(layer, DetectionEffect(0.3 / (i + 1), 0.02, 0.01)) for i, layer in enumerate(layers)]
     return TradeOffs(
         placement=placement,
         backend="openvino",
-        max_drop=0.01,
+        quantity="AP",
+        max_loss=0.01,
         float_score=0.6,
         float_p50_ms=12.3,
         ignored_layers=tried[-1].ignored_layers,
@@ -239,9 +243,13 @@ def test_thresholds_and_shifts_are_given(page: str) -> None:
 
 def test_search_is_shown_with_its_choice_and_its_ranking(page: str) -> None:
     assert (
-        '<td>3</td><td>70.0</td><td>0.6100</td><td>-0.0100</td><td>8.0</td><td class="text"><b>chosen</b></td>' in page
+        "<td>3</td><td>70.0</td><td>0.6100</td><td>-0.0100</td><td>-0.0200 to 0.0000</td>"
+        '<td>8.0</td><td class="text"><b>chosen</b></td>' in page
     )
-    assert '<td>0</td><td>100.0</td><td>0.5500</td><td>+0.0500</td><td>5.0</td><td class="text">misses the goal' in page
+    assert (
+        "<td>0</td><td>100.0</td><td>0.5500</td><td>+0.0500</td><td>+0.0400 to +0.0600</td>"
+        '<td>5.0</td><td class="text">misses the goal' in page
+    )
     first = '<td>layer0</td><td>30.00</td><td>2.00</td><td>1.00</td><td class="text">float</td>'
     assert page.index(first) < page.index("<td>layer3</td>")
     assert "no layer had to stay in float" in page
@@ -262,7 +270,7 @@ def test_markdown_has_the_table(written: tuple[Path, Path]) -> None:
     header = next(line for line in lines if line.startswith("| Variant"))
     assert rows[0].count("|") == header.count("|")
     assert "| 0.50 | 0.490 |" in lines
-    assert "| 3 | 70.0 | 0.6100 | -0.0100 | 8.0 | chosen |" in lines
+    assert "| 3 | 70.0 | 0.6100 | -0.0100 | -0.0200 to 0.0000 | 8.0 | chosen |" in lines
     assert "| layer29 | 1.00 | 2.00 | 1.00 | INT8 |" in lines
     assert "| 0.598 |" in rows[0]
     assert "| dust | – | – |" in lines  # noqa: RUF001

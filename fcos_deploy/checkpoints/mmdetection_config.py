@@ -301,7 +301,7 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
     "pipeline.Pad": {
         "size": _used("a size", lambda value: value is None or _are(2, _is_positive)(value), *_SIZE_OPTIONS),
         "size_divisor": _used("a number", lambda value: value is None or _is_positive(value), "size_divisor"),
-        "pad_to_square": _fixed(False, options=_SIZE_OPTIONS),
+        "pad_to_square": _used("True or False", _is_bool, *_SIZE_OPTIONS),
         "pad_val": _used("a number or three", _is_pad_value, "pad_pixel"),
         "padding_mode": _fixed("constant"),
     },
@@ -334,13 +334,10 @@ def config_table() -> str:
     return "\n".join([*rows, f"| `pipeline` | {steps} | neutral | - |"])
 
 
-def read_config(
-    meta: Mapping[str, Any], *, network: FcosConfig, options: CheckpointOptions, counts_background: bool
-) -> Values | None:
+def read_config(meta: Mapping[str, Any], *, network: FcosConfig, options: CheckpointOptions) -> Values | None:
     """What the configuration in ``meta`` says, by the names of ``Rules``; None where there is no configuration.
 
-    Keys named in ``options.ignore_config`` count as absent. ``counts_background``: ``num_classes`` has one more than
-    there are channels (version 1).
+    Keys named in ``options.ignore_config`` count as absent.
 
     Raises:
         CheckpointError: naming a key whose value is not understood, and the options that answer instead.
@@ -357,9 +354,7 @@ def read_config(
             "The configuration in the file cannot be read: it is not the Python text that mmdetection writes.",
             hint=f"--ignore-config {_WHOLE_CONFIG} leaves it out, and options say what the tensors do not",
         )
-    channels = network.num_classes
-    counts = {channels, channels + 1} if counts_background else {channels}
-    return _Reader(config, network=network, options=options, class_counts=counts).read()
+    return _Reader(config, network=network, options=options).read()
 
 
 _IGNORE_HINT = "leave --ignore-config out, or give the key as the error that named it wrote it"
@@ -368,10 +363,8 @@ _IGNORE_HINT = "leave --ignore-config out, or give the key as the error that nam
 class _Reader:
     """One configuration: sections are checked against ``CONFIG_KEYS`` when they are opened, and then read."""
 
-    def __init__(
-        self, config: Values, *, network: FcosConfig, options: CheckpointOptions, class_counts: set[int]
-    ) -> None:
-        self._config, self._network, self._options, self._class_counts = config, network, options, class_counts
+    def __init__(self, config: Values, *, network: FcosConfig, options: CheckpointOptions) -> None:
+        self._config, self._network, self._options = config, network, options
         self._ignored = set(options.ignore_config)
 
     def read(self) -> Values:
@@ -481,7 +474,8 @@ class _Reader:
         if head is None:
             return {}
         channels = self._network.num_classes
-        if head.get("num_classes", channels) not in self._class_counts:
+        # Version 1 counts the background. Later ones have a channel more only with softmax, which is refused below.
+        if head.get("num_classes", channels) not in {channels, channels + 1}:
             self._refuse("model.bbox_head.num_classes", head["num_classes"], f"the {channels} channels of the tensors")
         loss = self._section("model.bbox_head.loss_cls", head.get("loss_cls"))
         if loss is not None and "use_sigmoid" not in loss:  # FCOSHead then takes the softmax
@@ -633,15 +627,17 @@ class _Reader:
         keeps = resize.get("keep_ratio", "scale" not in resize) and resize["type"] != "FixShapeResize"
         pad = steps.get("Pad", {})
         divisor = pad.get("size_divisor") or (before or {}).get("pad_size_divisor", 1)
-        size = pad.get("size")
-        if size is None and keeps:
+        size, to_square = pad.get("size"), pad.get("pad_to_square", False)
+        if size is None and keeps and not to_square:
             return None
-        canvas = tuple(-(-side // divisor) * divisor for side in content)
+        canvas = tuple(-(-side // divisor) * divisor for side in ((max(content),) * 2 if to_square else content))
         if size is not None:
             canvas = (size[1], size[0]) if _is_version_3(self._config) else (size[0], size[1])  # 3: (width, height)
         fits = all(side >= inner for side, inner in zip(canvas, content, strict=True))
         if not fits or any(side % divisor for side in canvas) or (keeps and scale[0] != scale[1]):
-            self._refuse("pipeline.Pad.size", size, f"a size that holds every image of scale {scale}", *_SIZE_OPTIONS)
+            path, stated = ("pad_to_square", True) if to_square else ("size", size)
+            expected = f"one size that holds every image of scale {scale}"
+            self._refuse(f"pipeline.Pad.{path}", stated, expected, *_SIZE_OPTIONS)
         return {
             "size_rule": SizeRule.LETTERBOX if keeps else SizeRule.STRETCH,
             "input_size": canvas,

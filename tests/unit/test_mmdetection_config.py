@@ -167,6 +167,12 @@ def test_another_detector_is_refused_by_the_key_that_says_so(path: str, value: o
             _pipeline({"type": "Resize", "scale": (640, 480), "keep_ratio": True}, {"type": "Pad", "size": (640, 480)}),
             "pipeline.Pad.size",
         ),
+        (
+            _pipeline(
+                {"type": "Resize", "scale": (640, 480), "keep_ratio": True}, {"type": "Pad", "pad_to_square": True}
+            ),
+            "pipeline.Pad.pad_to_square",
+        ),
         (_version_2({"type": "Resize"}, NORMALIZE, img_scale=[(640, 480), (800, 600)]), "MultiScaleFlipAug.img_scale"),
         (_version_2({"type": "Resize"}, NORMALIZE, flip=True), "MultiScaleFlipAug.flip"),
         (_text(BASE) + "\ntest_dataloader = build()", "says test_pipeline = an expression"),

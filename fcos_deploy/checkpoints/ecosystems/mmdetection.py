@@ -26,12 +26,7 @@ _CONFIG = "the configuration in the file"
 def _rules(evidence: Evidence) -> Rules:
     stored = evidence.metadata.get("meta")
     meta: Mapping[str, Any] = stored if isinstance(stored, dict) else {}
-    config = read_config(
-        meta,
-        network=evidence.network,
-        options=evidence.options,
-        counts_background="bbox_head.fcos_cls.weight" in evidence.source_names,  # version 1
-    )
+    config = read_config(meta, network=evidence.network, options=evidence.options)
     rules = _by_tensors(evidence, config or {})
     rules = _with_class_names(rules, meta)
     if config is None:

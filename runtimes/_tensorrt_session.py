@@ -116,13 +116,16 @@ class TensorrtFamily(Backend):
         cuda = load_cuda(extra=self.extra)
         device = choose_device(cuda.devices(), options.device)
         cuda.select(device.index)
-        engine = self._engine(library, path, record=record, device=device)
+        brings_code = "version_compatible" in record.get("options", "")
+        if brings_code:
+            _require_trust(path, options)
+        engine = self._engine(library, path, record=record, device=device, host_code=brings_code)
         session = self._session(library, engine, path=path, options=options, cuda=cuda, device=device)
         session.contract = contract
         return session
 
     def _engine(
-        self, library: TensorRT, path: Path, *, record: Mapping[str, str], device: CudaDevice
+        self, library: TensorRT, path: Path, *, record: Mapping[str, str], device: CudaDevice, host_code: bool
     ) -> trt.ICudaEngine:
         with library_log(library) as (logger, log):
             # An engine that trtexec of TensorRT 8 built may hold plug-ins (InstanceNormalization). The lean runtime has
@@ -131,8 +134,8 @@ class TensorrtFamily(Backend):
             if register_plugins is not None:
                 register_plugins(logger, "")
             runtime = library.Runtime(logger)
-            if "version_compatible" in record.get("options", ""):
-                runtime.engine_host_code_allowed = True  # A version-compatible engine brings its own lean runtime.
+            if host_code:
+                runtime.engine_host_code_allowed = True
             engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise _load_error(path, library=library, record=record, device=device, log=log)
@@ -235,6 +238,21 @@ def _load_error(
         f"'{path}' cannot be loaded. {reason}{' | '.join(log.last_lines(2))}",
         hint="build the engine on this machine: 'fcos-deploy build'",
     )
+
+
+def _require_trust(path: Path, options: SessionOptions) -> None:
+    """A version-compatible engine brings its own lean runtime, a library that TensorRT loads into this process.
+
+    The sidecar that says so is no proof of where the engine comes from: a signature is, or the word of the user.
+
+    Raises:
+        BackendLoadError: neither is there.
+    """
+    if not options.public_keys and not options.allow_engine_code:
+        raise BackendLoadError(
+            f"'{path}' is version-compatible: it contains a library, which is executed when it is opened.",
+            hint="open the signed bundle with --public-key, or trust this engine with --allow-engine-code",
+        )
 
 
 def _engine_tensors(library: TensorRT, engine: trt.ICudaEngine) -> tuple[EngineTensor, ...]:

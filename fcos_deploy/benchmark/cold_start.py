@@ -42,6 +42,7 @@ class ColdStartTask:
     threads: int | None = None
     public_keys: tuple[str, ...] = ()
     trust_local_builds: bool = False
+    allow_engine_code: bool = False
     unsigned_checkpoints: bool = False
     allow_fallback: bool = False
     checkpoint: CheckpointOptions | None = None
@@ -60,6 +61,7 @@ class ColdStartTask:
             threads=options.threads,
             public_keys=tuple(map(str, options.public_keys)),
             trust_local_builds=options.trust_local_builds,
+            allow_engine_code=options.allow_engine_code,
             unsigned_checkpoints=options.unsigned_checkpoints,
             allow_fallback=options.allow_fallback,
             checkpoint=options.checkpoint,
@@ -116,6 +118,7 @@ def _run(task: ColdStartTask) -> dict[str, float]:
         threads=task.threads,
         public_keys=task.public_keys,
         trust_local_builds=task.trust_local_builds,
+        allow_engine_code=task.allow_engine_code,
         unsigned_checkpoints=task.unsigned_checkpoints,
         allow_fallback=task.allow_fallback,
         checkpoint=task.checkpoint,

@@ -48,6 +48,7 @@ def command(
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
     trust_local_builds: cli.TrustLocalBuilds = False,
+    allow_engine_code: cli.AllowEngineCode = False,
     output: Annotated[
         Path | None, cli.option("JSON file to write.", "-o", "--output", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
@@ -65,7 +66,12 @@ def command(
 
     keys = cli.trusted_keys(public_key, required=require_signature)
     base = SessionOptions(
-        device=device, compute=compute, threads=threads, public_keys=keys, trust_local_builds=trust_local_builds
+        device=device,
+        compute=compute,
+        threads=threads,
+        public_keys=keys,
+        trust_local_builds=trust_local_builds,
+        allow_engine_code=allow_engine_code,
     )
     sessions = cli.session_options(base, [model, *(also or [])], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]

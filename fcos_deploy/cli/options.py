@@ -32,6 +32,7 @@ __all__ = [
     "SHAPES",
     "TENSORRT",
     "TRUST",
+    "AllowEngineCode",
     "AllowFallback",
     "AllowInconclusive",
     "Also",
@@ -219,6 +220,14 @@ TrustLocalBuilds = Annotated[
     bool,
     option(
         "Trust in what this user built on this device, beside a signed bundle.", "--trust-local-builds", panel=TRUST
+    ),
+]
+AllowEngineCode = Annotated[
+    bool,
+    option(
+        "Permission for a version-compatible engine that is not signed to run the library it contains.",
+        "--allow-engine-code",
+        panel=TRUST,
     ),
 ]
 AllowFallback = Annotated[

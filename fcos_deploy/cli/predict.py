@@ -43,6 +43,7 @@ def command(
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
     trust_local_builds: cli.TrustLocalBuilds = False,
+    allow_engine_code: cli.AllowEngineCode = False,
     draw: Annotated[
         Path | None, cli.option("Folder for annotated copies (.jpg, .mp4).", metavar="DIR", panel=cli.OUTPUT)
     ] = None,
@@ -76,6 +77,7 @@ def command(
         checkpoint=options,
         public_keys=cli.trusted_keys(public_key, required=require_signature),
         trust_local_builds=trust_local_builds,
+        allow_engine_code=allow_engine_code,
         allow_fallback=allow_fallback,
     )
     opened = Detector.open(

@@ -22,6 +22,7 @@ def command(
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
     trust_local_builds: cli.TrustLocalBuilds = False,
+    allow_engine_code: cli.AllowEngineCode = False,
     log: Annotated[
         Path | None, cli.option("Log to append the record to. Default: the bundle's.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
@@ -48,14 +49,14 @@ def command(
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.serialize import to_json
 
+    keys = cli.trusted_keys(public_key, required=require_signature)
     options = verify.VerifyOptions(
         backend=backend,
         server=server,
         precision=precision,
         allow_fallback=allow_fallback,
-        session=SessionOptions(device=device),
+        session=SessionOptions(device=device, allow_engine_code=allow_engine_code or bool(keys)),
     )
-    keys = cli.trusted_keys(public_key, required=require_signature)
     opening = open_bundle(bundle, public_keys=keys, trust_local_builds=trust_local_builds)
     with opening as opened, progress_bar() as progress:
         record = verify.verify_bundle(opened, options=options, progress=progress)

@@ -40,6 +40,7 @@ _OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("checkpoint", (CheckpointOptions, type(None)), "CheckpointOptions or None"),
     ("public_keys", (tuple,), "a tuple of PEM texts or files"),
     ("trust_local_builds", (bool,), "True or False"),
+    ("allow_engine_code", (bool,), "True or False"),
     ("allow_fallback", (bool,), "True or False"),
 )
 
@@ -54,7 +55,9 @@ class SessionOptions:
     says how a checkpoint is read; None leaves that to its ecosystem.
 
     For bundles: with ``public_keys`` (PEM texts, or files of them) the bundle must be signed with one of these keys,
-    and other files are refused; ``unsigned_checkpoints`` lets checkpoints pass, which are data and not executed;
+    and other files are refused; ``trust_local_builds`` lets layers count that this user built here and nobody signed;
+    ``allow_engine_code`` lets an unsigned engine run the library it contains; ``unsigned_checkpoints`` lets checkpoints
+    pass, which are data and not executed;
     ``allow_fallback`` falls back along the chain of backends that it declares when its own does not fit this machine.
     """
 
@@ -68,6 +71,7 @@ class SessionOptions:
     checkpoint: CheckpointOptions | None = None
     public_keys: tuple[str | Path, ...] = ()
     trust_local_builds: bool = False
+    allow_engine_code: bool = False
     unsigned_checkpoints: bool = False
     allow_fallback: bool = False
 

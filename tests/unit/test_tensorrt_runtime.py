@@ -27,7 +27,7 @@ from fcos_deploy.core.kept_models import KeptModel
 from runtimes import _cuda as cuda_module
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
 from runtimes._tensorrt_library import load_tensorrt
-from runtimes._tensorrt_session import EngineTensor, Lane, TensorrtSession, build_record, choose_device
+from runtimes._tensorrt_session import EngineTensor, Lane, TensorrtSession, _require_trust, build_record, choose_device
 from runtimes.tensorrt import BACKEND as TENSORRT
 from runtimes.tensorrt_rtx import BACKEND as RTX
 from runtimes.tensorrt_rtx import _RuntimeCache
@@ -356,3 +356,12 @@ def test_a_cache_that_cannot_be_kept_costs_no_result(
     kept = content is not None and not full
     assert model.load() == (content if kept else None)
     assert ("is not kept" in caplog.text) is not kept
+
+
+def test_an_engine_that_contains_a_library_needs_a_signature_or_the_users_word() -> None:
+    path = Path("model.engine")
+    with pytest.raises(BackendLoadError, match="contains a library") as refused:
+        _require_trust(path, SessionOptions())
+    assert "--allow-engine-code" in refused.value.hint
+    _require_trust(path, SessionOptions(allow_engine_code=True))
+    _require_trust(path, SessionOptions(public_keys=("key.pub.pem",)))

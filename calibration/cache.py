@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from calibration.placement import ConvGraph
 from calibration.ranges import Range, RangeMethod
 from fcos_deploy.core.errors import CalibrationError, ConfigError
-from fcos_deploy.core.files import write_text
+from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
 from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
@@ -133,7 +133,7 @@ def load_calibration(path: Path) -> Calibration:
         CalibrationError: not a calibration file, or of another schema version.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_file(path, limit=MAX_TEXT_BYTES))
     except (OSError, ValueError) as error:
         raise CalibrationError(f"'{path}' is not a calibration file: {error}.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from calibration.mixed_precision import LayerSensitivity, Trial
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.files import write_text
+from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
 from fcos_deploy.core.score_drift import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -66,7 +66,7 @@ def read_trade_offs(path: Path) -> TradeOffs:
         ConfigError: not such a file.
     """
     try:
-        return from_json(TradeOffs, json.loads(path.read_text(encoding="utf-8")), where=path.name)
+        return from_json(TradeOffs, json.loads(read_file(path, limit=MAX_TEXT_BYTES)), where=path.name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the trade-offs '{path}': {error}.") from error
 

@@ -31,7 +31,7 @@ from fcos_deploy.benchmark.measure import (
 )
 from fcos_deploy.core.backend import PerformanceHint
 from fcos_deploy.core.errors import ConfigError, SlowdownError
-from fcos_deploy.core.files import write_text
+from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.model_files import files_of
@@ -293,7 +293,7 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
         ConfigError: the file is missing or is not one.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_file(path, limit=MAX_TEXT_BYTES))
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the baseline '{path}': {error}.") from error
     if not isinstance(content, list) or not all(isinstance(c, dict) and "latency_ms" in c for c in content):

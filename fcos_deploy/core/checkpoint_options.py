@@ -16,6 +16,7 @@ from typing import Any
 from fcos_deploy.core.decode import BoxClip
 from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.files import open_regular
 from fcos_deploy.core.network import BoxActivation, ExtraSource, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, SizeRule
 from fcos_deploy.core.serialize import from_json, to_json
@@ -97,7 +98,7 @@ def _class_names(path: Path) -> tuple[str, ...]:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             content = stream.read(_LARGEST_FILE + 1)
         text = content.decode("utf-8-sig")
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fcos_deploy.core.decode import BoxClip, DecodeSpec, NmsSpace, level_sizes
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
-from fcos_deploy.core.files import write_text
+from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
 from fcos_deploy.core.onnx_file import onnx_interface, onnx_metadata
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, to_json
@@ -226,7 +226,7 @@ def _contract_text(path: Path) -> str:
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
         raise BackendLoadError(f"'{path}' has no '{sidecar.name}' beside it.", hint="copy both files together")
-    content = json.loads(sidecar.read_text(encoding="utf-8"))
+    content = json.loads(read_file(sidecar, limit=MAX_TEXT_BYTES))
     if not isinstance(content, dict) or "contract" not in content:
         raise BackendLoadError(f"'{sidecar}' holds no fcos-deploy contract.", hint="copy the one of this artifact")
     return json.dumps(content["contract"])

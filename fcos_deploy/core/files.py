@@ -16,6 +16,7 @@ from typing import BinaryIO
 from fcos_deploy.core.errors import ConfigError
 
 __all__ = [
+    "MAX_TEXT_BYTES",
     "atomic_directory",
     "atomic_file",
     "open_regular",
@@ -27,6 +28,9 @@ __all__ = [
     "sync_tree",
     "write_text",
 ]
+
+
+MAX_TEXT_BYTES = 64 << 20  # of a sidecar, a calibration or another file of ours that is read whole
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:

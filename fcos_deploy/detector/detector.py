@@ -28,7 +28,7 @@ from fcos_deploy.core.errors import (
     FcosDeployError,
     SignatureError,
 )
-from fcos_deploy.core.image import read_image
+from fcos_deploy.core.image import read_image, windows
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.model_files import is_checkpoint, kinds_of
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
@@ -46,7 +46,6 @@ __all__ = ["Detector", "DetectorSpec", "Image"]
 
 _LOG = logging.getLogger(__name__)
 _REPLACED_TRIES = 5
-_WINDOW = 16  # images that ``detect_batch`` holds in memory at a time
 _LARGEST_BATCH = 8  # of a dynamic axis: beyond it memory grows and throughput hardly does
 
 Image = Union[NDArray[np.uint8], Path, str]  # noqa: UP007  (evaluated at run time; NDArray has no | on Python 3.10)
@@ -186,8 +185,8 @@ class Detector:
         """
         self.session.check_process()
         detections: list[Detections] = []
-        for start in range(0, len(images), _WINDOW):
-            window = [_pixels(image) for image in images[start : start + _WINDOW]]
+        for group in windows(enumerate(map(_pixels, images))):
+            window = [pixels for _, pixels in group]
             chunks = self._feeds.chunks(window)
             requests = [self._feeds.make([window[index] for index in chunk]) for chunk in chunks]
             by_index: dict[int, Detections] = {}

@@ -16,10 +16,12 @@ from fcos_deploy.core.contract import Decision, ModelContract, read_contract, si
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
+from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
 from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, kinds_of
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
 from fcos_deploy.core.preprocess import SizeRule
 from fcos_deploy.core.serialize import to_json
+from fcos_deploy.core.text import brief
 
 __all__ = ["Inspection", "inspect_bundle", "inspect_file"]
 
@@ -76,8 +78,9 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
         return _inspect_onnx(path)
     if ArtifactKind.CHECKPOINT not in kinds:
         contract = read_contract(path)
-        record = json.loads(sidecar_path(path).read_text(encoding="utf-8")).get("record") or {}
-        facts = (*_artifact_facts(contract), *((str(name), str(value)) for name, value in sorted(record.items())))
+        record = json.loads(read_file(sidecar_path(path), limit=MAX_TEXT_BYTES)).get("record") or {}
+        texts = {str(name): value if isinstance(value, str) else brief(value) for name, value in record.items()}
+        facts = (*_artifact_facts(contract), *sorted(texts.items()))
         kind = str(kinds[0]) if len(kinds) == 1 else "engine"
         return Inspection(path, kind, facts, contract.decisions, contract)
     checkpoint = describe_checkpoint(path, options=options)

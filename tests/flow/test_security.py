@@ -21,10 +21,12 @@ import pytest
 
 from calibration.dataset import SampleOptions, find_images
 from fcos_deploy.accuracy.dataset import load_coco
+from fcos_deploy.accuracy.predictions import _PredictionStore
 from fcos_deploy.bundle import BundleWriter, StepOutput, open_bundle
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.child import module_command
 from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import (
     BackendLoadError,
     BundleError,
@@ -204,6 +206,27 @@ def test_a_working_folder_that_somebody_prepared_is_refused(kind: str, tmp_path:
     with pytest.raises((ConfigError, BundleError)):
         BundleWriter(tmp_path / "b")
     assert (victim / "diary").read_text() == "x"
+
+
+# ---- power ----
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut", "zeros inside"])
+def test_predictions_with_a_zeroed_page_run_again_from_there(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    found = Detections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.int64([0]))
+    with _PredictionStore(path) as store:
+        for number in range(6):
+            store.add(number, found)
+    lines = path.read_bytes().splitlines(keepends=True)
+    sound = {"zeros": 5, "cut": 5, "zeros inside": 2}[damage]
+    tail = {"zeros": bytes(40) + b"\n", "cut": lines[5][:9], "zeros inside": bytes(80) + b"".join(lines[4:])}[damage]
+    path.write_bytes(b"".join(lines[:sound]) + tail)
+    with _PredictionStore(path) as store:
+        assert sorted(store.detections) == list(range(sound))
+        store.add(9, found)
+    with _PredictionStore(path) as store:
+        assert sorted(store.detections) == [*range(sound), 9]
 
 
 # ---- data sets, videos and archives ----

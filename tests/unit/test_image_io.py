@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fcos_deploy.core.errors import ConfigError, ImageError
-from fcos_deploy.core.image import MAX_PIXELS_VARIABLE, list_images, read_image
+from fcos_deploy.core.image import MAX_PIXELS_VARIABLE, list_images, read_image, windows
 
 COLORS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 
@@ -329,3 +329,9 @@ def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
         list_images(tmp_path)
     with pytest.raises(ImageError, match="is not a folder"):
         list_images(tmp_path / "a.txt")
+
+
+def test_windows_are_bounded_in_number_and_bytes() -> None:
+    small, large = np.zeros((8, 8, 3), np.uint8), np.zeros((6000, 10_000, 3), np.uint8)  # 172 MiB
+    groups = list(windows([*((i, small) for i in range(20)), (20, large), (21, large), (22, small)]))
+    assert [[key for key, _ in group] for group in groups] == [[*range(16)], [16, 17, 18, 19, 20], [21, 22]]

@@ -97,7 +97,7 @@ def build_network(config: FcosConfig, tensors: Mapping[str, TensorFacts]) -> Fco
     Raises:
         CheckpointError: naming tensors that are missing, left over, damaged, or of another shape.
     """
-    weights = _assembled(to_tensors(tensors))
+    weights = _assembled(_with_merged_norms(to_tensors(tensors), eps=config.fpn_norm_eps))
     with torch.device("meta"):
         model = Fcos(config)
     expected = model.state_dict()
@@ -123,7 +123,34 @@ def build_network(config: FcosConfig, tensors: Mapping[str, TensorFacts]) -> Fco
 
 
 _TOWER_CONV = re.compile(r"(head\.(?:classification_head|regression_head|shared_tower)\.conv\.\d+)\.weight")
+_FPN_NORM = re.compile(r"(backbone\.fpn\..+)\.norm\.running_mean")
 _SCALES = "head.regression_head.scales"
+
+
+def _with_merged_norms(tensors: Mapping[str, Tensor], *, eps: float) -> dict[str, Tensor]:
+    """The pyramid's convolutions with the batch norm behind them merged in, for files that have one.
+
+    gamma (w x - mean) / sqrt(var + eps) + beta is a convolution again, to the rounding of its weights.
+
+    Raises:
+        CheckpointError: naming a tensor of the norm that is missing or has another shape.
+    """
+    merged = dict(tensors)
+    for name in tensors:
+        match = _FPN_NORM.fullmatch(name)
+        if match is None:
+            continue
+        conv, norm = match[1], {}
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            value = merged.pop(f"{conv}.norm.{part}", None)
+            if value is None or f"{conv}.weight" not in merged or value.shape != merged[f"{conv}.weight"].shape[:1]:
+                raise CheckpointError(f"The batch norm after '{conv}' lacks '{part}', or has another width than it.")
+            norm[part] = value.double()
+        factor = norm["weight"] / torch.sqrt(norm["running_var"] + eps)
+        bias = merged.get(f"{conv}.bias", torch.zeros_like(factor)).double()
+        merged[f"{conv}.weight"] = (merged[f"{conv}.weight"].double() * factor.view(-1, 1, 1, 1)).float()
+        merged[f"{conv}.bias"] = (norm["bias"] + (bias - norm["running_mean"]) * factor).float()
+    return merged
 
 
 def _assembled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

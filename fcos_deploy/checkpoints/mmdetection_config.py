@@ -191,12 +191,16 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         "extra_convs_on_inputs": _used("True or False", _is_bool, "extra_source"),
         "relu_before_extra_convs": _used("True or False", _is_bool, "extra_relu"),
         "upsample_cfg": _DICT,
-        "norm_cfg": _fixed(None),
+        "norm_cfg": _DICT_OR_NONE,
         "act_cfg": _fixed(None),
         "conv_cfg": _fixed(None),
-        "no_norm_on_lateral": _NEUTRAL,  # There is no norm.
-        **dict.fromkeys(("in_channels", "out_channels"), _NEUTRAL),  # in shapes
+        **dict.fromkeys(("in_channels", "out_channels", "no_norm_on_lateral"), _NEUTRAL),  # in names and shapes
         **_TRAINING,
+    },
+    "model.neck.norm_cfg": {
+        "type": _fixed("BN", "BN2d", "SyncBN"),
+        "eps": _used("a number", _is_number, "fpn_norm_eps"),
+        **dict.fromkeys(("requires_grad", "momentum"), _NEUTRAL),
     },
     "model.neck.upsample_cfg": {
         "mode": _used(
@@ -457,7 +461,11 @@ class _Reader:
         if levels != self._network.num_levels:
             self._refuse("model.neck.num_outs", levels, f"the {self._network.num_levels} levels that have tensors")
         upsampling = self._section("model.neck.upsample_cfg", neck.get("upsample_cfg")) or {}
-        values: Values = {"upsampling": Upsampling(upsampling.get("mode", "nearest"))}
+        norm = self._section("model.neck.norm_cfg", neck.get("norm_cfg"))
+        values: Values = {
+            "upsampling": Upsampling(upsampling.get("mode", "nearest")),
+            "fpn_norm_eps": None if norm is None else float(norm.get("eps", 1e-5)),
+        }
         extra = neck.get("add_extra_convs", False)
         if levels <= len(stages):
             return values

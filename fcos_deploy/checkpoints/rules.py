@@ -106,6 +106,7 @@ class Rules:
     norm_eps: float = 1e-5
     norm_groups: int | None = 32
     tower_norm_eps: float | None = None
+    fpn_norm_eps: float | None = None
     stage_strides: tuple[int, int, int, int] | None = None
     stage_dilations: tuple[int, int, int, int] | None = None
     upsampling: Upsampling = Upsampling.NEAREST
@@ -312,20 +313,25 @@ def final_rules(
             rules = dataclasses.replace(rules, shortest=None, longest=None)
         if "shortest" in values:
             rules = dataclasses.replace(rules, input_size=None)
-    rules = _with_network_facts(rules, evidence.network)
+    rules = _with_network_facts(rules, evidence)
     return _with_input_type(_with_class_names(rules, ecosystem, evidence.network))
 
 
-def _with_network_facts(rules: Rules, network: FcosConfig) -> Rules:
+def _with_network_facts(rules: Rules, evidence: Evidence) -> Rules:
     """Without decisions about parts that the network does not have.
 
     Raises:
         ConfigError: an option is about such a part.
     """
+    network = evidence.network
     is_resnet = network.backbone is BackboneType.RESNET
+    has_fpn_norm = any(n.startswith("backbone.fpn.") and n.endswith(".norm.running_mean") for n in evidence.tensors)
+    if has_fpn_norm and rules.fpn_norm_eps is None:
+        rules = dataclasses.replace(rules, fpn_norm_eps=network.fpn_norm_eps)
     parts = {
         "norm_groups": ("group norm in its towers", network.tower_norm is TowerNorm.GROUP),
         "tower_norm_eps": ("norm in its towers", network.tower_norm is not TowerNorm.NONE),
+        "fpn_norm_eps": ("batch norm in its pyramid", has_fpn_norm),
         "extra_source": ("level P6", network.num_levels == 5),
         "extra_relu": ("level P7", network.num_levels == 5),
         "stage_strides": ("ResNet backbone", is_resnet),
@@ -390,6 +396,7 @@ def network_config(rules: Rules, network: FcosConfig) -> FcosConfig:
         name: getattr(rules, name)
         for name in (
             *("stride_in_1x1", "box_activation", "centerness_on_reg", "norm_eps", "norm_groups", "tower_norm_eps"),
+            "fpn_norm_eps",
             *("stage_strides", "stage_dilations", "upsampling", "extra_source", "extra_relu"),
         )
         if getattr(rules, name) is not None

@@ -171,6 +171,9 @@ class CheckpointOptions:
         None, "Number of groups of the towers' group norm. Default: the configuration's, or 32.", metavar="N"
     )
     tower_norm_eps: float | None = _option(None, "Epsilon of the towers' norm. Default: the configuration's, or 1e-5.")
+    fpn_norm_eps: float | None = _option(
+        None, "Epsilon of the pyramid's batch norm. Default: the configuration's, or 1e-5."
+    )
     stage_strides: tuple[int, int, int, int] | None = _option(
         None,
         "Strides of the four stages of a ResNet. Default: the configuration's, or 1,2,2,2.",

@@ -85,7 +85,8 @@ class FcosConfig:
     ``stem_channels`` is 64 in every published ResNet; a smaller number makes a backbone of reduced width.
     ``strides`` are those of the pyramid levels, finest first, in network-input pixels. ``stage_strides`` and
     ``stage_dilations`` are those of a ResNet's four stages. ``extra_relu``: P7 is computed from relu(P6).
-    ``tower_norm_eps`` belongs to the norm of the towers, ``norm_eps`` to that of the backbone.
+    ``tower_norm_eps`` belongs to the norm of the towers, ``fpn_norm_eps`` to the batch norm of the pyramid, which is
+    merged into its convolutions when weights are loaded, and ``norm_eps`` to that of the backbone.
     """
 
     num_classes: int
@@ -100,6 +101,7 @@ class FcosConfig:
     stage_dilations: tuple[int, int, int, int] = (1, 1, 1, 1)
     norm_eps: float = 1e-5
     fpn_channels: int = 256
+    fpn_norm_eps: float = 1e-5
     upsampling: Upsampling = Upsampling.NEAREST
     extra_source: ExtraSource = ExtraSource.OUTPUT
     extra_relu: bool = True

@@ -123,7 +123,7 @@ def test_a_value_that_is_not_understood_is_refused_by_name(path: str, key: Confi
         ("model.backbone.in_channels", 1),
         ("model.backbone.norm_first", True),
         ("model.neck.act_cfg", {"type": "ReLU"}),
-        ("model.neck.norm_cfg", {"type": "BN"}),
+        ("model.neck.norm_cfg.type", "GN"),
         ("model.neck.upsample_cfg.mode", "bicubic"),
         ("model.neck.start_level", 0),
         ("model.neck.num_outs", 6),
@@ -188,6 +188,15 @@ def test_a_pipeline_or_a_text_that_is_not_understood_stops(config: str, message:
         _describe(config)
     assert message in str(refused.value)
     assert "--ignore-config" in refused.value.hint
+
+
+def test_an_option_about_a_part_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no batch norm in its pyramid") as refused:
+        _describe(_text(BASE), options=CheckpointOptions(fpn_norm_eps=1e-3))
+    assert "--fpn-norm-eps" in refused.value.hint
+    shapes = REFERENCES["networks"][REFERENCES["cases"]["neck-bn"]["network"]]
+    bare = _describe("", shapes=shapes, options=CheckpointOptions(norm_groups=8))
+    assert ("fpn_norm_eps", "1e-05") in {(d.name, d.value) for d in bare.contract.decisions}
 
 
 def test_an_option_or_ignoring_the_key_answers() -> None:

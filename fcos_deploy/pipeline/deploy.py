@@ -185,7 +185,9 @@ def _manifest(
 ) -> Manifest:
     request = context.request
     preferred = next((v for v in reversed(variants) if v.artifact.precision is Precision.INT8), variants[-1])
-    int8_gate = replace(DEFAULT_GATES[Precision.INT8], max_map_drop=request.gate.max_map_drop, judge=request.judge)
+    int8_gate = replace(DEFAULT_GATES[Precision.INT8], judge=request.judge)
+    if request.gate.max_map_drop is not None:
+        int8_gate = replace(int8_gate, max_map_drop=request.gate.max_map_drop)
     return Manifest(
         name=request.output.stem,
         contract=context.contract,

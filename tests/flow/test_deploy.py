@@ -142,6 +142,7 @@ def test_without_other_images_and_annotations_agreement_is_the_goal_and_nothing_
     assert content["outcome"] == "inconclusive"
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert "no-evaluation-images" in [finding.kind for finding in manifest.calibration[0].findings]
+    assert manifest.gate(Precision.INT8).max_map_drop is not None, "or verify has nothing to hold it to"
     assert "evaluated on its own calibration images" in (tmp_path / "bundle" / "report.md").read_text()
     for search in find_trade_offs([tmp_path / "bundle"]):
         chosen = next(trial for trial in search.trials if trial.ignored_layers == search.ignored_layers)

@@ -242,6 +242,7 @@ def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
         tower_norm = TowerNorm.BATCH
     else:
         tower_norm = TowerNorm.GROUP if f"{norm}.weight" in tensors else TowerNorm.NONE
+    _refuse_other_shapes(tensors, backbone)
     channels, c5_channels = _shape(tensors, "backbone.fpn.inner_blocks.2.0.weight", 4)[:2]
     p6 = tensors.get("backbone.fpn.extra_blocks.p6.weight")
     from_c5 = p6 is not None and c5_channels != channels and tuple(p6.shape)[1:2] == (c5_channels,)
@@ -262,6 +263,51 @@ def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
         )
     except FcosDeployError as error:
         raise CheckpointError(f"The shapes fit no FCOS: {error.message}", hint=error.hint) from error
+
+
+_STEMS = {
+    BackboneType.RESNET: "backbone.body.conv1.weight",
+    BackboneType.DLA34: "backbone.body.base_layer.0.weight",
+    BackboneType.MOBILENET_V2: "backbone.body.features.0.0.weight",
+}
+_PYRAMID = re.compile(r"backbone\.fpn\.(?:(?:inner|layer)_blocks\.[012]\.0|extra_blocks\.p[67])\.(?:weight|bias)")
+
+
+def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneType) -> None:
+    """Stop at variants that people train and this network is not.
+
+    Raises:
+        CheckpointError: naming the part.
+    """
+    own = "or see docs/your-own-fcos.md"
+    colours = _shape(tensors, _STEMS[backbone], 4)[1]
+    if colours != 3:
+        gray = "for gray images store weight.repeat(1, 3, 1, 1) / 3, and give --mean and --std three times, "
+        raise CheckpointError(
+            f"The stem '{_STEMS[backbone]}' takes images of {colours} channels, 3 are supported.",
+            hint=(gray if colours == 1 else "") + own,
+        )
+    if "backbone.fpn.inner_blocks.3.0.weight" in tensors:
+        raise CheckpointError(
+            "The pyramid has 4 lateral convolutions, so that it begins at P2; those that begin at P3 are supported.",
+            hint=f"train with returned_layers=[2, 3, 4], {own}",
+        )
+    other = sorted(n for n in tensors if n.startswith(("backbone.fpn", "neck.")) and not _PYRAMID.fullmatch(n))
+    if other:
+        raise CheckpointError(
+            f"The pyramid has {len(other)} unknown tensors: '{other[0]}'; 3 levels and 5 (P6 and P7) are supported.",
+            hint=f"is it another number of levels? {own.removeprefix('or ').capitalize()}",
+        )
+    width = _shape(tensors, "backbone.fpn.inner_blocks.0.0.weight", 4)[0]
+    for head in (SHARED_TOWER, CLS_HEAD, REG_HEAD):
+        name = f"{head}.conv.0.weight"
+        if name in tensors and _shape(tensors, name, 4)[:2] != (width, width):
+            out, into = _shape(tensors, name, 4)[:2]
+            raise CheckpointError(
+                f"The tower '{head}' has {into} channels in and {out} out, the pyramid has {width}: "
+                "towers of another width are not supported.",
+                hint=f"train with towers as wide as the pyramid, {own}",
+            )
 
 
 def _infer_resnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any: keyword arguments of FcosConfig

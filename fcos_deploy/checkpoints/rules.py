@@ -190,6 +190,10 @@ class Evidence:
         # 2e-5: detectron2 stores variances of 1 - 1e-5 (layers/batch_norm.py).
         return self._all_near(".running_mean", 0.0, within=0.0) and self._all_near(".running_var", 1.0, within=2e-5)
 
+    def centred_batch_norm(self) -> bool:
+        """Whether the backbone's running means are all 0, which those that a training kept never are."""
+        return self._all_near(".running_mean", 0.0, within=0.0)
+
     def _all_near(self, ending: str, value: float, *, within: float) -> bool:
         """Whether all numbers of the backbone's tensors with this ending are near ``value``."""
         vectors = (t for n, t in self.tensors.items() if n.startswith("backbone.body.") and n.endswith(ending))

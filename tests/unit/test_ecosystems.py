@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -140,10 +141,41 @@ def test_rules_of_the_caffe_family(
 
 def test_adelaidet_takes_the_pixel_values_stored_in_the_file() -> None:
     pixels = {"pixel_mean": torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1), "pixel_std": torch.full((3, 1, 1), 2.0)}
-    described = _describe("adelaidet_R_50_1x", **pixels)
+    with pytest.raises(ConfigError, match="RGB or BGR") as caught:
+        _describe("adelaidet_R_50_1x", **pixels)
+    assert "--channel-order" in caught.value.hint
+    options = CheckpointOptions(channel_order=ChannelOrder.BGR)
+    described = _describe("adelaidet_R_50_1x", options=options, **pixels)
     assert described.contract.preprocess.mean == (1.0, 2.0, 3.0)
     assert described.contract.preprocess.std == (2.0, 2.0, 2.0)
     assert _decision(described, "mean")[1] == "the file's pixel_mean and pixel_std"
+
+
+@pytest.mark.parametrize(("mean", "order"), [(MSRA, ChannelOrder.BGR), (MSRA[::-1], ChannelOrder.RGB)])
+def test_a_stored_mean_shows_the_order_of_the_channels(mean: tuple[float, ...], order: ChannelOrder) -> None:
+    described = _describe("detectron2_fcos_R_50_FPN_1x", pixel_mean=torch.tensor(mean), pixel_std=torch.ones(3))
+    assert described.contract.preprocess.channel_order is order
+    assert _decision(described, "channel_order")[1] == "the file's pixel_mean and pixel_std"
+
+
+@pytest.mark.parametrize("name", ["adelaidet_R_50_1x", "detectron2_fcos_R_50_FPN_1x", "adelaidet_MS_R_50_4x_syncbn"])
+def test_a_body_with_statistics_of_its_own_may_be_torchvisions_and_is_asked_about(name: str) -> None:
+    tensors = _state_dict(name)
+    tensors["backbone.bottom_up.stem.conv1.norm.running_mean"][0] = 0.1
+
+    def describe(options: CheckpointOptions) -> CheckpointDescription:
+        return describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=options)
+
+    with pytest.raises(ConfigError, match=r"may be torchvision's .* or MSRA's") as caught:
+        describe(CheckpointOptions())
+    for option in ("--stride-in-3x3", "--mean A,B,C", "--std A,B,C", "--channel-order"):
+        assert option in caught.value.hint
+    answers = {"mean": MSRA[::-1], "std": (58.395, 57.12, 57.375), "channel_order": ChannelOrder.RGB}
+    with pytest.raises(ConfigError) as caught:
+        describe(CheckpointOptions(**answers))
+    assert "--mean" not in caught.value.hint
+    described = describe(CheckpointOptions(stride_in_1x1=False, **answers))
+    assert (described.config.stride_in_1x1, described.contract.preprocess.mean) == (False, MSRA[::-1])
 
 
 def test_tianzhi_variant_must_be_said() -> None:
@@ -352,6 +384,45 @@ def test_tensors_of_other_tasks_are_named() -> None:
     described = describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
     with pytest.raises(CheckpointError, match=r"has unknown 1 tensors: 'basis_module\.refine\.0\.weight'"):
         build_network(described.config, described.tensors)
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("torchvision_bn", {"backbone.body.conv1.weight": _empty(64, 1, 7, 7)}, "takes images of 1 channels"),
+        ("torchvision_bn", {"backbone.body.conv1.weight": _empty(64, 4, 7, 7)}, "takes images of 4 channels"),
+        ("torchvision_bn", {"backbone.fpn.inner_blocks.3.0.weight": _empty(256, 2048, 1, 1)}, "begins at P2"),
+        ("detectron2_fcos_R_50_FPN_1x", {"backbone.fpn_lateral2.weight": _empty(256, 256, 1, 1)}, "fpn_lateral2"),
+        (
+            "mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco",
+            {"neck.fpn_convs.5.conv.weight": _empty(256, 256, 3, 3)},
+            "unknown tensors: 'neck.fpn_convs.5.conv.weight'; 3 levels and 5",
+        ),
+        (
+            "torchvision_bn",
+            {"head.classification_head.conv.0.weight": _empty(128, 256, 3, 3)},
+            "towers of another width are not supported",
+        ),
+    ],
+    ids=["gray", "thermal", "p2", "detectron2-p2", "six-levels", "tower-width"],
+)
+def test_other_networks_are_refused_by_name_before_they_are_built(
+    name: str, changed: dict[str, Tensor], message: str
+) -> None:
+    weights = _weights({**_state_dict(name), **changed})
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        describe_weights(weights, file_name="x.pth", stated={}, options=CheckpointOptions())
+
+
+def test_a_pyramid_whose_last_level_may_be_pooled_is_refused() -> None:
+    """resnet_fpn_backbone(returned_layers=[2, 3, 4]) without extra blocks: LastLevelMaxPool has no weights."""
+    tensors = {n: t for n, t in _state_dict("torchvision_bn").items() if "extra_blocks" not in n}
+    with pytest.raises(CheckpointError, match="adds a level by pooling"):
+        describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
 
 
 def test_unknown_names_are_shown() -> None:

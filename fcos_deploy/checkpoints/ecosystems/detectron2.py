@@ -9,7 +9,7 @@ import re
 
 from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
 from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
@@ -75,7 +75,55 @@ def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
             if count_of(tensor) != 3:
                 raise CheckpointError(f"'pixel_{name}' must have 3 values, got shape {list(tensor.shape)}.")
             values[name] = tuple(flat_values(tensor))
-    return rules.decide("the file's pixel_mean and pixel_std", **values)
+    order = _order_of(values["mean"]) if "mean" in values else None
+    rules = rules.decide("the file's pixel_mean and pixel_std", channel_order=order, **values)
+    _ask_what_the_body_leaves_open(evidence, stored=frozenset(values), order=order)
+    return rules
+
+
+# Means of the pretrained backbones in red, green, blue, 0..255; whoever stores them shows the order of the channels.
+_KNOWN_MEANS = ((123.675, 116.28, 103.53), (122.7717, 115.9465, 102.9801))
+
+
+def _order_of(mean: tuple[float, ...]) -> ChannelOrder | None:
+    """The order in which a mean is one of the known ones, within a level; None where it is neither."""
+    for order, turned in ((ChannelOrder.RGB, mean), (ChannelOrder.BGR, mean[::-1])):
+        for known in _KNOWN_MEANS:
+            if all(abs(a - b) < 1 for a, b in zip(turned, known, strict=True)):
+                return order
+    return None
+
+
+def _ask_what_the_body_leaves_open(evidence: Evidence, *, stored: frozenset[str], order: ChannelOrder | None) -> None:
+    """Stop at a ResNet that is not surely an MSRA one, whose stride and pixels torchvision's has otherwise.
+
+    MSRA weights have their batch norm merged. Statistics of its own say that the body was converted from torchvision's,
+    or trained from MSRA's with synchronised batch norm: the tensors are the same. ``stored``: what the file says of
+    'mean' and 'std'; ``order``: the channels that the stored mean shows.
+
+    Raises:
+        ConfigError: naming the options that answer it.
+    """
+    network, options = evidence.network, evidence.options
+    open_questions = []
+    msra = network.backbone is not BackboneType.RESNET or network.groups != 1 or evidence.centred_batch_norm()
+    if not msra:
+        if network.block is BlockType.BOTTLENECK and options.stride_in_1x1 is None:
+            open_questions.append("--stride-in-1x1 or --stride-in-3x3")
+        given = {"mean": options.mean, "std": options.std}
+        open_questions += [f"--{name} A,B,C" for name, value in given.items() if value is None and name not in stored]
+    if options.channel_order is None and order is None and (not msra or "mean" in stored):
+        open_questions.append("--channel-order bgr or rgb")
+    if open_questions and not msra:
+        raise ConfigError(
+            "The backbone's batch norm has statistics of its own, so it may be torchvision's (stride in the 3x3, RGB) "
+            "or MSRA's (stride in the 1x1, BGR).",
+            hint=f"say what the training used: {', '.join(open_questions)}; MSRA: 103.53,116.28,123.675 and 1,1,1",
+        )
+    if open_questions:
+        raise ConfigError(
+            "The stored pixel_mean does not show whether the channels are RGB or BGR.", hint=", ".join(open_questions)
+        )
 
 
 def _rules(evidence: Evidence) -> Rules:

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from fcos_deploy.checkpoints.rules import COCO_91, Ecosystem, Evidence, Rename, Rules
 from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.core.errors import CheckpointError
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
 
 __all__ = ["ECOSYSTEM"]
 
 
-def _rules(_: Evidence) -> Rules:
+def _rules(evidence: Evidence) -> Rules:
+    if evidence.network.num_levels != 5:
+        raise CheckpointError(
+            "The pyramid has no P6 and P7. torchvision's resnet_fpn_backbone then adds a level by pooling, which has "
+            "no weights, and the sizes of the anchors are not in the file.",
+            hint="train with extra_blocks=LastLevelP6P7(256, 256), or see docs/your-own-fcos.md",
+        )
     return Rules(
         profile="torchvision",
         centers=CenterMode.TORCHVISION,

@@ -237,5 +237,6 @@ def demo_request(output: Path) -> DeployRequest:
         calibration_images=DEMO_DATA / "calibration",
         images=DEMO_DATA / "evaluation",
         annotations=DEMO_DATA / "evaluation.json",
+        max_map_drop=0.02,  # 87 images decide two AP points; one point would need about four times as many.
         command=f"fcos-deploy demo -o {output.name}",
     )

@@ -96,7 +96,7 @@ def test_objects_that_chance_may_have_spared_are_allowed_for() -> None:
     assert samples.object_share.tolist() == [1 / 16, 1 / 4]
     drop = paired_ap_drop(samples, samples)
     assert (drop.low, drop.value) == (0.0, 0.0)
-    assert drop.high == pytest.approx(1.3528 * np.hypot(1 / 16, 1 / 4), rel=1e-3)
+    assert drop.high == pytest.approx(np.hypot(1 / 16, 1 / 4))
 
 
 def test_few_images_widen_the_interval_as_students_t_does() -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.matching import MatchOptions, match_detections
+from fcos_deploy.accuracy.recorded import RecordedRun, RecordedSession
 from fcos_deploy.bundle.golden import TensorFingerprint, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
 from fcos_deploy.bundle.preflight import Fallback, select_runnable
@@ -52,12 +53,14 @@ class VerifyOptions:
 
     ``server`` is the address of a model on a server of the Open Inference Protocol; it is then asked in place of a
     local runtime, and has to give the certified detections of the artifact that ``backend`` and ``precision`` choose.
+    ``recorded``: outputs that trtexec computed on a device, in place of a runtime.
     """
 
     backend: str = ""
     server: str = ""
     precision: Precision | None = None
     allow_fallback: bool = False
+    recorded: RecordedRun | None = None
     session: SessionOptions = field(default_factory=SessionOptions)
 
 
@@ -156,7 +159,9 @@ def verify_bundle(
         raise BundleError(f"The bundle '{bundle.source}' has no golden images to verify with.")
     machine = read_machine()
     fallbacks: tuple[Fallback, ...] = ()
-    if options.server:  # It has a machine of its own, which preflight cannot see.
+    if options.recorded is not None:
+        selection = Selection(options.recorded.artifact(bundle), "tensorrt")
+    elif options.server:  # It has a machine of its own, which preflight cannot see.
         precisions = (options.precision,) if options.precision else ()
         selection = select_artifact(bundle, backend=options.backend, precisions=precisions)
     else:
@@ -191,10 +196,12 @@ def verify_bundle(
         gate=gate,
         preprocessing=preprocessing,
         images=results,
-        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        time=options.recorded.time
+        if options.recorded
+        else datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
         session=session,
-        machine=_machine_text(machine),
+        machine=options.recorded.machine if options.recorded else _machine_text(machine),
         versions=library_versions("fcos-deploy", "numpy", "opencv-python-headless", "pillow"),
         fallbacks=fallbacks,
         signed_by=bundle.signed_by,
@@ -251,6 +258,11 @@ def _name_fault(
 @contextmanager
 def _opened(bundle: Bundle, selection: Selection, options: VerifyOptions) -> Iterator[Detector]:
     path = bundle.path(selection.artifact.path)
+    if options.recorded is not None:
+        contract = read_contract(path)
+        with Detector(RecordedSession(options.recorded, contract), contract) as detector:
+            yield detector
+        return
     if not options.server:
         with Detector.open(path, backend=selection.backend, options=options.session) as detector:
             yield detector

@@ -20,10 +20,13 @@ def command(
     serving: Annotated[
         str,
         cli.option(
-            "Serving engine: triton, ovms, deepstream or kserve. Default: none, pack a .tar.", "--for", metavar="NAME"
+            "Serving engine: triton, ovms, deepstream, kserve; or trtexec. Default: none, pack a .tar.",
+            "--for",
+            metavar="NAME",
         ),
     ] = "",
     backend: cli.Backend = "",
+    target: cli.Target = "",
     precision: cli.BundlePrecision = None,
     name: Annotated[
         str, cli.option("Name of the served model. Default: the bundle's.", metavar="NAME", panel=cli.SERVING)
@@ -55,6 +58,7 @@ def command(
         url=server,
         backend=backend,
         precision=precision,
+        target=target,
         version=version,
         max_batch=max_batch,
         queue_delay_us=queue_delay_us,

@@ -18,6 +18,14 @@ def command(
     precision: cli.BundlePrecision = None,
     device: cli.Device = "",
     server: cli.Server = "",
+    trtexec_record: Annotated[
+        Path | None,
+        cli.option(
+            "Record that run_trtexec.py of 'package --for trtexec' wrote on a device, in place of a runtime.",
+            metavar="FILE",
+            panel=cli.RUNTIME,
+        ),
+    ] = None,
     allow_fallback: cli.AllowFallback = False,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
@@ -45,6 +53,7 @@ def command(
     from fcos_deploy.accuracy import verify
     from fcos_deploy.accuracy.device_record import export_record
     from fcos_deploy.accuracy.gate import write_junit
+    from fcos_deploy.accuracy.recorded import read_recorded_run
     from fcos_deploy.bundle import open_bundle
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.serialize import to_json
@@ -53,6 +62,7 @@ def command(
     options = verify.VerifyOptions(
         backend=backend,
         server=server,
+        recorded=read_recorded_run(trtexec_record) if trtexec_record else None,
         precision=precision,
         allow_fallback=allow_fallback,
         session=SessionOptions(device=device, allow_engine_code=allow_engine_code or bool(keys)),

@@ -37,7 +37,8 @@ class ServingOptions:
     ``name`` empty: the bundle's. ``backend`` and ``precision`` choose the artifact; empty: what the bundle was made
     for. ``max_batch`` 0: requests are not joined; otherwise they are joined up to it, waiting at most
     ``queue_delay_us`` microseconds. ``instances`` of the model on each of ``gpus``, or on the CPU. ``url`` is the
-    address of a model that is served already, for its description.
+    address of a model that is served already, for its description. ``target``: the device profile of a package that
+    is built on the device.
     """
 
     name: str = ""
@@ -49,6 +50,7 @@ class ServingOptions:
     instances: int = 1
     gpus: tuple[int, ...] = ()
     url: str = ""
+    target: str = ""
 
     def __post_init__(self) -> None:
         if self.name and not _NAME.fullmatch(self.name):
@@ -67,6 +69,7 @@ class ServedModel:
     artifact: Artifact
     contract: ModelContract
     options: ServingOptions
+    bundle: Bundle | None = None  # where the artifact is from; for packages that repeat the proof
 
     def copy_to(self, folder: Path, *, suffix: str = "") -> None:
         """Copy the model file to ``model`` with ``suffix`` (its own by default), and its companions beside it."""
@@ -166,6 +169,7 @@ def package_bundle(bundle: Bundle, *, server: str, output: Path, options: Servin
         artifact=artifact,
         contract=read_contract(path),
         options=options,
+        bundle=bundle,
     )
     with atomic_directory(output) as folder:
         packager.write(model, folder)

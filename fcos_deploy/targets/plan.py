@@ -330,8 +330,8 @@ def _notes(draft: Draft) -> list[str]:
     notes = []
     if not draft.profile.runs_python:
         notes.append(
-            f"The device has Python {draft.profile.python}, this package needs 3.10: build and run the engine with "
-            "trtexec or your own C++; 'fcos-deploy verify' cannot run there."
+            f"The device has Python {draft.profile.python}, this package needs 3.10: build and prove the engine "
+            f"there with trtexec: fcos-deploy package BUNDLE --for trtexec --target {draft.profile.name} -o DIR"
         )
     if draft.precision is Precision.INT8 and draft.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
         notes.append("TensorRT-RTX computes int8 convolutions without fusing what follows them: compare with fp16.")

@@ -134,6 +134,7 @@ def decided_options(description: CheckpointDescription) -> CheckpointOptions:
         norm_groups=config.norm_groups if config.tower_norm is TowerNorm.GROUP else None,
         tower_norm_eps=config.tower_norm_eps if config.tower_norm is not TowerNorm.NONE else None,
         fpn_norm_eps=float(decided["fpn_norm_eps"]) if "fpn_norm_eps" in decided else None,
+        anchor_sizes=config.anchor_sizes,
         stage_strides=config.stage_strides if config.backbone is BackboneType.RESNET else None,
         stage_dilations=config.stage_dilations if config.backbone is BackboneType.RESNET else None,
         upsampling=config.upsampling,

@@ -105,6 +105,7 @@ class Rules:
     centerness_on_reg: bool = True
     norm_eps: float = 1e-5
     norm_groups: int | None = 32
+    anchor_sizes: tuple[int, ...] | None = None
     tower_norm_eps: float | None = None
     fpn_norm_eps: float | None = None
     stage_strides: tuple[int, int, int, int] | None = None
@@ -302,6 +303,8 @@ def final_rules(
     if options.ignore_config and not ecosystem.reads_config:
         raise ConfigError(f"Files of {ecosystem.name} hold no configuration.", hint="leave --ignore-config out")
     rules = ecosystem.rules(evidence)
+    if options.anchor_sizes and rules.anchor_sizes is None:
+        raise ConfigError(f"Models of {ecosystem.name} have no anchors.", hint="leave --anchor-sizes out")
     if evidence.network.extra_source is ExtraSource.INPUT:
         rules = rules.decide("the shape of P6's weights", extra_source=ExtraSource.INPUT)
     names = {item.name for item in dataclasses.fields(Rules)} - {"variant"}
@@ -401,7 +404,7 @@ def network_config(rules: Rules, network: FcosConfig) -> FcosConfig:
         for name in (
             *("stride_in_1x1", "box_activation", "centerness_on_reg", "norm_eps", "norm_groups", "tower_norm_eps"),
             "fpn_norm_eps",
-            *("stage_strides", "stage_dilations", "upsampling", "extra_source", "extra_relu"),
+            *("stage_strides", "stage_dilations", "upsampling", "extra_source", "extra_relu", "anchor_sizes"),
         )
         if getattr(rules, name) is not None
     }

@@ -85,6 +85,12 @@ def _four(text: str) -> tuple[int, int, int, int]:
     return int(match[1]), int(match[2]), int(match[3]), int(match[4])
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    if re.fullmatch(r"\d{1,5}(,\d{1,5})*", text.replace(" ", "")) is None:
+        raise ConfigError(f"Expected whole numbers separated by commas such as 8,16,32,64,128, got '{text}'.")
+    return tuple(int(part) for part in text.split(","))
+
+
 def _keys(text: str) -> tuple[str, ...]:
     return tuple(key.strip() for key in text.split(",") if key.strip())
 
@@ -173,6 +179,12 @@ class CheckpointOptions:
     tower_norm_eps: float | None = _option(None, "Epsilon of the towers' norm. Default: the configuration's, or 1e-5.")
     fpn_norm_eps: float | None = _option(
         None, "Epsilon of the pyramid's batch norm. Default: the configuration's, or 1e-5."
+    )
+    anchor_sizes: tuple[int, ...] = _option(
+        (),
+        "Sizes of torchvision's AnchorGenerator, one a level: the unit of the distances. Default: 8,16,32,64,128.",
+        metavar="A,B,...",
+        parse=_sizes,
     )
     stage_strides: tuple[int, int, int, int] | None = _option(
         None,

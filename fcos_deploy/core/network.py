@@ -85,8 +85,9 @@ class FcosConfig:
     ``stem_channels`` is 64 in every published ResNet; a smaller number makes a backbone of reduced width.
     ``strides`` are those of the pyramid levels, finest first, in network-input pixels. ``stage_strides`` and
     ``stage_dilations`` are those of a ResNet's four stages. ``extra_relu``: P7 is computed from relu(P6).
-    ``tower_norm_eps`` belongs to the norm of the towers, ``fpn_norm_eps`` to the batch norm of the pyramid, which is
-    merged into its convolutions when weights are loaded, and ``norm_eps`` to that of the backbone.
+    ``anchor_sizes`` are the units of the levels' distances in pixels, () the strides. ``tower_norm_eps`` belongs to the
+    norm of the towers, ``fpn_norm_eps`` to the batch norm of the pyramid, which is merged into its convolutions when
+    weights are loaded, and ``norm_eps`` to that of the backbone.
     """
 
     num_classes: int
@@ -106,6 +107,7 @@ class FcosConfig:
     extra_source: ExtraSource = ExtraSource.OUTPUT
     extra_relu: bool = True
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    anchor_sizes: tuple[int, ...] = ()
     cls_convs: int = 4
     reg_convs: int = 4
     shared_convs: int = 0
@@ -122,6 +124,11 @@ class FcosConfig:
                 raise ConfigError(f"FcosConfig.{name} must be at least 1, got {getattr(self, name)}.")
         if len(self.strides) not in (3, 5):
             raise ConfigError(f"An FCOS pyramid has 3 or 5 levels, got strides {self.strides}.")
+        if self.anchor_sizes and (len(self.anchor_sizes) != len(self.strides) or min(self.anchor_sizes) < 1):
+            raise ConfigError(
+                f"{len(self.strides)} levels need as many anchor sizes, got {self.anchor_sizes}.",
+                hint="--anchor-sizes A,B,...",
+            )
         if min(self.stage_strides + self.stage_dilations) < 1:
             raise ConfigError("The strides and dilations of a backbone's stages must be at least 1.")
         if self.norm_groups < 1 or (self.tower_norm is TowerNorm.GROUP and self.fpn_channels % self.norm_groups):

@@ -188,7 +188,7 @@ class _FcosHead(nn.Module):
             raw = raw * self.regression_head.scales[level]
         if self._config.box_activation is BoxActivation.EXP:
             return torch.exp(raw)  # in pixels already: no variant with exp multiplies by the stride (docs/fcos.md)
-        return torch.relu(raw) * self._config.strides[level]
+        return torch.relu(raw) * (self._config.anchor_sizes or self._config.strides)[level]
 
 
 def flatten_levels(levels: list[LevelOutput]) -> tuple[Tensor, Tensor, Tensor]:

@@ -418,6 +418,20 @@ def test_other_networks_are_refused_by_name_before_they_are_built(
         describe_weights(weights, file_name="x.pth", stated={}, options=CheckpointOptions())
 
 
+def test_anchor_sizes_are_a_printed_decision_with_an_option() -> None:
+    described = _describe("torchvision_bn")
+    value, source = _decision(described, "anchor_sizes")
+    assert (value, "not in the file" in source) == ("8, 16, 32, 64, 128", True)
+    doubled = _describe("torchvision_bn", options=CheckpointOptions(anchor_sizes=(16, 32, 64, 128, 256)))
+    assert doubled.config.anchor_sizes == (16, 32, 64, 128, 256)
+    assert doubled.contract.decode.strides == (8, 16, 32, 64, 128)
+    assert _decision(doubled, "anchor_sizes")[1] == "option"
+    with pytest.raises(ConfigError, match="5 levels need as many anchor sizes"):
+        _describe("torchvision_bn", options=CheckpointOptions(anchor_sizes=(8, 16)))
+    with pytest.raises(ConfigError, match="have no anchors"):
+        _describe("adelaidet_R_50_1x", options=CheckpointOptions(anchor_sizes=(8, 16, 32, 64, 128)))
+
+
 def test_a_pyramid_whose_last_level_may_be_pooled_is_refused() -> None:
     """resnet_fpn_backbone(returned_layers=[2, 3, 4]) without extra blocks: LastLevelMaxPool has no weights."""
     tensors = {n: t for n, t in _state_dict("torchvision_bn").items() if "extra_blocks" not in n}

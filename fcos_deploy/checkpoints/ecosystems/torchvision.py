@@ -32,7 +32,7 @@ def _rules(evidence: Evidence) -> Rules:
         resize_filter=ResizeFilter.TORCH,
         resize_order=ResizeOrder.NORMALIZE_FIRST,
         size_rule=SizeRule.TORCHVISION,
-    )
+    ).decide("rule of torchvision: AnchorGenerator's sizes are not in the file", anchor_sizes=(8, 16, 32, 64, 128))
 
 
 ECOSYSTEM = Ecosystem(

@@ -366,13 +366,12 @@ def test_one_signal_ends_a_soak_run_and_removes_what_was_unpacked(
     tar, temporary = tmp_path / "b.tar", tmp_path / "tmp"
     pack(tiny_bundle, tar)
     temporary.mkdir()
-    process = _start("soak", tar, "--inferences", 10_000_000, env={**os.environ, "TMPDIR": str(temporary)})
-    end = time.monotonic() + 60
-    while not list(temporary.rglob("*.onnx")) and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(2)
+    process = _start("soak", tar, "-v", "--inferences", 10_000_000, env={**os.environ, "TMPDIR": str(temporary)})
+    assert process.stderr is not None
+    while "warm up" not in (line := process.stderr.readline()):
+        assert line, "the run ended by itself"
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     assert list(temporary.iterdir()) == []
 

@@ -267,13 +267,14 @@ class _Pass(ExitStack):
         super().__init__()
         model, threads = graph.source.model, options.threads
         self._feeder = Feeder(graph.source)
+        self._orientation = graph.source.contract.preprocess.orientation
         # The graph's inputs are known without an inference.
         inputs = {value.name for value in model.graph.input}
         self._inputs = [name for name in graph.activations if name in inputs]
         inner = [name for name in graph.activations if name not in inputs]
         graphs = [expose(model, group) for group in memory_groups(model, inner, memory=options.memory)]
         if engine == "auto":
-            feeds = self._feeder(images.images[0].read())
+            feeds = self._feeder(images.images[0].read(self._orientation))
             engine = pick_engine(graphs[0], feeds, images=len(images.images), threads=threads)
         self.engine = engine
         self._sessions = [self.enter_context(open_engine(engine, graph, threads=threads)) for graph in graphs]
@@ -281,7 +282,7 @@ class _Pass(ExitStack):
 
     def add(self, image: CalibrationImage, histograms: Histograms) -> None:
         """Count every tensor's values for one image."""
-        feeds = self._feeder(image.read())
+        feeds = self._feeder(image.read(self._orientation))
         self._count({name: feeds[name] for name in self._inputs}, image, histograms)
         for session in self._sessions:
             self._count(session.borrow(feeds), image, histograms)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.coco_file import find_coco_images, is_below, read_coco
 from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.findings import Finding, Severity
@@ -81,14 +82,14 @@ class CalibrationImage:
     pixels_sha256: str = ""
     flaw: str = ""
 
-    def read(self) -> NDArray[np.uint8]:
-        """The pixels: (h, w, 3) uint8 RGB.
+    def read(self, orientation: Orientation = Orientation.EXIF) -> NDArray[np.uint8]:
+        """The pixels: (h, w, 3) uint8 RGB, the way up that the model reads files.
 
         Raises:
             CalibrationError: the file cannot be read.
         """
         try:
-            return read_image(self.path)
+            return read_image(self.path, orientation=orientation)
         except ImageError as error:
             raise CalibrationError(f"Calibration image: {error.message}", hint="remove the file and repeat") from error
 

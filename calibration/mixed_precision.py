@@ -322,7 +322,9 @@ class _Search:
         self._macs = conv_macs(graph)
         self._trials: dict[tuple[str, ...], Trial] = {}
         self._sensitivities: dict[str, LayerSensitivity] = {}
-        self.images = [read_image(path) for path in list_images(goal.images)[:_RANKING_IMAGES]]
+        orientation = graph.source.contract.preprocess.orientation
+        paths = list_images(goal.images)[:_RANKING_IMAGES]
+        self.images = [read_image(path, orientation=orientation) for path in paths]
         self.ranking: tuple[LayerSensitivity, ...] = ()
         parts = [graph.source.sha256, to_json(calibration), to_json(placement), goal.quantity, goal.fingerprint()]
         self._key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

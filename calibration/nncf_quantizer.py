@@ -80,7 +80,7 @@ def quantize_nncf(
 
     def feeds(image: CalibrationImage) -> dict[str, Any]:
         progress("calibrating", positions[image] + 1, len(images.images))
-        return feeder(image.read())
+        return feeder(image.read(source.contract.preprocess.orientation))
 
     record = {
         "quantizer": "nncf",

@@ -93,7 +93,7 @@ class _Qdq(Quantizer):
             request.output,
             placement=request.placement,
             ignored_layers=request.ignored_layers,
-            images=[image.read() for image in images],
+            images=[image.read(request.graph.source.contract.preprocess.orientation) for image in images],
         )
         progress("quantizing", 1, 1)
         return QuantizeResult(files=(result.path,), record=result.record)

@@ -23,9 +23,9 @@ from fcos_deploy.accuracy.dataset import EvaluationImage
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import read_file, sha256_file
-from fcos_deploy.core.image import read_image
 from fcos_deploy.core.model_files import files_of
 from fcos_deploy.core.preprocess import Letterbox
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -65,6 +65,7 @@ class StageSeconds:
 class DetectionRun:
     """The detections of one detector by image id; labels are the model's own.
 
+    ``orientation`` is how the detector reads files.
     ``resumed`` images came from an earlier, interrupted run and are not in ``seconds``.
     """
 
@@ -76,6 +77,7 @@ class DetectionRun:
     detections: Mapping[int, Detections]
     seconds: StageSeconds
     resumed: int = 0
+    orientation: Orientation = Orientation.EXIF
 
     @property
     def subject(self) -> str:
@@ -121,6 +123,7 @@ def collect_detections(
                 precision=precision,
                 names=detector.names,
                 description=dict(detector.session.description),
+                orientation=detector.contract.preprocess.orientation,
                 detections={image.image_id: store.detections[image.image_id] for image in images},
                 seconds=replace(seconds, open=opening),
                 resumed=len(images) - len(remaining),
@@ -159,7 +162,7 @@ def _detect_all(
 
     def prepare(image: EvaluationImage) -> tuple[EvaluationImage, Tensors, tuple[Letterbox, ...]]:
         with clock("read"):
-            pixels = read_image(image.path)
+            pixels = detector.read(image.path)
         with clock("preprocess"):
             return image, *detector.prepare([pixels])
 

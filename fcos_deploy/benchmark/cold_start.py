@@ -108,7 +108,6 @@ def measure_cold_start(task: ColdStartTask) -> ColdStart:
 def _run(task: ColdStartTask) -> dict[str, float]:
     from fcos_deploy.core.backend import ComputeType, SessionOptions
     from fcos_deploy.core.enums import Precision
-    from fcos_deploy.core.image import read_image
     from fcos_deploy.detector import Detector
 
     marks: dict[str, float] = {"imported": time.monotonic_ns()}
@@ -126,7 +125,7 @@ def _run(task: ColdStartTask) -> dict[str, float]:
     precision = Precision(task.precision) if task.precision else None
     with Detector.open(Path(task.model), backend=task.backend, precision=precision, options=options) as detector:
         marks["opened"] = time.monotonic_ns()
-        image = read_image(Path(task.image))
+        image = detector.read(Path(task.image))
         detector.detect(image)
         marks["first_detection"] = time.monotonic_ns()
         for _ in range(_REPEATS):

@@ -32,7 +32,6 @@ from fcos_deploy.benchmark.measure import (
 from fcos_deploy.core.backend import PerformanceHint
 from fcos_deploy.core.errors import ConfigError, SlowdownError
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
-from fcos_deploy.core.image import read_image
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.model_files import files_of
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -182,10 +181,10 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
         FcosDeployError: a model cannot be opened or run.
     """
     path = request.image or demo_image()
-    image = read_image(path)
     machine, before = read_machine(), read_clock().throttled
     with contextlib.ExitStack() as stack:
         detectors = [stack.enter_context(candidate.open(PerformanceHint.LATENCY)) for candidate in request.candidates]
+        image = detectors[0].read(path)
         meter = ContentionMeter()
         meter.start()
         timings = time_in_turns(detectors, image, options=request.timing, progress=progress)

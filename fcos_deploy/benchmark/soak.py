@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import BackendError, ConfigError
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -66,14 +67,14 @@ class SoakReport:
         return sentences
 
 
-def soak_images(folder: Path | None) -> list[NDArray[np.uint8]]:
+def soak_images(folder: Path | None, *, orientation: Orientation = Orientation.EXIF) -> list[NDArray[np.uint8]]:
     """The first images of a folder, or synthetic ones: (h, w, 3) uint8 RGB of several sizes.
 
     Raises:
         ImageError: the folder has none, or one is unreadable.
     """
     if folder is not None:
-        return [read_image(path) for path in list_images(folder)[:_MAX_IMAGES]]
+        return [read_image(path, orientation=orientation) for path in list_images(folder)[:_MAX_IMAGES]]
     generator = np.random.default_rng(0)
     sizes = [(240 + 16 * i, 320 - 8 * i) for i in range(8)]
     coarse = [generator.integers(0, 256, (h // 8, w // 8, 3), np.uint8) for h, w in sizes]

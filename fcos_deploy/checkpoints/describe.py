@@ -153,6 +153,7 @@ def decided_options(description: CheckpointDescription) -> CheckpointOptions:
         mean=preprocess.mean,
         std=preprocess.std,
         resize_filter=preprocess.resize_filter,
+        orientation=preprocess.orientation,
         score_threshold=decode.score_threshold,
         iou_threshold=decode.iou_threshold,
         max_detections=decode.max_detections,

@@ -16,7 +16,7 @@ from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, option_flag
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, BoxClip, DecodeSpec
-from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.core.enums import CenterMode, Orientation
 from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError, unknown_name
 from fcos_deploy.core.network import BackboneType, BoxActivation, ExtraSource, FcosConfig, TowerNorm, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
@@ -129,6 +129,7 @@ class Rules:
     pixel_scale: float = 1.0
     resize_filter: ResizeFilter
     resize_order: ResizeOrder = ResizeOrder.RESIZE_FIRST
+    orientation: Orientation = Orientation.EXIF
     size_rule: SizeRule
     input_size: tuple[int, int] | None = None
     shortest: int | None = 800
@@ -443,6 +444,7 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
             size_rule=rules.size_rule,
             resize_filter=rules.resize_filter,
             resize_order=rules.resize_order,
+            orientation=rules.orientation,
             input_dtype=rules.input_dtype or InputDtype.UINT8,
             size_divisor=rules.size_divisor or 32,
             content=rules.content,

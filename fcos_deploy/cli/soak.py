@@ -63,7 +63,8 @@ def command(
     )
     opened = Detector.open(model, backend=backend, precision=precision, options=session)
     with opened as detector, progress_bar() as progress:
-        result = soak(detector, soak_images(images), inferences=inferences, threads=concurrency, progress=progress)
+        frames = soak_images(images, orientation=detector.contract.preprocess.orientation)
+        result = soak(detector, frames, inferences=inferences, threads=concurrency, progress=progress)
     if as_json:
         print_json({**detector.session.description, **soak_json(result)})
     note(str(result))

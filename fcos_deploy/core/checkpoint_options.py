@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.decode import BoxClip
-from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.core.enums import CenterMode, Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import open_regular
 from fcos_deploy.core.network import BoxActivation, ExtraSource, Upsampling
@@ -292,6 +292,11 @@ class CheckpointOptions:
         panel="Preprocessing",
         metavar="A,B,C",
         parse=_pixel,
+    )
+    orientation: Orientation | None = _option(
+        None,
+        "Whether image files are turned as their EXIF orientation says. Default: as the ecosystem does.",
+        panel="Preprocessing",
     )
     score_threshold: float | None = _option(
         None,

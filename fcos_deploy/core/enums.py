@@ -7,7 +7,17 @@ from typing import TypeVar
 
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["ArtifactKind", "CenterMode", "ComputeType", "NmsForm", "PerformanceHint", "Precision", "StrEnum", "Tail"]
+__all__ = [
+    "ArtifactKind",
+    "CenterMode",
+    "ComputeType",
+    "NmsForm",
+    "Orientation",
+    "PerformanceHint",
+    "Precision",
+    "StrEnum",
+    "Tail",
+]
 
 
 _Word = TypeVar("_Word", bound="StrEnum")
@@ -87,6 +97,18 @@ class PerformanceHint(StrEnum):
 
     LATENCY = "latency"
     THROUGHPUT = "throughput"
+
+
+class Orientation(StrEnum):
+    """Which way up an image file is read: as its EXIF orientation says, or as its pixels are stored.
+
+    ``exif``: mmdetection (OpenCV's decoder turns images) and detectron2 and AdelaiDet (``detection_utils.read_image``).
+    ``stored``: torchvision and tianzhi, whose datasets open files with PIL and don't transpose. PIL turns TIFF files by
+    itself, and those are turned here as well.
+    """
+
+    EXIF = "exif"
+    STORED = "stored"
 
 
 class CenterMode(StrEnum):

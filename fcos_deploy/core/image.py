@@ -15,6 +15,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.files import read_file
 from fcos_deploy.core.jpeg import jpeg_damage
@@ -95,8 +96,8 @@ def max_image_pixels() -> int:
     return int(text)
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image as (h, w, 3) uint8 RGB, upright as its EXIF orientation says.
+def read_image(path: Path, *, orientation: Orientation = Orientation.EXIF) -> NDArray[np.uint8]:
+    """An image as (h, w, 3) uint8 RGB, upright as its EXIF orientation says, or as its pixels are stored.
 
     Grayscale is repeated, 16 bits are cut to the upper 8, transparency is dropped, palettes are looked up.
 
@@ -113,10 +114,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise ImageError(f"Image '{path}' is empty.")
     header = _open_header(path, io.BytesIO(content))
     if header.format == "JPEG" and header.mode in ("L", "RGB"):
-        return _decode_jpeg(path, content)
+        return _decode_jpeg(path, content, orientation=orientation)
     if header.format == "JPEG" and (damage := jpeg_damage(content)):
         raise ImageError(f"Image '{path}' is damaged: {damage}.", hint="get it again, or leave it out")
-    return _decode_pillow(path, header)
+    return _decode_pillow(path, header, orientation=orientation)
 
 
 _EXIF_ORIENTATION = 0x0112
@@ -164,12 +165,15 @@ def _too_large(path: Path, limit: int, detail: str) -> ImageError:
     )
 
 
-def _decode_jpeg(path: Path, content: bytes) -> NDArray[np.uint8]:
+def _decode_jpeg(path: Path, content: bytes, *, orientation: Orientation) -> NDArray[np.uint8]:
     # OpenCV decodes JPEG to the same pixels as Pillow, in less than half the time.
     cv2 = require("cv2")
+    flags = cv2.IMREAD_COLOR
+    if orientation is Orientation.STORED:
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION
     image: NDArray[np.uint8] | None = None
     with contextlib.suppress(cv2.error):  # which it raises for some damage, and returns None for the rest
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     damage = jpeg_damage(content, image)  # OpenCV 4 fills what is missing with gray.
     if image is None or damage:
         raise ImageError(f"Image '{path}' is damaged{damage and f': {damage}'}.", hint="get it again, or leave it out")
@@ -177,12 +181,13 @@ def _decode_jpeg(path: Path, content: bytes) -> NDArray[np.uint8]:
     return image
 
 
-def _decode_pillow(path: Path, image: Any) -> NDArray[np.uint8]:
+def _decode_pillow(path: Path, image: Any, *, orientation: Orientation) -> NDArray[np.uint8]:
     try:
         deep = ";16" in str([tile[3] for tile in image.tile]) or image.mode.startswith("I")
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
             raise _no_white(path, "floating-point pixels" if image.mode == "F" else "integer pixels of 32 bits")
-        image = require("PIL.ImageOps").exif_transpose(image)
+        if orientation is Orientation.EXIF:
+            image = require("PIL.ImageOps").exif_transpose(image)
         if image.mode.startswith("I"):
             # 16-bit values, in whatever type Pillow chose for them: (h, w) -> (h, w, 3) of the upper 8 bits.
             values = np.clip(np.asarray(image), 0, 65535)

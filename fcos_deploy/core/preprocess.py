@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.enums import Orientation, StrEnum
 from fcos_deploy.core.errors import ConfigError, ImageError, InputSizeError, TensorMismatchError
 from fcos_deploy.core.libraries import require
 
@@ -92,6 +92,7 @@ class PreprocessSpec:
     with ``mean`` and ``std`` in the order of ``channel_order``. ``content`` is the (height, width) in the upper left of
     a canvas that the image is resized to; None: all of it. Padding is appended on the right and the bottom; its pixels
     are ``pad_pixel`` (in ``channel_order``), by default the mean, so that they are 0 after normalising.
+    ``orientation`` says which way up files are read before all of it.
     """
 
     mean: tuple[float, float, float]
@@ -109,6 +110,7 @@ class PreprocessSpec:
     size_divisor: int = 32
     content: tuple[int, int] | None = None
     pad_pixel: tuple[float, float, float] | None = None
+    orientation: Orientation = Orientation.EXIF
 
     def _require_bounded(self) -> None:
         sizes = (self.height, self.width, self.shortest, self.longest)

@@ -165,6 +165,16 @@ class Detector:
         """Class names by label."""
         return self.contract.class_names
 
+    def read(self, image: Image) -> NDArray[np.uint8]:
+        """The pixels of a file, (h, w, 3) uint8 RGB, turned as the contract says; an array as it is.
+
+        Raises:
+            ImageError: the file is not a usable image.
+        """
+        if not isinstance(image, (str, Path)):
+            return image
+        return read_image(Path(image), orientation=self.contract.preprocess.orientation)
+
     def detect(self, image: Image) -> Detections:
         """Detections of one image, best first.
 
@@ -173,7 +183,7 @@ class Detector:
             BackendError: the detector is closed, or the runtime failed.
         """
         self.session.check_process()  # before the lock, which another thread may have held at the fork
-        feeds, letterboxes = self._feeds.make([_pixels(image)], reuse=True)
+        feeds, letterboxes = self._feeds.make([self.read(image)], reuse=True)
         with self._turn:
             return self.finish(self.session.borrow(feeds), letterboxes)[0]
 
@@ -185,7 +195,7 @@ class Detector:
         """
         self.session.check_process()
         detections: list[Detections] = []
-        for group in windows(enumerate(map(_pixels, images))):
+        for group in windows(enumerate(map(self.read, images))):
             window = [pixels for _, pixels in group]
             chunks = self._feeds.chunks(window)
             requests = [self._feeds.make([window[index] for index in chunk]) for chunk in chunks]
@@ -221,7 +231,7 @@ class Detector:
             ConfigError: more images than the batch takes, or of different input sizes.
             ImageError: not a usable image.
         """
-        return self._feeds.make([_pixels(image) for image in images])
+        return self._feeds.make([self.read(image) for image in images])
 
     def infer(self, feeds: Tensors) -> Tensors:
         """Run the network on what ``prepare`` made; the outputs are the caller's own."""
@@ -279,10 +289,6 @@ class DetectorSpec:
         """Load it, for ``hint`` in place of the options' own; the caller closes it."""
         options = self.options if hint is None else replace(self.options, hint=hint)
         return Detector.open(self.model, backend=self.backend, precision=self.precision, options=options)
-
-
-def _pixels(image: Image) -> NDArray[np.uint8]:
-    return read_image(Path(image)) if isinstance(image, (str, Path)) else image
 
 
 def _with_threshold(contract: ModelContract, score_threshold: float | None) -> ModelContract:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.files import atomic_file
-from fcos_deploy.core.image import list_images, read_image, windows
+from fcos_deploy.core.image import list_images, windows
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
@@ -127,7 +127,7 @@ def _predict_images(
     def readable() -> Iterator[tuple[Path, NDArray[np.uint8]]]:
         for path in paths:
             try:
-                yield path, read_image(path)
+                yield path, detector.read(path)
             except ImageError as error:
                 unread.append(error)
 

@@ -14,7 +14,7 @@ from fcos_deploy.checkpoints.reader import count_of
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract, read_contract, sidecar_path
 from fcos_deploy.core.decode import ALL_CANDIDATES
-from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.enums import ArtifactKind, Orientation, Precision
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
 from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, kinds_of
@@ -157,6 +157,7 @@ def _contract_facts(contract: ModelContract) -> _Facts:
         how = "stretched" if pre.size_rule is SizeRule.STRETCH else "keeping the ratio"
         size = f"{pre.height}x{pre.width}{part}, {how}"
     top_k = "all" if decode.pre_nms_top_k == ALL_CANDIDATES else decode.pre_nms_top_k
+    upright = "turned as their EXIF says" if pre.orientation is Orientation.EXIF else "as stored, EXIF ignored"
     suppression = (
         f"score > {decode.score_threshold:g}, IoU {decode.iou_threshold:g}"
         f"{' across classes' if decode.class_agnostic else ''}, {top_k} a level, at most {decode.max_detections}"
@@ -164,6 +165,7 @@ def _contract_facts(contract: ModelContract) -> _Facts:
     return (
         ("class names", f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"),
         ("input", f"{pre.input_dtype} {pre.channel_order}, {size}, resized as {pre.resize_filter} does"),
+        ("image files", upright),
         ("post-processing", f"{decode.profile.name}: {suppression}"),
     )
 

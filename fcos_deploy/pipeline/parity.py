@@ -18,7 +18,6 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import require
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import Detector, DetectorSpec
@@ -55,7 +54,6 @@ def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) 
     Raises:
         FcosDeployError: one of the two cannot be opened or run, or there are no images.
     """
-    images = _images(request)
     options = SessionOptions(threads=request.candidate.options.threads)
     with request.candidate.open() as candidate:
         loaded = _load_like(request, candidate.contract)
@@ -63,7 +61,7 @@ def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) 
             return compare_stages(
                 reference,
                 candidate,
-                images,
+                _images(request, reference),
                 tolerance=request.tolerance,
                 network=loaded.model,
                 progress=progress,
@@ -86,7 +84,7 @@ def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) ->
 
     with request.candidate.open() as candidate:
         source = _load_like(request, candidate.contract)
-        feeds, _ = candidate.prepare([_images(request)[0].pixels])
+        feeds, _ = candidate.prepare([_images(request, candidate)[0].pixels])
         backend = candidate.session.description["backend"]
     options = request.candidate.options
     tolerance = request.tolerance or tolerance_for(candidate.contract.precision, options.compute)
@@ -124,6 +122,7 @@ def _load_like(request: ParityRequest, candidate: ModelContract) -> LoadedCheckp
     return replace(loaded, contract=contract)
 
 
-def _images(request: ParityRequest) -> Sequence[ParityImage]:
+def _images(request: ParityRequest, detector: Detector) -> Sequence[ParityImage]:
+    """The first images of the folder, as ``detector`` reads files."""
     images = folder_images(request.images)[: request.count]
-    return [ParityImage(image.path.name, read_image(image.path)) for image in images]
+    return [ParityImage(image.path.name, detector.read(image.path)) for image in images]

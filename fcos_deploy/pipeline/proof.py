@@ -24,7 +24,6 @@ from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.findings import undecided_because
 from fcos_deploy.core.gate import Gate, overall_outcome
-from fcos_deploy.core.image import read_image
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector, DetectorSpec
 from fcos_deploy.pipeline.steps import DeployContext, Variant
@@ -167,7 +166,7 @@ def write_golden(context: DeployContext) -> tuple[GoldenImage, ...]:
     def make(folder: Path) -> StepOutput:
         with _reference(context).open() as detector:
             contract = detector.contract
-            records = make_golden(map(read_image, paths), folder=folder, contract=contract, detect=detector.detect)
+            records = make_golden(map(detector.read, paths), folder=folder, contract=contract, detect=detector.detect)
         return StepOutput(values=[to_json(record) for record in records])
 
     inputs = {

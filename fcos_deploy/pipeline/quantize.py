@@ -31,7 +31,7 @@ from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate
-from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.image import list_images
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.core.score_drift import ScoreDrift, score_drift
@@ -237,6 +237,6 @@ def _time_trials(
         detectors = [
             stack.enter_context(Detector.open(p, backend=goal.backend, options=options)) for p in paths.values()
         ]
-        image = read_image(list_images(goal.images)[0])
+        image = detectors[0].read(list_images(goal.images)[0])
         timings = time_in_turns(detectors, image, options=_TIMING, progress=progress)
     return {trial: round(float(np.median(timing.whole)), 3) for trial, timing in zip(paths, timings, strict=True)}

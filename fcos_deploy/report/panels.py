@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.matching import DetectionMatch, MatchOptions, match_detections
+from fcos_deploy.accuracy.predictions import DetectionRun
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ImageError
 from fcos_deploy.core.image import read_image
@@ -82,7 +83,7 @@ def image_panels(data: ReportData, *, count: int = 4) -> list[ImagePanel]:
         worst.append((image, max(comparisons, key=lambda comparison: comparison.disagreement)))
     worst.sort(key=lambda entry: -entry[1].disagreement)
     return [
-        _draw(comparison, image.path, names=run.names, identifier=f"image-{index}")
+        _draw(comparison, image.path, run=run, identifier=f"image-{index}")
         for index, (image, comparison) in enumerate(worst[:count])
     ]
 
@@ -111,8 +112,8 @@ def _compare(variant: str, reference: Detections, candidate: Detections) -> _Com
     return _Comparison(variant, reference, candidate, match, changes, disagreement)
 
 
-def _draw(comparison: _Comparison, path: Path, *, names: tuple[str, ...], identifier: str) -> ImagePanel:
-    pixels = read_image(path)
+def _draw(comparison: _Comparison, path: Path, *, run: DetectionRun, identifier: str) -> ImagePanel:
+    pixels = read_image(path, orientation=run.orientation)
     scale = min(1.0, _MAX_SIDE / max(pixels.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
     shrunk = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
@@ -128,7 +129,7 @@ def _draw(comparison: _Comparison, path: Path, *, names: tuple[str, ...], identi
         jpeg=base64.b64encode(jpeg.tobytes()).decode("ascii"),
         width=width,
         height=height,
-        layers=_layers(comparison, names=names, scale=scale),
+        layers=_layers(comparison, names=run.names, scale=scale),
         missed=len(comparison.match.missed),
         extra=len(comparison.match.extra),
     )

@@ -257,7 +257,7 @@ def _unusual_images(folder: Path) -> dict[str, Path]:
     for name, image in images.items():
         image.save(folder / name)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter: 64 x 48 becomes 48 x 64
+    exif[0x0112] = 6  # a quarter turn, which torchvision, whose checkpoint this is, does not make
     Image.fromarray(pixels).save(folder / "turned.jpg", exif=exif)
     return {path.name: path for path in folder.iterdir()}
 
@@ -268,6 +268,6 @@ def test_unusual_images_are_detected_on(tmp_path: Path, tiny_onnx: Path, name: s
     result = _run("predict", tiny_onnx, path, "--json")
     assert result.exit_code == 0, result.stderr
     (document,) = json.loads(result.stdout)
-    sizes = {"one.png": (1, 1), "wide.png": (10_000, 8), "turned.jpg": (48, 64)}
+    sizes = {"one.png": (1, 1), "wide.png": (10_000, 8)}
     assert (document["width"], document["height"]) == sizes.get(name, (64, 48))
     assert all(0 <= v <= max(document["width"], document["height"]) for d in document["detections"] for v in d["box"])

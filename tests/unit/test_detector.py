@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fcos_deploy import ComputeType, Detections, Detector, Precision, SessionOptions, Tail
 from fcos_deploy.core.backend import Session, Tensors
 from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, ImageError
 from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec, SizeRule
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -320,3 +321,17 @@ def test_threads_reuse_their_own_buffers(detector: Detector, blobs: Images) -> N
         list(pool.map(address, blobs * 10))
     assert all(len(addresses) == 1 for addresses in seen.values())
     assert len(set().union(*seen.values())) == len(seen)
+
+
+def test_a_file_is_turned_as_the_contract_says(tiny_onnx: Path, tmp_path: Path) -> None:
+    """The tiny checkpoint is torchvision's, whose datasets read pixels as they are stored."""
+    pillow = pytest.importorskip("PIL.Image")
+    path, exif = tmp_path / "turned.jpg", pillow.Exif()
+    exif[0x0112] = 6
+    pillow.new("RGB", (40, 24), (10, 200, 30)).save(path, exif=exif)
+    with Detector.open(tiny_onnx) as detector:
+        assert detector.read(path).shape == (24, 40, 3)
+    contract = read_contract(tiny_onnx)
+    upright = contract.with_preprocess(replace(contract.preprocess, orientation=Orientation.EXIF))
+    with Detector.open(tiny_onnx, options=SessionOptions(contract=upright)) as detector:
+        assert detector.read(path).shape == (40, 24, 3)

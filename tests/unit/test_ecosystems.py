@@ -16,6 +16,7 @@ from fcos_deploy.checkpoints.ecosystems import all_ecosystems
 from fcos_deploy.checkpoints.load import CheckpointOptions, build_network
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
 from fcos_deploy.core.decode import CenterMode
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType, BoxActivation, TowerNorm
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
@@ -109,6 +110,17 @@ def test_torchvision_rules() -> None:
     assert (decode.profile.centers, decode.score_threshold, decode.iou_threshold) == (CenterMode.TORCHVISION, 0.2, 0.6)
     assert described.contract.class_names == COCO_91
     assert not described.config.has_scales
+
+
+def test_files_are_turned_where_the_ecosystem_turns_them() -> None:
+    """PIL, which torchvision's and tianzhi's datasets open files with, does not look at the EXIF orientation."""
+    by_ecosystem = {}
+    for name in LOADED:
+        described = _describe(name)
+        by_ecosystem[described.contract.ecosystem] = described.contract.preprocess.orientation
+        assert _decision(described, "orientation")[0] == described.contract.preprocess.orientation
+    stored = {name for name, orientation in by_ecosystem.items() if orientation is Orientation.STORED}
+    assert (stored, len(by_ecosystem)) == ({"torchvision", "tianzhi"}, 5)
 
 
 def test_torchvision_channels_are_category_ids() -> None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.image import MAX_PIXELS_VARIABLE, list_images, read_image, windows
 
@@ -143,6 +144,10 @@ def test_exif_orientation_is_applied(suffix: str, orientation: int, tmp_path: Pa
     image = read_image(path)
     assert image.shape == upright.shape
     assert np.abs(image.astype(int) - upright).mean() < 12  # JPEG blurs the edges
+    as_stored = read_image(path, orientation=Orientation.STORED)
+    expected = upright if suffix == ".tif" else stored  # PIL turns TIFF files, and so did the training.
+    assert as_stored.shape == expected.shape
+    assert np.abs(as_stored.astype(int) - expected).mean() < 12
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fcos_deploy.checkpoints.ecosystems.detectron2 import UNIT_STD, caffe_stride
 from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BackboneType, BoxActivation
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
@@ -28,6 +29,7 @@ def _rules(evidence: Evidence) -> Rules:
         std=UNIT_STD,
         resize_filter=ResizeFilter.PIL,
         size_rule=SizeRule.TIANZHI,
+        orientation=Orientation.STORED,
     )
     if evidence.network.backbone is not BackboneType.MOBILENET_V2:
         rules = rules.decide("rule of tianzhi: FrozenBatchNorm adds nothing to the variance", norm_eps=0.0)

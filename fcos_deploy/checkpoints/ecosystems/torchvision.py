@@ -6,7 +6,7 @@ Source: torchvision, ``models/detection/fcos.py``, ``transform.py``, ``anchor_ut
 from __future__ import annotations
 
 from fcos_deploy.checkpoints.rules import COCO_91, Ecosystem, Evidence, Rename, Rules
-from fcos_deploy.core.enums import CenterMode
+from fcos_deploy.core.enums import CenterMode, Orientation
 from fcos_deploy.core.errors import CheckpointError
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
 
@@ -32,6 +32,7 @@ def _rules(evidence: Evidence) -> Rules:
         resize_filter=ResizeFilter.TORCH,
         resize_order=ResizeOrder.NORMALIZE_FIRST,
         size_rule=SizeRule.TORCHVISION,
+        orientation=Orientation.STORED,
     ).decide("rule of torchvision: AnchorGenerator's sizes are not in the file", anchor_sizes=(8, 16, 32, 64, 128))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import json
+import logging
 import os
 import stat
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from fcos_deploy.bundle.manifest import SIGNATURE_NAME
 from fcos_deploy.core.errors import ConfigError, SignatureError
 from fcos_deploy.core.files import read_file, write_text
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.local_trust import own_file_bytes, state_folder
+from fcos_deploy.core.local_trust import own_file_bytes, own_folder, state_folder, write_own_file
 from fcos_deploy.core.serialize import from_json, to_json
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ __all__ = [
     "generate_key",
     "key_id",
     "public_key_text",
+    "require_no_rollback",
     "required_keys",
     "sign_bytes",
     "sign_manifest",
@@ -41,6 +44,8 @@ ed25519 = lazy_import("cryptography.hazmat.primitives.asymmetric.ed25519", extra
 exceptions = lazy_import("cryptography.exceptions", extra="sign")
 serialization = lazy_import("cryptography.hazmat.primitives.serialization", extra="sign")
 
+_LOG = logging.getLogger(__name__)
+
 # Binds the signature to its purpose, so that a signature made for something else cannot be reused.
 _PREFIX = b"fcos-deploy bundle manifest, version 1\n"
 _MAX_BYTES = 4096
@@ -50,20 +55,28 @@ _NEW_KEY = "make one with 'fcos-deploy sign --generate-key'"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
-    """Contents of SIGNATURE. ``key_id`` is the SHA-256 of the raw public key; ``sha256`` is over the other fields."""
+    """Contents of SIGNATURE. ``key_id`` is the SHA-256 of the raw public key; ``sha256`` is over the other fields.
+
+    ``version``, which rises from release to release, and ``expires``, a date, are signed with the manifest; 0 and ''
+    claim nothing.
+    """
 
     algorithm: str
     key_id: str
     signature: str
     sha256: str
+    version: int = 0
+    expires: str = ""
 
     def digest(self) -> str:
         """What ``sha256`` must be."""
-        return hashlib.sha256(f"{self.algorithm}\n{self.key_id}\n{self.signature}".encode()).hexdigest()
+        claims = f"\n{self.version}\n{self.expires}" if self.version or self.expires else ""
+        return hashlib.sha256(f"{self.algorithm}\n{self.key_id}\n{self.signature}{claims}".encode()).hexdigest()
 
     def text(self) -> str:
         """As it stands in the file."""
-        return json.dumps(to_json(self), indent=1, sort_keys=True) + "\n"
+        fields = {name: value for name, value in to_json(self).items() if value or name not in ("version", "expires")}
+        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
 
 def generate_key(private: Path, *, public: Path) -> str:
@@ -102,13 +115,27 @@ def key_id(public: Ed25519PublicKey) -> str:
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()
 
 
-def sign_manifest(root: Path, *, manifest: bytes, private_key: Path) -> Envelope:
+def _message(manifest: bytes, *, version: int, expires: str) -> bytes:
+    """What is signed: the manifest behind a line of its purpose and, where there are any, the claims beside it."""
+    if not version and not expires:
+        return _PREFIX + manifest
+    return b"fcos-deploy bundle manifest, version 2\n" + f"{version}\n{expires}\n".encode() + manifest
+
+
+def sign_manifest(root: Path, *, manifest: bytes, private_key: Path, version: int = 0, expires: str = "") -> Envelope:
     """Sign ``manifest``, the bytes that were checked, into the bundle in ``root``; an older signature is replaced.
 
     Raises:
         ConfigError: the key file cannot be used.
     """
-    envelope = sign_bytes(_PREFIX + manifest, private_key=private_key)
+    if expires:
+        try:
+            expires = datetime.date.fromisoformat(expires).isoformat()
+        except ValueError as error:
+            raise ConfigError(f"'{expires}' is not a date.", hint="for example 2027-12-31") from error
+    envelope = sign_bytes(_message(manifest, version=version, expires=expires), private_key=private_key)
+    envelope = replace(envelope, version=version, expires=expires)
+    envelope = replace(envelope, sha256=envelope.digest())
     for leftover in root.glob(f".{SIGNATURE_NAME}.*.partial"):  # of a process that was killed while it signed
         leftover.unlink(missing_ok=True)
     write_text(root / SIGNATURE_NAME, envelope.text())
@@ -195,11 +222,11 @@ def check_envelope(path: Path) -> Envelope:
     return envelope
 
 
-def check_signature(root: Path, *, manifest: bytes, public_keys: tuple[Path | str, ...]) -> str:
-    """Require that one of ``public_keys`` signed ``manifest``, the bytes that were read in ``root``: the key's id.
+def check_signature(root: Path, *, manifest: bytes, public_keys: tuple[Path | str, ...]) -> Envelope:
+    """Require that one of ``public_keys`` signed ``manifest``, the bytes that were read in ``root``.
 
     Raises:
-        SignatureError: there is no signature, or none of these keys made it.
+        SignatureError: there is no signature, none of these keys made it, or it has expired.
     """
     if not public_keys:
         raise ConfigError("A signature can only be checked with a public key.", hint="--public-key KEY.pem")
@@ -207,7 +234,39 @@ def check_signature(root: Path, *, manifest: bytes, public_keys: tuple[Path | st
     if not os.path.lexists(path):
         raise SignatureError(f"The bundle '{root}' is not signed.", hint="sign it with 'fcos-deploy sign'")
     envelope = check_envelope(path)
-    return check_bytes(_PREFIX + manifest, envelope, public_keys=public_keys, subject=f"the manifest of '{root}'")
+    message = _message(manifest, version=envelope.version, expires=envelope.expires)
+    check_bytes(message, envelope, public_keys=public_keys, subject=f"the manifest of '{root}'")
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    if envelope.expires and today > envelope.expires:
+        raise SignatureError(
+            f"The bundle '{root}' expired on {envelope.expires}.", hint="get a newer one from the one who signed it"
+        )
+    return envelope
+
+
+def require_no_rollback(name: str, envelope: Envelope) -> None:
+    """Refuse an older version of a bundle than this user has opened, and remember this one.
+
+    What is remembered is the highest version for each key and name, in the user's state folder.
+
+    Raises:
+        SignatureError: naming both versions.
+    """
+    identity = hashlib.sha256(f"{envelope.key_id}\n{name}".encode()).hexdigest()[:32]
+    try:
+        mark = own_folder(state_folder() / "versions") / identity
+    except ConfigError as error:
+        _LOG.info("the versions of bundles are not remembered: %s", error.message)
+        return
+    text = (own_file_bytes(mark, private=True) or b"0").decode(errors="replace")
+    highest = int(text) if text.isdecimal() and len(text) < 20 else 0
+    if envelope.version < highest:
+        raise SignatureError(
+            f"The bundle '{name}' is version {envelope.version}, and version {highest} of it was opened here before.",
+            hint=f"get the newer one; to go back on purpose, remove '{mark}'",
+        )
+    if envelope.version > highest:
+        write_own_file(mark, str(envelope.version).encode())
 
 
 def check_bytes(message: bytes, envelope: Envelope, *, public_keys: tuple[Path | str, ...], subject: str = "it") -> str:

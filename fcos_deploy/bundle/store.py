@@ -26,8 +26,21 @@ from fcos_deploy.bundle.manifest import (
     Manifest,
     parse_manifest,
 )
-from fcos_deploy.bundle.signature import check_envelope, check_signature, sign_manifest
-from fcos_deploy.core.errors import BackendLoadError, BundleError, BundleReplacedError, ChecksumError, ConfigError
+from fcos_deploy.bundle.signature import (
+    Envelope,
+    check_envelope,
+    check_signature,
+    require_no_rollback,
+    sign_manifest,
+)
+from fcos_deploy.core.errors import (
+    BackendLoadError,
+    BundleError,
+    BundleReplacedError,
+    ChecksumError,
+    ConfigError,
+    SignatureError,
+)
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.onnx_file import external_locations
 
@@ -65,7 +78,7 @@ class _Checked:
 
     content: bytes
     manifest: Manifest
-    signed_by: str
+    envelope: Envelope | None
     inode: tuple[int, int]
 
     @property
@@ -81,7 +94,11 @@ class Bundle:
         self.manifest = content.manifest
         self.manifest_bytes = content.content  # those that were checked
         self.manifest_sha256 = content.sha256  # identifies this bundle in records
-        self.signed_by = content.signed_by  # id of the key that was checked; '' when none was asked for
+        self.signed_by = (
+            content.envelope.key_id if content.envelope else ""
+        )  # id of the key that was checked; '' when none was asked for
+        # As signed; 0 when nothing was claimed, or no key asked for.
+        self.version = content.envelope.version if content.envelope else 0
         self.source = source
         self.trust = trust
         self.is_archive = temporary
@@ -107,6 +124,22 @@ class Bundle:
     def adopt(self, files: Mapping[str, Path]) -> None:
         """Let ``path`` find the files of a device layer, once they are checked."""
         self._adopted.update(files)
+
+    def require_identity(self, *, name: str = "", version: int = 0) -> None:
+        """Raise unless this is the bundle ``name``, signed as ``version`` or later; empty and 0 ask for nothing.
+
+        Raises:
+            SignatureError: naming what differs.
+        """
+        if name and self.manifest.name != name:
+            raise SignatureError(
+                f"The bundle '{self.source}' is '{self.manifest.name}', not '{name}'.", hint="open the right bundle"
+            )
+        if self.version < version:
+            raise SignatureError(
+                f"The bundle '{self.source}' is signed as version {self.version}, {version} or later is needed.",
+                hint="get a newer one from the one who signed it",
+            )
 
     def require_not_replaced(self) -> None:
         """Raise when another bundle has taken the place of this one since it was opened.
@@ -215,12 +248,14 @@ def _check(root: Path, public_keys: tuple[Path | str, ...]) -> _Checked:
     inode = _inode(root)
     try:
         content = _manifest_bytes(root)
-        signed_by = check_signature(root, manifest=content, public_keys=public_keys) if public_keys else ""
+        envelope = check_signature(root, manifest=content, public_keys=public_keys) if public_keys else None
         manifest = _parsed(content, root)
         check_files(root, manifest)
+        if envelope is not None:
+            require_no_rollback(manifest.name, envelope)
     except OSError as error:
         raise BundleError(f"Cannot read the bundle '{root}': {error}.", hint="check its permissions") from error
-    return _Checked(content, manifest, signed_by, inode)
+    return _Checked(content, manifest, envelope, inode)
 
 
 def pack(bundle: Path, tar: Path, *, public_keys: tuple[Path | str, ...] = ()) -> None:
@@ -236,8 +271,10 @@ def pack(bundle: Path, tar: Path, *, public_keys: tuple[Path | str, ...] = ()) -
         pack_files(opened.root, names=[*opened.manifest.all_files, *extra], output=tar)
 
 
-def sign(bundle: Path, *, private_key: Path) -> str:
+def sign(bundle: Path, *, private_key: Path, version: int = 0, expires: str = "") -> str:
     """Check the bundle in the folder ``bundle`` and sign it; returns the key's id.
+
+    ``version`` rises from release to release, ``expires`` is a date; 0 and '' claim nothing.
 
     Raises:
         ConfigError: an archive, or a key that cannot be used.
@@ -245,7 +282,14 @@ def sign(bundle: Path, *, private_key: Path) -> str:
     if is_archive(bundle):
         raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
     with open_bundle(bundle) as opened:
-        return sign_manifest(opened.root, manifest=opened.manifest_bytes, private_key=private_key).key_id
+        envelope = sign_manifest(
+            opened.root,
+            manifest=opened.manifest_bytes,
+            private_key=private_key,
+            version=version,
+            expires=expires,
+        )
+        return envelope.key_id
 
 
 def digest_line(manifest_sha256: str) -> str:

@@ -45,6 +45,7 @@ __all__ = [
     "Checkpoint",
     "Compute",
     "Device",
+    "ExpectName",
     "Graph",
     "Images",
     "Json",
@@ -53,6 +54,7 @@ __all__ = [
     "Limit",
     "MaxMapDrop",
     "MinMatchRate",
+    "MinVersion",
     "Model",
     "Opset",
     "PublicKeys",
@@ -212,6 +214,14 @@ PublicKeys = Annotated[
         metavar="PEM",
         panel=TRUST,
     ),
+]
+ExpectName = Annotated[
+    str,
+    option("Name that the bundle must have. Default: any.", "--expect-name", metavar="NAME", panel=TRUST),
+]
+MinVersion = Annotated[
+    int,
+    option("Lowest version that the bundle must be signed as; needs a key.", "--min-version", min=0, panel=TRUST),
 ]
 RequireSignature = Annotated[
     bool, option("Restriction to bundles that are signed with a --public-key.", "--require-signature", panel=TRUST)

@@ -27,6 +27,18 @@ def command(
             panel=cli.TRUST,
         ),
     ] = False,
+    version: Annotated[
+        int,
+        cli.option(
+            "Version of the bundle, signed with it; devices refuse an older one than they opened. 0 claims none.",
+            min=0,
+            panel=cli.TRUST,
+        ),
+    ] = 0,
+    expires: Annotated[
+        str,
+        cli.option("Last day on which the signature counts. Default: no end.", metavar="YYYY-MM-DD", panel=cli.TRUST),
+    ] = "",
     device: Annotated[
         bool,
         cli.option(
@@ -63,7 +75,7 @@ def command(
         identity = write_key_pair(key, public=public)
         note(f"wrote '{key}' (keep it secret) and '{public}' (give it to the devices)")
     if bundle is not None:
-        identity = sign(bundle, private_key=key)
+        identity = sign(bundle, private_key=key, version=version, expires=expires)
         note(f"signed '{bundle}' with key {identity[:16]}...")
     if as_json:
         print_json({"key_id": identity, "bundle": str(bundle) if bundle else None})

@@ -29,6 +29,8 @@ def command(
     allow_fallback: cli.AllowFallback = False,
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
+    expect_name: cli.ExpectName = "",
+    min_version: cli.MinVersion = 0,
     trust_local_builds: cli.TrustLocalBuilds = False,
     allow_engine_code: cli.AllowEngineCode = False,
     log: Annotated[
@@ -69,6 +71,7 @@ def command(
     )
     opening = open_bundle(bundle, public_keys=keys, trust_local_builds=trust_local_builds)
     with opening as opened, progress_bar() as progress:
+        opened.require_identity(name=expect_name, version=min_version)
         record = verify.verify_bundle(opened, options=options, progress=progress)
         written = verify.write_record(record, bundle=opened, log=log)
         if export is not None:

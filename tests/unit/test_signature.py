@@ -200,3 +200,47 @@ def test_a_broken_bundle_is_not_signed(
     with pytest.raises(BundleError):
         sign(bundle, private_key=keys[0])
     assert not (bundle / "SIGNATURE").exists()
+
+
+def test_a_version_that_was_opened_is_not_rolled_back(
+    signed: Path, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FCOS_DEPLOY_STATE", str(tmp_path / "state"))
+    for version in (3, 4):
+        sign(signed, private_key=keys[0], version=version)
+        assert open_bundle(signed, public_keys=(keys[1],)).version == version
+    for version in (3, 0):
+        sign(signed, private_key=keys[0], version=version)
+        with pytest.raises(SignatureError, match=f"is version {version}, and version 4 of it"):
+            open_bundle(signed, public_keys=(keys[1],))
+    assert open_bundle(signed).version == 0  # no key, no promise
+
+
+def test_what_is_claimed_beside_the_manifest_is_signed(signed: Path, keys: tuple[Path, Path]) -> None:
+    import json
+    from dataclasses import replace
+
+    from fcos_deploy.bundle.signature import check_envelope
+
+    sign(signed, private_key=keys[0], version=1, expires="2020-01-31")
+    with pytest.raises(SignatureError, match="expired on 2020-01-31"):
+        open_bundle(signed, public_keys=(keys[1],))
+    claimed = replace(check_envelope(signed / "SIGNATURE"), expires="2999-01-31", version=9)
+    forged = replace(claimed, sha256=claimed.digest())
+    (signed / "SIGNATURE").write_text(forged.text())
+    assert json.loads((signed / "SIGNATURE").read_text())["version"] == 9
+    with pytest.raises(SignatureError, match="does not fit"):
+        open_bundle(signed, public_keys=(keys[1],))
+    with pytest.raises(ConfigError, match="is not a date"):
+        sign(signed, private_key=keys[0], expires="soon")
+
+
+def test_another_bundle_of_the_same_signer_does_not_pass_for_the_one_that_is_meant(
+    signed: Path, keys: tuple[Path, Path]
+) -> None:
+    bundle = open_bundle(signed, public_keys=(keys[1],))
+    bundle.require_identity(name="cells")
+    with pytest.raises(SignatureError, match="is 'cells', not 'plates'"):
+        bundle.require_identity(name="plates")
+    with pytest.raises(SignatureError, match="2 or later is needed"):
+        bundle.require_identity(version=2)

@@ -1,6 +1,6 @@
 """The bundle: a detector, the contract around it and the proof, in one folder that can be trusted."""
 
-from fcos_deploy.bundle.golden import GoldenImage, make_golden
+from fcos_deploy.bundle.golden import GoldenDetections, GoldenImage, GoldenRun, make_golden
 from fcos_deploy.bundle.manifest import (
     DEFAULT_GATES,
     AccuracyFigure,
@@ -30,7 +30,9 @@ __all__ = [
     "BundleWriter",
     "CalibrationRecord",
     "FileRecord",
+    "GoldenDetections",
     "GoldenImage",
+    "GoldenRun",
     "Manifest",
     "Provenance",
     "Requirements",

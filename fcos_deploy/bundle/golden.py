@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import BundleError, ImageError
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import lazy_import
@@ -22,6 +23,7 @@ from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec, preprocess
 __all__ = [
     "GoldenDetections",
     "GoldenImage",
+    "GoldenRun",
     "TensorFingerprint",
     "fingerprint",
     "fingerprint_difference",
@@ -96,6 +98,22 @@ class GoldenImage:
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1 or self.height * self.width > _MAX_PIXELS:
             raise BundleError(f"Golden image '{self.path[:80]}' cannot be {self.height}x{self.width}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenRun:
+    """What one artifact detects in the golden images, in their order, on the machine that made the bundle.
+
+    ``artifact`` is its path in the bundle. ``errors`` summarise how far that is from the reference's detections:
+    ``edge_px_p50``, ``edge_px_p90`` (largest edge error of a box, image pixels), ``score_p50``, ``score_p90``.
+    """
+
+    artifact: str
+    backend: str
+    precision: Precision
+    compute: ComputeType
+    detections: tuple[GoldenDetections, ...]
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def fingerprint(tensor: NDArray[Any]) -> TensorFingerprint:

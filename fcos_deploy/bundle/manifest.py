@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from fcos_deploy.bundle.golden import GoldenImage
+from fcos_deploy.bundle.golden import GoldenImage, GoldenRun
 from fcos_deploy.core.contract import Decision, ModelContract
-from fcos_deploy.core.enums import ArtifactKind, Precision, StrEnum
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
 from fcos_deploy.core.findings import Finding
 from fcos_deploy.core.gate import Gate, Outcome
@@ -244,6 +244,7 @@ class Manifest:
     files: tuple[FileRecord, ...] = ()
     gates: dict[Precision, Gate] = field(default_factory=dict)
     golden: tuple[GoldenImage, ...] = ()
+    golden_runs: tuple[GoldenRun, ...] = ()
     calibration: tuple[CalibrationRecord, ...] = ()
     accuracy: tuple[AccuracyFigure, ...] = ()
     benchmark: tuple[BenchmarkFigure, ...] = ()
@@ -261,6 +262,9 @@ class Manifest:
         unlisted = [golden.path for golden in self.golden if golden.path not in listed]
         if unlisted:
             raise BundleError(f"Golden image '{unlisted[0][:80]}' is not among the manifest's files.")
+        for run in self.golden_runs:
+            if run.artifact not in listed or len(run.detections) != len(self.golden):
+                raise BundleError(f"The golden run of '{run.artifact[:80]}' does not fit the bundle.")
         hashes = {record.sha256 for record in self.all_files.values()} | {self.provenance.checkpoint_sha256, ""}
         for artifact in self.artifacts:
             missing = sorted(set(artifact.companions) - set(listed))
@@ -276,6 +280,20 @@ class Manifest:
         """Every listed file by its path."""
         return {record.path: record for record in (*self.artifacts, *self.files)}
 
+    def golden_run(self, artifact: Artifact, *, backend: str, compute: ComputeType) -> GoldenRun | None:
+        """What ``artifact`` gave where the bundle was made, or its nearest relative that was run there.
+
+        That is the same file on the same backend, then on another one, then the graph that it was built from, and last
+        any artifact of its precision; always computed in ``compute``.
+        """
+        parents = {record.path for record in self.artifacts if record.sha256 == artifact.parent}
+        related: list[tuple[int, GoldenRun]] = []
+        for run in self.golden_runs:
+            if run.precision is artifact.precision and run.compute is compute:
+                same, parent = run.artifact == artifact.path, run.artifact in parents
+                related.append((0 if same and run.backend == backend else 1 if same else 2 if parent else 3, run))
+        return min(related, key=lambda ranked: ranked[0])[1] if related else None
+
     def gate(self, precision: Precision) -> Gate:
         """What must hold for artifacts of this precision.
 
@@ -283,7 +301,7 @@ class Manifest:
             BundleError: when the manifest has none, or one that leaves open what verification judges.
         """
         gate = self.gates.get(precision, Gate())
-        if None in (gate.max_map_drop, gate.min_match_rate, gate.min_iou, gate.max_score_delta):
+        if None in (gate.min_match_rate, gate.min_iou, gate.max_score_delta):
             raise BundleError(
                 f"The bundle has no complete accuracy gate for '{precision}'.",
                 hint="make the bundle again with 'fcos-deploy deploy'",

@@ -232,11 +232,12 @@ class BundleWriter:
         self._journal.add(step)
         return step
 
-    def finish(self, manifest: Manifest) -> Path:
+    def finish(self, manifest: Manifest, *, check: Callable[[Path], None] | None = None) -> Path:
         """Write the manifest, check the whole, and give it the final name in one move.
 
         ``manifest`` comes without artifacts and files: those of this run's steps are filled in. What only earlier runs
-        made is dropped.
+        made is dropped. ``check`` is given the finished folder before it gets its name; what it raises keeps the older
+        bundle in place, and the steps for the next run.
 
         Raises:
             BundleError: the result is not consistent.
@@ -252,6 +253,9 @@ class BundleWriter:
             write_text(self.path(MANIFEST_NAME), text)
             write_text(self.path(DIGEST_NAME), digest_line(sha256_file(self.path(MANIFEST_NAME))))
             check_files(self._files, read_manifest(self._files))
+        if check is not None:
+            check(self._files)
+        with _writing(self.target):
             replace_folder(self._files, self.target)
             shutil.rmtree(self._work)
         return self.target

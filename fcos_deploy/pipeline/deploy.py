@@ -72,7 +72,8 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
 
     Raises:
         AccuracyGateError: an INT8 variant cannot hold the gate (the bundle is made, with the float artifacts only), or
-            an engine is not the same detector (no bundle is made).
+            an engine is not the same detector or the finished bundle fails its own ``verify`` (no bundle is made).
+        InconclusiveError: the images show too little to verify an engine by (no bundle is made).
         FcosDeployError: a step failed; what was finished is kept for the next run.
     """
     started = time.perf_counter()
@@ -89,12 +90,13 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         )
         context = DeployContext(request, loaded, loaded.contract, images, writer, progress)
         variants, calibrated, refused = _make_artifacts(context, backends)
-        golden = proof.write_golden(context)
         evaluations = proof.measure_accuracy(context, variants)
         require_all(evaluations.verdicts, allow_inconclusive=True)  # Such a bundle is made, and says so.
+        golden = proof.write_golden(context, evaluations)
         benchmark = proof.measure_speed(context, variants)
         manifest = replace(
             _manifest(context, variants, calibrated=calibrated, golden=golden),
+            golden_runs=proof.run_golden(context, variants, golden),
             accuracy=proof.accuracy_figures(context, variants, evaluations),
             benchmark=proof.benchmark_figures(context, variants, benchmark),
         )
@@ -103,7 +105,7 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         write_report_step(
             context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes
         )
-        bundle = writer.finish(manifest)
+        bundle = writer.finish(manifest, check=lambda folder: proof.replay_verify(folder, variants, progress=progress))
     if refused:
         raise AccuracyGateError(
             f"{refused[0].message}\nThe bundle '{bundle}' holds the float artifacts only.", hint=refused[0].hint

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from fcos_deploy.accuracy.evaluate import (
     Evaluation,
@@ -14,16 +17,32 @@ from fcos_deploy.accuracy.evaluate import (
     judge_evaluation,
     widened_evaluation,
 )
+from fcos_deploy.accuracy.golden_check import choose_golden, detection_errors, image_scale
+from fcos_deploy.accuracy.verify import VerifyOptions, require_verified, verify_bundle
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, run_benchmark
-from fcos_deploy.bundle import AccuracyFigure, Artifact, BenchmarkFigure, GoldenImage, StepOutput, make_golden
+from fcos_deploy.bundle import (
+    AccuracyFigure,
+    Artifact,
+    BenchmarkFigure,
+    GoldenDetections,
+    GoldenImage,
+    GoldenRun,
+    StepOutput,
+    make_golden,
+    open_bundle,
+)
+from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.checkpoints.load import LoadedCheckpoint
 from fcos_deploy.core.backend import ComputeType, PerformanceHint, SessionOptions
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.findings import undecided_because
 from fcos_deploy.core.gate import Gate, overall_outcome
+from fcos_deploy.core.progress import ProgressFn
+from fcos_deploy.core.registry import all_backends, get_backend
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector, DetectorSpec
 from fcos_deploy.pipeline.steps import DeployContext, Variant
@@ -33,13 +52,14 @@ __all__ = [
     "benchmark_figures",
     "measure_accuracy",
     "measure_speed",
+    "replay_verify",
+    "run_golden",
     "with_bf16",
     "write_golden",
 ]
 
 # A float32 artifact computes what PyTorch computes: a drop that shows in the third decimal is a fault, not rounding.
 _FP32_MAP_DROP = 0.0005
-_GOLDEN_IMAGES = 4
 _TIMING = TimingOptions(rounds=6, throughput_seconds=1.0)
 
 
@@ -157,11 +177,17 @@ def accuracy_figures(
     return tuple(figures)
 
 
-def write_golden(context: DeployContext) -> tuple[GoldenImage, ...]:
-    """A few evaluation images, evenly spaced, with what the reference detects in them."""
-    images = context.images.evaluation
-    count = min(_GOLDEN_IMAGES, len(images))
-    paths = [images[i * len(images) // count].path for i in range(count)]
+def write_golden(context: DeployContext, evaluations: Evaluations) -> tuple[GoldenImage, ...]:
+    """The evaluation images that carry most evidence, with what the reference detects in them.
+
+    Raises:
+        InconclusiveError: the images show too little to verify an engine by.
+    """
+    if evaluations.reference is None:  # Excluded: a deployment is always measured against its checkpoint.
+        raise ConfigError("Golden detections need the reference.")
+    images, detections = evaluations.dataset.images, evaluations.reference.run.detections
+    chosen = choose_golden([detections[image.image_id] for image in images], decode=context.contract.decode)
+    paths = [images[index].path for index in chosen]
 
     def make(folder: Path) -> StepOutput:
         with _reference(context).open() as detector:
@@ -172,10 +198,82 @@ def write_golden(context: DeployContext) -> tuple[GoldenImage, ...]:
     inputs = {
         "checkpoint": context.contract.source_sha256,
         "contract": repr(context.contract),
-        "images": context.images.evaluation_key,
+        "images": " ".join(sha256_file(path) for path in paths),
     }
     step = context.writer.step("golden", inputs=inputs, make=make)
     return tuple(from_json(GoldenImage, value) for value in step.values)
+
+
+def run_golden(
+    context: DeployContext, variants: list[Variant], golden: tuple[GoldenImage, ...]
+) -> tuple[GoldenRun, ...]:
+    """What every variant detects in the golden images, and every graph from which a device builds its engine.
+
+    An engine on a device is compared with these: they have the same rounding, which the reference has not.
+    """
+    specs = list(variants)
+    if "onnxruntime" in all_backends() and get_backend("onnxruntime").probe().available:
+        measured = {variant.artifact.path for variant in variants}
+        for step in context.writer.finished:
+            for artifact in step.artifacts:
+                if artifact.kind is ArtifactKind.ONNX and artifact.path not in measured:
+                    path, precision = context.writer.path(artifact.path), artifact.precision
+                    specs.append(Variant(model=path, backend="onnxruntime", precision=precision, artifact=artifact))
+
+    def make(_: Path) -> StepOutput:
+        images = [read_golden_image(context.writer.path(image.path), image) for image in golden]
+        scales = [image_scale(context.contract, (image.height, image.width)) for image in golden]
+        reference = [image.detections.to_detections() for image in golden]
+        runs = []
+        for index, spec in enumerate(specs):
+            with spec.open() as detector:
+                detected = [detector.detect(image) for image in images]
+            runs.append(_golden_run(spec, reference, detected, scales=scales))
+            context.progress("golden images", index + 1, len(specs))
+        return StepOutput(values=to_json(runs))
+
+    inputs = {
+        "golden": json.dumps(to_json(golden), sort_keys=True),
+        "artifacts": " ".join(f"{s.backend} {s.compute} {s.artifact.sha256}" for s in specs),
+    }
+    step = context.writer.step("golden-runs", inputs=inputs, make=make)
+    return tuple(from_json(GoldenRun, value) for value in step.values)
+
+
+def _golden_run(
+    spec: Variant, reference: list[Detections], detected: list[Detections], *, scales: list[float]
+) -> GoldenRun:
+    edges, scores = detection_errors(reference, detected, scales=scales)
+    errors = {
+        f"{name}_p{percent}": round(float(np.percentile(values[np.isfinite(values)], percent)), 6)
+        for name, values in (("edge_px", edges), ("score", scores))
+        for percent in (50, 90)
+        if np.isfinite(values).any()
+    }
+    return GoldenRun(
+        artifact=spec.artifact.path,
+        backend=spec.backend,
+        precision=spec.artifact.precision,
+        compute=spec.compute,
+        detections=tuple(map(GoldenDetections.from_detections, detected)),
+        errors=errors,
+    )
+
+
+def replay_verify(folder: Path, variants: list[Variant], *, progress: ProgressFn) -> None:
+    """Verify the finished bundle in ``folder`` as a device will, with every variant that runs here.
+
+    Raises:
+        AccuracyGateError: it does not hold, or has too little evidence.
+    """
+    with open_bundle(folder) as bundle:
+        for variant in variants:
+            options = VerifyOptions(
+                backend=variant.backend,
+                precision=variant.artifact.precision,
+                session=SessionOptions(compute=variant.compute),
+            )
+            require_verified(verify_bundle(bundle, options=options, progress=progress))
 
 
 def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:

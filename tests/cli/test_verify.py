@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,8 +33,6 @@ def _run(*arguments: str | Path) -> Result:
 
 def _remake(bundle: Path, change: object) -> None:
     """Change the manifest and make its digest fit, as one who is allowed to would."""
-    import hashlib
-
     value = json.loads((bundle / "manifest.json").read_text())
     change(value)  # type: ignore[operator]
     text = json.dumps(value)
@@ -47,8 +46,8 @@ def test_a_moved_bundle_is_verified_and_the_record_is_kept(bundle: Path) -> None
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
     (suite,) = ElementTree.parse(junit).getroot()
-    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("2", "0")
-    assert [case.attrib["name"] for case in suite] == ["preprocessing", "min_match_rate"]
+    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("3", "0")
+    assert [case.attrib["name"] for case in suite] == ["preprocessing", "min_match_rate", "values"]
     assert (record["outcome"], record["matched"], record["backend"]) == ("passed", 1.0, "onnxruntime")
     assert record["preprocessing"]["exact"] == record["preprocessing"]["images"] == 4
     assert sum(image["expected"] for image in record["images"]) > 10
@@ -126,6 +125,43 @@ def test_detections_that_are_not_the_certified_ones_give_exit_code_4(bundle: Pat
     assert kept["outcome"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("output", "factor", "offset", "fault"),
+    [
+        ("distances", 1.0, (-0.5, 0.0, 0.5, 0.0), "shift in x differs by +"),
+        ("distances", 0.9, (0.0, 0.0, 0.0, 0.0), "width differs by -1"),
+        ("centerness", 1.0, (-0.8,), "score differs by -"),
+    ],
+)
+def test_small_damage_that_every_detection_shares_is_found(
+    bundle: Path, output: str, factor: float, offset: tuple[float, ...], fault: str
+) -> None:
+    """The engine itself is damaged, and every box overlaps the certified one by more than the INT8 gate asks for."""
+    onnx = pytest.importorskip("onnx")
+    path = bundle / "model.fp32.onnx"
+    model = onnx.load(str(path))
+    (node,) = (node for node in model.graph.node if output in node.output)
+    node.output[list(node.output).index(output)] = "undamaged"
+    for name, value in (("factor", [factor]), ("offset", list(offset))):
+        tensor = onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [len(value)], value)
+        model.graph.initializer.append(tensor)
+    model.graph.node.append(onnx.helper.make_node("Mul", ["undamaged", "factor"], ["scaled"]))
+    model.graph.node.append(onnx.helper.make_node("Add", ["scaled", "offset"], [output]))
+    onnx.save(model, str(path))
+    loose = {"min_iou": 0.5, "max_score_delta": 0.3, "min_match_rate": 0.5, "max_map_drop": 0.01}
+
+    def change(manifest: dict) -> None:
+        record = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+        manifest["artifacts"][0].update(record)
+        manifest["gates"]["fp32"].update(loose)
+
+    _remake(bundle, change)
+    done = _run("verify", bundle, "--json")
+    assert done.exit_code == 4
+    problems = json.loads(done.stdout)["values"]["problems"]
+    assert any(problem.startswith(fault) for problem in problems), problems
+
+
 def test_a_changed_preprocessing_is_found_first_and_named(bundle: Path, tmp_path: Path) -> None:
     _remake(bundle, lambda manifest: manifest["contract"]["preprocess"].update(channel_order="bgr"))
     done = _run("verify", bundle, "--junit", tmp_path / "junit.xml")
@@ -133,7 +169,7 @@ def test_a_changed_preprocessing_is_found_first_and_named(bundle: Path, tmp_path
     assert "preprocessing differs" in done.stderr
     assert "channels are swapped" in done.stderr
     (suite,) = ElementTree.parse(tmp_path / "junit.xml").getroot()
-    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("2", "2")
+    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("3", "3")
     first = suite[0].find("failure")
     assert first is not None
     assert "channels are swapped" in first.attrib["message"]

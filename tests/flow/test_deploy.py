@@ -117,7 +117,7 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(
         tiny_checkpoint, smooth_images, bundle, "--min-match-rate", "0", "--judge", "point", "--allow-inconclusive"
     )
     with monkeypatch.context() as cut:
-        cut.setattr(BundleWriter, "finish", lambda *_: sys.exit("cut off"))
+        cut.setattr(BundleWriter, "finish", lambda *_, **__: sys.exit("cut off"))
         assert CliRunner().invoke(build_app(), arguments).exit_code == 1
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".bundle.work" / "files").iterdir()}
     assert "report.html" in written

@@ -1,0 +1,439 @@
+"""Compares golden detections value by value: with the reference's, and with the artifact's own when it was certified.
+
+A single box of an INT8 engine may lie a pixel elsewhere and say nothing. A shift that all boxes share says that the
+engine is another one, even if it is a third of a pixel. So every quantity is tested over all pairs of detections, and
+over those of each image and each class. Medians are used throughout: where two boxes nearly tie, suppression keeps the
+other one, and such a pair differs by tens of pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcos_deploy.accuracy.matching import DetectionMatch, MatchOptions, match_detections
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.decode import DecodeSpec
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.errors import InconclusiveError
+from fcos_deploy.core.gate import Gate, Outcome, interval_outcome, overall_outcome
+
+__all__ = [
+    "MIN_EVIDENCE",
+    "GoldenCheck",
+    "ValueTest",
+    "check_golden",
+    "choose_golden",
+    "detection_errors",
+    "image_scale",
+    "judged_floor",
+]
+
+_FEWEST_IMAGES, _MOST_IMAGES = 4, 8  # golden images
+_PER_CELL = 3  # detections of a class and size after which more of them add less than others
+_PLENTY = 40  # detections after which further golden images must show what the others don't
+
+# Pairs below which nothing is concluded: the 99 % interval of a median needs eight (2 * 0.5 ** 8 < 0.01).
+MIN_EVIDENCE = 8
+_CONFIDENCE = 0.99
+# The rate at which detections that were certified on one machine are found again on another one. INT8 in other kernels
+# finds 98 to 99.5 % of them (benchmarks/golden_faults.py).
+_FOUND_AGAIN = 0.97
+_CHANCE = 0.001  # A group that finds as few as this rarely happens by chance is a fault.
+_SCORE_MARGIN = 0.05  # Scores nearer than this to the threshold may come and go between machines.
+
+# How far the median may lie from the baseline's. INT8 in other kernels: 0.03 pixels, 0.1 % of a size, 0.1 % of a score.
+_LIMITS = {"shift in x": 0.2, "shift in y": 0.2, "stretch in x": 0.2, "stretch in y": 0.2}
+_RATIO_LIMITS = {"width": 0.015, "height": 0.015, "score": 0.03}
+# Errors that count as none, in input pixels and scores, whatever the baseline shows: rounding.
+_SAME_EDGE, _SAME_SCORE = 0.05, 0.002
+_BEYOND = 0.2  # Share of detections that may have twice the error that nine of ten had.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueTest:
+    """One quantity over ``pairs`` detections: its ``median`` difference, between ``low`` and ``high`` (99 %).
+
+    ``group``: "all", an image's path or a class. ``unit``: "px" of the image, or "" for a ratio. ``limit``: what the
+    whole interval must keep, to either side.
+    """
+
+    quantity: str
+    group: str
+    unit: str
+    pairs: int
+    median: float
+    low: float
+    high: float
+    limit: float
+    outcome: Outcome
+
+    def __str__(self) -> str:
+        value, limit = (f"{v:+.2f} px" if self.unit else f"{v:+.1%}" for v in (self.median, self.limit))
+        where = "" if self.group == "all" else f" in '{self.group}'"
+        return f"{self.quantity}{where} differs by {value} over {self.pairs} detections (allowed: {limit[1:]})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenCheck:
+    """What the values say. ``evidence``: pairs behind it. ``problems``: sentences, the plainest first.
+
+    ``baseline`` says what the values were compared with: "artifact", "precision" or "reference".
+    """
+
+    outcome: Outcome
+    evidence: int
+    baseline: str
+    problems: tuple[str, ...] = ()
+    tests: tuple[ValueTest, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One sentence."""
+        if self.problems:
+            return "; ".join(self.problems)
+        than = "the reference's" if self.baseline == "reference" else f"those of the same {self.baseline}"
+        return f"{self.evidence} detections have the boxes and scores of {than}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pairs:
+    """All pairs of all images: boxes (n, 4) float64 xyxy in image pixels, scores (n,) float64, and their groups.
+
+    ``scale`` (n,): image pixels per network-input pixel, at least 1.
+    """
+
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+    scores_before: NDArray[np.float64]
+    scores_after: NDArray[np.float64]
+    image: NDArray[np.int64]
+    label: NDArray[np.int64]
+    scale: NDArray[np.float64]
+
+
+def judged_floor(decode: DecodeSpec, lists: Sequence[Detections], *, margin: float) -> float:
+    """The score from which a detection must be in every one of ``lists``, which are of one image.
+
+    ``margin`` above the score threshold, and above the lowest score of a list that ``max_detections`` cut off: whoever
+    scores less may be on either side of it.
+    """
+    cuts = [float(d.scores.min()) for d in lists if len(d) >= decode.max_detections]
+    return min(max(decode.score_threshold, *cuts, 0.0) + margin, 1.0)
+
+
+def image_scale(contract: ModelContract, size: tuple[int, int]) -> float:
+    """Image pixels per network-input pixel, at least 1, of an image of ``size`` (height, width)."""
+    height, width = contract.preprocess.canvas or size
+    return max(1.0, size[0] / height, size[1] / width)
+
+
+def choose_golden(detections: Sequence[Detections], *, decode: DecodeSpec) -> list[int]:
+    """Positions of the images whose detections carry most evidence, sorted.
+
+    Greedily up to eight, at least four: every class in several sizes first, three detections of each, then as many
+    detections as there are.
+
+    Raises:
+        InconclusiveError: they carry too little to prove anything.
+    """
+    held = [d.above(floor) for d, floor in zip(detections, _match_floor(decode, detections, detections), strict=True)]
+    counts = [Counter(zip(d.labels.tolist(), _size_bins(d.boxes), strict=True)) for d in held]
+    chosen: list[int] = []
+    total: Counter[tuple[int, int]] = Counter()
+
+    def gain(index: int) -> tuple[int, int, int]:
+        cells = sum(min(total[c] + n, _PER_CELL) - min(total[c], _PER_CELL) for c, n in counts[index].items())
+        return cells, len(held[index]), -index
+
+    while len(chosen) < min(_MOST_IMAGES, len(held)):
+        best = max((i for i in range(len(held)) if i not in chosen), key=gain)
+        if len(chosen) >= _FEWEST_IMAGES and total.total() >= _PLENTY and not gain(best)[0]:
+            break
+        chosen.append(best)
+        total += counts[best]
+    if total.total() < MIN_EVIDENCE:
+        raise InconclusiveError(
+            f"The reference detects {total.total()} objects in the images that show most, too few to verify an engine "
+            f"by; {MIN_EVIDENCE} are needed.",
+            hint="give --images that show more objects, or lower --score-threshold",
+        )
+    return sorted(chosen)
+
+
+def _size_bins(boxes: NDArray[np.float32]) -> list[int]:
+    """0, 1 or 2 for each of (n, 4) boxes: small, medium or large, by COCO's areas of 32 and 96 pixels squared."""
+    areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
+    bins: list[int] = np.digitize(areas, [32.0**2, 96.0**2]).tolist()
+    return bins
+
+
+def _match_floor(decode: DecodeSpec, baseline: Sequence[Detections], detected: Sequence[Detections]) -> list[float]:
+    """For each image the score from which detections of the same artifact are held.
+
+    Where that leaves too few, the better half of each image's detections is held by rank, whatever they score.
+    """
+    pairs = list(zip(baseline, detected, strict=True))
+    floors = [judged_floor(decode, pair, margin=_SCORE_MARGIN) for pair in pairs]
+    if sum(int((b.scores >= floor).sum()) for (b, _), floor in zip(pairs, floors, strict=True)) >= MIN_EVIDENCE:
+        return floors
+    return [
+        min(floor, float(np.median(b.scores))) if len(b) else floor for (b, _), floor in zip(pairs, floors, strict=True)
+    ]
+
+
+def check_golden(
+    reference: Sequence[Detections],
+    detected: Sequence[Detections],
+    *,
+    baseline: Sequence[Detections] | None,
+    same_artifact: bool,
+    gate: Gate,
+    decode: DecodeSpec,
+    names: Sequence[str],
+    paths: Sequence[str],
+    scales: Sequence[float],
+) -> GoldenCheck:
+    """Compare ``detected`` with ``baseline``, or with the ``reference`` where there is none; image by image.
+
+    ``baseline``: what an artifact of this precision detected where the bundle was made; ``same_artifact`` says that it
+    is the artifact itself. ``scales``: image pixels per network-input pixel of each image.
+    """
+    expected = reference if baseline is None else baseline
+    if baseline is None:
+        margin = 1.0 if gate.max_score_delta is None else gate.max_score_delta
+        floors = [judged_floor(decode, pair, margin=margin) for pair in zip(expected, detected, strict=True)]
+    else:
+        floors = _match_floor(decode, expected, detected)
+    rule = MatchOptions.of_gate(gate)
+    matches = [
+        match_detections(e, d, options=replace(rule, min_score=floor))
+        for e, d, floor in zip(expected, detected, floors, strict=True)
+    ]
+    pairs = _pairs(expected, detected, matches=matches, floors=floors, scales=scales)
+    rate = _FOUND_AGAIN if same_artifact else min(_FOUND_AGAIN, gate.min_match_rate or 0.0)
+    problems = list(_missing(expected, detected, matches=matches, floors=floors, rate=rate, names=names, paths=paths))
+    tests = _value_tests(pairs, names=names, paths=paths)
+    problems += [str(test) for test in tests if test.outcome is Outcome.FAILED]
+    problems += _scatter(reference, detected, baseline=baseline, scales=scales)
+    evidence = len(pairs.image)
+    undecided = [test for test in tests if test.group == "all" and test.outcome is Outcome.INCONCLUSIVE]
+    if problems:
+        outcome = Outcome.FAILED
+    elif evidence < MIN_EVIDENCE:
+        outcome = Outcome.INCONCLUSIVE
+        problems = [f"only {evidence} detections could be compared, {MIN_EVIDENCE} are needed"]
+    elif undecided:
+        outcome = Outcome.INCONCLUSIVE
+        problems = [f"{test}, but the {test.pairs} detections differ too much to decide" for test in undecided]
+    else:
+        outcome = Outcome.PASSED
+    compared = "reference" if baseline is None else "artifact" if same_artifact else "precision"
+    return GoldenCheck(
+        outcome=outcome, evidence=evidence, baseline=compared, problems=tuple(problems), tests=tuple(tests)
+    )
+
+
+def _pairs(
+    expected: Sequence[Detections],
+    detected: Sequence[Detections],
+    *,
+    matches: Sequence[DetectionMatch],
+    floors: Sequence[float],
+    scales: Sequence[float],
+) -> _Pairs:
+    """The pairs of which one side reaches its image's floor."""
+    columns: list[list[NDArray[np.float64]]] = []
+    for index, (e, d, match, floor) in enumerate(zip(expected, detected, matches, floors, strict=True)):
+        held = np.maximum(e.scores[match.reference], d.scores[match.candidate]) >= floor
+        rows, partners = match.reference[held], match.candidate[held]
+        count = len(rows)
+        columns.append(
+            [
+                e.boxes[rows].astype(np.float64),
+                d.boxes[partners].astype(np.float64),
+                e.scores[rows].astype(np.float64),
+                d.scores[partners].astype(np.float64),
+                np.full(count, index, np.float64),
+                e.labels[rows].astype(np.float64),
+                np.full(count, max(1.0, scales[index])),
+            ]
+        )
+    before, after, scores_before, scores_after, image, label, scale = (
+        np.concatenate(parts) for parts in zip(*columns, strict=True)
+    )
+    return _Pairs(
+        before=before,
+        after=after,
+        scores_before=scores_before,
+        scores_after=scores_after,
+        image=image.astype(np.int64),
+        label=label.astype(np.int64),
+        scale=scale,
+    )
+
+
+def _missing(
+    expected: Sequence[Detections],
+    detected: Sequence[Detections],
+    *,
+    matches: Sequence[DetectionMatch],
+    floors: Sequence[float],
+    rate: float,
+    names: Sequence[str],
+    paths: Sequence[str],
+) -> Iterator[str]:
+    """Images and classes of which far fewer are found, or far more are extra, than happens at ``rate``."""
+    held: dict[str, list[int]] = {}
+    for e, d, match, floor, path in zip(expected, detected, matches, floors, paths, strict=True):
+        due, lost = e.labels[e.scores >= floor], e.labels[match.missed]
+        came, extra = d.labels[d.scores >= floor], d.labels[match.extra]
+        if len(due) and not len(d):
+            yield f"nothing is detected in '{path}', where {len(due)} detections are certified"
+        for group, chosen in [(f"'{path}'", slice(None)), *((f"class '{names[k]}'", k) for k in set(due) | set(came))]:
+            counts = held.setdefault(group, [0, 0, 0, 0])
+            for position, labels in enumerate((due, lost, came, extra)):
+                counts[position] += len(labels) if isinstance(chosen, slice) else int((labels == chosen).sum())
+    for group, (due_count, lost_count, came_count, extra_count) in held.items():
+        if _chance_of_more(lost_count, due_count, 1.0 - rate) < _CHANCE:
+            yield f"{lost_count} of {due_count} detections of {group} are missing"
+        elif _chance_of_more(extra_count, came_count, 1.0 - rate) < _CHANCE:
+            yield f"{extra_count} of {came_count} detections of {group} are extra"
+
+
+def _chance_of_more(count: int, of: int, rate: float) -> float:
+    """P(X >= count) for X binomial in ``of`` trials of probability ``rate``."""
+    if count == 0 or rate <= 0.0:
+        return 1.0 if count == 0 else 0.0
+    # By logarithms: the number of combinations is beyond a float from about a thousand trials on.
+    whole = math.lgamma(of + 1)
+    return sum(
+        math.exp(
+            whole - math.lgamma(k + 1) - math.lgamma(of - k + 1) + k * math.log(rate) + (of - k) * math.log1p(-rate)
+        )
+        for k in range(count, of + 1)
+    )
+
+
+def _value_tests(pairs: _Pairs, *, names: Sequence[str], paths: Sequence[str]) -> list[ValueTest]:
+    """Every quantity over all pairs; images and classes only where they show a fault."""
+    every = np.ones(len(pairs.image), bool)
+    parts = [(paths[k], pairs.image == k) for k in np.unique(pairs.image)]
+    parts += [(names[k], pairs.label == k) for k in np.unique(pairs.label)]
+    values = _differences(pairs)
+    tests = [_test(values, q, group="all", chosen=every, confidence=_CONFIDENCE) for q in values]
+    for group, chosen in parts:
+        # Bonferroni: so many groups that one of them lies outside by chance.
+        confidence = 1.0 - (1.0 - _CONFIDENCE) / max(1, len(parts))
+        in_group = [_test(values, q, group=group, chosen=chosen, confidence=confidence) for q in values]
+        tests += [test for test in in_group if test.outcome is Outcome.FAILED]
+    return tests
+
+
+def _differences(pairs: _Pairs) -> dict[str, tuple[NDArray[np.float64], float]]:
+    """Each quantity's difference for every pair, and its limit.
+
+    Shifts are of centres, in image pixels divided by ``scale``; stretch is the shift away from the middle of all boxes.
+    Width, height and score are logarithms of ratios: 0.01 is one percent.
+    """
+    centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (pairs.before, pairs.after)]
+    sizes = [np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3) for boxes in (pairs.before, pairs.after)]
+    moves = (centres[1] - centres[0]) / pairs.scale[:, None]
+    middle = np.median(centres[0], axis=0) if len(moves) else np.zeros(2)
+    outward = moves * np.sign(centres[0] - middle)
+    ratios = np.log(sizes[1] / sizes[0])
+    scores = np.log(np.maximum(pairs.scores_after, 1e-6) / np.maximum(pairs.scores_before, 1e-6))
+    columns = (moves[:, 0], moves[:, 1], outward[:, 0], outward[:, 1], ratios[:, 0], ratios[:, 1], scores)
+    limits = {**_LIMITS, **_RATIO_LIMITS}
+    return {name: (column, limits[name]) for name, column in zip(limits, columns, strict=True)}
+
+
+def _test(
+    values: dict[str, tuple[NDArray[np.float64], float]],
+    quantity: str,
+    *,
+    group: str,
+    chosen: NDArray[np.bool_],
+    confidence: float,
+) -> ValueTest:
+    differences, limit = values[quantity][0][chosen], values[quantity][1]
+    low, high = _median_interval(differences, confidence=confidence)
+    # Failed only when the whole interval lies beyond one of the two limits.
+    sides = (interval_outcome(low, high, at_most=limit), interval_outcome(-high, -low, at_most=limit))
+    return ValueTest(
+        quantity=quantity,
+        group=group,
+        unit="px" if quantity in _LIMITS else "",
+        pairs=len(differences),
+        median=round(float(np.median(differences)), 6) if len(differences) else 0.0,
+        low=round(max(low, -1e6), 6),
+        high=round(min(high, 1e6), 6),
+        limit=limit,
+        outcome=overall_outcome(sides) or Outcome.INCONCLUSIVE,
+    )
+
+
+def _median_interval(values: NDArray[np.float64], *, confidence: float) -> tuple[float, float]:
+    """Bounds of the median without an assumption on the distribution; infinite when there are too few values.
+
+    Between the k-th smallest and the k-th largest of n values the median lies unless fewer than k values are on one
+    side of it, and how many are is binomial with probability one half.
+    """
+    count, outside, k = len(values), 0.0, 0
+    while k < count // 2:
+        outside += 2 * math.comb(count, k) / 2**count
+        if outside > 1.0 - confidence:
+            break
+        k += 1
+    if k == 0:
+        return -math.inf, math.inf
+    ordered = np.sort(values)
+    return float(ordered[k - 1]), float(ordered[count - k])
+
+
+def detection_errors(
+    reference: Sequence[Detections], detected: Sequence[Detections], *, scales: Sequence[float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of the better half of each image's detections: how far an edge is from the reference's, and how far the score.
+
+    Returns (n,) largest edge error in image pixels divided by the scale, and (n,) absolute difference of scores; both
+    infinite for a detection without a partner of its class.
+    """
+    edges, scores = [np.zeros(0)], [np.zeros(0)]
+    for r, d, scale in zip(reference, detected, scales, strict=True):
+        match = match_detections(r, d, options=MatchOptions(min_score=0.0))
+        edge, score = np.full(len(r), np.inf), np.full(len(r), np.inf)
+        moved = np.abs(r.boxes[match.reference].astype(np.float64) - d.boxes[match.candidate])
+        edge[match.reference] = moved.max(1, initial=0.0) / max(1.0, scale)
+        score[match.reference] = np.abs(r.scores[match.reference].astype(np.float64) - d.scores[match.candidate])
+        best = np.argsort(-r.scores, kind="stable")[: (len(r) + 1) // 2]
+        edges.append(edge[best])
+        scores.append(score[best])
+    return np.concatenate(edges), np.concatenate(scores)
+
+
+def _scatter(
+    reference: Sequence[Detections],
+    detected: Sequence[Detections],
+    *,
+    baseline: Sequence[Detections] | None,
+    scales: Sequence[float],
+) -> Iterator[str]:
+    """Whether far more detections are far from the reference's than when the artifact was certified."""
+    if baseline is None:
+        return
+    before, after = (detection_errors(reference, d, scales=scales) for d in (baseline, detected))
+    for what, unit, base, now, same in zip(
+        ("box edges", "scores"), (" px", ""), before, after, (_SAME_EDGE, _SAME_SCORE), strict=True
+    ):
+        if len(now) < MIN_EVIDENCE:
+            continue
+        usual = max(float(np.quantile(base, 0.9, method="lower")), same)
+        beyond = int((now > 2 * usual).sum())
+        if math.isfinite(usual) and _chance_of_more(beyond, len(now), _BEYOND) < _CHANCE:
+            yield f"{beyond} of {len(now)} {what} are more than {2 * usual:.3g}{unit} from the reference's"

@@ -45,6 +45,7 @@ __all__ = [
     "Checkpoint",
     "Compute",
     "Device",
+    "DeviceRecord",
     "ExpectName",
     "Graph",
     "Images",
@@ -249,6 +250,14 @@ AllowFallback = Annotated[
     ),
 ]
 
+DeviceRecord = Annotated[
+    Path | None,
+    option(
+        "Device record to write, for 'fcos-deploy report --records'; signed where there is a device key.",
+        metavar="FILE",
+        panel=OUTPUT,
+    ),
+]
 Json = Annotated[bool, option("JSON on stdout.", "--json", panel=OUTPUT)]
 Junit = Annotated[Path | None, option("JUnit XML file of the verdicts to write.", metavar="FILE", panel=OUTPUT)]
 

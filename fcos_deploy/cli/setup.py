@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 
@@ -17,10 +14,7 @@ def command(
     backend: cli.Backend = "",
     require_signature: cli.RequireSignature = False,
     public_key: cli.PublicKeys = None,
-    export: Annotated[
-        Path | None,
-        cli.option("Device record to write, for 'fcos-deploy report --records'.", metavar="FILE", panel=cli.OUTPUT),
-    ] = None,
+    export: cli.DeviceRecord = None,
     as_json: cli.Json = False,
 ) -> None:
     """Set a bundle up on this device: build what must be built here, verify it, and choose by measured latency.

@@ -36,14 +36,7 @@ def command(
     log: Annotated[
         Path | None, cli.option("Log to append the record to. Default: the bundle's.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
-    export: Annotated[
-        Path | None,
-        cli.option(
-            "Device record to write, for 'fcos-deploy report --records'; signed where there is a device key.",
-            metavar="FILE",
-            panel=cli.OUTPUT,
-        ),
-    ] = None,
+    export: cli.DeviceRecord = None,
     allow_inconclusive: cli.AllowInconclusive = False,
     junit: cli.Junit = None,
     as_json: cli.Json = False,

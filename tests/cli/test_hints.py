@@ -119,3 +119,20 @@ def test_hints_name_what_exists() -> None:
 def test_pages_name_what_exists(page: Path) -> None:
     name = f"{page.relative_to(ROOT)}:"
     assert [f"{where}: {what}" for where, text in lines() if where.startswith(name) for what in problems(text)] == []
+
+
+def test_what_plans_print_can_be_typed() -> None:
+    """The commands of every profile's plan, with a bundle and a folder in their places, are what the parser takes."""
+    from fcos_deploy.targets.plan import plan
+    from fcos_deploy.targets.profiles import load_profile, profile_names
+
+    printed = []
+    for name in profile_names():
+        made = plan(load_profile(name))
+        printed += [*made.commands, *(note.split(": ")[-1] for note in made.notes if "fcos-deploy " in note)]
+    printed = [text for text in printed if text.startswith("fcos-deploy ")]
+    assert any(text.startswith("fcos-deploy setup ") for text in printed)
+    assert any("--for trtexec" in text for text in printed)
+    for text in printed:
+        command, *arguments = text.replace("BUNDLE", str(ROOT)).replace("DIR", "out").split()[1:]
+        GROUP.commands[command].make_context(command, arguments)

@@ -71,6 +71,7 @@ def _command(name: str, model: Path, home: Path) -> list[object]:
             home / f"{model.name}.html",
         ],
         "compare": ["compare", model, model, "--images", images, "--no-speed", "--limit", 2],
+        "setup": ["setup", model, "--backend", "onnxruntime"],
         "verify": ["verify", model, "--log", home / "log"],
         "inspect": ["inspect", model],
         "build": ["build", model, "--backend", "onnxruntime", "-o", home / f"{model.name}.onnx"],

@@ -232,7 +232,7 @@ def test_an_evaluation_whose_server_dies_goes_on_after_a_restart_and_holds_the_g
     server.start()
     done = run()
     assert done.exit_code == 0, done.stderr
-    assert "pass" in done.stderr
+    assert "PASSED" in done.stderr
     assert remote_lines() == 24
     assert '"resumed_images": ' + str(before - 12) in done.stdout, done.stdout
     here, there = (sorted(map(json.loads, path.read_text().splitlines()), key=_image) for path in kept.glob("*.jsonl"))

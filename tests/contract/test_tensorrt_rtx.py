@@ -42,7 +42,7 @@ EXPORTS = {
     "raw-fp16": ExportOptions(precision=Precision.FP16),
     "candidates": ExportOptions(tail=Tail.CANDIDATES),
     "candidates-dynamic": ExportOptions(tail=Tail.CANDIDATES, batch=None),
-    "nms-static-form": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.STATIC, nms_boxes=100),
+    "nms-static-form": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.STATIC, nms_boxes=400),
     "nms-operator": ExportOptions(tail=Tail.NMS, nms_form=NmsForm.ONNX),
 }
 

@@ -38,7 +38,7 @@ _SPOILED = {
     "head.regression_head.conv.4": "head.regression_head.conv.6",
 }
 _FACTOR = 100.0
-_IMAGES = 8
+_IMAGES = tuple(f"BloodImage_{number:05}.jpg" for number in (0, 14, 28, 30, 37, 55, 72, 89))
 GOAL = 0.01
 
 
@@ -78,7 +78,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _write_images(folder: Path) -> None:
     coco = json.loads((DEMO_DATA / "evaluation.json").read_text(encoding="utf-8"))
-    coco["images"] = coco["images"][:_IMAGES]
+    coco["images"] = [image for image in coco["images"] if image["file_name"] in _IMAGES]
     kept = {image["id"] for image in coco["images"]}
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in kept]
     (folder / "val.json").write_text(json.dumps(coco), encoding="utf-8")

@@ -43,4 +43,4 @@ def test_demo_data_is_shipped_with_its_licence(wheel_names: list[str]) -> None:
     data = [name for name in wheel_names if name.startswith("fcos_deploy/demo_data/")]
     assert "fcos_deploy/demo_data/LICENSE" in data
     assert "fcos_deploy/demo_data/fcos_bccd.safetensors" in data
-    assert sum(name.endswith(".jpg") for name in data) == 80
+    assert sum(name.endswith(".jpg") for name in data) == 127

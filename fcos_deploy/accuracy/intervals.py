@@ -277,7 +277,7 @@ def paired_ap_drop(
     if same_outputs:
         return interval
     # One more found object of each class; classes are independent, so that the squares add up. Without it the upper end
-    # was below the true drop in 5 to 29 % of the trials in which a few objects of a rare class were lost.
+    # was below the true drop in 5 to 29 % of the trials of the damages that benchmarks/verdict_simulation.py draws.
     spared = float(np.sqrt(np.square(reference.object_share).sum()))
     return replace(interval, high=interval.high + spared)
 

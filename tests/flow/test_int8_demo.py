@@ -32,7 +32,7 @@ def demo_calibration(demo_onnx: Path) -> Path:
         evaluation_images=DEMO / "evaluation",
     )
     report = calibrate(request)
-    assert {finding.kind for finding in report.images.findings} & {"overlap", "duplicates"} == set()
+    assert not [finding.kind for finding in report.images.findings if finding.kind.endswith(("overlap", "copies"))]
     return output
 
 

@@ -313,9 +313,10 @@ def _listed(source: Path) -> dict[str, Path]:
         if source.suffix == ".json":
             names = [str(entry["file_name"]) for entry in parse_json(text)["images"]]
             folders = (source.parent, source.parent.parent)
-            found = [find_coco_images(names, folder, annotations=source) for folder in folders]
+            by_folder = [find_coco_images(names, folder, annotations=source) for folder in folders]
             return {
-                name: next((paths[name] for paths in found if paths[name].exists()), found[0][name]) for name in names
+                name: next((paths[name] for paths in by_folder if paths[name].exists()), by_folder[0][name])
+                for name in names
             }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error

@@ -139,8 +139,8 @@ def _unlike_the_host(outputs: Tensors, feed: Tensors, *, contract: ModelContract
         )
     for image in range(len(chosen["scores"])):
         head = HeadOutputs(*(outputs[name][image] for name in TAIL_OUTPUTS[Tail.RAW]))
-        made = decode(head, contract.decode, input_size=size)
-        host, graph = _rows(made.channels, made.scores, made.boxes), _used_rows(chosen, image)
+        candidates = decode(head, contract.decode, input_size=size)
+        host, graph = _rows(candidates.channels, candidates.scores, candidates.boxes), _used_rows(chosen, image)
         total += max(len(host), len(graph))
         missing += _without_partner(graph, host, tolerance=tolerance)
         if contract.decode.profile.rank_per_location:  # Only here a graph may have fewer (docs/export.md).
@@ -161,9 +161,9 @@ def _detection_rows(
     outputs: Tensors, contract: ModelContract, image: int, *, size: tuple[int, int], letterbox: Letterbox
 ) -> NDArray[np.float64]:
     """(d, 6), best first; no more than ``max_detections``, where ties with the last one have no room in a tail."""
-    found = postprocess(outputs, contract, index=image, input_size=size, letterbox=letterbox)
-    best = np.argsort(-found.scores, kind="stable")[: contract.decode.max_detections]
-    return _rows(found.labels, found.scores, found.boxes)[best]
+    detections = postprocess(outputs, contract, index=image, input_size=size, letterbox=letterbox)
+    best = np.argsort(-detections.scores, kind="stable")[: contract.decode.max_detections]
+    return _rows(detections.labels, detections.scores, detections.boxes)[best]
 
 
 def _compare_tensor(name: str, expected: NDArray[Any], actual: NDArray[Any], tolerance: float, step: str) -> StepCheck:

@@ -283,8 +283,8 @@ def _program(
     if size is Axes.DYNAMIC:
         # Sizes up to the coarsest stride make a level of one row, which torch traces as a constant unless it can rule
         # them out; multiples of 32 it does not look into.
-        least, limit = 1 if divisor % 32 == 0 else 128 // divisor + 1, 16384 // divisor
-        rows, columns = (divisor * torch.export.Dim(name, min=least, max=limit) for name in ("rows", "columns"))
+        minimum, limit = 1 if divisor % 32 == 0 else 128 // divisor + 1, 16384 // divisor
+        rows, columns = (divisor * torch.export.Dim(name, min=minimum, max=limit) for name in ("rows", "columns"))
         axes |= {2: rows, 3: columns}
     shapes = (axes, *other_inputs) if axes else None
 

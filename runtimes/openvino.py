@@ -161,7 +161,7 @@ class _OpenVino(Backend):
         keep = options.cache_dir is not None or path.suffix == ".xml"
         kept = _kept_model(core, path, device=device, settings=settings, folder=options.cache_dir) if keep else None
         compiled = _import_kept(core, kept, device=device, settings=settings) if kept else None
-        found = compiled is not None
+        from_cache = compiled is not None
         if compiled is None:
             compiled = _compile(core, path, device=device, settings=settings)
             if kept is not None:
@@ -174,7 +174,7 @@ class _OpenVino(Backend):
             "hint": str(options.hint),
             "threads": str(compiled.get_property("INFERENCE_NUM_THREADS")) if device == "CPU" else "",
             "streams": str(compiled.get_property("NUM_STREAMS")),
-            "model_cache": "hit" if found else "miss",
+            "model_cache": "hit" if from_cache else "miss",
         }
         session = _OpenVinoSession(compiled, description=description)
         session.contract = contract

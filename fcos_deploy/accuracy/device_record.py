@@ -118,11 +118,11 @@ def read_records(
             verification.artifact_sha256,
             verification.backend,
         )
-        other = seen.setdefault(key, item)
-        if other is not item and other.record.verification.outcome is not verification.outcome:
+        earlier = seen.setdefault(key, item)
+        if earlier is not item and earlier.record.verification.outcome is not verification.outcome:
             raise ConfigError(
-                f"'{other.path}' and '{item.path}' contradict each other: the same device and artifact, "
-                f"{other.record.verification.outcome} and {verification.outcome}.",
+                f"'{earlier.path}' and '{item.path}' contradict each other: the same device and artifact, "
+                f"{earlier.record.verification.outcome} and {verification.outcome}.",
                 hint="verify again on the device, and give its last record alone",
             )
     return records

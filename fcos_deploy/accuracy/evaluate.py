@@ -182,8 +182,8 @@ def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, refe
         samples = sample_ap(matches, resamples=request.resamples, seed=request.seed)
     if reference is not None:
         expected = reference.run.relabelled(label_index(reference.run.names, dataset))
-        least = MatchOptions().min_score if request.annotations else request.reference_score
-        options = MatchOptions(min_score=least, iou_threshold=0.5 if gate.min_iou is None else gate.min_iou)
+        min_score = MatchOptions().min_score if request.annotations else request.reference_score
+        options = MatchOptions(min_score=min_score, iou_threshold=0.5 if gate.min_iou is None else gate.min_iou)
         agreement = compare_detections(expected, detections, options=options)
         drop = _drop(reference, scores, samples, agreement=agreement)
     evaluation = Evaluation(

@@ -27,8 +27,8 @@ def evidence_problem(dataset: Dataset, *, judge: Judge) -> str:
     """Why no figure over this data can be judged, as half a sentence; empty when it can."""
     truths = [dataset.ground_truth[image.image_id] for image in dataset.images]
     counts = np.zeros(len(dataset.class_names), np.int64)
-    for truth in truths:
-        counts += np.bincount(truth.classes[~truth.crowd], minlength=len(counts))
+    for boxes in truths:
+        counts += np.bincount(boxes.classes[~boxes.crowd], minlength=len(counts))
     if not counts.any():
         what = "the annotations hold" if dataset.annotated else "the reference finds"
         return f"{what} no object in these {len(dataset.images)} images"

@@ -239,10 +239,10 @@ def _object_share(matches: list[ClassMatches]) -> NDArray[np.float64]:
     classes = sum(bool(match.positives.any()) for match in matches)
     shares = np.zeros(len(matches))
     for position, match in enumerate(matches):
-        found = match.correct.sum() / len(match.correct)  # mean over the IoU thresholds
-        if found:
+        recall = match.correct.sum() / len(match.correct)  # mean over the IoU thresholds
+        if recall:
             (ap,) = weighted_ap([match], np.ones((1, len(match.positives)), np.float32))
-            shares[position] = ap / found / classes
+            shares[position] = ap / recall / classes
     return shares
 
 

@@ -230,8 +230,8 @@ def _replay_outcome(
     if not preprocessing.passed or values is None:
         return Outcome.FAILED
     enough = matched >= (gate.min_match_rate or 0.0)
-    found = [_match_outcome(enough=enough, judged=judged)] if judged else []
-    return overall_outcome([*found, values.outcome]) or Outcome.INCONCLUSIVE
+    matching = [_match_outcome(enough=enough, judged=judged)] if judged else []
+    return overall_outcome([*matching, values.outcome]) or Outcome.INCONCLUSIVE
 
 
 def _match_outcome(*, enough: bool, judged: int) -> Outcome:

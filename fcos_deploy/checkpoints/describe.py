@@ -294,10 +294,11 @@ def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneT
             "The pyramid has 4 lateral convolutions, so that it begins at P2; those that begin at P3 are supported.",
             hint=f"train with returned_layers=[2, 3, 4], {own}",
         )
-    other = sorted(n for n in tensors if n.startswith(("backbone.fpn", "neck.")) and not _PYRAMID.fullmatch(n))
-    if other:
+    unknown = sorted(n for n in tensors if n.startswith(("backbone.fpn", "neck.")) and not _PYRAMID.fullmatch(n))
+    if unknown:
         raise CheckpointError(
-            f"The pyramid has {len(other)} unknown tensors: '{other[0]}'; 3 levels and 5 (P6 and P7) are supported.",
+            f"The pyramid has {len(unknown)} unknown tensors, such as '{unknown[0]}'; "
+            "3 levels and 5 (P6 and P7) are supported.",
             hint=f"is it another number of levels? {own.removeprefix('or ').capitalize()}",
         )
     width = _shape(tensors, "backbone.fpn.inner_blocks.0.0.weight", 4)[0]

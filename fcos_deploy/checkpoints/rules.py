@@ -475,8 +475,8 @@ def _check_units(rules: Rules) -> None:
         if not all(math.isfinite(value) for value in values):
             raise ConfigError(f"{said} is not made of finite numbers.", hint=f"--{name} A,B,C")
         # A mean lies within the range. A std is at least one level of 255 and at most the range.
-        least = 0.0 if name == "mean" else 1.0 / scale
-        within = all(least <= value <= largest for value in values)
+        smallest = 0.0 if name == "mean" else 1.0 / scale
+        within = all(smallest <= value <= largest for value in values)
         # Of pixels up to 255 no image's mean lies below 1, but those of 0..1 always do.
         of_unit_range = name == "mean" and scale == 1 and 0 < max(values) <= 1
         if not within or of_unit_range:

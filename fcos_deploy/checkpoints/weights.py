@@ -85,10 +85,10 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
             f"The file holds a {type(content).__name__}, expected a dict of tensors.",
             hint="save the weights: torch.save(model.state_dict(), path)",
         )
-    found = list(_state_dicts(content, seen=set()))
-    if any(len(tensors) > _MAX_TENSORS or max(map(len, tensors)) > _MAX_NAME for _, tensors in found):
+    state_dicts = list(_state_dicts(content, seen=set()))
+    if any(len(tensors) > _MAX_TENSORS or max(map(len, tensors)) > _MAX_NAME for _, tensors in state_dicts):
         raise CheckpointError("The file has more tensors, or longer names, than an FCOS can have.")
-    sets = _of_one_network([item for path, tensors in found for item in _split(path, tensors)])
+    sets = _of_one_network([item for path, tensors in state_dicts for item in _split(path, tensors)])
     if not sets:
         keys = ", ".join(map(brief, list(content)[:6]))
         raise CheckpointError(f"The file holds no tensors, only {keys or 'nothing'}.")

@@ -119,40 +119,40 @@ def _parse(content: bytes) -> tuple[_Frame, list[_Scan]]:
                 raise _DamageError("it holds no scan")
             return frame, scans
         length = int.from_bytes(content[position + 2 : position + 4], "big")
-        body = content[position + 4 : position + 2 + length]
-        if length < 2 or len(body) < length - 2:
+        payload = content[position + 4 : position + 2 + length]
+        if length < 2 or len(payload) < length - 2:
             raise _DamageError("the file ends early")
         position += 2 + length
         if marker == 0xDA:
             end = _SCAN_END.search(content, position)
             if end is None:
                 raise _DamageError("the file ends early")
-            scans.append(_scan(body, content[position : end.start()], frame))
+            scans.append(_scan(payload, content[position : end.start()], frame))
             position = end.start()
         else:
-            _read_segment(marker, body, frame)
+            _read_segment(marker, payload, frame)
 
 
-def _read_segment(marker: int, body: bytes, frame: _Frame) -> None:
+def _read_segment(marker: int, payload: bytes, frame: _Frame) -> None:
     if marker in _SEQUENTIAL or marker == _PROGRESSIVE or marker in _UNSUPPORTED:
         frame.kind = marker
-        frame.height, frame.width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-        for i in range(6, 6 + 3 * body[5], 3):
-            frame.components[body[i]] = _Component(body[i + 1] >> 4, body[i + 1] & 15)
+        frame.height, frame.width = int.from_bytes(payload[1:3], "big"), int.from_bytes(payload[3:5], "big")
+        for i in range(6, 6 + 3 * payload[5], 3):
+            frame.components[payload[i]] = _Component(payload[i + 1] >> 4, payload[i + 1] & 15)
     elif marker == 0xC4:
         position = 0
-        while position + 17 <= len(body):
-            size = 17 + sum(body[position + 1 : position + 17])
-            frame.tables[body[position] >> 4, body[position] & 15] = body[position + 1 : position + size]
+        while position + 17 <= len(payload):
+            size = 17 + sum(payload[position + 1 : position + 17])
+            frame.tables[payload[position] >> 4, payload[position] & 15] = payload[position + 1 : position + size]
             position += size
     elif marker == 0xDD:
-        frame.restart_interval = int.from_bytes(body[:2], "big")
+        frame.restart_interval = int.from_bytes(payload[:2], "big")
 
 
-def _scan(body: bytes, data: bytes, frame: _Frame) -> _Scan:
-    count = body[0]
-    entries = [(body[1 + 2 * i], body[2 + 2 * i] >> 4, body[2 + 2 * i] & 15) for i in range(count)]
-    first, last, bits = body[1 + 2 * count : 4 + 2 * count]
+def _scan(payload: bytes, data: bytes, frame: _Frame) -> _Scan:
+    count = payload[0]
+    entries = [(payload[1 + 2 * i], payload[2 + 2 * i] >> 4, payload[2 + 2 * i] & 15) for i in range(count)]
+    first, last, bits = payload[1 + 2 * count : 4 + 2 * count]
     if any(identifier not in frame.components for identifier, *_ in entries):
         raise _DamageError("a scan is of a component that the frame does not have")
     return _Scan(

@@ -139,13 +139,13 @@ def _require_room(contract: ModelContract) -> None:
     tail, spec = contract.tail, contract.decode
     if tail is Tail.RAW:
         return
-    wanted = spec.pre_nms_top_k
+    requested = spec.pre_nms_top_k
     if contract.preprocess.canvas is not None:
         height, width = level_sizes(*contract.preprocess.canvas, strides=spec.strides)[0]
         ranked = height * width * (1 if spec.profile.rank_per_location else len(contract.channel_names))
-        wanted = min(wanted, ranked)
-    if wanted > MAX_TOP_K:
-        count = "any number of" if wanted == ALL_CANDIDATES else wanted
+        requested = min(requested, ranked)
+    if requested > MAX_TOP_K:
+        count = "any number of" if requested == ALL_CANDIDATES else requested
         raise ConfigError(
             f"A level may have {count} candidates, and the tail '{tail}' takes at most {MAX_TOP_K} of a level.",
             hint=f"--pre-nms-top-k {MAX_TOP_K}, or --tail raw, which has no limit",

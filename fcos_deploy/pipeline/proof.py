@@ -136,7 +136,7 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
 
 def _choices(context: DeployContext, artifact: Artifact) -> int:
     """From how many graphs a search chose, on the images of the evaluation, the one that ``artifact`` was made from."""
-    artifacts = {made.sha256: made for step in context.writer.finished for made in step.artifacts}
+    artifacts = {item.sha256: item for step in context.writer.finished for item in step.artifacts}
     origin: Artifact | None = artifact
     while origin is not None and "choices" not in origin.step.config:
         origin = artifacts.get(origin.parent)

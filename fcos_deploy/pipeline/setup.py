@@ -174,8 +174,8 @@ def _candidates(bundle: Bundle) -> list[Precision]:
     """The default precision and, to measure it against, int8 and the smallest float format that the bundle has."""
     present = {artifact.precision for artifact in bundle.manifest.artifacts}
     floats = [precision for precision in (Precision.FP16, Precision.FP32) if precision in present][:1]
-    wanted = [bundle.manifest.defaults.precision, Precision.INT8, *floats]
-    return [precision for precision in dict.fromkeys(wanted) if precision in present]
+    preferred = [bundle.manifest.defaults.precision, Precision.INT8, *floats]
+    return [precision for precision in dict.fromkeys(preferred) if precision in present]
 
 
 def _runnable(bundle: Bundle, backend: str, precision: Precision) -> Selection | None:

@@ -297,7 +297,7 @@ def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneT
     unknown = sorted(n for n in tensors if n.startswith(("backbone.fpn", "neck.")) and not _PYRAMID.fullmatch(n))
     if unknown:
         raise CheckpointError(
-            f"The pyramid has {len(unknown)} unknown tensors, such as '{unknown[0]}'; "
+            f"The pyramid has {len(unknown)} unknown tensors: '{unknown[0]}'; "
             "3 levels and 5 (P6 and P7) are supported.",
             hint=f"is it another number of levels? {own.removeprefix('or ').capitalize()}",
         )

@@ -272,7 +272,11 @@ _STEMS = {
     BackboneType.DLA34: "backbone.body.base_layer.0.weight",
     BackboneType.MOBILENET_V2: "backbone.body.features.0.0.weight",
 }
-_PYRAMID = re.compile(r"backbone\.fpn\.(?:(?:inner|layer)_blocks\.[012]\.0|extra_blocks\.p[67])\.(?:weight|bias)")
+# The norm is mmdetection's, merged into its convolution when the weights are loaded.
+_PYRAMID = re.compile(
+    r"backbone\.fpn\.(?:(?:inner|layer)_blocks\.[012]\.0|extra_blocks\.p[67])\."
+    r"(?:weight|bias|norm\.(?:weight|bias|running_mean|running_var|num_batches_tracked))"
+)
 
 
 def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneType) -> None:

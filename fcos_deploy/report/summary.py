@@ -54,15 +54,18 @@ def _agreement_sentence(data: ReportData) -> str:
         subject = "the variant's" if len(rates) == 1 else f"those of each of {len(rates)} variants"
         share = math.floor(1000 * min(rates)[0]) / 10  # Rounded down: the sentence says "at least".
         return f"At least {share:.1f} % of the reference's detections and {subject} agree on {images} images."
-    drops = [v.evaluation.drop.value for v in data.candidates if v.evaluation.drop is not None]
+    drops = [v.evaluation.drop for v in data.candidates if v.evaluation.drop is not None]
     if not drops:
         return f"Measured on {images} images; there was no reference to compare with."
-    largest = max(drops)
+    # What the images show is the upper end of the interval; without one, only what was measured.
+    shown = all(drop.resamples for drop in drops)
+    largest = max(drop.high if shown else drop.value for drop in drops)
     subject = "The variant is" if len(drops) == 1 else f"All {len(drops)} variants are"
+    basis = "by the 95 % interval" if shown else "as measured, without an interval"
     if largest < _EQUAL:
-        return f"{subject} as accurate as the reference on {images} images."
+        return f"{subject} as accurate as the reference on {images} images, {basis}."
     bound = math.ceil(1000 * largest) / 1000  # Rounded up: the sentence says "within".
-    return f"{subject} within {bound:.3f} AP of the reference on {images} images."
+    return f"{subject} within {bound:.3f} AP of the reference on {images} images, {basis}."
 
 
 def _match_rates(data: ReportData) -> list[tuple[float, str]]:
@@ -74,14 +77,17 @@ def _match_rates(data: ReportData) -> list[tuple[float, str]]:
 def key_figures(data: ReportData) -> list[KeyFigure]:
     """Largest loss of accuracy, gain in speed and size, smallest share in INT8: those that were measured."""
     figures = []
-    drops = [(v.evaluation.drop.value, v.label) for v in data.candidates if v.evaluation.drop is not None]
+    drops = [(v.evaluation.drop, v.label) for v in data.candidates if v.evaluation.drop is not None]
     rates = _match_rates(data)
     if rates and not data.dataset.annotated:
         rate, label = min(rates)
         figures.append(KeyFigure(f"{100 * rate:.1f} %", f"of the detections agree with the reference's ({label})"))
     elif drops:
-        drop, label = max(drops)
-        figures.append(KeyFigure(f"{100 * max(drop, 0.0):.1f}", f"points of AP lost at most ({label})"))
+        drop, label = max(drops, key=lambda item: item[0].value)
+        reach = f"; the interval reaches {100 * drop.high:.1f}" if drop.resamples else ""
+        figures.append(
+            KeyFigure(f"{100 * max(drop.value, 0.0):.1f}", f"points of AP lost as measured ({label}){reach}")
+        )
     reference = data.reference
     timed = [(speedup, v) for v in data.candidates if (speedup := data.speedup(v)) is not None]
     if reference and timed:

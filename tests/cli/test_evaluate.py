@@ -353,6 +353,6 @@ def test_compare_writes_a_report(demo_onnx: Path, tmp_path: Path) -> None:
     assert [e["backend"] for e in found["accuracy"]] == ["pytorch", "onnxruntime"]
     assert found["speed"] is None
     page = report.read_text(encoding="utf-8")
-    assert "The variant is as accurate as the reference on 4 images." in page
+    assert "The variant is as accurate as the reference on 4 images, by the 95 % interval." in page
     assert page.count("<svg viewBox") == 12
     assert report.with_suffix(".md").is_file()

@@ -211,7 +211,9 @@ def test_page_is_whole_and_needs_nothing_else(page: str) -> None:
 
 
 def test_verdict_comes_first_and_figures_are_there(page: str) -> None:
-    assert page.index("The variant is within 0.002 AP of the reference on 12 images.") < page.index("<table>")
+    assert page.index(
+        "The variant is within 0.004 AP of the reference on 12 images, by the 95 % interval."
+    ) < page.index("<table>")
     for text in (
         "0.598",
         "+0.002",
@@ -299,9 +301,9 @@ def test_labels_must_differ(report: ReportData) -> None:
 @pytest.mark.parametrize(
     ("drops", "sentence"),
     [
-        ((0.0052, 0.0028), "All 2 variants are within 0.006 AP of the reference on 12 images."),
-        ((0.0108,), "The variant is within 0.011 AP of the reference on 12 images."),
-        ((-0.002, 0.0004), "All 2 variants are as accurate as the reference on 12 images."),
+        ((0.0052, 0.0028), "All 2 variants are within 0.006 AP of the reference on 12 images, by the 95 % interval."),
+        ((0.0108,), "The variant is within 0.011 AP of the reference on 12 images, by the 95 % interval."),
+        ((-0.002, 0.0004), "All 2 variants are as accurate as the reference on 12 images, by the 95 % interval."),
     ],
 )
 def test_the_bound_is_never_less_than_the_largest_drop(
@@ -316,6 +318,15 @@ def test_the_bound_is_never_less_than_the_largest_drop(
         for drop in drops
     )
     assert report_verdict(replace(report, variants=variants)).headline == sentence
+
+
+def test_what_the_interval_leaves_open_is_not_called_equal(report: ReportData) -> None:
+    wide = replace(report.variants[1].evaluation, drop=interval(0.0, -0.004, 0.0091))
+    data = replace(report, variants=(replace(report.variants[1], evaluation=wide),))
+    assert (
+        report_verdict(data).headline
+        == "The variant is within 0.010 AP of the reference on 12 images, by the 95 % interval."
+    )
 
 
 @pytest.mark.parametrize(

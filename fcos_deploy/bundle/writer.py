@@ -379,16 +379,20 @@ def lock_folder(folder: Path) -> int:
     Raises:
         ConfigError: another user made the folder, or others can write it.
         BundleError: another process holds the lock.
+        OSError: the folder's parent cannot be made, or the lock file.
     """
     path = folder / "lock"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 1
     while True:
         try:
             own_folder(folder)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError:
-            continue  # The holder removed the folder between the two calls.
-        except ConfigError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+        except (ConfigError, FileNotFoundError) as error:
+            # A holder that finishes removes the folder between two calls. Where a file system answers so for good, as
+            # /proc does, it is an error like any other.
+            missing = error.__cause__ if isinstance(error, ConfigError) else error
+            if isinstance(missing, FileNotFoundError) and time.monotonic() < deadline:
                 continue
             raise
         try:

@@ -17,7 +17,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.files import read_file, sha256_file
-from fcos_deploy.core.findings import Finding, Severity
+from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import IMAGE_SUFFIXES, list_images, read_image
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size

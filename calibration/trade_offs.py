@@ -10,7 +10,7 @@ from pathlib import Path
 from calibration.mixed_precision import LayerSensitivity, Trial
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
-from fcos_deploy.core.score_drift import ScoreDrift
+from fcos_deploy.core.matching import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.diagnosis import contract_causes
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval
-from fcos_deploy.accuracy.matching import DetectionAgreement, compare_detections
 from fcos_deploy.bundle.device_layer import chosen_precision, usable_layers
 from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.manifest import AccuracyFigure, BenchmarkFigure, Manifest
@@ -22,6 +21,7 @@ from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate, Judge
+from fcos_deploy.core.matching import DetectionAgreement, compare_detections
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.matching import MatchOptions, compare_detections
 from fcos_deploy.accuracy.stages import SeenImage, level_slices, network_input, split_levels
 from fcos_deploy.core.backend import ComputeType, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import location_strides
+from fcos_deploy.core.matching import MatchOptions, compare_detections
 from fcos_deploy.core.preprocess import InputDtype, ResizeFilter, ResizeOrder, preprocess
 from fcos_deploy.detector import Detector
 

@@ -27,12 +27,18 @@ from fcos_deploy.accuracy.intervals import (
     selection_factor,
     widened_for_selection,
 )
-from fcos_deploy.accuracy.matching import DetectionAgreement, MatchOptions, agreement_json, compare_detections
 from fcos_deploy.accuracy.predictions import DetectionRun, collect_detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.matching import (
+    DetectionAgreement,
+    MatchOptions,
+    ScoreDrift,
+    agreement_json,
+    compare_detections,
+    score_drift,
+)
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.score_drift import ScoreDrift, score_drift
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.matching import DetectionMatch, MatchOptions, match_detections
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import DecodeSpec
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import InconclusiveError
 from fcos_deploy.core.gate import Gate, Outcome, interval_outcome, overall_outcome
+from fcos_deploy.core.matching import DetectionMatch, MatchOptions, match_detections
 
 __all__ = [
     "MIN_EVIDENCE",

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.coco import MAX_DETECTIONS, RECALL_POINTS
 from fcos_deploy.accuracy.dataset import Dataset
-from fcos_deploy.core.boxes import pairwise_iou
-from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.detections import Detections, pairwise_iou
 from fcos_deploy.core.errors import ConfigError
 
 __all__ = [

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.diagnosis import Cause, Evidence, find_causes
 from fcos_deploy.accuracy.layers import LayerFinding
-from fcos_deploy.accuracy.matching import DetectionAgreement, agreement_json, compare_detections
 from fcos_deploy.accuracy.stages import (
     SeenImage,
     StageResult,
@@ -27,6 +26,7 @@ from fcos_deploy.core.backend import ComputeType, Tensors
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.matching import DetectionAgreement, agreement_json, compare_detections
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import Letterbox, padded_size
 from fcos_deploy.core.progress import ProgressFn, no_progress

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.matching import DetectionAgreement
 from fcos_deploy.core.backend import ComputeType, Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import Candidates, DecodeSpec, HeadOutputs, decode, level_sizes
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.matching import DetectionAgreement
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import InputDtype, Letterbox, PreprocessSpec
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.golden_check import MIN_EVIDENCE, GoldenCheck, check_golden, image_scale, judged_floor
-from fcos_deploy.accuracy.matching import MatchOptions, match_detections
 from fcos_deploy.accuracy.recorded import RecordedRun, RecordedSession
 from fcos_deploy.bundle.golden import TensorFingerprint, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
@@ -30,6 +29,7 @@ from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError,
 from fcos_deploy.core.gate import Gate, Outcome, overall_outcome
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.machine import MachineFacts, read_machine
+from fcos_deploy.core.matching import MatchOptions, match_detections
 from fcos_deploy.core.preprocess import ChannelOrder, PreprocessSpec, preprocess
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json

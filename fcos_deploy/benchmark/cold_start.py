@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.child import module_command
 from fcos_deploy.core.errors import BackendError, FcosDeployError
 from fcos_deploy.core.serialize import from_json, to_json
 
 if TYPE_CHECKING:
     from fcos_deploy.detector import DetectorSpec
 
-__all__ = ["ColdStart", "ColdStartTask", "measure_cold_start", "peak_memory_mib"]
+__all__ = ["ColdStart", "ColdStartTask", "measure_cold_start", "module_command", "peak_memory_mib"]
+
 
 _TIMEOUT = 600.0  # seconds; opening a large model may compile it
 _REPEATS = 5  # detections before the peak memory is read: allocators reach their final size in the first few
@@ -103,6 +103,24 @@ def measure_cold_start(task: ColdStartTask) -> ColdStart:
     marks = json.loads(result.stdout.splitlines()[-1])
     seconds = {name: (marks[name] - started) / 1e9 for name in ("imported", "opened", "first_detection")}
     return ColdStart(**seconds, peak_memory_mib=marks["peak_memory_mib"])
+
+
+# Python 3.10 has no ``-P``. ``-c`` puts '' (the working directory) first, and this takes it away before it imports.
+_WITHOUT_CURRENT_FOLDER = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; module = sys.argv.pop(1); "
+    "import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
+)
+
+
+def module_command(module: str, *, version: tuple[int, int] = sys.version_info[:2]) -> list[str]:
+    """The command that runs ``module`` with this interpreter, as ``python -m`` would.
+
+    ``python -m`` alone imports from the working directory first, so that a ``numpy.py`` in a folder of downloaded
+    models would be run. ``PYTHONPATH`` is honoured.
+    """
+    if version >= (3, 11):
+        return [sys.executable, "-P", "-m", module]
+    return [sys.executable, "-c", _WITHOUT_CURRENT_FOLDER, module]
 
 
 def _run(task: ColdStartTask) -> dict[str, float]:

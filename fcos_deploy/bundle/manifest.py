@@ -14,9 +14,8 @@ from fcos_deploy.bundle.golden import GoldenImage, GoldenRun
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
-from fcos_deploy.core.findings import Finding
-from fcos_deploy.core.gate import Gate, Outcome
-from fcos_deploy.core.score_drift import ScoreDrift
+from fcos_deploy.core.gate import Finding, Gate, Outcome
+from fcos_deploy.core.matching import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The limits that a deployed detector must keep, and what a judgement can come to: one type for every command."""
+"""The limits that a deployed detector must keep, what a judgement can come to, and what its images leave open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["Gate", "Judge", "Outcome", "interval_outcome", "overall_outcome"]
+__all__ = [
+    "Finding",
+    "Gate",
+    "Judge",
+    "Outcome",
+    "Severity",
+    "interval_outcome",
+    "overall_outcome",
+    "undecided_because",
+]
 
 
 class Outcome(StrEnum):
@@ -71,3 +80,30 @@ class Gate:
                 raise ConfigError(f"{name} is a share of 1, so it must be in [0, 1], got {value}.")
         if self.max_box_delta_px is not None and not self.max_box_delta_px >= 0:
             raise ConfigError(f"max_box_delta_px must not be negative, got {self.max_box_delta_px}.")
+
+
+class Severity(StrEnum):
+    """``warning``: to be known. ``inconclusive``: no verdict on these images can be passed. ``refused``: no run."""
+
+    WARNING = "warning"
+    INCONCLUSIVE = "inconclusive"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """``kind``: its name for machines, such as ``overlap``. ``message``: half a sentence for people."""
+
+    kind: str
+    severity: Severity
+    message: str
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        return f"{self.severity}: {self.message}"
+
+
+def undecided_because(findings: Iterable[Finding]) -> str:
+    """Why no verdict can be passed, as half a sentence; empty when nothing stands in the way."""
+    return "; ".join(finding.message for finding in findings if finding.severity is Severity.INCONCLUSIVE)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.boxes import box_iou
+from fcos_deploy.core.detections import box_iou
 
 __all__ = ["Suppression", "best_first", "best_of_groups", "suppress"]
 

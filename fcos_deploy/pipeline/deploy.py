@@ -16,8 +16,7 @@ from fcos_deploy.bundle import DEFAULT_GATES, BundleWriter, GoldenImage, Manifes
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
-from fcos_deploy.core.findings import Finding
-from fcos_deploy.core.gate import Outcome, overall_outcome
+from fcos_deploy.core.gate import Finding, Outcome, overall_outcome
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.pipeline import proof

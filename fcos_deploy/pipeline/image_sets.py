@@ -13,7 +13,7 @@ from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_co
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.findings import Finding, Severity
+from fcos_deploy.core.gate import Finding, Severity
 
 if TYPE_CHECKING:
     from calibration.dataset import CalibrationSet, SampleOptions

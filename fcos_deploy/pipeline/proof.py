@@ -39,8 +39,7 @@ from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.findings import undecided_because
-from fcos_deploy.core.gate import Gate, overall_outcome
+from fcos_deploy.core.gate import Gate, overall_outcome, undecided_because
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import all_backends, get_backend
 from fcos_deploy.core.serialize import from_json, to_json

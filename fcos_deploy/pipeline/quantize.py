@@ -25,16 +25,15 @@ from calibration.quantizers import QuantizeRequest, QuantizeResult, get_quantize
 from calibration.trade_offs import TradeOffs, write_trade_offs
 from fcos_deploy.accuracy.evaluate import OPERATING_SCORE, Evaluation, EvaluationRequest, evaluate
 from fcos_deploy.accuracy.intervals import paired_ap_drop
-from fcos_deploy.accuracy.matching import MatchOptions, compare_detections
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.image import list_images
+from fcos_deploy.core.matching import MatchOptions, ScoreDrift, compare_detections, score_drift
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
-from fcos_deploy.core.score_drift import ScoreDrift, score_drift
 from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = ["accuracy_goal", "quantize_model"]

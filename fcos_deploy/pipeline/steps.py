@@ -21,8 +21,7 @@ from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.findings import Finding, Severity
-from fcos_deploy.core.gate import Gate, Judge
+from fcos_deploy.core.gate import Finding, Gate, Judge, Severity
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.model_files import engine_file, files_of, graph_file
 from fcos_deploy.core.progress import ProgressFn

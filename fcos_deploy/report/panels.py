@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.matching import DetectionMatch, MatchOptions, match_detections
 from fcos_deploy.accuracy.predictions import DetectionRun
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ImageError
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.matching import DetectionMatch, MatchOptions, match_detections
 from fcos_deploy.report.data import ReportData
 
 __all__ = ["ImagePanel", "PanelBox", "image_panels"]

@@ -22,9 +22,9 @@ import pytest
 from calibration.dataset import SampleOptions, find_images
 from fcos_deploy.accuracy.dataset import load_coco
 from fcos_deploy.accuracy.predictions import _PredictionStore
+from fcos_deploy.benchmark.cold_start import module_command
 from fcos_deploy.bundle import BundleWriter, StepOutput, open_bundle
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.child import module_command
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import (

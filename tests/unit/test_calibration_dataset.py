@@ -21,7 +21,7 @@ from calibration.dataset import (
 from fcos_deploy.accuracy.dataset import load_coco
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError, ConfigError
-from fcos_deploy.core.findings import Finding, Severity
+from fcos_deploy.core.gate import Finding, Severity
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:

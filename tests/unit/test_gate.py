@@ -19,9 +19,9 @@ from fcos_deploy.accuracy.gate import (
     write_junit,
 )
 from fcos_deploy.accuracy.intervals import ApInterval
-from fcos_deploy.accuracy.matching import DetectionAgreement, Distribution
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError, InconclusiveError
 from fcos_deploy.core.gate import Gate, Judge, overall_outcome
+from fcos_deploy.core.matching import DetectionAgreement, Distribution
 
 POINT = Judge.POINT
 

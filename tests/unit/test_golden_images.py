@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.matching import MatchOptions
 from fcos_deploy.accuracy.verify import compare_golden
 from fcos_deploy.bundle.golden import (
     GoldenDetections,
@@ -21,6 +20,7 @@ from fcos_deploy.bundle.golden import (
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import BundleError, ImageError
+from fcos_deploy.core.matching import MatchOptions
 from fcos_deploy.core.preprocess import InputDtype, preprocess
 
 RULE = MatchOptions(iou_threshold=0.8, max_score_delta=0.1, min_score=0.3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.matching import Distribution, MatchOptions, compare_detections, match_detections
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.matching import Distribution, MatchOptions, compare_detections, match_detections
 
 
 def detections(rows: list[tuple[list[float], float, int]]) -> Detections:

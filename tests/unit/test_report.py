@@ -19,7 +19,6 @@ from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage
 from fcos_deploy.accuracy.evaluate import Evaluation
 from fcos_deploy.accuracy.gate import Outcome, Verdict
 from fcos_deploy.accuracy.intervals import ApInterval
-from fcos_deploy.accuracy.matching import compare_detections
 from fcos_deploy.accuracy.predictions import DetectionRun, StageSeconds
 from fcos_deploy.benchmark.machine import ClockReading, PowerReading
 from fcos_deploy.benchmark.measure import LatencyStats, StageMedians
@@ -28,7 +27,7 @@ from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.machine import MachineFacts
-from fcos_deploy.core.score_drift import ScoreDrift
+from fcos_deploy.core.matching import ScoreDrift, compare_detections
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant, write_report
 from fcos_deploy.report.summary import report_verdict
 

@@ -7,7 +7,7 @@ import pytest
 
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.score_drift import equivalent_threshold, score_drift
+from fcos_deploy.core.matching import equivalent_threshold, score_drift
 
 
 def found(*items: tuple[float, float, int]) -> Detections:

@@ -1,30 +1,34 @@
-"""Pairing the detections of two detectors, and how far they agree."""
+"""Pairing the detections of two detectors: how far they agree, and how far INT8 moves the scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.boxes import pairwise_iou
-from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.detections import Detections, pairwise_iou
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.serialize import to_json
 
 __all__ = [
+    "ClassDrift",
     "DetectionAgreement",
     "DetectionMatch",
     "Distribution",
     "MatchOptions",
+    "ScoreDrift",
     "agreement_json",
     "compare_detections",
     "detection_iou",
+    "equivalent_threshold",
     "match_detections",
+    "score_drift",
 ]
+
 
 # In image pixels. The overlap of boxes that are thinner than a pixel, or were clipped to a line, says nothing.
 _SAME_EDGE = 0.1
@@ -232,3 +236,94 @@ def agreement_json(agreement: DetectionAgreement) -> dict[str, Any]:
     content: dict[str, Any] = to_json(agreement)
     del content["score_pairs"]
     return content
+
+
+_THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # at which applications operate
+_FEW = 10  # with fewer detections above a threshold, its equivalent is chance
+
+
+@dataclass(frozen=True, slots=True)
+class ClassDrift:
+    """Of one class: matched detections, mean and largest |shift| of their scores, and the equivalent threshold."""
+
+    name: str
+    matched: int
+    mean_shift: float
+    largest_shift: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreDrift:
+    """``threshold``: on INT8 scores it lets as many detections pass as ``float_threshold`` on the float model's.
+
+    ``equivalents``: the same for other thresholds, as pairs (on float scores, on INT8 scores).
+    """
+
+    float_threshold: float
+    threshold: float
+    classes: tuple[ClassDrift, ...]
+    equivalents: tuple[tuple[float, float], ...] = ()
+
+
+def score_drift(
+    reference: Sequence[Detections],
+    quantized: Sequence[Detections],
+    *,
+    class_names: Sequence[str],
+    threshold: float = 0.3,
+) -> ScoreDrift:
+    """Compare detections of the same images, which must reach well below ``threshold``.
+
+    ``class_names`` by label; classes of which neither has a detection are left out.
+
+    Raises:
+        ConfigError: the numbers of images differ.
+    """
+    if len(reference) != len(quantized):
+        raise ConfigError(f"The same images are needed: {len(reference)} and {len(quantized)} were given.")
+    seen = sorted({int(label) for detections in (*reference, *quantized) for label in detections.labels})
+    before, after = _scores(reference), _scores(quantized)
+    # Each detection of the reference, best first, takes the best overlap that is left: it stands as the candidate here.
+    matches = [match_detections(after, before) for before, after in zip(reference, quantized, strict=True)]
+    pairs = [
+        np.stack([b.labels[match.candidate], b.scores[match.candidate], a.scores[match.reference]], 1)
+        for b, a, match in zip(reference, quantized, matches, strict=True)
+    ]
+    labels, matched_before, matched_after = np.concatenate([np.empty((0, 3)), *pairs]).T
+    classes = []
+    for label in seen:
+        shift = (matched_after - matched_before)[(labels == label) & (matched_before >= threshold)]
+        mean, largest = (float(shift.mean()), float(np.abs(shift).max())) if len(shift) else (0.0, 0.0)
+        scores = [_scores(images, label=label) for images in (reference, quantized)]
+        equivalent = equivalent_threshold(*scores, threshold=threshold)
+        classes.append(ClassDrift(class_names[label], len(shift), round(mean, 5), round(largest, 5), equivalent))
+    operating = [t for t in _THRESHOLDS if (before > t).sum() >= _FEW]
+    return ScoreDrift(
+        threshold,
+        equivalent_threshold(before, after, threshold=threshold),
+        tuple(classes),
+        tuple((t, equivalent_threshold(before, after, threshold=t)) for t in operating),
+    )
+
+
+def _scores(images: Sequence[Detections], *, label: int | None = None) -> NDArray[np.float32]:
+    """(n,) of all images, or of one class."""
+    chosen = (d.scores if label is None else d.scores[d.labels == label] for d in images)
+    return np.concatenate([np.empty(0, np.float32), *chosen])
+
+
+def equivalent_threshold(reference: NDArray[np.float32], quantized: NDArray[np.float32], *, threshold: float) -> float:
+    """The threshold on ``quantized`` that as many scores exceed as exceed ``threshold`` in ``reference``.
+
+    It lies halfway between the last score that passes and the first that does not, and is ``threshold`` itself where
+    that already does.
+    """
+    passing = int((reference > threshold).sum())
+    ordered = np.sort(quantized)[::-1].astype(np.float64)
+    if int((quantized > threshold).sum()) == passing or not len(ordered):
+        return threshold
+    if passing >= len(ordered):
+        return round(float(ordered[-1]) * 0.999, 5)
+    above = float(ordered[passing - 1]) if passing else 1.0
+    return round((above + float(ordered[passing])) / 2, 5)

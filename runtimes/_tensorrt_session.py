@@ -13,8 +13,7 @@ import queue
 import re
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ from fcos_deploy.core.backend import (
     SessionOptions,
     Tensors,
 )
-from fcos_deploy.core.contract import find_contract, sidecar_path
+from fcos_deploy.core.contract import sidecar_path
 from fcos_deploy.core.errors import (
     BackendError,
     BackendLoadError,
@@ -103,9 +102,7 @@ class TensorrtFamily(Backend):
 
     def open(self, path: Path, options: SessionOptions) -> Session:
         """Load the engine on the chosen GPU."""
-        contract = options.contract or find_contract(path)
-        if contract:
-            self.check_placement(contract)
+        contract = self.contract_of(path, options)
         if options.compute is not ComputeType.F32:
             raise ConfigError(
                 f"An engine computes in the types that it was built with, not in {options.compute} on request.",
@@ -292,6 +289,7 @@ class TensorrtSession(Session):
             inputs=tuple(tensor.spec for tensor in tensors if tensor.is_input),
             outputs=tuple(tensor.spec for tensor in tensors if not tensor.is_input),
             description=description,
+            workers=lanes,
         )
         self._cuda = cuda
         self._device = device
@@ -302,7 +300,6 @@ class TensorrtSession(Session):
         self._idle: queue.LifoQueue[Lane] = queue.LifoQueue()
         self._idle.put(self._all[0])
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(lanes, "tensorrt") if lanes > 1 else None
 
     def _run(self, feeds: Tensors) -> Tensors:
         self._cuda.select(self._device)  # CUDA's current device belongs to the thread
@@ -328,12 +325,7 @@ class TensorrtSession(Session):
                 return self._idle.get(timeout=_CLOSE_NOTICED_SECONDS)
         raise BackendError("The session is closed.")
 
-    def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
-        return list(self._pool.map(self._run, feeds)) if self._pool else super()._run_many(feeds)
-
     def _close(self) -> None:
-        if self._pool:
-            self._pool.shutdown()
         with self._lock:
             lanes = [self._idle.get() for _ in self._all]  # waits for running calls
             self._all.clear()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,8 @@ from fcos_deploy.core.backend import (
     SessionOptions,
     Tensors,
 )
-from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind, StrEnum
-from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
+from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -113,11 +110,11 @@ class _OnnxRuntimeSession(Session):
             inputs=tuple(_spec(node) for node in session.get_inputs()),
             outputs=tuple(_spec(node) for node in session.get_outputs()),
             description=description,
+            workers=workers,
         )
         self._session = session
         self._errors = _errors()
         self._names = [spec.name for spec in self.outputs]
-        self._pool = ThreadPoolExecutor(workers, "onnxruntime") if workers > 1 else None
 
     def _run(self, feeds: Tensors) -> Tensors:
         session = self._session
@@ -128,12 +125,7 @@ class _OnnxRuntimeSession(Session):
         except self._errors as error:
             raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
 
-    def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
-        return list(self._pool.map(self._run, feeds)) if self._pool else super()._run_many(feeds)
-
     def _close(self) -> None:
-        if self._pool:
-            self._pool.shutdown()
         self._session = None
 
 
@@ -148,9 +140,7 @@ class _OnnxRuntime(Backend):
     preferred_for = frozenset({ArtifactKind.ONNX})
 
     def open(self, path: Path, options: SessionOptions) -> Session:
-        contract = options.contract or find_contract(path)
-        if contract:
-            self.check_placement(contract)
+        contract = self.contract_of(path, options)
         if options.compute is not ComputeType.F32:
             raise ConfigError(
                 f"ONNX Runtime computes in the types that the graph has, not in {options.compute} on request.",
@@ -176,12 +166,7 @@ class _OnnxRuntime(Backend):
         return opened
 
     def probe(self) -> BackendProbe:
-        try:
-            return BackendProbe(available=True, version=ort.__version__, devices=tuple(_devices()))
-        except MissingDependencyError as error:
-            return BackendProbe(available=False, problem=error.message, remedy=error.hint)
-        except ImportError as error:
-            return BackendProbe(available=False, problem=str(error), remedy="reinstall onnxruntime")
+        return BackendProbe.of_library(self.name, lambda: (ort.__version__, list(_devices())))
 
 
 BACKEND = _OnnxRuntime()

@@ -27,9 +27,8 @@ from fcos_deploy.core.backend import (
     SessionOptions,
     Tensors,
 )
-from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.errors import BackendError, BackendLoadError, DeviceError, MissingDependencyError
+from fcos_deploy.core.errors import BackendError, BackendLoadError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.kept_models import KeptModel
 from fcos_deploy.core.libraries import lazy_import
@@ -150,9 +149,7 @@ class _OpenVino(Backend):
     preferred_for = frozenset({ArtifactKind.OPENVINO_IR})
 
     def open(self, path: Path, options: SessionOptions) -> Session:
-        contract = options.contract or find_contract(path)
-        if contract:
-            self.check_placement(contract)
+        contract = self.contract_of(path, options)
         core = ov.Core()
         device = _device(core, options.device or "CPU")
         _check_compute(core, device, options.compute)
@@ -181,12 +178,7 @@ class _OpenVino(Backend):
         return session
 
     def probe(self) -> BackendProbe:
-        try:
-            return BackendProbe(available=True, version=ov.__version__, devices=tuple(ov.Core().available_devices))
-        except MissingDependencyError as error:
-            return BackendProbe(available=False, problem=error.message, remedy=error.hint)
-        except (ImportError, RuntimeError) as error:
-            return BackendProbe(available=False, problem=str(error), remedy="reinstall openvino")
+        return BackendProbe.of_library(self.name, lambda: (ov.__version__, ov.Core().available_devices))
 
 
 BACKEND = _OpenVino()

@@ -15,7 +15,7 @@ import numpy as np
 from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.errors import BackendError, DeviceError, MissingDependencyError
+from fcos_deploy.core.errors import BackendError, DeviceError
 from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -95,14 +95,7 @@ class _PyTorch(Backend):
 
     def probe(self) -> BackendProbe:
         probe = None if "torch" in sys.modules else _probe_files()
-        if probe is not None:
-            return probe
-        try:
-            return BackendProbe(available=True, version=torch.__version__, devices=_devices())
-        except MissingDependencyError as error:
-            return BackendProbe(available=False, problem=error.message, remedy=error.hint)
-        except (ImportError, OSError) as error:
-            return BackendProbe(available=False, problem=str(error), remedy="reinstall torch")
+        return probe or BackendProbe.of_library("torch", lambda: (torch.__version__, _devices()))
 
 
 BACKEND = _PyTorch()

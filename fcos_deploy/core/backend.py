@@ -6,6 +6,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +15,15 @@ from typing import Any, Generic, TypeVar
 from numpy.typing import NDArray
 
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.contract import ModelContract, find_contract
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
-from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, TensorMismatchError
+from fcos_deploy.core.errors import (
+    BackendError,
+    BackendLoadError,
+    ConfigError,
+    MissingDependencyError,
+    TensorMismatchError,
+)
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = [
@@ -107,12 +114,24 @@ class BackendProbe:
     problem: str = ""
     remedy: str = ""
 
+    @staticmethod
+    def of_library(name: str, look: Callable[[], tuple[str, Sequence[str]]]) -> BackendProbe:
+        """What ``look`` sees, a library's version and devices, or why it cannot: it is missing, or broken."""
+        try:
+            version, devices = look()
+        except MissingDependencyError as error:
+            return BackendProbe(available=False, problem=error.message, remedy=error.hint)
+        except (ImportError, OSError, RuntimeError) as error:
+            return BackendProbe(available=False, problem=str(error), remedy=f"reinstall {name}")
+        return BackendProbe(available=True, version=version, devices=tuple(devices))
+
 
 class Session(ABC):
     """An opened artifact. ``run`` checks the feeds once; backends fill in ``_run``.
 
     ``thread_safe`` says whether ``run`` may be called from several threads at a time. ``contract`` is the artifact's
     own, where the backend knows it. ``max_batch`` is the largest batch that a dynamic first axis takes, None: any.
+    With ``workers`` > 1, ``run_many`` has so many requests at a time, each in a thread of its own.
     """
 
     thread_safe = True
@@ -120,13 +139,19 @@ class Session(ABC):
     max_batch: int | None = None
 
     def __init__(
-        self, *, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], description: Mapping[str, str]
+        self,
+        *,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        description: Mapping[str, str],
+        workers: int = 1,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.description = dict(description)  # backend, version, device, compute type, ...: for records and reports
         self._closed = False
         self._process = os.getpid()
+        self._pool = ThreadPoolExecutor(workers, self.description.get("backend", "")) if workers > 1 else None
 
     @property
     def closed(self) -> bool:
@@ -197,6 +222,8 @@ class Session(ABC):
         if not self._closed:
             self._closed = True
             if not self.forked:
+                if self._pool:
+                    self._pool.shutdown()
                 self._close()
 
     def __enter__(self) -> Session:
@@ -214,7 +241,7 @@ class Session(ABC):
         return self._run(feeds)
 
     def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
-        return [self._run(request) for request in feeds]
+        return list(self._pool.map(self._run, feeds) if self._pool else map(self._run, feeds))
 
     def _close(self) -> None:  # noqa: B027  (most runtimes release on deletion)
         pass
@@ -242,6 +269,17 @@ class Backend(ABC):
     @abstractmethod
     def probe(self) -> BackendProbe:
         """Look at this machine without raising."""
+
+    def contract_of(self, path: Path, options: SessionOptions) -> ModelContract | None:
+        """The contract of an artifact, or the one that ``options`` put in its place, once its placement is checked.
+
+        Raises:
+            BackendLoadError: the file is damaged, or its Q/DQ placement is for another runtime.
+        """
+        contract = options.contract or find_contract(path)
+        if contract:
+            self.check_placement(contract)
+        return contract
 
     def check_placement(self, contract: ModelContract) -> None:
         """Refuse an INT8 graph whose Q/DQ nodes this runtime would interpret differently.

@@ -41,12 +41,6 @@ _OPT_OUT_VARIABLE = "ORT_DISABLE_TELEMETRY"
 _TELEMETRY_PACKAGE = "openvino_telemetry"
 
 
-def _opt_out_of_telemetry() -> None:
-    if not os.environ.get(_OPT_OUT_VARIABLE):  # what the user has set stays
-        os.environ[_OPT_OUT_VARIABLE] = "1"
-    sys.modules.setdefault(_TELEMETRY_PACKAGE, None)  # type: ignore[arg-type]  # None: the import fails
-
-
 def require(module: str, *, extra: str = "") -> ModuleType:
     """Import ``module`` without its telemetry; a missing library is an instruction, a broken one shows its own error.
 
@@ -55,7 +49,9 @@ def require(module: str, *, extra: str = "") -> ModuleType:
     Raises:
         MissingDependencyError: when the library is not installed.
     """
-    _opt_out_of_telemetry()
+    if not os.environ.get(_OPT_OUT_VARIABLE):  # what the user has set stays
+        os.environ[_OPT_OUT_VARIABLE] = "1"
+    sys.modules.setdefault(_TELEMETRY_PACKAGE, None)  # type: ignore[arg-type]  # None: the import fails
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -155,16 +155,12 @@ _CLIPS: dict[BoxClip, Callable[[NDArray[np.float32], tuple[int, int], Letterbox]
 }
 
 
-def _has_area(boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-
-
 def _finish(candidates: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Detections:
     """To image pixels, with the final clip and filter where the profile has them, and labels for channels."""
     boxes = letterbox.to_image(candidates.boxes)
     if spec.profile.box_filter is BoxFilter.AFTER_FINAL_CLIP:
         boxes = _clip_to(boxes, letterbox.image_width, letterbox.image_height)
-        solid = _has_area(boxes)
+        solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         candidates, boxes = candidates.take(solid), boxes[solid]
     channels = candidates.channels
     labels = _label_array(spec.label_map)[channels] if spec.label_map else channels.astype(np.int64)

@@ -143,13 +143,10 @@ class PreprocessSpec:
         if min(*self.std, self.pixel_scale, self.size_divisor) <= 0:
             values = f"{self.std}, {self.pixel_scale} and {self.size_divisor}"
             raise ConfigError(f"std, pixel_scale and size_divisor must be positive, got {values}.")
-        if self.content is not None:
-            self._check_content(self.content)
-
-    def _check_content(self, content: tuple[int, int]) -> None:
-        if self.canvas is None or not all(1 <= size <= limit for size, limit in zip(content, self.canvas, strict=True)):
+        bounds = self.canvas or (0, 0)
+        if self.content is not None and not all(1 <= n <= end for n, end in zip(self.content, bounds, strict=True)):
             raise InputSizeError(
-                f"The content size {content[0]}x{content[1]} must lie within an input size.",
+                f"The content size {self.content[0]}x{self.content[1]} must lie within an input size.",
                 hint="give --input-size HxW that is at least as large",
             )
 
@@ -186,9 +183,8 @@ Size = tuple[int, int]  # height, width
 
 def resized_size(height: int, width: int, spec: PreprocessSpec) -> Size:
     """Height and width of an image of the given size after resizing, before padding; at least 1 each."""
-    bounds = (
-        spec.content or spec.canvas or (spec.shortest or 0, spec.longest or 0)
-    )  # PreprocessSpec has checked that both are there
+    # PreprocessSpec has checked that both edges are there where the canvas is not.
+    bounds = spec.content or spec.canvas or (spec.shortest or 0, spec.longest or 0)
     new_height, new_width = _RULES[spec.size_rule](height, width, bounds)
     return max(new_height, 1), max(new_width, 1)
 
@@ -213,22 +209,10 @@ def _letterbox(height: int, width: int, bounds: Size) -> Size:
     return min(int(height * scale + 0.5), bounds[0]), min(int(width * scale + 0.5), bounds[1])
 
 
-def _torchvision(height: int, width: int, bounds: Size) -> Size:
+def _edges(height: int, width: int, bounds: Size, *, rounding: float = 0.0) -> Size:
     shortest, longest = bounds
     scale = min(shortest / min(height, width), longest / max(height, width))
-    return int(height * scale), int(width * scale)
-
-
-def _mmdetection(height: int, width: int, bounds: Size) -> Size:
-    shortest, longest = bounds
-    scale = min(longest / max(height, width), shortest / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
-def _mmdetection_fix_scale(height: int, width: int, bounds: Size) -> Size:
-    shortest, longest = bounds
-    scale = min(longest / max(height, width), shortest / min(height, width))
-    return int(height * scale), int(width * scale)
+    return int(height * scale + rounding), int(width * scale + rounding)
 
 
 def _detectron2(height: int, width: int, bounds: Size) -> Size:
@@ -257,9 +241,9 @@ def _tianzhi(height: int, width: int, bounds: Size) -> Size:
 _RULES: dict[SizeRule, Callable[[int, int, Size], Size]] = {
     SizeRule.LETTERBOX: _letterbox,
     SizeRule.STRETCH: lambda _height, _width, bounds: bounds,
-    SizeRule.TORCHVISION: _torchvision,
-    SizeRule.MMDETECTION: _mmdetection,
-    SizeRule.MMDETECTION_FIX_SCALE: _mmdetection_fix_scale,
+    SizeRule.TORCHVISION: _edges,
+    SizeRule.MMDETECTION: functools.partial(_edges, rounding=0.5),
+    SizeRule.MMDETECTION_FIX_SCALE: _edges,
     SizeRule.DETECTRON2: _detectron2,
     SizeRule.TIANZHI: _tianzhi,
 }
@@ -330,7 +314,9 @@ def preprocess(
         ImageError: ``image`` is not (h, w, 3) uint8.
         TensorMismatchError: ``out`` has another dtype, or no room for the resized image.
     """
-    _check_image(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        got = f"{image.dtype}[{', '.join(map(str, image.shape))}]"
+        raise ImageError(f"An image must be uint8[h, w, 3] in RGB order, got {got}.", hint="read it with read_image")
     height, width = image.shape[:2]
     new_height, new_width = resized_size(height, width, spec)
     if out is None:
@@ -338,14 +324,11 @@ def preprocess(
     _check_out(out, spec, size=(new_height, new_width))
     content = [out[plane, :new_height, :new_width] for plane in _PLANES[spec.channel_order]]
     _WRITERS[spec.input_dtype, spec.resize_order](image, spec, content)
-    _pad(out, spec, size=(new_height, new_width))
+    padding = spec.pad_value if spec.input_dtype is InputDtype.UINT8 else spec.normalized_pad_value
+    for plane, value in zip(out, padding, strict=True):
+        plane[new_height:] = value
+        plane[:new_height, new_width:] = value
     return out, Letterbox(height, width, new_height, new_width)
-
-
-def _check_image(image: NDArray[Any]) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        got = f"{image.dtype}[{', '.join(map(str, image.shape))}]"
-        raise ImageError(f"An image must be uint8[h, w, 3] in RGB order, got {got}.", hint="read it with read_image")
 
 
 def _check_out(out: NDArray[Any], spec: PreprocessSpec, *, size: tuple[int, int]) -> None:
@@ -355,14 +338,6 @@ def _check_out(out: NDArray[Any], spec: PreprocessSpec, *, size: tuple[int, int]
         raise TensorMismatchError(
             f"The input tensor must be {spec.input_dtype}[3, >={size[0]}, >={size[1]}] for this image, got {got}."
         )
-
-
-def _pad(out: NDArray[Any], spec: PreprocessSpec, *, size: tuple[int, int]) -> None:
-    height, width = size
-    values = spec.pad_value if spec.input_dtype is InputDtype.UINT8 else spec.normalized_pad_value
-    for plane, value in zip(out, values, strict=True):
-        plane[height:] = value
-        plane[:height, width:] = value
 
 
 def _write_uint8(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[NDArray[Any]]) -> None:

@@ -63,7 +63,10 @@ def from_json(kind: type[T], value: Any, *, where: str = "") -> T:
 def _convert(kind: Any, value: Any, where: str) -> Any:  # Any: ``kind`` is any type form that typing can express
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(arguments, value, where)
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (k for k in arguments if k is not type(None))
+        return _convert(kind, value, where)
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where)
     if origin is tuple:
@@ -95,13 +98,6 @@ def _convert_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if len(kinds) != len(value):
         raise _mismatch(where, f"an array of {len(kinds)}", value)
     return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-
-
-def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    (kind,) = (k for k in kinds if k is not type(None))
-    return _convert(kind, value, where)
 
 
 def _convert_dataclass(kind: Any, value: Any, where: str) -> Any:

@@ -52,19 +52,22 @@ def read_clock(root: Path = _ROOT) -> ClockReading:
 
 
 # Shares of the processors' time that others may take before a comparison of runtimes is doubtful: one that waits for
-# all of its threads stands still when a single one is displaced.
-_MAX_OTHERS, _MAX_STOLEN = 0.10, 0.03
+# all of its threads stands still when a single one is displaced. Of the other threads that run or wait to, half a one
+# on average is a program that computes half of the time.
+_MAX_OTHERS, _MAX_STOLEN, _MAX_QUEUED = 0.10, 0.03, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contention:
     """Shares (0..1) of the processors' time that ``others`` used, and that the hypervisor gave away (``stolen``).
 
+    ``queued``: threads of other programs that ran or waited to run, on average over the moments that were sampled.
     None: the system does not tell.
     """
 
     others: float | None = None
     stolen: float | None = None
+    queued: float | None = None
 
     @property
     def problem(self) -> str:
@@ -74,32 +77,54 @@ class Contention:
             parts.append(f"other programs used {self.others:.0%} of the processors")
         if self.stolen is not None and self.stolen > _MAX_STOLEN:
             parts.append(f"the hypervisor took {self.stolen:.0%} of their time")
+        if self.queued is not None and self.queued > _MAX_QUEUED:
+            parts.append(f"{self.queued:.1f} threads of other programs ran or waited to")
         return " and ".join(parts)
 
 
 @dataclass(slots=True)
 class ContentionMeter:
-    """What others took of the processors between ``start`` and ``stop``, from Linux' counters in ``/proc/stat``."""
+    """What others took of the processors between ``start`` and ``stop``, from Linux' counters in ``/proc/stat``.
+
+    ``sample`` looks at the run queue, which tells who waits; call it now and then, between what is timed.
+    """
 
     root: Path = _ROOT
     _ticks: tuple[int, ...] = field(default=(), init=False)
     _own: float = field(default=0.0, init=False)
+    _queued: list[int] = field(default_factory=list, init=False)
 
     def start(self) -> None:
         """Begin the measurement."""
-        self._ticks, self._own = self._read(), time.process_time()
+        self._ticks, self._own, self._queued = self._read(), time.process_time(), []
+        self.sample()
+
+    def sample(self) -> None:
+        """Count the threads that run or wait to, and are not this process's."""
+        lines = (line.split() for line in kernel_text(self.root / "proc/stat").splitlines())
+        running = next((int(words[1]) for words in lines if words[:1] == ["procs_running"]), None)
+        if running is not None:
+            self._queued.append(max(0, running - self._own_running()))
+
+    def _own_running(self) -> int:
+        """Runtimes leave threads that spin for a while."""
+        # The name, in brackets, may hold anything; the state follows it (proc(5)).
+        stats = (kernel_text(path) for path in (self.root / "proc/self/task").glob("*/stat"))
+        return sum(stat.rpartition(")")[2].split()[:1] == ["R"] for stat in stats)
 
     def stop(self) -> Contention:
         """End it; the shares since ``start``."""
+        self.sample()
         own = time.process_time() - self._own
+        queued = round(sum(self._queued) / len(self._queued), 2) if self._queued else None
         # user, nice, system, idle, iowait, irq, softirq, steal (proc(5)); guests are counted in user already.
         ticks = [after - before for before, after in zip(self._ticks, self._read(), strict=False)]
         if len(ticks) < 8 or sum(ticks) <= 0:
-            return Contention()
+            return Contention(queued=queued)
         total, idle, stolen = sum(ticks), ticks[3] + ticks[4], ticks[7]
         busy = total - idle - stolen
         others = max(0.0, busy - own * os.sysconf("SC_CLK_TCK")) / total
-        return Contention(others=round(others, 4), stolen=round(stolen / total, 4))
+        return Contention(others=round(others, 4), stolen=round(stolen / total, 4), queued=queued)
 
     def _read(self) -> tuple[int, ...]:
         first = kernel_text(self.root / "proc/stat").partition("\n")[0].split()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -151,9 +151,13 @@ def time_in_turns(
     image: NDArray[np.uint8],
     *,
     options: TimingOptions,
+    between_rounds: Callable[[], None] = lambda: None,
     progress: ProgressFn = no_progress,
 ) -> list[Timing]:
-    """Time every detector on (h, w, 3) uint8 RGB, a block of each in every round; the order turns round too."""
+    """Time every detector on (h, w, 3) uint8 RGB, a block of each in every round; the order turns round too.
+
+    ``between_rounds`` is called after each round, when nothing is timed.
+    """
     timings = [Timing() for _ in detectors]
     for detector in detectors:
         for _ in range(options.warmup):
@@ -162,6 +166,7 @@ def time_in_turns(
         for position in range(len(detectors)):
             index = (position + turn) % len(detectors)
             _time_block(detectors[index], image, block=options.block, timing=timings[index])
+        between_rounds()
         progress("latency", turn + 1, options.rounds)
     return timings
 

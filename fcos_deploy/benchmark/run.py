@@ -32,11 +32,11 @@ from fcos_deploy.benchmark.measure import (
 from fcos_deploy.core.backend import PerformanceHint
 from fcos_deploy.core.errors import ConfigError, SlowdownError
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
-from fcos_deploy.core.machine import MachineFacts, read_machine
+from fcos_deploy.core.machine import MachineFacts, read_machine, usable_cpus
 from fcos_deploy.core.model_files import files_of
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import parse_json, to_json
-from fcos_deploy.detector import DetectorSpec
+from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = [
     "TABLE_COLUMNS",
@@ -53,6 +53,7 @@ __all__ = [
     "result_row",
     "run_benchmark",
     "save_benchmark",
+    "with_equal_threads",
 ]
 
 
@@ -121,7 +122,7 @@ def doubted_speedup(candidate: BenchmarkResult, *, reference: BenchmarkResult, c
     speedup = Speedup.of(reference.rounds_ms, candidate.rounds_ms)
     problems = [contention.problem, speedup.problem]
     threads = [result.session.get("threads", "") for result in (reference, candidate)]
-    if all(count.isdigit() for count in threads) and threads[0] != threads[1]:
+    if all(threads) and threads[0] != threads[1]:
         problems.append(f"the reference ran with {threads[0]} threads, this one with {threads[1]}")
     return replace(speedup, problem="; ".join(filter(None, problems)))
 
@@ -183,16 +184,18 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
     path = request.image or demo_image()
     machine, before = read_machine(), read_clock().throttled
     with contextlib.ExitStack() as stack:
-        detectors = [stack.enter_context(candidate.open(PerformanceHint.LATENCY)) for candidate in request.candidates]
+        candidates, detectors = _open_alike(request.candidates, stack)
         image = detectors[0].read(path)
         meter = ContentionMeter()
         meter.start()
-        timings = time_in_turns(detectors, image, options=request.timing, progress=progress)
+        timings = time_in_turns(
+            detectors, image, options=request.timing, between_rounds=meter.sample, progress=progress
+        )
         contention = meter.stop()
         opened = [(dict(d.session.description), str(d.contract.precision)) for d in detectors]
     after = read_clock().throttled
     results = []
-    for candidate, timing, (session, precision) in zip(request.candidates, timings, opened, strict=True):
+    for candidate, timing, (session, precision) in zip(candidates, timings, opened, strict=True):
         throughput, power, clock = _measure_load(candidate, image, seconds=request.timing.throughput_seconds)
         results.append(
             BenchmarkResult(
@@ -212,11 +215,43 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
                 rounds_ms=tuple(timing.rounds),
             )
         )
-        progress("throughput and cold start", len(results), len(request.candidates))
+        progress("throughput and cold start", len(results), len(candidates))
     throttled = None if before is None or after is None else after - before
     return Benchmark(
         machine=machine, image=path.name, results=tuple(results), throttled=throttled, contention=contention
     )
+
+
+def with_equal_threads(candidates: Sequence[DetectorSpec], threads: Sequence[str]) -> tuple[DetectorSpec, ...]:
+    """The candidates, with as many threads each; ``threads``: what their sessions say, empty where nobody chooses.
+
+    Left alone one runtime takes every core and another the physical ones. The limit is the fewest that anybody asked
+    for, or else the fewest that a runtime takes by itself. What was asked for stays.
+    """
+    competing = [place for place, count in enumerate(threads) if count]
+    if len({threads[place] for place in competing}) < 2:
+        return tuple(candidates)
+    asked = [count for place in competing if (count := candidates[place].options.threads)]
+    limit = min(asked or [usable_cpus(), *(int(count) for count in threads if count.isdigit())])
+    return tuple(
+        replace(candidate, options=replace(candidate.options, threads=limit))
+        if place in competing and candidate.options.threads is None
+        else candidate
+        for place, candidate in enumerate(candidates)
+    )
+
+
+def _open_alike(
+    candidates: Sequence[DetectorSpec], stack: contextlib.ExitStack
+) -> tuple[tuple[DetectorSpec, ...], list[Detector]]:
+    """The detectors with equal threads, and the candidates as they were opened."""
+    detectors = [stack.enter_context(candidate.open(PerformanceHint.LATENCY)) for candidate in candidates]
+    alike = with_equal_threads(candidates, [d.session.description.get("threads", "") for d in detectors])
+    for place, (before, candidate) in enumerate(zip(candidates, alike, strict=True)):
+        if candidate != before:
+            detectors[place].close()
+            detectors[place] = stack.enter_context(candidate.open(PerformanceHint.LATENCY))
+    return alike, detectors
 
 
 def _measure_load(

@@ -110,6 +110,7 @@ def _variant_cells(variant: ReportVariant) -> dict[str, str]:
         "p50": _number(latency.p50 if latency else None, 1),
         "p90": _number(latency.p90 if latency else None, 1),
         "p99": _number(latency.p99 if latency else None, 1),
+        "times": str(latency.count) if latency else "",
         "rate": _number(result.throughput_fps if result else None, 1),
         "size": _mebibytes(result.file_bytes if result else None),
         "memory": _number(cold_start.peak_memory_mib if cold_start else None, 0),

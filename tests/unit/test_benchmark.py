@@ -28,10 +28,13 @@ from fcos_deploy.benchmark.run import (
     read_baseline,
     require_no_slowdown,
     save_benchmark,
+    with_equal_threads,
 )
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.errors import ConfigError, SlowdownError
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.machine import MachineFacts
+from fcos_deploy.detector import DetectorSpec
 
 
 def result(backend: str = "openvino", *, times: float = 10.0) -> BenchmarkResult:
@@ -94,15 +97,37 @@ def test_other_load_and_unequal_threads_make_a_speedup_doubtful(tmp_path: Path) 
     assert "1 threads, this one with 2" in benchmark(*threads).speedup(threads[1], reference=threads[0]).problem
 
 
+@pytest.mark.parametrize(
+    ("asked", "said", "limits"),
+    [
+        ((None, None, None), ("all cores", "1", ""), (1, 1, None)),
+        ((None, None), ("all cores", "all cores"), (None, None)),
+        ((None, 3), ("all cores", "3"), (3, 3)),
+        ((1, 2, None), ("1", "2", "8"), (1, 2, 1)),
+        ((None, None), ("", ""), (None, None)),
+    ],
+)
+def test_contestants_get_equal_threads(
+    asked: tuple[int | None, ...], said: tuple[str, ...], limits: tuple[int | None, ...]
+) -> None:
+    candidates = [DetectorSpec(model=Path("m.onnx"), options=SessionOptions(threads=count)) for count in asked]
+    assert tuple(spec.options.threads for spec in with_equal_threads(candidates, said)) == limits
+
+
 def test_what_others_take_of_the_processors_is_read_from_the_kernel(tmp_path: Path) -> None:
     """Of 1000 ticks 400 are busy, hardly any of them this process's, and 50 are stolen."""
     stat = tmp_path / "proc" / "stat"
     stat.parent.mkdir()
-    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\n")
+    own = stat.parent / "self" / "task" / "7" / "stat"
+    own.parent.mkdir(parents=True)
+    own.write_text("7 (a ) R name) R 1 1 0\n")
+    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\nprocs_running 1\n")
     meter = ContentionMeter(root=tmp_path)
     meter.start()
-    stat.write_text("cpu 300 50 50 500 50 0 0 50 0 0\n")
+    stat.write_text("cpu 300 50 50 500 50 0 0 50 0 0\nprocs_running 5\n")
     contention = meter.stop()
+    assert contention.queued == 2.0, "none, then four, beside this process's own thread"
+    assert "2.0 threads of other programs ran or waited to" in contention.problem
     assert contention.others == pytest.approx(0.4, abs=0.05)
     assert contention.stolen == 0.05
     assert "5%" in contention.problem

@@ -268,6 +268,12 @@ def trace(
             raise ExportError(
                 f"The graph cannot be expressed in opset {opset}: {error}.", hint=f"--opset {_TRACED_OPSET}"
             ) from error
+        for node in model.graph.node:
+            # The converter moves a reduction's axes back into its attributes, and leaves one that came with opset 18.
+            kept = [item for item in node.attribute if item.name != "noop_with_empty_axes"]
+            if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(kept) < len(node.attribute):
+                del node.attribute[:]
+                node.attribute.extend(kept)
     # What was inferred for tensors inside: runtimes infer it themselves, and trust it even where two open axes that
     # torch could not tell apart got one name.
     del model.graph.value_info[:]

@@ -32,7 +32,7 @@ from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError
-from fcos_deploy.core.network import BackboneType, BlockType, ExtraSource, FcosConfig, TowerNorm
+from fcos_deploy.core.network import BackboneType, BlockType, ExtraSource, FcosConfig, OsaStage, TowerNorm
 
 __all__ = [
     "CheckpointDescription",
@@ -214,6 +214,7 @@ _BACKBONE_MARKS = {
     BackboneType.RESNET: "backbone.body.layer1.0.conv1.weight",
     BackboneType.DLA34: "backbone.body.base_layer.0.weight",
     BackboneType.MOBILENET_V2: "backbone.body.features.0.0.weight",
+    BackboneType.VOVNET: "backbone.body.stem.0.0.weight",
 }
 
 
@@ -261,7 +262,7 @@ def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
             shared_convs=convs[SHARED_TOWER],
             tower_norm=tower_norm,
             has_scales=any(name in tensors for name in (f"{REG_HEAD}.scales", f"{REG_HEAD}.scales.0")),
-            **(_infer_resnet(tensors) if backbone is BackboneType.RESNET else {}),
+            **_INFERRED.get(backbone, lambda _: {})(tensors),
         )
     except FcosDeployError as error:
         raise CheckpointError(f"The shapes fit no FCOS: {error.message}", hint=error.hint) from error
@@ -271,6 +272,7 @@ _STEMS = {
     BackboneType.RESNET: "backbone.body.conv1.weight",
     BackboneType.DLA34: "backbone.body.base_layer.0.weight",
     BackboneType.MOBILENET_V2: "backbone.body.features.0.0.weight",
+    BackboneType.VOVNET: "backbone.body.stem.0.0.weight",
 }
 # The norm is mmdetection's, merged into its convolution when the weights are loaded.
 _PYRAMID = re.compile(
@@ -333,6 +335,22 @@ def _infer_resnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any:
     width, inputs = _shape(tensors, "backbone.body.layer1.0.conv2.weight", 4)[:2]
     groups = max(1, width // inputs)  # its weight is (width, width / groups, 3, 3)
     return {**network, "block": BlockType.BOTTLENECK, "groups": groups, "width_per_group": width // groups}
+
+
+def _infer_vovnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any: keyword arguments of FcosConfig
+    stem = tuple(_shape(tensors, f"backbone.body.stem.{index}.0.weight", 4)[0] for index in range(3))
+    stages = []
+    for index in range(4):
+        first = f"backbone.body.stages.{index}"
+        blocks = {m[1] for n in tensors if (m := re.match(rf"{re.escape(first)}\.(\d+)\.", n))}
+        layers = {m[1] for n in tensors if (m := re.match(rf"{re.escape(first)}\.0\.layers\.(\d+)\.", n))}
+        channels = _shape(tensors, f"{first}.0.layers.0.0.weight", 4)[0]
+        out_channels = _shape(tensors, f"{first}.0.concat.0.weight", 4)[0]
+        stages.append(OsaStage(len(blocks), len(layers), channels, out_channels))
+    return {"stem_widths": stem, "osa_stages": tuple(stages)}
+
+
+_INFERRED = {BackboneType.RESNET: _infer_resnet, BackboneType.VOVNET: _infer_vovnet}
 
 
 def _shape(tensors: Mapping[str, TensorFacts], name: str, axes: int) -> tuple[int, ...]:

@@ -269,7 +269,7 @@ _UNSUPPORTED = (
         re.compile(r"(.*)\.(conv_offset|offset)\.(weight|bias)|(.*conv\d)_offset\.(weight|bias)"),
         "deformable convolution (DCN)",
     ),
-    (re.compile(r"(backbone\.bottom_up\.stage\d+\..*OSA\d*_\d+)\..*"), "VoVNet block"),
+    (re.compile(r"(backbone\.bottom_up\.stage\d+\..*OSA\w+/(?:dw|pw)_conv)\w+\..*"), "depthwise VoVNet layer"),
     (re.compile(r"(backbone\.stage\d\.\d+\.fuse_layers)\..*"), "HRNet fusion"),
 )
 
@@ -336,6 +336,12 @@ def _with_network_facts(rules: Rules, evidence: Evidence) -> Rules:
     has_fpn_norm = any(n.startswith("backbone.fpn.") and n.endswith(".norm.running_mean") for n in evidence.tensors)
     if has_fpn_norm and rules.fpn_norm_eps is None:
         rules = dataclasses.replace(rules, fpn_norm_eps=network.fpn_norm_eps)
+    if network.backbone is BackboneType.VOVNET and (rules.size_divisor or 32) % 32:
+        raise ConfigError(
+            "A VoVNet's pooling rounds sizes down where they are not even, so that its inputs are multiples of 32, "
+            f"not of {rules.size_divisor}.",
+            hint="--size-divisor 32",
+        )
     parts = {
         "norm_groups": ("group norm in its towers", network.tower_norm is TowerNorm.GROUP),
         "tower_norm_eps": ("norm in its towers", network.tower_norm is not TowerNorm.NONE),

@@ -13,6 +13,7 @@ __all__ = [
     "BoxActivation",
     "ExtraSource",
     "FcosConfig",
+    "OsaStage",
     "TowerNorm",
     "Upsampling",
     "resnet_config",
@@ -25,6 +26,7 @@ class BackboneType(StrEnum):
     RESNET = "resnet"
     DLA34 = "dla34"
     MOBILENET_V2 = "mobilenet-v2"
+    VOVNET = "vovnet"
 
 
 class BlockType(StrEnum):
@@ -78,11 +80,22 @@ _RESNETS: dict[int, tuple[BlockType, tuple[int, int, int, int]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class OsaStage:
+    """One stage of a VoVNet: ``blocks`` of ``layers`` 3x3 convolutions of ``channels``, joined to ``out_channels``."""
+
+    blocks: int
+    layers: int
+    channels: int
+    out_channels: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FcosConfig:
     """Everything the canonical network needs beside its weights.
 
     ``stem_channels`` is 64 in every published ResNet; a smaller number makes a backbone of reduced width.
+    ``stem_widths`` and ``osa_stages`` are those of a VoVNet: its three stem convolutions and its four stages.
     ``strides`` are those of the pyramid levels, finest first, in network-input pixels. ``stage_strides`` and
     ``stage_dilations`` are those of a ResNet's four stages. ``extra_relu``: P7 is computed from relu(P6).
     ``anchor_sizes`` are the units of the levels' distances in pixels, () the strides. ``tower_norm_eps`` belongs to the
@@ -100,6 +113,8 @@ class FcosConfig:
     stride_in_1x1: bool = False
     stage_strides: tuple[int, int, int, int] = (1, 2, 2, 2)
     stage_dilations: tuple[int, int, int, int] = (1, 1, 1, 1)
+    stem_widths: tuple[int, ...] = ()
+    osa_stages: tuple[OsaStage, ...] = ()
     norm_eps: float = 1e-5
     fpn_channels: int = 256
     fpn_norm_eps: float = 1e-5
@@ -122,6 +137,9 @@ class FcosConfig:
         for name in ("num_classes", "stem_channels", "groups", "width_per_group", "fpn_channels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"FcosConfig.{name} must be at least 1, got {getattr(self, name)}.")
+        parts = len(self.stem_widths), len(self.osa_stages)
+        if self.backbone is BackboneType.VOVNET and parts != (3, 4):
+            raise ConfigError(f"A VoVNet has 3 stem convolutions and 4 stages, got {parts[0]} and {parts[1]}.")
         if len(self.strides) not in (3, 5):
             raise ConfigError(f"An FCOS pyramid has 3 or 5 levels, got strides {self.strides}.")
         if self.anchor_sizes and (len(self.anchor_sizes) != len(self.strides) or min(self.anchor_sizes) < 1):

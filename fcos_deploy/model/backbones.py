@@ -1,8 +1,9 @@
-"""Backbones: ResNet and ResNeXt, DLA-34, MobileNetV2. Each gives C3, C4 and C5, of strides 8, 16 and 32.
+"""Backbones: ResNet and ResNeXt, DLA-34, MobileNetV2, VoVNet. Each gives C3, C4 and C5, of strides 8, 16 and 32.
 
 Submodules have the names of published checkpoints: torchvision's for ResNet (``models/resnet.py``), AdelaiDet's for
 DLA-34 (``adet/modeling/backbone/dla.py``), those of tianzhi0549/FCOS for MobileNetV2
-(``fcos_core/modeling/backbone/mobilenet.py``).
+(``fcos_core/modeling/backbone/mobilenet.py``). Those of VoVNet are shorter than AdelaiDet's, which repeat the block's
+name in every layer (``adet/modeling/backbone/vovnet.py``).
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fcos_deploy.core.network import BlockType, FcosConfig
+from fcos_deploy.core.network import BlockType, FcosConfig, OsaStage
 
-__all__ = ["Dla34Backbone", "MobileNetV2Backbone", "ResNetBackbone"]
+__all__ = ["Dla34Backbone", "MobileNetV2Backbone", "ResNetBackbone", "VovnetBackbone"]
 
 
 class _Residual(nn.Module):
@@ -259,3 +260,67 @@ class MobileNetV2Backbone(nn.Module):
             if index in _TAPS:
                 taps.append(x)
         return taps
+
+
+class _ChannelGate(nn.Module):
+    """Effective squeeze and excitation: each channel times a hard sigmoid of the means of all (Lee and Park, 2020)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) -> (n, c, h, w)."""
+        return x * nn.functional.hardsigmoid(self.fc(nn.functional.adaptive_avg_pool2d(x, 1)))
+
+
+class _OsaBlock(nn.Module):
+    """One-shot aggregation: a chain of 3x3 convolutions whose outputs are joined once, by a 1x1."""
+
+    def __init__(self, in_channels: int, stage: OsaStage, *, identity: bool, eps: float) -> None:
+        super().__init__()
+        widths = (in_channels, *(stage.channels,) * stage.layers)
+        self.layers = nn.ModuleList(
+            _stem(width, stage.channels, kernel=3, stride=1, eps=eps) for width in widths[: stage.layers]
+        )
+        self.concat = _stem(sum(widths), stage.out_channels, kernel=1, stride=1, eps=eps)
+        self.ese = _ChannelGate(stage.out_channels)
+        self._identity = identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in, h, w) -> (n, out, h, w)."""
+        maps = [x]
+        for layer in self.layers:
+            maps.append(layer(maps[-1]))
+        gated: Tensor = self.ese(self.concat(torch.cat(maps, 1)))
+        return gated + x if self._identity else gated
+
+
+class VovnetBackbone(nn.Module):
+    """VoVNetV2 without its classifier; ``forward`` gives stages 3, 4 and 5 (strides 8, 16, 32)."""
+
+    def __init__(self, config: FcosConfig) -> None:
+        super().__init__()
+        eps, channels = config.norm_eps, 3
+        self.stem = nn.Sequential()
+        for width, stride in zip(config.stem_widths, (2, 1, 2), strict=True):
+            self.stem.append(_stem(channels, width, kernel=3, stride=stride, eps=eps))
+            channels = width
+        self.stages = nn.ModuleList()
+        for stage in config.osa_stages:
+            blocks = nn.Sequential()
+            for index in range(stage.blocks):
+                # The first block changes the number of channels, so that nothing can be added to it.
+                blocks.append(_OsaBlock(channels, stage, identity=index > 0, eps=eps))
+                channels = stage.out_channels
+            self.stages.append(blocks)
+        self.out_channels = tuple(stage.out_channels for stage in config.osa_stages[1:])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images (n, 3, H, W), multiples of 32 -> [C3, C4, C5]."""
+        x: Tensor = self.stages[0](self.stem(images))
+        maps = []
+        for stage in self.stages[1:]:
+            x = stage(nn.functional.max_pool2d(x, 3, 2, ceil_mode=True))
+            maps.append(x)
+        return maps

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fcos_deploy.core.network import BackboneType, BoxActivation, ExtraSource, FcosConfig, TowerNorm
-from fcos_deploy.model.backbones import Dla34Backbone, MobileNetV2Backbone, ResNetBackbone
+from fcos_deploy.model.backbones import Dla34Backbone, MobileNetV2Backbone, ResNetBackbone, VovnetBackbone
 
 __all__ = ["Fcos", "LevelOutput", "flatten_levels"]
 
@@ -46,10 +46,11 @@ class Fcos(nn.Module):
         return outputs
 
 
-_BACKBONES: dict[BackboneType, type[ResNetBackbone | Dla34Backbone | MobileNetV2Backbone]] = {
+_BACKBONES: dict[BackboneType, type[ResNetBackbone | Dla34Backbone | MobileNetV2Backbone | VovnetBackbone]] = {
     BackboneType.RESNET: ResNetBackbone,
     BackboneType.DLA34: Dla34Backbone,
     BackboneType.MOBILENET_V2: MobileNetV2Backbone,
+    BackboneType.VOVNET: VovnetBackbone,
 }
 
 

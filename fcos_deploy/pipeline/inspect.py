@@ -195,6 +195,8 @@ def _network_facts(checkpoint: CheckpointDescription) -> _Facts:
 
 def _backbone_name(config: FcosConfig) -> str:
     """Such as ``ResNet-50``, ``ResNeXt-101 32x8d`` or ``ResNet-18, width 8/64``; blocks by stage if not published."""
+    if config.backbone is BackboneType.VOVNET:
+        return f"VoVNet-{3 + sum(stage.blocks * (stage.layers + 1) for stage in config.osa_stages)}"
     if config.backbone is not BackboneType.RESNET:
         return str(config.backbone)
     family = "ResNet" if config.groups == 1 else "ResNeXt"

@@ -19,7 +19,7 @@ from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
-from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig
+from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, OsaStage
 from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.pipeline.deploy import DEMO_DATA
@@ -97,6 +97,14 @@ _BACKBONES = {
     "resnext": FcosConfig(**_HEAD, blocks=(1, 1, 1, 1), stem_channels=16, groups=4, width_per_group=8),
     "dla": FcosConfig(**_HEAD, backbone=BackboneType.DLA34),
     "mobilenet": FcosConfig(**_HEAD, backbone=BackboneType.MOBILENET_V2),
+    "vovnet": FcosConfig(
+        **_HEAD,
+        backbone=BackboneType.VOVNET,
+        stem_widths=(16, 16, 32),
+        osa_stages=tuple(
+            OsaStage(blocks, 3, width, 2 * width) for blocks, width in ((1, 16), (1, 20), (2, 24), (2, 28))
+        ),
+    ),
 }
 
 
@@ -124,6 +132,7 @@ def test_no_placement_is_much_noisier_than_the_others_on_any_backbone(backbone: 
     with open_engine("onnxruntime", expose(graph.source.model, taps)) as session:
         exact = [session.run(feed) for feed in feeds]
     lowest = {}
+    assert len(plan_pairs(graph, PLACEMENTS["openvino"]).convs) == len(graph.convs)
     for name, placement in PLACEMENTS.items():
         plan = plan_pairs(graph, placement)
         fused = [conv.output for conv in graph.convs if conv.activation in placement.fuses]

@@ -60,8 +60,8 @@ def _decision(described: CheckpointDescription, name: str) -> tuple[str, str]:
     return next((d.value, d.source) for d in described.contract.decisions if d.name == name)
 
 
-def test_there_are_44_key_lists_of_5_ecosystems() -> None:
-    assert len(ALL) == 44
+def test_there_are_47_key_lists_of_5_ecosystems() -> None:
+    assert len(ALL) == 47
     assert len(DCN) == 6
     assert list(all_ecosystems()) == ["adelaidet", "detectron2", "mmdetection", "tianzhi", "torchvision"]
 
@@ -82,11 +82,17 @@ def test_deformable_convolutions_are_refused_by_the_name_of_the_layer(name: str)
         _describe(name)
 
 
-def test_vovnet_is_refused_by_the_name_of_the_block() -> None:
-    tensors = _state_dict("adelaidet_R_50_1x")
-    tensors["backbone.bottom_up.stage2.OSA2_1.layers.0.OSA2_1_0/conv.weight"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"Layer 'backbone.bottom_up.stage2.OSA2_1' is a VoVNet block"):
+def test_depthwise_vovnet_is_refused_by_the_name_of_the_layer() -> None:
+    tensors = _state_dict("adelaidet_MS_V_39_3x")
+    tensors["backbone.bottom_up.stage2.OSA2_1.layers.0.OSA2_1_0/dw_conv3x3.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.OSA2_1_0/dw_conv' is a depthwise VoVNet layer"):
         describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
+
+
+def test_vovnet_keeps_to_multiples_of_32() -> None:
+    with pytest.raises(ConfigError, match="rounds sizes down") as caught:
+        _describe("adelaidet_MS_V_39_3x", options=CheckpointOptions(size_divisor=16))
+    assert caught.value.hint == "--size-divisor 32"
 
 
 def test_networks_are_what_their_names_say() -> None:
@@ -97,6 +103,14 @@ def test_networks_are_what_their_names_say() -> None:
     dla = _describe("adelaidet_MS_DLA_34_4x_syncbn_shared_towers_bn_head").config
     assert (dla.backbone, dla.shared_convs, dla.cls_convs, dla.reg_convs) == (BackboneType.DLA34, 4, 0, 0)
     assert (dla.tower_norm, dla.strides) == (TowerNorm.BATCH_PER_LEVEL, (8, 16, 32))
+    vovnet = _describe("adelaidet_MS_V_57_3x").config
+    assert (vovnet.backbone, vovnet.stem_widths) == (BackboneType.VOVNET, (64, 64, 128))
+    assert [(s.blocks, s.layers, s.channels) for s in vovnet.osa_stages] == [
+        (1, 5, 128),
+        (1, 5, 160),
+        (4, 5, 192),
+        (3, 5, 224),
+    ]
     mobile = _describe("tianzhi_fcos_syncbn_bs32_c128_MNV2_FPN_1x").config
     assert (mobile.backbone, mobile.fpn_channels, mobile.num_levels) == (BackboneType.MOBILENET_V2, 128, 5)
 

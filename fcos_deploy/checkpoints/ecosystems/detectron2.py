@@ -27,6 +27,16 @@ def _residual_block(match: re.Match[str]) -> str:
     return f"backbone.body.layer{int(match[1]) - 1}.{match[2]}.{layer}"
 
 
+def _osa_layer(match: re.Match[str]) -> str:
+    """``stage3.OSA3_2.layers.0.OSA3_2_0/norm.weight`` -> ``stages.1.1.layers.0.1.weight``; AdelaiDet counts from 1."""
+    layer = re.sub(r"stem_(\d)/", lambda m: f"{int(m[1]) - 1}/", match[2])
+    layer = re.sub(r"^OSA\d_(\d+)\.", lambda m: f"{int(m[1]) - 1}.", layer)
+    layer = re.sub(r"\.OSA\w+/", "/", layer)
+    layer = layer.replace("/conv.", ".0.").replace("/norm.", ".1.")
+    part = "stem" if match[1] == "stem" else f"stages.{int(match[1][-1]) - 2}"
+    return f"backbone.body.{part}.{layer}"
+
+
 BACKBONE_RENAMES = (
     *moved(
         {
@@ -37,6 +47,7 @@ BACKBONE_RENAMES = (
     ),
     Rename(r"backbone\.bottom_up\.res([2-5])\.(\d+)\.(.+)", _residual_block),
     Rename(r"backbone\.bottom_up\.(base_layer|level\d)\.(.+)", r"backbone.body.\1.\2"),  # DLA
+    Rename(r"backbone\.bottom_up\.(stem|stage\d)\.(.+/(?:conv|norm)\..+|.+\.ese\.fc\..+)", _osa_layer),
     Rename(
         r"backbone\.fpn_(lateral|output)([345])\.(\w+)",
         lambda m: f"backbone.fpn.{'inner' if m[1] == 'lateral' else 'layer'}_blocks.{int(m[2]) - 3}.0.{m[3]}",

@@ -16,7 +16,7 @@ from fcos_deploy.bundle.device_layer import chosen_precision, usable_layers
 from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.manifest import AccuracyFigure, BenchmarkFigure, Manifest
 from fcos_deploy.bundle.selection import select_artifact
-from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle
+from fcos_deploy.bundle.store import Bundle, is_bundle, open_trusted
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
@@ -107,8 +107,7 @@ def compare_bundles(
                 f"'{spec.model}' is not a bundle, and only bundles can be compared without images.",
                 hint="give --images DIR, and --annotations FILE where there are some",
             )
-        trust = spec.options.trust_local_builds
-        with open_bundle(spec.model, public_keys=spec.options.public_keys, trust_local_builds=trust) as bundle:
+        with open_trusted(spec.model, spec.options.trust) as bundle:
             precisions = (spec.precision,) if spec.precision else ()
             backend = spec.backend or bundle.manifest.defaults.backend
             layers = usable_layers(bundle, backend=backend)

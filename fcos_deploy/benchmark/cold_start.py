@@ -41,6 +41,8 @@ class ColdStartTask:
     compute: str = "f32"
     threads: int | None = None
     public_keys: tuple[str, ...] = ()
+    expect_name: str = ""
+    min_version: int = 0
     trust_local_builds: bool = False
     allow_engine_code: bool = False
     unsigned_checkpoints: bool = False
@@ -60,6 +62,8 @@ class ColdStartTask:
             compute=str(options.compute),
             threads=options.threads,
             public_keys=tuple(map(str, options.public_keys)),
+            expect_name=options.expect_name,
+            min_version=options.min_version,
             trust_local_builds=options.trust_local_builds,
             allow_engine_code=options.allow_engine_code,
             unsigned_checkpoints=options.unsigned_checkpoints,
@@ -134,6 +138,8 @@ def _run(task: ColdStartTask) -> dict[str, float]:
         compute=ComputeType(task.compute),
         threads=task.threads,
         public_keys=task.public_keys,
+        expect_name=task.expect_name,
+        min_version=task.min_version,
         trust_local_builds=task.trust_local_builds,
         allow_engine_code=task.allow_engine_code,
         unsigned_checkpoints=task.unsigned_checkpoints,

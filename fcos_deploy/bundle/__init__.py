@@ -17,7 +17,7 @@ from fcos_deploy.bundle.manifest import (
 )
 from fcos_deploy.bundle.selection import Selection, select_artifact
 from fcos_deploy.bundle.signature import required_keys
-from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle, pack
+from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle, open_trusted, pack
 from fcos_deploy.bundle.writer import ArtifactDraft, BundleWriter, StepOutput, StepResult
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "is_bundle",
     "make_golden",
     "open_bundle",
+    "open_trusted",
     "pack",
     "required_keys",
     "select_artifact",

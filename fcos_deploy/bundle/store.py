@@ -43,15 +43,16 @@ from fcos_deploy.core.errors import (
 )
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.onnx_file import external_locations
+from fcos_deploy.core.trust import Trust
 
 __all__ = [
     "Bundle",
-    "Trust",
     "check_external_data",
     "check_files",
     "digest_line",
     "is_bundle",
     "open_bundle",
+    "open_trusted",
     "pack",
     "read_manifest",
     "sign",
@@ -62,14 +63,6 @@ _UNFINISHED = re.compile(rf"\.{SIGNATURE_NAME}\.[0-9a-f]{{8}}\.partial")  # what
 _MAX_DIGEST_BYTES = 1024
 _REPLACED_TRIES = 20  # each takes as long as reading the bundle, a redeploy two moves
 _REMAKE = "copy the bundle again from where it was made, or make it again with 'fcos-deploy deploy'"
-
-
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """Whose word a bundle was opened with: the keys of which one signed it, and whether local builds count beside."""
-
-    public_keys: tuple[Path | str, ...] = ()
-    local_builds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +118,6 @@ class Bundle:
         """Let ``path`` find the files of a device layer, once they are checked."""
         self._adopted.update(files)
 
-    def require_identity(self, *, name: str = "", version: int = 0) -> None:
-        """Raise unless this is the bundle ``name``, signed as ``version`` or later; empty and 0 ask for nothing.
-
-        Raises:
-            SignatureError: naming what differs.
-        """
-        if name and self.manifest.name != name:
-            raise SignatureError(
-                f"The bundle '{self.source}' is '{self.manifest.name}', not '{name}'.", hint="open the right bundle"
-            )
-        if self.version < version:
-            raise SignatureError(
-                f"The bundle '{self.source}' is signed as version {self.version}, {version} or later is needed.",
-                hint="get a newer one from the one who signed it",
-            )
-
     def require_not_replaced(self) -> None:
         """Raise when another bundle has taken the place of this one since it was opened.
 
@@ -178,23 +155,36 @@ def is_bundle(path: Path) -> bool:
     return is_archive(path) or (path / MANIFEST_NAME).is_file()
 
 
-def open_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = (), trust_local_builds: bool = False) -> Bundle:
+def open_bundle(
+    path: Path,
+    *,
+    public_keys: tuple[Path | str, ...] = (),
+    trust_local_builds: bool = False,
+    expect_name: str = "",
+    min_version: int = 0,
+) -> Bundle:
     """Open a folder or .tar and check every file of it; with ``public_keys`` one of them must have signed it.
 
     A key is a file in PEM form, or such text itself. ``trust_local_builds``: with keys too, layers that this user built
-    on this device count without a signature.
+    on this device count without a signature. ``expect_name`` and ``min_version`` refuse another bundle of the same
+    signer, and one that is signed as an older version.
 
     Raises:
         BundleError: it is missing or incomplete, or has files that do not belong to it.
         ChecksumError: a file was changed.
-        SignatureError: a signature is asked for and missing or wrong.
+        SignatureError: a signature is asked for and missing or wrong, or it is another bundle.
     """
-    trust = Trust(public_keys, trust_local_builds)
+    trust = Trust(public_keys=public_keys, local_builds=trust_local_builds, name=expect_name, min_version=min_version)
+    return open_trusted(path, trust)
+
+
+def open_trusted(path: Path, trust: Trust) -> Bundle:
+    """As ``open_bundle``, with what the bundle must be in one value."""
     if is_archive(path):
         folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
         try:
-            unpack(path, folder, sizes=lambda: _listed_sizes(folder, public_keys))
-            checked = _check(folder, public_keys)
+            unpack(path, folder, sizes=lambda: _listed_sizes(folder, trust))
+            checked = _check(folder, trust)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -205,15 +195,15 @@ def open_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = (), trust_l
         raise BundleError(
             f"There is no bundle '{path}'.", hint="give the folder or .tar that 'fcos-deploy deploy' made"
         )
-    return Bundle(path, _check_unreplaced(path, public_keys), source=path, trust=trust)
+    return Bundle(path, _check_unreplaced(path, trust), source=path, trust=trust)
 
 
-def _check_unreplaced(root: Path, public_keys: tuple[Path | str, ...]) -> _Checked:
+def _check_unreplaced(root: Path, trust: Trust) -> _Checked:
     """As ``_check``, again when another bundle took the place of this one meanwhile."""
     for _ in range(_REPLACED_TRIES):
         before = _inode(root)
         try:
-            checked = _check(root, public_keys)
+            checked = _check(root, trust)
         except BundleError:
             if _inode(root) == before:
                 raise
@@ -232,25 +222,27 @@ def _inode(root: Path) -> tuple[int, int]:
     return facts.st_dev, facts.st_ino
 
 
-def _listed_sizes(root: Path, public_keys: tuple[Path | str, ...]) -> dict[str, int]:
+def _listed_sizes(root: Path, trust: Trust) -> dict[str, int]:
     """What the manifest in ``root`` lists, once its signature is checked where one is asked for."""
     content = _manifest_bytes(root)
-    if public_keys:
-        check_signature(root, manifest=content, public_keys=public_keys)
+    if trust.public_keys:
+        check_signature(root, manifest=content, public_keys=trust.public_keys)
     return {name: record.size for name, record in _parsed(content, root).all_files.items()}
 
 
-def _check(root: Path, public_keys: tuple[Path | str, ...]) -> _Checked:
+def _check(root: Path, trust: Trust) -> _Checked:
     """The manifest, and the id of the key that signed it.
 
     The signature first, since a manifest is parsed; what is parsed are the bytes that the signature was checked on.
     """
+    keys = trust.public_keys
     inode = _inode(root)
     try:
         content = _manifest_bytes(root)
-        envelope = check_signature(root, manifest=content, public_keys=public_keys) if public_keys else None
+        envelope = check_signature(root, manifest=content, public_keys=keys) if keys else None
         manifest = _parsed(content, root)
         check_files(root, manifest)
+        _require_identity(root, manifest, envelope, trust)
         if envelope is not None:
             require_no_rollback(manifest.name, envelope)
     except OSError as error:
@@ -258,7 +250,26 @@ def _check(root: Path, public_keys: tuple[Path | str, ...]) -> _Checked:
     return _Checked(content, manifest, envelope, inode)
 
 
-def pack(bundle: Path, tar: Path, *, public_keys: tuple[Path | str, ...] = ()) -> None:
+def _require_identity(root: Path, manifest: Manifest, envelope: Envelope | None, trust: Trust) -> None:
+    """Raise unless this is the bundle that is meant.
+
+    Raises:
+        SignatureError: naming what differs.
+    """
+    if trust.name and manifest.name != trust.name:
+        raise SignatureError(
+            f"The bundle '{root}' is '{manifest.name}', not '{trust.name}'.",
+            hint="open the right bundle, or name it with --expect-name",
+        )
+    version = envelope.version if envelope else 0
+    if version < trust.min_version:
+        raise SignatureError(
+            f"The bundle '{root}' is signed as version {version}, {trust.min_version} or later is needed.",
+            hint="get a newer one from the one who signed it",
+        )
+
+
+def pack(bundle: Path, tar: Path, *, trust: Trust | None = None) -> None:
     """Write the bundle in the folder ``bundle`` to one uncompressed .tar, after checking it.
 
     Raises:
@@ -266,7 +277,7 @@ def pack(bundle: Path, tar: Path, *, public_keys: tuple[Path | str, ...] = ()) -
     """
     if tar.suffix != ".tar":
         raise ConfigError(f"A bundle's archive is named '*.tar', got '{tar}'.")
-    with open_bundle(bundle, public_keys=public_keys) as opened:
+    with open_trusted(bundle, trust or Trust()) as opened:
         extra = [name for name in UNLISTED if (opened.root / name).is_file()]
         pack_files(opened.root, names=[*opened.manifest.all_files, *extra], output=tar)
 

@@ -10,11 +10,13 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
+@cli.with_trust_options
 def command(
     model: cli.Model,
     *,
@@ -45,9 +47,7 @@ def command(
     device: cli.Device = "",
     compute: cli.Compute = ComputeType.F32,
     threads: cli.Threads = None,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
-    trust_local_builds: cli.TrustLocalBuilds = False,
+    trust: Trust,
     allow_engine_code: cli.AllowEngineCode = False,
     output: Annotated[
         Path | None, cli.option("JSON file to write.", "-o", "--output", metavar="FILE", panel=cli.OUTPUT)
@@ -64,15 +64,12 @@ def command(
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import DetectorSpec
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
     base = SessionOptions(
         device=device,
         compute=compute,
         threads=threads,
-        public_keys=keys,
-        trust_local_builds=trust_local_builds,
         allow_engine_code=allow_engine_code,
-    )
+    ).trusting(trust)
     sessions = cli.session_options(base, [model, *(also or [])], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
     candidates = tuple(

@@ -10,10 +10,12 @@ import typer
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
+@cli.with_signature_options
 def command(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="ONNX file with a contract, or a bundle.")],
     *,
@@ -121,15 +123,13 @@ def command(
     trtexec: Annotated[
         bool, cli.option("Equivalent trtexec command on stdout; nothing is built.", "--trtexec", panel=cli.TENSORRT)
     ] = False,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
+    trust: Trust,
     as_json: cli.Json = False,
 ) -> None:
     """Build an engine, an OpenVINO IR or an optimized model, and check it against its source."""
     from fcos_deploy.core.exporter import BuildOptions, SizeRange
     from fcos_deploy.pipeline.build import ArtifactRequest, build_artifact, equivalent_trtexec
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
     options = BuildOptions(
         batch=SizeRange.parse(batch),
         workspace_mib=workspace_mib,
@@ -148,7 +148,7 @@ def command(
         precision=precision,
     )
     request = ArtifactRequest(
-        source=source, output=output, backend=backend, target=target, options=options, public_keys=keys
+        source=source, output=output, backend=backend, target=target, options=options, trust=trust
     )
     if trtexec:
         typer.echo(equivalent_trtexec(request))

@@ -14,6 +14,7 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Judge
+from fcos_deploy.core.trust import Trust
 
 if TYPE_CHECKING:
     from fcos_deploy.accuracy.gate import Verdict
@@ -24,6 +25,7 @@ __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
+@cli.with_trust_options
 def command(
     first: Annotated[
         Path, typer.Argument(metavar="FIRST", help="Model to compare with: checkpoint, ONNX file, engine or bundle.")
@@ -51,9 +53,7 @@ def command(
         Precision | None, cli.option("Precision of the second bundle. Default: that of --precision.", panel=cli.RUNTIME)
     ] = None,
     threads: cli.Threads = None,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
-    trust_local_builds: cli.TrustLocalBuilds = False,
+    trust: Trust,
     report: Annotated[
         Path | None, cli.option("HTML report of the comparison to write.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
@@ -75,8 +75,7 @@ def command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
-    base = SessionOptions(threads=threads, public_keys=keys, trust_local_builds=trust_local_builds)
+    base = SessionOptions(threads=threads).trusting(trust)
     sessions = cli.session_options(base, [first, second], checkpoint=options)
     reference = DetectorSpec(model=first, backend=backend, precision=precision, options=sessions[first])
     candidate = DetectorSpec(

@@ -8,16 +8,17 @@ from typing import Annotated
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, format_checkpoint_options
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_all_checkpoint_options
+@cli.with_signature_options
 def command(
     model: cli.Model,
     *,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
+    trust: Trust,
     write_options: Annotated[
         Path | None,
         cli.option(
@@ -35,9 +36,10 @@ def command(
     from fcos_deploy.core.files import write_text
     from fcos_deploy.pipeline.inspect import inspect_bundle, inspect_file
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
     inspection = (
-        inspect_bundle(model, public_keys=keys) if keys or is_bundle(model) else inspect_file(model, options=options)
+        inspect_bundle(model, trust=trust)
+        if trust != Trust() or is_bundle(model)
+        else inspect_file(model, options=options)
     )
     if write_options is not None:
         if inspection.options is None:

@@ -23,6 +23,7 @@ from fcos_deploy.core.checkpoint_options import (
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.model_files import is_checkpoint
+from fcos_deploy.core.trust import Trust
 
 __all__ = [
     "GATE",
@@ -46,7 +47,6 @@ __all__ = [
     "Compute",
     "Device",
     "DeviceRecord",
-    "ExpectName",
     "Graph",
     "Images",
     "Json",
@@ -55,27 +55,26 @@ __all__ = [
     "Limit",
     "MaxMapDrop",
     "MinMatchRate",
-    "MinVersion",
     "Model",
     "Opset",
-    "PublicKeys",
     "Reference",
     "RequireSignature",
     "Rounds",
     "Server",
     "Target",
     "Threads",
-    "TrustLocalBuilds",
     "complete_backend",
     "complete_target",
     "option",
     "output",
     "reference_options",
     "session_options",
-    "trusted_keys",
     "with_all_checkpoint_options",
     "with_common_checkpoint_options",
     "with_parameters",
+    "with_required_signature",
+    "with_signature_options",
+    "with_trust_options",
 ]
 
 # Titles of the panels in the help of a command, and their order; options without a panel come before them.
@@ -207,7 +206,7 @@ AllowInconclusive = Annotated[
     ),
 ]
 
-PublicKeys = Annotated[
+_PublicKeys = Annotated[
     list[str] | None,
     option(
         "Trusted public key, as a file or its text; repeatable. The bundle must be signed with one of them.",
@@ -216,18 +215,25 @@ PublicKeys = Annotated[
         panel=TRUST,
     ),
 ]
-ExpectName = Annotated[
+_ExpectName = Annotated[
     str,
-    option("Name that the bundle must have. Default: any.", "--expect-name", metavar="NAME", panel=TRUST),
+    option(
+        "Name that the bundle must have; it is signed with the bundle. Default: any.",
+        "--expect-name",
+        metavar="NAME",
+        panel=TRUST,
+    ),
 ]
-MinVersion = Annotated[
+_MinVersion = Annotated[
     int,
-    option("Lowest version that the bundle must be signed as; needs a key.", "--min-version", min=0, panel=TRUST),
+    option(
+        "Lowest version that the bundle must be signed as; needs a --public-key.", "--min-version", min=0, panel=TRUST
+    ),
 ]
 RequireSignature = Annotated[
     bool, option("Restriction to bundles that are signed with a --public-key.", "--require-signature", panel=TRUST)
 ]
-TrustLocalBuilds = Annotated[
+_TrustLocalBuilds = Annotated[
     bool,
     option(
         "Trust in what this user built on this device, beside a signed bundle.", "--trust-local-builds", panel=TRUST
@@ -273,13 +279,73 @@ def with_parameters(
     parameters = [item for name, item in own.parameters.items() if name != hidden]
     parameters += [item for item in added if item.name not in own.parameters]
     parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in parameters]
-    parameters.sort(key=lambda item: _PANELS.index(item.annotation.__metadata__[0].rich_help_panel))
+    parameters.sort(key=_panel)
     functools.update_wrapper(function, command)
     # Typer reads the signature and the annotations; without ``__wrapped__`` they are not those of ``command``.
     function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # a known protocol
     function.__annotations__ = {item.name: item.annotation for item in parameters}
     del function.__wrapped__  # type: ignore[attr-defined]  # set by update_wrapper
     return function
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """The place of a parameter's help panel; one that another decorator hides has none."""
+    metadata = getattr(parameter.annotation, "__metadata__", ())
+    return _PANELS.index(metadata[0].rich_help_panel) if metadata else 0
+
+
+def with_trust_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that opens bundles every option of whom and what to trust; it receives them as ``trust``."""
+    return _with_trust(command, {**_SIGNATURE_OPTIONS, "trust_local_builds": _TrustLocalBuilds})
+
+
+def with_signature_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same where local builds have no say, or a say in any case."""
+    return _with_trust(command, _SIGNATURE_OPTIONS)
+
+
+def with_required_signature(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for a command that does nothing without a key."""
+    options = {name: kind for name, kind in _SIGNATURE_OPTIONS.items() if name != "require_signature"}
+    return _with_trust(command, options)
+
+
+_SIGNATURE_OPTIONS: dict[str, Any] = {  # Any: type forms
+    "require_signature": RequireSignature,
+    "public_key": _PublicKeys,
+    "expect_name": _ExpectName,
+    "min_version": _MinVersion,
+}
+_NOT_GIVEN: dict[str, Any] = {"public_key": None, "expect_name": "", "min_version": 0}  # Any: each option's own type
+
+
+def _with_trust(command: Callable[..., None], options: Mapping[str, Any]) -> Callable[..., None]:
+    own = inspect.signature(command).parameters
+
+    def with_trust(
+        *,
+        public_key: list[str] | None,
+        expect_name: str,
+        min_version: int,
+        require_signature: bool = True,
+        trust_local_builds: bool = False,
+        **arguments: Any,  # Any: the command's own parameters
+    ) -> None:
+        if "require_signature" in own:
+            arguments["require_signature"] = require_signature
+        trust = Trust(
+            public_keys=_trusted_keys(public_key, required=require_signature),
+            local_builds=trust_local_builds,
+            name=expect_name,
+            min_version=min_version,
+        )
+        command(**arguments, trust=trust)
+
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_NOT_GIVEN.get(name, False), annotation=kind)
+        for name, kind in options.items()
+    ]
+    return with_parameters(with_trust, command, added, hidden="trust")
 
 
 def with_all_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -344,7 +410,7 @@ def session_options(
     }
 
 
-def trusted_keys(public_key: list[str] | None, *, required: bool) -> tuple[str, ...]:
+def _trusted_keys(public_key: list[str] | None, *, required: bool) -> tuple[str, ...]:
     """The keys of which one must have signed a bundle; none when none is given.
 
     Raises:
@@ -362,10 +428,5 @@ def reference_options(session: SessionOptions) -> SessionOptions:
 
     A checkpoint is read as data; everything else is executed and must be signed as the model itself.
     """
-    return SessionOptions(
-        threads=session.threads,
-        checkpoint=session.checkpoint,
-        public_keys=session.public_keys,
-        trust_local_builds=session.trust_local_builds,
-        unsigned_checkpoints=True,
-    )
+    options = SessionOptions(threads=session.threads, checkpoint=session.checkpoint, unsigned_checkpoints=True)
+    return options.trusting(session.trust)

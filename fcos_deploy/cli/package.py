@@ -7,10 +7,12 @@ from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
+@cli.with_signature_options
 def command(
     bundle: cli.Bundle,
     *,
@@ -41,16 +43,14 @@ def command(
     gpu: Annotated[
         list[int] | None, cli.option("GPU to serve on, repeatable. Default: the engine's choice.", panel=cli.SERVING)
     ] = None,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
+    trust: Trust,
 ) -> None:
     """Package a checked bundle for a serving engine, or as one .tar file."""
-    from fcos_deploy.bundle import open_bundle, pack
+    from fcos_deploy.bundle import open_trusted, pack
     from fcos_deploy.serving import ServingOptions, package_bundle
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
     if not serving:
-        pack(bundle, output, public_keys=keys)
+        pack(bundle, output, trust=trust)
         note(f"packed '{bundle}' into '{output}'")
         return
     options = ServingOptions(
@@ -65,7 +65,7 @@ def command(
         instances=instances,
         gpus=tuple(gpu or ()),
     )
-    with open_bundle(bundle, public_keys=keys) as opened:
+    with open_trusted(bundle, trust) as opened:
         model = package_bundle(opened, server=serving, output=output, options=options)
     note(
         f"wrote '{output}' for {serving}: model '{model.name}' from {model.artifact.path} ({model.artifact.precision})"

@@ -9,11 +9,13 @@ from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import AccuracyGateError
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
+@cli.with_trust_options
 def command(
     model: cli.Model,
     *,
@@ -27,9 +29,7 @@ def command(
     device: cli.Device = "",
     compute: cli.Compute = ComputeType.F32,
     threads: cli.Threads = None,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
-    trust_local_builds: cli.TrustLocalBuilds = False,
+    trust: Trust,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -42,10 +42,7 @@ def command(
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.parity import ParityRequest, check_parity, find_layer
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
-    session = SessionOptions(
-        device=device, compute=compute, threads=threads, public_keys=keys, trust_local_builds=trust_local_builds
-    )
+    session = SessionOptions(device=device, compute=compute, threads=threads).trusting(trust)
     request = ParityRequest(
         candidate=DetectorSpec(model=model, backend=backend, precision=precision, options=session),
         checkpoint=reference,

@@ -12,6 +12,7 @@ from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import ImageError
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
@@ -20,6 +21,7 @@ _ROWS = 200  # of the table
 
 
 @cli.with_common_checkpoint_options
+@cli.with_trust_options
 def command(
     model: cli.Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, folders of images, videos.")],
@@ -40,9 +42,7 @@ def command(
         cli.option("Folder for compiled models. Default: ~/.cache/fcos-deploy.", metavar="DIR", panel=cli.RUNTIME),
     ] = None,
     allow_fallback: cli.AllowFallback = False,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
-    trust_local_builds: cli.TrustLocalBuilds = False,
+    trust: Trust,
     allow_engine_code: cli.AllowEngineCode = False,
     draw: Annotated[
         Path | None, cli.option("Folder for annotated copies (.jpg, .mp4).", metavar="DIR", panel=cli.OUTPUT)
@@ -75,11 +75,9 @@ def command(
         threads=threads,
         cache_dir=cache,
         checkpoint=options,
-        public_keys=cli.trusted_keys(public_key, required=require_signature),
-        trust_local_builds=trust_local_builds,
         allow_engine_code=allow_engine_code,
         allow_fallback=allow_fallback,
-    )
+    ).trusting(trust)
     opened = Detector.open(
         model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,13 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Judge
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
+@cli.with_trust_options
 def command(
     model: cli.Model,
     *,
@@ -46,8 +49,7 @@ def command(
     precision: cli.BundlePrecisions = None,
     threads: cli.Threads = None,
     require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
-    trust_local_builds: cli.TrustLocalBuilds = False,
+    trust: Trust,
     output: Annotated[Path, cli.output("HTML file to write; the same in Markdown goes beside it.")] = Path(
         "report.html"
     ),
@@ -70,9 +72,10 @@ def command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
     if records:
-        _sign_off(model, records, keys=keys, output=output, allow_inconclusive=allow_inconclusive)
+        # The keys are those of the devices too; only a required signature is one of the bundle as well.
+        asked = trust if require_signature or trust.min_version else replace(trust, public_keys=())
+        _sign_off(model, records, trust=asked, keys=trust.public_keys, output=output, inconclusive=allow_inconclusive)
         return
     if reference is None or images is None:
         raise ConfigError(
@@ -80,7 +83,7 @@ def command(
             hint="give --reference and --images, or the devices' --records of a bundle",
         )
     models = [model, *(also or [])]
-    base = SessionOptions(threads=threads, public_keys=keys, trust_local_builds=trust_local_builds)
+    base = SessionOptions(threads=threads).trusting(trust)
     sessions = cli.session_options(base, [*models, reference], checkpoint=options)
     precisions: list[Precision] | list[None] = precision or [None]
     request = ComparisonRequest(
@@ -107,20 +110,26 @@ def command(
 
 
 def _sign_off(
-    bundle: Path, records: list[Path], *, keys: tuple[str, ...], output: Path, allow_inconclusive: bool
+    bundle: Path,
+    records: list[Path],
+    *,
+    trust: Trust,
+    keys: tuple[Path | str, ...],
+    output: Path,
+    inconclusive: bool,
 ) -> None:
-    """The page of a bundle's device records; with keys one of them must have signed the bundle or the record."""
+    """The page of a bundle's device records; with ``keys`` one of them must have signed each record."""
     from fcos_deploy.accuracy.device_record import read_records
-    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
     from fcos_deploy.core.gate import Outcome
     from fcos_deploy.report.sign_off import write_sign_off
 
-    with open_bundle(bundle) as opened:
+    with open_trusted(bundle, trust) as opened:
         paths, outcome = write_sign_off(opened, read_records(records, bundle=opened, public_keys=keys), output)
     for path in paths:
         note(f"wrote {path}")
     if outcome is Outcome.FAILED:
         raise AccuracyGateError("A device does not give the certified detections.", hint=f"see '{output}'")
-    if outcome is Outcome.INCONCLUSIVE and not allow_inconclusive:
+    if outcome is Outcome.INCONCLUSIVE and not inconclusive:
         raise InconclusiveError("A device's golden images cannot decide it.", hint=f"see '{output}'")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
+@cli.with_signature_options
 def command(
     bundle: cli.Bundle,
     *,
     backend: cli.Backend = "",
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
+    trust: Trust,
     export: cli.DeviceRecord = None,
     as_json: cli.Json = False,
 ) -> None:
@@ -23,13 +26,12 @@ def command(
     not the certified detector, or the golden images cannot decide it.
     """
     from fcos_deploy.accuracy.device_record import export_record
-    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.serialize import to_json
     from fcos_deploy.pipeline.setup import SetupRequest, set_up
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
     with progress_bar() as progress:
-        report = set_up(SetupRequest(bundle=bundle, backend=backend, public_keys=keys), progress=progress)
+        report = set_up(SetupRequest(bundle=bundle, backend=backend, trust=trust), progress=progress)
     for fact in report.facts:
         note(f"{fact.name}: {fact.value}" + (f" ({fact.warning})" if fact.warning else ""))
     for name in report.built:
@@ -43,7 +45,7 @@ def command(
         note(f"{record.outcome}: {record.artifact}{time}; {record.summary}")
     note(f"chosen: {report.chosen.artifact}")
     if export is not None:
-        with open_bundle(bundle, public_keys=keys, trust_local_builds=True) as opened:
+        with open_trusted(bundle, replace(trust, local_builds=True)) as opened:
             signer = export_record(export, report.chosen, bundle=opened, latency_ms=report.latency_ms)
         note(f"wrote '{export}'" + (f", signed by device key {signer[:16]}..." if signer else ", not signed"))
     if as_json:

@@ -9,11 +9,13 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import PerformanceHint
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
+@cli.with_trust_options
 def command(
     model: cli.Model,
     *,
@@ -38,9 +40,7 @@ def command(
         PerformanceHint, cli.option("Goal the runtime is tuned for.", panel=cli.RUNTIME)
     ] = PerformanceHint.LATENCY,
     threads: cli.Threads = None,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
-    trust_local_builds: cli.TrustLocalBuilds = False,
+    trust: Trust,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -52,15 +52,7 @@ def command(
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import Detector
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
-    session = SessionOptions(
-        device=device,
-        hint=hint,
-        threads=threads,
-        public_keys=keys,
-        trust_local_builds=trust_local_builds,
-        checkpoint=options,
-    )
+    session = SessionOptions(device=device, hint=hint, threads=threads, checkpoint=options).trusting(trust)
     opened = Detector.open(model, backend=backend, precision=precision, options=session)
     with opened as detector, progress_bar() as progress:
         frames = soak_images(images, orientation=detector.contract.preprocess.orientation)

@@ -7,10 +7,12 @@ from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
+@cli.with_trust_options
 def command(
     bundle: cli.Bundle,
     *,
@@ -27,11 +29,7 @@ def command(
         ),
     ] = None,
     allow_fallback: cli.AllowFallback = False,
-    require_signature: cli.RequireSignature = False,
-    public_key: cli.PublicKeys = None,
-    expect_name: cli.ExpectName = "",
-    min_version: cli.MinVersion = 0,
-    trust_local_builds: cli.TrustLocalBuilds = False,
+    trust: Trust,
     allow_engine_code: cli.AllowEngineCode = False,
     log: Annotated[
         Path | None, cli.option("Log to append the record to. Default: the bundle's.", metavar="FILE", panel=cli.OUTPUT)
@@ -49,22 +47,19 @@ def command(
     from fcos_deploy.accuracy.device_record import export_record
     from fcos_deploy.accuracy.gate import write_junit
     from fcos_deploy.accuracy.recorded import read_recorded_run
-    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.serialize import to_json
 
-    keys = cli.trusted_keys(public_key, required=require_signature)
     options = verify.VerifyOptions(
         backend=backend,
         server=server,
         recorded=read_recorded_run(trtexec_record) if trtexec_record else None,
         precision=precision,
         allow_fallback=allow_fallback,
-        session=SessionOptions(device=device, allow_engine_code=allow_engine_code or bool(keys)),
+        session=SessionOptions(device=device, allow_engine_code=allow_engine_code or bool(trust.public_keys)),
     )
-    opening = open_bundle(bundle, public_keys=keys, trust_local_builds=trust_local_builds)
-    with opening as opened, progress_bar() as progress:
-        opened.require_identity(name=expect_name, version=min_version)
+    with open_trusted(bundle, trust) as opened, progress_bar() as progress:
         record = verify.verify_bundle(opened, options=options, progress=progress)
         written = verify.write_record(record, bundle=opened, log=log)
         if export is not None:

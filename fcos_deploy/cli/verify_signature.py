@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
+@cli.with_required_signature
 def command(
     bundle: cli.Bundle,
     *,
-    public_key: cli.PublicKeys = None,
-    expect_name: cli.ExpectName = "",
-    min_version: cli.MinVersion = 0,
+    trust: Trust,
     as_json: cli.Json = False,
 ) -> None:
     """Check that a trusted key signed a bundle and that no file was changed since; nothing is run."""
-    from fcos_deploy.bundle import open_bundle
+    from fcos_deploy.bundle import open_trusted
 
-    with open_bundle(bundle, public_keys=cli.trusted_keys(public_key, required=True)) as opened:
-        opened.require_identity(name=expect_name, version=min_version)
+    with open_trusted(bundle, trust) as opened:
         note(f"'{bundle}' is signed by key {opened.signed_by[:16]}..., and every file is as it was signed")
         if as_json:
             print_json(

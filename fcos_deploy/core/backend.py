@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -25,6 +25,7 @@ from fcos_deploy.core.errors import (
     TensorMismatchError,
 )
 from fcos_deploy.core.tensor_spec import TensorSpec
+from fcos_deploy.core.trust import Trust
 
 __all__ = [
     "Backend",
@@ -46,6 +47,8 @@ _OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("contract", (ModelContract, type(None)), "a ModelContract or None"),
     ("checkpoint", (CheckpointOptions, type(None)), "CheckpointOptions or None"),
     ("public_keys", (tuple,), "a tuple of PEM texts or files"),
+    ("expect_name", (str,), "text"),
+    ("min_version", (int,), "a whole number"),
     ("trust_local_builds", (bool,), "True or False"),
     ("allow_engine_code", (bool,), "True or False"),
     ("allow_fallback", (bool,), "True or False"),
@@ -62,7 +65,8 @@ class SessionOptions:
     says how a checkpoint is read; None leaves that to its ecosystem.
 
     For bundles: with ``public_keys`` (PEM texts, or files of them) the bundle must be signed with one of these keys,
-    and other files are refused; ``trust_local_builds`` lets layers count that this user built here and nobody signed;
+    and other files are refused; ``expect_name`` and ``min_version`` say which bundle it must be;
+    ``trust_local_builds`` lets layers count that this user built here and nobody signed;
     ``allow_engine_code`` lets an unsigned engine run the library it contains; ``unsigned_checkpoints`` lets checkpoints
     pass, which are data and not executed;
     ``allow_fallback`` falls back along the chain of backends that it declares when its own does not fit this machine.
@@ -77,6 +81,8 @@ class SessionOptions:
     contract: ModelContract | None = None
     checkpoint: CheckpointOptions | None = None
     public_keys: tuple[str | Path, ...] = ()
+    expect_name: str = ""
+    min_version: int = 0
     trust_local_builds: bool = False
     allow_engine_code: bool = False
     unsigned_checkpoints: bool = False
@@ -102,6 +108,27 @@ class SessionOptions:
             value = getattr(self, name)
             if not isinstance(value, kinds):
                 raise ConfigError(f"'{name}' must be {expected}, got {value!r}.")
+        _ = self.trust  # which is checked when it is made
+
+    @property
+    def trust(self) -> Trust:
+        """What a bundle must be to be opened so."""
+        return Trust(
+            public_keys=self.public_keys,
+            local_builds=self.trust_local_builds,
+            name=self.expect_name,
+            min_version=self.min_version,
+        )
+
+    def trusting(self, trust: Trust) -> SessionOptions:
+        """The same with what ``trust`` asks of a bundle."""
+        return replace(
+            self,
+            public_keys=trust.public_keys,
+            trust_local_builds=trust.local_builds,
+            expect_name=trust.name,
+            min_version=trust.min_version,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -333,10 +333,10 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
         )
     checkpoint = is_checkpoint(model)
     if model.is_dir() or (model.suffix == ".tar" and not checkpoint):
-        from fcos_deploy.bundle import open_bundle
+        from fcos_deploy.bundle import open_trusted
         from fcos_deploy.bundle.preflight import select_runnable
 
-        bundle = open_bundle(model, public_keys=options.public_keys, trust_local_builds=options.trust_local_builds)
+        bundle = open_trusted(model, options.trust)
         selection, fallbacks = select_runnable(
             bundle, backend=backend, precision=precision, allow_fallback=options.allow_fallback
         )
@@ -344,9 +344,11 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
             _LOG.warning("'%s' falls back from '%s': %s", model, fallback.backend, fallback.reason)
         name = selection.artifact.path
         return _ModelSource(bundle.path(name), get_backend(selection.backend), fallbacks, bundle, name)
-    if options.public_keys and not (checkpoint and options.unsigned_checkpoints):
+    asked = options.public_keys or options.expect_name
+    if asked and not (checkpoint and options.unsigned_checkpoints):
         raise SignatureError(
-            f"'{model}' is not a bundle, so nobody has signed it.", hint="give the signed bundle that it belongs to"
+            f"'{model}' is not a bundle, so it has neither a signature nor a name.",
+            hint="give the signed bundle that it belongs to",
         )
     kinds = (ArtifactKind.CHECKPOINT,) if checkpoint else kinds_of(model)
     if not backend:

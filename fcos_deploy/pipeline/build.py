@@ -17,7 +17,7 @@ from fcos_deploy.bundle import (
     Requirements,
     VersionRule,
     is_bundle,
-    open_bundle,
+    open_trusted,
     select_artifact,
 )
 from fcos_deploy.bundle.device_layer import write_layer
@@ -29,6 +29,7 @@ from fcos_deploy.core.model_files import engine_file
 from fcos_deploy.core.onnx_file import OnnxInterface, onnx_interface
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import get_backend, get_exporter
+from fcos_deploy.core.trust import Trust
 from fcos_deploy.targets.plan import PlanRequest, plan
 from fcos_deploy.targets.profiles import DeviceProfile, load_profile
 from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
@@ -40,8 +41,7 @@ __all__ = ["ArtifactRequest", "build_artifact", "engine_requirements", "equivale
 class ArtifactRequest:
     """``source`` is an ONNX file or a bundle; ``target`` a device profile for what ``options`` leaves open.
 
-    Without ``output`` the artifact of a bundle becomes a layer of this device. With ``public_keys`` it is a bundle that
-    the owner of one of them signed.
+    Without ``output`` the artifact of a bundle becomes a layer of this device. ``trust``: what the bundle must be.
     """
 
     source: Path
@@ -49,7 +49,7 @@ class ArtifactRequest:
     backend: str
     target: str = ""
     options: BuildOptions = field(default_factory=BuildOptions)
-    public_keys: tuple[Path | str, ...] = ()
+    trust: Trust = field(default_factory=Trust)
 
 
 def build_artifact(request: ArtifactRequest, *, progress: ProgressFn = no_progress) -> BuildResult:
@@ -188,10 +188,10 @@ class _Source:
 def _resolved(request: ArtifactRequest) -> Iterator[_Source]:
     """What to build from; a bundle is open, and an archive unpacked, within the block."""
     profile = load_profile(request.target) if request.target else None
-    if not (request.public_keys or request.source.is_dir() or request.source.suffix == ".tar"):
+    if request.trust == Trust() and not request.source.is_dir() and request.source.suffix != ".tar":
         yield _resolve(request, profile, request.source)
         return
-    with open_bundle(request.source, public_keys=request.public_keys) as bundle:
+    with open_trusted(request.source, request.trust) as bundle:
         artifact = _onnx_in_bundle(bundle, request, profile)
         source = _resolve(request, profile, bundle.path(artifact.path))
         yield replace(source, bundle=bundle, artifact=artifact)

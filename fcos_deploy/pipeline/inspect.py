@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.bundle.device_layer import describe_layers
-from fcos_deploy.bundle.store import open_bundle
+from fcos_deploy.bundle.store import open_trusted
 from fcos_deploy.checkpoints.describe import CheckpointDescription, decided_options, describe_checkpoint
 from fcos_deploy.checkpoints.reader import count_of
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -22,6 +22,7 @@ from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerN
 from fcos_deploy.core.preprocess import SizeRule
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.text import brief
+from fcos_deploy.core.trust import Trust
 
 __all__ = ["Inspection", "inspect_bundle", "inspect_file"]
 
@@ -89,14 +90,14 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
     return Inspection(path, "checkpoint", facts, checkpoint.contract.decisions, checkpoint.contract, decided)
 
 
-def inspect_bundle(path: Path, *, public_keys: tuple[Path | str, ...] = ()) -> Inspection:
-    """Open a bundle, which checks every file of it and, with keys, its signature, and say what is in it.
+def inspect_bundle(path: Path, *, trust: Trust | None = None) -> Inspection:
+    """Open a bundle, which checks every file of it and what ``trust`` asks for, and say what is in it.
 
     Raises:
         BundleError: it is incomplete or was changed.
-        SignatureError: none of the keys signed it.
+        SignatureError: none of the keys signed it, or it is another bundle.
     """
-    with open_bundle(path, public_keys=public_keys) as bundle:
+    with open_trusted(path, trust or Trust()) as bundle:
         manifest = bundle.manifest
         facts = [
             ("name", manifest.name),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fcos_deploy.accuracy.verify import VerificationRecord, VerifyOptions, verify_bundle, write_record
@@ -18,13 +18,14 @@ from fcos_deploy.bundle.device_layer import (
 from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.preflight import select_runnable
 from fcos_deploy.bundle.selection import Selection
-from fcos_deploy.bundle.store import Bundle, open_bundle
+from fcos_deploy.bundle.store import Bundle, open_trusted
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError, DeviceError, InconclusiveError
 from fcos_deploy.core.gate import Outcome
 from fcos_deploy.core.machine import MachineFacts, kernel_text, read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import get_backend
+from fcos_deploy.core.trust import Trust
 from fcos_deploy.detector import Detector
 from fcos_deploy.pipeline.build import ArtifactRequest, build_artifact
 
@@ -37,11 +38,11 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetupRequest:
-    """``backend`` empty: the bundle's own. With ``public_keys`` one of their owners must have signed the bundle."""
+    """``backend`` empty: the bundle's own. ``trust``: what the bundle must be; local builds count in any case."""
 
     bundle: Path
     backend: str = ""
-    public_keys: tuple[Path | str, ...] = ()
+    trust: Trust = field(default_factory=Trust)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ def set_up(request: SetupRequest, *, progress: ProgressFn = no_progress) -> Setu
         AccuracyGateError: what was built is not the certified detector.
         InconclusiveError: the golden images cannot decide it.
     """
-    with open_bundle(request.bundle, public_keys=request.public_keys, trust_local_builds=True) as bundle:
+    with open_trusted(request.bundle, replace(request.trust, local_builds=True)) as bundle:
         backend = request.backend or bundle.manifest.defaults.backend
         facts = _check_machine(bundle, backend)
         built: list[str] = []
@@ -112,7 +113,7 @@ def set_up(request: SetupRequest, *, progress: ProgressFn = no_progress) -> Setu
             choice = Choice(precision=chosen.precision, latency_ms=latency)
             write_layer(bundle, backend=backend, choice=choice)
         layers = [state for state in usable_layers(bundle, backend=backend) if state.layer and state.layer.artifacts]
-        signed = sign_layers(bundle) if request.public_keys and layers else []
+        signed = sign_layers(bundle) if request.trust.public_keys and layers else []
         for record in records:
             write_record(record, bundle=bundle)
         return SetupReport(
@@ -196,7 +197,7 @@ def _build(request: SetupRequest, bundle: Bundle, backend: str, precision: Preci
             output=None,
             backend=backend,
             options=BuildOptions(precision=precision),
-            public_keys=request.public_keys,
+            trust=request.trust,
         ),
         progress=progress,
     )

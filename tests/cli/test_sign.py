@@ -40,7 +40,7 @@ def home(
         generate_key(folder / f"{name}.pem", public=folder / f"{name}.pub.pem")
     for name in ("signed", "unsigned", "other"):
         shutil.copytree(tiny_bundle, folder / name)
-    sign(folder / "signed", private_key=folder / "key.pem")
+    sign(folder / "signed", private_key=folder / "key.pem", version=3)
     sign(folder / "other", private_key=folder / "stranger.pem")
     shutil.copytree(smooth_images, folder / "images")
     shutil.copyfile(tiny_onnx, folder / "model.onnx")
@@ -99,7 +99,13 @@ def test_only_what_a_trusted_key_signed_is_opened(name: str, home: Path) -> None
     keyless = _run(*_command(name, home / "signed", home), "--require-signature")
     assert keyless.exit_code == 2
     assert "--public-key" in keyless.stderr
-    allowed = _run(*_command(name, home / "signed", home), *policy)
+    asked = {"--expect-name": ("tiny", "plates", "is 'tiny', not 'plates'"), "--min-version": (3, 4, "4 or later")}
+    for option, (_, wrong, words) in asked.items():
+        refused = _run(*_command(name, home / "signed", home), *policy, option, wrong)
+        assert refused.exit_code == 1
+        assert words in refused.stderr
+    fitting = [word for option, (right, *_) in asked.items() for word in (option, right)]
+    allowed = _run(*_command(name, home / "signed", home), *policy, *fitting)
     assert allowed.exit_code == 0, allowed.output
 
 
@@ -149,6 +155,9 @@ def test_a_bare_file_has_no_signature(home: Path) -> None:
     refused = _run("predict", home / "model.onnx", home / "images", *key)
     assert refused.exit_code == 1
     assert "is not a bundle" in refused.stderr
+    nameless = _run("predict", home / "model.onnx", home / "images", "--expect-name", "tiny")
+    assert nameless.exit_code == 1
+    assert "neither a signature nor a name" in nameless.stderr
     for command in (["inspect"], ["build", "--backend", "onnxruntime", "-o", home / "x.onnx"]):
         refused = _run(*command, home / "model.onnx", *key)
         assert refused.exit_code == 1

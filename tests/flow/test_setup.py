@@ -196,6 +196,9 @@ def test_a_signed_record_that_was_changed_is_refused(
     page = tmp_path / "page.html"
     accepted = _run("report", bundle, "--records", record, "--public-key", public, "-o", page)
     assert accepted.exit_code == 0, accepted.stderr
+    unsigned = _run("report", bundle, "--records", record, "--require-signature", "--public-key", public, "-o", page)
+    assert unsigned.exit_code == 1
+    assert "is not signed" in unsigned.stderr
     record.write_text(record.read_text().replace('"outcome": "passed"', '"outcome": "failed"'))
     refused = _run("report", bundle, "--records", record, "-o", page)
     assert refused.exit_code == 1

@@ -238,9 +238,12 @@ def test_what_is_claimed_beside_the_manifest_is_signed(signed: Path, keys: tuple
 def test_another_bundle_of_the_same_signer_does_not_pass_for_the_one_that_is_meant(
     signed: Path, keys: tuple[Path, Path]
 ) -> None:
-    bundle = open_bundle(signed, public_keys=(keys[1],))
-    bundle.require_identity(name="cells")
+    for wanted in ({"expect_name": "cells"}, {"expect_name": "cells", "min_version": 2}):
+        sign(signed, private_key=keys[0], version=2)
+        assert open_bundle(signed, public_keys=(keys[1],), **wanted).version == 2
     with pytest.raises(SignatureError, match="is 'cells', not 'plates'"):
-        bundle.require_identity(name="plates")
-    with pytest.raises(SignatureError, match="2 or later is needed"):
-        bundle.require_identity(version=2)
+        open_bundle(signed, expect_name="plates")
+    with pytest.raises(SignatureError, match="as version 2, 3 or later is needed"):
+        open_bundle(signed, public_keys=(keys[1],), min_version=3)
+    with pytest.raises(ConfigError, match="needs a key"):
+        open_bundle(signed, min_version=1)

@@ -123,7 +123,7 @@ def _sign_off(
     from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
     from fcos_deploy.core.gate import Outcome
-    from fcos_deploy.report.sign_off import write_sign_off
+    from fcos_deploy.report.render import write_sign_off
 
     with open_trusted(bundle, trust) as opened:
         paths, outcome = write_sign_off(opened, read_records(records, bundle=opened, public_keys=keys), output)

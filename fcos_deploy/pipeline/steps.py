@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fcos_deploy.bundle import (
-    Artifact,
-    ArtifactDraft,
-    BundleWriter,
-    CalibrationRecord,
-    StepOutput,
-)
+from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
+from fcos_deploy.bundle import Artifact, ArtifactDraft, BundleWriter, CalibrationRecord, StepOutput
 from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, contract_to_text
@@ -29,13 +26,13 @@ from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.build import engine_requirements
-from fcos_deploy.pipeline.image_sets import ImageSets
 from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
 from fcos_deploy.targets.plan import Plan, PlanRequest
 from fcos_deploy.targets.plan import plan as make_plan
 from fcos_deploy.targets.profiles import load_profile
 
 if TYPE_CHECKING:
+    from calibration.dataset import CalibrationSet, SampleOptions
     from fcos_deploy.checkpoints.load import LoadedCheckpoint
 
 __all__ = [
@@ -43,14 +40,74 @@ __all__ = [
     "DeployContext",
     "DeployRequest",
     "Graph",
+    "ImageSets",
     "Variant",
     "build",
     "calibrate",
     "export",
     "make_for_device",
+    "open_image_sets",
     "plan_targets",
     "quantize",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSets:
+    """``evaluation`` is in a fixed order; ``findings`` is what is to be said of both sets.
+
+    ``evaluation_key``: hash of the evaluation images' names and contents and of their annotations, so that what was
+    measured on others is never taken for a result on these.
+    """
+
+    calibration: CalibrationSet
+    evaluation: tuple[EvaluationImage, ...]
+    findings: tuple[Finding, ...]
+    evaluation_key: str
+
+
+def open_image_sets(
+    calibration_images: Path,
+    contract: ModelContract,
+    *,
+    images: Path | None,
+    annotations: Path | None,
+    sample: SampleOptions,
+    allow_overlap: bool,
+) -> ImageSets:
+    """Read every image once, before anything is made from them. Without ``images`` the calibration images are both.
+
+    Raises:
+        CalibrationError: images that cannot be read, all listed; too few different ones; or an overlap of the two sets
+            that is not allowed.
+        ConfigError: no ``images``, and calibration images that are not a folder.
+    """
+    from calibration.dataset import SetReport, collect_images, examine_set, inspect_images
+
+    if images is None and not calibration_images.is_dir():
+        raise ConfigError(
+            f"'{calibration_images}' is not a folder, so that the accuracy cannot be measured on it.",
+            hint="give other images with --images DIR",
+        )
+    calibration = collect_images(calibration_images, options=sample)
+    if images is None:
+        evaluation = folder_images(calibration_images)
+    else:
+        evaluation = load_coco(annotations, images=images).images if annotations else folder_images(images)
+    names = {os.path.relpath(image.path, images or calibration_images): image.path for image in evaluation}
+    inspected = inspect_images(names)
+    report: SetReport = examine_set(
+        calibration, contract, evaluation=inspected if images else (), allow_overlap=allow_overlap
+    )
+    report.require_usable()
+    findings = report.findings
+    if images is None:
+        message = "INT8 was evaluated on its own calibration images, on which it looks better than it is (no --images)"
+        findings += (Finding(kind="no-evaluation-images", severity=Severity.INCONCLUSIVE, message=message),)
+    facts = [sha256_file(annotations) if annotations else "", [(image.name, image.sha256) for image in inspected]]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return ImageSets(calibration, evaluation, findings, key)
+
 
 _MAX_MAP_DROP = 0.01
 # The demo detector, whose INT8 loses no AP, keeps 99.8 % of the float model's own detections (docs/int8.md).

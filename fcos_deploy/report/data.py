@@ -1,9 +1,11 @@
-"""What a report is made of: the measurements of each variant, and where its files come from."""
+"""What a report is made of: the measurements of each variant, where its files come from, and what both come to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from calibration.trade_offs import TradeOffs
 from fcos_deploy.accuracy.dataset import Dataset
@@ -16,7 +18,16 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.machine import MachineFacts
 
-__all__ = ["ReportData", "ReportFile", "ReportVariant"]
+__all__ = [
+    "KeyFigure",
+    "ReportData",
+    "ReportFile",
+    "ReportVariant",
+    "ReportVerdict",
+    "dataset_sentence",
+    "key_figures",
+    "report_verdict",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,3 +111,117 @@ class ReportData:
     def candidates(self) -> tuple[ReportVariant, ...]:
         """All but the reference."""
         return tuple(variant for variant in self.variants if not variant.reference)
+
+
+_EQUAL = 0.0005  # AP: equal to three decimals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportVerdict:
+    """``headline``: a sentence that can be signed; ``details``: what it rests on; ``outcome`` None: nothing judged."""
+
+    outcome: Outcome | None
+    headline: str
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFigure:
+    """A number with its unit, and what it is."""
+
+    value: str
+    meaning: str
+
+
+def report_verdict(data: ReportData) -> ReportVerdict:
+    """Of all candidates together; where not all passed, the headline and the details are about those that did not."""
+    verdicts = [verdict for variant in data.candidates for verdict in variant.evaluation.verdicts]
+    outcome = overall_outcome(verdict.outcome for verdict in verdicts)
+    decisive = [verdict for verdict in verdicts if verdict.outcome is outcome]
+    details = tuple(f"{verdict.subject}: {verdict.message}." for verdict in decisive)
+    subjects = ", ".join(sorted({verdict.subject for verdict in decisive}))
+    headline = {
+        Outcome.FAILED: f"Not the same detector: {subjects}.",
+        Outcome.INCONCLUSIVE: f"These images cannot decide whether it is the same detector: {subjects}.",
+    }
+    if outcome in headline:
+        return ReportVerdict(outcome=outcome, headline=headline[outcome], details=details)
+    return ReportVerdict(outcome=outcome, headline=_agreement_sentence(data), details=details)
+
+
+def _agreement_sentence(data: ReportData) -> str:
+    images = data.variants[0].evaluation.scores.images
+    rates = _match_rates(data)
+    if rates and not data.dataset.annotated:
+        subject = "the variant's" if len(rates) == 1 else f"those of each of {len(rates)} variants"
+        share = math.floor(1000 * min(rates)[0]) / 10  # Rounded down: the sentence says "at least".
+        return f"At least {share:.1f} % of the reference's detections and {subject} agree on {images} images."
+    drops = [v.evaluation.drop for v in data.candidates if v.evaluation.drop is not None]
+    if not drops:
+        return f"Measured on {images} images; there was no reference to compare with."
+    # What the images show is the upper end of the interval; without one, only what was measured.
+    shown = all(drop.resamples for drop in drops)
+    largest = max(drop.high if shown else drop.value for drop in drops)
+    subject = "The variant is" if len(drops) == 1 else f"All {len(drops)} variants are"
+    basis = "by the 95 % interval" if shown else "as measured, without an interval"
+    if largest < _EQUAL:
+        return f"{subject} as accurate as the reference on {images} images, {basis}."
+    bound = math.ceil(1000 * largest) / 1000  # Rounded up: the sentence says "within".
+    return f"{subject} within {bound:.3f} AP of the reference on {images} images, {basis}."
+
+
+def _match_rates(data: ReportData) -> list[tuple[float, str]]:
+    """The share of detections that agree with the reference's, and the variant."""
+    agreements = [(v.evaluation.agreement, v.label) for v in data.candidates]
+    return [(agreement.match_rate, label) for agreement, label in agreements if agreement is not None]
+
+
+def key_figures(data: ReportData) -> list[KeyFigure]:
+    """Largest loss of accuracy, gain in speed and size, smallest share in INT8: those that were measured."""
+    figures = []
+    drops = [(v.evaluation.drop, v.label) for v in data.candidates if v.evaluation.drop is not None]
+    rates = _match_rates(data)
+    if rates and not data.dataset.annotated:
+        rate, label = min(rates)
+        figures.append(KeyFigure(f"{100 * rate:.1f} %", f"of the detections agree with the reference's ({label})"))
+    elif drops:
+        drop, label = max(drops, key=lambda item: item[0].value)
+        reach = f"; the interval reaches {100 * drop.high:.1f}" if drop.resamples else ""
+        figures.append(
+            KeyFigure(f"{100 * max(drop.value, 0.0):.1f}", f"points of AP lost as measured ({label}){reach}")
+        )
+    reference = data.reference
+    timed = [(speedup, v) for v in data.candidates if (speedup := data.speedup(v)) is not None]
+    if reference and timed:
+        speedup, variant = max(timed, key=lambda item: item[0].ratio)
+        meaning = f"as fast as {reference.label}: {variant.p50_ms:.1f} ms an image ({variant.label})"
+        if speedup.problem:
+            figures.append(KeyFigure("no speed-up", f"that could be quoted: {speedup.problem}"))
+        else:
+            figures.append(KeyFigure(f"{speedup.ratio:.1f} times", meaning))
+    sizes = [(v.result.file_bytes, v.label) for v in data.candidates if v.result and v.result.file_bytes]
+    if reference and reference.result and reference.result.file_bytes and sizes:
+        size, label = min(sizes)
+        checkpoint = f"{reference.result.file_bytes / 2**20:.1f} MiB"
+        meaning = f"smallest model ({label}); the checkpoint has {checkpoint}"
+        figures.append(KeyFigure(f"{size / 2**20:.1f} MiB", meaning))
+    shares = [(v.int8_share, v.label) for v in data.candidates if v.int8_share is not None]
+    if shares:
+        share, label = min(shares)
+        meaning = f"of the multiply-accumulates run in INT8 at least ({label})"
+        figures.append(KeyFigure(f"{100 * share:.1f} %", meaning))
+    return figures
+
+
+def dataset_sentence(data: ReportData) -> str:
+    """The evaluation images, their objects and classes, and where the ground truth comes from."""
+    scores, names = data.variants[0].evaluation.scores, data.dataset.class_names
+    return (
+        f"{scores.images} images with {scores.objects} objects of {len(names)} classes "
+        f"({', '.join(names[:8])}{', …' if len(names) > 8 else ''}); "
+        + (
+            f"ground truth: {Path(data.dataset.source).name}."
+            if data.dataset.annotated
+            else "no annotations: the reference's own detections stand for the ground truth."
+        )
+    )

@@ -1,24 +1,28 @@
-"""Fills the templates and writes the files."""
+"""Fills the templates and writes the files: the report on a model, and the page that signs a bundle off."""
 
 from __future__ import annotations
 
 import base64
 import importlib.resources
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from calibration.trade_offs import TradeOffs
+from fcos_deploy.accuracy.device_record import ReadRecord
 from fcos_deploy.accuracy.evaluate import evaluation_drift
+from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.files import write_text
+from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.text import printable
 from fcos_deploy.report.charts import make_charts
-from fcos_deploy.report.data import ReportData, ReportVariant
+from fcos_deploy.report.data import ReportData, ReportVariant, dataset_sentence, key_figures, report_verdict
 from fcos_deploy.report.panels import image_panels
-from fcos_deploy.report.summary import dataset_sentence, key_figures, report_verdict
 
-__all__ = ["fill_template", "read_template", "write_report"]
+__all__ = ["fill_template", "read_template", "write_report", "write_sign_off"]
+
 
 jinja2 = lazy_import("jinja2", extra="report")
 
@@ -223,3 +227,62 @@ def _percent(value: float | None) -> str:
 def _typeset(text: str) -> str:
     """Arrows and comparisons as signs."""
     return text.replace(" -> ", " → ").replace(" <= ", " ≤ ").replace(" >= ", " ≥ ")
+
+
+def write_sign_off(bundle: Bundle, records: Sequence[ReadRecord], path: Path) -> tuple[tuple[Path, Path], Outcome]:
+    """Write ``path`` (HTML) and the same in Markdown beside it; the files, and what all records come to.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+        ConfigError: the folder cannot be written.
+    """
+    outcome = overall_outcome(item.record.verification.outcome for item in records) or Outcome.INCONCLUSIVE
+    manifest = bundle.manifest
+    values = {
+        "name": manifest.name,
+        "manifest": bundle.manifest_sha256,
+        "signed_by": bundle.signed_by,
+        "outcome": outcome,
+        "checkpoint": f"{manifest.provenance.checkpoint} {manifest.provenance.checkpoint_sha256}",
+        "created": manifest.provenance.created,
+        "figures": [
+            (
+                f.backend,
+                str(f.precision),
+                f.dataset,
+                str(f.images),
+                f"{f.metrics['ap']:.3f}",
+                "" if f.drop is None else f"{f.drop:+.4f}",
+            )
+            for f in manifest.accuracy
+            if "ap" in f.metrics
+        ],
+        "devices": [_device_cells(item) for item in records],
+    }
+    write_text(path, fill_template("sign_off.html.j2", css=read_template("report.css"), **values))
+    markdown = path.with_suffix(".md")
+    write_text(markdown, fill_template("sign_off.md.j2", **values))
+    return (path, markdown), outcome
+
+
+def _device_cells(item: ReadRecord) -> dict[str, str]:
+    """A row: one record of one device."""
+    record, verification = item.record, item.record.verification
+    latency = (record.latency_ms or {}).get(verification.precision)
+    facts = record.device
+    return {
+        "device": item.device,
+        "processor": facts.get("processor", ""),
+        "system": " ".join(filter(None, [facts.get("jetpack", ""), facts.get("l4t", ""), facts.get("driver", "")])),
+        "engine": verification.artifact,
+        "built": record.layer.created if record.layer else "with the bundle",
+        "sha256": verification.artifact_sha256[:16],
+        "precision": str(verification.precision),
+        "runtime": f"{verification.backend} {facts.get('runtime') or verification.session.get('version', '')}",
+        "outcome": str(verification.outcome),
+        "summary": verification.summary,
+        "latency": "" if latency is None else f"{latency:.1f}",
+        "time": verification.time,
+        "signed_by": f"{item.signed_by[:16]}..." if item.signed_by else "not signed",
+        "file": item.path.name,
+    }

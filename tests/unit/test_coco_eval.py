@@ -19,7 +19,7 @@ from fcos_deploy.accuracy.dataset import (
     label_index,
     load_coco,
 )
-from fcos_deploy.accuracy.evidence import evidence_problem
+from fcos_deploy.accuracy.evaluate import evidence_problem
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.gate import Judge

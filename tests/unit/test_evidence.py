@@ -11,7 +11,7 @@ import pytest
 
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth, load_coco
-from fcos_deploy.accuracy.evidence import baseline_problem, evidence_problem
+from fcos_deploy.accuracy.evaluate import baseline_problem, evidence_problem
 from fcos_deploy.accuracy.intervals import match_dataset
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError

@@ -16,7 +16,7 @@ from calibration.dataset import SampleOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError
 from fcos_deploy.core.gate import undecided_because
-from fcos_deploy.pipeline.image_sets import ImageSets, open_image_sets
+from fcos_deploy.pipeline.steps import ImageSets, open_image_sets
 
 
 @pytest.fixture

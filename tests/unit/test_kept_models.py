@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.kept_models import CACHE_VARIABLE, KeptModel
-from fcos_deploy.core.local_trust import STATE_VARIABLE, authenticate, own_folder, state_folder
+from fcos_deploy.core.local_trust import (
+    CACHE_VARIABLE,
+    STATE_VARIABLE,
+    KeptModel,
+    authenticate,
+    own_folder,
+    state_folder,
+)
 
 FACTS = {"model": "a", "version": "1"}
 

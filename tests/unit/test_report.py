@@ -29,7 +29,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.machine import MachineFacts
 from fcos_deploy.core.matching import ScoreDrift, compare_detections
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant, write_report
-from fcos_deploy.report.summary import report_verdict
+from fcos_deploy.report.data import report_verdict
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

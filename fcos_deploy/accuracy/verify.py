@@ -18,11 +18,13 @@ from fcos_deploy.accuracy.golden_check import MIN_EVIDENCE, GoldenCheck, check_g
 from fcos_deploy.accuracy.recorded import RecordedRun, RecordedSession
 from fcos_deploy.bundle.golden import TensorFingerprint, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
+from fcos_deploy.bundle.manifest import Manifest
 from fcos_deploy.bundle.preflight import Fallback, select_runnable
 from fcos_deploy.bundle.selection import Selection, select_artifact
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.decode import DecodeSpec
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError, InconclusiveError
@@ -138,7 +140,7 @@ class VerificationRecord:
         rate = (
             f"{self.matched:.1%} of the golden detections match (needed: {needed:.1%}); {missed} missed, {extra} extra"
         )
-        if not sum(image.expected + image.detected for image in self.images):
+        if _match_rate(self.images) is None:
             rate = "no golden detection is clear of the score threshold"
         # The plainest faults come first; what else follows from them fills no line.
         faults = self.values.problems[:_SHOWN_PROBLEMS] if self.values else ()
@@ -183,30 +185,60 @@ def verify_bundle(
             allow_fallback=options.allow_fallback,
             machine=machine,
         )
-    gate = _as_certified(bundle, selection, options, gate=_gate(bundle, selection, options))
-    preprocessing = _check_preprocessing(bundle)
+    manifest, artifact = bundle.manifest, selection.artifact
+    paths = [golden.path for golden in manifest.golden]
+    expected = [golden.detections.to_detections() for golden in manifest.golden]
+    run = manifest.golden_run(artifact, backend=selection.backend, compute=options.session.compute)
+    certified = None if run is None else [detections.to_detections() for detections in run.detections]
+    gate = manifest.gate(_coarser(artifact.precision, options.session.compute))
+    if run is not None and certified is not None and run.artifact == artifact.path:
+        # Whether that accuracy is enough was judged where the bundle was made, by the limits of the deployment; here it
+        # must be the same.
+        rate = _match_rate(_compare(expected, certified, paths, decode=manifest.contract.decode, gate=gate))
+        if rate is not None and rate < (gate.min_match_rate or 0.0):
+            gate = replace(gate, min_match_rate=round(rate * _FOUND_AGAIN, 6))
+    images = [read_golden_image(bundle.path(golden.path), golden) for golden in manifest.golden]
+    preprocessing = _check_preprocessing(manifest, images)
     results: tuple[GoldenResult, ...] = ()
     values: GoldenCheck | None = None
     session: dict[str, str] = {}
     if preprocessing.passed:
-        with _opened(bundle, selection, options) as detector:
-            detected = _detect(bundle, detector, progress=progress)
-            results = _compare(bundle, detected, gate=gate)
-            values = _check_values(bundle, selection, detected, gate=gate, options=options)
+        detected = []
+        with _opened(bundle.path(artifact.path), selection.backend, options) as detector:
+            for index, image in enumerate(images, start=1):
+                detected.append(detector.detect(image))
+                progress("verify", index, len(images))
             session = dict(detector.session.description)
+        results = _compare(expected, detected, paths, decode=manifest.contract.decode, gate=gate)
+        parents = {record.path for record in manifest.artifacts if record.sha256 == artifact.parent}
+        # With the values of the same artifact where the bundle was made, or of its nearest relative.
+        values = check_golden(
+            expected,
+            detected,
+            baseline=certified,
+            same_artifact=run is not None and run.artifact in {artifact.path, *parents},
+            gate=gate,
+            decode=manifest.contract.decode,
+            names=manifest.contract.class_names,
+            paths=paths,
+            scales=[image_scale(manifest.contract, (golden.height, golden.width)) for golden in manifest.golden],
+        )
     bundle.require_not_replaced()
-    judged = sum(result.expected + result.detected for result in results)
-    unpaired = sum(result.missed + result.extra for result in results)
-    matched = 1.0 - unpaired / judged if judged else 0.0
+    matched = _match_rate(results)
+    # What preprocessing, the share that matches and the values come to; a share of nothing decides nothing.
+    outcome = Outcome.FAILED
+    if values is not None:
+        matching = [] if matched is None else [_match_outcome(matched, gate)]
+        outcome = overall_outcome([*matching, values.outcome]) or Outcome.INCONCLUSIVE
     return VerificationRecord(
-        bundle=bundle.manifest.name,
+        bundle=manifest.name,
         manifest_sha256=bundle.manifest_sha256,
-        artifact=selection.artifact.path,
-        artifact_sha256=selection.artifact.sha256,
+        artifact=artifact.path,
+        artifact_sha256=artifact.sha256,
         backend="kserve" if options.server else selection.backend,
-        precision=selection.artifact.precision,
-        outcome=_replay_outcome(preprocessing, matched=matched, judged=judged, gate=gate, values=values),
-        matched=round(matched, 6),
+        precision=artifact.precision,
+        outcome=outcome,
+        matched=round(matched or 0.0, 6),
         gate=gate,
         preprocessing=preprocessing,
         images=results,
@@ -223,54 +255,32 @@ def verify_bundle(
     )
 
 
-def _replay_outcome(
-    preprocessing: PreprocessingResult, *, matched: float, judged: int, gate: Gate, values: GoldenCheck | None
-) -> Outcome:
-    """What preprocessing, the share that matches and the values come to; a share of nothing decides nothing."""
-    if not preprocessing.passed or values is None:
-        return Outcome.FAILED
-    enough = matched >= (gate.min_match_rate or 0.0)
-    matching = [_match_outcome(enough=enough, judged=judged)] if judged else []
-    return overall_outcome([*matching, values.outcome]) or Outcome.INCONCLUSIVE
-
-
-def _match_outcome(*, enough: bool, judged: int) -> Outcome:
-    if not judged:
-        return Outcome.INCONCLUSIVE
-    return Outcome.PASSED if enough else Outcome.FAILED
-
-
-def _gate(bundle: Bundle, selection: Selection, options: VerifyOptions) -> Gate:
-    """The gate of the artifact's precision, or of the format in which the runtime was asked to compute.
+def _coarser(own: Precision, compute: ComputeType) -> Precision:
+    """The artifact's precision, or that of the format in which the runtime was asked to compute.
 
     bf16 has eight bits of mantissa, as many as int8 has in all.
     """
-    coarser = {ComputeType.F16: Precision.FP16, ComputeType.BF16: Precision.INT8}
-    own, compute = selection.artifact.precision, options.session.compute
-    return bundle.manifest.gate(own if own is Precision.INT8 else coarser.get(compute, own))
+    by_compute = {ComputeType.F16: Precision.FP16, ComputeType.BF16: Precision.INT8}
+    return own if own is Precision.INT8 else by_compute.get(compute, own)
 
 
-def _as_certified(bundle: Bundle, selection: Selection, options: VerifyOptions, *, gate: Gate) -> Gate:
-    """The gate, with the rate of matches that the artifact itself had where the bundle was made, if that is lower.
-
-    Whether that accuracy is enough was judged there, by the limits of the deployment; here it must be the same.
-    """
-    run = bundle.manifest.golden_run(selection.artifact, backend=selection.backend, compute=options.session.compute)
-    needed = gate.min_match_rate or 0.0
-    if run is None or run.artifact != selection.artifact.path:
-        return gate
-    results = _compare(bundle, [d.to_detections() for d in run.detections], gate=gate)
+def _match_rate(results: Sequence[GoldenResult]) -> float | None:
+    """The share of the judged detections that match; None when there are none."""
     judged = sum(result.expected + result.detected for result in results)
-    certified = 1.0 - sum(result.missed + result.extra for result in results) / judged if judged else 1.0
-    return gate if certified >= needed else replace(gate, min_match_rate=round(certified * _FOUND_AGAIN, 6))
+    return 1.0 - sum(result.missed + result.extra for result in results) / judged if judged else None
 
 
-def _check_preprocessing(bundle: Bundle) -> PreprocessingResult:
+def _match_outcome(rate: float | None, gate: Gate) -> Outcome:
+    if rate is None:
+        return Outcome.INCONCLUSIVE
+    return Outcome.PASSED if rate >= (gate.min_match_rate or 0.0) else Outcome.FAILED
+
+
+def _check_preprocessing(manifest: Manifest, images: Sequence[NDArray[np.uint8]]) -> PreprocessingResult:
     """Prepare every golden image and compare the tensors with their fingerprints; the largest fault is named."""
-    spec = bundle.manifest.contract.preprocess
+    spec = manifest.contract.preprocess
     exact, largest, problem = 0, 0.0, ""
-    for golden in bundle.manifest.golden:
-        image = read_golden_image(bundle.path(golden.path), golden)
+    for golden, image in zip(manifest.golden, images, strict=True):
         actual = fingerprint(preprocess(image, spec)[0])
         difference = fingerprint_difference(actual, golden.fingerprint, spec=spec)
         exact += actual.sha256 == golden.fingerprint.sha256
@@ -280,7 +290,7 @@ def _check_preprocessing(bundle: Bundle) -> PreprocessingResult:
     passed = largest <= _MAX_CELL_DIFFERENCE
     return PreprocessingResult(
         exact=exact,
-        images=len(bundle.manifest.golden),
+        images=len(images),
         # JSON has no infinity: another shape or dtype is more than any difference of levels.
         difference=round(min(largest, 1e9), 4),
         passed=passed,
@@ -304,67 +314,42 @@ def _name_fault(
 
 
 @contextmanager
-def _opened(bundle: Bundle, selection: Selection, options: VerifyOptions) -> Iterator[Detector]:
-    path = bundle.path(selection.artifact.path)
+def _opened(path: Path, backend: str, options: VerifyOptions) -> Iterator[Detector]:
+    """The artifact in its runtime, on a server, or as outputs that a device recorded."""
     if options.recorded is not None:
         contract = read_contract(path)
         with Detector(RecordedSession(options.recorded, contract), contract) as detector:
             yield detector
-        return
-    if not options.server:
-        with Detector.open(path, backend=selection.backend, options=options.session) as detector:
+    elif options.server:
+        with tempfile.TemporaryDirectory(prefix="fcos-deploy-") as folder:
+            remote = Path(folder, "server.kserve")
+            write_remote_model(remote, RemoteModel(url=options.server, contract=read_contract(path)))
+            with Detector.open(remote, options=options.session) as detector:
+                yield detector
+    else:
+        with Detector.open(path, backend=backend, options=options.session) as detector:
             yield detector
-        return
-    with tempfile.TemporaryDirectory(prefix="fcos-deploy-") as folder:
-        remote = Path(folder, "server.kserve")
-        write_remote_model(remote, RemoteModel(url=options.server, contract=read_contract(path)))
-        with Detector.open(remote, options=options.session) as detector:
-            yield detector
 
 
-def _detect(bundle: Bundle, detector: Detector, *, progress: ProgressFn) -> list[Detections]:
-    """What the runtime detects on every golden image."""
-    detected = []
-    for index, golden in enumerate(bundle.manifest.golden):
-        detected.append(detector.detect(read_golden_image(bundle.path(golden.path), golden)))
-        progress("verify", index + 1, len(bundle.manifest.golden))
-    return detected
-
-
-def _compare(bundle: Bundle, detected: Sequence[Detections], *, gate: Gate) -> tuple[GoldenResult, ...]:
+def _compare(
+    expected: Sequence[Detections],
+    detected: Sequence[Detections],
+    paths: Sequence[str],
+    *,
+    decode: DecodeSpec,
+    gate: Gate,
+) -> tuple[GoldenResult, ...]:
     """Pair the detections of every golden image with the reference's.
 
     A detection is judged only where the gate's score difference cannot decide whether it is there at all
     (``judged_floor``).
     """
-    decode, rule = bundle.manifest.contract.decode, MatchOptions.of_gate(gate)
+    rule = MatchOptions.of_gate(gate)
     results = []
-    for golden, detections in zip(bundle.manifest.golden, detected, strict=True):
-        expected = golden.detections.to_detections()
-        floor = judged_floor(decode, (expected, detections), margin=rule.max_score_delta)
-        options = replace(rule, min_score=floor)
-        results.append(compare_golden(expected, detections, options=options, path=golden.path))
+    for reference, detections, path in zip(expected, detected, paths, strict=True):
+        floor = judged_floor(decode, (reference, detections), margin=rule.max_score_delta)
+        results.append(compare_golden(reference, detections, options=replace(rule, min_score=floor), path=path))
     return tuple(results)
-
-
-def _check_values(
-    bundle: Bundle, selection: Selection, detected: Sequence[Detections], *, gate: Gate, options: VerifyOptions
-) -> GoldenCheck:
-    """Compare values with those of the same artifact where the bundle was made, or of its nearest relative."""
-    manifest, artifact = bundle.manifest, selection.artifact
-    run = manifest.golden_run(artifact, backend=selection.backend, compute=options.session.compute)
-    parents = {record.path for record in manifest.artifacts if record.sha256 == artifact.parent}
-    return check_golden(
-        [golden.detections.to_detections() for golden in manifest.golden],
-        detected,
-        baseline=None if run is None else [d.to_detections() for d in run.detections],
-        same_artifact=run is not None and run.artifact in {artifact.path, *parents},
-        gate=gate,
-        decode=manifest.contract.decode,
-        names=manifest.contract.class_names,
-        paths=[golden.path for golden in manifest.golden],
-        scales=[image_scale(manifest.contract, (golden.height, golden.width)) for golden in manifest.golden],
-    )
 
 
 def compare_golden(
@@ -401,12 +386,11 @@ def _machine_text(machine: MachineFacts) -> dict[str, str]:
 def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
     """The judgements behind ``record.passed``: on preprocessing, and on the golden detections."""
     subject, prepared = f"{record.backend} {record.precision}", record.preprocessing
-    needed = record.gate.min_match_rate or 0.0
     same = f"{prepared.exact} of {prepared.images} golden images give the same bytes, the others the same image"
     not_run = "the golden images were not run: preprocessing differs"
     replay = record.summary if prepared.passed else not_run
-    judged = sum(image.expected + image.detected for image in record.images)
-    enough, values = record.matched >= needed, record.values
+    values = record.values
+    rate = None if _match_rate(record.images) is None else record.matched
     return (
         Verdict(
             name="preprocessing",
@@ -419,9 +403,9 @@ def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
         Verdict(
             name="min_match_rate",
             subject=subject,
-            outcome=_match_outcome(enough=enough, judged=judged) if prepared.passed else Outcome.FAILED,
+            outcome=_match_outcome(rate, record.gate) if prepared.passed else Outcome.FAILED,
             value=record.matched,
-            limit=needed,
+            limit=record.gate.min_match_rate or 0.0,
             message=replay,
         ),
         Verdict(

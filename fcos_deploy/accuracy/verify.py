@@ -19,8 +19,7 @@ from fcos_deploy.accuracy.recorded import RecordedRun, RecordedSession
 from fcos_deploy.bundle.golden import TensorFingerprint, fingerprint, fingerprint_difference, read_golden_image
 from fcos_deploy.bundle.log import append_log
 from fcos_deploy.bundle.manifest import Manifest
-from fcos_deploy.bundle.preflight import Fallback, select_runnable
-from fcos_deploy.bundle.selection import Selection, select_artifact
+from fcos_deploy.bundle.selection import Fallback, Selection, select_artifact, select_runnable
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import read_contract

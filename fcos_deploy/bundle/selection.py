@@ -1,19 +1,23 @@
-"""Which artifact of a bundle a command takes: one rule for running, verifying, building and packaging."""
+"""Which artifact of a bundle a command takes, one rule for all of them, and whether this machine can run it."""
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fcos_deploy.bundle.manifest import Artifact
+from fcos_deploy.bundle.device_layer import chosen_precision, renew_command, usable_layers
+from fcos_deploy.bundle.manifest import Artifact, Requirements, VersionRule
 from fcos_deploy.bundle.store import Bundle
+from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.contract import find_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, DeviceError
+from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import all_exporters, get_backend
 
-__all__ = ["Selection", "select_artifact"]
+__all__ = ["Difference", "Fallback", "Selection", "preflight", "require_fit", "select_artifact", "select_runnable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,16 @@ def select_artifact(
     if readers is None:
         backend = backend or defaults.backend
         readers = dict.fromkeys(get_backend(backend).accepts, backend)
-    fitting = [
+    readable = [
         Selection(artifact, readers[artifact.kind])
         for artifact in (*bundle.manifest.artifacts, *layers)
-        if artifact.kind in readers and backend in ("", readers[artifact.kind]) and _fits(artifact, readers)
+        if artifact.kind in readers and backend in ("", readers[artifact.kind])
+    ]
+    fitting = [
+        selection
+        for selection in readable
+        if selection.artifact.backend in ("", selection.backend)
+        and selection.artifact.placement in ("", *get_backend(selection.backend).placements)
     ]
     if precisions:
         by_precision = ([s for s in fitting if s.artifact.precision is precision] for precision in precisions)
@@ -78,7 +88,8 @@ def select_artifact(
     best = [selection for selection in fitting if rank(selection) == first]
     if len(best) > 1:
         preferred_tail = tail or bundle.manifest.contract.tail
-        best = [s for s in best if _tail(bundle, s.artifact) is preferred_tail] or best
+        contracts = [find_contract(bundle.path(selection.artifact.path)) for selection in best]
+        best = [s for s, c in zip(best, contracts, strict=True) if c and c.tail is preferred_tail] or best
     if len(best) == 1:
         return best[0]
     contents = ", ".join(f"{a.path} ({a.precision}, {a.backend or a.kind})" for a in bundle.manifest.artifacts)
@@ -93,20 +104,149 @@ def select_artifact(
 def _build_hint(bundle: Bundle, backend: str) -> str:
     """How to build here what the bundle lacks, where it has a graph to build from."""
     buildable = backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts)
-    return (
-        f"; build it here: {shlex.join(['fcos-deploy', 'setup', str(bundle.source), '--backend', backend])}"
-        if (buildable)
-        else ""
+    command = shlex.join(["fcos-deploy", "setup", str(bundle.source), "--backend", backend])
+    return f"; build it here: {command}" if buildable else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something that does not fit: what, what is needed, what is there."""
+
+    what: str
+    needed: str
+    present: str
+
+    def __str__(self) -> str:
+        return f"{self.what} must be {self.needed}, it is {self.present or 'unknown'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallback:
+    """A backend that was passed over for the next one of the bundle's chain, and why; for records and logs."""
+
+    backend: str
+    artifact: str
+    reason: str
+
+
+def select_runnable(
+    bundle: Bundle,
+    *,
+    backend: str = "",
+    precision: Precision | None = None,
+    allow_fallback: bool = False,
+    machine: MachineFacts | None = None,
+) -> tuple[Selection, tuple[Fallback, ...]]:
+    """The artifact to run after preflight, and the backends that were passed over on the way to it.
+
+    Without ``allow_fallback`` nothing is ever passed over. With it, the chain that the manifest declares is tried in
+    order, each backend with the precision that the bundle has for it.
+
+    Raises:
+        ConfigError: the bundle has no artifact for the backend, or several that nothing tells apart.
+        DeviceError: nothing that may be run fits this machine.
+    """
+    defaults = bundle.manifest.defaults
+    first = backend or defaults.backend
+    fallbacks: list[Fallback] = []
+    for name in dict.fromkeys((first, *(defaults.fallback if allow_fallback else ()))):
+        path = ""
+        try:
+            precisions = (precision,) if precision and name == first else ()
+            layers = usable_layers(bundle, backend=name)
+            selection = select_artifact(
+                bundle,
+                backend=name,
+                precisions=precisions,
+                layers=[artifact for layer in layers for artifact in layer.artifacts],
+                preferred=chosen_precision(layers),
+            )
+            path = selection.artifact.path
+            require_fit(bundle, selection, machine=machine)
+        except (DeviceError, ConfigError) as error:
+            if not allow_fallback:
+                raise
+            fallbacks.append(Fallback(backend=name, artifact=path, reason=error.message))
+        else:
+            return selection, tuple(fallbacks)
+    raise DeviceError(
+        "No backend of the bundle's chain can run here. " + "; ".join(f"{f.backend}: {f.reason}" for f in fallbacks),
+        hint="make the bundle for this machine with 'fcos-deploy deploy'",
     )
 
 
-def _fits(artifact: Artifact, readers: Mapping[ArtifactKind, str]) -> bool:
-    reader = readers[artifact.kind]
-    return artifact.backend in ("", reader) and (
-        not artifact.placement or artifact.placement in get_backend(reader).placements
+def require_fit(bundle: Bundle, selection: Selection, *, machine: MachineFacts | None = None) -> None:
+    """Refuse an artifact that this machine cannot run.
+
+    Raises:
+        DeviceError: naming everything that differs, and the command that rebuilds.
+    """
+    probe = get_backend(selection.backend).probe()
+    differences = preflight(selection.artifact, probe=probe, machine=machine or read_machine())
+    if not differences:
+        return
+    # Never a line of the manifest: pasted into a shell it would be a program of whoever wrote it.
+    rebuild = "fcos-deploy deploy"
+    if selection.backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts):
+        rebuild = renew_command(bundle, backend=selection.backend, precision=selection.artifact.precision)
+    chain = ", then ".join(bundle.manifest.defaults.fallback)
+    hint = f"rebuild it here: {rebuild}" + (f"; or --allow-fallback to use {chain}" if chain else "")
+    raise DeviceError(
+        f"'{selection.artifact.path}' cannot run here with '{selection.backend}': {'; '.join(map(str, differences))}.",
+        hint=hint if probe.available else probe.remedy or hint,
     )
 
 
-def _tail(bundle: Bundle, artifact: Artifact) -> Tail | None:
-    contract = find_contract(bundle.path(artifact.path))
-    return contract.tail if contract else None
+def preflight(artifact: Artifact, *, probe: BackendProbe, machine: MachineFacts) -> tuple[Difference, ...]:
+    """Everything that keeps this machine from running ``artifact``; empty when it fits."""
+    needs = artifact.requires
+    if not probe.available:
+        return (Difference("the runtime", "installed", probe.problem or "missing"),)
+    return (*_version(needs, probe.version), *_gpu(needs, machine), *_host(needs, machine, probe))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def _version(needs: Requirements, present: str) -> Iterator[Difference]:
+    needed = needs.backend_version
+    fits, words = {
+        VersionRule.EXACT: (present == needed, ""),
+        VersionRule.SAME_MAJOR: (_numbers(present)[:1] == _numbers(needed)[:1], " (same major)"),
+        VersionRule.AT_LEAST: (
+            # Within a release series (2026.4) older patches read what newer ones wrote.
+            _numbers(present) >= _numbers(needed) or _numbers(present)[:2] == _numbers(needed)[:2],
+            " or newer",
+        ),
+    }[needs.version_rule]
+    if needed and not fits:
+        yield Difference("the runtime's version", needed + words, present)
+
+
+def _gpu(needs: Requirements, machine: MachineFacts) -> Iterator[Difference]:
+    capabilities = [capability for _, capability in machine.gpus]
+    if needs.hardware_compatible:
+        oldest = min(map(_numbers, needs.compute_capabilities), default=())
+        fits = any(_numbers(capability) >= oldest for capability in capabilities)
+    else:
+        fits = any(capability in needs.compute_capabilities for capability in capabilities)
+    if needs.compute_capabilities and not fits:
+        newer = " or newer" if needs.hardware_compatible else ""
+        present = ", ".join(f"{capability} ({name})" for name, capability in machine.gpus) or "no NVIDIA GPU"
+        yield Difference("the GPU's compute capability", " or ".join(needs.compute_capabilities) + newer, present)
+    if needs.driver and _numbers(machine.nvidia_driver) < _numbers(needs.driver):
+        yield Difference("the NVIDIA driver", f"{needs.driver} or newer", machine.nvidia_driver)
+
+
+def _host(needs: Requirements, machine: MachineFacts, probe: BackendProbe) -> Iterator[Difference]:
+    if needs.machine and needs.machine != machine.machine:
+        yield Difference("the processor's architecture", needs.machine, machine.machine)
+    missing = sorted(set(needs.cpu_features) - set(machine.cpu_features))
+    if missing:
+        yield Difference("the processor", f"one with {', '.join(missing)}", f"{machine.processor}, without")
+    # Backends name devices such as "GPU.1", "cuda:0" or "GPU (NVIDIA ...)": the word before the index is the kind.
+    devices = [device.lower() for device in probe.devices]
+    needed = needs.device.lower()
+    if needed and not any(needed in (device, re.split(r"[.: ]", device)[0]) for device in devices):
+        yield Difference("the device", needs.device, ", ".join(probe.devices) or "none")

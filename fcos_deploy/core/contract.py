@@ -188,8 +188,27 @@ def read_contract(path: Path) -> ModelContract:
     Raises:
         BackendLoadError: when the file is missing or damaged, or has no contract.
     """
+    contract = find_contract(path)
+    if contract is not None:
+        return contract
+    if path.suffix == ".onnx":
+        raise BackendLoadError(f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'")
+    raise BackendLoadError(f"'{path}' has no '{sidecar_path(path).name}' beside it.", hint="copy both files together")
+
+
+def find_contract(path: Path) -> ModelContract | None:
+    """As ``read_contract``, but None for an artifact of another tool, which carries none.
+
+    Raises:
+        BackendLoadError: when the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise BackendLoadError(f"'{path}' is not there.")
     try:
-        contract = from_json(ModelContract, json.loads(_contract_text(path)), where="contract")
+        stored = onnx_metadata(path).get(METADATA_KEY) if path.suffix == ".onnx" else _sidecar_contract(path)
+        if stored is None:
+            return None
+        contract = from_json(ModelContract, json.loads(stored), where="contract")
     except ConfigError as error:
         raise BackendLoadError(f"Cannot read the contract of '{path}': {error.message}", hint=error.hint) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -201,31 +220,10 @@ def read_contract(path: Path) -> ModelContract:
     return replace(contract, precision=Precision.INT8) if quantized else contract
 
 
-def find_contract(path: Path) -> ModelContract | None:
-    """As ``read_contract``, but None for an artifact of another tool, which carries none.
-
-    Raises:
-        BackendLoadError: when the file is missing or damaged.
-    """
-    if not path.is_file():
-        raise BackendLoadError(f"'{path}' is not there.")
-    carries = METADATA_KEY in onnx_metadata(path) if path.suffix == ".onnx" else sidecar_path(path).is_file()
-    return read_contract(path) if carries else None
-
-
-def _contract_text(path: Path) -> str:
-    if not path.is_file():
-        raise BackendLoadError(f"'{path}' is not there.")
-    if path.suffix == ".onnx":
-        metadata = onnx_metadata(path)
-        if METADATA_KEY not in metadata:
-            raise BackendLoadError(
-                f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'"
-            )
-        return metadata[METADATA_KEY]
+def _sidecar_contract(path: Path) -> str | None:
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
-        raise BackendLoadError(f"'{path}' has no '{sidecar.name}' beside it.", hint="copy both files together")
+        return None
     content = json.loads(read_file(sidecar, limit=MAX_TEXT_BYTES))
     if not isinstance(content, dict) or "contract" not in content:
         raise BackendLoadError(f"'{sidecar}' holds no fcos-deploy contract.", hint="copy the one of this artifact")

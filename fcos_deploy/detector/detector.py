@@ -37,7 +37,7 @@ from fcos_deploy.core.registry import backends_for, get_backend
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
-    from fcos_deploy.bundle.preflight import Fallback
+    from fcos_deploy.bundle.selection import Fallback
     from fcos_deploy.bundle.store import Bundle
     from fcos_deploy.detector.async_gate import AsyncGate
     from fcos_deploy.model.fcos import Fcos
@@ -334,7 +334,7 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
     checkpoint = is_checkpoint(model)
     if model.is_dir() or (model.suffix == ".tar" and not checkpoint):
         from fcos_deploy.bundle import open_trusted
-        from fcos_deploy.bundle.preflight import select_runnable
+        from fcos_deploy.bundle.selection import select_runnable
 
         bundle = open_trusted(model, options.trust)
         selection, fallbacks = select_runnable(

@@ -16,8 +16,7 @@ from fcos_deploy.bundle.device_layer import (
     write_layer,
 )
 from fcos_deploy.bundle.golden import read_golden_image
-from fcos_deploy.bundle.preflight import select_runnable
-from fcos_deploy.bundle.selection import Selection
+from fcos_deploy.bundle.selection import Selection, select_runnable
 from fcos_deploy.bundle.store import Bundle, open_trusted
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError, DeviceError, InconclusiveError

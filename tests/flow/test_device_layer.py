@@ -286,7 +286,7 @@ def test_an_artifact_that_does_not_fit_is_rebuilt_into_a_layer(bundle: Path) -> 
         (artifact,) = opened.manifest.artifacts
         needs = replace(artifact.requires, backend_version="2099.1.0")
         opened.manifest = replace(opened.manifest, artifacts=(replace(artifact, requires=needs),))
-        from fcos_deploy.bundle.preflight import select_runnable
+        from fcos_deploy.bundle.selection import select_runnable
 
         with pytest.raises(DeviceError, match="2099") as refused:
             select_runnable(opened, backend="openvino")

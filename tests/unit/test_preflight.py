@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from fcos_deploy.bundle import Artifact, Requirements, StepRecord, VersionRule
-from fcos_deploy.bundle.preflight import preflight
+from fcos_deploy.bundle.selection import preflight
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.machine import MachineFacts

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from exporters.simplify import Simplification, rewrite_onnx
-from exporters.step_check import StepCheck, compare, onnx_runner
+from exporters.simplify import Simplification, model_of, put_weights_aside, rewrite_onnx
+from exporters.step_check import StepCheck, compare, onnx_runner, recorded
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
@@ -54,8 +54,12 @@ def convert_to_fp16(source: Path, output: Path, *, progress: ProgressFn = no_pro
     return rewrite_onnx(source, output, step="convert to fp16", rewrite=rewrite, progress=progress)
 
 
-def half_precision(model: Any, feeds: list[Tensors], *, contract: ModelContract) -> tuple[Any, StepCheck]:
+def half_precision(
+    model: Any, feeds: list[Tensors], *, contract: ModelContract, folder: Path | None = None
+) -> tuple[Any, StepCheck]:
     """``model`` (onnx.ModelProto, left as it is) with its network in half precision, compared on ``feeds``.
+
+    ``folder`` has the weights that are not in it.
 
     Half are the convolutions and what lies between them. In float32 stay the normalisation of pixels in front, and
     behind the last convolutions everything: scale, exp, sigmoid, sqrt, decoding, ranking and suppression. Raises as
@@ -63,19 +67,21 @@ def half_precision(model: Any, feeds: list[Tensors], *, contract: ModelContract)
     """
     if contract.precision is not Precision.FP32:
         raise ConfigError(f"Only an fp32 graph becomes fp16, this one is {contract.precision}.")
-    graph = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    graph = model_of(onnx.shape_inference.infer_shapes(model), folder)
     half = _half_nodes(graph)
     values = (value for node in graph.graph if node in half for value in node.outputs)
     names = [value.name for value in values if value.dtype == ir.DataType.FLOAT]
     _Halving(graph, half).run()
-    _require_in_range(model, names, feeds)
+    _require_in_range(model, names, feeds, folder)
+    if folder is not None:
+        put_weights_aside(graph, folder, name="weights.fp16")
     result = ir.to_proto(graph)
     del result.graph.value_info[:]
     del result.graph.output[:]
     result.graph.output.extend(model.graph.output)
     check = compare(
-        onnx_runner(model),
-        onnx_runner(result),
+        recorded(onnx_runner(model, folder=folder), feeds),
+        onnx_runner(result, folder=folder),
         feeds,
         step="convert to fp16",
         tolerance=_TOLERANCE,
@@ -85,7 +91,7 @@ def half_precision(model: Any, feeds: list[Tensors], *, contract: ModelContract)
     return result, check
 
 
-def _require_in_range(model: Any, names: list[str], feeds: list[Tensors]) -> None:
+def _require_in_range(model: Any, names: list[str], feeds: list[Tensors], folder: Path | None) -> None:
     """Look at the float32 values themselves: a runtime may compute half nodes in float32 and never show an overflow.
 
     Raises:
@@ -97,7 +103,7 @@ def _require_in_range(model: Any, names: list[str], feeds: list[Tensors]) -> Non
         del shown.graph.output[:]
         group = names[start : start + _TENSORS_AT_ONCE]
         shown.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in group)
-        run = onnx_runner(shown)
+        run = onnx_runner(shown, folder=folder)
         for feed in feeds:
             for name, array in run(feed).items():
                 reach = float(np.abs(array).max(initial=0.0))

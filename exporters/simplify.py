@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from exporters.graph_passes import PASSES
-from exporters.step_check import Runner, StepCheck, compare, feed_of, onnx_runner
+from exporters.step_check import Runner, StepCheck, compare, feed_of, onnx_runner, recorded
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ExportError
 from fcos_deploy.core.files import require_writable
-from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import OnnxGraph, opset_of, save_onnx, without_initializers
+from fcos_deploy.core.libraries import lazy_import, require
+from fcos_deploy.core.onnx_graph import OnnxGraph, opset_of, save_onnx, tensor_bytes, without_initializers
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["LARGE", "Simplification", "rewrite_onnx", "simplified", "simplify_onnx", "with_weights_aside"]
+__all__ = [
+    "LARGE",
+    "Simplification",
+    "model_of",
+    "put_weights_aside",
+    "rewrite_onnx",
+    "simplified",
+    "simplify_onnx",
+    "with_weights_aside",
+]
 
 onnx = lazy_import("onnx", extra="export")
 ir = lazy_import("onnx_ir", extra="export")
@@ -116,16 +125,22 @@ def rewrite_onnx(
 
 
 def simplified(
-    model: Any, feeds: list[Tensors], *, contract: ModelContract | None = None, run: Runner | None = None
+    model: Any,
+    feeds: list[Tensors],
+    *,
+    contract: ModelContract | None = None,
+    run: Runner | None = None,
+    folder: Path | None = None,
 ) -> tuple[Any, StepCheck]:
     """A smaller graph with the same outputs on ``feeds``; ``model`` (onnx.ModelProto) is left as it is.
 
     What would be larger than its source is not used. ``contract``: that of ``model``, an fp32 graph without one;
-    ``run`` gives the outputs of ``model``, where the caller has them. Raises as ``simplify_onnx`` does.
+    ``run`` gives the outputs of ``model``, where the caller has them; ``folder`` has the weights that are not in it.
+    Raises as ``simplify_onnx`` does.
     """
     # onnxsim folds whatever is constant, and a folded Expand or Range may be larger than what computed it.
-    smaller = _with_own_passes(_with_onnxsim(model))
-    result = smaller if smaller.ByteSize() <= model.ByteSize() else _with_own_passes(model)
+    smaller = _with_own_passes(_with_onnxsim(model), folder)
+    result = smaller if smaller.ByteSize() <= model.ByteSize() else _with_own_passes(model, folder)
     for value, declared in zip(result.graph.output, model.graph.output, strict=True):
         value.type.CopyFrom(declared.type)  # onnxsim writes the sizes that it inferred over open axes.
     for kind in ("input", "output"):
@@ -135,8 +150,9 @@ def simplified(
     if opset_of(model) != opset_of(result):
         raise ExportError(f"Simplifying changed the opset from {opset_of(model)} to {opset_of(result)}.")
     tolerance = _TOLERANCES[contract.precision if contract else Precision.FP32]
-    source = run or onnx_runner(model)
-    check = compare(source, onnx_runner(result), feeds, step="simplify", tolerance=tolerance, contract=contract)
+    expected = run or recorded(onnx_runner(model, folder=folder), feeds)
+    actual = onnx_runner(result, folder=folder)
+    check = compare(expected, actual, feeds, step="simplify", tolerance=tolerance, contract=contract)
     return result, check
 
 
@@ -151,8 +167,8 @@ def _with_onnxsim(model: Any) -> Any:
         raise ExportError(f"onnxsim cannot simplify this graph: {error}.", hint="--no-simplify") from error
 
 
-def _with_own_passes(model: Any) -> Any:
-    graph = ir.from_proto(model)
+def _with_own_passes(model: Any, folder: Path | None) -> Any:
+    graph = model_of(model, folder)
     # As onnx.shape_inference does by default, without the weights.
     ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(graph)
     while sum(run(graph) for run in PASSES):
@@ -162,6 +178,20 @@ def _with_own_passes(model: Any) -> Any:
     result.graph.output.extend(model.graph.output)  # Inference names open axes anew ("unk__5").
     del result.graph.value_info[:]  # Inferred again by whoever reads the file; half the size of a small one.
     return result
+
+
+def put_weights_aside(model: Any, folder: Path, *, name: str) -> None:
+    """Write the larger weights of an ``onnx_ir.Model`` to the file ``name`` in ``folder``, to which it then refers."""
+    external_data = require("onnx_ir.external_data", extra="export")
+    external_data.unload_from_model(model, folder, name, size_threshold_bytes=LARGE)
+
+
+def model_of(proto: Any, folder: Path | None) -> Any:
+    """The ``onnx_ir.Model`` of an ``onnx.ModelProto``, with the weights in ``folder`` that it refers to."""
+    model = ir.from_proto(proto)
+    if folder is not None:
+        require("onnx_ir.external_data", extra="export").set_base_dir(model.graph, folder)
+    return model
 
 
 def _interface(value: Any) -> tuple[str, int, tuple[int | None, ...]]:
@@ -179,7 +209,7 @@ def with_weights_aside(model: Any, rewrite: Callable[[Any], Any]) -> Any:
     """
     lean = without_initializers(model)
     graph = lean.graph
-    large = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.raw_data) > LARGE}
+    large = {tensor.name: tensor for tensor in model.graph.initializer if tensor_bytes(tensor) > LARGE}
     small = [tensor for tensor in model.graph.initializer if tensor.name not in large]
     graph.initializer.extend(small)
     for name, tensor in large.items():

@@ -28,7 +28,7 @@ __all__ = [
     "feed_of",
     "onnx_runner",
     "provoking_feed",
-    "remembering",
+    "recorded",
 ]
 
 Runner = Callable[[Tensors], Tensors]
@@ -218,30 +218,32 @@ def _used_rows(outputs: Tensors, image: int) -> NDArray[np.float64]:
     return used
 
 
-def onnx_runner(model: Any) -> Runner:  # Any: onnx.ModelProto, whose package ships no types
+def onnx_runner(model: Any, *, folder: Path | None = None) -> Runner:  # Any: onnx.ModelProto, without types
     """Run a graph in ONNX Runtime on the CPU, without changes of ONNX Runtime's own.
+
+    ``folder``: where the file of weights lies that the model refers to, if it does; ONNX Runtime maps it.
 
     Raises:
         BackendLoadError: ONNX Runtime cannot load the graph.
     """
+    if folder is not None:
+        # Beside the weights: a model refers to them relative to its own folder.
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".onnx") as file:
+            file.write(model.SerializeToString())
+            file.flush()
+            return open_model(Path(file.name), optimization=GraphOptimization.DISABLED).run
     if fits_one_file(model):
         return open_model(model.SerializeToString(), optimization=GraphOptimization.DISABLED).run
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.onnx"
         save_onnx(model, path)
         return open_model(path, optimization=GraphOptimization.DISABLED).run
 
 
-def remembering(run: Runner) -> Runner:
-    """``run``, but only once on each feed; feeds are told apart by identity and must not change."""
-    results: dict[int, tuple[Tensors, Tensors]] = {}  # with the feed itself, so that its identity is not used again
-
-    def remembered(feeds: Tensors) -> Tensors:
-        if id(feeds) not in results:
-            results[id(feeds)] = feeds, run(feeds)
-        return results[id(feeds)][1]
-
-    return remembered
+def recorded(run: Runner, feeds: Iterable[Tensors]) -> Runner:
+    """What ``run`` gave for each of ``feeds``, told apart by identity; ``run`` and its weights are not kept."""
+    results = [(feed, run(feed)) for feed in feeds]
+    return lambda feeds: next(outputs for feed, outputs in results if feed is feeds)
 
 
 def provoking_feed(images: tuple[int, int, int, int], *, dtype: str, image_sizes: bool, seed: int = 0) -> Tensors:

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 from exporters.fp16 import half_precision
 from exporters.graph_passes import name_weights_after_convolutions
-from exporters.simplify import simplified, with_weights_aside
-from exporters.step_check import Runner, StepCheck, compare, onnx_runner, provoking_feed, remembering
+from exporters.simplify import put_weights_aside, simplified, with_weights_aside
+from exporters.step_check import Runner, StepCheck, compare, onnx_runner, provoking_feed, recorded
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, ExportError
-from fcos_deploy.core.files import require_writable
+from fcos_deploy.core.files import require_writable, scratch_directory
 from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.onnx_graph import opset_of, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -150,29 +150,33 @@ def export_onnx(
     # suppression turns a rounding that swaps two scores into another detection.
     module = tails.ExportableFcos(network, contract, suppression=suppression, with_sources=True).eval()
     feeds = _feeds(contract, batch=options.batch, image_sizes="image_sizes" in module.input_names)
-    model = trace(
-        module,
-        tuple(torch.from_numpy(feeds[0][name].copy()) for name in module.input_names),
-        opset=options.opset,
-        dynamic_batch=options.batch is None,
-        size=Axes.DYNAMIC if contract.preprocess.canvas is None else Axes.FIXED,
-        divisor=contract.preprocess.size_divisor,
-    )
-    progress(label, 1, steps)
-    run = remembering(onnx_runner(model))
-    checks = [compare(_torch_runner(module), run, feeds, step="export", tolerance=_TOLERANCE, contract=contract)]
-    progress(label, 2, steps)
-    if options.simplify:
-        model, check = simplified(model, feeds, run=run, contract=contract)
-        checks.append(check)
-    progress(label, 3, steps)
-    if options.precision is Precision.FP16:
-        model, check = half_precision(model, feeds, contract=contract)
-        checks.append(check)
-        contract = replace(contract, precision=Precision.FP16)
-    record = {"exporter": f"torch {torch.__version__} dynamo", "checks": "; ".join(map(str, checks))}
-    model = with_contract(_without_extra_outputs(model, contract), contract, record=record)
-    save_onnx(model, output)
+    with scratch_directory(output) as folder:
+        model = trace(
+            module,
+            tuple(torch.from_numpy(feeds[0][name].copy()) for name in module.input_names),
+            opset=options.opset,
+            dynamic_batch=options.batch is None,
+            size=Axes.DYNAMIC if contract.preprocess.canvas is None else Axes.FIXED,
+            divisor=contract.preprocess.size_divisor,
+            folder=folder,
+        )
+        progress(label, 1, steps)
+        expected = recorded(_torch_runner(module), feeds)
+        del module, network
+        run = recorded(onnx_runner(model, folder=folder), feeds)
+        checks = [compare(expected, run, feeds, step="export", tolerance=_TOLERANCE, contract=contract)]
+        progress(label, 2, steps)
+        if options.simplify:
+            model, check = simplified(model, feeds, run=run, contract=contract, folder=folder)
+            checks.append(check)
+        progress(label, 3, steps)
+        if options.precision is Precision.FP16:
+            model, check = half_precision(model, feeds, contract=contract, folder=folder)
+            checks.append(check)
+            contract = replace(contract, precision=Precision.FP16)
+        record = {"exporter": f"torch {torch.__version__} dynamo", "checks": "; ".join(map(str, checks))}
+        model = with_contract(_without_extra_outputs(model, contract), contract, record=record)
+        save_onnx(model, output, folder=folder)
     progress(label, steps, steps)
     return OnnxExport(
         path=output,
@@ -238,11 +242,19 @@ class Axes(StrEnum):
 
 
 def trace(
-    module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes, divisor: int = 32
+    module: Any,
+    example: tuple[Any, ...],
+    *,
+    opset: int,
+    dynamic_batch: bool,
+    size: Axes,
+    divisor: int = 32,
+    folder: Path | None = None,
 ) -> Any:
     """The ``onnx.ModelProto`` of ``module``, an ``ExportableFcos`` in eval mode.
 
-    ``divisor``: what an open height and width are multiples of.
+    ``divisor``: what an open height and width are multiples of. ``folder``: where the weights are written to, in place
+    of the model, which refers to them.
     Every weight is one initializer, however many levels use it. BatchNorm is folded into convolutions. Names of nodes
     and tensors say which module made them, with the level's number where a module runs once a level.
 
@@ -259,6 +271,8 @@ def trace(
     ir_passes.ClearMetadataAndDocStringPass()(graph)
     graph.metadata_props.clear()
     graph.producer_name, graph.producer_version = "fcos-deploy", ""
+    if folder is not None:
+        put_weights_aside(graph, folder, name="weights")
     model = ir.to_proto(graph)
     if opset < traced_opset:
         converter = require("onnx.version_converter", extra="export")

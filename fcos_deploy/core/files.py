@@ -23,6 +23,7 @@ __all__ = [
     "read_file",
     "require_name",
     "require_writable",
+    "scratch_directory",
     "sha256_file",
     "sync_folder",
     "sync_tree",
@@ -151,6 +152,25 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         sync_tree(temporary)
         _take_place(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if _is_of_another_file(error, path):
+            raise
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside the file ``path``, where there is room for what it is made from.
+
+    Raises:
+        ConfigError: when it cannot be written. An OSError of the block about another file stays what it is.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
     except OSError as error:
         if _is_of_another_file(error, path):
             raise

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text, read_contract
 from fcos_deploy.core.errors import BackendLoadError
@@ -19,6 +19,7 @@ __all__ = [
     "fits_one_file",
     "opset_of",
     "save_onnx",
+    "tensor_bytes",
     "with_contract",
     "without_initializers",
 ]
@@ -78,12 +79,17 @@ class OnnxGraph:
 
 _LARGEST_FILE = 1_900_000_000  # bytes of weights inside of an ONNX file; protobuf ends at 2 GiB
 _EXTERNAL = 1024  # bytes; smaller tensors stay inside, where shapes and factors are read
+_PIECE = 16 << 20  # bytes of a tensor that are copied at once
+# Tags of protobuf fields that have a length (number << 3 | 2): the graph of a model, an initializer of a graph, the raw
+# data of a tensor.
+_GRAPH, _INITIALIZER, _RAW_DATA = (bytes([number << 3 | 2]) for number in (7, 5, 9))
 
 
-def save_onnx(model: Any, path: Path) -> None:  # Any: onnx.ModelProto, whose package ships no types
-    """Write a model under its final name once it is complete.
+def save_onnx(model: Any, path: Path, *, folder: Path | None = None) -> None:  # Any: onnx.ModelProto, without types
+    """Write a model under its final name once it is complete, without a copy of its weights in memory.
 
     Weights that do not fit into one file go into another beside it, whose name is the model's and ``.data``.
+    ``folder``: where the files of weights lie that the model refers to, if it does.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -91,22 +97,91 @@ def save_onnx(model: Any, path: Path) -> None:  # Any: onnx.ModelProto, whose pa
     if not fits_one_file(model):
         data = path.with_name(path.name + ".data")
         with atomic_file(data) as temporary:
-            model = _with_external_weights(model, temporary, location=data.name)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
+            model, folder = _with_external_weights(model, temporary, location=data.name, folder=folder), None
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        stream.writelines(_serialized(model, folder))
 
 
 def fits_one_file(model: Any) -> bool:
     """Whether the model with its weights is one protobuf message."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= _LARGEST_FILE
+    return sum(map(tensor_bytes, model.graph.initializer)) <= _LARGEST_FILE
 
 
-def _with_external_weights(model: Any, data: Path, *, location: str) -> Any:
+def tensor_bytes(tensor: Any) -> int:
+    """Bytes of the numbers of an initializer (onnx.TensorProto), in the model or in another file."""
+    return int(_external_data(tensor).get("length", len(tensor.raw_data)))
+
+
+def _external_data(tensor: Any) -> dict[str, str]:
+    """Location, offset and length of the numbers in another file; empty where they are in the model."""
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _pieces(tensor: Any, folder: Path | None) -> Iterator[bytes]:
+    """The raw numbers of an initializer, a few megabytes at once."""
+    place = _external_data(tensor)
+    if not place or folder is None:
+        yield tensor.raw_data
+        return
+    with (folder / place["location"]).open("rb") as stream:
+        stream.seek(int(place.get("offset", 0)))
+        left = tensor_bytes(tensor)
+        while left:
+            piece = stream.read(min(left, _PIECE))
+            if not piece:
+                raise BackendLoadError(f"The file of weights '{stream.name}' is too short.", hint="export again")
+            left -= len(piece)
+            yield piece
+
+
+def _serialized(model: Any, folder: Path | None) -> Iterator[bytes]:
+    """The model as one protobuf message; with ``folder``, weights that lie there are in it."""
+    shell = without_initializers(model)
+    graph = shell.graph.SerializeToString(deterministic=True)
+    shell.ClearField("graph")
+    heads = [_initializer_head(tensor, folder) for tensor in model.graph.initializer]
+    inside = [0 if head.is_whole else tensor_bytes(t) for head, t in zip(heads, model.graph.initializer, strict=True)]
+    length = len(graph) + sum(len(head.content) for head in heads) + sum(inside)
+    yield shell.SerializeToString(deterministic=True) + _GRAPH + _varint(length) + graph
+    for head, tensor in zip(heads, model.graph.initializer, strict=True):
+        yield head.content
+        if not head.is_whole:
+            yield from _pieces(tensor, folder)
+
+
+class _InitializerHead(NamedTuple):
+    """The field of an initializer up to its raw numbers, or all of it where they are stored otherwise."""
+
+    content: bytes
+    is_whole: bool
+
+
+def _initializer_head(tensor: Any, folder: Path | None) -> _InitializerHead:
+    outside = folder is not None and bool(tensor.external_data)
+    if not outside and not tensor.raw_data:
+        whole = tensor.SerializeToString(deterministic=True)
+        return _InitializerHead(_INITIALIZER + _varint(len(whole)) + whole, is_whole=True)
+    facts = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    size = tensor_bytes(tensor)
+    head = facts.SerializeToString(deterministic=True) + _RAW_DATA + _varint(size)
+    return _InitializerHead(_INITIALIZER + _varint(len(head) + size) + head, is_whole=False)
+
+
+def _varint(number: int) -> bytes:
+    """protobuf's: 7 bits a byte, lowest first, the highest bit set but in the last one."""
+    groups = []
+    while number > 0x7F:
+        groups.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*groups, number])
+
+
+def _with_external_weights(model: Any, data: Path, *, location: str, folder: Path | None) -> Any:
     """The model with its larger weights written to ``data``, which it will find as ``location``."""
     shell = without_initializers(model)
     with data.open("wb") as stream:
         for tensor in model.graph.initializer:
-            size = len(tensor.raw_data)
+            size = tensor_bytes(tensor)
             if size <= _EXTERNAL:
                 shell.graph.initializer.append(tensor)
                 continue
@@ -115,7 +190,7 @@ def _with_external_weights(model: Any, data: Path, *, location: str) -> Any:
             stream.write(b"\0" * (-stream.tell() % 4096))  # So that runtimes can map each tensor.
             for key, value in (("location", location), ("offset", stream.tell()), ("length", size)):
                 outside.external_data.add(key=key, value=str(value))
-            stream.write(tensor.raw_data)
+            stream.writelines(_pieces(tensor, folder))
     return shell
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from exporters.step_check import compare, provoking_feed, remembering
+from exporters.step_check import compare, provoking_feed, recorded
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Tail
@@ -88,17 +89,17 @@ def test_a_feed_is_the_same_each_time_and_reaches_the_extremes(dtype: str) -> No
     assert len(np.unique(images[0, 0, 16:32, :32])) >= 8, "flat areas leave ties to rounding"
 
 
-def test_a_remembering_runner_runs_once_on_each_feed() -> None:
-    runs: list[float] = []
+def test_a_recorded_runner_answers_for_its_own_feeds_and_keeps_nothing_else() -> None:
+    class Session:
+        def __call__(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"y": feed["x"] * 2}
 
-    def run(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        runs.append(float(feed["x"][0]))
-        return {"y": feed["x"] * 2}
-
-    remembered, feeds = remembering(run), [{"x": np.array([1.0])}, {"x": np.array([1.0])}]
+    session, feeds = Session(), [{"x": np.array([1.0])}, {"x": np.array([3.0])}]
+    outputs, alive = recorded(session, feeds), weakref.ref(session)
+    del session
+    assert alive() is None, "a session holds its weights"
     for _ in range(2):
-        assert [remembered(feed)["y"][0] for feed in feeds] == [2.0, 2.0]
-    assert runs == [1.0, 1.0]
+        assert [outputs(feed)["y"][0] for feed in feeds] == [2.0, 6.0]
 
 
 def _nms_runner(shift: float, *, faulty: bool = False) -> Callable[[object], dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from exporters import torch_onnx  # noqa: E402
+from exporters import simplify, step_check, torch_onnx  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
 from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, trace  # noqa: E402
 from fcos_deploy import Detector  # noqa: E402
@@ -254,6 +254,31 @@ def test_weights_that_do_not_fit_one_file_lie_beside_it(
         *(open_model(path).run(feed).values() for path in (tiny_onnx, exported.path)), strict=True
     ):
         np.testing.assert_array_equal(expected, actual)
+
+
+def test_weights_stay_in_a_file_while_steps_work_on_the_graph(
+    export: Callable[..., OnnxExport], loaded: LoadedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each copy of the graph would be a copy of gigabytes of weights otherwise (benchmarks/export_memory.py)."""
+    options = ExportOptions(precision=Precision.FP16)
+    whole = export(precision=Precision.FP16)  # 36 KB a weight: smaller than what is put aside
+    monkeypatch.setattr(simplify, "LARGE", 1024)
+    sizes: list[int] = []
+
+    def open_and_measure(model: Path, **options: Any) -> object:
+        sizes.append(onnx.load(model, load_external_data=False).ByteSize())
+        return open_model(model, **options)
+
+    monkeypatch.setattr(step_check, "open_model", open_and_measure)
+    aside = export_onnx(loaded, tmp_path / "aside.onnx", options=options)
+    assert len(sizes) >= 2
+    assert max(sizes) < 0.35 * aside.parameter_bytes, "names and the nodes of the tail take the rest"
+    assert [path.name for path in tmp_path.iterdir()] == ["aside.onnx"]
+    assert external_locations(aside.path) == set()
+    graphs = [OnnxGraph(made.path).model.graph for made in (whole, aside)]
+    assert graphs[0].node == graphs[1].node
+    weights = [sorted(graph.initializer, key=lambda tensor: tensor.name) for graph in graphs]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(16, 8), (17, 8), (21, 10)])

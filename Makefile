@@ -9,8 +9,11 @@ SERVER_STAMP = $(SERVER)/.installed
 # A device with the oldest OpenVINO that is promised, and nothing of the export extra.
 OLD_OPENVINO ?= .venv-old-openvino
 OLD_OPENVINO_STAMP = $(OLD_OPENVINO)/.installed
+# The verifier of OpenSSF Model Signing, which has to accept a signed bundle.
+MODEL_SIGNING ?= .venv-model-signing
+MODEL_SIGNING_STAMP = $(MODEL_SIGNING)/.installed
 
-.PHONY: install server-env old-openvino-env demo test test-fast check schemas docs fix
+.PHONY: install server-env old-openvino-env model-signing-env demo test test-fast check schemas docs fix
 
 install: $(STAMP)
 
@@ -37,12 +40,20 @@ $(OLD_OPENVINO_STAMP): pyproject.toml
 	$(OLD_OPENVINO)/bin/pip uninstall --quiet --yes fcos-deploy
 	touch $@
 
+model-signing-env: $(MODEL_SIGNING_STAMP)
+
+$(MODEL_SIGNING_STAMP): Makefile
+	$(PYTHON) -m venv $(MODEL_SIGNING)
+	$(MODEL_SIGNING)/bin/pip install --quiet model-signing==1.1.1 pyOpenSSL
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/fcos-deploy demo -o runs/demo
 
 test: $(STAMP)
 	FCOS_DEPLOY_REQUIRE=pytorch,onnxruntime,openvino$(REQUIRE_MORE) \
 	FCOS_DEPLOY_TRITON_PYTHON=$(wildcard $(abspath $(SERVER))/bin/python) \
+	FCOS_DEPLOY_MODEL_SIGNING_PYTHON=$(wildcard $(abspath $(MODEL_SIGNING))/bin/python) \
 	FCOS_DEPLOY_OLD_OPENVINO_PYTHON=$(wildcard $(abspath $(OLD_OPENVINO))/bin/python) \
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

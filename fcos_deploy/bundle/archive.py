@@ -12,6 +12,7 @@ from fcos_deploy.bundle.manifest import (
     LOG_NAME,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
+    MODEL_SIGNATURE_NAME,
     SIGNATURE_NAME,
     check_relative_path,
 )
@@ -81,7 +82,10 @@ def unpack(path: Path, folder: Path, *, sizes: Callable[[], Mapping[str, int]] |
             for member in members:
                 if member in first:
                     continue
-                if listed is not None and member.name != LOG_NAME and listed.get(member.name) != member.size:
+                unlisted = member.name == LOG_NAME or (
+                    member.name == MODEL_SIGNATURE_NAME and member.size <= MAX_MANIFEST_BYTES
+                )
+                if listed is not None and not unlisted and listed.get(member.name) != member.size:
                     raise ChecksumError(f"Member '{member.name}' of the archive is not what its manifest lists.")
                 _write(archive, member, folder.joinpath(*PurePosixPath(member.name).parts))
     except FcosDeployError:

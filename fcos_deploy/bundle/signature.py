@@ -11,7 +11,7 @@ import os
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fcos_deploy.bundle.manifest import SIGNATURE_NAME
 from fcos_deploy.core.errors import ConfigError, SignatureError
@@ -21,6 +21,7 @@ from fcos_deploy.core.local_trust import own_file_bytes, own_folder, state_folde
 from fcos_deploy.core.serialize import from_json, to_json
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "check_envelope",
     "check_signature",
     "device_public_key",
+    "generate_ec_key",
     "generate_key",
     "key_id",
     "public_key_text",
@@ -38,10 +40,13 @@ __all__ = [
     "sign_bytes",
     "sign_manifest",
     "sign_with_device_key",
+    "sign_with_ec_key",
 ]
 
+ec = lazy_import("cryptography.hazmat.primitives.asymmetric.ec", extra="sign")
 ed25519 = lazy_import("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
 exceptions = lazy_import("cryptography.exceptions", extra="sign")
+hashes = lazy_import("cryptography.hazmat.primitives.hashes", extra="sign")
 serialization = lazy_import("cryptography.hazmat.primitives.serialization", extra="sign")
 
 _LOG = logging.getLogger(__name__)
@@ -50,6 +55,7 @@ _LOG = logging.getLogger(__name__)
 _PREFIX = b"fcos-deploy bundle manifest, version 1\n"
 _MAX_BYTES = 4096
 PASSPHRASE_VARIABLE = "FCOS_DEPLOY_KEY_PASSPHRASE"  # noqa: S105  (the name of a variable)
+_ED25519, _EC = "Ed25519", "EC"
 _NEW_KEY = "make one with 'fcos-deploy sign --generate-key'"
 
 
@@ -87,10 +93,24 @@ def generate_key(private: Path, *, public: Path) -> str:
     Raises:
         ConfigError: one of the files exists or cannot be written.
     """
+    key = ed25519.Ed25519PrivateKey.generate()
+    _write_key_pair(key, private, public=public)
+    return key_id(key.public_key())
+
+
+def generate_ec_key(private: Path, *, public: Path) -> None:
+    """As ``generate_key``, an EC key on the curve P-256, for signatures in the OpenSSF format.
+
+    Raises:
+        ConfigError: as ``generate_key``.
+    """
+    _write_key_pair(ec.generate_private_key(ec.SECP256R1()), private, public=public)
+
+
+def _write_key_pair(key: Ed25519PrivateKey | EllipticCurvePrivateKey, private: Path, *, public: Path) -> None:
     for path in (private, public):
         if path.exists():
             raise ConfigError(f"'{path}' exists and is not overwritten.", hint="choose another name")
-    key = ed25519.Ed25519PrivateKey.generate()
     pem = serialization.Encoding.PEM
     passphrase = _passphrase()
     encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
@@ -107,7 +127,6 @@ def generate_key(private: Path, *, public: Path) -> str:
         stream.flush()
         os.fsync(stream.fileno())
     write_text(public, key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo).decode())
-    return key_id(key.public_key())
 
 
 def key_id(public: Ed25519PublicKey) -> str:
@@ -136,8 +155,6 @@ def sign_manifest(root: Path, *, manifest: bytes, private_key: Path, version: in
     envelope = sign_bytes(_message(manifest, version=version, expires=expires), private_key=private_key)
     envelope = replace(envelope, version=version, expires=expires)
     envelope = replace(envelope, sha256=envelope.digest())
-    for leftover in root.glob(f".{SIGNATURE_NAME}.*.partial"):  # of a process that was killed while it signed
-        leftover.unlink(missing_ok=True)
     write_text(root / SIGNATURE_NAME, envelope.text())
     return envelope
 
@@ -148,7 +165,7 @@ def sign_bytes(message: bytes, *, private_key: Path) -> Envelope:
     Raises:
         ConfigError: the key file cannot be used.
     """
-    key = _private_key(private_key)
+    key = _private_key(private_key, _ED25519)
     signature = base64.b64encode(key.sign(message)).decode()
     draft = Envelope(algorithm="ed25519", key_id=key_id(key.public_key()), signature=signature, sha256="")
     return replace(draft, sha256=draft.digest())
@@ -158,7 +175,26 @@ def _passphrase() -> bytes | None:
     return os.environ.get(PASSPHRASE_VARIABLE, "").encode() or None
 
 
-def _private_key(path: Path) -> Ed25519PrivateKey:
+def sign_with_ec_key(message: bytes, *, private_key: Path) -> tuple[str, bytes]:
+    """ECDSA over ``message``: the SHA-256 of the public key's PEM text, and the signature in DER form.
+
+    The hash is the one that belongs to the curve: SHA-256 for P-256, SHA-384 for P-384, SHA-512 for P-521.
+
+    Raises:
+        ConfigError: the key file cannot be used.
+    """
+    key = _private_key(private_key, _EC)
+    digests = {"secp256r1": hashes.SHA256, "secp384r1": hashes.SHA384, "secp521r1": hashes.SHA512}
+    if key.curve.name not in digests:
+        raise ConfigError(
+            f"'{private_key}' is a key of the curve '{key.curve.name}'.", hint="use P-256, P-384 or P-521"
+        )
+    pem, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    identity = hashlib.sha256(key.public_key().public_bytes(pem, form)).hexdigest()
+    return identity, key.sign(message, ec.ECDSA(digests[key.curve.name]()))
+
+
+def _private_key(path: Path, kind: str) -> Any:
     """The key in a PEM file that nobody else can read or write, decrypted with FCOS_DEPLOY_KEY_PASSPHRASE if need be.
 
     Raises:
@@ -187,9 +223,9 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     except (ValueError, TypeError) as error:
         reason = f"the passphrase in {PASSPHRASE_VARIABLE} does not open it" if passphrase else str(error)
         raise ConfigError(f"'{path}' is not a usable private key in PEM form: {reason}.", hint=_NEW_KEY) from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise ConfigError(f"'{path}' is not an Ed25519 key.", hint=_NEW_KEY)
-    return cast("Ed25519PrivateKey", key)
+    if not isinstance(key, ed25519.Ed25519PrivateKey if kind == _ED25519 else ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"'{path}' is not an {kind} key.", hint=_NEW_KEY)
+    return key
 
 
 def required_keys(public_keys: tuple[Path | str, ...], *, required: bool) -> tuple[Path | str, ...]:

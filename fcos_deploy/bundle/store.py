@@ -26,6 +26,7 @@ from fcos_deploy.bundle.manifest import (
     Manifest,
     parse_manifest,
 )
+from fcos_deploy.bundle.openssf import write_model_signature
 from fcos_deploy.bundle.signature import (
     Envelope,
     check_envelope,
@@ -59,7 +60,8 @@ __all__ = [
 ]
 
 _MAX_FILES = 10_000
-_UNFINISHED = re.compile(rf"\.{SIGNATURE_NAME}\.[0-9a-f]{{8}}\.partial")  # what a killed 'sign' leaves, never read
+# What a killed 'sign' leaves (``atomic_file``), never read.
+_UNFINISHED = re.compile(rf"\.({SIGNATURE_NAME}|model)\.[0-9a-f]{{8}}\.partial(\.sig)?")
 _MAX_DIGEST_BYTES = 1024
 _REPLACED_TRIES = 20  # each takes as long as reading the bundle, a redeploy two moves
 _REMAKE = "copy the bundle again from where it was made, or make it again with 'fcos-deploy deploy'"
@@ -282,10 +284,13 @@ def pack(bundle: Path, tar: Path, *, trust: Trust | None = None) -> None:
         pack_files(opened.root, names=[*opened.manifest.all_files, *extra], output=tar)
 
 
-def sign(bundle: Path, *, private_key: Path, version: int = 0, expires: str = "") -> str:
+def sign(
+    bundle: Path, *, private_key: Path, version: int = 0, expires: str = "", openssf_key: Path | None = None
+) -> str:
     """Check the bundle in the folder ``bundle`` and sign it; returns the key's id.
 
-    ``version`` rises from release to release, ``expires`` is a date; 0 and '' claim nothing.
+    ``version`` rises from release to release, ``expires`` is a date; 0 and '' claim nothing. ``openssf_key``: an EC key
+    that signs in the OpenSSF format too.
 
     Raises:
         ConfigError: an archive, or a key that cannot be used.
@@ -293,6 +298,9 @@ def sign(bundle: Path, *, private_key: Path, version: int = 0, expires: str = ""
     if is_archive(bundle):
         raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
     with open_bundle(bundle) as opened:
+        for entry in opened.root.iterdir():
+            if _UNFINISHED.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
         envelope = sign_manifest(
             opened.root,
             manifest=opened.manifest_bytes,
@@ -300,6 +308,11 @@ def sign(bundle: Path, *, private_key: Path, version: int = 0, expires: str = ""
             version=version,
             expires=expires,
         )
+        if openssf_key is not None:
+            listed = {record.path: record.sha256 for record in opened.manifest.all_files.values()}
+            digest = digest_line(opened.manifest_sha256).encode()
+            listed |= {MANIFEST_NAME: opened.manifest_sha256, DIGEST_NAME: hashlib.sha256(digest).hexdigest()}
+            write_model_signature(opened.root, name=opened.manifest.name, files=listed, private_key=openssf_key)
         return envelope.key_id
 
 

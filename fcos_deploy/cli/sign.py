@@ -22,7 +22,7 @@ def command(
     generate_key: Annotated[
         bool,
         cli.option(
-            "New key pair, written before signing: --key and the same name ending in .pub.pem.",
+            "New key pair, written before signing: --key and the same name ending in .pub.pem; so for --openssf-key.",
             "--generate-key",
             panel=cli.TRUST,
         ),
@@ -39,6 +39,15 @@ def command(
         str,
         cli.option("Last day on which the signature counts. Default: no end.", metavar="YYYY-MM-DD", panel=cli.TRUST),
     ] = "",
+    openssf_key: Annotated[
+        Path | None,
+        cli.option(
+            "EC private key that signs in the OpenSSF Model Signing format too, as model.sig. Default: none.",
+            "--openssf-key",
+            metavar="PEM",
+            panel=cli.TRUST,
+        ),
+    ] = None,
     device: Annotated[
         bool,
         cli.option(
@@ -53,7 +62,7 @@ def command(
     """Sign a bundle's manifest with an Ed25519 key, and thereby every file it lists; the bundle is checked first."""
     from fcos_deploy.bundle import open_bundle
     from fcos_deploy.bundle.device_layer import sign_layers
-    from fcos_deploy.bundle.signature import device_public_key
+    from fcos_deploy.bundle.signature import device_public_key, generate_ec_key
     from fcos_deploy.bundle.signature import generate_key as write_key_pair
     from fcos_deploy.bundle.store import sign
     from fcos_deploy.core.errors import ConfigError
@@ -74,8 +83,11 @@ def command(
         public = key.with_suffix(".pub.pem")
         identity = write_key_pair(key, public=public)
         note(f"wrote '{key}' (keep it secret) and '{public}' (give it to the devices)")
+        if openssf_key is not None:
+            generate_ec_key(openssf_key, public=openssf_key.with_suffix(".pub.pem"))
+            note(f"wrote '{openssf_key}' (keep it secret) and '{openssf_key.with_suffix('.pub.pem')}'")
     if bundle is not None:
-        identity = sign(bundle, private_key=key, version=version, expires=expires)
+        identity = sign(bundle, private_key=key, version=version, expires=expires, openssf_key=openssf_key)
         note(f"signed '{bundle}' with key {identity[:16]}...")
     if as_json:
         print_json({"key_id": identity, "bundle": str(bundle) if bundle else None})

@@ -24,6 +24,7 @@ from fcos_deploy.bundle import (
     RunDefaults,
     StepOutput,
 )
+from fcos_deploy.bundle.bom import BOM_NAME, bill_of_materials
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
@@ -117,6 +118,7 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         findings = calibrated.record.findings if calibrated else ()
         notes = (*(f"No INT8: {error.message}" for error in refused), *(finding.line for finding in findings))
         _write_report(context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes)
+        _write_bom(context, manifest)
         bundle = writer.finish(manifest, check=lambda folder: proof.replay_verify(folder, variants, progress=progress))
     if refused:
         raise AccuracyGateError(
@@ -224,6 +226,21 @@ def _manifest(
         golden=golden,
         calibration=(calibrated.record,) if calibrated else (),
     )
+
+
+def _write_bom(context: DeployContext, manifest: Manifest) -> None:
+    """Leave ``bom.cdx.json``, about all files so far, in the bundle."""
+    steps = context.writer.finished
+    artifacts = tuple(artifact for step in steps for artifact in step.artifacts)
+    models = {artifact.path for artifact in artifacts}
+    files = tuple(record for step in steps for record in step.files if record.path not in models)
+    text = bill_of_materials(replace(manifest, artifacts=artifacts, files=files))
+
+    def make(folder: Path) -> StepOutput:
+        (folder / BOM_NAME).write_text(text, encoding="utf-8")
+        return StepOutput()
+
+    context.writer.step("bill-of-materials", inputs={"text": text}, make=make)
 
 
 def _created(context: DeployContext) -> str:

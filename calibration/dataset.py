@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import find_coco_images, is_below, read_coco
+from fcos_deploy.core.coco_file import CocoFile, read_coco
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.gate import Finding, Severity
-from fcos_deploy.core.image import IMAGE_SUFFIXES, list_images, read_image
+from fcos_deploy.core.image import IMAGE_SUFFIXES, image_size, list_images, read_image
+from fcos_deploy.core.image_names import find_in_layout, find_named_images, is_below
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
-from fcos_deploy.core.serialize import parse_json
-from fcos_deploy.core.text import brief
+from fcos_deploy.core.text import brief, decoded_text
 
 __all__ = [
     "Box",
@@ -155,7 +155,7 @@ def collect_images(
     """
     options = options or SampleOptions()
     files = find_images(source, allow_outside=options.allow_outside)
-    coco = annotations or (source if source.suffix == ".json" else None)
+    coco = annotations or (source if _is_json(source) else None)
     labels, categories = _read_objects(coco, files, source=source) if coco else ({}, {})
     strata = {name: _stratum(name, labels.get(name)) for name in files}
     chosen = sorted(_stratified(strata, count=options.count or _DEFAULT_COUNT, seed=options.seed))
@@ -222,7 +222,7 @@ def find_images(source: Path, *, allow_outside: bool = False) -> dict[str, Path]
             ) from error
     else:
         paths = _listed(source)
-        outside = next((name for name in paths if not allow_outside and not is_below(name)), None)
+        outside = next((name for name in paths if not (allow_outside or _is_json(source) or is_below(name))), None)
         if outside is not None:
             raise CalibrationError(
                 f"'{source}' names the file {brief(outside)}, which is not below '{source.parent}'.",
@@ -306,21 +306,52 @@ def _overlap(
         yield Finding(kind="overlap", severity=severity, message=message)
 
 
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
+
+
 def _listed(source: Path) -> dict[str, Path]:
     """The images that a list file or a COCO json names; a COCO json also finds them beside its own folder."""
+    if _is_json(source):
+        return _located(_read_annotations(source), source)
     try:
-        text = read_file(source, limit=_LARGEST_LIST).decode("utf-8")
-        if source.suffix == ".json":
-            names = [str(entry["file_name"]) for entry in parse_json(text)["images"]]
-            folders = (source.parent, source.parent.parent)
-            by_folder = [find_coco_images(names, folder, annotations=source) for folder in folders]
-            return {
-                name: next((paths[name] for paths in by_folder if paths[name].exists()), by_folder[0][name])
-                for name in names
-            }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = decoded_text(read_file(source, limit=_LARGEST_LIST))
+    except (OSError, ValueError) as error:
         raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
-    return {line.strip(): source.parent / line.strip() for line in text.splitlines() if line.strip()}
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    # Windows writes backslashes, which are part of a name here: only where there is no such file.
+    return {
+        name: path if (path := source.parent / name).exists() else source.parent / name.replace("\\", "/")
+        for name in names
+    }
+
+
+def _read_annotations(path: Path) -> CocoFile:
+    try:
+        return read_coco(path)
+    except ConfigError as error:
+        raise CalibrationError(error.message, hint=error.hint) from error
+
+
+def _located(coco: CocoFile, path: Path) -> dict[str, Path]:
+    """Where the images of a COCO json lie, which is all that says where to look.
+
+    Raises:
+        CalibrationError: one of them is not there.
+    """
+    names = [image.name for image in coco.images]
+    paths = find_in_layout(names, path.parent.parent, annotations=path)
+    paths |= find_in_layout(names, path.parent, annotations=path)
+    if len(paths) < len(set(names)):
+        paths |= find_named_images(names, path.parent, annotations=path).paths
+    missing = [name for name in names if name not in paths]
+    if missing:
+        raise CalibrationError(
+            f"{len(missing)} of the {len(names)} images of '{path}' are not in '{path.parent}': the first is "
+            f"{brief(missing[0])}.",
+            hint="give the folder of the images as --images, and the json as --annotations",
+        )
+    return {name: paths[name] for name in names}
 
 
 def _read_objects(
@@ -331,14 +362,11 @@ def _read_objects(
     Raises:
         CalibrationError: the annotations cannot be read, or none of the files is in them.
     """
-    try:
-        coco = read_coco(path)
-    except ConfigError as error:
-        raise CalibrationError(error.message, hint=error.hint) from error
+    coco = _read_annotations(path)
     names = {file: name for name, file in files.items()}
     folder = source if source.is_dir() else source.parent
-    paths = find_coco_images((image.name for image in coco.images), folder, annotations=path)
-    own = {image.image_id: names.get(paths[image.name], image.name) for image in coco.images}
+    paths = find_named_images((image.name for image in coco.images), folder, annotations=path).paths
+    own = {image.image_id: names.get(paths.get(image.name, Path()), image.name) for image in coco.images}
     own |= {image.image_id: image.name for image in coco.images if image.name in files}
     images = {image.image_id: image for image in coco.images}
     boxes: dict[str, list[Box]] = {own[image.image_id]: [] for image in coco.images if own[image.image_id] in files}
@@ -350,10 +378,10 @@ def _read_objects(
         )
     for item in coco.objects:
         image = images[item.image_id]
-        if image.size is None:
-            raise CalibrationError(f"'{path}' does not give the height and width of '{image.name}'.")
-        if own[item.image_id] in boxes:
-            boxes[own[item.image_id]].append(Box(item.category_id, max(item.box[2:]), *image.size))
+        if own[item.image_id] not in boxes:
+            continue
+        height, width = image.size or image_size(files[own[item.image_id]])
+        boxes[own[item.image_id]].append(Box(item.category_id, max(item.box[2:]), height, width))
     return {name: tuple(items) for name, items in boxes.items()}, coco.categories
 
 

@@ -106,8 +106,9 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 
 def _ground_truth_json(dataset: Dataset) -> dict[str, Any]:
+    """Images are numbered from 1: the evaluator takes neither ids of 17 digits nor negative ones."""
     annotations: list[dict[str, Any]] = []
-    for image in dataset.images:
+    for number, image in enumerate(dataset.images, start=1):
         ground_truth = dataset.ground_truth[image.image_id]
         rows = (
             _xywh(ground_truth.boxes),
@@ -119,7 +120,7 @@ def _ground_truth_json(dataset: Dataset) -> dict[str, Any]:
             annotations.append(
                 {
                     "id": len(annotations) + 1,  # COCO's matching takes 0 for "no match".
-                    "image_id": image.image_id,
+                    "image_id": number,
                     "category_id": category + 1,
                     "bbox": box,
                     "area": area,
@@ -127,7 +128,7 @@ def _ground_truth_json(dataset: Dataset) -> dict[str, Any]:
                 }
             )
     return {
-        "images": [{"id": image.image_id} for image in dataset.images],
+        "images": [{"id": number} for number, _ in enumerate(dataset.images, start=1)],
         "annotations": annotations,
         "categories": [{"id": k + 1, "name": name} for k, name in enumerate(dataset.class_names)],
     }
@@ -135,11 +136,11 @@ def _ground_truth_json(dataset: Dataset) -> dict[str, Any]:
 
 def _detections_json(dataset: Dataset, detections: Mapping[int, Detections]) -> list[dict[str, Any]]:
     known, rows = range(len(dataset.class_names)), []
-    for image in dataset.images:
+    for number, image in enumerate(dataset.images, start=1):
         detected = detections[image.image_id]
         columns = _xywh(detected.boxes), detected.scores.tolist(), detected.labels.tolist()
         rows += [
-            {"image_id": image.image_id, "category_id": label + 1, "bbox": box, "score": score}
+            {"image_id": number, "category_id": label + 1, "bbox": box, "score": score}
             for box, score, label in zip(*columns, strict=True)
             if label in known
         ]

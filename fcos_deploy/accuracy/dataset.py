@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import CocoFile, CocoObject, find_coco_images, read_coco
+from fcos_deploy.accuracy.annotation_checks import check_annotations, check_geometry
+from fcos_deploy.core.coco_file import CocoFile, CocoObject, read_coco
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import image_size, list_images
+from fcos_deploy.core.image_names import NamedImages, find_named_images
 
 __all__ = [
     "Dataset",
@@ -24,7 +27,6 @@ __all__ = [
     "load_coco",
 ]
 
-_BORDER_PX = 2.0
 _SPELLED_OUT = 5  # how many file or class names an error spells out
 
 
@@ -56,7 +58,7 @@ class Dataset:
     """Images in the order of their ids, the ground truth by image id, and the names of the classes.
 
     ``source`` says where the ground truth comes from: a file of annotations, or another model, which is then not
-    ``annotated``.
+    ``annotated``. ``findings``: what is to be said of the annotations.
     """
 
     images: tuple[EvaluationImage, ...]
@@ -64,6 +66,7 @@ class Dataset:
     class_names: tuple[str, ...]
     source: str
     annotated: bool = True
+    findings: tuple[Finding, ...] = ()
 
     def first(self, count: int | None) -> Dataset:
         """The same data, cut to the first ``count`` images; None keeps all."""
@@ -82,65 +85,54 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
         ImageError: an image cannot be read.
     """
     coco = read_coco(annotations)
-    paths = find_coco_images((image.name for image in coco.images), images, annotations=annotations)
-    records = tuple(EvaluationImage(image.image_id, paths[image.name]) for image in coco.images)
-    missing = [record.path.name for record in records if not _exists(record.path)]
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of the {len(records)} images of '{annotations}' are not in '{images}': {_some(missing)}.",
-            hint="give the folder that holds them with --images",
-        )
-    _check_geometry(annotations, coco, paths)
+    located = find_named_images((image.name for image in coco.images), images, annotations=annotations)
+    _require_located(annotations, coco, located, images=images)
+    sizes = {image.image_id: image_size(located.paths[image.name]) for image in coco.images}
+    findings = (*check_annotations(coco, located.paths), *_tails(located, images), *check_geometry(coco, sizes))
+    refused = next((finding for finding in findings if finding.severity is Severity.REFUSED), None)
+    if refused is not None:
+        raise ConfigError(f"'{annotations}' does not fit its images: {refused.message}.", hint=_HINTS[refused.kind])
     positions = {category: position for position, category in enumerate(sorted(coco.categories))}
-    objects: dict[int, list[CocoObject]] = {record.image_id: [] for record in records}
+    objects: dict[int, list[CocoObject]] = {image.image_id: [] for image in coco.images}
     for item in coco.objects:
         objects[item.image_id].append(item)
-    ground_truth = {image_id: _ground_truth(items, positions) for image_id, items in objects.items()}
-    return Dataset(records, ground_truth, tuple(coco.categories[c] for c in positions), str(annotations))
+    return Dataset(
+        tuple(EvaluationImage(image.image_id, located.paths[image.name]) for image in coco.images),
+        {image_id: _ground_truth(items, positions) for image_id, items in objects.items()},
+        tuple(coco.categories[category] for category in positions),
+        str(annotations),
+        findings=findings,
+    )
 
 
-def _check_geometry(annotations: Path, coco: CocoFile, paths: Mapping[str, Path]) -> None:
-    """Hold sizes and boxes to the images as they are decoded: boxes of another frame give every model an AP near 0."""
-    sizes: dict[int, tuple[int, int]] = {}
-    for image in coco.images:
-        sizes[image.image_id] = actual = image_size(paths[image.name])
-        if image.size is not None and image.size != actual:
-            swapped = image.size == actual[::-1]
-            raise ConfigError(
-                f"'{annotations}' is for a '{image.name}' of {image.size[1]}x{image.size[0]} pixels (width x height), "
-                f"the file has {actual[1]}x{actual[0]}"
-                + (": width and height are swapped, as an EXIF orientation does." if swapped else "."),
-                hint="images are turned as their EXIF orientation says: annotate the upright images"
-                if swapped
-                else "give the images that were annotated, at their size, with --images",
-            )
-    if coco.objects and max(max(item.box) for item in coco.objects) <= 1.0:
-        raise ConfigError(
-            f"No box of '{annotations}' is larger than a pixel: they look like shares of the image's size.",
-            hint="COCO boxes are x, y, width, height in pixels",
+_HINTS = {
+    "orientation": "images are turned as their EXIF orientation says: annotate the upright images",
+    "size": "give the images that were annotated, at their size, with --images",
+    "shares": "COCO boxes are x, y, width, height in pixels",
+    "outside": "COCO boxes are x, y, width, height in pixels of the image as it is: check the format, or clip them",
+}
+
+
+def _require_located(annotations: Path, coco: CocoFile, located: NamedImages, *, images: Path) -> None:
+    missing = [image.name for image in coco.images if image.name not in located.paths]
+    if not missing:
+        return
+    unclear = next(iter(located.ambiguous.items()), None)
+    raise ConfigError(
+        f"{len(missing)} of the {len(coco.images)} images of '{annotations}' are not in '{images}': {_some(missing)}."
+        + (f" '{unclear[0]}' may be {_some(map(str, unclear[1]))}, or another name may." if unclear else ""),
+        hint="give the folder that holds them with --images: names are looked for below it, by their end",
+    )
+
+
+def _tails(located: NamedImages, images: Path) -> Iterator[Finding]:
+    if located.by_tail:
+        first = located.by_tail[0]
+        message = (
+            f"{len(located.by_tail)} of {len(located.paths)} images were found by the end of their names: "
+            f"'{first}' is '{located.paths[first].relative_to(images)}' in '{images}'"
         )
-    outside = [item for item in coco.objects if not _is_inside(item, sizes[item.image_id])]
-    if outside:
-        (height, width), box = sizes[outside[0].image_id], [round(value, 1) for value in outside[0].box]
-        name = next(image.name for image in coco.images if image.image_id == outside[0].image_id)
-        raise ConfigError(
-            f"{len(outside)} of the {len(coco.objects)} boxes of '{annotations}' lie outside their images: the first "
-            f"is {box} in '{name}', which has {width}x{height} pixels.",
-            hint="COCO boxes are x, y, width, height in pixels of the image as it is: check the format, or clip them",
-        )
-
-
-def _is_inside(item: CocoObject, size: tuple[int, int]) -> bool:
-    """Boxes may reach over the border by what annotation tools round."""
-    x, y, width, height = item.box
-    return min(x, y) >= -_BORDER_PX and x + width <= size[1] + _BORDER_PX and y + height <= size[0] + _BORDER_PX
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # A name that no file can have.
-        return False
+        yield Finding(kind="names", severity=Severity.WARNING, message=message)
 
 
 def _ground_truth(items: Sequence[CocoObject], positions: Mapping[int, int]) -> GroundTruth:

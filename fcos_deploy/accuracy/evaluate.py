@@ -32,7 +32,7 @@ from fcos_deploy.accuracy.intervals import (
 )
 from fcos_deploy.accuracy.predictions import DetectionRun, collect_detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.gate import Gate, Judge
+from fcos_deploy.core.gate import Gate, Judge, undecided_because
 from fcos_deploy.core.matching import (
     DetectionAgreement,
     MatchOptions,
@@ -225,7 +225,8 @@ def judge_evaluation(
     cannot decide anything, if that is known before.
     """
     subject = subject or evaluation.run.subject
-    scores, known, problem = evaluation.scores, problem, problem or evidence_problem(dataset, judge=gate.judge)
+    scores, known = evaluation.scores, problem
+    problem = problem or undecided_because(dataset.findings) or evidence_problem(dataset, judge=gate.judge)
     verdicts = judge_ap(
         gate, scores.ap, subject=subject, images=scores.images, interval=evaluation.interval, problem=problem
     )

@@ -66,6 +66,7 @@ def command(
     from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate
+    from fcos_deploy.core.serialize import to_json
     from fcos_deploy.detector import DetectorSpec
 
     base = SessionOptions(
@@ -94,9 +95,12 @@ def command(
     with progress_bar() as progress:
         result = evaluate(request, progress=progress)
     shown = [*([result.reference] if result.reference else []), *result.candidates]
+    for finding in result.dataset.findings:
+        note(finding.line)
     table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in shown])
     if as_json:
-        documents = [evaluation_json(evaluation) for evaluation in result.candidates]
+        findings = to_json(result.dataset.findings)
+        documents = [{**evaluation_json(evaluation), "findings": findings} for evaluation in result.candidates]
         print_json(documents[0] if len(documents) == 1 else documents)
     if junit is not None:
         write_junit(junit, result.verdicts, suite="fcos-deploy evaluate", allow_inconclusive=allow_inconclusive)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, format_checkpoint_options
 from fcos_deploy.core.trust import Trust
+
+if TYPE_CHECKING:
+    from fcos_deploy.pipeline.inspect import Inspection
 
 __all__ = ["command"]
 
@@ -16,9 +21,18 @@ __all__ = ["command"]
 @cli.with_all_checkpoint_options
 @cli.with_signature_options
 def command(
-    model: cli.Model,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Checkpoint, ONNX file, OpenVINO IR, engine, bundle, or COCO annotations (.json)."
+        ),
+    ],
     *,
     trust: Trust,
+    images: Annotated[
+        Path | None,
+        cli.option("Folder of the images of annotations, to be held against them. Default: none.", metavar="DIR"),
+    ] = None,
     write_options: Annotated[
         Path | None,
         cli.option(
@@ -30,12 +44,20 @@ def command(
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Show what a file is, and who decided what the tensors of a checkpoint do not tell."""
+    """Show what a file is, and who decided what the tensors of a checkpoint do not tell.
+
+    Of COCO annotations: images, objects and classes, and what is wrong with them.
+    """
     from fcos_deploy.bundle.store import is_bundle
     from fcos_deploy.core.errors import ConfigError
     from fcos_deploy.core.files import write_text
-    from fcos_deploy.pipeline.inspect import inspect_bundle, inspect_file
+    from fcos_deploy.pipeline.inspect import inspect_annotations, inspect_bundle, inspect_file, is_annotations
 
+    if is_annotations(model):
+        _show_annotations(inspect_annotations(model, images=images), as_json=as_json)
+        return
+    if images is not None:
+        raise ConfigError(f"'{model}' has no annotations, so that --images has no meaning for it.")
     inspection = (
         inspect_bundle(model, trust=trust)
         if trust != Trust() or is_bundle(model)
@@ -54,3 +76,16 @@ def command(
     if inspection.decisions:
         rows = [(decision.name, decision.value, decision.source) for decision in inspection.decisions]
         table("Decisions", ("decision", "value", "decided by"), rows)
+
+
+def _show_annotations(inspection: Inspection, *, as_json: bool) -> None:
+    if as_json:
+        print_json(inspection.to_json())
+        return
+    table(f"{inspection.path.name}: {inspection.kind}", ("fact", "value"), inspection.facts)
+    rows = [(name, str(objects), str(images), box) for name, objects, images, box in inspection.classes]
+    table("Classes", ("class", "objects", "images", "median box"), rows)
+    for finding in inspection.findings or ():
+        note(finding.line)
+    if not inspection.findings:
+        note("nothing speaks against these annotations")

@@ -20,6 +20,7 @@ from fcos_deploy.core.files import open_regular
 from fcos_deploy.core.network import BoxActivation, ExtraSource, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, SizeRule
 from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.text import decoded_text
 
 __all__ = [
     "AUTO",
@@ -106,11 +107,11 @@ def _read_text(path: Path) -> str:
     try:
         with open_regular(path) as stream:
             content = stream.read(_LARGEST_FILE + 1)
-        text = content.decode("utf-8-sig")
+        text = decoded_text(content)
     except OSError as error:
         raise ConfigError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{path}' is not a UTF-8 text file.") from error
+    except ValueError as error:
+        raise ConfigError(f"Cannot read '{path}': {error}.", hint="save it as UTF-8") from error
     if len(content) > _LARGEST_FILE:
         raise ConfigError(f"'{path}' is larger than {_LARGEST_FILE} bytes.")
     return text

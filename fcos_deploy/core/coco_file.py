@@ -1,34 +1,39 @@
-"""COCO annotation files: read and checked once, for evaluation and for calibration."""
+"""COCO annotation files as tools write them: read and checked once, for evaluation, calibration and inspection.
+
+What has one meaning is taken for it: numbers and ids as text, flags as text, missing areas. The rest is refused by its
+place in the file.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import read_file
+from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.core.text import brief
 
-__all__ = ["CocoFile", "CocoImage", "CocoObject", "find_coco_images", "is_below", "read_coco"]
+__all__ = ["CocoFile", "CocoImage", "CocoObject", "read_coco"]
 
 _MAX_BYTES = 512 << 20  # COCO's own training set takes 448 MB
 _MAX_OBJECTS = 1_000_000  # and has 860,001
-# What is kept of each object of the file: outlines of objects take most of its space.
-_KEYS = frozenset(
-    (
-        *("images", "annotations", "categories", "id", "name", "file_name", "height", "width"),
-        *("image_id", "category_id", "bbox", "area", "iscrowd"),
-    )
-)
+_LISTED = 5  # problems that an error spells out
+
+T = TypeVar("T")
+_Id = int | str
+_Json = dict[str, Any]  # Any: a JSON value has no narrower type
 
 
 @dataclass(frozen=True, slots=True)
 class CocoImage:
-    """``name``: path below the image folder. ``size``: (height, width), None where the file does not give it."""
+    """``name``: as the file has it. ``size``: (height, width), None where the file does not give it."""
 
     image_id: int
     name: str
@@ -48,99 +53,301 @@ class CocoObject:
 
 @dataclass(frozen=True, slots=True)
 class CocoFile:
-    """Images in the order of their ids, objects in that of the file, and the categories' names by id."""
+    """Images in the order of their ids, objects in that of the file, and the categories' names by id.
+
+    Ids are those of the file if all of them are whole numbers; otherwise images or categories are numbered from 1 in
+    the order of the file. ``findings``: what was left out or joined.
+    """
 
     images: tuple[CocoImage, ...]
     objects: tuple[CocoObject, ...]
     categories: dict[int, str]
-
-
-def is_below(name: str) -> bool:
-    """Whether a file name that a data set gives stays below its folder: not absolute, and no ``..`` in it."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    findings: tuple[Finding, ...] = ()
 
 
 def read_coco(path: Path) -> CocoFile:
     """Read COCO annotations of boxes.
 
     Raises:
-        ConfigError: the file cannot be read, is not one of COCO annotations, or contradicts itself.
+        ConfigError: the file cannot be read, is not one of COCO annotations, or has entries that contradict one another
+            or have no single meaning; the first five are named.
     """
-    try:
-        content = parse_json(read_file(path, limit=_MAX_BYTES), keys=_KEYS)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read the annotations '{path}': {error}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"'{path}' is not a file of COCO annotations: it holds a {type(content).__name__}.")
-    try:
-        images = sorted((_image(entry) for entry in content["images"]), key=lambda image: image.image_id)
-        categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
-        # Names are matched with those of a model, whatever their case.
-        if len({name.strip().casefold() for name in categories.values()}) < max(1, len(content["categories"])):
-            raise ConfigError(f"The categories of '{path}' must have different ids and names, and be at least one.")
-        if len(content["annotations"]) > _MAX_OBJECTS:
-            raise ValueError(f"it has more than {_MAX_OBJECTS} annotations")
-        objects = tuple(_object(entry) for entry in content["annotations"])
-        ids = {image.image_id for image in images}
-        if len(ids) < len(images):
-            raise ValueError("two images have the same id")
-        for item in objects:
-            if item.image_id not in ids or item.category_id not in categories:
-                raise ValueError(f"no image {item.image_id} or no category {item.category_id}")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    content = _content(path)
+    problems: list[str] = []
+    images = _converted(content, "images", _image, problems)
+    categories = _converted(content, "categories", _category, problems)
+    objects = _converted(content, "annotations", _object, problems)
+    if not categories and not problems:
+        raise ConfigError(f"The categories of '{path}' must be at least one.")
+    problems += _duplicate_ids("images", [image.key for image in images])
+    names: dict[_Id, set[str]] = {}
+    for category in categories:
+        names.setdefault(category.key, set()).add(_plain(category.name))
+    problems += [f"'categories': id {brief(k)} has {len(n)} names" for k, n in names.items() if len(n) > 1]
+    image_keys = {image.key for image in images}
+    for item in objects:
+        problems += [
+            f"{item.place}: '{name}' is {brief(key)}, and there is no such {kind}"
+            for name, key, kind, known in (
+                ("image_id", item.image, "image", image_keys),
+                ("category_id", item.category, "category", names),
+            )
+            if key not in known
+        ]
+    if problems:
+        more = [f"... and {len(problems) - _LISTED} more."] if len(problems) > _LISTED else []
         raise ConfigError(
-            f"'{path}' is not a complete file of COCO annotations: {type(error).__name__} {error}.",
+            "\n".join([f"'{path}' has entries that cannot be used: {len(problems)}.", *problems[:_LISTED], *more]),
             hint="it needs 'images' (id, file_name), 'annotations' (image_id, category_id, bbox) and 'categories'",
-        ) from error
+        )
     if not images:
         raise ConfigError(f"'{path}' has no images.")
-    _require_below(path, images)
-    return CocoFile(tuple(images), objects, categories)
+    return _assembled(path, images, categories, objects)
 
 
-def _require_below(path: Path, images: list[CocoImage]) -> None:
-    outside = next((image.name for image in images if not is_below(image.name)), None)
-    if outside is not None:
-        raise ConfigError(
-            f"'{path}' names the image {brief(outside)}, which is not below the folder of the images.",
-            hint="make the names relative to the folder that holds all images, and give it with --images",
-        )
+# ---- the file ----
+
+# What is kept of each object of the file, since outlines of objects take most of its space: what COCO's boxes need, and
+# the names by which other formats are recognised.
+_MARKS: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"shapes", "imagePath"}), "an image's file of labelme"),
+    (frozenset({"assets", "tags"}), "a project of VoTT"),
+    (frozenset({"frames", "inputTags"}), "a project of VoTT"),
+    (frozenset({"items", "categories"}), "Datumaro's own format"),
+    (frozenset({"_via_img_metadata"}), "a project of the VGG Image Annotator"),
+    (frozenset({"objects", "size"}), "an image's file of Supervisely"),
+    (frozenset({"features", "type"}), "GeoJSON"),
+    (frozenset({"data", "annotations"}), "tasks of Label Studio"),
+    (frozenset({"data", "completions"}), "tasks of Label Studio"),
+    (frozenset({"image", "annotations"}), "CreateML's format"),
+    (frozenset({"image_id", "score"}), "a list of detections (COCO results), which are no ground truth"),
+)
+_KEYS = frozenset(
+    (
+        *("images", "annotations", "categories", "id", "name", "file_name", "coco_url", "height", "width"),
+        *("image_id", "category_id", "bbox", "area", "iscrowd", "supercategory"),
+        *(name for marks, _ in _MARKS for name in marks),
+    )
+)
+_HEADS: tuple[tuple[bytes, str], ...] = (
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (b"<", "XML, such as Pascal VOC's or CVAT's own"),
+)
 
 
-def find_coco_images(names: Iterable[str], folder: Path, *, annotations: Path) -> dict[str, Path]:
-    """Where the images that ``annotations`` names lie, by name; where they should lie when they are not there.
-
-    Beside ``folder`` itself these are the places of COCO's own layout, and of what is often made of it:
-    ``annotations/instances_val2017.json`` names the images of ``val2017`` or ``images/val2017``.
-    """
-    split = annotations.stem.rpartition("_")[2]
-    places = (folder, folder / split, folder / "images" / split, folder / "images", folder.parent)
-    return {
-        name: next((place / name for place in places if _is_file(place / name)), folder / name)
-        for name in dict.fromkeys(names)
-    }
-
-
-def _is_file(path: Path) -> bool:
+def _content(path: Path) -> _Json:
     try:
-        return path.is_file()
-    except (OSError, ValueError):  # A name that no file can have.
-        return False
+        text = read_file(path, limit=_MAX_BYTES)
+        kind = next((name for head, name in _HEADS if text.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(head)), "")
+        if kind:
+            raise ValueError(f"it is {kind}")
+        content = parse_json(text, keys=_KEYS)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Cannot read the annotations '{path}': {getattr(error, 'strerror', None) or error}.",
+            hint="export them as COCO json, in UTF-8",
+        ) from error
+    entry = content[0] if isinstance(content, list) and content else content
+    kind = next((name for marks, name in _MARKS if isinstance(entry, dict) and marks <= entry.keys()), "")
+    if not isinstance(content, dict) or (kind and "images" not in content):
+        raise ConfigError(
+            f"'{path}' is not a file of COCO annotations: it holds {kind or f'a {type(content).__name__}'}.",
+            hint="export the annotations as COCO json",
+        )
+    return content
 
 
-def _image(entry: dict[str, Any]) -> CocoImage:
-    size = (int(entry["height"]), int(entry["width"])) if "height" in entry and "width" in entry else None
-    if size is not None and min(size) < 1:
-        raise ValueError(f"an image of {size[0]} x {size[1]} pixels")
-    return CocoImage(int(entry["id"]), str(entry["file_name"]), size)
+def _converted(content: _Json, name: str, convert: Callable[[_Json, str], T], problems: list[str]) -> list[T]:
+    """The entries of a list of the file; what is wrong with one of them is added to ``problems``."""
+    entries = content.get(name)
+    if not isinstance(entries, list):
+        problems.append(f"'{name}' must be a list, got {brief(entries)}" if name in content else f"it has no '{name}'")
+        return []
+    if len(entries) > _MAX_OBJECTS:
+        problems.append(f"'{name}' has more than {_MAX_OBJECTS} entries")
+        return []
+    converted = []
+    for position, entry in enumerate(entries):
+        place = f"{name}[{position}]"
+        if not isinstance(entry, dict):
+            problems.append(f"{place} must be an object, got {brief(entry)}")
+            continue
+        if "id" in entry:
+            place += f" (id {brief(entry['id'])})"
+        try:
+            converted.append(convert(entry, place))
+        except (ValueError, OverflowError) as error:
+            problems.append(f"{place}: {error}")
+    return converted
 
 
-def _object(entry: dict[str, Any]) -> CocoObject:
-    x, y, width, height = (float(value) for value in entry["bbox"])
-    area = float(entry.get("area", width * height))
+# ---- entries ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    key: _Id
+    name: str
+    size: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Category:
+    key: _Id
+    name: str
+    group: str  # its 'supercategory'
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    place: str
+    image: _Id
+    category: _Id
+    box: tuple[float, float, float, float]
+    area: float
+    crowd: bool
+
+
+def _image(entry: _Json, _place: str) -> _Image:
+    name = entry.get("file_name")
+    if name in (None, ""):
+        name = entry.get("coco_url")  # LVIS gives this alone
+    if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
+        raise ValueError(f"'file_name' must be text, got {brief(name)}")
+    height, width = (_length(entry.get(side), side) for side in ("height", "width"))
+    return _Image(_key(entry, "id"), str(name), (height, width) if height and width else None)
+
+
+def _length(value: object, name: str) -> int | None:
+    """A side of an image; tools that do not know it leave it out or write 0."""
+    if value in (None, ""):
+        return None
+    number = _number(value, name)
+    if number < 0 or not number.is_integer():
+        raise ValueError(f"'{name}' must be a number of pixels, got {brief(value)}")
+    return int(number) or None
+
+
+def _category(entry: _Json, _place: str) -> _Category:
+    name, group = entry.get("name"), entry.get("supercategory")
+    if not isinstance(name, (str, int, float)) or isinstance(name, bool) or not str(name).strip():
+        raise ValueError(f"'name' must be text, got {brief(name)}")
+    return _Category(_key(entry, "id"), str(name), group if isinstance(group, str) else "")
+
+
+def _object(entry: _Json, place: str) -> _Object:
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4:
+        given = f"a list of {len(box)}" if isinstance(box, list) else brief(box)
+        raise ValueError(f"'bbox' must be four numbers (x, y, width, height), got {given}")
+    x, y, width, height = (_number(value, "bbox") for value in box)
     # The corners too must be finite: x + width of two large numbers is not.
-    if not all(map(math.isfinite, (x, y, x + width, y + height, area))) or width < 0 or height < 0:
-        raise ValueError(f"the bbox {entry['bbox']} with area {area} is none (x, y, width, height)")
-    crowd = bool(entry.get("iscrowd", 0))
-    return CocoObject(int(entry["image_id"]), int(entry["category_id"]), (x, y, width, height), area, crowd)
+    if width < 0 or height < 0 or not (math.isfinite(x + width) and math.isfinite(y + height)):
+        raise ValueError(f"'bbox' must be x, y, width, height, got {[x, y, width, height]}")
+    area = entry.get("area")
+    area = width * height if area in (None, "") else _number(area, "area")
+    if area < 0 or not math.isfinite(area):
+        raise ValueError(f"'area' must not be negative, got {brief(entry.get('area'))}")
+    crowd = _flag(entry.get("iscrowd"), "iscrowd")
+    return _Object(place, _key(entry, "image_id"), _key(entry, "category_id"), (x, y, width, height), area, crowd)
+
+
+_NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", re.ASCII)
+_WHOLE = re.compile(r"-?(?:0|[1-9]\d{0,99})", re.ASCII)
+_FLAGS = {"": False, "0": False, "1": True, "false": False, "true": True}
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, str) and _NUMBER.fullmatch(value[:100]):
+        value = float(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"'{name}' must be a number, got {brief(value)}")
+    return float(value)
+
+
+def _key(entry: _Json, name: str) -> _Id:
+    """An id; ``7``, ``7.0`` and ``"7"`` are the same, ``"007"`` is text."""
+    value = entry.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip():
+        text = value.strip()
+        return int(text) if _WHOLE.fullmatch(text) else text
+    raise ValueError(f"'{name}' must be a number or text, got {brief(value)}")
+
+
+def _flag(value: object, name: str) -> bool:
+    if value is None:
+        return False
+    text = str(int(value)) if isinstance(value, (bool, float)) and value in (0, 1) else brief(value)
+    if isinstance(value, str):
+        text = value.strip().casefold()
+    if text not in _FLAGS:
+        raise ValueError(f"'{name}' must be 0 or 1, got {brief(value)}")
+    return _FLAGS[text]
+
+
+# ---- the whole ----
+
+_BACKGROUND = frozenset({"background", "_background_", "__background__"})
+
+
+def _duplicate_ids(name: str, keys: Iterable[_Id]) -> list[str]:
+    return [f"'{name}': {count} have the same id {brief(key)}" for key, count in Counter(keys).items() if count > 1]
+
+
+def _plain(name: str) -> str:
+    """Names are matched with those of a model, whatever their case."""
+    return name.strip().casefold()
+
+
+def _assembled(path: Path, images: list[_Image], categories: list[_Category], objects: list[_Object]) -> CocoFile:
+    used = {item.category for item in objects}
+    groups = {_plain(category.group) for category in categories if _plain(category.name) != _plain(category.group)}
+    findings = []
+    # Roboflow writes the name of the data set as a category above the others, other tools a background.
+    left_out = [
+        category
+        for category in categories
+        if category.key not in used
+        and len(categories) > 1
+        and (
+            (_plain(category.group) in ("", "none") and _plain(category.name) in groups) or category.name in _BACKGROUND
+        )
+    ]
+    for category in left_out:
+        message = f"the category '{category.name}' of '{path.name}' has no object and stands for no class: left out"
+        findings.append(Finding(kind="category-left-out", severity=Severity.WARNING, message=message))
+    kept = [category for category in categories if category not in left_out]
+    numbers = _numbered([category.key for category in kept])
+    names: dict[int, str] = {}
+    joined: dict[_Id, int] = {}
+    for category in sorted(kept, key=lambda category: numbers[category.key]):
+        first = next((n for n, name in names.items() if _plain(name) == _plain(category.name)), None)
+        if first is None:
+            names[numbers[category.key]] = category.name
+        else:
+            message = f"the category '{category.name}' is in '{path.name}' more than once: taken for one class"
+            findings.append(Finding(kind="category-joined", severity=Severity.WARNING, message=message))
+        joined[category.key] = numbers[category.key] if first is None else first
+    image_numbers = _numbered([image.key for image in images])
+    listed = [CocoImage(image_numbers[image.key], image.name, image.size) for image in images]
+    return CocoFile(
+        tuple(sorted(listed, key=lambda image: image.image_id)),
+        tuple(
+            CocoObject(image_numbers[item.image], joined[item.category], item.box, item.area, item.crowd)
+            for item in objects
+        ),
+        names,
+        tuple(dict.fromkeys(findings)),
+    )
+
+
+def _numbered(keys: list[_Id]) -> Mapping[_Id, int]:
+    """Numbers for ids: themselves, or, if one of them is text, their places from 1 on."""
+    whole: dict[_Id, int] = {key: key for key in keys if isinstance(key, int)}
+    unique = dict.fromkeys(keys)
+    return whole if len(whole) == len(unique) else {key: place for place, key in enumerate(unique, start=1)}

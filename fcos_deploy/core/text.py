@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["brief", "printable"]
+import codecs
+
+__all__ = ["brief", "decoded_text", "printable"]
 
 _BRIEF = 80  # characters, and bits of an integer
 
@@ -19,6 +21,28 @@ def brief(value: object) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     return f"a {type(value).__name__}"
+
+
+# UTF-32 first: its mark begins as that of UTF-16 does.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def decoded_text(content: bytes) -> str:
+    """The text of a file in UTF-8, with or without byte order mark, or in UTF-16 or UTF-32 with one.
+
+    Raises:
+        ValueError: it is in none of them.
+    """
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text in UTF-8 (byte {error.start})") from error
 
 
 def printable(text: str, *, lines: bool = False) -> str:

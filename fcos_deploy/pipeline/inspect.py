@@ -1,4 +1,4 @@
-"""Says what a file is: a checkpoint, an ONNX graph, an engine or IR, a bundle."""
+"""Says what a file is: a checkpoint, an ONNX graph, an engine or IR, a bundle, annotations."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fcos_deploy.accuracy.annotation_checks import check_annotations, check_geometry, summarize_annotations
 from fcos_deploy.bundle.device_layer import describe_layers
 from fcos_deploy.bundle.store import open_trusted
 from fcos_deploy.checkpoints.describe import CheckpointDescription, decided_options, describe_checkpoint
 from fcos_deploy.checkpoints.reader import count_of
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.coco_file import read_coco
 from fcos_deploy.core.contract import Decision, ModelContract, read_contract, sidecar_path
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.enums import ArtifactKind, Orientation, Precision
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
-from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, kinds_of
+from fcos_deploy.core.gate import Finding, Severity
+from fcos_deploy.core.image import image_size, list_images
+from fcos_deploy.core.image_names import find_named_images
+from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, is_checkpoint, kinds_of
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
 from fcos_deploy.core.preprocess import SizeRule
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.text import brief
 from fcos_deploy.core.trust import Trust
 
-__all__ = ["Inspection", "inspect_bundle", "inspect_file"]
+__all__ = ["Inspection", "inspect_annotations", "inspect_bundle", "inspect_file", "is_annotations"]
 
 # Depth of the ResNets that were published with these numbers of blocks in their four stages, by the kind of block.
 _DEPTHS: dict[tuple[BlockType, tuple[int, ...]], int] = {
@@ -42,7 +47,8 @@ _Facts = tuple[tuple[str, str], ...]
 class Inspection:
     """What a file is. ``facts`` are lines for people, ``decisions`` what tensors do not tell and who decided it.
 
-    ``options`` are the decisions on a checkpoint as options that make them again.
+    ``options`` are the decisions on a checkpoint as options that make them again. ``classes`` (name, objects, images,
+    median box) and ``findings`` are those of annotations.
     """
 
     path: Path
@@ -51,9 +57,20 @@ class Inspection:
     decisions: tuple[Decision, ...] = ()
     contract: ModelContract | None = None
     options: CheckpointOptions | None = None
+    classes: tuple[tuple[str, int, int, str], ...] = ()
+    findings: tuple[Finding, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value with the same contents; ``contract`` in full."""
+        if self.findings is not None:
+            keys = ("name", "objects", "images", "median_box")
+            return {
+                "path": str(self.path),
+                "kind": self.kind,
+                **{name.replace(", ", "_").replace(" ", "_"): value for name, value in self.facts},
+                "by_class": [dict(zip(keys, row, strict=True)) for row in self.classes],
+                "findings": to_json(self.findings),
+            }
         return {
             "path": str(self.path),
             "kind": self.kind,
@@ -88,6 +105,58 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
     facts = (*_network_facts(checkpoint), *_contract_facts(checkpoint.contract))
     decided = decided_options(checkpoint)
     return Inspection(path, "checkpoint", facts, checkpoint.contract.decisions, checkpoint.contract, decided)
+
+
+_JSON_HEADS = (b"{", b"[", b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+
+
+def is_annotations(path: Path) -> bool:
+    """Whether a file looks like JSON, by its suffix or its content; no model does."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == ".json":
+        return True
+    if path.suffix.lower() in KINDS_BY_SUFFIX or is_checkpoint(path):
+        return False
+    with path.open("rb") as stream:
+        return stream.read(64).lstrip().startswith(_JSON_HEADS)
+
+
+def inspect_annotations(path: Path, *, images: Path | None = None) -> Inspection:
+    """Look into COCO annotations; with ``images`` also at the size of every image, and which are not annotated.
+
+    Raises:
+        ConfigError: the file is not one of COCO annotations, or has entries that cannot be used.
+        ImageError: ``images`` is not a folder of images, or one of them is none.
+    """
+    coco = read_coco(path)
+    summary = summarize_annotations(coco)
+    facts, findings = list(summary.facts), []
+    paths: dict[str, Path] = {}
+    sizes: dict[int, tuple[int, int]] = {}
+    if images is not None:
+        files = list_images(images)
+        located = find_named_images((image.name for image in coco.images), images, annotations=path)
+        paths = located.paths
+        sizes = {image.image_id: image_size(paths[image.name]) for image in coco.images if image.name in paths}
+        annotated = {located_path.resolve() for located_path in paths.values()}
+        facts += [
+            ("images found", f"{len(sizes)} of {len(coco.images)}"),
+            ("found by the end of the name", str(len(located.by_tail))),
+            ("files without annotations", str(sum(file.resolve() not in annotated for file in files))),
+        ]
+        missing = [image.name for image in coco.images if image.name not in paths]
+        if missing:
+            message = f"{len(missing)} of {len(coco.images)} images are not in '{images}': the first is '{missing[0]}'"
+            if missing[0] in located.ambiguous:
+                message += ", which may be several files, or a file several names"
+            findings.append(Finding(kind="missing", severity=Severity.REFUSED, message=message))
+    findings += [*check_annotations(coco, paths), *check_geometry(coco, sizes)]
+    empty = [name for name, objects, *_ in summary.classes if not objects]
+    if empty:
+        message = f"no object of {', '.join(repr(name) for name in empty[:8])}{', ...' if len(empty) > 8 else ''}"
+        findings.append(Finding(kind="classes-absent", severity=Severity.INCONCLUSIVE, message=message))
+    return Inspection(path, "COCO annotations", tuple(facts), classes=summary.classes, findings=tuple(findings))
 
 
 def inspect_bundle(path: Path, *, trust: Trust | None = None) -> Inspection:

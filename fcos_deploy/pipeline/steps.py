@@ -90,17 +90,15 @@ def open_image_sets(
             hint="give other images with --images DIR",
         )
     calibration = collect_images(calibration_images, options=sample)
-    if images is None:
-        evaluation = folder_images(calibration_images)
-    else:
-        evaluation = load_coco(annotations, images=images).images if annotations else folder_images(images)
+    dataset = load_coco(annotations, images=images) if images and annotations else None
+    evaluation = dataset.images if dataset else folder_images(images or calibration_images)
     names = {os.path.relpath(image.path, images or calibration_images): image.path for image in evaluation}
     inspected = inspect_images(names)
     report: SetReport = examine_set(
         calibration, contract, evaluation=inspected if images else (), allow_overlap=allow_overlap
     )
     report.require_usable()
-    findings = report.findings
+    findings = report.findings + (dataset.findings if dataset else ())
     if images is None:
         message = "INT8 was evaluated on its own calibration images, on which it looks better than it is (no --images)"
         findings += (Finding(kind="no-evaluation-images", severity=Severity.INCONCLUSIVE, message=message),)

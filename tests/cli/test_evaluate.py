@@ -42,6 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path, blobs: list[
             found = detector.detect(pixels)
             for box, label in list(zip(found.boxes.tolist(), found.labels.tolist(), strict=True))[::3]:
                 x1, y1, x2, y2 = box
+                if x2 - x1 < 1 or y2 - y1 < 1:
+                    continue
                 annotations.append(
                     {
                         "id": len(annotations) + 1,

@@ -102,7 +102,7 @@ def test_the_command_lines_values_replace_the_files_and_what_contradicts_them() 
         ("norm_eps = 'small'", "must be"),
         ("shortest = 800", "together"),
         ("= 1", "is not a TOML file"),
-        ("\xff", "is not a UTF-8 text file"),
+        ("\xff", "it is not text in UTF-8"),
         ("#" * (1 << 20) + "#", "is larger than"),
     ],
 )

@@ -1,0 +1,369 @@
+"""Files as other tools write them: each kind with its right value, or with the sentence that refuses it."""
+
+from __future__ import annotations
+
+import codecs
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from calibration.dataset import SampleOptions, collect_images
+from fcos_deploy.accuracy.coco import coco_scores
+from fcos_deploy.accuracy.dataset import label_index, load_coco
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.errors import CalibrationError, ConfigError
+
+Json = dict[str, Any]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+# ---- annotations ----
+
+NAMES = ("a.png", "b.png", "more/c d.png", "more/é.png")
+BOXES = ((4, 5, 20, 12), (10, 8, 30, 24), (0, 0, 8, 9), (40, 30, 24, 18))  # x, y, width, height in 64 x 48 pixels
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images of 64 x 48 pixels, in ``data/images``."""
+    folder = tmp_path_factory.mktemp("data") / "images"
+    for index, name in enumerate(NAMES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").resize((64, 48)).rotate(90 * index).convert("RGB").save(folder / name)
+    return folder
+
+
+def annotations() -> Json:
+    """One object an image, two of each class."""
+    return {
+        "images": [{"id": i + 1, "file_name": name, "width": 64, "height": 48} for i, name in enumerate(NAMES)],
+        "annotations": [
+            {"id": i, "image_id": i + 1, "category_id": 1 + i % 2, "bbox": list(box), "area": box[2] * box[3]}
+            for i, box in enumerate(BOXES)
+        ],
+        "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "white"}],
+    }
+
+
+def change(images: Callable[[Json], Json | None] | None = None, objects: Callable[[Json], Json | None] | None = None):
+    """Changes every image or object of a document."""
+
+    def apply(document: Json) -> None:
+        for entries, update in (("images", images), ("annotations", objects)):
+            if update is not None:
+                document[entries] = [update(entry) or entry for entry in document[entries]]
+
+    return apply
+
+
+def renamed(change_name: Callable[[str], str]) -> Callable[[Json], None]:
+    return change(images=lambda image: {**image, "file_name": change_name(image["file_name"])})
+
+
+def without(entries: str, key: str) -> Callable[[Json], None]:
+    return lambda document: [entry.pop(key, None) for entry in document[entries]]
+
+
+def both_ids(new: Callable[[int], object]) -> Callable[[Json], None]:
+    return change(
+        images=lambda image: {**image, "id": new(image["id"])},
+        objects=lambda item: {**item, "image_id": new(item["image_id"])},
+    )
+
+
+def numbers_as_text(item: Json) -> Json:
+    return {key: [str(v) for v in value] if isinstance(value, list) else str(value) for key, value in item.items()}
+
+
+def add_categories(*categories: Json) -> Callable[[Json], None]:
+    return lambda document: document["categories"].extend(categories)
+
+
+def roboflow(document: Json) -> None:
+    """A root named like a class, and class ids from 1 on that are below it."""
+    document["categories"] = [
+        {"id": 0, "name": "red", "supercategory": "none"},
+        *({**category, "supercategory": "red"} for category in document["categories"]),
+    ]
+
+
+# What stands for the same annotations: AP of detections that equal the boxes is 1, and the findings are these.
+SAME: dict[str, tuple[Callable[[Json], object], set[str]]] = {
+    "as they are": (change(), set()),
+    "crowd flags as text": (change(objects=lambda item: {**item, "iscrowd": "0"}), set()),
+    "crowd flags as booleans": (change(objects=lambda item: {**item, "iscrowd": False}), set()),
+    "crowd flags null": (change(objects=lambda item: {**item, "iscrowd": None}), set()),
+    "areas null": (change(objects=lambda item: {**item, "area": None}), set()),
+    "areas missing": (without("annotations", "area"), set()),
+    "annotation ids missing": (without("annotations", "id"), set()),
+    "numbers as text": (change(numbers_as_text, numbers_as_text), set()),
+    "numbers as floats": (change(objects=lambda item: {**item, "category_id": float(item["category_id"])}), set()),
+    "ids of 17 digits": (both_ids(lambda number: 17_268_991_234_567_890 + number), set()),
+    "ids of 25 digits": (both_ids(lambda number: 10**25 + number), set()),
+    "negative ids": (both_ids(lambda number: -number), set()),
+    "ids from 0 on": (both_ids(lambda number: number - 1), set()),
+    "ids as names": (both_ids(lambda number: f"img_{number:04d}.jpg"), set()),
+    "ids with leading zeros": (both_ids(lambda number: f"{number:05d}"), set()),
+    "sizes missing": (without("images", "height"), set()),
+    "sizes of 0": (change(images=lambda image: {**image, "height": 0, "width": 0}), set()),
+    "outlines": (change(objects=lambda item: {**item, "segmentation": [[1, 1, 2, 2, 3, 1]]}), set()),
+    "run lengths": (change(objects=lambda item: {**item, "segmentation": {"counts": "Pb", "size": [48, 64]}}), set()),
+    "a Roboflow root named like a class": (roboflow, {"category-left-out"}),
+    "a root of its own name": (
+        lambda document: document["categories"].extend(
+            [{"id": 7, "name": "cells"}, {"id": 8, "name": "__background__", "supercategory": "cells"}]
+        ),
+        {"category-left-out"},
+    ),
+    "a category twice": (add_categories({"id": 1, "name": "red"}), {"category-joined"}),
+    "a name in two categories": (add_categories({"id": 5, "name": "Red"}), {"category-joined"}),
+    "names below the folder's parent": (renamed(lambda name: f"images/{name}"), set()),
+    "names below another folder": (renamed(lambda name: f"train/{name}"), {"names"}),
+    "absolute names": (renamed(lambda name: f"/home/me/set/{name}"), {"names"}),
+    "absolute names of Windows": (renamed(lambda name: "C:\\set\\" + name.replace("/", "\\")), {"names"}),
+    "names with ..": (renamed(lambda name: f"../set/{name}"), {"names"}),
+    "names with ./": (renamed(lambda name: f"./{name}"), set()),
+    "names as URLs": (renamed(lambda name: f"https://host/set/{name}?v=1".replace(" ", "%20")), {"names"}),
+    "names as URL paths": (renamed(lambda name: name.replace(" ", "%20").replace("é", "%C3%A9")), {"names"}),
+    "names of Label Studio": (renamed(lambda name: f"/data/local-files/?d=set/{name}"), {"names"}),
+    "names in other case": (renamed(str.upper), {"names"}),
+    "names decomposed": (renamed(lambda name: name.replace("é", "e\u0301")), {"names"}),
+    "LVIS, which has URLs alone": (
+        change(images=lambda image: {"id": image["id"], "coco_url": f"http://host/{image['file_name']}"}),
+        {"names"},
+    ),
+}
+
+
+def write(path: Path, document: object) -> Path:
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_annotations_that_mean_the_same_give_the_same_ap(kind: str, pictures: Path, tmp_path: Path) -> None:
+    update, findings = SAME[kind]
+    document = copy.deepcopy(annotations())
+    update(document)
+    path = write(tmp_path / "annotations.json", document)
+    dataset = load_coco(path, images=pictures)
+    assert {finding.kind for finding in dataset.findings} == findings
+    assert len({image.path for image in dataset.images}) == 4
+    index = label_index(("white", "red"), dataset)
+    detections = {}
+    for image in dataset.images:
+        position = NAMES.index(image.path.relative_to(pictures).as_posix())
+        x, y, width, height = BOXES[position]
+        label = index[1 - position % 2]
+        detections[image.image_id] = Detections(
+            np.float32([[x, y, x + width, y + height]]), np.float32([0.9]), np.int64([label])
+        )
+    scores = coco_scores(dataset, detections)
+    assert (scores.ap, scores.objects) == (1.0, 4)
+    chosen = collect_images(pictures, annotations=path, options=SampleOptions(minimum=1))
+    assert sum(map(len, chosen.annotations.values())) == 4  # by the same reader
+
+
+REFUSED: dict[str, tuple[Callable[[Json], object], str]] = {
+    "an image that is not there": (
+        lambda document: document["annotations"][2].update(image_id=777777),
+        r"annotations\[2\] \(id 2\): 'image_id' is 777777, and there is no such image",
+    ),
+    "a class that is not there": (
+        lambda document: document["annotations"][1].update(category_id="9"),
+        r"annotations\[1\] \(id 1\): 'category_id' is 9, and there is no such category",
+    ),
+    "an empty box": (
+        lambda document: document["annotations"][0].update(bbox=[]),
+        r"annotations\[0\] \(id 0\): 'bbox' must be four numbers .* got a list of 0",
+    ),
+    "no box": (without("annotations", "bbox"), r"annotations\[0\].* got None"),
+    "a box that is no number": (
+        lambda document: document["annotations"][3].update(bbox=[1, 2, "3,5", 4]),
+        r"annotations\[3\].*'bbox' must be a number, got '3,5'",
+    ),
+    "a flag that is none": (
+        lambda document: document["annotations"][0].update(iscrowd="maybe"),
+        "'iscrowd' must be 0 or 1, got 'maybe'",
+    ),
+    "a negative area": (lambda document: document["annotations"][0].update(area=-1), "'area' must not be negative"),
+    "no name": (without("categories", "name"), r"categories\[0\] \(id 1\): 'name' must be text"),
+    "no file name": (without("images", "file_name"), r"images\[0\] \(id 1\): 'file_name' must be text"),
+    "an id of two classes": (add_categories({"id": 1, "name": "blue"}), "id 1 has 2 names"),
+    "an id of two images": (lambda document: document["images"][1].update(id=1), "2 have the same id 1"),
+    "no categories": (lambda document: document.pop("categories"), "it has no 'categories'"),
+    "boxes as corners": (
+        change(objects=lambda item: {**item, "bbox": [40, 30, 60, 44]}),
+        "4 of the 4 boxes lie outside .* They look like x1, y1, x2, y2",
+    ),
+    "boxes as centres, some outside": (
+        change(objects=lambda item: {**item, "bbox": [50, 24, 28, 40]}),
+        "They look like centre x, centre y, width, height",
+    ),
+    "boxes as shares": (change(objects=lambda item: {**item, "bbox": [0.1, 0.1, 0.5, 0.5]}), "look like shares"),
+    "images of another size": (
+        change(images=lambda image: {**image, "width": 640, "height": 480}),
+        "'a.png' of 640x480 pixels .* the file has 64x48",
+    ),
+    "names that fit nothing": (
+        renamed(lambda name: f"x-{Path(name).name}"),
+        "4 of the 4 images .* 'x-a.png', 'x-b.png'",
+    ),
+}
+OTHERS: dict[str, tuple[object, str]] = {
+    "labelme": ({"shapes": [], "imagePath": "a.png"}, "labelme"),
+    "VoTT": ({"assets": {}, "tags": []}, "VoTT"),
+    "Datumaro": ({"info": {}, "categories": {}, "items": []}, "Datumaro"),
+    "VIA": ({"_via_img_metadata": {}}, "VGG Image Annotator"),
+    "Label Studio": ([{"id": 1, "data": {"image": "a.png"}, "annotations": []}], "Label Studio"),
+    "CreateML": ([{"image": "a.png", "annotations": []}], "CreateML"),
+    "results": ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}], "a list of detections"),
+    "nothing known": ({"hello": 1}, "it has no 'images'"),
+}
+
+
+@pytest.mark.parametrize("kind", [*REFUSED, *OTHERS])
+def test_annotations_without_one_meaning_are_refused_by_their_place(kind: str, pictures: Path, tmp_path: Path) -> None:
+    document: Any = annotations()
+    if kind in REFUSED:
+        update, message = REFUSED[kind]
+        update(document)
+    else:
+        document, message = OTHERS[kind]
+    path = write(tmp_path / "annotations.json", document)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_coco(path, images=pictures)
+    assert "annotations.json" in refused.value.message
+    if "box" not in kind and "images of another" not in kind and "names that" not in kind:
+        with pytest.raises(CalibrationError, match=message):
+            collect_images(pictures, annotations=path, options=SampleOptions(minimum=1))
+
+
+def test_the_first_five_problems_are_listed(pictures: Path, tmp_path: Path) -> None:
+    document = annotations()
+    document["annotations"] = [{**document["annotations"][0], "bbox": []} for _ in range(8)]
+    result = run("inspect", write(tmp_path / "a.json", document))
+    assert result.exit_code == 2
+    assert "cannot be used: 8." in result.stderr
+    assert [f"annotations[{index}]" in result.stderr for index in range(8)] == [True] * 5 + [False] * 3
+    assert "and 3 more" in result.stderr
+
+
+def test_names_that_fit_several_files_are_named(pictures: Path, tmp_path: Path) -> None:
+    document = annotations()
+    for image in document["images"]:
+        image["file_name"] = f"set/{Path(image['file_name']).parent}/same.png"
+    for name in ("x/same.png", "y/same.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (64, 48)).save(tmp_path / "images" / name)
+    path = write(tmp_path / "a.json", document)
+    with pytest.raises(ConfigError, match=r"'set/\./same.png' may be '.*x/same.png', '.*y/same.png'"):
+        load_coco(path, images=tmp_path / "images")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_every_text_may_begin_with_a_byte_order_mark(encoding: str, pictures: Path, tmp_path: Path) -> None:
+    def write_text(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_bytes((codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b"") + text.encode(encoding))
+        return path
+
+    from fcos_deploy.core.checkpoint_options import option_infos, read_checkpoint_options
+
+    path = write_text("annotations.json", json.dumps(annotations(), ensure_ascii=False))
+    assert len(load_coco(path, images=pictures).images) == 4
+    assert run("inspect", path, "--images", pictures).exit_code == 0
+    assert len(collect_images(pictures, annotations=path, options=SampleOptions(minimum=1)).annotations) == 4
+    listed = write_text("list.txt", "".join(f"{pictures / name}\r\n" for name in NAMES))
+    assert len(collect_images(listed, options=SampleOptions(minimum=1, allow_outside=True)).images) == 4
+    parse = option_infos()["class_names"].parse
+    assert parse is not None
+    assert parse(str(write_text("classes.txt", "rot\r\nweiß\r\n"))) == ("rot", "weiß")
+    assert read_checkpoint_options(write_text("options.toml", "max_detections = 7\n")).max_detections == 7
+
+
+def spread(size: tuple[int, int], *, count: int = 60) -> list[tuple[int, int, int, int]]:
+    """Boxes that lie evenly in an image of ``size`` (width, height)."""
+    rng = np.random.default_rng(0)
+    sides = rng.integers(8, 24, (count, 2))
+    places = (rng.random((count, 2)) * (np.array(size) - sides)).astype(int)
+    return [(int(x), int(y), int(w), int(h)) for (x, y), (w, h) in zip(places, sides, strict=True)]
+
+
+WRONG: dict[str, tuple[Callable[[Json], Json], str, str]] = {
+    "areas above the boxes'": (lambda item: {**item, "area": 9 * item["area"]}, "areas", "warning"),
+    "areas of 0": (lambda item: {**item, "area": 0}, "areas", "warning"),
+    "boxes of no width": (lambda item: {**item, "bbox": [*item["bbox"][:2], 0, 10]}, "empty", "inconclusive"),
+    "boxes below a pixel": (lambda item: {**item, "bbox": [*item["bbox"][:2], 0.5, 10]}, "narrow", "warning"),
+    "crowds alone": (lambda item: {**item, "iscrowd": 1}, "crowds", "inconclusive"),
+    "centres": (
+        lambda item: {
+            **item,
+            "bbox": [
+                item["bbox"][0] + item["bbox"][2] / 2,
+                item["bbox"][1] + item["bbox"][3] / 2,
+                *item["bbox"][2:],
+            ],
+        },
+        "centres",
+        "inconclusive",
+    ),
+    "nothing": (lambda item: item, "", ""),
+}
+
+
+@pytest.mark.parametrize("kind", [*WRONG, "every box twice", "an image twice"])
+def test_data_that_is_plainly_wrong_gets_a_word(kind: str, pictures: Path, tmp_path: Path) -> None:
+    boxes = spread((64, 48))
+    if kind == "centres":  # where they are all inside even so
+        boxes = [box for box in boxes if box[0] + 1.5 * box[2] <= 64 and box[1] + 1.5 * box[3] <= 48]
+    document = annotations()
+    objects = [
+        {"id": i, "image_id": 1 + i % 4, "category_id": 1 + i % 2, "bbox": list(box), "area": box[2] * box[3]}
+        for i, box in enumerate(boxes)
+    ]
+    update, expected, severity = WRONG.get(kind, (lambda item: item, "copies", "inconclusive"))
+    document["annotations"] = [update(item) for item in objects]
+    if kind == "every box twice":
+        document["annotations"] *= 2
+    elif kind == "an image twice":
+        document["images"].append({**document["images"][0], "id": 99})
+        expected = "images-twice"
+    path = write(tmp_path / "annotations.json", document)
+    result = run("inspect", path, "--images", pictures, "--json")
+    assert result.exit_code == 0, result.stderr
+    findings = {finding["kind"]: finding["severity"] for finding in json.loads(result.stdout)["findings"]}
+    assert findings == ({expected: severity} if expected else {})
+    assert {finding.kind for finding in load_coco(path, images=pictures).findings} == set(findings)
+
+
+def test_inspect_shows_annotations(pictures: Path, tmp_path: Path) -> None:
+    document = annotations()
+    document["images"].append({"id": 9, "file_name": "gone.png", "width": 64, "height": 48})
+    document["categories"].append({"id": 3, "name": "[/bold] blue"})
+    path = write(tmp_path / "labels.json", document)
+    (pictures / "extra.png").write_bytes((pictures / "a.png").read_bytes())
+    result = run("inspect", path, "--images", pictures, "--json")
+    (pictures / "extra.png").unlink()
+    assert result.exit_code == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert (shown["kind"], shown["images"]) == ("COCO annotations", "5, 1 of them without an object")
+    assert (shown["images_found"], shown["files_without_annotations"]) == ("4 of 5", "1")
+    assert shown["by_class"][0] == {"name": "red", "objects": 2, "images": 2, "median_box": "14x10"}
+    assert {finding["kind"] for finding in shown["findings"]} == {"missing", "classes-absent"}
+    plain = run("inspect", path)
+    assert plain.exit_code == 0
+    assert "[/bold] blue" in plain.stderr
+    assert run("inspect", path, "--images", tmp_path / "nowhere").exit_code == 1

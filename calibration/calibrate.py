@@ -188,12 +188,14 @@ class _ConvergenceRecorder:
 
     def curve(self) -> tuple[ConvergencePoint, ...]:
         """One point a stop, compared with the last, which is the final state."""
-        return tuple(self._point(images) for images in sorted(self._amax))
-
-    def _point(self, images: int) -> ConvergencePoint:
-        final, ranges = self._amax[max(self._amax)], self._amax[images]
-        changes = [abs(ranges[name] / value - 1.0) for name, value in final.items() if name in ranges]
-        return ConvergencePoint(images, round(float(np.median(changes)), 5), round(float(np.max(changes)), 5))
+        points = []
+        for images, ranges in sorted(self._amax.items()):
+            final = self._amax[max(self._amax)]
+            changes = [abs(ranges[name] / value - 1.0) for name, value in final.items() if name in ranges]
+            points.append(
+                ConvergencePoint(images, round(float(np.median(changes)), 5), round(float(np.max(changes)), 5))
+            )
+        return tuple(points)
 
 
 def collect_ranges(

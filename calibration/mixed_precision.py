@@ -404,12 +404,15 @@ class _Search:
 
     def float_layers(self) -> tuple[str, ...] | None:
         """Those of the best candidate that reaches the goal."""
-        reaching = next((trial for trial in self.trials if self._within_goal(trial)), None)
+        reaching = self._reaching()
         return reaching.ignored_layers if reaching else None
+
+    def _reaching(self) -> Trial | None:
+        return next((trial for trial in self.trials if self._within_goal(trial)), None)
 
     def best(self) -> Trial | None:
         """The candidate with most in INT8 among those that reach the goal, or else the best that may reach it."""
-        reaching = next((trial for trial in self.trials if self._within_goal(trial)), None)
+        reaching = self._reaching()
         if reaching is not None or self._goal.judge is Judge.POINT:
             return reaching
         undecided = [trial for trial in self.trials if trial.loss_interval[0] <= self._goal.max_loss]

@@ -182,12 +182,10 @@ class _Scan:
     def add(self, node: Any) -> ResidualAdd:
         first, second = (str(name) for name in node.input)
         # Only a convolution directly before the addition can fuse with it; of two, the one on the longer way.
-        branch, skip = sorted((first, second), key=lambda name: (not self._made_by_conv(name), -self.depth[name]))
+        made_by_conv = {name: name in self.producers and self.is_conv(self.producers[name]) for name in (first, second)}
+        branch, skip = sorted((first, second), key=lambda name: (not made_by_conv[name], -self.depth[name]))
         output = str(node.output[0])
         return ResidualAdd(self.name(node), branch, skip, output, *self._activation(output))
-
-    def _made_by_conv(self, tensor: str) -> bool:
-        return tensor in self.producers and self.is_conv(self.producers[tensor])
 
     def _activation(self, tensor: str) -> tuple[str, str]:
         """The activation that directly and alone reads a tensor, and its result; '' and the tensor where none does."""

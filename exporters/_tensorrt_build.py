@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,7 @@ class _Build:
             "built_on": self._devices[0] if self._devices else "no GPU",
             "platform": f"{platform.system()} {platform.machine()}",
             "onnx_sha256": graph.sha256,
-            "options": json.dumps(_changed_options(request.options), sort_keys=True),
+            "options": json.dumps(request.options.changed, sort_keys=True),
         }
 
     def run(self) -> bytes:
@@ -264,13 +264,6 @@ class _Build:
         if plan is None:
             raise _build_error(f"{self._generation.label} cannot build '{self._request.source.name}'", log)
         return bytes(plan)  # type: ignore[call-overload, no-any-return, unused-ignore]  # a buffer, which the stubs do not say
-
-
-def _changed_options(options: BuildOptions) -> dict[str, str]:
-    """Options that differ from their defaults, as text."""
-    default = BuildOptions()
-    values = {option.name: getattr(options, option.name) for option in fields(options)}
-    return {name: str(value) for name, value in values.items() if value != getattr(default, name)}
 
 
 class BuildMonitor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +64,10 @@ class _PyTorchSession(Session):
         arrays = [np.require(feeds[spec.name], requirements=["C", "W"]) for spec in self.inputs]
         arguments = [torch.from_numpy(array).to(self._device) for array in arrays]
         try:
-            with torch.inference_mode(), _computing_in(self._compute, self._device):
+            # Convolutions in another type than the float32 of the weights; what needs the range stays float32.
+            dtype = {ComputeType.F16: torch.float16, ComputeType.BF16: torch.bfloat16}.get(self._compute)
+            mixed = torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
+            with torch.inference_mode(), mixed:
                 values = network(*arguments)
             return {
                 spec.name: value.to("cpu", getattr(torch, spec.dtype)).numpy()
@@ -148,14 +150,3 @@ def open_model(network: Fcos, *, contract: ModelContract, options: SessionOption
 
 def _devices() -> tuple[str, ...]:
     return ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
-
-
-@contextmanager
-def _computing_in(compute: ComputeType, device: torch.device) -> Iterator[None]:
-    """Convolutions in another type than the float32 of the weights; what needs the range stays float32."""
-    dtypes = {ComputeType.F16: torch.float16, ComputeType.BF16: torch.bfloat16}
-    if compute not in dtypes:
-        yield
-        return
-    with torch.autocast(device.type, dtype=dtypes[compute]):
-        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -72,22 +72,11 @@ def judge_ap(
     if problem or ap is None or bounds is None:
         return [_undecided("min_ap", gate, subject=subject, limit=limit, problem=problem, value=ap)]
     outcome = interval_outcome(-bounds[1], -bounds[0], at_most=-limit)
-    more = _more_images(ap, bounds, limit=limit, images=images) if outcome is Outcome.INCONCLUSIVE else None
     message = f"mAP {ap:.3f} ({_by(gate, interval)}; at least {limit:.3f} needed) on {images} images"
-    return [
-        Verdict(
-            name="min_ap",
-            subject=subject,
-            outcome=outcome,
-            value=ap,
-            limit=limit,
-            message=message + _advice(outcome, more),
-            judge=gate.judge,
-            low=bounds[0],
-            high=bounds[1],
-            more_images=more,
-        )
-    ]
+    verdict = Verdict(
+        name="min_ap", subject=subject, outcome=outcome, value=ap, limit=limit, message=message, judge=gate.judge
+    )
+    return [_with_interval(verdict, bounds, images=images)]
 
 
 def judge_drop(
@@ -102,28 +91,20 @@ def judge_drop(
     problem = problem or _missing(value, bounds)
     if problem or drop is None or reference_ap is None or bounds is None:
         return [_undecided("max_map_drop", gate, subject=subject, limit=limit, problem=problem, value=value)]
-    outcome = interval_outcome(*bounds, at_most=limit)
-    more = None
-    if outcome is Outcome.INCONCLUSIVE:
-        more = _more_images(drop.value, bounds, limit=limit, images=drop.images)
     message = (
         f"mAP {reference_ap:.3f} -> {reference_ap - drop.value:.3f} (drop {drop.value:+.3f}, {_by(gate, drop)}; "
         f"at most {limit:.3f} allowed) on {drop.images} images"
     )
-    return [
-        Verdict(
-            name="max_map_drop",
-            subject=subject,
-            outcome=outcome,
-            value=drop.value,
-            limit=limit,
-            message=message + _advice(outcome, more),
-            judge=gate.judge,
-            low=bounds[0],
-            high=bounds[1],
-            more_images=more,
-        )
-    ]
+    verdict = Verdict(
+        name="max_map_drop",
+        subject=subject,
+        outcome=interval_outcome(*bounds, at_most=limit),
+        value=drop.value,
+        limit=limit,
+        message=message,
+        judge=gate.judge,
+    )
+    return [_with_interval(verdict, bounds, images=drop.images)]
 
 
 def _bounds(gate: Gate, value: float | None, interval: ApInterval | None) -> tuple[float, float] | None:
@@ -170,26 +151,22 @@ def _by(gate: Gate, interval: ApInterval | None) -> str:
     return bound
 
 
-def _more_images(value: float, bounds: tuple[float, float], *, limit: float, images: int) -> int | None:
-    """How many more images decide, if figure and variance per image stay as they are; None: no realistic number.
-
-    The interval's width falls with the square root of the number of images, so the side of it that crosses the limit
-    has to shrink by the ratio of its distance from the value to the limit's.
-    """
+def _with_interval(verdict: Verdict, bounds: tuple[float, float], *, images: int) -> Verdict:
+    """The verdict with its interval and, where that leaves it open, how many more images would decide it."""
     low, high = bounds
-    margin = limit - value
-    reach = high - value if margin > 0 else value - low
+    verdict = replace(verdict, low=low, high=high)
+    if verdict.outcome is not Outcome.INCONCLUSIVE or verdict.value is None:
+        return verdict
+    # The interval's width falls with the square root of the number of images, so the side of it that crosses the limit
+    # has to shrink by the ratio of its distance from the value to the limit's.
+    margin = verdict.limit - verdict.value
+    reach = high - verdict.value if margin > 0 else verdict.value - low
     if reach >= abs(margin) * math.sqrt(_HOPELESS):
-        return None
-    return max(1, math.ceil(images * ((reach / margin) ** 2 - 1)))
-
-
-def _advice(outcome: Outcome, more: int | None) -> str:
-    if outcome is not Outcome.INCONCLUSIVE:
-        return ""
-    if more is None:
-        return "; the measured figure is too near to the limit for more images to decide"
-    return f"; about {more} more images like these would decide it"
+        advice = "the measured figure is too near to the limit for more images to decide"
+        return replace(verdict, message=f"{verdict.message}; {advice}")
+    more = max(1, math.ceil(images * ((reach / margin) ** 2 - 1)))
+    advice = f"about {more} more images like these would decide it"
+    return replace(verdict, message=f"{verdict.message}; {advice}", more_images=more)
 
 
 def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str, problem: str = "") -> list[Verdict]:
@@ -233,25 +210,20 @@ def _judge_match_rate(
         return _undecided(name, gate, subject=subject, limit=limit, problem=problem, value=None)
     low, high = (rate, rate) if gate.judge is Judge.POINT else agreement.match_interval
     bound = "judged by the point estimate" if gate.judge is Judge.POINT else f"95% interval {low:.1%} to {high:.1%}"
-    outcome, more = interval_outcome(-high, -low, at_most=-limit), None
-    if outcome is Outcome.INCONCLUSIVE:
-        more = _more_images(rate, (low, high), limit=limit, images=agreement.images)
     message = (
         f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.extra} extra; {bound}; "
         f"at least {limit:.1%} needed) on {agreement.images} images"
     )
-    return Verdict(
+    verdict = Verdict(
         name=name,
         subject=subject,
-        outcome=outcome,
+        outcome=interval_outcome(-high, -low, at_most=-limit),
         value=rate,
         limit=limit,
-        message=message + _advice(outcome, more),
+        message=message,
         judge=gate.judge,
-        low=low,
-        high=high,
-        more_images=more,
     )
+    return _with_interval(verdict, (low, high), images=agreement.images)
 
 
 def verdict_line(verdict: Verdict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["Detections", "box_iou", "pairwise_iou"]
+__all__ = ["Detections", "box_iou", "label_name", "pairwise_iou"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,13 +49,18 @@ class Detections:
                 "box": [float(v) for v in box],
                 "score": float(score),
                 "label": int(label),
-                "name": names[label] if 0 <= label < len(names) else str(label),
+                "name": label_name(label, names),
             }
             for box, score, label in zip(self.boxes, self.scores, self.labels, strict=True)
         ]
 
 
 _TINY = 1e-300  # keeps 0 / 0, the overlap of boxes without area, at 0
+
+
+def label_name(label: int, names: Sequence[str]) -> str:
+    """The name of a label; one without a name gets its number."""
+    return names[label] if 0 <= label < len(names) else str(label)
 
 
 def box_iou(

@@ -59,19 +59,23 @@ class BuildOptions:
     width_range: SizeRange | None = None
     precision: Precision | None = None  # for builders that convert what is float in the source; None keeps it
 
+    @property
+    def changed(self) -> dict[str, str]:
+        """Options that differ from their defaults, as text."""
+        default = BuildOptions()
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: str(value) for name, value in values.items() if value != getattr(default, name)}
+
     def refuse_all_but(self, *honoured: str, builder: str) -> None:
         """Raise ConfigError when an option other than these was set.
 
         Raises:
             ConfigError: naming the first such option.
         """
-        default = BuildOptions()
-        for option in fields(self):
-            if option.name not in honoured and getattr(self, option.name) != getattr(default, option.name):
-                raise ConfigError(
-                    f"'{builder}' has no option '{option.name}'.",
-                    hint=f"it has: {', '.join(honoured)}" if honoured else "leave it out",
-                )
+        for name in self.changed:
+            if name not in honoured:
+                hint = f"it has: {', '.join(honoured)}" if honoured else "leave it out"
+                raise ConfigError(f"'{builder}' has no option '{name}'.", hint=hint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

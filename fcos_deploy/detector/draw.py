@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.detections import Detections, label_name
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.libraries import lazy_import
 
@@ -69,7 +69,7 @@ def draw_detections(
     if options.show_labels and pen.outline:
         labels = []
         for box, score, label in items:
-            name = names[label] if 0 <= label < len(names) else str(label)
+            name = label_name(label, names)
             labels.append(_Label(f"{name} {score:.2f}" if options.show_scores else name, box, class_color(label)))
         _draw_labels(canvas, labels, pen=pen)
     return canvas

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.predictions import DetectionRun
-from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.detections import Detections, label_name
 from fcos_deploy.core.errors import ImageError
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import lazy_import
@@ -142,8 +142,7 @@ def _layers(
     reference, candidate, match = comparison.reference, comparison.candidate, comparison.match
 
     def named(detections: Detections, i: int, color: str) -> PanelBox:
-        number = int(detections.labels[i])
-        name = names[number] if 0 <= number < len(names) else str(number)
+        name = label_name(int(detections.labels[i]), names)
         return _box(detections, i, scale=scale, color=color, label=f"{name} {detections.scores[i]:.2f}")
 
     def all_boxes(detections: Detections, color: str) -> tuple[PanelBox, ...]:

@@ -38,6 +38,11 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
         ImageError: an image of the data set can no longer be read.
         ConfigError: the folder cannot be written.
     """
+    per_class = zip(*(variant.evaluation.scores.per_class for variant in data.variants), strict=True)
+    classes = [
+        (name, [_number(score.ap, 3) for score in scores])
+        for name, scores in zip(data.dataset.class_names, per_class, strict=True)
+    ]
     values = {
         "data": data,
         "verdict": report_verdict(data),
@@ -46,7 +51,7 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
         "variants": [_variant_cells(variant) for variant in data.variants],
         "has_int8": any(variant.int8_share is not None for variant in data.variants),
         "has_memory": any(v.result is not None and v.result.cold_start is not None for v in data.variants),
-        "classes": _class_cells(data),
+        "classes": classes,
         **_score_tables(data),
         "searches": [_search_cells(search) for search in data.searches],
         "machine": _machine_cells(data),
@@ -121,15 +126,6 @@ def _variant_cells(variant: ReportVariant) -> dict[str, str]:
         "int8_share": _percent(variant.int8_share),
         "gate": variant.outcome or _NOTHING,
     }
-
-
-def _class_cells(data: ReportData) -> list[tuple[str, list[str]]]:
-    """The name of each class, and its AP by each variant."""
-    per_class = zip(*(variant.evaluation.scores.per_class for variant in data.variants), strict=True)
-    return [
-        (name, [_number(score.ap, 3) for score in scores])
-        for name, scores in zip(data.dataset.class_names, per_class, strict=True)
-    ]
 
 
 def _score_tables(data: ReportData) -> dict[str, Any]:  # Any: rows for a template

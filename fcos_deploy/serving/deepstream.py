@@ -134,18 +134,14 @@ def preprocess_config(model: ServedModel) -> str:
         "custom-input-transformation-function": "CustomAsyncTransformation",
         "process-on-roi": 0,
     }
-    return _sections({"property": settings, "user-configs": _normalisation(model), "group-0": group})
-
-
-def _normalisation(model: ServedModel) -> dict[str, object]:
-    """``(pixel / pixel_scale - mean) / std`` as the library's ``factor * (pixel - offset)``."""
-    spec = model.contract.preprocess
-    if spec.input_dtype is InputDtype.UINT8:
-        return {"pixel-normalization-factor": 1.0}
-    return {
-        "pixel-normalization-factor": 1.0 / (spec.pixel_scale * spec.std[0]),
-        "offsets": ";".join(str(mean * spec.pixel_scale) for mean in spec.mean),
-    }
+    normalisation: dict[str, object] = {"pixel-normalization-factor": 1.0}
+    if spec.input_dtype is InputDtype.FLOAT32:
+        # (pixel / pixel_scale - mean) / std, as the library computes it: factor * (pixel - offset).
+        normalisation = {
+            "pixel-normalization-factor": 1.0 / (spec.pixel_scale * spec.std[0]),
+            "offsets": ";".join(str(mean * spec.pixel_scale) for mean in spec.mean),
+        }
+    return _sections({"property": settings, "user-configs": normalisation, "group-0": group})
 
 
 def _sections(sections: dict[str, dict[str, object]]) -> str:

@@ -53,25 +53,37 @@ def config_text(model: ServedModel) -> str:
             f"'{model.artifact.path}' takes batches of at most {limit}, {options.max_batch} was asked for.",
             hint="leave --max-batch out, or make the artifact with a dynamic batch",
         )
-    return "\n".join(
-        (
-            f"name: {_quoted(model.name)}",
-            f"backend: {_quoted(backend)}",
-            f'default_model_filename: "model{suffix}"',
-            f"max_batch_size: {options.max_batch}",
-            *_tensors("input", model.inputs, options),
-            *_tensors("output", model.contract.output_specs, options),
-            *_batching(options),
-            *_instances(model),
-            *_warm_up(model.inputs, options),
-            "version_policy { latest { num_versions: 1 } }",
-            "parameters {",
-            '  key: "fcos_deploy.contract"',
-            f"  value {{ string_value: {_quoted(contract_to_text(model.contract))} }}",
-            "}",
-            "",
-        )
-    )
+    lines = [
+        f"name: {_quoted(model.name)}",
+        f"backend: {_quoted(backend)}",
+        f'default_model_filename: "model{suffix}"',
+        f"max_batch_size: {options.max_batch}",
+        *_tensors("input", model.inputs, options),
+        *_tensors("output", model.contract.output_specs, options),
+    ]
+    if options.max_batch > 1:
+        lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay_us} }}")
+    # On the GPUs that were named. Triton refuses an engine on KIND_CPU: it is on every GPU by default.
+    on_gpu = options.gpus or model.artifact.kind is ArtifactKind.TENSORRT_ENGINE
+    gpus = f", gpus: [{', '.join(map(str, options.gpus))}]" if options.gpus else ""
+    place = f"kind: KIND_GPU{gpus}" if on_gpu else "kind: KIND_CPU"
+    lines.append(f"instance_group {{ count: {options.instances}, {place} }}")
+    # One request before the model counts as ready: kernels are chosen and memory is taken then, not on a frame.
+    lines.append(f'model_warmup {{ name: "first", batch_size: {1 if options.max_batch else 0}')
+    for spec in model.inputs:
+        data = "random_data: true" if spec.name == "images" else "zero_data: true"
+        value = f"data_type: {_TYPES[spec.dtype]}, dims: {_dims(spec, options)}, {data}"
+        lines.append(f"  inputs {{ key: {_quoted(spec.name)}, value {{ {value} }} }}")
+    contract = _quoted(contract_to_text(model.contract))
+    lines += [
+        "}",
+        "version_policy { latest { num_versions: 1 } }",
+        "parameters {",
+        '  key: "fcos_deploy.contract"',
+        f"  value {{ string_value: {contract} }}",
+        "}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _quoted(text: str) -> str:
@@ -90,29 +102,3 @@ def _tensors(kind: str, specs: Iterable[TensorSpec], options: ServingOptions) ->
         label = ', label_filename: "labels.txt"' if kind == "output" and spec.name in _LABELLED else ""
         dims = _dims(spec, options)
         yield f"{kind} {{ name: {_quoted(spec.name)}, data_type: {_TYPES[spec.dtype]}, dims: {dims}{label} }}"
-
-
-def _batching(options: ServingOptions) -> Iterable[str]:
-    if options.max_batch > 1:
-        yield f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay_us} }}"
-
-
-def _instances(model: ServedModel) -> Iterable[str]:
-    """On the GPUs that were named; an engine of TensorRT, which has no other place, on every one by default."""
-    options = model.options
-    place = "kind: KIND_CPU"
-    if options.gpus:
-        place = f"kind: KIND_GPU, gpus: [{', '.join(map(str, options.gpus))}]"
-    elif model.artifact.kind is ArtifactKind.TENSORRT_ENGINE:
-        place = "kind: KIND_GPU"  # Triton refuses such a model on KIND_CPU.
-    yield f"instance_group {{ count: {options.instances}, {place} }}"
-
-
-def _warm_up(specs: Iterable[TensorSpec], options: ServingOptions) -> Iterable[str]:
-    """One request before the model counts as ready: kernels are chosen and memory is taken then, not on a frame."""
-    yield 'model_warmup { name: "first", batch_size: ' + f"{1 if options.max_batch else 0}"
-    for spec in specs:
-        data = "random_data: true" if spec.name == "images" else "zero_data: true"
-        value = f"data_type: {_TYPES[spec.dtype]}, dims: {_dims(spec, options)}, {data}"
-        yield f"  inputs {{ key: {_quoted(spec.name)}, value {{ {value} }} }}"
-    yield "}"

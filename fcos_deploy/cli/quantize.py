@@ -64,10 +64,10 @@ def command(
     gate holds; exit code 4 when it does not.
     """
     from calibration.cache import load_calibration
+    from calibration.mixed_precision import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
     from calibration.placement import open_graph, placement_for
     from calibration.quantizers import QuantizeRequest
     from calibration.ranges import range_method
-    from calibration.trade_offs import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
     from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
 
     ranges = load_calibration(calibration) if calibration else None

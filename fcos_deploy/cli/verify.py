@@ -46,7 +46,7 @@ def command(
     from fcos_deploy.accuracy import verify
     from fcos_deploy.accuracy.device_record import export_record
     from fcos_deploy.accuracy.gate import write_junit
-    from fcos_deploy.accuracy.recorded import read_recorded_run
+    from fcos_deploy.accuracy.verify import read_recorded_run
     from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.serialize import to_json

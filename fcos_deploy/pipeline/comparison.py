@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from calibration.trade_offs import find_trade_offs
+from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
 from fcos_deploy.benchmark.machine import Contention
 from fcos_deploy.benchmark.measure import TimingOptions

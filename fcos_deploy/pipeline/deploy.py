@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from calibration.dataset import SampleOptions
-from calibration.trade_offs import SUFFIX, read_trade_offs
+from calibration.mixed_precision import TRADE_OFF_SUFFIX, read_trade_offs
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
 from fcos_deploy.accuracy.gate import require_all
 from fcos_deploy.benchmark.run import Benchmark
@@ -293,7 +293,9 @@ def _write_report(
             title=manifest.name,
             dataset=evaluations.dataset,
             variants=_variants(context, variants, evaluations, benchmark),
-            searches=tuple(read_trade_offs(context.writer.path(path)) for path in paths if path.endswith(SUFFIX)),
+            searches=tuple(
+                read_trade_offs(context.writer.path(path)) for path in paths if path.endswith(TRADE_OFF_SUFFIX)
+            ),
             created=provenance.created.replace("T", " ").replace("+00:00", " UTC"),
             files=_files(context, manifest, artifacts),
             machine=benchmark.machine,

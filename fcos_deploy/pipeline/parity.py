@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos_deploy.accuracy.dataset import folder_images
-from fcos_deploy.accuracy.layers import LayerFinding, OnnxLayers, first_diverging_layer
-from fcos_deploy.accuracy.parity import ParityImage, ParityReport, compare_stages
+from fcos_deploy.accuracy.parity import (
+    LayerFinding,
+    OnnxLayers,
+    ParityImage,
+    ParityReport,
+    compare_stages,
+    first_diverging_layer,
+)
 from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
 from fcos_deploy.checkpoints.rules import UNKNOWN_CLASS_NAMES
 from fcos_deploy.core.backend import ComputeType, SessionOptions

@@ -15,14 +15,15 @@ from calibration.mixed_precision import (
     AccuracyGoal,
     MixedPrecision,
     ScoreLoss,
+    TradeOffs,
     Trial,
     pareto_front,
     search_mixed_precision,
+    write_trade_offs,
 )
 from calibration.placement import Placement
 from calibration.qdq import quantize_qdq
 from calibration.quantizers import QuantizeRequest, QuantizeResult, get_quantizer
-from calibration.trade_offs import TradeOffs, write_trade_offs
 from fcos_deploy.accuracy.evaluate import OPERATING_SCORE, Evaluation, EvaluationRequest, evaluate
 from fcos_deploy.accuracy.intervals import paired_ap_drop
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns

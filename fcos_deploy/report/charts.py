@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.mixed_precision import Trial
-from calibration.trade_offs import TradeOffs
+from calibration.mixed_precision import TradeOffs, Trial
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.report.data import ReportData, ReportVariant
 

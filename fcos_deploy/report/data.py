@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from calibration.trade_offs import TradeOffs
+from calibration.mixed_precision import TradeOffs
 from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.accuracy.evaluate import Evaluation
 from fcos_deploy.benchmark.machine import Contention

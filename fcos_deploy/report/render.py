@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calibration.trade_offs import TradeOffs
+from calibration.mixed_precision import TradeOffs
 from fcos_deploy.accuracy.device_record import ReadRecord
 from fcos_deploy.accuracy.evaluate import evaluation_drift
 from fcos_deploy.bundle.store import Bundle

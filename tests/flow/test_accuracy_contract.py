@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from calibration.calibrate import CalibrationRequest, calibrate
-from calibration.trade_offs import find_trade_offs
+from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions

@@ -16,7 +16,7 @@ from fcos_deploy.accuracy.diagnosis import (
     pixel_causes,
     shifted,
 )
-from fcos_deploy.accuracy.layers import Layer, layer_causes
+from fcos_deploy.accuracy.parity import Layer, layer_causes
 from fcos_deploy.accuracy.stages import level_slices, measure_difference, tolerance_for
 from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.enums import Precision

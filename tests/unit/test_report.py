@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.mixed_precision import DetectionEffect, LayerSensitivity, Trial
-from calibration.trade_offs import TradeOffs
+from calibration.mixed_precision import DetectionEffect, LayerSensitivity, TradeOffs, Trial
 from fcos_deploy.accuracy.coco import ClassScores, CocoScores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage
 from fcos_deploy.accuracy.evaluate import Evaluation

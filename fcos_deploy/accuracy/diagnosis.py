@@ -85,6 +85,11 @@ def find_causes(stage: str, evidence: Evidence) -> list[Cause]:
     return sorted(causes, key=lambda cause: -cause.explained)
 
 
+def _best(causes: Sequence[Cause], *, above: float) -> list[Cause]:
+    """Those that explain more than ``above``, the best first."""
+    return sorted((c for c in causes if c.explained > above), key=lambda c: -c.explained)
+
+
 # The contracts.
 
 
@@ -169,7 +174,7 @@ def pixel_causes(reference: NDArray[np.float32], candidate: NDArray[np.float32])
         Cause(name=name, sentence=text, explained=explained(reference[inner], candidate[inner], trial[inner]))
         for name, text, trial in trials
     ]
-    likely = sorted((c for c in causes if c.explained > _LIKELY), key=lambda c: -c.explained)
+    likely = _best(causes, above=_LIKELY)
     return list({cause.name: cause for cause in reversed(likely)}.values())[::-1]  # the best shift only
 
 
@@ -219,7 +224,7 @@ def padding_causes(
         for down, right in places
         if (down, right) != (0, 0)
     ]
-    return sorted((c for c in causes if c.explained > _LIKELY), key=lambda c: -c.explained)[:1]
+    return _best(causes, above=_LIKELY)[:1]
 
 
 # The head's outputs.
@@ -271,7 +276,7 @@ def level_causes(reference: Tensors, candidate: Tensors, levels: dict[str, slice
         index = np.concatenate([places[name] for name in order])
         share = _outputs_explained(reference, candidate, {name: array[:, index] for name, array in reference.items()})
         causes.append(Cause(name="levels", sentence=sentence, explained=share))
-    return sorted((c for c in causes if c.explained > _CONVINCING), key=lambda c: -c.explained)[:1]
+    return _best(causes, above=_CONVINCING)[:1]
 
 
 def class_causes(reference: NDArray[Any], candidate: NDArray[Any], names: Sequence[str]) -> list[Cause]:
@@ -297,8 +302,10 @@ _ACTIVATIONS: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDA
     # From one activation's distances and the stride to what the other would have given, where that can be known.
     "exp in place of relu": lambda distances, stride: np.exp(distances / stride),
     "exp in place of relu (times the stride)": lambda distances, stride: np.exp(distances / stride) * stride,
-    "relu in place of exp": lambda distances, stride: _undo_exp(distances) * stride,
-    "relu in place of exp (without the stride)": lambda distances, _: _undo_exp(distances),
+    "relu in place of exp": lambda distances, stride: np.maximum(np.log(np.maximum(distances, 1e-9)), 0) * stride,
+    "relu in place of exp (without the stride)": lambda distances, _: np.maximum(
+        np.log(np.maximum(distances, 1e-9)), 0
+    ),
 }
 
 
@@ -313,7 +320,7 @@ def activation_causes(reference: NDArray[Any], candidate: NDArray[Any], strides:
         if usable.any():
             share = explained(reference[usable], candidate[usable], trial[usable])
             causes.append(Cause(name="activation", sentence=f"the box activation is {name}", explained=share))
-    return sorted((c for c in causes if c.explained > _CONVINCING), key=lambda c: -c.explained)
+    return _best(causes, above=_CONVINCING)
 
 
 def _input_mistakes(evidence: Evidence) -> Iterator[tuple[str, str, Tensors]]:

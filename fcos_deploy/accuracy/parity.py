@@ -269,6 +269,11 @@ class OnnxLayers:
         return Layer(name, node.op_type, settings, constants)
 
 
+_OTHER_SHAPE = TensorDifference(
+    max_abs=math.inf, mean_abs=math.inf, relative=math.inf, cosine=0.0, sqnr_db=-math.inf, where=(), image=""
+)
+
+
 def first_diverging_layer(
     reference: OnnxLayers,
     candidate: OnnxLayers,
@@ -292,7 +297,9 @@ def first_diverging_layer(
         group = common[start : start + _GROUP]
         expected, actual = reference.outputs(group, feeds), candidate.outputs(group, feeds)
         for position, name in enumerate(group, start=start):
-            difference = _compare(expected[name], actual[name])
+            difference = _OTHER_SHAPE
+            if expected[name].shape == actual[name].shape:
+                difference = measure_difference(expected[name], actual[name])
             if not tolerance.holds(difference):
                 layer = candidate.layer(name)
                 causes = layer_causes(reference.layer(name), layer, difference)
@@ -301,14 +308,6 @@ def first_diverging_layer(
                 )
         progress("layers", start + len(group), len(common))
     return None
-
-
-def _compare(reference: NDArray[Any], candidate: NDArray[Any]) -> TensorDifference:
-    if reference.shape == candidate.shape:
-        return measure_difference(reference, candidate)
-    return TensorDifference(
-        max_abs=math.inf, mean_abs=math.inf, relative=math.inf, cosine=0.0, sqnr_db=-math.inf, where=(), image=""
-    )
 
 
 def layer_causes(reference: Layer, candidate: Layer, difference: TensorDifference) -> list[Cause]:

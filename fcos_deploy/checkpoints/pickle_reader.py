@@ -99,7 +99,9 @@ class PickledArray:
         try:
             state: Any = self.state  # Any: what it is not is caught below
             _, shape, dtype, _, content = state
-            axes, size = _axes(shape), len(_text(content))
+            if not isinstance(shape, (tuple, list)) or len(shape) > MAX_AXES:
+                raise ValueError(f"{brief(shape)} of more than {MAX_AXES} axes, or no shape")
+            axes, size = tuple(shape), len(_text(content))
             if not all(type(n) is int and n >= 0 for n in axes) or math.prod(axes) * dtype.itemsize != size:
                 raise ValueError(f"{size} bytes are not of shape {axes}")
             return axes, dtype.name
@@ -110,15 +112,11 @@ class PickledArray:
         shape, _ = self._facts()
         state: Any = self.state  # Any: checked by ``_facts``
         try:
-            return np.frombuffer(_raw(state[4]), state[2].resolve()).reshape(shape, order="F" if state[3] else "C")
+            text = _text(state[4])
+            content = text if isinstance(text, bytes) else text.encode("latin1")
+            return np.frombuffer(content, state[2].resolve()).reshape(shape, order="F" if state[3] else "C")
         except (TypeError, ValueError, UnicodeError) as error:
             raise CheckpointError(f"A NumPy array in the file is damaged: {_reason(error)}.") from error
-
-
-def _axes(shape: object) -> tuple[Any, ...]:
-    if not isinstance(shape, (tuple, list)) or len(shape) > MAX_AXES:
-        raise ValueError(f"{brief(shape)} of more than {MAX_AXES} axes, or no shape")
-    return tuple(shape)
 
 
 def _reason(error: Exception) -> str:
@@ -208,11 +206,6 @@ def _text(content: object) -> bytes | str:
     if isinstance(text, (bytes, str)):
         return text
     raise TypeError(f"a {type(text).__name__} is not bytes")
-
-
-def _raw(content: object) -> bytes:
-    text = _text(content)
-    return text if isinstance(text, bytes) else text.encode("latin1")
 
 
 def _from_buffer(content: object = b"", dtype: object = None, shape: object = (), order: object = "C") -> PickledArray:

@@ -204,12 +204,11 @@ def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     """As ``_COLUMNS`` names them; a doubtful speed-up has a question mark."""
-    texts = {name: _text(value) for name, value in row.items() if name != "speedup_problem"}
-    doubt = " (?)" if row["speedup_problem"] else ""
-    return tuple(text + doubt if name == "speedup" else text for name, text in texts.items())
-
-
-def _text(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or "-"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+    cells = []
+    for name, value in row.items():
+        if name == "speedup_problem":
+            continue
+        known = value is not None and not isinstance(value, str)
+        text = f"{value:.{4 if abs(value) < 1 else 2}f}" if known else value or "-"
+        cells.append(text + (" (?)" if name == "speedup" and row["speedup_problem"] else ""))
+    return tuple(cells)

@@ -109,17 +109,16 @@ class VideoWriter:
             ConfigError: this OpenCV cannot write .mp4.
         """
         if self._writer is None:
-            self._writer = self._open(width=image.shape[1], height=image.shape[0])
+            with _opened(self._like) as capture:
+                rate = capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_RATE
+            code, size = cv2.VideoWriter_fourcc(*"mp4v"), (image.shape[1], image.shape[0])
+            writer = cv2.VideoWriter(str(self._temporary), code, rate, size)
+            if not writer.isOpened():
+                raise ConfigError(
+                    f"OpenCV cannot write '{self._path}'.", hint="use an OpenCV that was built with FFmpeg"
+                )
+            self._writer = writer
         self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-
-    def _open(self, *, width: int, height: int) -> Any:
-        with _opened(self._like) as capture:
-            rate = capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_RATE
-        code = cv2.VideoWriter_fourcc(*"mp4v")
-        writer = cv2.VideoWriter(str(self._temporary), code, rate, (width, height))
-        if not writer.isOpened():
-            raise ConfigError(f"OpenCV cannot write '{self._path}'.", hint="use an OpenCV that was built with FFmpeg")
-        return writer
 
 
 @contextlib.contextmanager
@@ -244,18 +243,15 @@ def _predict_images(
         for (path, image), detections in zip(images, results, strict=True):
             copy = copies.path(path, ".jpg")
             if copy is not None:
-                _write_jpeg(copies.draw(image, detections), copy)
+                drawn = cv2.cvtColor(copies.draw(image, detections), cv2.COLOR_RGB2BGR)
+                encoded, content = cv2.imencode(".jpg", drawn)
+                if not encoded:
+                    raise ImageError(f"Cannot encode '{copy}' as JPEG.")
+                with atomic_file(copy) as temporary:
+                    temporary.write_bytes(content.tobytes())
             yield Prediction(source=path, width=image.shape[1], height=image.shape[0], detections=detections)
         done += len(images)
         progress("detect", done + len(unread), len(paths))
-
-
-def _write_jpeg(image: NDArray[np.uint8], path: Path) -> None:
-    encoded, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    if not encoded:
-        raise ImageError(f"Cannot encode '{path}' as JPEG.")
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content.tobytes())
 
 
 def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any]:

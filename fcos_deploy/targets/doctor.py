@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import StrEnum
@@ -72,15 +71,15 @@ def examine() -> Examination:
     """Examine everything; what does not work becomes a finding, not an exception."""
     facts = read_machine()
     probes = {name: backend.probe() for name, backend in all_backends().items()}
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        partial(_machine, facts),
-        partial(_nvidia, facts),
-        partial(_npu, facts, probes),
-        partial(_runtimes, probes),
-        _packages,
-        partial(_pairs, probes),
+    findings = (
+        *_machine(facts),
+        *_gpu_driver(facts),
+        *_npu(facts, probes),
+        *_runtimes(probes),
+        *_packages(),
+        *_pairs(probes),
     )
-    return Examination(tuple(finding for check in checks for finding in check()), facts, probes)
+    return Examination(findings, facts, probes)
 
 
 def lines(findings: Iterable[Finding]) -> Iterator[str]:
@@ -109,7 +108,7 @@ def _machine(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("machine", "JetPack", Health.WORKS, detail)
 
 
-def _nvidia(facts: MachineFacts) -> Iterator[Finding]:
+def _gpu_driver(facts: MachineFacts) -> Iterator[Finding]:
     if facts.nvidia_driver:
         yield Finding("NVIDIA", "driver", Health.WORKS, facts.nvidia_driver)
     elif facts.jetson is not None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import ComputeType, Precision
-from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
-@cli.with_trust_options
+@cli.with_session_options("device", "compute", "threads", "allow_engine_code")
 def command(
     model: cli.Model,
     *,
@@ -44,11 +42,7 @@ def command(
     ] = 0.1,
     backend: cli.Backends = None,
     precision: cli.BundlePrecisions = None,
-    device: cli.Device = "",
-    compute: cli.Compute = ComputeType.F32,
-    threads: cli.Threads = None,
-    trust: Trust,
-    allow_engine_code: cli.AllowEngineCode = False,
+    session: SessionOptions,
     output: Annotated[
         Path | None, cli.option("JSON file to write.", "-o", "--output", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
@@ -61,21 +55,9 @@ def command(
     """
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
-    from fcos_deploy.core.backend import SessionOptions
-    from fcos_deploy.detector import DetectorSpec
 
-    base = SessionOptions(
-        device=device,
-        compute=compute,
-        threads=threads,
-        allow_engine_code=allow_engine_code,
-    ).trusting(trust)
-    sessions = cli.session_options(base, [model, *(also or [])], checkpoint=options)
-    precisions: list[Precision] | list[None] = precision or [None]
-    candidates = tuple(
-        DetectorSpec(model=path, backend=name, precision=value, options=session)
-        for (path, session), name, value in product(sessions.items(), backend or [""], precisions)
-    )
+    sessions = cli.session_options(session, [model, *(also or [])], checkpoint=options)
+    candidates = cli.detector_specs(sessions, backend, precision)
     timing = TimingOptions(rounds=rounds, warmup=warmup, throughput_seconds=seconds)
     earlier = run.read_baseline(baseline) if baseline else None
     with progress_bar() as progress:

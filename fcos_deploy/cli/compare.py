@@ -10,11 +10,11 @@ import typer
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Judge
-from fcos_deploy.core.trust import Trust
 
 if TYPE_CHECKING:
     from fcos_deploy.accuracy.gate import Verdict
@@ -25,7 +25,7 @@ __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
-@cli.with_trust_options
+@cli.with_session_options("threads")
 def command(
     first: Annotated[
         Path, typer.Argument(metavar="FIRST", help="Model to compare with: checkpoint, ONNX file, engine or bundle.")
@@ -52,8 +52,7 @@ def command(
     second_precision: Annotated[
         Precision | None, cli.option("Precision of the second bundle. Default: that of --precision.", panel=cli.RUNTIME)
     ] = None,
-    threads: cli.Threads = None,
-    trust: Trust,
+    session: SessionOptions,
     report: Annotated[
         Path | None, cli.option("HTML report of the comparison to write.", metavar="FILE", panel=cli.OUTPUT)
     ] = None,
@@ -69,14 +68,12 @@ def command(
     from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_json, evaluation_row
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
-    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    base = SessionOptions(threads=threads).trusting(trust)
-    sessions = cli.session_options(base, [first, second], checkpoint=options)
+    sessions = cli.session_options(session, [first, second], checkpoint=options)
     reference = DetectorSpec(model=first, backend=backend, precision=precision, options=sessions[first])
     candidate = DetectorSpec(
         model=second,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.gate import Judge
-from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
-@cli.with_trust_options
+@cli.with_session_options("device", "compute", "threads", "allow_engine_code")
 def command(
     model: cli.Model,
     *,
@@ -42,11 +40,7 @@ def command(
     allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backends = None,
     precision: cli.BundlePrecisions = None,
-    device: cli.Device = "",
-    compute: cli.Compute = ComputeType.F32,
-    threads: cli.Threads = None,
-    trust: Trust,
-    allow_engine_code: cli.AllowEngineCode = False,
+    session: SessionOptions,
     junit: cli.Junit = None,
     as_json: cli.Json = False,
     options: CheckpointOptions,
@@ -64,24 +58,13 @@ def command(
         evaluation_row,
     )
     from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
-    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate
     from fcos_deploy.core.serialize import to_json
     from fcos_deploy.detector import DetectorSpec
 
-    base = SessionOptions(
-        device=device,
-        compute=compute,
-        threads=threads,
-        allow_engine_code=allow_engine_code,
-    ).trusting(trust)
-    sessions = cli.session_options(base, [model, *([reference] if reference else [])], checkpoint=options)
-    precisions: list[Precision] | list[None] = precision or [None]
+    sessions = cli.session_options(session, [model, *([reference] if reference else [])], checkpoint=options)
     request = EvaluationRequest(
-        candidates=tuple(
-            DetectorSpec(model=model, backend=name, precision=value, options=sessions[model])
-            for name, value in product(backend or [""], precisions)
-        ),
+        candidates=cli.detector_specs({model: sessions[model]}, backend, precision),
         images=images,
         annotations=annotations,
         reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference]))

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,10 +20,13 @@ from fcos_deploy.core.checkpoint_options import (
     override_options,
     read_checkpoint_options,
 )
-from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.model_files import is_checkpoint
 from fcos_deploy.core.trust import Trust
+
+if TYPE_CHECKING:
+    from fcos_deploy.detector import DetectorSpec
 
 __all__ = [
     "GATE",
@@ -65,6 +68,7 @@ __all__ = [
     "Threads",
     "complete_backend",
     "complete_target",
+    "detector_specs",
     "option",
     "output",
     "reference_options",
@@ -73,6 +77,7 @@ __all__ = [
     "with_common_checkpoint_options",
     "with_parameters",
     "with_required_signature",
+    "with_session_options",
     "with_signature_options",
     "with_trust_options",
 ]
@@ -348,6 +353,36 @@ def _with_trust(command: Callable[..., None], options: Mapping[str, Any]) -> Cal
     return with_parameters(with_trust, command, added, hidden="trust")
 
 
+def with_session_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these options of a runtime, and those of trust; it receives them as ``session``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def with_session(*, trust: Trust, **arguments: Any) -> None:  # Any: each parameter's own type
+            chosen = {name: arguments.pop(name) for name in names}
+            command(**arguments, session=SessionOptions(**chosen).trusting(trust))
+
+        default = SessionOptions()
+        added = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=getattr(default, name), annotation=_SESSION_OPTIONS[name]
+            )
+            for name in names
+        ]
+        return with_trust_options(with_parameters(with_session, command, added, hidden="session"))
+
+    return decorate
+
+
+_SESSION_OPTIONS: dict[str, Any] = {  # Any: type forms
+    "device": Device,
+    "compute": Compute,
+    "hint": Annotated[PerformanceHint, option("Goal the runtime is tuned for.", panel=RUNTIME)],
+    "threads": Threads,
+    "allow_fallback": AllowFallback,
+    "allow_engine_code": AllowEngineCode,
+}
+
+
 def with_all_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every field of ``CheckpointOptions`` as an option; it receives them as ``options``."""
     return _with_checkpoint_options(command, option_infos())
@@ -408,6 +443,21 @@ def session_options(
         model: replace(base, checkpoint=checkpoint if model in checkpoints or not checkpoints else None)
         for model in models
     }
+
+
+def detector_specs(
+    sessions: Mapping[Path, SessionOptions], backends: Sequence[str] | None, precisions: Sequence[Precision] | None
+) -> tuple[DetectorSpec, ...]:
+    """Every model on every backend in every precision; none given: the model's own choice."""
+    from fcos_deploy.detector import DetectorSpec
+
+    chosen: Sequence[Precision | None] = precisions or [None]
+    return tuple(
+        DetectorSpec(model=model, backend=backend, precision=precision, options=options)
+        for model, options in sessions.items()
+        for backend in backends or [""]
+        for precision in chosen
+    )
 
 
 def _trusted_keys(public_key: list[str] | None, *, required: bool) -> tuple[str, ...]:

@@ -6,16 +6,15 @@ from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import AccuracyGateError
-from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
-@cli.with_trust_options
+@cli.with_session_options("device", "compute", "threads")
 def command(
     model: cli.Model,
     *,
@@ -26,10 +25,7 @@ def command(
     layers: Annotated[bool, cli.option("Search for the first layer that diverges (ONNX files).", "--layers")] = False,
     backend: cli.Backend = "",
     precision: cli.BundlePrecision = None,
-    device: cli.Device = "",
-    compute: cli.Compute = ComputeType.F32,
-    threads: cli.Threads = None,
-    trust: Trust,
+    session: SessionOptions,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -38,11 +34,9 @@ def command(
     Checkpoint options apply to --reference. Exit code 4: a stage diverges.
     """
     from fcos_deploy.accuracy.parity import parity_json
-    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.parity import ParityRequest, check_parity, find_layer
 
-    session = SessionOptions(device=device, compute=compute, threads=threads).trusting(trust)
     request = ParityRequest(
         candidate=DetectorSpec(model=model, backend=backend, precision=precision, options=session),
         checkpoint=reference,

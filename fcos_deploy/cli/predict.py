@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,9 @@ import typer
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import ImageError
-from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
@@ -21,7 +21,7 @@ _ROWS = 200  # of the table
 
 
 @cli.with_common_checkpoint_options
-@cli.with_trust_options
+@cli.with_session_options("device", "compute", "threads", "allow_fallback", "allow_engine_code")
 def command(
     model: cli.Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, folders of images, videos.")],
@@ -34,16 +34,11 @@ def command(
     ] = None,
     backend: cli.Backend = "",
     precision: cli.BundlePrecision = None,
-    device: cli.Device = "",
-    compute: cli.Compute = ComputeType.F32,
-    threads: cli.Threads = None,
+    session: SessionOptions,
     cache: Annotated[
         Path | None,
         cli.option("Folder for compiled models. Default: ~/.cache/fcos-deploy.", metavar="DIR", panel=cli.RUNTIME),
     ] = None,
-    allow_fallback: cli.AllowFallback = False,
-    trust: Trust,
-    allow_engine_code: cli.AllowEngineCode = False,
     draw: Annotated[
         Path | None, cli.option("Folder for annotated copies (.jpg, .mp4).", metavar="DIR", panel=cli.OUTPUT)
     ] = None,
@@ -64,20 +59,11 @@ def command(
 
     Images that cannot be read do not stop the others; the exit code is then 1.
     """
-    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.draw import DrawOptions
     from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
 
-    session = SessionOptions(
-        device=device,
-        compute=compute,
-        threads=threads,
-        cache_dir=cache,
-        checkpoint=options,
-        allow_engine_code=allow_engine_code,
-        allow_fallback=allow_fallback,
-    ).trusting(trust)
+    session = replace(session, cache_dir=cache, checkpoint=options)
     opened = Detector.open(
         model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
     )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.trust import Trust
@@ -85,13 +83,9 @@ def command(
     models = [model, *(also or [])]
     base = SessionOptions(threads=threads).trusting(trust)
     sessions = cli.session_options(base, [*models, reference], checkpoint=options)
-    precisions: list[Precision] | list[None] = precision or [None]
     request = ComparisonRequest(
         reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference])),
-        candidates=tuple(
-            DetectorSpec(model=path, backend=name, precision=value, options=sessions[path])
-            for path, name, value in product(models, backend or [""], precisions)
-        ),
+        candidates=cli.detector_specs({path: sessions[path] for path in models}, backend, precision),
         images=images,
         annotations=annotations,
         gate=Gate(max_map_drop=max_map_drop, judge=judge),

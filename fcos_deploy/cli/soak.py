@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import PerformanceHint
-from fcos_deploy.core.trust import Trust
 
 __all__ = ["command"]
 
 
 @cli.with_common_checkpoint_options
-@cli.with_trust_options
+@cli.with_session_options("device", "hint", "threads")
 def command(
     model: cli.Model,
     *,
@@ -35,12 +35,7 @@ def command(
     ] = 0.02,
     backend: cli.Backend = "",
     precision: cli.BundlePrecision = None,
-    device: cli.Device = "",
-    hint: Annotated[
-        PerformanceHint, cli.option("Goal the runtime is tuned for.", panel=cli.RUNTIME)
-    ] = PerformanceHint.LATENCY,
-    threads: cli.Threads = None,
-    trust: Trust,
+    session: SessionOptions,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -49,10 +44,9 @@ def command(
     Exit code 1: a result differs, or memory or the number of open files grew.
     """
     from fcos_deploy.benchmark.soak import require_sound, soak, soak_images, soak_json
-    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import Detector
 
-    session = SessionOptions(device=device, hint=hint, threads=threads, checkpoint=options).trusting(trust)
+    session = replace(session, checkpoint=options)
     opened = Detector.open(model, backend=backend, precision=precision, options=session)
     with opened as detector, progress_bar() as progress:
         frames = soak_images(images, orientation=detector.contract.preprocess.orientation)

@@ -23,6 +23,7 @@ from fcos_deploy.checkpoints.rules import (
     canonical,
     decode_spec,
     final_rules,
+    level_strides,
     network_config,
     preprocess_spec,
     refuse_unsupported,
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 _METADATA_KEY = "fcos_deploy"  # of a safetensors file
-_STRIDES = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +138,9 @@ def decided_options(description: CheckpointDescription) -> CheckpointOptions:
         stage_strides=config.stage_strides if config.backbone is BackboneType.RESNET else None,
         stage_dilations=config.stage_dilations if config.backbone is BackboneType.RESNET else None,
         upsampling=config.upsampling,
-        extra_source=config.extra_source if config.num_levels == 5 else None,
-        extra_relu=config.extra_relu if config.num_levels == 5 else None,
+        pooled_levels=config.pooled_levels if "pooled_levels" in decided else None,
+        extra_source=config.extra_source if config.extra_convs else None,
+        extra_relu=config.extra_relu if config.extra_convs > 1 else None,
         ignore_config=tuple(decided["ignore_config"].split(", ")) if "ignore_config" in decided else (),
         size_rule=preprocess.size_rule,
         content=preprocess.content,
@@ -246,26 +247,44 @@ def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
     else:
         tower_norm = TowerNorm.GROUP if f"{norm}.weight" in tensors else TowerNorm.NONE
     _refuse_other_shapes(tensors, backbone)
-    channels, c5_channels = _shape(tensors, "backbone.fpn.inner_blocks.2.0.weight", 4)[:2]
+    laterals = sum(f"backbone.fpn.inner_blocks.{index}.0.weight" in tensors for index in range(5))
+    channels, c5_channels = _shape(tensors, f"backbone.fpn.inner_blocks.{laterals - 1}.0.weight", 4)[:2]
+    first_tower = next((f"{head}.conv.0.weight" for head in (SHARED_TOWER, CLS_HEAD, REG_HEAD) if convs[head]), "")
     p6 = tensors.get("backbone.fpn.extra_blocks.p6.weight")
     from_c5 = p6 is not None and c5_channels != channels and tuple(p6.shape)[1:2] == (c5_channels,)
+    extra = sum(f"backbone.fpn.extra_blocks.p{level}.weight" in tensors for level in (6, 7))
+    # A level of its own scale that no convolution makes is pooled.
+    scales = _scale_count(tensors)
+    pooled = max(scales - laterals - extra, 0)
     try:
         return FcosConfig(
             num_classes=_shape(tensors, f"{CLS_HEAD}.cls_logits.weight", 4)[0],
+            image_channels=_shape(tensors, _STEMS[backbone], 4)[1],
             backbone=backbone,
             fpn_channels=channels,
+            tower_channels=_shape(tensors, first_tower, 4)[0] if first_tower else 0,
             extra_source=ExtraSource.INPUT if from_c5 else ExtraSource.OUTPUT,
             norm_groups=1,  # decided later: shapes do not tell
-            strides=_STRIDES if "backbone.fpn.extra_blocks.p6.weight" in tensors else _STRIDES[:3],
+            strides=level_strides((1, 2, 2, 2), laterals + extra + pooled, laterals=laterals),
+            laterals=laterals,
+            pooled_levels=pooled,
             cls_convs=convs[CLS_HEAD],
             reg_convs=convs[REG_HEAD],
             shared_convs=convs[SHARED_TOWER],
             tower_norm=tower_norm,
-            has_scales=any(name in tensors for name in (f"{REG_HEAD}.scales", f"{REG_HEAD}.scales.0")),
+            has_scales=scales > 0,
             **_INFERRED.get(backbone, lambda _: {})(tensors),
         )
     except FcosDeployError as error:
         raise CheckpointError(f"The shapes fit no FCOS: {error.message}", hint=error.hint) from error
+
+
+def _scale_count(tensors: Mapping[str, TensorFacts]) -> int:
+    """How many levels have a scale of their own; 0 where the head has none."""
+    name = f"{REG_HEAD}.scales"
+    if name in tensors:
+        return _shape(tensors, name, 1)[0]
+    return sum(n.startswith(f"{name}.") for n in tensors)
 
 
 _STEMS = {
@@ -276,7 +295,7 @@ _STEMS = {
 }
 # The norm is mmdetection's, merged into its convolution when the weights are loaded.
 _PYRAMID = re.compile(
-    r"backbone\.fpn\.(?:(?:inner|layer)_blocks\.[012]\.0|extra_blocks\.p[67])\."
+    r"backbone\.fpn\.(?:(?:inner|layer)_blocks\.[0123]\.0|extra_blocks\.p[67])\."
     r"(?:weight|bias|norm\.(?:weight|bias|running_mean|running_var|num_batches_tracked))"
 )
 
@@ -295,28 +314,19 @@ def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneT
             f"The stem '{_STEMS[backbone]}' takes images of {colours} channels, 3 are supported.",
             hint=(gray if colours == 1 else "") + own,
         )
-    if "backbone.fpn.inner_blocks.3.0.weight" in tensors:
+    laterals = [index for index in range(5) if f"backbone.fpn.inner_blocks.{index}.0.weight" in tensors]
+    if laterals not in ([0, 1, 2], [0, 1, 2, 3]):
         raise CheckpointError(
-            "The pyramid has 4 lateral convolutions, so that it begins at P2; those that begin at P3 are supported.",
-            hint=f"train with returned_layers=[2, 3, 4], {own}",
+            f"The pyramid has lateral convolutions {laterals}, expected 0 to 2 (over C3 to C5) or 0 to 3 (C2 to C5).",
+            hint=f"is it another number of levels? {own.removeprefix('or ').capitalize()}",
         )
     unknown = sorted(n for n in tensors if n.startswith(("backbone.fpn", "neck.")) and not _PYRAMID.fullmatch(n))
     if unknown:
         raise CheckpointError(
             f"The pyramid has {len(unknown)} unknown tensors: '{unknown[0]}'; "
-            "3 levels and 5 (P6 and P7) are supported.",
+            "levels up to P5 and two of convolutions more (P6 and P7) are supported.",
             hint=f"is it another number of levels? {own.removeprefix('or ').capitalize()}",
         )
-    width = _shape(tensors, "backbone.fpn.inner_blocks.0.0.weight", 4)[0]
-    for head in (SHARED_TOWER, CLS_HEAD, REG_HEAD):
-        name = f"{head}.conv.0.weight"
-        if name in tensors and _shape(tensors, name, 4)[:2] != (width, width):
-            out, into = _shape(tensors, name, 4)[:2]
-            raise CheckpointError(
-                f"The tower '{head}' has {into} channels in and {out} out, the pyramid has {width}: "
-                "towers of another width are not supported.",
-                hint=f"train with towers as wide as the pyramid, {own}",
-            )
 
 
 def _infer_resnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any: keyword arguments of FcosConfig

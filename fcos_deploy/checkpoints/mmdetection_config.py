@@ -454,9 +454,10 @@ class _Reader:
         backbone = model.get("backbone") or {}
         end = neck.get("end_level", -1)
         stages = backbone.get("out_indices", [0, 1, 2, 3])[neck.get("start_level", 0) : None if end == -1 else end + 1]
-        if stages != [1, 2, 3]:
+        expected = [0, 1, 2, 3][-self._network.laterals :]
+        if stages != expected:
             path = "model.neck.start_level"
-            self._refuse(path, neck.get("start_level", 0), f"a pyramid over stages [1, 2, 3], not {stages}")
+            self._refuse(path, neck.get("start_level", 0), f"a pyramid over stages {expected}, not {stages}")
         levels = neck.get("num_outs", self._network.num_levels)
         if levels != self._network.num_levels:
             self._refuse("model.neck.num_outs", levels, f"the {self._network.num_levels} levels that have tensors")
@@ -470,8 +471,11 @@ class _Reader:
         if levels <= len(stages):
             return values
         if extra is False:
-            self._refuse("model.neck.add_extra_convs", extra, "convolutions for P6 and P7", "extra_source")
+            if self._network.extra_convs:
+                self._refuse("model.neck.add_extra_convs", extra, "the convolutions that have tensors", "extra_source")
             return values
+        if self._network.pooled_levels:
+            self._refuse("model.neck.add_extra_convs", extra, "False, where levels have no tensors")
         if extra is True:  # version 1 and early 2: the older key says which
             extra = "on_input" if neck.get("extra_convs_on_inputs", True) else "on_output"
         source = ExtraSource(extra.removeprefix("on_"))
@@ -505,7 +509,7 @@ class _Reader:
         stages = self._options.stage_strides or (model.get("backbone") or {}).get("strides", [1, 2, 2, 2])
         if not _are(4, _is_positive)(list(stages)):
             return  # refused or answered already
-        expected = level_strides(tuple(stages), self._network.num_levels)
+        expected = level_strides(tuple(stages), self._network.num_levels, laterals=self._network.laterals)
         if stated != list(expected):
             self._refuse("model.bbox_head.strides", stated, f"the strides of the network's levels, {list(expected)}")
 

@@ -111,6 +111,7 @@ class Rules:
     stage_strides: tuple[int, int, int, int] | None = None
     stage_dilations: tuple[int, int, int, int] | None = None
     upsampling: Upsampling = Upsampling.NEAREST
+    pooled_levels: int | None = None
     extra_source: ExtraSource | None = ExtraSource.OUTPUT
     extra_relu: bool | None = True
     ignore_config: tuple[str, ...] = ()
@@ -240,6 +241,9 @@ class Ecosystem:
 
 _DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
 _SCALE = re.compile(re.escape(REG_HEAD) + r"\.scales\.(\d+)")
+_PYRAMID_BLOCK = re.compile(r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.0\.(.+)")
+_TOWERS = "|".join(map(re.escape, (CLS_HEAD, REG_HEAD, SHARED_TOWER)))
+_TOWER_LAYER = re.compile(rf"({_TOWERS})\.conv\.(\d+)\.(.+)")
 
 
 def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -> dict[str, TensorFacts]:
@@ -257,10 +261,55 @@ def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -
         if target in sources:
             raise CheckpointError(f"Tensors '{sources[target]}' and '{name}' are both '{target}'.")
         sources[target], renamed[target] = name, tensor
+    renamed = _with_numbered_towers(_with_numbered_levels(renamed))
     scales = {int(m.group(1)): t for n, t in renamed.items() if (m := _SCALE.fullmatch(n))}
     if sorted(scales) != list(range(len(scales))) or any(count_of(t) != 1 for t in scales.values()):
         raise CheckpointError(f"Expected one scale for each level, got levels {sorted(scales)}.")
     return renamed
+
+
+def _with_numbered_levels(tensors: Mapping[str, TensorFacts]) -> dict[str, TensorFacts]:
+    """The pyramid's blocks counted from 0 on; output convolutions beyond the lateral ones are P6 and P7.
+
+    detectron2 and tianzhi number them after the backbone's stages, and mmdetection goes on counting.
+    """
+    blocks = {name: match for name in tensors if (match := _PYRAMID_BLOCK.fullmatch(name))}
+    laterals = sorted({int(match[2]) for match in blocks.values() if match[1] == "inner"})
+    first = laterals[0] if laterals else 0
+    numbered = {}
+    for name, tensor in tensors.items():
+        match = blocks.get(name)
+        target = name
+        if match is not None:
+            index = int(match[2]) - first
+            beyond = match[1] == "layer" and index >= len(laterals)
+            place = f"extra_blocks.p{6 + index - len(laterals)}" if beyond else f"{match[1]}_blocks.{index}.0"
+            target = f"backbone.fpn.{place}.{match[3]}"
+        if target in numbered:
+            raise CheckpointError(f"Two tensors are '{target}': the pyramid's levels are numbered in two ways.")
+        numbered[target] = tensor
+    return numbered
+
+
+def _with_numbered_towers(tensors: Mapping[str, TensorFacts]) -> dict[str, TensorFacts]:
+    """The towers' layers counted with a norm behind each convolution, which libraries leave out where there is none."""
+    layers: dict[str, dict[int, bool]] = {}  # of each tower: whether a layer is a convolution
+    for name, tensor in tensors.items():
+        match = _TOWER_LAYER.fullmatch(name)
+        if match is not None:
+            known = layers.setdefault(match[1], {})
+            known[int(match[2])] = known.get(int(match[2]), False) or (match[3] == "weight" and len(tensor.shape) == 4)
+    numbers: dict[tuple[str, int], int] = {}
+    for tower, kinds in layers.items():
+        convolutions = 0
+        for index in sorted(kinds):
+            convolutions += kinds[index]
+            numbers[tower, index] = 3 * (convolutions - 1) + (not kinds[index])
+    numbered = {}
+    for name, tensor in tensors.items():
+        match = _TOWER_LAYER.fullmatch(name)
+        numbered[f"{match[1]}.conv.{numbers[match[1], int(match[2])]}.{match[3]}" if match else name] = tensor
+    return numbered
 
 
 # What this network does not have, by parts of names; each with what to call it.
@@ -346,8 +395,8 @@ def _with_network_facts(rules: Rules, evidence: Evidence) -> Rules:
         "norm_groups": ("group norm in its towers", network.tower_norm is TowerNorm.GROUP),
         "tower_norm_eps": ("norm in its towers", network.tower_norm is not TowerNorm.NONE),
         "fpn_norm_eps": ("batch norm in its pyramid", has_fpn_norm),
-        "extra_source": ("level P6", network.num_levels == 5),
-        "extra_relu": ("level P7", network.num_levels == 5),
+        "extra_source": ("level P6", network.extra_convs > 0),
+        "extra_relu": ("level P7", network.extra_convs > 1),
         "stage_strides": ("ResNet backbone", is_resnet),
         "stage_dilations": ("ResNet backbone", is_resnet),
     }
@@ -412,21 +461,22 @@ def network_config(rules: Rules, network: FcosConfig) -> FcosConfig:
             *("stride_in_1x1", "box_activation", "centerness_on_reg", "norm_eps", "norm_groups", "tower_norm_eps"),
             "fpn_norm_eps",
             *("stage_strides", "stage_dilations", "upsampling", "extra_source", "extra_relu", "anchor_sizes"),
+            "pooled_levels",
         )
         if getattr(rules, name) is not None
     }
-    if rules.stage_strides is not None:
-        decided["strides"] = level_strides(rules.stage_strides, network.num_levels)
-    return dataclasses.replace(network, **decided)
+    levels = network.laterals + network.extra_convs + decided.get("pooled_levels", network.pooled_levels)
+    strides = level_strides(rules.stage_strides or network.stage_strides, levels, laterals=network.laterals)
+    return dataclasses.replace(network, strides=strides, **decided)
 
 
-def level_strides(stage_strides: tuple[int, ...], levels: int) -> tuple[int, ...]:
-    """Strides of the pyramid's levels in network-input pixels, of a ResNet with these strides of its stages."""
-    strides, stride = [], 4 * stage_strides[0]  # The stem has divided by 4.
-    for stage_stride in (*stage_strides[1:], *(2,) * (levels - 3)):
+def level_strides(stage_strides: tuple[int, ...], levels: int, *, laterals: int = 3) -> tuple[int, ...]:
+    """Strides of the pyramid's levels in network-input pixels, of a backbone with these strides of its stages."""
+    strides, stride = [], 4  # The stem has divided by 4.
+    for stage_stride in (*stage_strides, *(2,) * (levels - laterals)):
         stride *= stage_stride
         strides.append(stride)
-    return tuple(strides)
+    return tuple(strides[len(stage_strides) - laterals :])
 
 
 def preprocess_spec(rules: Rules) -> PreprocessSpec:

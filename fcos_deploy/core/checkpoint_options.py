@@ -202,6 +202,12 @@ class CheckpointOptions:
     upsampling: Upsampling | None = _option(
         None, "Interpolation between the pyramid's levels. Default: the configuration's, or nearest."
     )
+    pooled_levels: int | None = _option(
+        None,
+        "Number of coarsest levels that pooling makes, which have no weights. "
+        "Default: what the levels' scales show; 1 for torchvision without P6.",
+        metavar="N",
+    )
     extra_source: ExtraSource | None = _option(
         None,
         "Map from which P6 is computed: P5 (output), the lateral convolution of C5 (lateral) or C5 (input). "

@@ -96,14 +96,18 @@ class FcosConfig:
 
     ``stem_channels`` is 64 in every published ResNet; a smaller number makes a backbone of reduced width.
     ``stem_widths`` and ``osa_stages`` are those of a VoVNet: its three stem convolutions and its four stages.
-    ``strides`` are those of the pyramid levels, finest first, in network-input pixels. ``stage_strides`` and
-    ``stage_dilations`` are those of a ResNet's four stages. ``extra_relu``: P7 is computed from relu(P6).
+    ``strides`` are those of the pyramid levels, finest first, in network-input pixels: of the backbone's last
+    ``laterals`` stages (3: P3 to P5, 4: P2 to P5), of levels that convolutions add (P6, P7), and of ``pooled_levels``
+    that take every second place of the level before. ``stage_strides`` and ``stage_dilations`` are those of a ResNet's
+    four stages. ``extra_relu``: P7 is computed from relu(P6). ``tower_channels`` is the width of the head's towers, 0
+    that of the pyramid. ``image_channels``: 3 colours, or 1 of gray images.
     ``anchor_sizes`` are the units of the levels' distances in pixels, () the strides. ``tower_norm_eps`` belongs to the
     norm of the towers, ``fpn_norm_eps`` to the batch norm of the pyramid, which is merged into its convolutions when
     weights are loaded, and ``norm_eps`` to that of the backbone.
     """
 
     num_classes: int
+    image_channels: int = 3
     backbone: BackboneType = BackboneType.RESNET
     block: BlockType = BlockType.BOTTLENECK
     blocks: tuple[int, ...] = (3, 4, 6, 3)
@@ -122,7 +126,10 @@ class FcosConfig:
     extra_source: ExtraSource = ExtraSource.OUTPUT
     extra_relu: bool = True
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    laterals: int = 3
+    pooled_levels: int = 0
     anchor_sizes: tuple[int, ...] = ()
+    tower_channels: int = 0
     cls_convs: int = 4
     reg_convs: int = 4
     shared_convs: int = 0
@@ -140,8 +147,13 @@ class FcosConfig:
         parts = len(self.stem_widths), len(self.osa_stages)
         if self.backbone is BackboneType.VOVNET and parts != (3, 4):
             raise ConfigError(f"A VoVNet has 3 stem convolutions and 4 stages, got {parts[0]} and {parts[1]}.")
-        if len(self.strides) not in (3, 5):
-            raise ConfigError(f"An FCOS pyramid has 3 or 5 levels, got strides {self.strides}.")
+        if self.image_channels not in (1, 3):
+            raise ConfigError(f"Images have 3 channels, or 1 where they are gray, got {self.image_channels}.")
+        if self.laterals not in (3, 4) or self.pooled_levels < 0 or self.extra_convs not in (0, 1, 2):
+            raise ConfigError(
+                f"{self.num_levels} levels, {self.pooled_levels} of them pooled, do not fit {self.laterals} lateral "
+                "convolutions: a pyramid begins at P2 or P3, and convolutions add up to 2 levels behind P5."
+            )
         if self.anchor_sizes and (len(self.anchor_sizes) != len(self.strides) or min(self.anchor_sizes) < 1):
             raise ConfigError(
                 f"{len(self.strides)} levels need as many anchor sizes, got {self.anchor_sizes}.",
@@ -149,11 +161,21 @@ class FcosConfig:
             )
         if min(self.stage_strides + self.stage_dilations) < 1:
             raise ConfigError("The strides and dilations of a backbone's stages must be at least 1.")
-        if self.norm_groups < 1 or (self.tower_norm is TowerNorm.GROUP and self.fpn_channels % self.norm_groups):
+        if self.norm_groups < 1 or (self.tower_norm is TowerNorm.GROUP and self.head_channels % self.norm_groups):
             raise ConfigError(
-                f"{self.fpn_channels} pyramid channels do not divide into {self.norm_groups} normalisation groups.",
+                f"{self.head_channels} tower channels do not divide into {self.norm_groups} normalisation groups.",
                 hint="the number of the training: --norm-groups N",
             )
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of the towers."""
+        return self.tower_channels or self.fpn_channels
+
+    @property
+    def extra_convs(self) -> int:
+        """Number of levels that convolutions add behind P5: P6 and P7."""
+        return self.num_levels - self.laterals - self.pooled_levels
 
     @property
     def num_levels(self) -> int:

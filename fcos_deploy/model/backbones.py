@@ -91,7 +91,7 @@ class ResNetBackbone(nn.Module):
         super().__init__()
         stem = config.stem_channels
         block = _BasicBlock if config.block is BlockType.BASIC else _Bottleneck
-        self.conv1 = nn.Conv2d(3, stem, 7, 2, 3, bias=False)
+        self.conv1 = nn.Conv2d(config.image_channels, stem, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem, eps=config.norm_eps)
         channels = stem
         for index, count in enumerate(config.blocks):
@@ -103,16 +103,17 @@ class ResNetBackbone(nn.Module):
                 blocks.append(block(channels, planes, stride=stride, dilation=dilation, config=config))
                 channels = planes * block.expansion
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
-        self.out_channels = tuple((stem << i) * block.expansion for i in (1, 2, 3))
+        self._laterals = config.laterals
+        self.out_channels = tuple((stem << i) * block.expansion for i in range(4))[-config.laterals :]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (n, 3, H, W) -> [C3, C4, C5]."""
+        """Normalised images (n, 3, H, W) -> [C3, C4, C5], or from C2 on."""
         x = torch.relu(self.bn1(self.conv1(images)))
         x = nn.functional.max_pool2d(x, 3, 2, 1)
         c2 = self.layer1(x)
         c3 = self.layer2(c2)
         c4 = self.layer3(c3)
-        return [c3, c4, self.layer4(c4)]
+        return [c2, c3, c4, self.layer4(c4)][-self._laterals :]
 
 
 class _Root(nn.Module):
@@ -179,32 +180,33 @@ def _stem(in_channels: int, channels: int, *, kernel: int, stride: int, eps: flo
 
 
 class Dla34Backbone(nn.Module):
-    """DLA-34 without its classifier; ``forward`` gives levels 3, 4 and 5 (strides 8, 16, 32)."""
+    """DLA-34 without its classifier; ``forward`` gives levels 3, 4 and 5 (strides 8, 16, 32), or from level 2 on."""
 
     def __init__(self, config: FcosConfig) -> None:
         super().__init__()
         eps = config.norm_eps
         c0, c1, c2, c3, c4, c5 = 16, 32, 64, 128, 256, 512
-        self.base_layer = _stem(3, c0, kernel=7, stride=1, eps=eps)
+        self.base_layer = _stem(config.image_channels, c0, kernel=7, stride=1, eps=eps)
         self.level0 = _stem(c0, c0, kernel=3, stride=1, eps=eps)
         self.level1 = _stem(c0, c1, kernel=3, stride=2, eps=eps)
         self.level2 = _Leaf(c1, c2, stride=2, extra_channels=0, eps=eps)
         self.level3 = _Pair(c2, c3, eps=eps)
         self.level4 = _Pair(c3, c4, eps=eps)
         self.level5 = _Level5(c4, c5, stride=2, extra_channels=c4, eps=eps)
-        self.out_channels = (c3, c4, c5)
+        self._laterals = config.laterals
+        self.out_channels = (c2, c3, c4, c5)[-config.laterals :]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (n, 3, H, W) -> [C3, C4, C5]."""
-        x = self.level1(self.level0(self.base_layer(images)))
-        c3 = self.level3(self.level2(x, []), [])
-        c4 = self.level4(c3, [])
-        return [c3, c4, self.level5(c4, [])]
+        """Normalised images (n, 3, H, W) -> [C3, C4, C5], or from C2 on."""
+        level2 = self.level2(self.level1(self.level0(self.base_layer(images))), [])
+        level3 = self.level3(level2, [])
+        level4 = self.level4(level3, [])
+        return [level2, level3, level4, self.level5(level4, [])][-self._laterals :]
 
 
 # Expansion, channels, repetitions, stride (Sandler et al., MobileNetV2, table 2).
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-_TAPS = (6, 13, 17)  # features at strides 8, 16 and 32
+_TAPS = (3, 6, 13, 17)  # the last features at strides 4, 8, 16 and 32
 
 
 class _InvertedResidual(nn.Module):
@@ -240,7 +242,11 @@ class MobileNetV2Backbone(nn.Module):
         eps = config.norm_eps
         channels = 32
         features: list[nn.Module] = [
-            nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels, eps=eps), nn.ReLU6())
+            nn.Sequential(
+                nn.Conv2d(config.image_channels, channels, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(channels, eps=eps),
+                nn.ReLU6(),
+            )
         ]
         widths = [channels]
         for expansion, width, count, first_stride in _STAGES:
@@ -250,14 +256,15 @@ class MobileNetV2Backbone(nn.Module):
                 channels = width
                 widths.append(width)
         self.features = nn.Sequential(*features)
-        self.out_channels = tuple(widths[i] for i in _TAPS)
+        self._taps = _TAPS[-config.laterals :]
+        self.out_channels = tuple(widths[i] for i in self._taps)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (n, 3, H, W) -> [C3, C4, C5]."""
+        """Normalised images (n, 3, H, W) -> [C3, C4, C5], or from C2 on."""
         x, taps = images, []
         for index, feature in enumerate(self.features):
             x = feature(x)
-            if index in _TAPS:
+            if index in self._taps:
                 taps.append(x)
         return taps
 
@@ -301,7 +308,7 @@ class VovnetBackbone(nn.Module):
 
     def __init__(self, config: FcosConfig) -> None:
         super().__init__()
-        eps, channels = config.norm_eps, 3
+        eps, channels = config.norm_eps, config.image_channels
         self.stem = nn.Sequential()
         for width, stride in zip(config.stem_widths, (2, 1, 2), strict=True):
             self.stem.append(_stem(channels, width, kernel=3, stride=stride, eps=eps))
@@ -314,13 +321,14 @@ class VovnetBackbone(nn.Module):
                 blocks.append(_OsaBlock(channels, stage, identity=index > 0, eps=eps))
                 channels = stage.out_channels
             self.stages.append(blocks)
-        self.out_channels = tuple(stage.out_channels for stage in config.osa_stages[1:])
+        self._laterals = config.laterals
+        self.out_channels = tuple(stage.out_channels for stage in config.osa_stages[-config.laterals :])
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (n, 3, H, W), multiples of 32 -> [C3, C4, C5]."""
+        """Normalised images (n, 3, H, W), multiples of 32 -> [C3, C4, C5], or from C2 on."""
         x: Tensor = self.stages[0](self.stem(images))
-        maps = []
+        maps = [x]
         for stage in self.stages[1:]:
             x = stage(nn.functional.max_pool2d(x, 3, 2, ceil_mode=True))
             maps.append(x)
-        return maps
+        return maps[-self._laterals :]

@@ -41,7 +41,7 @@ class Fcos(nn.Module):
         self.head = _FcosHead(config)
 
     def forward(self, images: Tensor) -> list[LevelOutput]:
-        """Normalised images (n, 3, H, W) float32, H and W multiples of 32 -> one output a level."""
+        """Normalised images (n, 3, H, W) float32, 1 channel of gray ones -> one output a level."""
         outputs: list[LevelOutput] = self.head(self.backbone(images))
         return outputs
 
@@ -68,21 +68,21 @@ class _Backbone(nn.Module):
 
 
 class _ExtraLevels(nn.Module):
-    """P6 from ``source`` and P7 from relu(P6), or from P6 without ``relu``."""
+    """P6 from ``source``, and where there are two levels P7 from relu(P6), or from P6 without ``relu``."""
 
-    def __init__(self, in_channels: int, channels: int, *, relu: bool) -> None:
+    def __init__(self, in_channels: int, channels: int, *, count: int, relu: bool) -> None:
         super().__init__()
         self.p6 = nn.Conv2d(in_channels, channels, 3, 2, 1)
-        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1) if count == 2 else None
         self._relu = relu
 
     def forward(self, source: Tensor) -> list[Tensor]:
         p6 = self.p6(source)
-        return [p6, self.p7(torch.relu(p6) if self._relu else p6)]
+        return [p6] if self.p7 is None else [p6, self.p7(torch.relu(p6) if self._relu else p6)]
 
 
 class _FeaturePyramid(nn.Module):
-    """C3-C5 -> P3-P5, and P6-P7 when there are 5 levels; every level has ``fpn_channels`` channels."""
+    """C3-C5 -> P3-P5 (or from C2 on), and the levels behind them; every level has ``fpn_channels`` channels."""
 
     def __init__(self, in_channels: tuple[int, ...], *, config: FcosConfig) -> None:
         super().__init__()
@@ -91,11 +91,15 @@ class _FeaturePyramid(nn.Module):
         self.inner_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(c, channels, 1)) for c in in_channels)
         self.layer_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1)) for _ in in_channels)
         extra_channels = in_channels[-1] if config.extra_source is ExtraSource.INPUT else channels
-        extra = _ExtraLevels(extra_channels, channels, relu=config.extra_relu) if config.num_levels == 5 else None
-        self.extra_blocks = extra
+        self.extra_blocks = (
+            _ExtraLevels(extra_channels, channels, count=config.extra_convs, relu=config.extra_relu)
+            if config.extra_convs
+            else None
+        )
+        self._pooled_levels = config.pooled_levels
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """[C3, C4, C5] -> [P3, ..., P7], finest first."""
+        """[C3, C4, C5] or [C2, ..., C5] -> all levels, finest first."""
         top_down = [block(feature) for block, feature in zip(self.inner_blocks, features, strict=True)]
         for i in range(len(top_down) - 2, -1, -1):
             # To the size of the finer map, not times two: a map of odd size rounds up when it is halved.
@@ -107,17 +111,22 @@ class _FeaturePyramid(nn.Module):
             ExtraSource.LATERAL: top_down[-1],
             ExtraSource.INPUT: features[-1],
         }
-        return levels if self.extra_blocks is None else levels + self.extra_blocks(sources[self._source])
+        if self.extra_blocks is not None:
+            levels += self.extra_blocks(sources[self._source])
+        for _ in range(self._pooled_levels):
+            levels.append(nn.functional.max_pool2d(levels[-1], 1, 2))
+        return levels
 
 
 class _Tower(nn.Module):
     """Convolution, norm and ReLU, ``count`` times; entry 3i is a convolution and 3i + 1 its norm."""
 
-    def __init__(self, count: int, *, config: FcosConfig) -> None:
+    def __init__(self, in_channels: int, count: int, *, config: FcosConfig) -> None:
         super().__init__()
-        channels = config.fpn_channels
+        channels = config.head_channels
+        self.out_channels = channels if count else in_channels
         layers: list[nn.Module] = []
-        for _ in range(count):
+        for index in range(count):
             norm: nn.Module = nn.Identity()
             if config.tower_norm is TowerNorm.GROUP:
                 norm = nn.GroupNorm(config.norm_groups, channels, eps=config.tower_norm_eps)
@@ -125,7 +134,7 @@ class _Tower(nn.Module):
                 norm = nn.BatchNorm2d(channels, eps=config.tower_norm_eps)
             elif config.tower_norm is TowerNorm.BATCH_PER_LEVEL:
                 norm = nn.ModuleList(nn.BatchNorm2d(channels, eps=config.tower_norm_eps) for _ in config.strides)
-            layers += [nn.Conv2d(channels, channels, 3, 1, 1), norm, nn.ReLU()]
+            layers += [nn.Conv2d(channels if index else in_channels, channels, 3, 1, 1), norm, nn.ReLU()]
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, level: int) -> Tensor:
@@ -136,17 +145,17 @@ class _Tower(nn.Module):
 
 
 class _ClassificationHead(_Tower):
-    def __init__(self, config: FcosConfig) -> None:
-        super().__init__(config.cls_convs, config=config)
-        self.cls_logits = nn.Conv2d(config.fpn_channels, config.num_classes, 3, 1, 1)
+    def __init__(self, in_channels: int, config: FcosConfig) -> None:
+        super().__init__(in_channels, config.cls_convs, config=config)
+        self.cls_logits = nn.Conv2d(self.out_channels, config.num_classes, 3, 1, 1)
 
 
 class _RegressionHead(_Tower):
-    def __init__(self, config: FcosConfig) -> None:
-        super().__init__(config.reg_convs, config=config)
-        self.bbox_reg = nn.Conv2d(config.fpn_channels, 4, 3, 1, 1)
+    def __init__(self, in_channels: int, config: FcosConfig) -> None:
+        super().__init__(in_channels, config.reg_convs, config=config)
+        self.bbox_reg = nn.Conv2d(self.out_channels, 4, 3, 1, 1)
         # Stays here even when the classification tower feeds it: the key names are torchvision's.
-        self.bbox_ctrness = nn.Conv2d(config.fpn_channels, 1, 3, 1, 1)
+        self.bbox_ctrness = nn.Conv2d(self.out_channels, 1, 3, 1, 1)
         if config.has_scales:
             self.scales = nn.Parameter(torch.ones(config.num_levels))
 
@@ -157,9 +166,10 @@ class _FcosHead(nn.Module):
     def __init__(self, config: FcosConfig) -> None:
         super().__init__()
         self._config = config
-        self.classification_head = _ClassificationHead(config)
-        self.regression_head = _RegressionHead(config)
-        self.shared_tower = _Tower(config.shared_convs, config=config) if config.shared_convs else None
+        shared = _Tower(config.fpn_channels, config.shared_convs, config=config)
+        self.classification_head = _ClassificationHead(shared.out_channels, config)
+        self.regression_head = _RegressionHead(shared.out_channels, config)
+        self.shared_tower = shared if config.shared_convs else None
         # Weights on the meta device are assigned later; drawing them there imports torch._dynamo, which takes seconds.
         if self.regression_head.bbox_reg.weight.is_meta:
             return

@@ -421,20 +421,14 @@ def _empty(*shape: int) -> Tensor:
     [
         ("torchvision_bn", {"backbone.body.conv1.weight": _empty(64, 1, 7, 7)}, "takes images of 1 channels"),
         ("torchvision_bn", {"backbone.body.conv1.weight": _empty(64, 4, 7, 7)}, "takes images of 4 channels"),
-        ("torchvision_bn", {"backbone.fpn.inner_blocks.3.0.weight": _empty(256, 2048, 1, 1)}, "begins at P2"),
-        ("detectron2_fcos_R_50_FPN_1x", {"backbone.fpn_lateral2.weight": _empty(256, 256, 1, 1)}, "fpn_lateral2"),
+        ("torchvision_bn", {"backbone.fpn.inner_blocks.4.0.weight": _empty(256, 64, 1, 1)}, "lateral convolutions [0"),
         (
             "mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco",
             {"neck.fpn_convs.5.conv.weight": _empty(256, 256, 3, 3)},
-            "unknown tensors: 'neck.fpn_convs.5.conv.weight'; 3 levels and 5",
-        ),
-        (
-            "torchvision_bn",
-            {"head.classification_head.conv.0.weight": _empty(128, 256, 3, 3)},
-            "towers of another width are not supported",
+            "1 unknown tensors: 'backbone.fpn.extra_blocks.p8.weight'",
         ),
     ],
-    ids=["gray", "thermal", "p2", "detectron2-p2", "six-levels", "tower-width"],
+    ids=["gray", "thermal", "p1", "six-levels"],
 )
 def test_other_networks_are_refused_by_name_before_they_are_built(
     name: str, changed: dict[str, Tensor], message: str
@@ -458,11 +452,68 @@ def test_anchor_sizes_are_a_printed_decision_with_an_option() -> None:
         _describe("adelaidet_R_50_1x", options=CheckpointOptions(anchor_sizes=(8, 16, 32, 64, 128)))
 
 
-def test_a_pyramid_whose_last_level_may_be_pooled_is_refused() -> None:
+def _without(name: str, part: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in _state_dict(name).items() if part not in key}
+
+
+def test_a_level_without_weights_is_pooled_as_the_library_does_or_asked_about() -> None:
     """resnet_fpn_backbone(returned_layers=[2, 3, 4]) without extra blocks: LastLevelMaxPool has no weights."""
-    tensors = {n: t for n, t in _state_dict("torchvision_bn").items() if "extra_blocks" not in n}
-    with pytest.raises(CheckpointError, match="adds a level by pooling"):
-        describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
+    describe = functools.partial(describe_weights, file_name="x.pth", stated={})
+    weights = _weights(_without("torchvision_bn", "extra_blocks"))
+    with pytest.raises(ConfigError, match="4 levels, for which torchvision has no default sizes") as asked:
+        describe(weights, options=CheckpointOptions())
+    assert "--anchor-sizes" in asked.value.hint
+    pooled = describe(weights, options=CheckpointOptions(anchor_sizes=(8, 16, 32, 64)))
+    assert (pooled.config.pooled_levels, pooled.contract.decode.strides) == (1, (8, 16, 32, 64))
+    assert _decision(pooled, "pooled_levels") == ("1", "rule of torchvision: LastLevelMaxPool, where there is no P6")
+    build_network(pooled.config, pooled.tensors)
+    options = CheckpointOptions(pooled_levels=2)  # with torchvision's five sizes
+    assert describe(weights, options=options).contract.decode.strides == (8, 16, 32, 64, 128)
+    weights = _weights(_without("detectron2_fcos_R_50_FPN_1x", "top_block"))
+    with pytest.raises(ConfigError, match="no P6") as asked:
+        describe(weights, options=CheckpointOptions())
+    assert asked.value.hint == "--pooled-levels 1, or --pooled-levels 0"
+    said = CheckpointOptions(pooled_levels=0)
+    assert describe(weights, options=said).contract.decode.strides == (8, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "norm"),
+    [
+        ("adelaidet_R_50_1x", "fcos_head.cls_tower", None),
+        ("adelaidet_R_50_1x", "fcos_head.cls_tower", "running_mean"),
+        ("detectron2_fcos_R_50_FPN_1x", "head.cls_subnet", None),
+        ("tianzhi_fcos_imprv_R_50_FPN_1x", "rpn.head.cls_tower", None),
+        ("tianzhi_fcos_imprv_R_50_FPN_1x", "rpn.head.cls_tower", "running_mean"),
+    ],
+)
+def test_towers_without_norm_or_with_batch_norm_are_counted_by_their_convolutions(
+    name: str, tower: str, norm: str | None
+) -> None:
+    """Libraries leave the norm's place out where there is none: convolutions are layers 0, 2, 4 and 6."""
+    tensors: dict[str, Tensor] = {}
+    towers = (tower, tower.replace("cls_", "bbox_"))
+    for key, tensor in _state_dict(name).items():
+        match = re.fullmatch(rf"(.*(?:{'|'.join(map(re.escape, towers))}))\.(\d+)\.(\w+)", key)
+        if match is None or (tensor.ndim == 1 and norm is not None):
+            tensors[key] = tensor
+        elif int(match[2]) % 3 == 0:
+            tensors[f"{match[1]}.{2 * int(match[2]) // 3 if norm is None else match[2]}.{match[3]}"] = tensor
+        if match is not None and norm is not None and int(match[2]) % 3 == 1:
+            tensors |= {f"{match[1]}.{match[2]}.running_{part}": torch.zeros(256) for part in ("mean", "var")}
+    described = describe_weights(_weights(tensors), file_name=name, stated={}, options=CheckpointOptions())
+    expected = TowerNorm.NONE if norm is None else TowerNorm.BATCH
+    assert (described.config.tower_norm, described.config.cls_convs) == (expected, 4)
+    build_network(described.config, described.tensors)
+
+
+def test_detectron2_numbers_its_levels_after_the_stages() -> None:
+    tensors = _state_dict("detectron2_fcos_R_50_FPN_1x")
+    tensors |= {"backbone.fpn_lateral2.weight": _empty(256, 256, 1, 1), "backbone.fpn_lateral2.bias": _empty(256)}
+    tensors |= {"backbone.fpn_output2.weight": _empty(256, 256, 3, 3), "backbone.fpn_output2.bias": _empty(256)}
+    described = describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
+    assert described.contract.decode.strides == (4, 8, 16, 32, 64, 128)
+    build_network(described.config, described.tensors)
 
 
 def test_unknown_names_are_shown() -> None:

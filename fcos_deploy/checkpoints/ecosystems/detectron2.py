@@ -49,8 +49,8 @@ BACKBONE_RENAMES = (
     Rename(r"backbone\.bottom_up\.(base_layer|level\d)\.(.+)", r"backbone.body.\1.\2"),  # DLA
     Rename(r"backbone\.bottom_up\.(stem|stage\d)\.(.+/(?:conv|norm)\..+|.+\.ese\.fc\..+)", _osa_layer),
     Rename(
-        r"backbone\.fpn_(lateral|output)([345])\.(\w+)",
-        lambda m: f"backbone.fpn.{'inner' if m[1] == 'lateral' else 'layer'}_blocks.{int(m[2]) - 3}.0.{m[3]}",
+        r"backbone\.fpn_(lateral|output)([2345])\.(\w+)",
+        lambda m: f"backbone.fpn.{'inner' if m[1] == 'lateral' else 'layer'}_blocks.{m[2]}.0.{m[3]}",
     ),
 )
 
@@ -138,6 +138,12 @@ def _ask_what_the_body_leaves_open(evidence: Evidence, *, stored: frozenset[str]
 
 
 def _rules(evidence: Evidence) -> Rules:
+    if not evidence.network.extra_convs and evidence.options.pooled_levels is None:
+        raise ConfigError(
+            "The pyramid has no P6. The file does not say whether a level is pooled behind P5 (LastLevelMaxPool): it "
+            "would have no weights.",
+            hint="--pooled-levels 1, or --pooled-levels 0",
+        )
     return stored_pixels(caffe_rules(evidence, profile="detectron2", score_threshold=0.2), evidence)
 
 

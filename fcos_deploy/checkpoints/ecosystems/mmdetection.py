@@ -115,15 +115,11 @@ ECOSYSTEM = Ecosystem(
     renames=(
         Rename(r"backbone\.((?:conv1|bn1|layer\d)\..+)", r"backbone.body.\1"),
         Rename(r"neck\.lateral_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.inner_blocks.\1.0.\2"),
-        Rename(r"neck\.fpn_convs\.([012])\.conv\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.\2"),
+        Rename(r"neck\.fpn_convs\.(\d+)\.conv\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.\2"),
         Rename(r"neck\.lateral_convs\.(\d+)\.bn\.(\w+)", r"backbone.fpn.inner_blocks.\1.0.norm.\2"),
-        Rename(r"neck\.fpn_convs\.([012])\.bn\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.norm.\2"),
+        Rename(r"neck\.fpn_convs\.(\d+)\.bn\.(\w+)", r"backbone.fpn.layer_blocks.\1.0.norm.\2"),
         *moved(
             {
-                "neck.fpn_convs.3.conv": "backbone.fpn.extra_blocks.p6",
-                "neck.fpn_convs.4.conv": "backbone.fpn.extra_blocks.p7",
-                "neck.fpn_convs.3.bn": "backbone.fpn.extra_blocks.p6.norm",
-                "neck.fpn_convs.4.bn": "backbone.fpn.extra_blocks.p7.norm",
                 "bbox_head.conv_cls": f"{CLS_HEAD}.cls_logits",
                 "bbox_head.conv_reg": f"{REG_HEAD}.bbox_reg",
                 "bbox_head.conv_centerness": f"{REG_HEAD}.bbox_ctrness",

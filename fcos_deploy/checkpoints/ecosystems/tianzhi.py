@@ -69,8 +69,8 @@ ECOSYSTEM = Ecosystem(
         ),
         Rename(r"rpn\.head\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
         Rename(
-            r"backbone\.fpn\.fpn_(inner|layer)([234])\.(\w+)",
-            lambda m: f"backbone.fpn.{m[1]}_blocks.{int(m[2]) - 2}.0.{m[3]}",  # 2 is C3
+            r"backbone\.fpn\.fpn_(inner|layer)([1234])\.(\w+)",
+            lambda m: f"backbone.fpn.{m[1]}_blocks.{m[2]}.0.{m[3]}",
         ),
     ),
     rules=_rules,

@@ -7,20 +7,14 @@ from __future__ import annotations
 
 from fcos_deploy.checkpoints.rules import COCO_91, Ecosystem, Evidence, Rename, Rules
 from fcos_deploy.core.enums import CenterMode, Orientation
-from fcos_deploy.core.errors import CheckpointError
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
 
 __all__ = ["ECOSYSTEM"]
 
 
 def _rules(evidence: Evidence) -> Rules:
-    if evidence.network.num_levels != 5:
-        raise CheckpointError(
-            "The pyramid has no P6 and P7. torchvision's resnet_fpn_backbone then adds a level by pooling, which has "
-            "no weights, and the sizes of the anchors are not in the file.",
-            hint="train with extra_blocks=LastLevelP6P7(256, 256), or see docs/your-own-fcos.md",
-        )
-    return Rules(
+    rules = Rules(
         profile="torchvision",
         centers=CenterMode.TORCHVISION,
         score_threshold=0.2,
@@ -33,7 +27,28 @@ def _rules(evidence: Evidence) -> Rules:
         resize_order=ResizeOrder.NORMALIZE_FIRST,
         size_rule=SizeRule.TORCHVISION,
         orientation=Orientation.STORED,
-    ).decide("rule of torchvision: AnchorGenerator's sizes are not in the file", anchor_sizes=(8, 16, 32, 64, 128))
+    )
+    network, options = evidence.network, evidence.options
+    if not network.extra_convs:
+        # BackboneWithFPN (models/detection/backbone_utils.py) pools a level where it gets no extra blocks.
+        rules = rules.decide("rule of torchvision: LastLevelMaxPool, where there is no P6", pooled_levels=1)
+    pooled = options.pooled_levels if options.pooled_levels is not None else rules.pooled_levels or 0
+    levels = network.laterals + network.extra_convs + pooled
+    if levels == len(_ANCHOR_SIZES):
+        return rules.decide(
+            "rule of torchvision: AnchorGenerator's sizes are not in the file", anchor_sizes=_ANCHOR_SIZES
+        )
+    if not options.anchor_sizes:
+        doubled = ",".join(str(_ANCHOR_SIZES[0] << level) for level in range(levels))
+        raise ConfigError(
+            f"The pyramid has {levels} levels, for which torchvision has no default sizes of AnchorGenerator, and they "
+            "are not in the file.",
+            hint=f"give those of the training: --anchor-sizes A,B,... (torchgeo: {doubled})",
+        )
+    return rules.decide("option", anchor_sizes=options.anchor_sizes)
+
+
+_ANCHOR_SIZES = (8, 16, 32, 64, 128)  # of models/detection/fcos.py
 
 
 ECOSYSTEM = Ecosystem(

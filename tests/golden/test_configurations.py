@@ -1,7 +1,8 @@
-"""Checkpoints with configurations that are not mmdetection's default give the detections of mmdetection 3.3.0.
+"""Networks and configurations that are not the libraries' defaults give the detections of the libraries.
 
-The file of references holds, for each configuration, the mean magnitude of each level's head outputs and the final
-detections of mmdetection's own pipeline, network and decoding, with the weights of ``_fill_weights.py``.
+Each file of references holds, for each case, the mean magnitude of each level's head outputs and the final detections
+of the library's own preprocessing, network and decoding (mmdetection 3.3.0, torchvision 0.28.0), with the weights of
+``_fill_weights.py``. Their compiled suppression was replaced by greedy suppression in Python.
 """
 
 from __future__ import annotations
@@ -29,15 +30,22 @@ from fcos_deploy.core.preprocess import InputDtype, preprocess
 from fcos_deploy.detector import Detector
 from fcos_deploy.model.tails import ExportableFcos, StaticNms
 
-DATA = Path(__file__).parents[1] / "data" / "mmdetection" / "configurations.json"
-REFERENCES = json.loads(DATA.read_text())
+DATA = Path(__file__).parents[1] / "data"
+REFERENCES = {
+    "mmdetection": json.loads((DATA / "mmdetection" / "configurations.json").read_text()),
+    "torchvision": json.loads((DATA / "torchvision" / "recipes.json").read_text()),
+}
+CASES = [
+    (library, name) for library, references in REFERENCES.items() for name in references["cases"] if name != "gray"
+]
 ABSENT = "<absent>"
 
 
 def configuration(name: str) -> dict[str, Any]:
-    """The configuration of a reference: the base, and its changes by dotted path."""
-    config: dict[str, Any] = copy.deepcopy(ast.literal_eval(REFERENCES["base"]))
-    for path, value in ast.literal_eval(REFERENCES["cases"][name]["changes"]).items():
+    """mmdetection's configuration of a reference: the base, and its changes by dotted path."""
+    references = REFERENCES["mmdetection"]
+    config: dict[str, Any] = copy.deepcopy(ast.literal_eval(references["base"]))
+    for path, value in ast.literal_eval(references["cases"][name]["changes"]).items():
         *parents, last = path.split(".")
         section = config
         for parent in parents:
@@ -49,17 +57,29 @@ def configuration(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, fill_weights: ModuleType) -> Callable[[str], Path]:
-    """Writes the file as mmdetection does: weights, and its configuration as text."""
+def load(tmp_path: Path, fill_weights: ModuleType) -> Callable[[str, str], LoadedCheckpoint]:
+    """Loads a file as the library writes it: mmdetection with its configuration as text, torchvision weights alone."""
 
-    def write(name: str) -> Path:
-        shapes = REFERENCES["networks"][REFERENCES["cases"][name]["network"]]
+    def load(library: str, name: str) -> LoadedCheckpoint:
+        case = REFERENCES[library]["cases"][name]
+        shapes = REFERENCES[library]["networks"][case["network"]]
         weights = {key: torch.as_tensor(fill_weights.fill(key, tuple(shape))) for key, shape in shapes.items()}
-        text = "\n".join(f"{key} = {value!r}" for key, value in configuration(name).items())
-        torch.save({"meta": {"cfg": text}, "state_dict": weights}, tmp_path / "model.pth")
-        return tmp_path / "model.pth"
+        said: dict[str, Any] = {key: _as_tuple(value) for key, value in case.get("options", {}).items()}
+        content: dict[str, Any] = weights
+        if library == "mmdetection":
+            text = "\n".join(f"{key} = {value!r}" for key, value in configuration(name).items())
+            content = {"meta": {"cfg": text}, "state_dict": weights}
+        else:
+            said = {"shortest": 192, "longest": 256, "score_threshold": 0.1, "max_detections": 60, **said}
+        torch.save(content, tmp_path / "model.pth")
+        options = CheckpointOptions(input_dtype=InputDtype.FLOAT32, **said)
+        return load_checkpoint(tmp_path / "model.pth", options=options)
 
-    return write
+    return load
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _image() -> NDArray[np.uint8]:
@@ -90,10 +110,12 @@ def _assert_same(detections: Detections, case: dict[str, Any]) -> None:
     np.testing.assert_allclose(detections.boxes, case["boxes"], atol=2e-3)
 
 
-@pytest.mark.parametrize("name", REFERENCES["cases"])
-def test_detections_are_those_of_mmdetection(name: str, checkpoint: Callable[[str], Path]) -> None:
-    case = REFERENCES["cases"][name]
-    loaded = load_checkpoint(checkpoint(name), options=CheckpointOptions(input_dtype=InputDtype.FLOAT32))
+@pytest.mark.parametrize(("library", "name"), CASES)
+def test_detections_are_those_of_the_library(
+    library: str, name: str, load: Callable[[str, str], LoadedCheckpoint]
+) -> None:
+    case = REFERENCES[library]["cases"][name]
+    loaded = load(library, name)
     pixels, _ = preprocess(_image(), loaded.contract.preprocess)
     with torch.inference_mode():
         levels = loaded.model(torch.from_numpy(pixels)[None])
@@ -106,17 +128,19 @@ def test_detections_are_those_of_mmdetection(name: str, checkpoint: Callable[[st
 @pytest.mark.parametrize(
     "name", ["class-agnostic", "min-bbox-size", "min-bbox-size-absent", "no-clip", "pad-larger", "nms-pre-20"]
 )
-def test_every_tail_follows_the_configuration(name: str, tail: Tail, checkpoint: Callable[[str], Path]) -> None:
-    loaded = load_checkpoint(checkpoint(name), options=CheckpointOptions(input_dtype=InputDtype.FLOAT32))
-    _assert_same(_detect(loaded, tail), REFERENCES["cases"][name])
+def test_every_tail_follows_the_configuration(
+    name: str, tail: Tail, load: Callable[[str, str], LoadedCheckpoint]
+) -> None:
+    _assert_same(_detect(load("mmdetection", name), tail), REFERENCES["mmdetection"]["cases"][name])
 
 
-@pytest.mark.parametrize("name", ["bilinear", "divisor-1"])
+@pytest.mark.parametrize(
+    ("library", "name"), [("mmdetection", "bilinear"), ("mmdetection", "divisor-1"), ("torchvision", "pooled-p2-p6")]
+)
 def test_an_exported_graph_of_open_size_gives_them_too(
-    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+    library: str, name: str, load: Callable[[str, str], LoadedCheckpoint], tmp_path: Path
 ) -> None:
     pytest.importorskip("onnx")
-    loaded = load_checkpoint(checkpoint(name), options=CheckpointOptions(input_dtype=InputDtype.FLOAT32))
-    export_onnx(loaded, tmp_path / "model.onnx")
+    export_onnx(load(library, name), tmp_path / "model.onnx")
     with Detector.open(tmp_path / "model.onnx", backend="onnxruntime") as detector:
-        _assert_same(detector.detect(_image()), REFERENCES["cases"][name])
+        _assert_same(detector.detect(_image()), REFERENCES[library]["cases"][name])

@@ -143,7 +143,7 @@ def _golden_images(bundle: Bundle) -> dict[str, NDArray[np.uint8]]:
     """By the SHA-256 of their files, so that an image of both bundles is used once."""
     files = bundle.manifest.all_files
     return {
-        files[golden.path].sha256: read_golden_image(bundle.path(golden.path), golden)
+        files[golden.path].sha256: read_golden_image(bundle.read(golden.path), golden)
         for golden in bundle.manifest.golden
     }
 

@@ -307,7 +307,7 @@ def verify_bundle(
         rate = _match_rate(_compare(expected, certified, paths, decode=manifest.contract.decode, gate=gate))
         if rate is not None and rate < (gate.min_match_rate or 0.0):
             gate = replace(gate, min_match_rate=round(rate * _FOUND_AGAIN, 6))
-    images = [read_golden_image(bundle.path(golden.path), golden) for golden in manifest.golden]
+    images = [read_golden_image(bundle.read(golden.path), golden) for golden in manifest.golden]
     preprocessing = _check_preprocessing(manifest, images)
     results: tuple[GoldenResult, ...] = ()
     values: GoldenCheck | None = None

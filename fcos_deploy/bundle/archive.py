@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from fcos_deploy.bundle.manifest import (
     DIGEST_NAME,
@@ -17,7 +21,7 @@ from fcos_deploy.bundle.manifest import (
     check_relative_path,
 )
 from fcos_deploy.core.errors import BundleError, ChecksumError, FcosDeployError
-from fcos_deploy.core.files import atomic_file
+from fcos_deploy.core.files import atomic_file, open_regular
 from fcos_deploy.core.model_files import is_checkpoint
 
 __all__ = ["is_archive", "pack_files", "unpack"]
@@ -35,18 +39,38 @@ def is_archive(path: Path) -> bool:
     return path.suffix == ".tar" and path.is_file() and not is_checkpoint(path)
 
 
-def pack_files(root: Path, *, names: list[str], output: Path) -> None:
-    """Write the files ``names`` of ``root`` to the uncompressed archive ``output``.
+class _Hashing(io.RawIOBase):
+    """A file that is hashed while it is read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._stream.read(size)
+        self.digest.update(block)
+        return block
+
+
+def pack_files(root: Path, *, files: Mapping[str, str], output: Path) -> None:
+    """Write ``files`` of ``root``, by their names with the SHA-256 of each or '', to the uncompressed ``output``.
 
     The archive is the same byte for byte for the same contents: sorted names, no times, no owners.
+
+    Raises:
+        ChecksumError: a file has another hash.
     """
     with atomic_file(output) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
-        for name in sorted(names):
+        for name, sha256 in sorted(files.items()):
             member = tarfile.TarInfo(name)
-            member.size = (root / name).stat().st_size
             member.mode = 0o644
-            with (root / name).open("rb") as stream:
-                archive.addfile(member, stream)
+            with open_regular(root / name, follow_links=False) as stream:
+                member.size = os.fstat(stream.fileno()).st_size
+                hashing = _Hashing(stream)
+                archive.addfile(member, hashing)
+            if sha256 and hashing.digest.hexdigest() != sha256:
+                raise ChecksumError(f"'{root / name}' was changed while it was packed.", hint="pack it again")
 
 
 class _Member(tarfile.TarInfo):

@@ -298,8 +298,7 @@ def usable_layers(bundle: Bundle, *, backend: str) -> list[LayerState]:
             continue
         problem = state.problem or _changed_file(state)
         if not problem:
-            records = (*state.layer.artifacts, *state.layer.files)
-            bundle.adopt({f"{state.name}/{record.path}": state.folder / record.path for record in records})
+            bundle.adopt(state.name, (*state.layer.artifacts, *state.layer.files), folder=state.folder)
             usable.append(state)
         elif not state.other_device:
             _LOG.warning("The layer '%s' is not used: %s Renew it: %s", state.folder, problem, state.renew)

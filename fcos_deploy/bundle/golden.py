@@ -16,7 +16,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import BundleError, ImageError
-from fcos_deploy.core.image import read_image
+from fcos_deploy.core.image import decode_image
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec, preprocess
 
@@ -189,16 +189,16 @@ def make_golden(
     return tuple(golden)
 
 
-def read_golden_image(path: Path, golden: GoldenImage) -> NDArray[np.uint8]:
-    """(h, w, 3) uint8 RGB; the size in the file's header must be the manifest's before anything is decoded.
+def read_golden_image(content: bytes, golden: GoldenImage) -> NDArray[np.uint8]:
+    """(h, w, 3) uint8 RGB of a PNG file; the size in its header must be the manifest's before anything is decoded.
 
     Raises:
         ImageError: the file is not a PNG of the recorded size.
     """
-    header = path.read_bytes()[: _PNG_HEADER.size]
+    path, header = Path(golden.path), content[: _PNG_HEADER.size]
     if len(header) < _PNG_HEADER.size or not header.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ImageError(f"Golden image '{path}' is not a PNG file.")
     *_, width, height = _PNG_HEADER.unpack(header)
     if (height, width) != (golden.height, golden.width):
         raise ImageError(f"Golden image '{path}' must be {golden.height}x{golden.width}, got {height}x{width}.")
-    return read_image(path)
+    return decode_image(content, path=path)

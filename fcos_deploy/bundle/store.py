@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -23,6 +24,8 @@ from fcos_deploy.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     SIGNATURE_NAME,
     UNLISTED,
+    Artifact,
+    FileRecord,
     Manifest,
     parse_manifest,
 )
@@ -44,6 +47,7 @@ from fcos_deploy.core.errors import (
 )
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.onnx_file import external_locations
+from fcos_deploy.core.private_files import PrivateFiles, checked_bytes
 from fcos_deploy.core.trust import Trust
 
 __all__ = [
@@ -81,6 +85,22 @@ class _Checked:
         return hashlib.sha256(self.content).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A file that the manifest lists, or that of a layer: ``record`` and all paths in it are relative to ``folder``.
+
+    ``prefix`` is what the bundle's name of the file has in front of that path.
+    """
+
+    record: FileRecord
+    folder: Path
+    prefix: str = ""
+
+    @property
+    def source(self) -> Path:
+        return self.folder / self.record.path
+
+
 class Bundle:
     """A checked bundle. Close it (or use ``with``) to remove what was unpacked from an archive."""
 
@@ -98,7 +118,8 @@ class Bundle:
         self.trust = trust
         self.is_archive = temporary
         self._inode = content.inode
-        self._adopted: dict[str, Path] = {}
+        self._files = {name: _Listed(record, root) for name, record in content.manifest.all_files.items()}
+        self._private: PrivateFiles | None = None
 
     def __repr__(self) -> str:
         return f"Bundle('{self.source}')"
@@ -116,9 +137,9 @@ class Bundle:
         """Where verifications are recorded; None for an archive, which is never written to."""
         return None if self.is_archive else self.root / LOG_NAME
 
-    def adopt(self, files: Mapping[str, Path]) -> None:
-        """Let ``path`` find the files of a device layer, once they are checked."""
-        self._adopted.update(files)
+    def adopt(self, layer: str, records: Iterable[FileRecord], *, folder: Path) -> None:
+        """Let ``path`` find the files of the device layer in ``folder``, once they are checked."""
+        self._files |= {f"{layer}/{record.path}": _Listed(record, folder, f"{layer}/") for record in records}
 
     def require_not_replaced(self) -> None:
         """Raise when another bundle has taken the place of this one since it was opened.
@@ -135,19 +156,71 @@ class Bundle:
             )
 
     def path(self, name: str) -> Path:
-        """Where a listed file lies, or one of a layer that was adopted.
+        """A file with exactly the bytes that were checked, which nobody can change; until ``release``.
+
+        ``name`` is that of a listed file, or of one of a layer that was adopted. Beside an artifact lie its companions
+        and, of a graph, the files that its tensors refer to.
 
         Raises:
-            BundleError: the manifest does not list it.
+            BundleError: the manifest does not list it, or it was changed or replaced since it was checked.
         """
-        if name in self._adopted:
-            return self._adopted[name]
-        if name not in self.manifest.all_files:
+        listed = self._listed(name)
+        if self.is_archive:
+            return listed.source  # unpacked into a folder of this user alone
+        if self._private is None:
+            self._private = PrivateFiles()
+        with self._checking():
+            path = self._private.add(name, listed.source, sha256=listed.record.sha256)
+            companions = listed.record.companions if isinstance(listed.record, Artifact) else ()
+            beside = {f"{listed.prefix}{companion}" for companion in companions}
+            if name.endswith(".onnx") and (locations := external_locations(path)):
+                # A runtime does not follow links to the data of tensors, lest they lead out of the folder.
+                path = self._private.add_on_disk(name, listed.source, sha256=listed.record.sha256)
+                for location in locations:
+                    data = str(PurePosixPath(name).parent / location)
+                    found = self._listed(data)
+                    self._private.add_on_disk(data, found.source, sha256=found.record.sha256)
+                    beside.discard(data)
+            for companion in beside:
+                found = self._listed(companion)
+                self._private.add(companion, found.source, sha256=found.record.sha256)
+        return path
+
+    def read(self, name: str) -> bytes:
+        """The contents of a file that ``path`` would find.
+
+        Raises:
+            BundleError: as ``path``.
+        """
+        listed = self._listed(name)
+        with self._checking():
+            return checked_bytes(listed.source, sha256=listed.record.sha256)
+
+    def release(self) -> None:
+        """Forget the files of ``path``, once a runtime has opened them."""
+        if self._private is not None:
+            self._private.close()
+            self._private = None
+
+    def _listed(self, name: str) -> _Listed:
+        if name not in self._files:
             raise BundleError(f"The bundle '{self.source}' has no file '{name}'.")
-        return self.root / name
+        return self._files[name]
+
+    @contextlib.contextmanager
+    def _checking(self) -> Iterator[None]:
+        """What a file that was changed or removed leads to, here: a bundle that took the place of this one, or that."""
+        try:
+            yield
+        except (ChecksumError, OSError) as error:
+            self.require_not_replaced()
+            if isinstance(error, ChecksumError):
+                raise
+            raise BundleError(f"Cannot read the bundle '{self.source}': {error}.") from error
 
     def close(self) -> None:
-        """Remove what was unpacked; may be called twice."""
+        """Remove what was unpacked and what ``path`` gave; may be called twice."""
+        self.release()
         if self.is_archive:
             shutil.rmtree(self.root, ignore_errors=True)
 
@@ -280,8 +353,11 @@ def pack(bundle: Path, tar: Path, *, trust: Trust | None = None) -> None:
     if tar.suffix != ".tar":
         raise ConfigError(f"A bundle's archive is named '*.tar', got '{tar}'.")
     with open_trusted(bundle, trust or Trust()) as opened:
-        extra = [name for name in UNLISTED if (opened.root / name).is_file()]
-        pack_files(opened.root, names=[*opened.manifest.all_files, *extra], output=tar)
+        files = {name: record.sha256 for name, record in opened.manifest.all_files.items()}
+        files |= {name: "" for name in UNLISTED if (opened.root / name).is_file()} | {
+            MANIFEST_NAME: opened.manifest_sha256
+        }
+        pack_files(opened.root, files=files, output=tar)
 
 
 def sign(

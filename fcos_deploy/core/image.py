@@ -24,6 +24,7 @@ from fcos_deploy.core.libraries import require
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS_VARIABLE",
+    "decode_image",
     "image_size",
     "list_images",
     "max_image_pixels",
@@ -110,6 +111,15 @@ def read_image(path: Path, *, orientation: Orientation = Orientation.EXIF) -> ND
         content = read_file(path, limit=_MAX_BYTES)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
         raise ImageError(f"Cannot read image '{path}': {getattr(error, 'strerror', None) or error}.") from error
+    return decode_image(content, path=path, orientation=orientation)
+
+
+def decode_image(content: bytes, *, path: Path, orientation: Orientation = Orientation.EXIF) -> NDArray[np.uint8]:
+    """As ``read_image``, of what was read from ``path``.
+
+    Raises:
+        ImageError: as ``read_image``.
+    """
     if not content:
         raise ImageError(f"Image '{path}' is empty.")
     header = _open_header(path, io.BytesIO(content))

@@ -152,6 +152,9 @@ class Detector:
         except BaseException:
             session.close()
             raise
+        finally:
+            if source.bundle is not None:
+                source.bundle.release()
 
     @classmethod
     def of_network(cls, network: Fcos, contract: ModelContract, *, options: SessionOptions | None = None) -> Detector:

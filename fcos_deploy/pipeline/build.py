@@ -159,9 +159,12 @@ def _trtexec_of(source: _Source, request: ArtifactRequest) -> str:
         )
     inputs = {spec.name: spec.shape for spec in source.graph.inputs}
     shapes = profile_shapes(inputs, options=source.options, size_divisor=source.contract.preprocess.size_divisor)
+    graph = source.path
+    if source.bundle is not None and source.artifact is not None:
+        graph = source.bundle.root / source.artifact.path  # not the copy, which does not outlast this process
     return trtexec_command(
         TrtexecRequest(
-            onnx=PurePosixPath(source.path),
+            onnx=PurePosixPath(graph),
             engine=PurePosixPath(request.output or "model.engine"),
             version=version,
             precision=source.contract.precision,

@@ -220,7 +220,7 @@ def run_golden(
                     specs.append(Variant(model=path, backend="onnxruntime", precision=precision, artifact=artifact))
 
     def make(_: Path) -> StepOutput:
-        images = [read_golden_image(context.writer.path(image.path), image) for image in golden]
+        images = [read_golden_image(context.writer.path(image.path).read_bytes(), image) for image in golden]
         scales = [image_scale(context.contract, (image.height, image.width)) for image in golden]
         reference = [image.detections.to_detections() for image in golden]
         runs = []

@@ -220,7 +220,7 @@ def _measure(
     if len(passed) < 2:
         return {}
     golden = bundle.manifest.golden[0]
-    image = read_golden_image(bundle.path(golden.path), golden)
+    image = read_golden_image(bundle.read(golden.path), golden)
     detectors: list[Detector] = []
     try:
         detectors = [Detector.open(bundle.path(record.artifact), backend=backend) for record in passed]

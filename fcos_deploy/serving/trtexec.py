@@ -95,7 +95,7 @@ class _Trtexec(Packager):
         (folder / "golden").mkdir()
         for index, golden in enumerate(bundle.manifest.golden):
             name = f"golden/{index}"
-            image = read_golden_image(bundle.path(golden.path), golden)
+            image = read_golden_image(bundle.read(golden.path), golden)
             tensor, letterbox = preprocess(image, contract.preprocess)
             tensors = {"images": tensor, "image_sizes": np.asarray(image_sizes_row(letterbox), np.float32)}
             for tensor_name in inputs:

@@ -28,10 +28,10 @@ from pathlib import Path
 from fcos_deploy.bundle.manifest import LAYERS_FOLDER, SIGNATURE_NAME, Artifact, FileRecord, StepRecord
 from fcos_deploy.bundle.signature import check_bytes, check_envelope, device_public_key, sign_with_device_key
 from fcos_deploy.bundle.store import Bundle
-from fcos_deploy.bundle.writer import ArtifactDraft, lock_folder, record_files, replace_folder
+from fcos_deploy.bundle.writer import ArtifactDraft, lock_folder, record_files
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError, SignatureError
-from fcos_deploy.core.files import read_file, sha256_file, sync_folder
+from fcos_deploy.core.files import read_file, replace_folder, sha256_file, sync_folder
 from fcos_deploy.core.local_trust import authenticate, own_folder, state_folder, write_own_file
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import get_backend

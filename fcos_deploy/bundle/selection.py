@@ -103,9 +103,12 @@ def select_artifact(
 
 def _build_hint(bundle: Bundle, backend: str) -> str:
     """How to build here what the bundle lacks, where it has a graph to build from."""
-    buildable = backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts)
     command = shlex.join(["fcos-deploy", "setup", str(bundle.source), "--backend", backend])
-    return f"; build it here: {command}" if buildable else ""
+    return f"; build it here: {command}" if _is_buildable(bundle, backend) else ""
+
+
+def _is_buildable(bundle: Bundle, backend: str) -> bool:
+    return backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,7 @@ def require_fit(bundle: Bundle, selection: Selection, *, machine: MachineFacts |
         return
     # Never a line of the manifest: pasted into a shell it would be a program of whoever wrote it.
     rebuild = "fcos-deploy deploy"
-    if selection.backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts):
+    if _is_buildable(bundle, selection.backend):
         rebuild = renew_command(bundle, backend=selection.backend, precision=selection.artifact.precision)
     chain = ", then ".join(bundle.manifest.defaults.fallback)
     hint = f"rebuild it here: {rebuild}" + (f"; or --allow-fallback to use {chain}" if chain else "")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import hashlib
 import hmac
@@ -34,7 +32,14 @@ from fcos_deploy.bundle.manifest import (
 from fcos_deploy.bundle.store import check_files, digest_line, read_manifest
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError
-from fcos_deploy.core.files import require_name, sha256_file, sync_folder, write_text
+from fcos_deploy.core.files import (
+    replace_folder,
+    require_name,
+    restore_folder,
+    sha256_file,
+    sync_folder,
+    write_text,
+)
 from fcos_deploy.core.local_trust import authenticate, own_folder
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -46,8 +51,6 @@ __all__ = [
     "StepResult",
     "lock_folder",
     "record_files",
-    "replace_folder",
-    "restore_folder",
 ]
 
 # What a working folder holds; see ``BundleWriter``.
@@ -410,48 +413,3 @@ def lock_folder(folder: Path) -> int:
                 os.write(descriptor, str(os.getpid()).encode())
                 return descriptor
         os.close(descriptor)  # The holder finished and removed the file: try again with a new one.
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Move ``new`` to ``target``; an older ``target`` is swapped with it and afterwards lies at ``new``.
-
-    Where the file system cannot swap (NFS, some overlays) it takes two moves; ``restore_folder`` repairs what a power
-    cut between them leaves.
-
-    Raises:
-        OSError: both folders are then where they were.
-    """
-    if not target.exists():
-        new.rename(target)
-    elif not _swap(new, target):
-        target.rename(_aside(target))
-        new.rename(target)
-        _aside(target).rename(new)
-    sync_folder(target.parent)
-
-
-def restore_folder(target: Path) -> None:
-    """Bring back the older folder when ``replace_folder`` was interrupted between its two moves."""
-    aside = _aside(target)
-    if aside.exists() and not target.exists():
-        aside.rename(target)
-    elif aside.exists():
-        shutil.rmtree(aside)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
-def _swap(first: Path, second: Path) -> bool:
-    """``renameat2`` with RENAME_EXCHANGE, for which Python has no function; False where it is not supported."""
-    at_current_folder, rename_exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    if rename(at_current_folder, os.fsencode(first), at_current_folder, os.fsencode(second), rename_exchange):
-        code = ctypes.get_errno()
-        if code in (errno.ENOSYS, errno.EINVAL, errno.EXDEV):
-            return False
-        raise OSError(code, os.strerror(code), str(second))
-    return True

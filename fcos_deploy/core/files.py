@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -21,8 +22,10 @@ __all__ = [
     "atomic_file",
     "open_regular",
     "read_file",
+    "replace_folder",
     "require_name",
     "require_writable",
+    "restore_folder",
     "scratch_directory",
     "sha256_file",
     "sync_folder",
@@ -150,8 +153,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         sync_tree(temporary)
-        _take_place(temporary, path)
-        sync_folder(path.parent)
+        replace_folder(temporary, path)  # an older folder then lies at ``temporary``
     except OSError as error:
         if _is_of_another_file(error, path):
             raise
@@ -179,18 +181,54 @@ def scratch_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _take_place(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.rename(path)
-        return
-    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-    path.rename(old)
-    try:
-        temporary.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def replace_folder(new: Path, target: Path) -> None:
+    """Move ``new`` to ``target``; an older ``target`` is swapped with it and afterwards lies at ``new``.
+
+    Where the file system cannot swap (NFS, some overlays) it takes two moves; ``restore_folder`` repairs what a power
+    cut between them leaves.
+
+    Raises:
+        OSError: both folders are then where they were.
+    """
+    if not target.exists():
+        new.rename(target)
+    elif not _swap(new, target):
+        restore_folder(target)
+        target.rename(_aside(target))
+        try:
+            new.rename(target)
+        except OSError:
+            _aside(target).rename(target)
+            raise
+        _aside(target).rename(new)
+    sync_folder(target.parent)
+
+
+def restore_folder(target: Path) -> None:
+    """Bring back the older folder when ``replace_folder`` was interrupted between its two moves."""
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+    elif aside.exists():
+        shutil.rmtree(aside)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """``renameat2`` with RENAME_EXCHANGE, for which Python has no function; False where it is not supported."""
+    at_current_folder, rename_exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(at_current_folder, os.fsencode(first), at_current_folder, os.fsencode(second), rename_exchange):
+        code = ctypes.get_errno()
+        if code in (errno.ENOSYS, errno.EINVAL, errno.EXDEV):
+            return False
+        raise OSError(code, os.strerror(code), str(second))
+    return True
 
 
 def _is_of_another_file(error: OSError, path: Path) -> bool:

@@ -301,7 +301,7 @@ def test_a_redeploy_under_a_reader_never_mixes_two_bundles(
 ) -> None:
     """Every point at which the folder is swapped: the reader opens one of the two, whole, or says so."""
     from fcos_deploy.bundle import store
-    from fcos_deploy.bundle.writer import replace_folder
+    from fcos_deploy.core.files import replace_folder
 
     new = Path(shutil.copytree(built, tmp_path / "new"))
     real, left = store.sha256_file, 0

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fcos_deploy.bundle import BundleWriter, StepOutput, is_bundle, open_bundle
-from fcos_deploy.bundle.writer import replace_folder, restore_folder
 from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
+from fcos_deploy.core.files import replace_folder, restore_folder
 
 MakeBundle = Callable[[Path], Path]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import zipfile
 from collections.abc import Callable
@@ -26,11 +27,13 @@ from calibration.dataset import (
     find_images,
     inspect_images,
 )
-from calibration.execution import Feeder, expose, memory_groups, open_engine, pick_engine
+from calibration.execution import Feeder, default_engine, open_measuring
 from calibration.placement import ConvGraph, open_graph
 from calibration.ranges import DEFAULT_METHOD, Histogram, RangeMethod, find_range, range_method
+from calibration.statistics import SAMPLES, measure, measuring_model, read_sample
+from fcos_deploy.core.ahead import map_ahead
 from fcos_deploy.core.backend import Tensors
-from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.errors import CalibrationError
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -45,8 +48,8 @@ __all__ = [
     "collect_ranges",
 ]
 
-# Values of one tensor of one image that enter its histogram, evenly spaced; extremes are always exact.
-_SAMPLES = 1 << 17
+_LOG = logging.getLogger(__name__)
+
 _SAVE_INTERVAL = 15.0  # seconds between two saved states
 _STEPS = 6  # points of a convergence curve
 
@@ -119,18 +122,12 @@ class CalibrationReport:
 class StatisticsOptions:
     """How the pass runs.
 
-    ``engine``: ``onnxruntime``, ``openvino``, or ``auto`` for the one that runs this graph faster.
-    ``memory``: bytes of intermediate tensors that one inference hands out; less memory means more inferences an image.
+    ``engine``: ``onnxruntime``, ``openvino``, or ``auto`` for the first of them that is installed.
     """
 
     method: RangeMethod = DEFAULT_METHOD
     engine: str = "auto"
     threads: int | None = None
-    memory: int = 512 << 20
-
-    def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ConfigError(f"The memory must be at least 1 byte, got {self.memory}.")
 
 
 def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress) -> CalibrationReport:
@@ -222,10 +219,15 @@ def collect_ranges(
     if statistics is None or options.engine not in {"auto", statistics.engine}:
         statistics = _Statistics(options.engine, 0, {name: Histogram() for name in graph.activations})
     histograms, saved = statistics.histograms, time.monotonic()
-    with _Pass(graph, images, engine=statistics.engine, options=options) as calibration_pass:
-        for index, image in enumerate(images.images[statistics.done :], statistics.done):
+    with (
+        _Pass(graph, engine=statistics.engine, options=options) as calibration_pass,
+        ThreadPoolExecutor(1, "images") as reader,
+    ):
+        remaining = images.images[statistics.done :]
+        prepared = zip(remaining, map_ahead(reader, calibration_pass.feeds, remaining), strict=True)
+        for index, (image, feeds) in enumerate(prepared, statistics.done):
             progress("calibrating", index, len(images.images))
-            calibration_pass.add(image, histograms)
+            calibration_pass.add(feeds, image, histograms)
             if observer is not None:
                 observer(index + 1, histograms)
             if state is not None and time.monotonic() - saved >= _SAVE_INTERVAL:
@@ -263,9 +265,9 @@ def _tensor_ranges(name: str, histogram: Histogram) -> TensorRanges:
 
 
 class _Pass(ExitStack):
-    """The graph, opened once for each group of tensors that fit into memory together."""
+    """The graph, opened so that it measures its own tensors: one inference an image, whatever the image's size."""
 
-    def __init__(self, graph: ConvGraph, images: CalibrationSet, *, engine: str, options: StatisticsOptions) -> None:
+    def __init__(self, graph: ConvGraph, *, engine: str, options: StatisticsOptions) -> None:
         super().__init__()
         model, threads = graph.source.model, options.threads
         self._feeder = Feeder(graph.source)
@@ -273,26 +275,24 @@ class _Pass(ExitStack):
         # The graph's inputs are known without an inference.
         inputs = {value.name for value in model.graph.input}
         self._inputs = [name for name in graph.activations if name in inputs]
-        inner = [name for name in graph.activations if name not in inputs]
-        graphs = [expose(model, group) for group in memory_groups(model, inner, memory=options.memory)]
-        if engine == "auto":
-            feeds = self._feeder(images.images[0].read(self._orientation))
-            engine = pick_engine(graphs[0], feeds, images=len(images.images), threads=threads)
-        self.engine = engine
-        self._sessions = [self.enter_context(open_engine(engine, graph, threads=threads)) for graph in graphs]
+        self._inner = [name for name in graph.activations if name not in inputs]
+        self.engine = default_engine() if engine == "auto" else engine
+        measuring = measuring_model(model, self._inner)
+        self._session = self.enter_context(open_measuring(self.engine, measuring, threads=threads))
         self._pool = self.enter_context(ThreadPoolExecutor(threads or usable_cpus(), "histograms"))
+        _LOG.info("calibrating: %d tensors, 1 inference an image, on %s", len(graph.activations), self.engine)
 
-    def add(self, image: CalibrationImage, histograms: Histograms) -> None:
+    def feeds(self, image: CalibrationImage) -> Tensors:
+        """The graph's inputs for an image."""
+        return self._feeder(image.read(self._orientation))
+
+    def add(self, feeds: Tensors, image: CalibrationImage, histograms: Histograms) -> None:
         """Count every tensor's values for one image."""
-        feeds = self._feeder(image.read(self._orientation))
-        self._count({name: feeds[name] for name in self._inputs}, image, histograms)
-        for session in self._sessions:
-            self._count(session.borrow(feeds), image, histograms)
+        outputs = self._session.borrow(feeds)
 
-    def _count(self, tensors: Tensors, image: CalibrationImage, histograms: Histograms) -> None:
         def count(name: str) -> None:
             try:
-                histograms[name].add(tensors[name], samples=_SAMPLES)
+                histograms[name].add(measure(feeds[name]) if name in feeds else read_sample(outputs, name))
             except CalibrationError as error:
                 raise CalibrationError(
                     f"Tensor '{name}' for the image '{image.path}': {error.message}.",
@@ -300,7 +300,7 @@ class _Pass(ExitStack):
                 ) from error
 
         # Counting releases the interpreter's lock; every tensor has a histogram of its own.
-        list(self._pool.map(count, tensors))
+        list(self._pool.map(count, (*self._inputs, *self._inner)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,8 +317,8 @@ def _key(graph: ConvGraph, images: CalibrationSet) -> str:
     parts = {
         "graph": graph.source.sha256,
         "images": [image.sha256 for image in images.images],
-        "samples": _SAMPLES,
-        "version": 3,
+        "samples": SAMPLES,
+        "version": 4,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import runtimes.onnxruntime
 import runtimes.openvino
 from calibration.placement import ConvGraph
+from calibration.statistics import in_order_of_release
 from fcos_deploy.core.backend import Session, Tensors
 from fcos_deploy.core.errors import (
     BackendError,
@@ -28,6 +29,7 @@ from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.postprocess import image_sizes_row
 from fcos_deploy.core.preprocess import preprocess
+from fcos_deploy.core.registry import get_backend
 
 __all__ = [
     "ENGINES",
@@ -37,22 +39,20 @@ __all__ = [
     "Fidelity",
     "compare_models",
     "conv_macs",
+    "default_engine",
     "executed_share",
     "expose",
-    "memory_groups",
     "open_engine",
-    "pick_engine",
+    "open_measuring",
 ]
 
 onnx = lazy_import("onnx", extra="export")
 
-# In the order in which they are tried.
+# In the order in which they are preferred.
 ENGINES: dict[str, Callable[..., Session]] = {
     "onnxruntime": runtimes.onnxruntime.open_model,
     "openvino": runtimes.openvino.open_model,
 }
-# Seconds. Trying OpenVINO, which compiles, costs two to four; it seldom saves a third of a pass.
-_SHORT = 8.0
 
 
 class Feeder:
@@ -92,25 +92,6 @@ def expose(model: Any, names: Sequence[str]) -> Any:  # onnx.ModelProto, untyped
     return copy
 
 
-def memory_groups(model: Any, names: Sequence[str], *, memory: int) -> list[list[str]]:
-    """The names in order, cut where their float32 tensors together would exceed ``memory`` bytes.
-
-    A group has at least one. A tensor whose shape is dynamic counts as an eighth of the memory.
-    """
-    shapes = {v.name: v.type.tensor_type.shape for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    groups: list[list[str]] = []
-    used = budget = float(memory)
-    for name in names:
-        sizes = [dim.dim_value for dim in shapes[name].dim] if name in shapes else [0]
-        need = 4.0 * math.prod(sizes) if all(sizes) else budget / 8
-        if used + need > budget or not groups:
-            groups.append([])
-            used = 0.0
-        groups[-1].append(name)
-        used += need
-    return groups
-
-
 def open_engine(name: str, model: Any, *, threads: int | None = None) -> Session:
     """A session of an onnx.ModelProto in memory.
 
@@ -124,29 +105,38 @@ def open_engine(name: str, model: Any, *, threads: int | None = None) -> Session
     return ENGINES[name](model.SerializeToString(), threads=threads)
 
 
-def pick_engine(model: Any, feeds: Tensors, *, images: int, threads: int | None = None) -> str:
-    """The engine that runs this model fastest on this machine, of those installed.
+def open_measuring(name: str, model: Any, *, threads: int | None = None) -> Session:
+    """A session of a ``measuring_model`` that holds few of its tensors at a time, whatever the image's size.
 
-    An engine that gets through that many ``images`` in less time than others take to compile is taken at once.
+    Raises:
+        ConfigError, MissingDependencyError, BackendLoadError: as ``open_engine``.
     """
-    seconds: dict[str, float] = {}
+    if name != "onnxruntime":
+        return open_engine(name, model, threads=threads)
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        runtimes.onnxruntime.open_model(model.SerializeToString(), threads=threads, save_optimized=optimized).close()
+        ordered = in_order_of_release(onnx.load(str(optimized)))
+    return runtimes.onnxruntime.open_model(
+        ordered.SerializeToString(),
+        threads=threads,
+        optimization=runtimes.onnxruntime.GraphOptimization.DISABLED,
+        order=runtimes.onnxruntime.NodeOrder.FILE,
+    )
+
+
+def default_engine() -> str:
+    """The first engine that is installed: the pass itself takes the same time on both, and ONNX Runtime opens sooner.
+
+    Raises:
+        MissingDependencyError: there is none.
+    """
     for name in ENGINES:
-        try:
-            session = open_engine(name, model, threads=threads)
-        except MissingDependencyError:
-            continue
-        with session:
-            session.borrow(feeds)
-            start = time.perf_counter()
-            session.borrow(feeds)
-            seconds[name] = time.perf_counter() - start
-        if seconds[name] * images < _SHORT:
+        if get_backend(name).probe().available:
             return name
-    if not seconds:
-        raise MissingDependencyError(
-            "Calibration needs onnxruntime or openvino.", hint="pip install 'fcos-deploy[onnxruntime]'"
-        )
-    return min(seconds, key=lambda name: seconds[name])
+    raise MissingDependencyError(
+        "Calibration needs onnxruntime or openvino.", hint="pip install 'fcos-deploy[onnxruntime]'"
+    )
 
 
 @dataclass(frozen=True, slots=True)

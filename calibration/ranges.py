@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.statistics import TensorSample
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import CalibrationError, unknown_name
 from fcos_deploy.core.libraries import lazy_import
@@ -61,30 +62,21 @@ class Histogram:
         """Width of a bin."""
         return math.ldexp(1.0, self.exponent or 0)
 
-    def add(self, values: NDArray[np.float32], *, samples: int = 1 << 62) -> None:
-        """Count the values of an array of any shape.
-
-        Of an array with more than ``samples`` values, evenly spaced ones are counted, about that many; the extremes are
-        those of all values.
+    def add(self, sample: TensorSample) -> None:
+        """Count the values of a tensor of one image; the extremes are those of all of its values.
 
         Raises:
             CalibrationError: a value is NaN or infinite.
         """
-        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-        if not flat.size:
-            return
-        low, high = float(flat.min()), float(flat.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            bad = flat[~np.isfinite(flat)]
-            raise CalibrationError(f"{bad.size} of {flat.size} values are not finite, the first is {bad[0]}")
+        flat, low, high = sample.values, sample.minimum, sample.maximum
+        if not sample.finite:
+            bad = flat[~np.isfinite(flat)]  # may be empty: a sample does not hold every value
+            first = f", the first is {bad[0]}" if bad.size else ""
+            raise CalibrationError(f"{bad.size or 'some'} of {flat.size} values are not finite{first}")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        if values.ndim == 4:
-            means = values.reshape(*values.shape[:2], -1).mean(2).mean(0)
-            self.channel_sums = means + (self.channel_sums if self.additions else 0.0)
+        if sample.channel_means.size:
+            self.channel_sums = sample.channel_means + (self.channel_sums if self.additions else 0.0)
             self.additions += 1
-        # ceil(size / samples), made odd: an even step would see the same columns of every row of an even-width map.
-        step = -(-flat.size // samples)
-        flat = np.ascontiguousarray(flat[:: step | 1]) if step > 1 else flat
         zeros = flat.size - int(np.count_nonzero(flat))
         self.zeros += zeros
         self.elements += flat.size

@@ -27,7 +27,7 @@ from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.tensor_spec import TensorSpec
 
-__all__ = ["BACKEND", "GraphOptimization", "executed_kernels", "open_model"]
+__all__ = ["BACKEND", "GraphOptimization", "NodeOrder", "executed_kernels", "open_model"]
 
 ort = lazy_import("onnxruntime", extra="onnxruntime")
 
@@ -57,11 +57,22 @@ class GraphOptimization(StrEnum):
     ALL = "ENABLE_ALL"
 
 
+class NodeOrder(StrEnum):
+    """In which order nodes run; the values are the library's ``ExecutionOrder`` names.
+
+    ``FILE``: of the nodes that can run, the one that stands first in the file.
+    """
+
+    DEFAULT = "DEFAULT"
+    FILE = "PRIORITY_BASED"
+
+
 def open_model(
     model: bytes | Path,
     *,
     threads: int | None = None,
     optimization: GraphOptimization = GraphOptimization.ALL,
+    order: NodeOrder = NodeOrder.DEFAULT,
     save_optimized: Path | None = None,
 ) -> Session:
     """Open a graph on the CPU, for a check or a calibration: any ONNX model, with or without a contract.
@@ -75,6 +86,9 @@ def open_model(
         BackendLoadError: ONNX Runtime cannot read the graph.
     """
     settings = _settings(threads or 0, optimization=optimization)
+    settings.execution_order = getattr(ort.ExecutionOrder, order)
+    # A plan of all tensors for each shape of the inputs, which takes more memory than the tensors themselves.
+    settings.enable_mem_pattern = order is NodeOrder.DEFAULT
     if save_optimized is not None:
         settings.optimized_model_filepath = str(save_optimized)
     return _OnnxRuntimeSession(_create(model, settings=settings, provider=(_CPU, {})), workers=1, description={})

@@ -8,18 +8,18 @@ import json
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.dataset import EvaluationImage
+from fcos_deploy.core.ahead import map_ahead
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.detections import Detections
@@ -38,10 +38,6 @@ _LOG = logging.getLogger(__name__)
 
 _SYNC_SECONDS = 1.0  # of detections that a power cut may take
 _MAX_BYTES = 4 << 30  # of kept detections
-_AHEAD = 4  # images that wait before and after the network
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,10 +173,10 @@ def _detect_all(
 
     started = time.perf_counter()
     with ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as after:
-        prepared = _ahead(before, prepare, images)
+        prepared = map_ahead(before, prepare, images)
         inferred = ((image, letterboxes, infer(feeds)) for image, feeds, letterboxes in prepared)
         try:
-            for done, (image, detections) in enumerate(_ahead(after, finish, inferred), start=1):
+            for done, (image, detections) in enumerate(map_ahead(after, finish, inferred), start=1):
                 store.add(image.image_id, detections)
                 progress(label, done, len(images))
         except BaseException:
@@ -188,17 +184,6 @@ def _detect_all(
                 pool.shutdown(cancel_futures=True)
             raise
     return StageSeconds(**seconds, total=time.perf_counter() - started)
-
-
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-    """``map`` in another thread, in order and at most a few items ahead of who takes the results."""
-    waiting: deque[Future[_Out]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= _AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 class _PredictionStore:

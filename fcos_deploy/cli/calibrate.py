@@ -54,7 +54,7 @@ def command(
     engine: Annotated[
         str,
         cli.option(
-            "Runtime that measures: onnxruntime, openvino, or auto for the faster one.",
+            "Runtime that measures: onnxruntime, openvino, or auto for the first that is installed.",
             metavar="NAME",
             panel=cli.RUNTIME,
         ),

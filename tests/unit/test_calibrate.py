@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ import pytest
 from calibration.cache import Calibration, load_calibration, save_calibration, write_trt_cache
 from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate, collect_ranges
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images
-from calibration.execution import ENGINES, Feeder, expose, memory_groups, open_engine, pick_engine
+from calibration.execution import Feeder, expose, open_engine, open_measuring
 from calibration.placement import PLACEMENTS, ConvGraph, open_graph
 from calibration.qdq import quantize_qdq
 from calibration.ranges import Histogram
+from calibration.statistics import in_order_of_release, measure, measuring_model, read_sample
 from fcos_deploy.core.errors import BackendLoadError, CalibrationError, ConfigError
 from fcos_deploy.core.serialize import to_json
 
@@ -69,16 +71,6 @@ def test_levels_that_share_a_head_have_ranges_of_their_own(mini_calibration: Any
     assert first != second
 
 
-def test_groups_of_tensors_give_the_same_histograms(
-    mini_graph: ConvGraph, histograms: dict[str, Histogram], images: CalibrationSet
-) -> None:
-    parts = histograms_of(mini_graph, images, memory=100_000)
-    # Exposing other tensors changes what the runtime fuses, and with it the last bits.
-    for name, histogram in histograms.items():
-        assert parts[name].amax == pytest.approx(histogram.amax, rel=1e-5)
-        assert parts[name].elements == histogram.elements
-
-
 def test_memory_does_not_grow_with_the_number_of_images(mini_graph: ConvGraph, images: CalibrationSet) -> None:
     def peak(some: CalibrationSet) -> int:
         tracemalloc.start()
@@ -92,28 +84,50 @@ def test_memory_does_not_grow_with_the_number_of_images(mini_graph: ConvGraph, i
     assert peak(replace(images, images=images.images * 8)) < 1.05 * peak(images)
 
 
-def test_a_short_pass_takes_the_first_engine_and_a_long_one_any_that_is_faster(
-    mini_graph: ConvGraph, images: CalibrationSet
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("shape", ["fixed", "follows the image"])
+def test_a_graph_measures_its_tensors_as_numpy_does(engine: str, shape: str, mini_graph: ConvGraph) -> None:
+    pytest.importorskip(engine)
+    model, names = onnx.ModelProto(), ["block", "p3", "p4"]
+    model.CopyFrom(mini_graph.source.model)
+    feeds = Feeder(mini_graph.source)(np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype(np.uint8))
+    if shape != "fixed":
+        del model.graph.value_info[:]
+        for size in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+            size.dim_param = "size"
+        del model.graph.output[:]
+    with open_engine(engine, expose(model, names), threads=1) as session:
+        whole = {name: measure(values, samples=500) for name, values in session.run(feeds).items()}
+    with open_measuring(engine, measuring_model(model, names, samples=500), threads=1) as session:
+        outputs = session.run(feeds)
+    for name in names:
+        expected, measured = whole[name], read_sample(outputs, name)
+        assert 0 < measured.values.size < 1000
+        for part in ("values", "minimum", "maximum", "channel_means"):
+            # Exposing other tensors changes what the runtime fuses, and with it the last bits.
+            assert getattr(measured, part) == pytest.approx(getattr(expected, part), rel=1e-3, abs=1e-4), (name, part)
+
+
+def test_tensors_are_measured_before_the_network_goes_on(mini_graph: ConvGraph) -> None:
+    names = [conv.result for conv in mini_graph.convs]
+    model = measuring_model(mini_graph.source.model, names)
+    shuffled = onnx.ModelProto()
+    shuffled.CopyFrom(model)
+    ordered = [node.name for node in in_order_of_release(shuffled).graph.node]
+    assert sorted(ordered) == sorted(node.name for node in model.graph.node)
+    convs = [ordered.index(conv.name) for conv in mini_graph.convs]
+    for name, after in zip(names, convs[1:], strict=False):
+        own = [place for place, node in enumerate(ordered) if node.endswith(f":{name}")]
+        assert own
+        assert max(own) < after
+
+
+def test_one_inference_an_image_is_reported(
+    mini_graph: ConvGraph, images: CalibrationSet, caplog: pytest.LogCaptureFixture
 ) -> None:
-    feeds = Feeder(mini_graph.source)(images.images[0].read())
-    assert pick_engine(mini_graph.source.model, feeds, images=1, threads=1) == "onnxruntime"
-    assert pick_engine(mini_graph.source.model, feeds, images=10**9, threads=1) in ENGINES
-
-
-def test_groups_stay_within_memory(mini_graph: ConvGraph) -> None:
-    names = [name for name in mini_graph.activations if name != "images"]
-    whole, many = (memory_groups(mini_graph.source.model, names, memory=m) for m in (1 << 30, 100_000))
-    assert whole == [names]
-    assert 2 < len(many) < len(names)
-    assert [name for group in many for name in group] == names
-
-
-def test_a_tensor_larger_than_the_memory_is_alone() -> None:
-    value = onnx.helper.make_tensor_value_info
-    big = [1, 1024, 1024]
-    nodes = [onnx.helper.make_node("Relu", [a], [b]) for a, b in (("x", "y"), ("y", "z"), ("z", "out"))]
-    graph = onnx.helper.make_graph(nodes, "g", [value("x", 1, big)], [value("out", 1, big)])
-    assert memory_groups(onnx.helper.make_model(graph), ["y", "z"], memory=1 << 20) == [["y"], ["z"]]
+    with caplog.at_level(logging.INFO, "calibration"):
+        assert collect_ranges(mini_graph, images, options=StatisticsOptions(threads=1)).engine == "onnxruntime"
+    assert f"{len(mini_graph.activations)} tensors, 1 inference an image, on onnxruntime" in caplog.text
 
 
 def test_engines_agree(mini_graph: ConvGraph, histograms: dict[str, Histogram], images: CalibrationSet) -> None:
@@ -121,10 +135,6 @@ def test_engines_agree(mini_graph: ConvGraph, histograms: dict[str, Histogram], 
     others = histograms_of(mini_graph, images, engine="openvino")
     for name, histogram in histograms.items():
         assert others[name].amax == pytest.approx(histogram.amax, rel=1e-3), name
-
-
-def test_auto_takes_an_engine_that_is_there(mini_graph: ConvGraph, images: CalibrationSet) -> None:
-    assert collect_ranges(mini_graph, images, options=StatisticsOptions(threads=1)).engine in ENGINES
 
 
 def test_unknown_engine(mini_graph: ConvGraph, images: CalibrationSet) -> None:

@@ -9,13 +9,14 @@ import pytest
 from numpy.typing import NDArray
 
 from calibration.ranges import BINS, Histogram, RangeMethod, find_range
+from calibration.statistics import measure
 from fcos_deploy.core.errors import CalibrationError
 
 
 def filled(*arrays: NDArray[np.float32]) -> Histogram:
     histogram = Histogram()
     for values in arrays:
-        histogram.add(values)
+        histogram.add(measure(values, samples=values.size))
     return histogram
 
 
@@ -57,7 +58,7 @@ def test_extremes_are_exact_when_values_are_sampled() -> None:
     values = np.zeros(1000, np.float32)
     values[501] = 5.0
     histogram = Histogram()
-    histogram.add(values, samples=10)
+    histogram.add(measure(values, samples=10))
     assert histogram.maximum == 5.0
     assert histogram.elements < 20
 

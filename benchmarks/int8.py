@@ -22,9 +22,9 @@ from calibration.cache import load_calibration, save_calibration
 from calibration.calibrate import StatisticsOptions, collect_ranges
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder, executed_share, open_engine
-from calibration.nncf_quantizer import NncfOptions, quantize_nncf
 from calibration.placement import PLACEMENTS, open_graph
 from calibration.qdq import quantize_qdq
+from calibration.quantizers import NncfOptions, quantize_nncf
 from calibration.ranges import RangeMethod
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.backend import SessionOptions

@@ -1,21 +1,41 @@
-"""The quantizers by name, behind one interface."""
+"""The quantizers by name, behind one interface: ours, which writes Q/DQ nodes, and NNCF for OpenVINO."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from calibration.cache import Calibration
-from calibration.dataset import SampleOptions, collect_images
-from calibration.nncf_quantizer import quantize_nncf
+from calibration.dataset import CalibrationImage, CalibrationSet, SampleOptions, collect_images
+from calibration.execution import Feeder
 from calibration.placement import ConvGraph, Placement
 from calibration.qdq import quantize_qdq
+from fcos_deploy.core.contract import write_sidecar
+from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
+from fcos_deploy.core.files import atomic_directory
+from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["QUANTIZERS", "QuantizeRequest", "QuantizeResult", "Quantizer", "get_quantizer"]
+__all__ = [
+    "QUANTIZERS",
+    "NncfOptions",
+    "QuantizeRequest",
+    "QuantizeResult",
+    "Quantizer",
+    "get_quantizer",
+    "quantize_nncf",
+]
+
+
+nncf = lazy_import("nncf", extra="nncf")
+ov = lazy_import("openvino", extra="openvino")
 
 _COMPARED = 4  # images: two inferences each
 
@@ -79,6 +99,119 @@ class Quantizer(ABC):
         """
 
 
+# OpenVINO reads the result and no other runtime does, as with our own placement for OpenVINO.
+_NNCF_PLACEMENT = "openvino"
+# OpenVINO's operator types of normalisation, scales, sigmoid and decoding.
+_FLOAT_TYPES = frozenset(
+    {"MVN", "GroupNormalization", "Multiply", "Subtract", "Sigmoid", "Exp", "Sqrt", "Power", "Divide"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NncfOptions:
+    """The two settings of NNCF that change accuracy most.
+
+    ``overflow_fix``: ``enable`` halves the range of weights, without which processors that lack VNNI saturate;
+    ``disable`` uses all of it.
+    """
+
+    bias_correction: bool = False
+    overflow_fix: str = "enable"
+
+
+def quantize_nncf(
+    source: OnnxGraph,
+    images: CalibrationSet,
+    output: Path,
+    *,
+    options: NncfOptions | None = None,
+    progress: ProgressFn = no_progress,
+) -> QuantizeResult:
+    """Quantize a float ONNX graph to an OpenVINO IR (``output`` ends in .xml), for OpenVINO only.
+
+    TensorRT reads NNCF's unsigned scales as signed ones. The settings are not NNCF's defaults, because measurements say
+    so (docs/int8.md): ranges are the extremes over all images in place of the mean of each image's extremes, biases are
+    not corrected, and nothing is quantized after the last convolutions or around the group norms.
+
+    Raises:
+        MissingDependencyError: NNCF or OpenVINO is not installed.
+        CalibrationError: an image cannot be read.
+        ConfigError: ``output`` has another suffix.
+    """
+    if output.suffix != ".xml":
+        raise ConfigError(f"NNCF writes an OpenVINO IR, '{output}' must end in .xml.")
+    options = options or NncfOptions()
+    feeder = Feeder(source)
+    positions = {image: index for index, image in enumerate(images.images)}
+
+    def feeds(image: CalibrationImage) -> dict[str, Any]:
+        progress("calibrating", positions[image] + 1, len(images.images))
+        return feeder(image.read(source.contract.preprocess.orientation))
+
+    record = {
+        "quantizer": "nncf",
+        "nncf": str(nncf.__version__),
+        "preset": "mixed",
+        "range_estimator": "MINMAX",
+        "bias_correction": str(options.bias_correction).lower(),
+        "overflow_fix": options.overflow_fix,
+        "images": str(len(images.images)),
+    }
+    model = ov.convert_model(str(source.path))
+    with _quiet():
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(list(images.images), feeds),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(images.images),
+            ignored_scope=_ignored_scope(model),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_range_estimator_params=nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX,
+                disable_bias_correction=not options.bias_correction,
+                overflow_fix=nncf.OverflowFix(options.overflow_fix),
+            ),
+        )
+    files = _save_ir(quantized, output)
+    contract = replace(source.contract, precision=Precision.INT8, placement=_NNCF_PLACEMENT)
+    sidecar = write_sidecar(output, contract, record)
+    return QuantizeResult(files=(*files, sidecar), record=record)
+
+
+def _ignored_scope(model: Any) -> Any:
+    """Everything that decodes or normalises, and the additions directly after it; residual additions are not."""
+    names = []
+    for op in model.get_ordered_ops():
+        before = {value.get_node().get_type_name() for value in op.input_values()}
+        if op.get_type_name() in _FLOAT_TYPES or (op.get_type_name() == "Add" and before & _FLOAT_TYPES):
+            names.append(op.get_friendly_name())
+    return nncf.IgnoredScope(names=names, validate=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF draws its own bars on the terminal and logs at INFO; ours say the same."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _save_ir(model: Any, output: Path) -> tuple[Path, Path]:
+    """The .xml and its .bin, complete or not there: the .xml, which makes the artifact visible, comes last."""
+    staging = output.with_name(f".{output.stem}.ir")
+    with atomic_directory(staging) as folder:
+        ov.save_model(model, str(folder / output.name), compress_to_fp16=False)
+    weights, xml = (
+        (staging / output.name).with_suffix(suffix).replace(output.with_suffix(suffix)) for suffix in (".bin", ".xml")
+    )
+    staging.rmdir()
+    return xml, weights
+
+
 class _Qdq(Quantizer):
     name, suffix = "qdq", ".onnx"
     ignores_layers = True
@@ -113,8 +246,7 @@ class _Nncf(Quantizer):
         if request.images is None:
             raise CalibrationError("NNCF measures on images itself.", hint="--images DIR")
         images = collect_images(request.images, options=SampleOptions(count=request.count, seed=request.seed))
-        result = quantize_nncf(request.graph.source, images, request.output, progress=progress)
-        return QuantizeResult(files=result.files, record=result.record)
+        return quantize_nncf(request.graph.source, images, request.output, progress=progress)
 
 
 QUANTIZERS: dict[str, Quantizer] = {q.name: q for q in (_Qdq(), _Nncf())}

@@ -18,7 +18,7 @@ from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.gate import Finding, Severity
-from fcos_deploy.core.image import IMAGE_SUFFIXES, image_size, list_images, read_image
+from fcos_deploy.core.image import image_size, list_images, read_image
 from fcos_deploy.core.image_names import find_in_layout, find_named_images, is_below
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
@@ -217,9 +217,7 @@ def find_images(source: Path, *, allow_outside: bool = False) -> dict[str, Path]
         try:
             paths = {path.relative_to(source).as_posix(): path for path in list_images(source)}
         except ImageError as error:
-            raise CalibrationError(
-                f"'{source}' holds no images.", hint=f"readable kinds: {' '.join(sorted(IMAGE_SUFFIXES))}"
-            ) from error
+            raise CalibrationError(error.message, hint=error.hint) from error
     else:
         paths = _listed(source)
         outside = next((name for name in paths if not (allow_outside or _is_json(source) or is_below(name))), None)

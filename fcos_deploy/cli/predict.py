@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -85,6 +86,9 @@ def command(
         table("Detections", TABLE_COLUMNS, rows[:_ROWS])
     if len(rows) > _ROWS and not as_json:
         note(f"and {len(rows) - _ROWS} more; --json prints all")
+    videos = Counter((p.source, p.announced) for p in predictions if p.frame is not None)
+    for (source, announced), frames in videos.items():
+        note(f"'{source}': {frames} frames decoded of {announced or 'an unknown number'} announced")
     if draw is not None and predictions:
         note(f"annotated copies are in '{draw}' (scores of at least {drawn:g})")
     if unread is not None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import logging
 import os
 import re
+import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -15,16 +19,19 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.c_stderr import with_messages
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.core.files import read_file
-from fcos_deploy.core.jpeg import jpeg_damage
+from fcos_deploy.core.jpeg import decode_jpeg
 from fcos_deploy.core.libraries import require
+from fcos_deploy.core.media_files import HEAD_BYTES, IMAGE_SUFFIXES, describe_content, file_head, image_format
+from fcos_deploy.core.text import brief
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "MAX_PIXELS_VARIABLE",
     "decode_image",
+    "image_pixels",
     "image_size",
     "list_images",
     "max_image_pixels",
@@ -32,10 +39,7 @@ __all__ = [
     "windows",
 ]
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-# The only decoders that are tried, by Pillow's names: others start programs (EPS is Ghostscript's) or are hardly used.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_LOG = logging.getLogger(__name__)
 
 MAX_PIXELS_VARIABLE = "FCOS_DEPLOY_MAX_PIXELS"  # the largest image that is decoded, width times height
 # A file of 20 KB can have as many pixels as its header says: 192 MB of RGB here, and more than most cameras give.
@@ -66,21 +70,46 @@ def windows(images: Iterable[tuple[_Key, NDArray[np.uint8]]]) -> Iterator[list[t
 def list_images(folder: Path) -> list[Path]:
     """All image files in a folder and its subfolders, sorted; hidden files are left out.
 
+    A file without a suffix is an image if its content is one. What else there is is counted in a warning.
+
     Raises:
-        ImageError: when the folder is missing or holds no image.
+        ImageError: when the folder is missing, cannot be read, or holds no image.
     """
     if not folder.is_dir():
         raise ImageError(f"'{folder}' is not a folder.", hint="give a folder that holds images")
-    images = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    images: list[Path] = []
+    passed: Counter[str] = Counter()
+
+    def refuse(error: OSError) -> None:
+        raise ImageError(f"Cannot read the folder '{error.filename}': {error.strerror}.") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        passed["linked folders"] += sum(Path(parent, name).is_symlink() for name in folders)
+        for name in names:
+            path = Path(parent, name)
+            suffix = path.suffix.lower()
+            if name.startswith(".") or not path.is_file():
+                continue
+            if suffix in IMAGE_SUFFIXES or (not suffix and image_format(file_head(path))):
+                images.append(path)
+            else:
+                passed[suffix or "without a suffix"] += 1
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed.items()) if count)
     if not images:
         raise ImageError(
-            f"'{folder}' holds no images.", hint=f"expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"'{folder}' holds no images{kinds and f', only {kinds}'}.",
+            hint=f"expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}",
         )
-    return images
+    if kinds:
+        _warn_once(f"passed over in '{folder}', which has {len(images)} images: {kinds}")
+    return sorted(images)
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_once(message: str) -> None:
+    """One command may look into a folder several times."""
+    _LOG.warning("%s", message)
 
 
 def max_image_pixels() -> int:
@@ -123,11 +152,31 @@ def decode_image(content: bytes, *, path: Path, orientation: Orientation = Orien
     if not content:
         raise ImageError(f"Image '{path}' is empty.")
     header = _open_header(path, io.BytesIO(content))
-    if header.format == "JPEG" and header.mode in ("L", "RGB"):
-        return _decode_jpeg(path, content, orientation=orientation)
-    if header.format == "JPEG" and (damage := jpeg_damage(content)):
-        raise ImageError(f"Image '{path}' is damaged: {damage}.", hint="get it again, or leave it out")
-    return _decode_pillow(path, header, orientation=orientation)
+    if header.format in ("JPEG", "MPO"):  # MPO: several of them, of which cameras show the first
+        pixels = _decode_jpeg(path, content, orientation=orientation)
+        if header.mode in ("L", "RGB"):
+            return pixels
+    return _pillow_pixels(f"Image '{path}'", header, orientation=orientation)
+
+
+def image_pixels(image: object, *, orientation: Orientation = Orientation.EXIF) -> NDArray[np.uint8]:
+    """An image in memory, or the path of a file, as ``read_image`` gives it; an array is taken as it is.
+
+    Raises:
+        ImageError: it is neither an array, nor a path, nor an image of Pillow.
+    """
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image), orientation=orientation)
+    pillow = sys.modules.get("PIL.Image")  # Whoever has an image of it has imported it.
+    if pillow is not None and isinstance(image, pillow.Image):
+        return _pillow_pixels("The image", image, orientation=orientation)
+    if not hasattr(image, "shape") or not hasattr(image, "dtype"):
+        raise ImageError(
+            f"An image must be uint8[h, w, 3] in RGB order, a path or an image of Pillow, got {brief(image)}.",
+            hint="read it with read_image",
+        )
+    pixels: NDArray[np.uint8] = image  # type: ignore[assignment]  # its dtype and shape are checked by preprocess
+    return pixels
 
 
 _EXIF_ORIENTATION = 0x0112
@@ -152,20 +201,44 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def _open_header(path: Path, content: IO[bytes]) -> Any:  # Any: PIL.Image.Image, imported only when called
     pillow, limit = require("PIL.Image"), max_image_pixels()
+    head = content.read(HEAD_BYTES)
+    content.seek(0)
+    name = image_format(head)
+    if not name:
+        kind = describe_content(head)
+        raise ImageError(
+            f"'{path}' is not an image that is read here{kind and f': it is {kind}'}.", hint=f"formats: {_FORMATS}"
+        )
+    if name in _OPTIONAL and not require("PIL.features").check(_OPTIONAL[name]):
+        raise ImageError(f"'{path}' is {name}, which this Pillow cannot read.", hint="pip install --upgrade pillow")
     with _HEADER_LOCK, warnings.catch_warnings():
         # Pillow warns from half its own bound on, and about unreadable metadata; here only the bound is an error.
         warnings.simplefilter("ignore")
         try:
-            header = pillow.open(content, formats=_FORMATS)
+            require(f"PIL.{_PLUGINS[name]}ImagePlugin")  # Pillow imports most of them only when all others failed.
+            header = pillow.open(content, formats=(name,))
         except pillow.DecompressionBombError as error:
             raise _too_large(path, limit, str(error)) from error
         except Exception as error:  # A damaged header can fail in any way in the decoders; none of them is a bug here.
-            known = ", ".join(name.lower() for name in _FORMATS)
-            raise ImageError(f"'{path}' is not an image that is read here.", hint=f"formats: {known}") from error
+            raise ImageError(f"'{path}' is not an image that is read here.", hint=f"formats: {_FORMATS}") from error
     width, height = header.size
     if width * height > limit:
         raise _too_large(path, limit, f"it has {width}x{height}")
+    if name == "TIFF" and header.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & 1:
+        raise ImageError(
+            f"The first image of '{path}' is a preview of {width}x{height} pixels, as in raw files of cameras.",
+            hint="convert it to JPEG or PNG with the camera's software",
+        )
     return header
+
+
+_NEW_SUBFILE_TYPE = 254  # of TIFF; bit 0: a reduced version of another image of the file
+_PLUGINS = {
+    **{"JPEG": "Jpeg", "PNG": "Png", "BMP": "Bmp", "GIF": "Gif", "WEBP": "WebP", "TIFF": "Tiff", "PPM": "Ppm"},
+    **{"AVIF": "Avif", "JPEG2000": "Jpeg2K"},
+}
+_OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # formats that a Pillow may be built without
+_FORMATS = ", ".join(name.lower() for name in _PLUGINS)
 
 
 def _too_large(path: Path, limit: int, detail: str) -> ImageError:
@@ -176,36 +249,40 @@ def _too_large(path: Path, limit: int, detail: str) -> ImageError:
 
 
 def _decode_jpeg(path: Path, content: bytes, *, orientation: Orientation) -> NDArray[np.uint8]:
-    # OpenCV decodes JPEG to the same pixels as Pillow, in less than half the time.
+    # OpenCV decodes JPEG to the same pixels as Pillow, in less than half the time, and lets libjpeg's warnings out.
     cv2 = require("cv2")
     flags = cv2.IMREAD_COLOR
     if orientation is Orientation.STORED:
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
-    image: NDArray[np.uint8] | None = None
-    with contextlib.suppress(cv2.error):  # which it raises for some damage, and returns None for the rest
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    damage = jpeg_damage(content, image)  # OpenCV 4 fills what is missing with gray.
-    if image is None or damage:
-        raise ImageError(f"Image '{path}' is damaged{damage and f': {damage}'}.", hint="get it again, or leave it out")
+
+    def decode(jpeg: bytes) -> tuple[NDArray[np.uint8] | None, str | None]:
+        with contextlib.suppress(cv2.error):  # which it raises for some damage, and returns None for the rest
+            decoded, messages = with_messages(lambda: cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags))
+            return decoded, messages
+        return None, ""
+
+    image, damage = decode_jpeg(content, decode)
+    if damage:
+        raise ImageError(f"Image '{path}' is damaged: {damage}.", hint="get it again, or leave it out")
     cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
     return image
 
 
-def _decode_pillow(path: Path, image: Any, *, orientation: Orientation) -> NDArray[np.uint8]:
+def _pillow_pixels(what: str, image: Any, *, orientation: Orientation) -> NDArray[np.uint8]:
     try:
-        deep = ";16" in str([tile[3] for tile in image.tile]) or image.mode.startswith("I")
-        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-            raise _no_white(path, "floating-point pixels" if image.mode == "F" else "integer pixels of 32 bits")
+        deep = ";16" in str([tile[3] for tile in getattr(image, "tile", ())]) or image.mode.startswith("I")
+        if image.mode == "F" or (image.mode == "I" and image.format in ("TIFF", None)):
+            raise _no_white(what, "floating-point pixels" if image.mode == "F" else "integer pixels of 32 bits")
         if orientation is Orientation.EXIF:
             image = require("PIL.ImageOps").exif_transpose(image)
         if image.mode.startswith("I"):
             # 16-bit values, in whatever type Pillow chose for them: (h, w) -> (h, w, 3) of the upper 8 bits.
             values = np.clip(np.asarray(image), 0, 65535)
-            _check_range(path, int(values.max(initial=0)))
+            _check_range(what, int(values.max(initial=0)))
             upper = (values.astype(np.uint16) >> 8).astype(np.uint8)
             return np.repeat(upper[:, :, None], 3, axis=2)
         if deep:  # Pillow keeps the upper 8 bits of 16-bit colour.
-            _check_range(path, int(np.asarray(image.convert("RGB")).max(initial=0)) << 8)
+            _check_range(what, int(np.asarray(image.convert("RGB")).max(initial=0)) << 8)
         if image.mode != "RGB":
             # By way of RGBA: Pillow cannot drop a palette's transparency directly.
             image = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
@@ -213,25 +290,25 @@ def _decode_pillow(path: Path, image: Any, *, orientation: Orientation) -> NDArr
     except ImageError:
         raise
     except Exception as error:  # as for the header
-        raise ImageError(f"Image '{path}' is damaged: {str(error) or type(error).__name__}.") from error
+        raise ImageError(f"{what} is damaged: {str(error) or type(error).__name__}.") from error
 
 
 # The largest value of 14 bits, the most that cameras write into 16 without scaling it.
 _MAX_OF_14_BITS = (1 << 14) - 1
 
 
-def _check_range(path: Path, largest: int) -> None:
+def _check_range(what: str, largest: int) -> None:
     """Refuse 16-bit values that never use the upper two bits: data of 10 to 14 bits, which would be nearly black."""
     if 0 < largest <= _MAX_OF_14_BITS:
         raise ImageError(
-            f"Image '{path}' has 16 bits a value, and its largest value is {largest}: data of fewer bits would be read "
+            f"{what} has 16 bits a value, and its largest value is {largest}: data of fewer bits would be read "
             "as nearly black.",
             hint="scale it to 65535 for white, or convert it to 8 bits",
         )
 
 
-def _no_white(path: Path, what: str) -> ImageError:
+def _no_white(what: str, pixels: str) -> ImageError:
     return ImageError(
-        f"Image '{path}' has {what}, and nothing in it says which value is white.",
+        f"{what} has {pixels}, and nothing in it says which value is white.",
         hint="convert it to 8 or 16 bits, with 255 or 65535 for white",
     )

@@ -1,31 +1,35 @@
-"""Whether the scan data of a JPEG is whole. Decoders fill what is missing or damaged with gray, and say nothing.
+"""Whether a JPEG is whole. Decoders fill what is missing or damaged with gray, and return no error.
 
-The entropy-coded data of a sequential JPEG is followed symbol by symbol, without any arithmetic on pixels: it must hold
-exactly as many blocks as the frame has (ITU-T T.81, annexes B and F). That takes 25 ms for 640 x 480 pixels, so that it
-is done only where something hints at damage. Of progressive files the structure is checked.
+What libjpeg prints decides. It prints one line alone, and there are lines about what does not change a pixel: behind
+these, and where its lines cannot be had, the entropy-coded data of a sequential JPEG is followed symbol by symbol,
+without any arithmetic on pixels: it must hold exactly as many blocks as the frame has (ITU-T T.81, annexes B and F).
+That takes 25 ms for 640 x 480 pixels, so that without libjpeg's lines it is done only where something hints at damage.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["jpeg_damage"]
+__all__ = ["decode_jpeg"]
 
 _RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 # The end of a scan: a marker that is neither a stuffed zero nor a restart.
-_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7]")
+_SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+# The next marker that has a length, or ends the file; libjpeg passes over all that comes before it.
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
+_APPLICATION = frozenset((*range(0xE0, 0xF0), 0xFE))  # APPn and comments: metadata
 _REPEATED = np.uint64(0x0101010101010101)  # times a byte: eight of them
 # A block has at most 64 symbols of 16 + 11 bits: reading this many bytes too far is noticed before it is an error.
 _OVERRUN = 64 * 27 // 8 + 8
 _END_OF_BLOCK = 128  # advances the coefficient's position beyond any that a block can reach
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
-_UNSUPPORTED = (0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
+_OTHER_FRAMES = (0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 
 
 class _DamageError(Exception):
@@ -66,26 +70,61 @@ class _Scan:
     tables: dict[tuple[int, int], bytes]
 
 
-def jpeg_damage(content: bytes, pixels: NDArray[np.uint8] | None = None) -> str:
-    """What is wrong with a JPEG file, as half a sentence; empty when nothing is.
+_Pixels = NDArray[np.uint8]
 
-    ``pixels``: (h, w, 3) as decoded; a decoder leaves the blocks gray for which it had no data.
+
+def decode_jpeg(content: bytes, decode: Callable[[bytes], tuple[_Pixels | None, str | None]]) -> tuple[_Pixels, str]:
+    """The pixels (h, w, 3) of a JPEG file, and what is wrong with it as half a sentence; empty when nothing is.
+
+    ``decode``: libjpeg, with what it prints, of which only the first line comes out; None where that cannot be known.
+    Bytes between the file's segments, which it passes over, are left out for it, and a missing end is added, so that
+    its line is of the pixels.
     """
+    nothing = np.empty((0, 0, 3), np.uint8)
     try:
-        frame, scans = _parse(content)
-        if frame.kind in _SEQUENTIAL:
-            suspicious = len(scans) > 1 or any(_has_run(scan.data) for scan in scans) or _has_gray_block(pixels)
-            for scan in scans:
-                _check_restarts(frame, scan)
-                if suspicious:
-                    _check_blocks(frame, scan)
-        elif frame.kind == _PROGRESSIVE:
-            _check_progression(frame, scans)
+        file = _parse(content)
+        pixels, messages = decode(content if file.is_plain else file.rebuilt(content))
+        if pixels is None:
+            return nothing, "the decoder gives it up"
+        if messages is not None and _OF_METADATA.search(messages):
+            messages = decode(file.rebuilt(content, metadata=False))[1]
+        _check(file, pixels, messages)
     except _DamageError as damage:
-        return str(damage)
+        return nothing, str(damage)
     except (IndexError, KeyError, ValueError, ZeroDivisionError):
-        return "its segments contradict one another"
-    return ""
+        return nothing, "its segments contradict one another"
+    return pixels, ""
+
+
+# libjpeg's warnings (jerror.h): of the pixels, and of what does not change them.
+_OF_PIXELS = re.compile(r"premature end|Premature end|bad (?:Huffman|arithmetic) code|instead of RST|Inconsistent")
+_OF_METADATA = re.compile(r"unknown JFIF|Unknown Adobe|bad ICC|thumbnail", re.IGNORECASE)
+
+
+def _check(file: _File, pixels: _Pixels, messages: str | None) -> None:
+    frame, scans = file.frame, file.scans
+    said = _OF_PIXELS.search(messages or "")
+    if said:
+        raise _DamageError(f"the decoder says '{(messages or '').strip()}'")
+    if frame.kind not in (*_SEQUENTIAL, _PROGRESSIVE):  # lossless or arithmetic coding, which is not followed here
+        return
+    if messages is None:
+        if not file.has_end:
+            raise _DamageError("the file ends early")
+        doubtful = any(_has_run(scan.data) for scan in scans) or _has_gray_block(pixels)
+    else:
+        doubtful = messages != ""
+    if {identifier for scan in scans for identifier, *_ in scan.components} != set(frame.components):
+        raise _DamageError("scans are missing at its end")
+    if frame.kind == _PROGRESSIVE:
+        _check_progression(frame, scans, look_for_holes=messages is None)
+        if messages and not _only_filling(scans, messages):
+            raise _DamageError(f"the decoder says '{messages.strip()}'")
+        return
+    for scan in scans:
+        _check_restarts(frame, scan)
+        if doubtful or len(scans) > 1:
+            _check_blocks(frame, scan)
 
 
 def _has_run(data: bytes) -> bool:
@@ -102,39 +141,59 @@ def _has_gray_block(pixels: NDArray[np.uint8] | None) -> bool:
     return any((pixels[8 * y + 2 : 8 * y + 7, 8 * x + 2 : 8 * x + 7] == 128).all() for y, x in np.argwhere(gray))
 
 
-def _parse(content: bytes) -> tuple[_Frame, list[_Scan]]:
+@dataclass(slots=True)
+class _File:
+    """``segments``: marker, begin and end of each; scans include their data. ``is_plain``: it is nothing else."""
+
+    frame: _Frame = field(default_factory=_Frame)
+    scans: list[_Scan] = field(default_factory=list)
+    segments: list[tuple[int, int, int]] = field(default_factory=list)
+    is_plain: bool = True
+    has_end: bool = False
+
+    def rebuilt(self, content: bytes, *, metadata: bool = True) -> bytes:
+        """The same image without what lies between the segments, and with an end."""
+        kept = [content[begin:end] for marker, begin, end in self.segments if metadata or marker not in _APPLICATION]
+        return b"".join([b"\xff\xd8", *kept, b"\xff\xd9"])
+
+
+def _parse(content: bytes) -> _File:
     """The first image of the file; embedded previews lie in segments, and what is appended comes after its end."""
-    scans: list[_Scan] = []
-    frame, position = _Frame(), 2
+    file, position = _File(), 2
     while True:
-        while content[position : position + 2] == b"\xff\xff":  # fill bytes
-            position += 1
-        if position + 2 > len(content):
-            raise _DamageError("the file ends early")
-        if content[position] != 0xFF:
-            raise _DamageError("its segments do not follow one another")
-        marker = content[position + 1]
+        begin = _MARKER.search(content, position)
+        if begin is None:
+            if not file.scans:
+                raise _DamageError("the file ends early")
+            file.is_plain = False
+            return file
+        file.is_plain &= begin.start() == position
+        marker, position = begin[1][0], begin.end()
         if marker == 0xD9:
-            if not scans:
+            if not file.scans:
                 raise _DamageError("it holds no scan")
-            return frame, scans
-        length = int.from_bytes(content[position + 2 : position + 4], "big")
-        payload = content[position + 4 : position + 2 + length]
+            file.has_end = True
+            return file
+        length = int.from_bytes(content[position : position + 2], "big")
+        payload = content[position + 2 : position + length]
         if length < 2 or len(payload) < length - 2:
+            if file.scans and marker not in (0xC4, 0xDA):  # the end of a file whose scans may be whole
+                file.is_plain = False
+                return file
             raise _DamageError("the file ends early")
-        position += 2 + length
+        position += length
         if marker == 0xDA:
             end = _SCAN_END.search(content, position)
-            if end is None:
-                raise _DamageError("the file ends early")
-            scans.append(_scan(payload, content[position : end.start()], frame))
-            position = end.start()
+            stop = end.start() if end else len(content)
+            file.scans.append(_scan(payload, content[position:stop], file.frame))
+            position = stop
         else:
-            _read_segment(marker, payload, frame)
+            _read_segment(marker, payload, file.frame)
+        file.segments.append((marker, begin.start(), position))
 
 
 def _read_segment(marker: int, payload: bytes, frame: _Frame) -> None:
-    if marker in _SEQUENTIAL or marker == _PROGRESSIVE or marker in _UNSUPPORTED:
+    if marker in _SEQUENTIAL or marker == _PROGRESSIVE or marker in _OTHER_FRAMES:
         frame.kind = marker
         frame.height, frame.width = int.from_bytes(payload[1:3], "big"), int.from_bytes(payload[3:5], "big")
         for i in range(6, 6 + 3 * payload[5], 3):
@@ -160,13 +219,23 @@ def _scan(payload: bytes, data: bytes, frame: _Frame) -> _Scan:
     )
 
 
-def _check_progression(frame: _Frame, scans: list[_Scan]) -> None:
+def _only_filling(scans: list[_Scan], messages: str) -> bool:
+    """Whether what is too much in a scan are bytes of one kind that some cameras fill files with."""
+    extraneous = re.search(r"(\d+) extraneous bytes", messages)
+    if extraneous is None:
+        return True
+    return any(set(scan.data[-int(extraneous[1]) :]) in ({0x00}, {0xFF}) for scan in scans)
+
+
+def _check_progression(frame: _Frame, scans: list[_Scan], *, look_for_holes: bool) -> None:
     """Every coefficient of every component must have been sent down to its last bit, the means without a gap."""
     final = {identifier: np.zeros(64, np.bool_) for identifier in frame.components}
     for scan in scans:
-        if scan.spectral[0] == 0:
+        if look_for_holes and scan.spectral[0] == 0:
             _check_means(frame, scan)
-        elif _has_run(scan.data):  # One code passes over a whole flat area, so that none of these is of that.
+        elif look_for_holes and _has_run(
+            scan.data
+        ):  # One code passes over a whole flat area, so that none of these is of that.
             raise _DamageError("there is a hole in its data")
         for identifier, *_ in scan.components:
             final[identifier][scan.spectral[0] : scan.spectral[1] + 1] |= scan.low_bit == 0

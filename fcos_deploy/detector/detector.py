@@ -28,7 +28,7 @@ from fcos_deploy.core.errors import (
     FcosDeployError,
     SignatureError,
 )
-from fcos_deploy.core.image import read_image, windows
+from fcos_deploy.core.image import image_pixels, windows
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.model_files import is_checkpoint, kinds_of
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
@@ -37,6 +37,8 @@ from fcos_deploy.core.registry import backends_for, get_backend
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from fcos_deploy.bundle.selection import Fallback
     from fcos_deploy.bundle.store import Bundle
     from fcos_deploy.detector.async_gate import AsyncGate
@@ -48,14 +50,14 @@ _LOG = logging.getLogger(__name__)
 _REPLACED_TRIES = 5
 _LARGEST_BATCH = 8  # of a dynamic axis: beyond it memory grows and throughput hardly does
 
-Image = Union[NDArray[np.uint8], Path, str]  # noqa: UP007  (evaluated at run time; NDArray has no | on Python 3.10)
+Image = Union[NDArray[np.uint8], Path, str, "PIL.Image.Image"]
 
 
 class Detector:
     """A model on a runtime, with everything around it: images in, detections in image pixels out.
 
-    An image is (h, w, 3) uint8 RGB, or the path of a file. All methods may be called from several threads at a time;
-    a runtime that is not made for that is used by one thread after the other.
+    An image is (h, w, 3) uint8 RGB, the path of a file, or an image of Pillow. All methods may be called from several
+    threads at a time; a runtime that is not made for that is used by one thread after the other.
     """
 
     def __init__(
@@ -169,14 +171,12 @@ class Detector:
         return self.contract.class_names
 
     def read(self, image: Image) -> NDArray[np.uint8]:
-        """The pixels of a file, (h, w, 3) uint8 RGB, turned as the contract says; an array as it is.
+        """The pixels, (h, w, 3) uint8 RGB, turned as the contract says; an array as it is.
 
         Raises:
-            ImageError: the file is not a usable image.
+            ImageError: the file is not a usable image, or the object is none of these.
         """
-        if not isinstance(image, (str, Path)):
-            return image
-        return read_image(Path(image), orientation=self.contract.preprocess.orientation)
+        return image_pixels(image, orientation=self.contract.preprocess.orientation)
 
     def detect(self, image: Image) -> Detections:
         """Detections of one image, best first.

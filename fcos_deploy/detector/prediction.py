@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,128 +23,31 @@ from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector.detector import Detector
 from fcos_deploy.detector.draw import DrawOptions, draw_detections
+from fcos_deploy.detector.sources import VideoWriter, frame_count, is_video_file, read_frames
 
-__all__ = [
-    "TABLE_COLUMNS",
-    "VIDEO_SUFFIXES",
-    "Prediction",
-    "VideoWriter",
-    "frame_count",
-    "predict",
-    "prediction_json",
-    "prediction_rows",
-    "read_frames",
-]
+__all__ = ["TABLE_COLUMNS", "Prediction", "predict", "prediction_json", "prediction_rows"]
 
 
 cv2 = lazy_import("cv2")
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
-
-# Containers that store the number of frames; for the others OpenCV estimates it from the duration.
-_COUNTED_SUFFIXES = frozenset({".avi", ".m4v", ".mov", ".mp4"})
-_UNREADABLE = 2  # frames that a decoder may leave out at the ends of a sound file
-
-_DEFAULT_RATE = 25.0  # frames a second, for files that do not say their rate
-
-
-def frame_count(path: Path) -> int:
-    """Frames as the file's header has them; 0 if it does not say.
-
-    Raises:
-        ImageError: the file is missing or not a video.
-    """
-    with _opened(path) as capture:
-        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-
-
-def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
-    """Frames (h, w, 3) uint8 RGB.
-
-    Raises:
-        ImageError: the file is missing, not a video, has no frame, or, after its last frame, ends early.
-    """
-    frames, expected = 0, frame_count(path) if path.suffix.lower() in _COUNTED_SUFFIXES else 0
-    with _opened(path) as capture:
-        while True:
-            read, frame = capture.read()
-            if not read:
-                break
-            frames += 1
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-    if not frames:
-        raise ImageError(f"Video '{path}' has no frame that can be read.")
-    if frames < expected - _UNREADABLE:
-        raise ImageError(f"Video '{path}' is damaged: its header says {expected} frames, {frames} can be read.")
-
-
-class VideoWriter:
-    """Writes an .mp4 under its final name once it is complete; writes nothing where ``path`` is None.
-
-    ``like`` is the video whose frame rate it takes.
-    """
-
-    def __init__(self, path: Path | None, *, like: Path) -> None:
-        self._path = path
-        self._like = like
-        self._stack = contextlib.ExitStack()
-        self._temporary: Path | None = None
-        self._writer: Any = None
-
-    def __enter__(self) -> VideoWriter:
-        if self._path is not None:
-            self._temporary = self._stack.enter_context(atomic_file(self._path))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            self._writer.release()
-        self._stack.__exit__(kind, error, trace)
-
-    def write(self, image: NDArray[np.uint8]) -> None:
-        """Append a frame (h, w, 3) uint8 RGB; all have the size of the first.
-
-        Raises:
-            ConfigError: this OpenCV cannot write .mp4.
-        """
-        if self._writer is None:
-            with _opened(self._like) as capture:
-                rate = capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_RATE
-            code, size = cv2.VideoWriter_fourcc(*"mp4v"), (image.shape[1], image.shape[0])
-            writer = cv2.VideoWriter(str(self._temporary), code, rate, size)
-            if not writer.isOpened():
-                raise ConfigError(
-                    f"OpenCV cannot write '{self._path}'.", hint="use an OpenCV that was built with FFmpeg"
-                )
-            self._writer = writer
-        self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    capture = cv2.VideoCapture(str(path)) if path.is_file() else None
-    if capture is None or not capture.isOpened():
-        raise ImageError(f"Cannot read video '{path}'.", hint="is it there, and a video that OpenCV knows?")
-    try:
-        yield capture
-    finally:
-        capture.release()
-
+_LISTED = 5  # sources that an error names
 
 TABLE_COLUMNS = ("image", "name", "score", "x1", "y1", "x2", "y2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Detections of one image, or of one frame of a video; sizes and boxes in image pixels."""
+    """Detections of one image, or of one frame of a video; sizes and boxes in image pixels.
+
+    ``announced``: how many frames the video's header says it has; 0 if it does not.
+    """
 
     source: Path
     width: int
     height: int
     detections: Detections
     frame: int | None = None
+    announced: int = 0
 
 
 def predict(
@@ -159,27 +63,20 @@ def predict(
     ``draw``: a folder for annotated copies, images as .jpg and videos as .mp4; what lies in it is no source.
 
     Raises:
-        ImageError: a source that is missing or empty, or, when all others are done, images that cannot be read.
+        ImageError: a folder that is missing or empty, or, when all others are done, images and videos that cannot be
+            read to their end.
         ConfigError: ``draw`` cannot be written.
     """
     images, videos = _split_sources(sources, without=draw)
-    copies = _Copies(draw, [*images, *videos], options or DrawOptions(), detector.names)
+    copies = _Copies(draw, images=images, videos=videos, options=options or DrawOptions(), names=detector.names)
     unread: list[ImageError] = []
     yield from _predict_images(detector, images, copies=copies, unread=unread, progress=progress)
     for video in videos:
-        copy, total = copies.path(video, ".mp4"), frame_count(video)
-        with VideoWriter(copy, like=video) as writer:
-            for index, frame in enumerate(read_frames(video)):
-                detections = detector.detect(frame)
-                if copy is not None:
-                    writer.write(copies.draw(frame, detections))
-                yield Prediction(
-                    source=video, frame=index, width=frame.shape[1], height=frame.shape[0], detections=detections
-                )
-                progress(video.name, index + 1, max(total, index + 1) if total else 0)
+        yield from _predict_video(detector, video, copies=copies, unread=unread, progress=progress)
     if unread:
-        more = f" And {len(unread) - 1} more." if len(unread) > 1 else ""
-        raise ImageError(f"{unread[0].message}{more}", hint=unread[0].hint) from unread[0]
+        more = [f"And {len(unread) - _LISTED} more."] if len(unread) > _LISTED else []
+        hint = next((error.hint for error in unread if error.hint), "")
+        raise ImageError("\n".join([*(e.message for e in unread[:_LISTED]), *more]), hint=hint) from unread[0]
 
 
 def _split_sources(sources: Sequence[Path], *, without: Path | None) -> tuple[list[Path], list[Path]]:
@@ -190,30 +87,54 @@ def _split_sources(sources: Sequence[Path], *, without: Path | None) -> tuple[li
         if source.is_dir():
             inside = list_images(source)
             images += [p for p in inside if without is None or not p.resolve().is_relative_to(without.resolve())]
-        elif source.suffix.lower() in VIDEO_SUFFIXES:
+        elif is_video_file(source):
             videos.append(source)
         else:
             images.append(source)
     return images, videos
 
 
+def _copy_names(suffixes: Mapping[Path, str]) -> dict[Path, Path]:
+    """Beside each source a name for its copy with this suffix: no two are the same, whether case counts or not.
+
+    A source whose name another shares but for its suffix keeps that in the copy's name: ``a.png.jpg``.
+    """
+    plain = {source: source.with_suffix(suffix) for source, suffix in suffixes.items()}
+    counts = Counter(str(path).casefold() for path in plain.values())
+    names = {source: path for source, path in plain.items() if counts[str(path).casefold()] == 1}
+    taken = {str(path).casefold() for path in names.values()}
+    for source in (source for source in plain if source not in names):
+        numbered = (source.with_name(f"{source.name}{f'.{n}' if n else ''}{suffixes[source]}") for n in count())
+        names[source] = next(path for path in numbered if str(path).casefold() not in taken)
+        taken.add(str(names[source]).casefold())
+    return names
+
+
 class _Copies:
     """Annotated copies: drawn in one way, under the sources' paths below the folder that they have in common."""
 
     def __init__(
-        self, folder: Path | None, sources: Sequence[Path], options: DrawOptions, names: tuple[str, ...]
+        self,
+        folder: Path | None,
+        *,
+        images: Sequence[Path],
+        videos: Sequence[Path],
+        options: DrawOptions,
+        names: tuple[str, ...],
     ) -> None:
         self._folder, self._options, self._names = folder, options, names
-        parents = [source.resolve().parent for source in sources]
-        self._common = Path(os.path.commonpath(parents)) if parents else Path()
+        suffixes = {path.resolve(): ".jpg" for path in images} | {path.resolve(): ".mp4" for path in videos}
+        self._paths = _copy_names(suffixes) if folder is not None else {}
+        self._common = Path(os.path.commonpath([path.parent for path in suffixes])) if suffixes else Path()
 
-    def path(self, source: Path, suffix: str) -> Path | None:
+    def path(self, source: Path) -> Path | None:
         """Where the copy of ``source`` goes; None where none is asked for."""
         if self._folder is None:
             return None
-        path = (self._folder / source.resolve().relative_to(self._common)).with_suffix(suffix)
-        if path.resolve() == source.resolve():
-            raise ConfigError(f"Drawing would overwrite '{source}'.", hint="give another folder")
+        source = source.resolve()
+        path = self._folder / self._paths[source].relative_to(self._common)
+        if path.exists() and path.resolve().parent == source.parent:
+            raise ConfigError(f"Drawing '{source}' would overwrite '{path}'.", hint="give another folder")
         return path
 
     def draw(self, image: NDArray[np.uint8], detections: Detections) -> NDArray[np.uint8]:
@@ -241,7 +162,7 @@ def _predict_images(
     for images in windows(readable()):
         results = detector.detect_batch([image for _, image in images])
         for (path, image), detections in zip(images, results, strict=True):
-            copy = copies.path(path, ".jpg")
+            copy = copies.path(path)
             if copy is not None:
                 drawn = cv2.cvtColor(copies.draw(image, detections), cv2.COLOR_RGB2BGR)
                 encoded, content = cv2.imencode(".jpg", drawn)
@@ -254,9 +175,35 @@ def _predict_images(
         progress("detect", done + len(unread), len(paths))
 
 
-def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any]:
-    """``{"image", "width", "height", "backend", "precision", "detections": [...]}``, and ``"frame"`` for a video's.
+def _predict_video(
+    detector: Detector, video: Path, *, copies: _Copies, unread: list[ImageError], progress: ProgressFn
+) -> Iterator[Prediction]:
+    """Frame by frame; the error of a video that cannot be read to its end is put into ``unread``."""
+    with contextlib.ExitStack() as stack:
+        try:
+            copy, announced = copies.path(video), frame_count(video)
+            writer = stack.enter_context(VideoWriter(copy, like=video))
+            for index, frame in enumerate(read_frames(video)):
+                detections = detector.detect(frame)
+                if copy is not None:
+                    writer.write(copies.draw(frame, detections))
+                yield Prediction(
+                    source=video,
+                    frame=index,
+                    announced=announced,
+                    width=frame.shape[1],
+                    height=frame.shape[0],
+                    detections=detections,
+                )
+                progress(video.name, index + 1, max(announced, index + 1) if announced else 0)
+        except ImageError as error:
+            unread.append(error)
 
+
+def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any]:
+    """``{"image", "width", "height", "backend", "precision", "detections": [...]}``.
+
+    For a frame of a video also ``"frame"`` and ``"frames_announced"``, null where its header does not say it.
     ``"artifact"``, the file of a bundle that ran, and ``"fallbacks"``, as verification records it, where a bundle's own
     backend was passed over for this one.
     """
@@ -272,7 +219,9 @@ def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any
         document["artifact"] = detector.session.description["artifact"]
     if detector.fallbacks:
         document["fallbacks"] = to_json(detector.fallbacks)
-    return document if prediction.frame is None else {**document, "frame": prediction.frame}
+    if prediction.frame is not None:
+        document |= {"frame": prediction.frame, "frames_announced": prediction.announced or None}
+    return document
 
 
 def prediction_rows(prediction: Prediction, names: tuple[str, ...]) -> list[list[str]]:

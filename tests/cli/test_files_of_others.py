@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import codecs
 import copy
+import io
 import json
-from collections.abc import Callable
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from click.testing import Result
+from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,8 +25,13 @@ from calibration.dataset import SampleOptions, collect_images
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import label_index, load_coco
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core import image as image_module
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
+from fcos_deploy.core.image import image_size, list_images, read_image
+from fcos_deploy.detector import Detector
+from fcos_deploy.detector.prediction import predict
+from fcos_deploy.detector.sources import is_video_file, read_frames
 
 Json = dict[str, Any]
 
@@ -367,3 +378,242 @@ def test_inspect_shows_annotations(pictures: Path, tmp_path: Path) -> None:
     assert plain.exit_code == 0
     assert "[/bold] blue" in plain.stderr
     assert run("inspect", path, "--images", tmp_path / "nowhere").exit_code == 1
+
+
+# ---- images ----
+
+
+def jpeg(pixels: NDArray[np.uint8], **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=90, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photograph(golden_dir: Path) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(golden_dir / "images" / "BloodImage_00000.jpg"))[:240, :320]
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
+
+
+# What is no damage: a decoder gives the same pixels, whatever it prints.
+WHOLE: dict[str, Callable[[bytes], bytes]] = {
+    "stray bytes before a marker": lambda c: c[:20] + b"stray\0" + c[20:],
+    "stray bytes before the scan": lambda c: c.replace(b"\xff\xda", b"\x11\x22\xff\xda", 1),
+    "fill bytes": lambda c: c.replace(b"\xff\xda", b"\xff\xff\xff\xda", 1),
+    "no end": lambda c: c[:-2],
+    "zeros before its end": lambda c: c[:-2] + bytes(40) + c[-2:],
+    "a video behind it": lambda c: c + b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 4,
+    "another revision of JFIF": lambda c: c.replace(b"JFIF\0\1\1", b"JFIF\0\2\1", 1),
+    "a preview": lambda c: c[:2] + segment(0xE2, c[:400] + b"\xff\xd9") + c[2:],
+    "a comment with markers": lambda c: c[:2] + segment(0xFE, b"\xff\xd9\xff\xda") + c[2:],
+}
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "a bad byte": lambda c: c[: len(c) // 2] + b"\xff\x3f" + c[len(c) // 2 + 2 :],
+    "noise": lambda c: c[: len(c) // 2] + np.random.default_rng(1).bytes(60) + c[len(c) // 2 + 60 :],
+    "cut off": lambda c: c[: len(c) * 2 // 3],
+    "cut off and ended": lambda c: c[: len(c) * 2 // 3] + b"\xff\xd9",
+    "a part gone": lambda c: c[: len(c) // 2] + c[len(c) // 2 + 700 :],
+    "zeros inside": lambda c: c[: len(c) // 2] + bytes(600) + c[len(c) // 2 + 600 :],
+    "stray bytes, and a part gone": lambda c: c[:20] + b"stray\0" + c[20 : len(c) // 2] + c[len(c) // 2 + 700 :],
+    "another revision, and a part gone": lambda c: (
+        c.replace(b"JFIF\0\1\1", b"JFIF\0\2\1", 1)[: len(c) // 2] + c[len(c) // 2 + 700 :]
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["plain", "progressive", "optimize"])
+@pytest.mark.parametrize("kind", [*WHOLE, *DAMAGED])
+def test_the_decoders_own_warnings_decide_on_a_jpeg(
+    kind: str, form: str, photograph: NDArray[np.uint8], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = jpeg(photograph, **({} if form == "plain" else {form: True}))
+    (tmp_path / "a.jpg").write_bytes((WHOLE | DAMAGED)[kind](content))
+    if kind in DAMAGED:
+        with pytest.raises(ImageError, match=r"a\.jpg' is damaged: "):
+            read_image(tmp_path / "a.jpg")
+    else:
+        (tmp_path / "whole.jpg").write_bytes(content)
+        np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), read_image(tmp_path / "whole.jpg"))
+    assert capfd.readouterr().err == ""  # libjpeg's line is in the error
+
+
+def test_threads_that_decode_do_not_hear_each_others_warnings(photograph: NDArray[np.uint8], tmp_path: Path) -> None:
+    content = jpeg(photograph)
+    (tmp_path / "whole.jpg").write_bytes(content)
+    (tmp_path / "noise.jpg").write_bytes(DAMAGED["a part gone"](content))
+
+    def is_read(name: str) -> bool:
+        try:
+            return read_image(tmp_path / name).shape == photograph.shape
+        except ImageError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(is_read, ["whole.jpg", "noise.jpg", "whole.jpg"] * 20))
+    assert results == [True, False, True] * 20
+
+
+FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    ".mpo": "MPO",
+    ".png": "PNG",
+    ".apng": "PNG",
+    ".bmp": "BMP",
+    ".dib": "BMP",
+    ".gif": "GIF",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".pnm": "PPM",
+    ".avif": "AVIF",
+    ".jp2": "JPEG2000",
+    "": "PNG",
+}
+PASSED = {".dds": "DDS", ".icns": "ICNS", ".heic": "", ".txt": "", ".psd": ""}
+
+
+def test_a_folder_says_what_it_passes_over(photograph: NDArray[np.uint8], tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for suffix, name in (FORMATS | PASSED).items():
+        if name:
+            Image.fromarray(photograph[:128, :128]).save(folder / f"image{suffix}", name)
+        else:
+            (folder / f"image{suffix}").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (folder / ".hidden.heic").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr(image_module, "_warn_once", said.append)
+        paths = list_images(folder)
+    assert {path.suffix for path in paths} == set(FORMATS)
+    assert said == [
+        f"passed over in '{folder}', which has {len(FORMATS)} images: 1 .dds, 1 .heic, 1 .icns, 1 .psd, 1 .txt"
+    ]
+    for path in paths:
+        assert image_size(path) == (128, 128)
+        with Image.open(path) as opened:
+            expected = np.asarray(opened.convert("RGB")).astype(int)
+        assert np.abs(read_image(path) - expected).max() <= 2, path
+    for suffix, kind in ((".dds", "a DDS texture"), (".icns", "an ICNS icon"), (".heic", "a HEIC image")):
+        with pytest.raises(ImageError, match=f"image{suffix}' is not an image that is read here: it is {kind}"):
+            read_image(folder / f"image{suffix}")
+    (tmp_path / "only").mkdir()
+    shutil.copyfile(folder / "image.heic", tmp_path / "only" / "a.heic")
+    with pytest.raises(ImageError, match=r"holds no images, only 1 \.heic"):
+        list_images(tmp_path / "only")
+
+
+def test_a_preview_of_a_raw_file_is_no_image(photograph: NDArray[np.uint8], tmp_path: Path) -> None:
+    Image.fromarray(photograph).save(tmp_path / "a.dng", "TIFF", tiffinfo={254: 1})
+    with pytest.raises(ImageError, match="is a preview of 320x240 pixels"):
+        read_image(tmp_path / "a.dng")
+
+
+@pytest.fixture(scope="module")
+def detector(tiny_onnx: Path) -> Iterator[Detector]:
+    pytest.importorskip("onnxruntime")
+    with Detector.open(tiny_onnx) as opened:
+        yield opened
+
+
+def test_images_of_pillow_are_detected_on(detector: Detector, photograph: NDArray[np.uint8], tmp_path: Path) -> None:
+    image = Image.fromarray(photograph)
+    image.save(tmp_path / "a.png")
+    expected = detector.detect(photograph)
+    with Image.open(tmp_path / "a.png") as lazy:
+        opened = lazy.copy()
+    for given in (image, image.convert("RGBA"), opened, tmp_path / "a.png"):
+        for found in (detector.detect(given), detector.detect_batch([given])[0]):
+            np.testing.assert_array_equal(found.boxes, expected.boxes)
+
+
+@pytest.mark.parametrize("given", [None, 5, b"abc", [1, 2], {}, object()], ids=lambda given: type(given).__name__)
+def test_what_is_no_image_is_said_to_be_none(detector: Detector, given: object) -> None:
+    for detect in (detector.detect, lambda image: detector.detect_batch([image])):
+        with pytest.raises(ImageError, match=r"must be uint8\[h, w, 3\] in RGB order, a path or an image of Pillow"):
+            detect(given)
+
+
+# ---- outputs and videos ----
+
+
+def test_copies_never_overwrite_each_other(detector: Detector, photograph: NDArray[np.uint8], tmp_path: Path) -> None:
+    folder, drawn = tmp_path / "in", tmp_path / "drawn"
+    names = ("a.png", "a.jpg", "a.bmp", "A.PNG", "b.png", "sub/a.png", "a.png.jpg", "sub/b.tif", "sub/B.gif")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph).save(folder / name)
+    write_video(folder / "a.avi", frames=3)
+    write_video(folder / "a.mkv", frames=3)
+    sources = [folder, folder / "a.avi", folder / "a.mkv", folder / "b.png"]
+    predictions = list(predict(detector, sources, draw=drawn))
+    assert len({prediction.source for prediction in predictions}) == len(names) + 2
+    copies = sorted(path.relative_to(drawn).as_posix() for path in drawn.rglob("*") if path.is_file())
+    assert len(copies) == len({copy.casefold() for copy in copies}) == len(names) + 2
+    assert {"b.jpg", "sub/a.jpg", "a.jpg.jpg", "a.bmp.jpg", "a.avi.mp4", "a.mkv.mp4"} <= set(copies)
+    (folder / "new.jpg").write_bytes((folder / "a.jpg").read_bytes())
+    (folder / "new.png").write_bytes((folder / "a.png").read_bytes())
+    with pytest.raises(ConfigError, match="would overwrite"):
+        list(predict(detector, [folder / "new.png"], draw=folder))
+
+
+def write_video(path: Path, *, frames: int, code: str = "MJPG") -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*code), 10.0, (64, 48))
+    rng = np.random.default_rng(0)
+    for _ in range(frames):
+        coarse = rng.integers(0, 256, (6, 8, 3), np.uint8)
+        writer.write(np.repeat(np.repeat(coarse, 8, axis=0), 8, axis=1))
+    writer.release()
+    return path
+
+
+VIDEOS = {".avi": "MJPG", ".mp4": "mp4v", ".3gp": "mp4v", ".mov": "MJPG", ".mkv": "MJPG", ".webm": "VP80"}
+VIDEOS |= {".ts": "mp4v", ".mts": "mp4v", ".m2ts": "mp4v", ".flv": "FLV1", ".wmv": "WMV2", ".mpg": "MPG2"}
+
+
+@pytest.mark.parametrize("suffix", VIDEOS)
+def test_a_video_is_known_by_its_content(suffix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = write_video(tmp_path / f"clip{suffix}", frames=30, code=VIDEOS[suffix])
+    content = source.read_bytes()
+    for name in ("clip.bin", "clip", "clip.jpg", f"clip{suffix}"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert is_video_file(path)
+    assert len(list(read_frames(path))) == 30
+    (tmp_path / f"cut{suffix}").write_bytes(content[: len(content) // 2])
+    if suffix not in (".ts", ".mts", ".m2ts", ".mpg", ".wmv"):  # whose headers, when they are cut, announce nothing
+        with pytest.raises(ImageError, match=r"is damaged: |Cannot read video"):
+            list(read_frames(tmp_path / f"cut{suffix}"))
+    capfd.readouterr()  # FFmpeg's lines
+
+
+def test_images_and_texts_are_no_videos(photograph: NDArray[np.uint8], tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.avi"):
+        (tmp_path / name).write_bytes(jpeg(photograph))
+        assert not is_video_file(tmp_path / name)
+    (tmp_path / "list.mp4").write_text("#EXTM3U\nhttp://127.0.0.1:9/a.ts\n")  # FFmpeg would open what it names
+    assert not is_video_file(tmp_path / "list.mp4")
+
+
+def test_a_damaged_video_does_not_stop_the_others(
+    tiny_onnx: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = write_video(tmp_path / "whole.avi", frames=6)
+    for name, share in (("cut.avi", 0.6), ("gone.mp4", 0.0)):
+        (tmp_path / name).write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+    (tmp_path / "gone.mp4").write_text("not a video")
+    names = ("cut.avi", "gone.mp4", "whole.avi")
+    result = run("predict", tiny_onnx, *(tmp_path / name for name in names), "--json", "--draw", tmp_path / "drawn")
+    assert result.exit_code == 1
+    documents = json.loads(result.stdout)
+    counts = Counter(Path(document["image"]).name for document in documents)
+    assert counts["whole.avi"] == 6
+    assert 0 < counts["cut.avi"] < 6
+    assert {document["frames_announced"] for document in documents} == {6}
+    assert f"{counts['cut.avi']} frames decoded of 6 announced" in result.stderr
+    assert "cut.avi' is damaged" in result.stderr
+    assert "gone.mp4'" in result.stderr
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"cut.mp4", "whole.mp4"}
+    capfd.readouterr()

@@ -1,9 +1,9 @@
 """How often a verdict is wrong, and what AP intervals cover: ``python benchmarks/verdict_simulation.py``.
 
 A population of made-up images stands for the world. Its detections imitate a detector: some images are hard, a tenth
-has no object, a twentieth no detection, one class is rare. A candidate is the same detector with damage of one kind,
-drawn anew in each of eight copies of the population. The true AP and drop are those of the whole population; a trial
-draws n of its images, and judges as ``fcos-deploy evaluate`` does.
+has no object, a twentieth no detection, one class is rare. A candidate is the same detector with damage of one kind.
+The true AP and drop are those of the whole population; a trial draws n of its images, and judges as ``fcos-deploy
+evaluate`` does.
 
 False pass: the upper end of the drop's interval lies below the true drop, so that a limit just below the truth passes.
 Undecided: the share of trials that are inconclusive when the true drop is a given distance within the limit.
@@ -12,7 +12,8 @@ Undecided: the share of trials that are inconclusive when the true drop is a giv
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
 from fcos_deploy.accuracy.intervals import (
     ApInterval,
+    ApSamples,
     ClassMatches,
     ap_interval,
     match_dataset,
@@ -31,11 +33,13 @@ from fcos_deploy.accuracy.intervals import (
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.gate import Outcome, interval_outcome
 
-IMAGES, COPIES = 300, 8
-CLASSES, CLASS_SHARES = ("common", "usual", "rare"), (0.7, 0.2, 0.1)
+CLASSES, CLASS_SHARES, RARE = ("common", "usual", "rare"), (0.7, 0.2, 0.1), 2
 MARGINS = (0.005, 0.01, 0.02)
+# Images from which on resamples are those of the linearised AP: exact ones would take hours.
+LINEAR_FROM = 2000
 
 Random = np.random.Generator
+Damage = Callable[[Detections, Random], Detections]
 
 
 def found_objects(random: Random) -> tuple[GroundTruth, Detections]:
@@ -81,10 +85,14 @@ def lost(whole: Detections, random: Random) -> Detections:
     return detections(whole.boxes[keep], whole.scores[keep], whole.labels[keep])
 
 
-def lost_rare(whole: Detections, random: Random) -> Detections:
-    """One detection in ten of the rare class is gone."""
-    keep = (whole.labels != 2) | (random.random(len(whole)) > 0.1)
-    return detections(whole.boxes[keep], whole.scores[keep], whole.labels[keep])
+def lost_rare(share: float) -> Damage:
+    """A share of the detections of the rare class is gone."""
+
+    def damage(whole: Detections, random: Random) -> Detections:
+        keep = (whole.labels != RARE) | (random.random(len(whole)) > share)
+        return detections(whole.boxes[keep], whole.scores[keep], whole.labels[keep])
+
+    return damage
 
 
 def bad_images(whole: Detections, random: Random) -> Detections:
@@ -93,20 +101,39 @@ def bad_images(whole: Detections, random: Random) -> Detections:
     return detections(whole.boxes[keep], whole.scores[keep], whole.labels[keep])
 
 
-DAMAGES: tuple[Callable[[Detections, Random], Detections], ...] = (noise, lost, lost_rare, bad_images)
+def damages(images: int) -> dict[str, Damage]:
+    """By name; the last is so small that in one data set of twenty (e ** -3) there is nothing of it to see."""
+    found_rare = 0.4 * images  # by ``found_objects``
+    return {
+        "noise": noise,
+        "one in 50 lost": lost,
+        "one in 10 of the rare class lost": lost_rare(0.1),
+        "one image in 10 loses 40 %": bad_images,
+        "3 of the rare class lost": lost_rare(min(1.0, 3 / found_rare)),
+    }
 
 
-def population(damage: Callable[[Detections, Random], Detections]) -> tuple[list[ClassMatches], list[ClassMatches]]:
-    """The reference and the candidate, matched with the objects of all images."""
-    truth, reference, candidate = {}, {}, {}
-    for copy in range(COPIES):
-        random, damaging = np.random.default_rng(0), np.random.default_rng(100 + copy)
-        for number in range(copy * IMAGES, (copy + 1) * IMAGES):
-            truth[number], reference[number] = found_objects(random)
-            candidate[number] = damage(reference[number], damaging)
-    images = tuple(EvaluationImage(number, Path(f"{number}.jpg")) for number in truth)
-    dataset = Dataset(images, truth, CLASSES, "simulation")
-    return match_dataset(dataset, reference), match_dataset(dataset, candidate)
+@dataclass(frozen=True)
+class World:
+    """The population, and what the reference detects in it."""
+
+    dataset: Dataset
+    detected: Mapping[int, Detections]
+
+    @staticmethod
+    def of(images: int) -> World:
+        """So many images."""
+        random = np.random.default_rng(0)
+        made = {number: found_objects(random) for number in range(images)}
+        names = tuple(EvaluationImage(number, Path(f"{number}.jpg")) for number in made)
+        truth = {number: objects for number, (objects, _) in made.items()}
+        return World(Dataset(names, truth, CLASSES, "simulation"), {n: detected for n, (_, detected) in made.items()})
+
+    def matches(self, damage: Damage | None = None) -> list[ClassMatches]:
+        """Of the reference, or of the candidate with this damage."""
+        random = np.random.default_rng(1)
+        found = {n: damage(whole, random) for n, whole in self.detected.items()} if damage else self.detected
+        return match_dataset(self.dataset, found)
 
 
 def drawn(matches: list[ClassMatches], chosen: NDArray[np.int64]) -> list[ClassMatches]:
@@ -130,59 +157,147 @@ def drawn(matches: list[ClassMatches], chosen: NDArray[np.int64]) -> list[ClassM
     return result
 
 
+def ap_slopes(matches: Sequence[ClassMatches]) -> NDArray[np.float64]:
+    """(images,) by how much AP grows when an image counts a little more.
+
+    AP of a class is the sum of P * (R - R') over the steps of the precision envelope, with precision P = H / S, recall
+    R = H / N, H right ones of S detections up to the step, N objects. The slopes are this sum's derivatives; where the
+    steps lie does not change to first order, since each is a maximum.
+    """
+    slopes = np.zeros(len(matches[0].positives))
+    for match in matches:
+        for right in match.correct:
+            objects, position = match.positives.sum(), np.flatnonzero(right)
+            hits, seen = np.arange(1, len(position) + 1), position + 1
+            envelope = np.maximum.accumulate((hits / seen)[::-1])[::-1]
+            step = np.flatnonzero(np.append(envelope[1:] < envelope[:-1], True)) if len(position) else position
+            height, reached = (hits / seen)[step], hits[step]
+            ap = float((height * np.diff(reached, prepend=0)).sum()) / objects
+            # By H and S of each step, then summed over the steps that a detection lies in or before.
+            by_right = np.diff(reached, prepend=0) / seen[step] + height - np.append(height[1:], 0.0)
+            by_seen = -np.diff(reached, prepend=0) * height / seen[step]
+            place = np.searchsorted(position[step], np.arange(len(right)))
+            after = [np.append(np.cumsum(part[::-1])[::-1], 0.0)[place] for part in (by_right, by_seen)]
+            slopes += np.bincount(match.image, right * after[0] + after[1], len(slopes)) / objects
+            slopes -= ap * match.positives / objects
+    return slopes / len(matches) / len(matches[0].correct)
+
+
+def linear_samples(matches: list[ClassMatches], *, resamples: int, seed: int) -> ApSamples:
+    """As ``sample_ap``, with the AP of the resamples from the slopes of AP."""
+    samples, images = sample_ap(matches, resamples=1, seed=seed), len(matches[0].positives)
+    counts = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    values = samples.values[0] + (counts - 1) @ ap_slopes(matches)
+    return replace(samples, values=np.concatenate([samples.values[:1], values]))
+
+
 def true_ap(matches: list[ClassMatches]) -> float:
     """Of the whole population."""
     return float(weighted_ap(matches, np.ones((1, len(matches[0].positives)), np.float32))[0])
 
 
-def trials(
-    reference: list[ClassMatches], candidate: list[ClassMatches], *, images: int, count: int, resamples: int
-) -> tuple[list[ApInterval], list[ApInterval]]:
-    """Intervals of the reference's AP and of the drop, one of each for every trial."""
+@dataclass(frozen=True)
+class Trials:
+    """Intervals of the reference's AP, and of the drop of each candidate, one for every trial."""
+
+    aps: list[ApInterval]
+    drops: list[list[ApInterval]]
+
+
+def run_trials(runs: list[list[ClassMatches]], *, images: int, count: int, resamples: int) -> Trials:
+    """runs: the matches of the reference and of the candidates."""
     random = np.random.default_rng(images)
-    aps, drops = [], []
-    for number in range(count):
-        chosen = np.sort(random.integers(0, len(reference[0].positives), images))
-        before, after = (
-            sample_ap(drawn(matches, chosen), resamples=resamples, seed=number) for matches in (reference, candidate)
-        )
-        aps.append(ap_interval(before))
-        drops.append(paired_ap_drop(before, after))
-    return aps, drops
+    sample = linear_samples if images >= LINEAR_FROM else sample_ap
+    trials = Trials([], [[] for _ in runs[1:]])
+    for seed in range(count):
+        chosen = np.sort(random.integers(0, len(runs[0][0].positives), images))
+        before, *after = (sample(drawn(matches, chosen), resamples=resamples, seed=seed) for matches in runs)
+        trials.aps.append(ap_interval(before))
+        for drops, samples in zip(trials.drops, after, strict=True):
+            drops.append(paired_ap_drop(before, samples))
+    return trials
 
 
-def undecided(drops: list[ApInterval], *, limit: float) -> float:
+def binomial_bounds(successes: int, trials: int) -> tuple[float, float]:
+    """Clopper and Pearson's exact 95 % interval of a share: which shares make so many, or so few, 2.5 % likely."""
+
+    def at_most(count: int, share: float) -> float:
+        ranks = np.arange(1, trials + 1)
+        ways = np.concatenate([[0.0], np.cumsum(np.log((trials - ranks + 1) / ranks))])[: count + 1]
+        counts = np.arange(count + 1)
+        return float(np.exp(ways + counts * np.log(share) + (trials - counts) * np.log1p(-share)).sum())
+
+    def solve(too_small: Callable[[float], bool]) -> float:
+        low, high = 1e-12, 1 - 1e-12
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if too_small(middle) else (low, middle)
+        return (low + high) / 2
+
+    low = solve(lambda share: 1 - at_most(successes - 1, share) < 0.025) if successes else 0.0
+    high = solve(lambda share: at_most(successes, share) > 0.025) if successes < trials else 1.0
+    return low, high
+
+
+def bounded(cases: Sequence[bool]) -> str:
+    """A share with its exact interval."""
+    low, high = binomial_bounds(sum(cases), len(cases))
+    return f"{np.mean(cases):.1%} ({low:.1%} to {high:.1%})"
+
+
+def undecided(drops: Sequence[ApInterval], *, limit: float) -> float:
     """Share of inconclusive verdicts."""
     outcomes = [interval_outcome(drop.low, drop.high, at_most=limit) for drop in drops]
     return sum(outcome is Outcome.INCONCLUSIVE for outcome in outcomes) / len(outcomes)
 
 
+def linear_error(matches: list[ClassMatches], *, images: int, resamples: int) -> float:
+    """Largest difference of the ends of one AP interval between exact and linearised resamples, in units of AP."""
+    chosen = np.sort(np.random.default_rng(0).integers(0, len(matches[0].positives), images))
+    exact, linear = (
+        ap_interval(sample(drawn(matches, chosen), resamples=resamples, seed=0))
+        for sample in (sample_ap, linear_samples)
+    )
+    return max(abs(exact.low - linear.low), abs(exact.high - linear.high))
+
+
 def main() -> None:
-    """Print a line for each kind of damage and number of images, as rows of a Markdown table."""
+    """Print a line for each number of images and kind of damage, as rows of two Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[40, 100, 500, 5000])
-    parser.add_argument("--trials", type=int, default=400)
-    parser.add_argument("--resamples", type=int, default=300)
-    parser.add_argument("--damage", nargs="+", default=[damage.__name__ for damage in DAMAGES])
+    parser.add_argument("--trials", type=int, nargs="+", default=[1000, 1000, 1000, 400], help="for each of --images")
+    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--population", type=int, default=12000)
     options = parser.parse_args()
+    world = World.of(options.population)
+    reference = world.matches()
+    known: dict[str, list[ClassMatches]] = {}
     margins = " | ".join(f"undecided, {margin} within" for margin in MARGINS)
-    print(f"| damage | true drop | images | trials | false pass | false fail | {margins} | AP covered | AP too high |")
-    print("|---" * (9 + len(MARGINS)) + "|")
-    for damage in (damage for damage in DAMAGES if damage.__name__ in options.damage):
-        reference, candidate = population(damage)
+    print(f"| images | trials | damage | true drop | false pass | false fail | {margins} |")
+    print("|---" * (6 + len(MARGINS)) + "|")
+    coverage = []
+    for images, count in zip(options.images, options.trials, strict=True):
+        cases = damages(images)
+        known |= {name: world.matches(damage) for name, damage in cases.items() if name not in known or "3 of" in name}
+        candidates = [known[name] for name in cases]
+        trials = run_trials([reference, *candidates], images=images, count=count, resamples=options.resamples)
         ap = true_ap(reference)
-        drop = ap - true_ap(candidate)
-        for images in options.images:
-            aps, drops = trials(reference, candidate, images=images, count=options.trials, resamples=options.resamples)
-            figures = (
-                np.mean([interval.high < drop for interval in drops]),
-                np.mean([interval.low > drop for interval in drops]),
-                *(undecided(drops, limit=drop + margin) for margin in MARGINS),
-                np.mean([interval.low <= ap <= interval.high for interval in aps]),
-                np.mean([interval.low > ap for interval in aps]),
-            )
-            cells = " | ".join(f"{figure:.1%}" for figure in figures)
-            print(f"| {damage.__name__} | {drop:.4f} | {images} | {options.trials} | {cells} |", flush=True)
+        for name, candidate, drops in zip(cases, candidates, trials.drops, strict=True):
+            drop = ap - true_ap(candidate)
+            wrong = [bounded([d.high < drop for d in drops]), bounded([d.low > drop for d in drops])]
+            shares = [f"{undecided(drops, limit=drop + margin):.0%}" for margin in MARGINS]
+            print(f"| {images} | {count} | {name} | {drop:.4f} | " + " | ".join([*wrong, *shares]) + " |", flush=True)
+        inside = bounded([interval.low <= ap <= interval.high for interval in trials.aps])
+        above, below = (
+            np.mean([interval.low > ap for interval in trials.aps]),
+            np.mean([interval.high < ap for interval in trials.aps]),
+        )
+        error = linear_error(reference, images=images, resamples=options.resamples)
+        method = f"linearised; the ends differ by {error:.4f}" if images >= LINEAR_FROM else "exact"
+        coverage.append(f"| {images} | {count} | {inside} | {above:.1%} | {below:.1%} | {method} |")
+    print("\n| images | trials | AP covered | interval too high | too low | resamples |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(coverage))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,16 @@ import pytest
 
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
-from fcos_deploy.accuracy.intervals import ApSamples, ap_interval, match_dataset, paired_ap_drop, sample_ap, weighted_ap
+from fcos_deploy.accuracy.intervals import (
+    ApInterval,
+    ApSamples,
+    ap_interval,
+    match_dataset,
+    paired_ap_drop,
+    sample_ap,
+    weighted_ap,
+    widened_for_selection,
+)
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 
@@ -96,7 +105,15 @@ def test_objects_that_chance_may_have_spared_are_allowed_for() -> None:
     assert samples.object_share.tolist() == [1 / 16, 1 / 4]
     drop = paired_ap_drop(samples, samples)
     assert (drop.low, drop.value) == (0.0, 0.0)
-    assert drop.high == pytest.approx(np.hypot(1 / 16, 1 / 4))
+    assert drop.high == pytest.approx(np.log(40) / 4), "nothing is seen of 3.69 lost objects once in 40 times"
+
+
+@pytest.mark.parametrize(("choices", "low", "high"), [(1, 1.0, 1.0), (2, 1.144, 1.188), (16, 1.507, 1.752)])
+def test_a_choice_among_candidates_widens_the_interval(choices: int, low: float, high: float) -> None:
+    """Normal quantiles at 0.025 / choices to the low side, the logarithm for what is not seen to the high side."""
+    interval = ApInterval(value=1.0, low=0.0, high=2.0, standard_error=0.5, confidence=0.95, resamples=1000, images=100)
+    widened = widened_for_selection(interval, choices)
+    assert (1 - widened.low, widened.high - 1) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
 
 
 def test_few_images_widen_the_interval_as_students_t_does() -> None:

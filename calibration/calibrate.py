@@ -144,8 +144,10 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
     sample = SampleOptions(
         count=request.count, seed=request.seed, minimum=request.minimum, allow_outside=request.allow_outside
     )
-    images = collect_images(request.images, annotations=request.annotations, options=sample)
-    evaluation = inspect_images(find_images(request.evaluation_images)) if request.evaluation_images else ()
+    orientation = graph.source.contract.preprocess.orientation
+    images = collect_images(request.images, annotations=request.annotations, options=sample, orientation=orientation)
+    others = find_images(request.evaluation_images) if request.evaluation_images else {}
+    evaluation = inspect_images(others, orientation=orientation)
     report = examine_set(images, graph.source.contract, evaluation=evaluation, allow_overlap=request.allow_overlap)
     report.require_usable()
     recorder = _ConvergenceRecorder(len(images.images), method=method) if request.convergence else None

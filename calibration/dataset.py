@@ -142,12 +142,17 @@ class SetReport:
 
 
 def collect_images(
-    source: Path, *, annotations: Path | None = None, options: SampleOptions | None = None
+    source: Path,
+    *,
+    annotations: Path | None = None,
+    options: SampleOptions | None = None,
+    orientation: Orientation = Orientation.EXIF,
 ) -> CalibrationSet:
     """Choose calibration images from a folder, a list file (one path a line) or a COCO json.
 
     With annotations the choice covers the combinations of classes and of largest object, otherwise the subfolders. It
-    depends on the names, the seed and the annotations only; a larger count contains the smaller one.
+    depends on the names, the seed and the annotations only; a larger count contains the smaller one. ``orientation``:
+    which way up the model reads files.
 
     Raises:
         CalibrationError: nothing there, files that are missing or damaged (all are listed), too few different images,
@@ -159,7 +164,7 @@ def collect_images(
     labels, categories = _read_objects(coco, files, source=source) if coco else ({}, {})
     strata = {name: _stratum(name, labels.get(name)) for name in files}
     chosen = sorted(_stratified(strata, count=options.count or _DEFAULT_COUNT, seed=options.seed))
-    images = inspect_images({name: files[name] for name in chosen})
+    images = inspect_images({name: files[name] for name in chosen}, orientation=orientation)
     photographs = {image.pixels_sha256 for image in images if image.flaw not in _EMPTY}
     if len(photographs) < options.minimum:
         different = f", {len(photographs)} of them different photographs" if len(photographs) < len(images) else ""
@@ -171,7 +176,9 @@ def collect_images(
     return CalibrationSet(source, images, len(files), options.seed, boxes, categories)
 
 
-def inspect_images(files: Mapping[str, Path]) -> tuple[CalibrationImage, ...]:
+def inspect_images(
+    files: Mapping[str, Path], *, orientation: Orientation = Orientation.EXIF
+) -> tuple[CalibrationImage, ...]:
     """Read every file once, in the order of names: what it holds, and what speaks against a photograph.
 
     Raises:
@@ -181,7 +188,7 @@ def inspect_images(files: Mapping[str, Path]) -> tuple[CalibrationImage, ...]:
 
     def inspect(name: str) -> CalibrationImage | str:
         try:
-            pixels = read_image(files[name])
+            pixels = read_image(files[name], orientation=orientation)
             content = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
             return CalibrationImage(name, files[name], sha256_file(files[name]), content, _why_not_a_photograph(pixels))
         except ImageError as error:

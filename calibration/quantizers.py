@@ -219,14 +219,17 @@ class _Qdq(Quantizer):
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
         progress("quantizing", 0, 1)
         options = SampleOptions(count=_COMPARED, seed=request.seed, minimum=1)
-        images = collect_images(request.images, options=options).images if request.images else ()
+        orientation = request.graph.source.contract.preprocess.orientation
+        images = (
+            collect_images(request.images, options=options, orientation=orientation).images if request.images else ()
+        )
         result = quantize_qdq(
             request.graph,
             request.ranges,
             request.output,
             placement=request.placement,
             ignored_layers=request.ignored_layers,
-            images=[image.read(request.graph.source.contract.preprocess.orientation) for image in images],
+            images=[image.read(orientation) for image in images],
         )
         progress("quantizing", 1, 1)
         return QuantizeResult(files=(result.path,), record=result.record)
@@ -245,7 +248,11 @@ class _Nncf(Quantizer):
             raise ConfigError("The NNCF quantizer takes no layers to ignore.", hint="--quantizer qdq")
         if request.images is None:
             raise CalibrationError("NNCF measures on images itself.", hint="--images DIR")
-        images = collect_images(request.images, options=SampleOptions(count=request.count, seed=request.seed))
+        images = collect_images(
+            request.images,
+            options=SampleOptions(count=request.count, seed=request.seed),
+            orientation=request.graph.source.contract.preprocess.orientation,
+        )
         return quantize_nncf(request.graph.source, images, request.output, progress=progress)
 
 

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.coco_file import CocoFile
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.gate import Finding, Severity
+from fcos_deploy.core.image import image_size
 
-__all__ = ["AnnotationSummary", "check_annotations", "check_geometry", "summarize_annotations"]
+__all__ = ["AnnotationSummary", "annotated_frame", "check_annotations", "check_geometry", "summarize_annotations"]
 
 _BORDER_PX = 2.0  # boxes may reach over the border by what annotation tools round
 _FEW = 0.01  # share of objects that may be wrong without a verdict on the rest being in doubt
@@ -61,6 +63,17 @@ def check_annotations(coco: CocoFile, paths: Mapping[str, Path]) -> tuple[Findin
         message = f"'{(twice or repeated)[0]}' is listed as more than one image ({len(twice or repeated)} such files)"
         findings.append(Finding(kind="images-twice", severity=Severity.INCONCLUSIVE, message=message))
     return tuple(findings)
+
+
+def annotated_frame(path: Path, size: tuple[int, int] | None) -> tuple[tuple[int, int], Orientation | None]:
+    """Which way up ``size``, (height, width), fits an image file; None where both ways do, or neither.
+
+    Returns with it the file's (height, width) that way up, or upright.
+    """
+    upright, stored = (image_size(path, orientation=frame) for frame in (Orientation.EXIF, Orientation.STORED))
+    if upright == stored or size not in (upright, stored):
+        return upright, None
+    return size, Orientation.EXIF if size == upright else Orientation.STORED
 
 
 def check_geometry(coco: CocoFile, sizes: Mapping[int, tuple[int, int]]) -> Iterator[Finding]:

@@ -9,18 +9,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.annotation_checks import check_annotations, check_geometry
+from fcos_deploy.accuracy.annotation_checks import annotated_frame, check_annotations, check_geometry
 from fcos_deploy.core.coco_file import CocoFile, CocoObject, read_coco
 from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Severity
-from fcos_deploy.core.image import image_size, list_images
+from fcos_deploy.core.image import list_images
 from fcos_deploy.core.image_names import NamedImages, find_named_images
 
 __all__ = [
     "Dataset",
     "EvaluationImage",
     "GroundTruth",
+    "check_frame",
+    "count_copies",
     "folder_images",
     "ground_truth_from_detections",
     "label_index",
@@ -32,10 +36,14 @@ _SPELLED_OUT = 5  # how many file or class names an error spells out
 
 @dataclass(frozen=True, slots=True)
 class EvaluationImage:
-    """One image: its id in the annotations, and its file."""
+    """One image: its id in the annotations, and its file.
+
+    ``frame``: the one way up in which the annotations fit the file; None where both do.
+    """
 
     image_id: int
     path: Path
+    frame: Orientation | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +66,8 @@ class Dataset:
     """Images in the order of their ids, the ground truth by image id, and the names of the classes.
 
     ``source`` says where the ground truth comes from: a file of annotations, or another model, which is then not
-    ``annotated``. ``findings``: what is to be said of the annotations.
+    ``annotated``. ``findings``: what is to be said of the annotations. ``copies``: how many of the files are copies of
+    others.
     """
 
     images: tuple[EvaluationImage, ...]
@@ -67,6 +76,7 @@ class Dataset:
     source: str
     annotated: bool = True
     findings: tuple[Finding, ...] = ()
+    copies: int = 0
 
     def first(self, count: int | None) -> Dataset:
         """The same data, cut to the first ``count`` images; None keeps all."""
@@ -87,7 +97,8 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
     coco = read_coco(annotations)
     located = find_named_images((image.name for image in coco.images), images, annotations=annotations)
     _require_located(annotations, coco, located, images=images)
-    sizes = {image.image_id: image_size(located.paths[image.name]) for image in coco.images}
+    frames = {image.image_id: annotated_frame(located.paths[image.name], image.size) for image in coco.images}
+    sizes = {image_id: size for image_id, (size, _) in frames.items()}
     findings = (*check_annotations(coco, located.paths), *_tails(located, images), *check_geometry(coco, sizes))
     refused = next((finding for finding in findings if finding.severity is Severity.REFUSED), None)
     if refused is not None:
@@ -97,7 +108,10 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
     for item in coco.objects:
         objects[item.image_id].append(item)
     return Dataset(
-        tuple(EvaluationImage(image.image_id, located.paths[image.name]) for image in coco.images),
+        tuple(
+            EvaluationImage(image.image_id, located.paths[image.name], frames[image.image_id][1])
+            for image in coco.images
+        ),
         {image_id: _ground_truth(items, positions) for image_id, items in objects.items()},
         tuple(coco.categories[category] for category in positions),
         str(annotations),
@@ -106,7 +120,7 @@ def load_coco(annotations: Path, *, images: Path) -> Dataset:
 
 
 _HINTS = {
-    "orientation": "images are turned as their EXIF orientation says: annotate the upright images",
+    "orientation": "give the images as they were annotated, with their EXIF orientation",
     "size": "give the images that were annotated, at their size, with --images",
     "shares": "COCO boxes are x, y, width, height in pixels",
     "outside": "COCO boxes are x, y, width, height in pixels of the image as it is: check the format, or clip them",
@@ -143,6 +157,36 @@ def _ground_truth(items: Sequence[CocoObject], positions: Mapping[int, int]) -> 
         classes=np.array([positions[item.category_id] for item in items], np.int64),
         areas=np.array([item.area for item in items], np.float64),
         crowd=np.array([item.crowd for item in items], np.bool_),
+    )
+
+
+def check_frame(images: Sequence[EvaluationImage], orientation: Orientation) -> None:
+    """Refuse a detector that reads images another way up than they were annotated.
+
+    Raises:
+        ConfigError: with the first of these images.
+    """
+    others = [image for image in images if image.frame not in (None, orientation)]
+    if others:
+        read, annotated = "as they are stored", "turned as their EXIF orientation says"
+        if orientation is Orientation.EXIF:
+            read, annotated = annotated, read
+        raise ConfigError(
+            f"The model reads images {read}, and {len(others)} of them are annotated {annotated}, the first "
+            f"'{others[0].path.name}': width and height are swapped.",
+            hint=f"annotate them the way up that the model reads them, or export it with --orientation "
+            f"{others[0].frame} if it was trained that way",
+        )
+
+
+def count_copies(images: Sequence[EvaluationImage]) -> int:
+    """How many of the files hold the same bytes as one before them."""
+    by_size: dict[int, list[Path]] = {}
+    for image in images:
+        by_size.setdefault(image.path.stat().st_size, []).append(image.path)
+    return sum(
+        len(paths) - len({path if len(paths) == 1 else sha256_file(path) for path in paths})
+        for paths in by_size.values()
     )
 
 

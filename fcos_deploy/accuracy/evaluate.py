@@ -13,6 +13,7 @@ import numpy as np
 from fcos_deploy.accuracy.coco import CocoScores, coco_scores
 from fcos_deploy.accuracy.dataset import (
     Dataset,
+    count_copies,
     folder_images,
     ground_truth_from_detections,
     label_index,
@@ -103,9 +104,9 @@ class EvaluationRequest:
             raise ConfigError(
                 "A limit on a drop or on agreement needs the model to compare with.", hint="give --reference CHECKPOINT"
             )
-        if self.annotations is None and gate.max_map_drop is not None:
+        if self.annotations is None and (gate.max_map_drop is not None or gate.min_ap is not None):
             raise ConfigError(
-                "A loss of AP cannot be limited without annotations: a reference's detections are no ground truth.",
+                "AP and its loss cannot be limited without annotations: a reference's detections are no ground truth.",
                 hint="give --annotations FILE, or limit what has to agree with --min-match-rate",
             )
         if self.limit is not None and self.limit < 1:
@@ -170,6 +171,7 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
         )
     if dataset is None:  # Excluded by the request's own check.
         raise ConfigError("Accuracy needs annotations or a reference.")
+    dataset = replace(dataset, copies=count_copies(images))
     with ThreadPoolExecutor(1) as scoring:  # one thread, so that the reference is scored before its candidates
         reference = scoring.submit(_score, request, dataset, reference_run, None) if reference_run else None
 
@@ -238,6 +240,8 @@ def judge_evaluation(
             subject=subject,
             problem=problem or reference.contradiction,
         )
+        if gate.judge is Judge.INTERVAL:
+            known = known or sample_problem(dataset)
         verdicts += judge_agreement(gate, evaluation.agreement, subject=subject, problem=known)
     return tuple(verdicts)
 
@@ -258,13 +262,13 @@ def _drop(
 def widened_evaluation(evaluation: Evaluation, choices: int) -> Evaluation:
     """The figures of a model that was chosen among ``choices`` on these very images, on which it looks too good."""
     drop, agreement = evaluation.drop, evaluation.agreement
-    if choices < 2 or drop is None or agreement is None:
+    if choices < 2 or agreement is None:
         return evaluation
     rate, (low, high), factor = agreement.match_rate, agreement.match_interval, selection_factor(choices)
     interval = max(0.0, rate - factor * (rate - low)), min(1.0, rate + factor * (high - rate))
     return replace(
         evaluation,
-        drop=widened_for_selection(drop, choices),
+        drop=drop and widened_for_selection(drop, choices),
         agreement=replace(agreement, match_interval=interval),
     )
 
@@ -336,18 +340,28 @@ def evidence_problem(dataset: Dataset, *, judge: Judge) -> str:
     if not counts.any():
         what = "the annotations hold" if dataset.annotated else "the reference finds"
         return f"{what} no object in these {len(dataset.images)} images"
-    if judge is Judge.POINT:
-        return ""
+    if judge is Judge.INTERVAL and (problem := sample_problem(dataset)):
+        return problem
+    unseen = [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]
+    if judge is Judge.INTERVAL and dataset.annotated and unseen:
+        names = ", ".join(f"'{name}'" for name in unseen[:_SPELLED_OUT])
+        more = f" and {len(unseen) - _SPELLED_OUT} more classes" if len(unseen) > _SPELLED_OUT else ""
+        return f"no image shows an object of {names}{more}, so that nothing is known about them"
+    return ""
+
+
+def sample_problem(dataset: Dataset) -> str:
+    """Why no interval over these images can be trusted, as half a sentence; empty when it can."""
     if len(dataset.images) < _MIN_IMAGES:
         return (
             f"{len(dataset.images)} images are too few for a confidence interval (at least {_MIN_IMAGES} are needed); "
             "--judge point judges the measured figure alone"
         )
-    unseen = [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]
-    if dataset.annotated and unseen:
-        names = ", ".join(f"'{name}'" for name in unseen[:_SPELLED_OUT])
-        more = f" and {len(unseen) - _SPELLED_OUT} more classes" if len(unseen) > _SPELLED_OUT else ""
-        return f"no image shows an object of {names}{more}, so that nothing is known about them"
+    if dataset.copies:
+        return (
+            f"{dataset.copies} of the {len(dataset.images)} images are copies of others, which make intervals too "
+            "narrow; --judge point judges the measured figure alone"
+        )
     return ""
 
 

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+_LONG_ROW = 64  # resamples from which on adding row by row is faster than NumPy's own accumulation
 _CHUNK = 4_000_000  # elements of one float32 array of resamples x detections: 16 MB
 
 
@@ -58,7 +59,7 @@ class ApSamples:
     """values: (1 + resamples,) float64, AP of the data as it is and of each resample; NaN where no object was drawn.
 
     positives: (classes, images) int64, how many objects there are; together with ``seed`` it says what was resampled.
-    object_share: (classes,) float64, the AP that one found object of each class carries; 0 where none is found.
+    object_share: (classes,) float64, the AP that a found object of each class carries in the mean; 0 without any.
     """
 
     values: NDArray[np.float64]
@@ -181,7 +182,10 @@ def _class_ap(
 
 
 def _running(operation: np.ufunc, rows: NDArray[Any]) -> NDArray[Any]:
-    """``operation.accumulate`` along the first axis, three times as fast for long rows."""
+    """``operation.accumulate`` along the first axis, up to twice as fast for long rows."""
+    if rows.shape[1] < _LONG_ROW:
+        done: NDArray[Any] = operation.accumulate(rows, axis=0)
+        return done
     done = rows.copy()
     for above, row in itertools.pairwise(done):
         operation(above, row, out=row)
@@ -238,10 +242,9 @@ def _object_share(matches: list[ClassMatches]) -> NDArray[np.float64]:
     classes = sum(bool(match.positives.any()) for match in matches)
     shares = np.zeros(len(matches))
     for position, match in enumerate(matches):
-        recall = match.correct.sum() / len(match.correct)  # mean over the IoU thresholds
-        if recall:
+        if found := int(match.correct[0].sum()):  # at IoU 0.5
             (ap,) = weighted_ap([match], np.ones((1, len(match.positives)), np.float32))
-            shares[position] = ap / recall / classes
+            shares[position] = ap / found / classes
     return shares
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.dataset import EvaluationImage
+from fcos_deploy.accuracy.dataset import EvaluationImage, check_frame
 from fcos_deploy.core.ahead import map_ahead
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import contract_to_text
@@ -107,6 +107,7 @@ def collect_detections(
     started = time.perf_counter()
     with spec.open() as detector:
         opening = time.perf_counter() - started
+        check_frame(images, detector.contract.preprocess.orientation)
         backend = detector.session.description.get("backend", spec.backend)
         precision = str(detector.contract.precision)
         with _PredictionStore(folder and folder / f"{_key(spec, detector, images)[:32]}.jsonl") as store:

@@ -49,6 +49,7 @@ def command(
     max_map_drop: cli.MaxMapDrop = None,
     min_match_rate: cli.MinMatchRate = None,
     judge: cli.JudgeBy = Judge.INTERVAL,
+    allow_inconclusive: cli.AllowInconclusive = False,
     evaluations: Annotated[
         int,
         cli.option(
@@ -56,18 +57,21 @@ def command(
         ),
     ] = 16,
     threads: cli.Threads = None,
+    junit: cli.Junit = None,
     as_json: cli.Json = False,
 ) -> None:
     """Quantize a float ONNX graph to INT8.
 
     With --max-map-drop, or without annotations --min-match-rate, layers whose harm is shown stay in float until the
-    gate holds; exit code 4 when it does not.
+    gate holds. Exit code 4: it does not, or the images cannot decide it, and then the INT8 model is kept.
     """
     from calibration.cache import load_calibration
     from calibration.mixed_precision import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
     from calibration.placement import open_graph, placement_for
     from calibration.quantizers import QuantizeRequest
     from calibration.ranges import range_method
+    from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
+    from fcos_deploy.core.serialize import to_json
     from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
 
     ranges = load_calibration(calibration) if calibration else None
@@ -88,11 +92,18 @@ def command(
         evaluations=evaluations,
     )
     with progress_bar() as progress:
-        result = quantize_model(request, quantizer=quantizer, goal=goal, progress=progress)
+        quantized = quantize_model(request, quantizer=quantizer, goal=goal, progress=progress)
+    result, verdicts = quantized.result, quantized.verdicts
     rows = [(key.replace("_", " "), shorten(value, 90, placeholder=" ...")) for key, value in result.record.items()]
     table(result.files[0].name, ("what", "value"), [row for row in rows if row[1]])
     for trade_offs in find_trade_offs(result.files[:1]):
         table("Trade-offs, most INT8 first", TRADE_OFF_COLUMNS, trade_off_rows(trade_offs))
     note(f"wrote {', '.join(str(file) for file in result.files)}")
     if as_json:
-        print_json({"files": [str(file) for file in result.files], "record": dict(result.record)})
+        files = [str(file) for file in result.files]
+        print_json({"files": files, "record": dict(result.record), "verdicts": to_json(verdicts)})
+    if junit is not None:
+        write_junit(junit, verdicts, suite="fcos-deploy quantize", allow_inconclusive=allow_inconclusive)
+    for verdict in verdicts:
+        note(verdict_line(verdict))
+    require_all(verdicts, allow_inconclusive=allow_inconclusive)

@@ -183,8 +183,8 @@ _EXIF_ORIENTATION = 0x0112
 _EXIF_ON_ITS_SIDE = frozenset({5, 6, 7, 8})  # turned by 90 degrees: width and height swap
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) that ``read_image`` gives, from the file's header alone: upright as its EXIF orientation says.
+def image_size(path: Path, *, orientation: Orientation = Orientation.EXIF) -> tuple[int, int]:
+    """(height, width) that ``read_image`` gives, from the file's header alone.
 
     Raises:
         ImageError: the file cannot be read, or is not an image.
@@ -193,7 +193,7 @@ def image_size(path: Path) -> tuple[int, int]:
         with path.open("rb") as stream:
             header = _open_header(path, stream)
             width, height = header.size
-            turned = header.getexif().get(_EXIF_ORIENTATION) in _EXIF_ON_ITS_SIDE
+            turned = orientation is Orientation.EXIF and header.getexif().get(_EXIF_ORIENTATION) in _EXIF_ON_ITS_SIDE
     except OSError as error:
         raise ImageError(f"Cannot read image '{path}': {error.strerror or error}.") from error
     return (width, height) if turned else (height, width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,7 @@ def compare_detections(
     unpaired = np.array([len(match.missed) + len(match.extra) for match in matches], np.int64)
     missed, extra = sum(len(m.missed) for m in matches), sum(len(m.extra) for m in matches)
     score_pairs = np.concatenate(scores)
-    return DetectionAgreement(
+    agreement = DetectionAgreement(
         images=len(pairs),
         reference=due[0],
         candidate=due[1],
@@ -209,6 +209,8 @@ def compare_detections(
         iou=Distribution.of(np.concatenate(overlaps)),
         score_pairs=tuple((float(first), float(second)) for first, second in score_pairs),
     )
+    # Where nothing was perturbed chance has no part: other images would agree as well.
+    return replace(agreement, match_interval=(1.0, 1.0)) if agreement.same_outputs else agreement
 
 
 def _rate_interval(unpaired: NDArray[np.int64], due: NDArray[np.int64]) -> tuple[float, float]:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.accuracy.annotation_checks import check_annotations, check_geometry, summarize_annotations
+from fcos_deploy.accuracy.annotation_checks import (
+    annotated_frame,
+    check_annotations,
+    check_geometry,
+    summarize_annotations,
+)
 from fcos_deploy.bundle.device_layer import describe_layers
 from fcos_deploy.bundle.store import open_trusted
 from fcos_deploy.checkpoints.describe import CheckpointDescription, decided_options, describe_checkpoint
@@ -20,7 +25,7 @@ from fcos_deploy.core.enums import ArtifactKind, Orientation, Precision
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
 from fcos_deploy.core.gate import Finding, Severity
-from fcos_deploy.core.image import image_size, list_images
+from fcos_deploy.core.image import list_images
 from fcos_deploy.core.image_names import find_named_images
 from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, is_checkpoint, kinds_of
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
@@ -138,7 +143,11 @@ def inspect_annotations(path: Path, *, images: Path | None = None) -> Inspection
         files = list_images(images)
         located = find_named_images((image.name for image in coco.images), images, annotations=path)
         paths = located.paths
-        sizes = {image.image_id: image_size(paths[image.name]) for image in coco.images if image.name in paths}
+        sizes = {
+            image.image_id: annotated_frame(paths[image.name], image.size)[0]
+            for image in coco.images
+            if image.name in paths
+        }
         annotated = {located_path.resolve() for located_path in paths.values()}
         facts += [
             ("images found", f"{len(sizes)} of {len(coco.images)}"),

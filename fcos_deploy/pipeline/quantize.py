@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,23 +24,41 @@ from calibration.mixed_precision import (
 from calibration.placement import Placement
 from calibration.qdq import quantize_qdq
 from calibration.quantizers import QuantizeRequest, QuantizeResult, get_quantizer
-from fcos_deploy.accuracy.evaluate import OPERATING_SCORE, Evaluation, EvaluationRequest, evaluate
+from fcos_deploy.accuracy.evaluate import (
+    OPERATING_SCORE,
+    Evaluation,
+    EvaluationRequest,
+    Evaluations,
+    evaluate,
+    evidence_problem,
+    judge_evaluation,
+    widened_evaluation,
+)
+from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.intervals import paired_ap_drop
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.gate import Gate, undecided_because
 from fcos_deploy.core.image import list_images
 from fcos_deploy.core.matching import MatchOptions, ScoreDrift, compare_detections, score_drift
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.detector import Detector, DetectorSpec
 
-__all__ = ["accuracy_goal", "quantize_model"]
+__all__ = ["Quantized", "accuracy_goal", "quantize_model"]
 
 _RESAMPLES = 1000
 _TIMING = TimingOptions(rounds=6, block=4, warmup=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What the quantizer made, and the verdicts on it where there is a goal."""
+
+    result: QuantizeResult
+    verdicts: tuple[Verdict, ...] = ()
 
 
 def accuracy_goal(
@@ -82,8 +100,8 @@ def quantize_model(
     goal: AccuracyGoal | None = None,
     state: Path | None = None,
     progress: ProgressFn = no_progress,
-) -> QuantizeResult:
-    """Quantize, and where there is a goal return only what reaches it.
+) -> Quantized:
+    """Quantize, and where there is a goal return only what reaches it, or what the images cannot decide.
 
     ``state``: file from which an interrupted search resumes; hidden beside the output by default.
 
@@ -93,7 +111,7 @@ def quantize_model(
     """
     chosen = get_quantizer(quantizer)
     if goal is None:
-        return chosen.quantize(request, progress=progress)
+        return Quantized(result=chosen.quantize(request, progress=progress))
     if not chosen.ignores_layers:
         raise ConfigError(
             f"The quantizer '{quantizer}' cannot search for an accuracy goal.",
@@ -101,15 +119,29 @@ def quantize_model(
             f"--reference {request.graph.source.path}' with the same limit; or --quantizer qdq",
         )
     with tempfile.TemporaryDirectory() as folder:
-        return _quantize_to_goal(request, goal, state=state, folder=Path(folder), progress=progress)
+        score = _Score(request.graph.source.path, goal, predictions=Path(folder), progress=progress)
+        if score.problem:
+            # What cannot be judged says nothing against INT8, and is no reason to move layers to float.
+            result, choices = chosen.quantize(request, progress=progress), 1
+        else:
+            result, choices = _search(request, goal, score, state=state, folder=Path(folder), progress=progress)
+        return Quantized(result=result, verdicts=score.verdicts(result.files[0], choices=choices))
 
 
-def _quantize_to_goal(
-    request: QuantizeRequest, goal: AccuracyGoal, *, state: Path | None, folder: Path, progress: ProgressFn
-) -> QuantizeResult:
-    """Search, compare the scores of the result with the float model's, and write the trade-offs beside it."""
+def _search(
+    request: QuantizeRequest,
+    goal: AccuracyGoal,
+    score: _Score,
+    *,
+    state: Path | None,
+    folder: Path,
+    progress: ProgressFn,
+) -> tuple[QuantizeResult, int]:
+    """Search, compare the scores of the result with the float model's, and write the trade-offs beside it.
+
+    Returns the result and from how many graphs it was chosen.
+    """
     source = request.graph.source
-    score = _Score(source.path, goal, predictions=folder, progress=progress)
     search = search_mixed_precision(
         request.graph,
         request.ranges,
@@ -143,7 +175,7 @@ def _quantize_to_goal(
         "ignored_layers": ", ".join(search.chosen.ignored_layers),
         "report": report.name,
     }
-    return QuantizeResult(files=(search.result.path, report), record=record)
+    return QuantizeResult(files=(search.result.path, report), record=record), len(search.trials)
 
 
 def _trade_offs(
@@ -177,28 +209,50 @@ class _Score:
 
     def __init__(self, source: Path, goal: AccuracyGoal, *, predictions: Path, progress: ProgressFn) -> None:
         self._source, self._goal, self._predictions, self._progress = source, goal, predictions, progress
-        self._evaluations: dict[Path, Evaluation] = {}
+        self._evaluations: dict[Path, Evaluations] = {}
         self._options = SessionOptions(threads=goal.threads)
+
+    @property
+    def problem(self) -> str:
+        """Why these images cannot decide the goal, as half a sentence; empty when they can."""
+        reference = self._evaluated(self._source)
+        return (
+            undecided_because(reference.dataset.findings)
+            or evidence_problem(reference.dataset, judge=self._goal.judge)
+            or reference.candidates[0].contradiction
+        )
 
     def __call__(self, model: Path) -> ScoreLoss:
         self._evaluations.pop(model, None)  # A candidate's file takes the name of the one before.
-        evaluation, reference = self._evaluation(model), self._evaluation(self._source)
-        if self._goal.annotations is None:
-            return self._agreement(evaluation, reference)
-        if evaluation.scores.ap is None or evaluation.samples is None or reference.samples is None:
-            raise ConfigError("No annotated object in these images, so that there is no AP.", hint="other --images")
-        drop = paired_ap_drop(reference.samples, evaluation.samples)
-        return ScoreLoss(score=evaluation.scores.ap, interval=(drop.low, drop.high))
+        compared = self._compared(model)
+        if compared.drop is not None and compared.scores.ap is not None:
+            return ScoreLoss(score=compared.scores.ap, interval=(compared.drop.low, compared.drop.high))
+        if compared.agreement is None:  # Excluded: what is compared has one.
+            raise ConfigError("There is nothing to compare with.")
+        low, high = compared.agreement.match_interval
+        return ScoreLoss(score=compared.agreement.match_rate, interval=(1.0 - high, 1.0 - low))
 
-    def _agreement(self, evaluation: Evaluation, reference: Evaluation) -> ScoreLoss:
-        options = MatchOptions(min_score=OPERATING_SCORE)
+    def verdicts(self, model: Path, *, choices: int) -> tuple[Verdict, ...]:
+        """On a model that was chosen among so many."""
+        goal, reference = self._goal, self._evaluated(self._source)
+        return judge_evaluation(
+            Gate(max_map_drop=goal.max_map_drop, min_match_rate=goal.min_match_rate, judge=goal.judge),
+            widened_evaluation(self._compared(model), choices),
+            dataset=reference.dataset,
+            reference=reference.candidates[0],
+        )
+
+    def _compared(self, model: Path) -> Evaluation:
+        """With what it lost against the float graph: AP, or without annotations detections."""
+        evaluation, reference = self._evaluated(model).candidates[0], self._evaluated(self._source).candidates[0]
+        options = MatchOptions() if self._goal.annotations else MatchOptions(min_score=OPERATING_SCORE)
         agreement = compare_detections(reference.run.detections, evaluation.run.detections, options=options)
-        low, high = agreement.match_interval
-        if evaluation is reference:
-            low = high = 1.0
-        return ScoreLoss(score=agreement.match_rate, interval=(1.0 - high, 1.0 - low))
+        drop = None
+        if evaluation.samples is not None and reference.samples is not None:
+            drop = paired_ap_drop(reference.samples, evaluation.samples)
+        return replace(evaluation, agreement=agreement, drop=drop)
 
-    def _evaluation(self, model: Path) -> Evaluation:
+    def _evaluated(self, model: Path) -> Evaluations:
         """A model that a resumed search had evaluated is evaluated again."""
         if model not in self._evaluations:
             spec = DetectorSpec(model=model, backend=self._goal.backend, options=self._options)
@@ -210,12 +264,12 @@ class _Score:
                 resamples=_RESAMPLES if self._goal.annotations else 0,
                 predictions=self._predictions,
             )
-            self._evaluations[model] = evaluate(request, progress=self._progress).candidates[0]
+            self._evaluations[model] = evaluate(request, progress=self._progress)
         return self._evaluations[model]
 
     def detections(self, model: Path) -> Mapping[int, Detections]:
         """By image number."""
-        return self._evaluation(model).run.detections
+        return self._evaluated(model).candidates[0].run.detections
 
 
 def _time_trials(

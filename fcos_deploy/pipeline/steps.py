@@ -89,11 +89,12 @@ def open_image_sets(
             f"'{calibration_images}' is not a folder, so that the accuracy cannot be measured on it.",
             hint="give other images with --images DIR",
         )
-    calibration = collect_images(calibration_images, options=sample)
+    orientation = contract.preprocess.orientation
+    calibration = collect_images(calibration_images, options=sample, orientation=orientation)
     dataset = load_coco(annotations, images=images) if images and annotations else None
     evaluation = dataset.images if dataset else folder_images(images or calibration_images)
     names = {os.path.relpath(image.path, images or calibration_images): image.path for image in evaluation}
-    inspected = inspect_images(names)
+    inspected = inspect_images(names, orientation=orientation)
     report: SetReport = examine_set(
         calibration, contract, evaluation=inspected if images else (), allow_overlap=allow_overlap
     )
@@ -358,7 +359,7 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
             seed=request.seed,
         )
         state = context.writer.scratch / f"{name}.search"
-        quantized = quantize_model(quantization, goal=goal, state=state, progress=context.progress)
+        quantized = quantize_model(quantization, goal=goal, state=state, progress=context.progress).result
         draft = ArtifactDraft(
             path=name,
             kind=ArtifactKind.ONNX,

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.image import list_images
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -144,6 +145,34 @@ def test_a_loss_of_ap_is_no_goal_without_annotations(
 
 def _evaluation(model: Path, images: Path) -> tuple[Any, ...]:
     return ("evaluate", model, "--images", images, "--reference", model, "--max-map-drop", "0.01")
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_a_goal_that_the_images_cannot_decide_keeps_the_model_and_says_so(
+    annotated: bool, mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    """Annotations without an object; or without any, too few images for an interval."""
+    pytest.importorskip("faster_coco_eval")
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in list_images(smooth_images)[:3]:
+        shutil.copy(path, images)
+    options: tuple[Any, ...] = ("--min-match-rate", "0.05")
+    if annotated:
+        entries = [{"id": number, "file_name": path.name} for number, path in enumerate(sorted(images.iterdir()))]
+        coco = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "class0"}]}
+        (tmp_path / "empty.json").write_text(json.dumps(coco))
+        options = ("--annotations", tmp_path / "empty.json", "--max-map-drop", "0.01")
+    command = ("quantize", mini_onnx, "--calibration", calibration, "-o", tmp_path / "q.onnx", "--images", images)
+    written = ("--junit", tmp_path / "j.xml", "--json", "--for", "onnxruntime", "--threads", "1")
+    result = call(*command, *options, *written)
+    assert result.exit_code == 4, result.output
+    (verdict,) = json.loads(result.stdout)["verdicts"]
+    assert verdict["outcome"] == "inconclusive"
+    assert ("hold no object in these 3 images" if annotated else "3 images are too few") in verdict["message"]
+    assert 'errors="1"' in (tmp_path / "j.xml").read_text()
+    assert (tmp_path / "q.onnx").is_file()
+    assert call(*command, *options, *written, "--allow-inconclusive").exit_code == 0
 
 
 def test_missed_goal_is_exit_code_four(mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path) -> None:

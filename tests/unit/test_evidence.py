@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,18 @@ import numpy as np
 import pytest
 
 from fcos_deploy.accuracy.coco import coco_scores
-from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth, load_coco
+from fcos_deploy.accuracy.dataset import (
+    Dataset,
+    EvaluationImage,
+    GroundTruth,
+    check_frame,
+    count_copies,
+    load_coco,
+)
 from fcos_deploy.accuracy.evaluate import baseline_problem, evidence_problem
 from fcos_deploy.accuracy.intervals import match_dataset
 from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Judge
 
@@ -49,6 +58,7 @@ def detected(dataset: Dataset) -> dict[int, Detections]:
         (annotated(images=1), "1 images are too few for a confidence interval", True),
         (annotated(images=9), "9 images are too few", True),
         (annotated(classes=(0, 0)), "no image shows an object of 'white'", True),
+        (replace(annotated(), copies=3), "3 of the 12 images are copies of others", True),
     ],
 )
 def test_what_cannot_be_judged_says_why(dataset: Dataset, problem: str, by_point: bool) -> None:
@@ -82,6 +92,13 @@ def test_annotations_that_contradict_the_reference_are_no_baseline(damage, probl
     assert bool(found) is bool(problem)
 
 
+def test_files_of_the_same_bytes_are_copies(tmp_path: Path) -> None:
+    for name, content in (("a", b"11"), ("b", b"22"), ("c", b"11"), ("d", b"333"), ("e", b"11")):
+        (tmp_path / name).write_bytes(content)
+    images = [EvaluationImage(n, path) for n, path in enumerate(sorted(tmp_path.iterdir()))]
+    assert count_copies(images) == 2
+
+
 def test_a_reference_that_finds_next_to_nothing_is_no_baseline() -> None:
     dataset = annotated()
     none = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
@@ -94,7 +111,8 @@ def test_a_reference_that_finds_next_to_nothing_is_no_baseline() -> None:
     [
         ((80, 60), 1, (10, 10, 20, 20), ""),
         ((60, 80), 6, (10, 10, 20, 20), ""),
-        ((80, 60), 6, (10, 10, 20, 20), "'1.jpg' of 80x60 pixels .* the file has 60x80: .* EXIF"),
+        ((80, 60), 6, (10, 10, 20, 20), ""),
+        ((60, 80), 1, (10, 10, 20, 20), "'1.jpg' of 60x80 pixels .* the file has 80x60: .* swapped"),
         ((160, 120), 1, (10, 10, 20, 20), "'1.jpg' of 160x120 pixels"),
         (None, 1, (10, 10, 75, 20), r"1 of the 1 boxes .* outside .* \[10.0, 10.0, 75.0, 20.0\] in '1.jpg'"),
         (None, 1, (60, 40, 80, 60), "outside"),
@@ -117,7 +135,12 @@ def test_annotations_are_held_to_the_images_as_they_are_decoded(
     path = tmp_path / "a.json"
     path.write_text(json.dumps(content))
     if not message:
-        assert len(load_coco(path, images=tmp_path).images) == 1
+        (record,) = load_coco(path, images=tmp_path).images
+        fits = {(60, 80): Orientation.EXIF, (80, 60): Orientation.STORED}
+        assert record.frame is (fits[size] if size and orientation == 6 else None)
+        for frame in Orientation if record.frame else ():
+            with pytest.raises(ConfigError, match="annotated") if frame is not record.frame else nullcontext():
+                check_frame([record], frame)
         return
     with pytest.raises(ConfigError, match=message):
         load_coco(path, images=tmp_path)

@@ -302,10 +302,8 @@ _ACTIVATIONS: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDA
     # From one activation's distances and the stride to what the other would have given, where that can be known.
     "exp in place of relu": lambda distances, stride: np.exp(distances / stride),
     "exp in place of relu (times the stride)": lambda distances, stride: np.exp(distances / stride) * stride,
-    "relu in place of exp": lambda distances, stride: np.maximum(np.log(np.maximum(distances, 1e-9)), 0) * stride,
-    "relu in place of exp (without the stride)": lambda distances, _: np.maximum(
-        np.log(np.maximum(distances, 1e-9)), 0
-    ),
+    "relu in place of exp": lambda distances, stride: _undo_exp(distances) * stride,
+    "relu in place of exp (without the stride)": lambda distances, _: _undo_exp(distances),
 }
 
 

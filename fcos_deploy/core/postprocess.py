@@ -52,7 +52,9 @@ def postprocess(
     for name, array in of_image.items():
         _check_finite(name, array, index=index)
     with np.errstate(over="ignore"):  # The sum of two finite halves may not be one.
-        candidates = _TAILS[contract.tail](of_image, contract.decode, input_size, letterbox)
+        candidates = _candidates(of_image, contract, input_size)
+        if contract.tail is not Tail.NMS:
+            candidates = _suppressed(candidates, contract.decode, input_size, letterbox)
         return _finish(candidates, contract.decode, letterbox)
 
 
@@ -86,39 +88,24 @@ def _used_rows(outputs: Outputs) -> Outputs:
     return {name: array if name in whole else array[:count] for name, array in outputs.items()}
 
 
-def _from_raw(outputs: Outputs, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox) -> Candidates:
-    head = HeadOutputs(outputs["cls_logits"], outputs["distances"], outputs["centerness"])
-    return _suppressed(decode(head, spec, input_size=input_size), spec, input_size, letterbox)
-
-
-def _from_candidates(outputs: Outputs, spec: DecodeSpec, size: tuple[int, int], letterbox: Letterbox) -> Candidates:
-    candidates = _float_candidates(outputs)
-    return _suppressed(candidates.take(candidates.scores >= 0), spec, size, letterbox)
-
-
-def _from_nms(outputs: Outputs, _spec: DecodeSpec, _size: tuple[int, int], _letterbox: Letterbox) -> Candidates:
-    candidates = _float_candidates(outputs)
+def _candidates(outputs: Outputs, contract: ModelContract, input_size: tuple[int, int]) -> Candidates:
+    """What the graph's tail gives of an image, in network-input pixels; of the nms tail, what is left."""
+    if contract.tail is Tail.RAW:
+        head = HeadOutputs(outputs["cls_logits"], outputs["distances"], outputs["centerness"])
+        return decode(head, contract.decode, input_size=input_size)
+    boxes, scores, labels = outputs["boxes"], outputs["scores"], outputs["labels"]
+    if boxes.shape != (len(scores), 4) or scores.ndim != 1 or labels.shape != scores.shape:
+        got = {"boxes": boxes.shape, "scores": scores.shape, "labels": labels.shape}
+        raise TensorMismatchError(f"Outputs of an image must be boxes (K, 4), scores (K,) and labels (K,), got {got}.")
+    candidates = Candidates(boxes.astype(np.float32, copy=False), scores.astype(np.float32, copy=False), labels)
     if "settled" in outputs and not outputs["settled"].reshape(-1)[0]:
         _LOG.warning(
             "The static NMS did not settle on this image: its detections may differ from those of greedy suppression. "
             "Export with --nms-form onnx, or with more --nms-boxes."
         )
-    return candidates.take(np.arange(len(candidates.scores)))  # A copy: the runtime overwrites its buffers.
-
-
-_TAILS: dict[Tail, Callable[[Outputs, DecodeSpec, tuple[int, int], Letterbox], Candidates]] = {
-    Tail.RAW: _from_raw,
-    Tail.CANDIDATES: _from_candidates,
-    Tail.NMS: _from_nms,
-}
-
-
-def _float_candidates(outputs: Outputs) -> Candidates:
-    boxes, scores, labels = outputs["boxes"], outputs["scores"], outputs["labels"]
-    if boxes.shape != (len(scores), 4) or scores.ndim != 1 or labels.shape != scores.shape:
-        got = {"boxes": boxes.shape, "scores": scores.shape, "labels": labels.shape}
-        raise TensorMismatchError(f"Outputs of an image must be boxes (K, 4), scores (K,) and labels (K,), got {got}.")
-    return Candidates(boxes.astype(np.float32, copy=False), scores.astype(np.float32, copy=False), labels)
+    # A copy of all rows of the nms tail: the runtime overwrites its buffers.
+    used = candidates.scores >= 0 if contract.tail is Tail.CANDIDATES else np.arange(len(candidates.scores))
+    return candidates.take(used)
 
 
 def _suppressed(

@@ -323,7 +323,7 @@ def preprocess(
         out = np.empty((3, *padded_size(height, width, spec)), spec.input_dtype.value)
     _check_out(out, spec, size=(new_height, new_width))
     content = [out[plane, :new_height, :new_width] for plane in _PLANES[spec.channel_order]]
-    _WRITERS[spec.input_dtype, spec.resize_order](image, spec, content)
+    _write_content(image, spec, content)
     padding = spec.pad_value if spec.input_dtype is InputDtype.UINT8 else spec.normalized_pad_value
     for plane, value in zip(out, padding, strict=True):
         plane[new_height:] = value
@@ -340,36 +340,20 @@ def _check_out(out: NDArray[Any], spec: PreprocessSpec, *, size: tuple[int, int]
         )
 
 
-def _write_uint8(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[NDArray[Any]]) -> None:
-    """Resized red, green and blue straight into their planes."""
-    require("cv2").split(_resize_uint8(image, spec, planes[0].shape), planes)
-
-
-def _write_resized_then_normalized(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[NDArray[Any]]) -> None:
-    cv2 = require("cv2")
-    if spec.resize_filter is ResizeFilter.TORCH:  # In float32 all the way, without rounding to levels.
-        pixels = _resize_float32(image.astype(np.float32), planes[0].shape)
+def _write_content(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[NDArray[Any]]) -> None:
+    """The resized image into its red, green and blue plane; normalised where the input is float32."""
+    cv2, size = require("cv2"), planes[0].shape
+    if spec.input_dtype is InputDtype.UINT8:
+        cv2.split(_resize_uint8(image, spec, size), planes)
+    elif spec.resize_order is ResizeOrder.NORMALIZE_FIRST:
+        cv2.split(_resize_float32(cv2.LUT(image, _normalized_levels(spec)), size), planes)
+    elif spec.resize_filter is ResizeFilter.TORCH:  # In float32 all the way, without rounding to levels.
+        pixels = _resize_float32(image.astype(np.float32), size)
         for channel, plane in enumerate(planes):
             scale, mean, std = _normalization(spec, channel)
             plane[:] = (pixels[:, :, channel] / scale - mean) / std
-        return
-    levels = _resize_uint8(image, spec, planes[0].shape)
-    cv2.split(cv2.LUT(levels, _normalized_levels(spec)), planes)
-
-
-def _write_normalized_then_resized(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[NDArray[Any]]) -> None:
-    cv2 = require("cv2")
-    normalized = cv2.LUT(image, _normalized_levels(spec))
-    cv2.split(_resize_float32(normalized, planes[0].shape), planes)
-
-
-_Writer = Callable[["NDArray[np.uint8]", PreprocessSpec, "list[NDArray[Any]]"], None]
-
-_WRITERS: dict[tuple[InputDtype, ResizeOrder], _Writer] = {
-    (InputDtype.UINT8, ResizeOrder.RESIZE_FIRST): _write_uint8,
-    (InputDtype.FLOAT32, ResizeOrder.RESIZE_FIRST): _write_resized_then_normalized,
-    (InputDtype.FLOAT32, ResizeOrder.NORMALIZE_FIRST): _write_normalized_then_resized,
-}
+    else:
+        cv2.split(cv2.LUT(_resize_uint8(image, spec, size), _normalized_levels(spec)), planes)
 
 
 def _resize_uint8(image: NDArray[np.uint8], spec: PreprocessSpec, size: tuple[int, ...]) -> NDArray[np.uint8]:

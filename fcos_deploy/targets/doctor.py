@@ -72,9 +72,7 @@ def examine() -> Examination:
     facts = read_machine()
     probes = {name: backend.probe() for name, backend in all_backends().items()}
     findings = (
-        *_machine(facts),
-        *_gpu_driver(facts),
-        *_npu(facts, probes),
+        *_hardware(facts, probes),
         *_runtimes(probes),
         *_packages(),
         *_pairs(probes),
@@ -97,7 +95,8 @@ def difference_lines(differences: Iterable[Difference]) -> Iterator[str]:
         yield f"{'':32}{difference.remedy}"
 
 
-def _machine(facts: MachineFacts) -> Iterator[Finding]:
+def _hardware(facts: MachineFacts, probes: dict[str, BackendProbe]) -> Iterator[Finding]:
+    """The machine, and the drivers of its GPU and NPU."""
     version = platform.python_version()
     yield Finding("machine", "Python", Health.WORKS, f"{version} on {platform.system()} {platform.machine()}")
     features = ", ".join(facts.int8_features) or "no int8 instructions"
@@ -106,9 +105,6 @@ def _machine(facts: MachineFacts) -> Iterator[Finding]:
         jetpack = facts.jetson.jetpack or "unknown"
         detail = f"{facts.jetson.model or 'Jetson'}, L4T {facts.jetson.l4t}, JetPack {jetpack}"
         yield Finding("machine", "JetPack", Health.WORKS, detail)
-
-
-def _gpu_driver(facts: MachineFacts) -> Iterator[Finding]:
     if facts.nvidia_driver:
         yield Finding("NVIDIA", "driver", Health.WORKS, facts.nvidia_driver)
     elif facts.jetson is not None:
@@ -117,9 +113,6 @@ def _gpu_driver(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding(
             "NVIDIA", "driver", Health.ABSENT, "no kernel module", "needed for a GPU: install NVIDIA's driver"
         )
-
-
-def _npu(facts: MachineFacts, probes: dict[str, BackendProbe]) -> Iterator[Finding]:
     seen = any("NPU" in device for probe in probes.values() for device in probe.devices)
     if seen:
         yield Finding("Intel", "NPU", Health.WORKS, facts.npu_driver or "driver outside the kernel tree")

@@ -16,7 +16,7 @@ from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.targets.profiles import DeviceProfile
 from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 
-__all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "plan", "rule_name"]
+__all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,18 +110,6 @@ class Draft:
         return parse_version(self.tensorrt) if self.tensorrt else ()
 
 
-def _backend_on_device(draft: Draft) -> str:
-    if draft.backend in draft.profile.backends:
-        return ""
-    return f"backend '{draft.backend}' does not run there, it has {', '.join(draft.profile.backends)}."
-
-
-def _precision_on_device(draft: Draft) -> str:
-    if draft.precision in draft.profile.precisions:
-        return ""
-    return f"it does not compute in {draft.precision}, only in {', '.join(draft.profile.precisions)}."
-
-
 def _opset_of_parser(draft: Draft) -> str:
     """GroupNormalization of opset 18 cannot be used with torch's scales, 21's needs TensorRT 10.9; up to 8.6: 17."""
     version, opset = draft.version, draft.request.opset
@@ -140,25 +128,6 @@ def _nms_operator(draft: Draft) -> str:
     if draft.kind is ArtifactKind.TENSORRT_RTX_ENGINE:
         return "TensorRT-RTX has no NMS operator; take the tail 'candidates', or the nms tail in its static form."
     return "NMS gives outputs of unknown size, which this device cannot compile; take the tail 'raw' or static NMS."
-
-
-def _top_k_limit(draft: Draft) -> str:
-    if not draft.builds_engine or draft.tail is Tail.RAW or draft.request.pre_nms_top_k <= MAX_TOP_K:
-        return ""
-    return f"TensorRT's TopK takes at most {MAX_TOP_K}, pre_nms_top_k is {draft.request.pre_nms_top_k}."
-
-
-def _static_shapes(draft: Draft) -> str:
-    intel = draft.profile.intel
-    if intel is None or not intel.static_shapes or not draft.dynamic:
-        return ""
-    return "it compiles graphs with fixed shapes only; give one batch size and an input size."
-
-
-def _size_range(draft: Draft) -> str:
-    if not draft.builds_engine or draft.request.input_size is not None:
-        return ""
-    return "an engine needs bounds for its input; give an input size, or build with height and width ranges there."
 
 
 def _dla(draft: Draft) -> str:
@@ -184,31 +153,43 @@ def _calibrators(draft: Draft) -> str:
     return "" if draft.precision is Precision.INT8 else "a calibration cache is for int8."
 
 
-def _workspace(draft: Draft) -> str:
-    workspace = draft.request.workspace_mib or 0
-    if workspace < draft.profile.memory_mib:
-        return ""
-    return f"a workspace of {workspace} MiB does not fit its {draft.profile.memory_mib} MiB of memory."
-
-
-# Each returns a sentence when the draft breaks it, and '' when it does not.
-RULES: tuple[Callable[[Draft], str], ...] = (
-    _backend_on_device,
-    _precision_on_device,
-    _static_shapes,
-    _size_range,
-    _nms_operator,
-    _top_k_limit,
-    _opset_of_parser,
-    _dla,
-    _calibrators,
-    _workspace,
-)
-
-
-def rule_name(rule: Callable[[Draft], str]) -> str:
-    """What docs/hardware.md calls it."""
-    return rule.__name__.removeprefix("_").replace("_", "-")
+# By the name that docs/hardware.md gives it, each rule's sentence when the draft breaks it, and '' when it does not.
+RULES: dict[str, Callable[[Draft], str]] = {
+    "backend-on-device": lambda draft: (
+        f"backend '{draft.backend}' does not run there, it has {', '.join(draft.profile.backends)}."
+        if draft.backend not in draft.profile.backends
+        else ""
+    ),
+    "precision-on-device": lambda draft: (
+        f"it does not compute in {draft.precision}, only in {', '.join(draft.profile.precisions)}."
+        if draft.precision not in draft.profile.precisions
+        else ""
+    ),
+    "static-shapes": lambda draft: (
+        "it compiles graphs with fixed shapes only; give one batch size and an input size."
+        if draft.profile.intel is not None and draft.profile.intel.static_shapes and draft.dynamic
+        else ""
+    ),
+    "size-range": lambda draft: (
+        "an engine needs bounds for its input; give an input size, or build with height and width ranges there."
+        if draft.builds_engine and draft.request.input_size is None
+        else ""
+    ),
+    "nms-operator": _nms_operator,
+    "top-k-limit": lambda draft: (
+        f"TensorRT's TopK takes at most {MAX_TOP_K}, pre_nms_top_k is {draft.request.pre_nms_top_k}."
+        if draft.builds_engine and draft.tail is not Tail.RAW and draft.request.pre_nms_top_k > MAX_TOP_K
+        else ""
+    ),
+    "opset-of-parser": _opset_of_parser,
+    "dla": _dla,
+    "calibrators": _calibrators,
+    "workspace": lambda draft: (
+        f"a workspace of {draft.request.workspace_mib} MiB does not fit its {draft.profile.memory_mib} MiB of memory."
+        if (draft.request.workspace_mib or 0) >= draft.profile.memory_mib
+        else ""
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,12 +238,10 @@ def plan(profile: DeviceProfile, request: PlanRequest | None = None) -> Plan:
         tail=request.tail or profile.tail,
         batch=request.batch or SizeRange(*[profile.batch] * 3),
     )
-    for rule in RULES:
+    for name, rule in RULES.items():
         problem = rule(draft)
         if problem:
-            raise ConfigError(
-                f"{profile.title}: {problem}", hint=f"the rule is '{rule_name(rule)}', see docs/hardware.md"
-            )
+            raise ConfigError(f"{profile.title}: {problem}", hint=f"the rule is '{name}', see docs/hardware.md")
     artifacts = _artifacts(draft)
     on_device = any(artifact.where != "here" for artifact in artifacts)
     return Plan(

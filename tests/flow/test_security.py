@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import typer
 
+import fcos_deploy
 from calibration.dataset import SampleOptions, find_images
 from fcos_deploy.accuracy.dataset import load_coco
 from fcos_deploy.accuracy.predictions import _PredictionStore
 from fcos_deploy.benchmark.cold_start import module_command
 from fcos_deploy.bundle import BundleWriter, StepOutput, open_bundle
+from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
@@ -56,33 +62,191 @@ def _run(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-# ---- the working directory ----
+# ---- the working directory, the network and the disk ----
 
 
-@pytest.fixture
-def hostile_folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of downloaded models, with modules by the names that Python and this product import."""
-    folder, marker = tmp_path / "downloads", str(tmp_path / "marker")
+    folder = tmp_path_factory.mktemp("surroundings") / "downloads"
+    marker = str(folder.parent / "marker")
     (folder / "fcos_deploy").mkdir(parents=True)
-    for name in ("numpy", "json", "runpy", "linecache", "site", "cv2", "fcos_deploy/__init__", "runtimes"):
+    for name in ("numpy", "json", "runpy", "linecache", "site", "cv2", "fcos_deploy/__init__", "runtimes", "torch"):
         (folder / f"{name}.py").write_text(HOSTILE.format(marker=marker))
     return folder
 
 
-def test_no_process_imports_from_the_working_directory(
-    hostile_folder: Path, tiny_onnx: Path, tiny_bundle: Path, smooth_images: Path
-) -> None:
-    short = ("--rounds", 1, "--seconds", 0.1, "--warmup", 0)
-    commands: tuple[tuple[object, ...], ...] = (
-        ("benchmark", tiny_onnx, *short),
-        ("verify", tiny_bundle),
-        ("inspect", tiny_bundle),
-        ("doctor",),
-        ("predict", tiny_bundle, next(smooth_images.rglob("*.png"))),
+# All commands in one process, as the console script would run each, and three seconds more: telemetry comes late.
+EVERY_COMMAND = """
+import sys
+sys.path.remove('')
+import json, os, time
+def watch(event, arguments):
+    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto', 'os.system', 'os.exec', 'os.posix_spawn'):
+        watched.append(f'{event} {arguments}')
+watched = []
+sys.addaudithook(watch)
+from pathlib import Path
+from typer.testing import CliRunner
+from fcos_deploy.cli.app import build_app
+import fcos_deploy.pipeline.deploy as pipeline
+task = json.load(sys.stdin)
+inputs = {name: Path(value) for name, value in task['demo'].items()}
+# The demo is a deployment of a detector that takes minutes; here of a tiny one.
+pipeline.demo_request = lambda output: pipeline.DeployRequest(
+    output=output, backends=('onnxruntime',), precisions=(pipeline.Precision.FP32,), **inputs)
+done = []
+for words in task['commands']:
+    started = time.monotonic()
+    result = CliRunner().invoke(build_app(), words)
+    done.append([words[0], result.exit_code, result.output[-2000:], time.monotonic() - started])
+time.sleep(3)
+json.dump({'done': done, 'watched': watched}, open(os.environ['ANSWER'], 'w'))
+"""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every command did: (command, exit code, output), audited events, system calls, and the folder of it all."""
+
+    root: Path
+    done: list[tuple[str, int, str, float]]
+    watched: list[str]
+    calls: list[str]
+
+
+def _uses(out: Path, *, bundle: Path, ir: Path, onnx: Path, checkpoint: Path, images: Path) -> list[list[object]]:
+    """A short use of each command, in an order in which what one makes is there for the next."""
+    image = next(images.rglob("*.png"))
+    against = ["--reference", checkpoint, "--images", images, "--limit", 2]
+    short = ["--rounds", 1, "--seconds", 0.1, "--warmup", 0]
+    deploy = [checkpoint, "-o", out / "deployed", "--calibration-images", images]
+    key, keys = out / "key.pem", ["--public-key", out / "key.pub.pem"]
+    return [
+        ["doctor"],
+        ["inspect", checkpoint],
+        ["export", checkpoint, "-o", out / "m.onnx"],
+        ["simplify", out / "m.onnx", "-o", out / "s.onnx"],
+        ["calibrate", onnx, "--images", images, "--count", 8, "--engine", "openvino", "-o", out / "c.json"],
+        ["quantize", onnx, "--calibration", out / "c.json", "-o", out / "q.onnx"],
+        ["quantize", onnx, "--quantizer", "nncf", "--for", "openvino", "--images", images, "-o", out / "n.xml"],
+        ["build", onnx, "--backend", "openvino", "-o", out / "m.xml"],
+        ["deploy", *deploy, "--target", "jetson-orin-nano", "--dry-run"],
+        ["demo", "-o", out / "demo"],
+        ["setup", bundle, "--backend", "openvino"],
+        ["sign", bundle, "--generate-key", "--key", key, "--openssf-key", out / "ec.pem"],
+        ["verify-signature", bundle, *keys],
+        ["verify", bundle, *keys],
+        ["verify", ir],
+        ["package", bundle, "--for", "triton", "--backend", "onnxruntime", "-o", out / "triton"],
+        ["package", bundle, "-o", out / "bundle.tar"],
+        ["evaluate", onnx, *against, "--resamples", 0],
+        ["parity", onnx, *against],
+        ["compare", onnx, checkpoint, "--images", images, "--limit", 2, "--no-speed"],
+        ["report", onnx, *against, "--rounds", 1, "-o", out / "report.html"],
+        ["predict", ir, image, "--draw", out / "drawn"],
+        ["benchmark", onnx, *short, "-o", out / "speed.json"],
+        ["soak", onnx, "--inferences", 20, "--concurrency", 2, "--max-memory-growth", 1],
+    ]
+
+
+@pytest.fixture(scope="module")
+def surroundings(
+    hostile_folder: Path,
+    tiny_bundle: Path,
+    tiny_ir_bundle: Path,
+    tiny_onnx: Path,
+    tiny_checkpoint: Path,
+    smooth_images: Path,
+) -> Surroundings:
+    """Every command, run from the hostile folder with a home and a temporary folder of its own."""
+    root = hostile_folder.parent
+    for name in ("home", "tmp", "out"):
+        (root / name).mkdir()
+    (root / "tmp" / ".ses").symlink_to(root / "victim")  # where ONNX Runtime's telemetry would follow a link
+    bundles = [Path(shutil.copytree(source, root / source.parent.name)) for source in (tiny_bundle, tiny_ir_bundle)]
+    uses = _uses(
+        root / "out",
+        bundle=bundles[0],
+        ir=bundles[1],
+        onnx=tiny_onnx,
+        checkpoint=tiny_checkpoint,
+        images=smooth_images,
     )
-    for words in commands:
-        done = _run(*words, cwd=hostile_folder)
-        assert done.returncode == 0, done.stderr
+    demo = {"checkpoint": tiny_checkpoint, "calibration_images": smooth_images}
+    task = {"commands": uses, "demo": demo}
+    kept = {key: value for key, value in os.environ.items() if key not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment = {
+        **kept,
+        "HOME": str(root / "home"),
+        "TMPDIR": str(root / "tmp"),
+        "ANSWER": str(root / "answer"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    for name in ("FCOS_DEPLOY_CACHE", "FCOS_DEPLOY_STATE"):
+        environment.pop(name, None)
+    strace = shutil.which("strace")  # with it, native code is watched too
+    calls = "trace=connect,sendto,sendmsg,openat,creat,mkdir,rename,symlink"
+    watched = [strace, "-f", "-qq", "-y", "--seccomp-bpf", "-e", calls, "-o", str(root / "trace")] if strace else []
+    done = subprocess.run(
+        [*watched, sys.executable, "-c", EVERY_COMMAND],
+        input=json.dumps(task, default=str),
+        env=environment,
+        cwd=hostile_folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((root / "answer").read_text())
+    lines = (root / "trace").read_text(errors="replace").splitlines() if strace else []
+    return Surroundings(root, [tuple(entry) for entry in answer["done"]], answer["watched"], lines)
+
+
+def test_every_command_was_run(surroundings: Surroundings) -> None:
+    """A new command without a use above is a failure."""
+    application = typer.main.get_group(build_app())
+    assert {name for name, *_ in surroundings.done} == set(application.commands)
+    failed = [(name, output) for name, code, output, _ in surroundings.done if code != 0]
+    assert failed == []
+
+
+def test_no_command_imports_from_the_working_directory(surroundings: Surroundings) -> None:
+    assert not (surroundings.root / "marker").exists()
+
+
+def test_no_command_connects(surroundings: Surroundings) -> None:
+    assert surroundings.watched == []
+    assert [line for line in surroundings.calls if "AF_INET" in line] == []
+
+
+def test_commands_write_to_declared_places_only(surroundings: Surroundings) -> None:
+    root = surroundings.root
+    assert [path.name for path in (root / "tmp").iterdir()] == [".ses"]
+    assert not (root / "victim").exists()
+    written = {path.relative_to(root / "home").parts[:2] for path in (root / "home").rglob("*") if path.is_file()}
+    written.discard((".cache", "matplotlib"))  # its list of fonts, which the charts of a report need
+    assert written == {(".cache", "fcos-deploy"), (".local", "state")}
+    declared = (*(f"{root / name}" for name in ("home", "tmp", "out", "tiny-bundle", "tiny-ir-bundle", "answer")),)
+    elsewhere = set()
+    for line in surroundings.calls:
+        opened = re.search(r'openat\(.*?, "([^"]*)", [A-Z_|]*(?:O_WRONLY|O_RDWR|O_CREAT)[^)]*\) = \d', line)
+        if opened and not opened[1].startswith((*declared, "/dev/", "/proc/")):
+            elsewhere.add(opened[1])
+    assert elsewhere == set()
+
+
+def test_the_installed_script_does_not_either(hostile_folder: Path, tiny_onnx: Path) -> None:
+    """With the process for the cold start. ``python -m fcos_deploy``, which Python would look up here, is not there."""
+    script = Path(sysconfig.get_path("scripts")) / "fcos-deploy"
+    assert not (Path(fcos_deploy.__file__).parent / "__main__.py").exists()
+    if not script.is_file():
+        pytest.skip("the package is not installed")
+    short = ("--rounds", "1", "--seconds", "0.1", "--warmup", "0")
+    done = subprocess.run(
+        [script, "benchmark", tiny_onnx, *short], cwd=hostile_folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     assert not (hostile_folder.parent / "marker").exists()
 
 
@@ -92,55 +256,6 @@ def test_a_module_is_run_without_the_working_directory(version: tuple[int, int],
     done = subprocess.run(command, cwd=hostile_folder, input="{}", capture_output=True, text=True, check=False)
     assert "ColdStartTask lacks" in done.stderr
     assert not (hostile_folder.parent / "marker").exists()
-
-
-# ---- the network and the disk ----
-
-AUDITED = """
-import sys
-sys.path.remove('')
-def refuse(event, arguments):
-    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto', 'os.system', 'os.exec', 'os.posix_spawn'):
-        sys.stderr.write(f'AUDIT {event} {arguments}\\n')
-sys.addaudithook(refuse)
-from fcos_deploy.cli.app import main
-try:
-    main()
-finally:
-    import time
-    time.sleep(float(sys.argv[0] == '-c') * 3)
-"""
-
-
-def test_no_command_connects_or_writes_outside_of_declared_places(
-    tiny_onnx: Path, tiny_bundle: Path, smooth_images: Path, tmp_path: Path
-) -> None:
-    """Three seconds after the command too: ONNX Runtime's telemetry comes late. With strace, native code is watched."""
-    home, temporary = tmp_path / "home", tmp_path / "tmp"
-    home.mkdir()
-    temporary.mkdir()
-    (temporary / ".ses").symlink_to(tmp_path / "victim")
-    kept = {key: value for key, value in os.environ.items() if key not in ("CI", "ORT_DISABLE_TELEMETRY")}
-    environment = {**kept, "HOME": str(home), "TMPDIR": str(temporary)}
-    for name in ("FCOS_DEPLOY_CACHE", "FCOS_DEPLOY_STATE"):
-        environment.pop(name, None)
-    trace = tmp_path / "trace"
-    strace = shutil.which("strace")
-    watched = [strace, "-f", "-qq", "-e", "trace=connect,sendto", "-o", str(trace)] if strace else []
-    bundle = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle, bundle)
-    image = next(smooth_images.rglob("*.png"))
-    for words in (("verify", bundle), ("predict", tiny_onnx, image, "--backend", "openvino")):
-        command = [*watched, sys.executable, "-c", AUDITED, *map(str, words)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert "AUDIT" not in done.stderr
-        calls = trace.read_text().splitlines() if strace else []
-        assert [line for line in calls if "AF_INET" in line] == []
-    assert [path.name for path in temporary.iterdir()] == [".ses"]
-    assert not (tmp_path / "victim").exists()
-    written = {path.relative_to(home).parts[:3] for path in home.rglob("*") if path.is_file()}
-    assert written <= {(".cache", "fcos-deploy", "openvino"), (".local", "state", "fcos-deploy")}, written
 
 
 def test_a_user_without_a_home_is_served(tiny_bundle: Path, tmp_path: Path) -> None:

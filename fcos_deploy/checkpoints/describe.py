@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ __all__ = [
     "describe_checkpoint",
     "describe_weights",
     "find_weights",
+    "refuse_unknown",
 ]
 
 _METADATA_KEY = "fcos_deploy"  # of a safetensors file
@@ -87,6 +89,7 @@ def describe_weights(
         raise ConfigError(f"The variant for {ecosystem.name} must be {known}, got '{options.variant}'.")
     tensors = canonical(weights.tensors, ecosystem.renames)
     network = _infer_network(tensors)
+    refuse_unknown(tensors)
     evidence = Evidence(
         file_name=file_name,
         tensors=tensors,
@@ -219,6 +222,31 @@ _BACKBONE_MARKS = {
 }
 
 
+# Parts of the canonical names of all backbones, pyramids and heads.
+_PART = (
+    r"backbone|body|conv\d*|bn\d*|layer\d|downsample|base_layer|level\d|tree\d|root|project|features|stem|stages|layers"
+    r"|concat|ese|fc|fpn|inner_blocks|layer_blocks|extra_blocks|p\d|norm|head|classification_head|regression_head"
+    r"|shared_tower|cls_logits|bbox_reg|bbox_ctrness|scales|\d+"
+)
+_CANONICAL = re.compile(rf"(?:backbone|head)(?:\.(?:{_PART}))+(?:\.(?:weight|bias|running_mean|running_var))?")
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Stop at tensors that the network has no place for, such as those of a head or an adapter of one's own.
+
+    Raises:
+        CheckpointError: naming the first four.
+    """
+    unknown = sorted(name for name in names if not _CANONICAL.fullmatch(name))
+    if unknown:
+        shown = ", ".join(f"'{name}'" for name in unknown[:4]) + (", ..." if len(unknown) > 4 else "")
+        raise CheckpointError(
+            f"The checkpoint has unknown {len(unknown)} tensors: {shown}.",
+            hint="is it another architecture? Where they are the training's alone, save the file without them; "
+            "for a network of your own see docs/your-own-fcos.md",
+        )
+
+
 def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
     """The configuration that fits the tensors; what shapes do not tell has its default.
 
@@ -228,8 +256,10 @@ def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
     backbone = next((kind for kind, mark in _BACKBONE_MARKS.items() if mark in tensors), None)
     if backbone is None:
         shown = [f"'{name}'" for name in sorted(tensors) if name.startswith("backbone.")][:3]
+        starts = [f"'{start}'" for start, _ in Counter(name.partition(".")[0] for name in tensors).most_common(4)]
         raise CheckpointError(
-            f"The backbone is none of {', '.join(_BACKBONE_MARKS)}; the file has {', '.join(shown) or 'no backbone'}.",
+            f"The backbone is none of {', '.join(_BACKBONE_MARKS)}; the file has "
+            + (f"{', '.join(shown)}." if shown else f"no backbone: its tensors begin with {', '.join(starts)}."),
             hint="for a network of your own see docs/your-own-fcos.md",
         )
     _shape(tensors, f"{REG_HEAD}.bbox_ctrness.weight", 4)  # Absent in RetinaNet, whose other names are the same.

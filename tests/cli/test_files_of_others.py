@@ -16,18 +16,23 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from click.testing import Result
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from calibration.dataset import SampleOptions, collect_images
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import label_index, load_coco
+from fcos_deploy.checkpoints.describe import describe_checkpoint
+from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core import image as image_module
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
+from fcos_deploy.core.errors import CalibrationError, ConfigError, FcosDeployError, ImageError
 from fcos_deploy.core.image import image_size, list_images, read_image
 from fcos_deploy.detector import Detector
 from fcos_deploy.detector.prediction import predict
@@ -617,3 +622,95 @@ def test_a_damaged_video_does_not_stop_the_others(
     assert "gone.mp4'" in result.stderr
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"cut.mp4", "whole.mp4"}
     capfd.readouterr()
+
+
+# ---- checkpoints ----
+
+Tensors = dict[str, torch.Tensor]
+ONE = torch.ones(1)
+
+
+def prefixed(prefix: str) -> Callable[[Tensors], object]:
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def after(part: str, wrapper: str) -> Callable[[Tensors], object]:
+    return lambda tensors: {name.replace(part, part + wrapper): tensor for name, tensor in tensors.items()}
+
+
+def between(wrapper: str) -> Callable[[Tensors], object]:
+    """After every part of every name, as wrappers of each module leave it."""
+    return lambda tensors: {
+        "".join(f"{part}.{wrapper}." for part in name.split(".")[:-1]) + name.rpartition(".")[2]: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def in_lightning(prefix: str, **more: torch.Tensor) -> Callable[[Tensors], object]:
+    return lambda tensors: {
+        "state_dict": {prefix + name: tensor for name, tensor in tensors.items()} | more,
+        "pytorch-lightning_version": "2.4.0",
+        "optimizer_states": [{"state": {0: {"exp_avg": ONE}}}],
+    }
+
+
+def profiled(tensors: Tensors) -> object:
+    counters = {f"{name.rpartition('.')[0]}.total_{what}": ONE for name in tensors for what in ("ops", "params")}
+    return {**tensors, **counters, "total_ops": ONE, "total_params": ONE}
+
+
+WRAPPED: dict[str, Callable[[Tensors], object]] = {
+    "DataParallel": prefixed("module."),
+    "torch.compile": prefixed("_orig_mod."),
+    "torch.compile of DataParallel": prefixed("_orig_mod.module."),
+    "torch.compile of the backbone": after("backbone.", "_orig_mod."),
+    "DataParallel of the head": after("head.", "module."),
+    "FSDP": between("_fsdp_wrapped_module"),
+    "FSDP of torch 1": between("_fpw_module"),
+    "activation checkpoints": after("layer2.0.", "_checkpoint_wrapped_module."),
+    "a strategy of Lightning": in_lightning("_forward_module.model."),
+    "Lightning, net": in_lightning("net.", **{"criterion.weight": ONE}),
+    "Lightning, fcos": in_lightning("fcos.", **{"val_map.total": ONE, "train_metrics.seen": ONE}),
+    "Lightning, two deep": in_lightning("detector.model.", **{"detector.loss_fn.weight": ONE}),
+    "a profiler's counters": profiled,
+    "a loss of its own": lambda tensors: {**tensors, "criterion.weight": ONE},
+}
+UNKNOWN: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "another head": (lambda tensors: {**tensors, "mask_head.conv.weight": ONE}, "unknown 1 tensors: 'mask_head.conv"),
+    "an adapter": (
+        lambda tensors: {**tensors, "backbone.body.conv1.lora_A": ONE},
+        "unknown 1 tensors: 'backbone.body.conv1.lora_A'",
+    ),
+    "other names": (
+        lambda tensors: {name.replace("backbone.", "trunk."): tensor for name, tensor in tensors.items()},
+        "its tensors begin with 'trunk', 'head'",
+    ),
+    "a teacher and a student": (
+        lambda tensors: {f"{who}.{name}": tensor for who in ("teacher", "student") for name, tensor in tensors.items()},
+        "2 sets of weights: 'teacher', 'student'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tensors(tiny_checkpoint: Path) -> Tensors:
+    return load_file(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("kind", [*WRAPPED, *UNKNOWN])
+def test_wrappers_are_no_part_of_a_name(kind: str, tensors: Tensors, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """``inspect`` and loading say the same, of a file with any suffix."""
+    torch.save((WRAPPED | {kind: update for kind, (update, _) in UNKNOWN.items()})[kind](tensors), tmp_path / "m.ckpt")
+    options = CheckpointOptions(input_size=(128, 160))
+    if kind in UNKNOWN:
+        for read in (describe_checkpoint, load_checkpoint):
+            with pytest.raises(FcosDeployError, match=UNKNOWN[kind][1]):
+                read(tmp_path / "m.ckpt", options=options)
+        return
+    described = describe_checkpoint(tmp_path / "m.ckpt", options=options)
+    loaded = load_checkpoint(tmp_path / "m.ckpt", options=options)
+    assert described.contract.decisions == loaded.contract.decisions
+    for name, tensor in load_checkpoint(tiny_checkpoint).model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name
+    if kind in ("a profiler's counters", "Lightning, net", "Lightning, fcos"):
+        assert "left_out" in {decision.name for decision in described.contract.decisions}

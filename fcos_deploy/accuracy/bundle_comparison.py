@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.diagnosis import contract_causes
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_drop
 from fcos_deploy.accuracy.intervals import ApInterval
-from fcos_deploy.bundle.device_layer import chosen_precision, usable_layers
 from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.manifest import AccuracyFigure, BenchmarkFigure, Manifest
-from fcos_deploy.bundle.selection import select_artifact
-from fcos_deploy.bundle.store import Bundle, is_bundle, open_trusted
+from fcos_deploy.bundle.selection import select_with_layers
+from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate, Judge
-from fcos_deploy.core.matching import DetectionAgreement, compare_detections
+from fcos_deploy.core.matching import DetectionAgreement, agreement_json, compare_detections
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
@@ -108,19 +107,14 @@ def compare_bundles(
                 hint="give --images DIR, and --annotations FILE where there are some",
             )
         with open_trusted(spec.model, spec.options.trust) as bundle:
-            precisions = (spec.precision,) if spec.precision else ()
             backend = spec.backend or bundle.manifest.defaults.backend
-            layers = usable_layers(bundle, backend=backend)
-            selection = select_artifact(
-                bundle,
-                backend=backend,
-                precisions=precisions,
-                layers=[artifact for layer in layers for artifact in layer.artifacts],
-                preferred=chosen_precision(layers),
-            )
+            selection = select_with_layers(bundle, backend=backend, precision=spec.precision)
             variants.append((selection.backend, selection.artifact.precision))
             manifests.append(bundle.manifest)
-            images |= _golden_images(bundle)
+            # By the hash of their files, so that an image of both bundles is used once.
+            files = bundle.manifest.all_files
+            for golden in bundle.manifest.golden:
+                images[files[golden.path].sha256] = read_golden_image(bundle.read(golden.path), golden)
     if not images:
         raise ConfigError("Neither bundle has golden images.", hint="give --images DIR")
     detections = [_detect(spec, list(images.values()), progress) for spec in (first, second)]
@@ -129,23 +123,18 @@ def compare_bundles(
     verdicts = judge_agreement(gate, agreement, subject=subjects[1])
     if gate.max_map_drop is not None:
         verdicts += _judge_recorded_drop(gate, manifests, variants, subject=subjects[1])
+    contracts = [manifest.contract for manifest in manifests]
+    differences = ["the class names differ"] if contracts[0].class_names != contracts[1].class_names else []
+    for part in ("preprocess", "decode"):
+        differences += [cause.sentence for cause in contract_causes(contracts[0], contracts[1], part=part)]
     return BundleComparison(
         facts=tuple((name, get(manifests[0]), get(manifests[1])) for name, get in _FACTS.items()),
-        contract=tuple(_contract_differences(*manifests)),
+        contract=tuple(differences),
         figures=tuple(_figures(*manifests)),
         agreement=agreement,
         subjects=subjects,
         verdicts=tuple(verdicts),
     )
-
-
-def _golden_images(bundle: Bundle) -> dict[str, NDArray[np.uint8]]:
-    """By the SHA-256 of their files, so that an image of both bundles is used once."""
-    files = bundle.manifest.all_files
-    return {
-        files[golden.path].sha256: read_golden_image(bundle.read(golden.path), golden)
-        for golden in bundle.manifest.golden
-    }
 
 
 def _detect(spec: DetectorSpec, images: list[NDArray[np.uint8]], progress: ProgressFn) -> dict[int, Detections]:
@@ -155,14 +144,6 @@ def _detect(spec: DetectorSpec, images: list[NDArray[np.uint8]], progress: Progr
             detections[number] = detector.detect(image)
             progress(spec.model.name, number + 1, len(images))
     return detections
-
-
-def _contract_differences(first: Manifest, second: Manifest) -> Iterator[str]:
-    if first.contract.class_names != second.contract.class_names:
-        yield "the class names differ"
-    for part in ("preprocess", "decode"):
-        for cause in contract_causes(first.contract, second.contract, part=part):
-            yield cause.sentence
 
 
 def _figures(first: Manifest, second: Manifest) -> Iterator[ComparedFigure]:
@@ -245,8 +226,7 @@ def _difference(figure: ComparedFigure) -> str:
 
 def bundles_json(comparison: BundleComparison) -> dict[str, Any]:
     """Everything, with the differences."""
-    agreement = to_json(comparison.agreement)
-    del agreement["score_pairs"]  # many numbers, for plots only
+    agreement = agreement_json(comparison.agreement)
     return {
         "facts": {name: {"first": first, "second": second} for name, first, second in comparison.facts},
         "contract": list(comparison.contract),

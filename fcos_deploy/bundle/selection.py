@@ -17,7 +17,16 @@ from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import all_exporters, get_backend
 
-__all__ = ["Difference", "Fallback", "Selection", "preflight", "require_fit", "select_artifact", "select_runnable"]
+__all__ = [
+    "Difference",
+    "Fallback",
+    "Selection",
+    "preflight",
+    "require_fit",
+    "select_artifact",
+    "select_runnable",
+    "select_with_layers",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +141,22 @@ class Fallback:
     reason: str
 
 
+def select_with_layers(bundle: Bundle, *, backend: str, precision: Precision | None = None) -> Selection:
+    """As ``select_artifact``, with what was built and chosen on this device.
+
+    Raises:
+        ConfigError: no artifact, or several of the same rank.
+    """
+    layers = usable_layers(bundle, backend=backend)
+    return select_artifact(
+        bundle,
+        backend=backend,
+        precisions=(precision,) if precision else (),
+        layers=[artifact for layer in layers for artifact in layer.artifacts],
+        preferred=chosen_precision(layers),
+    )
+
+
 def select_runnable(
     bundle: Bundle,
     *,
@@ -155,15 +180,7 @@ def select_runnable(
     for name in dict.fromkeys((first, *(defaults.fallback if allow_fallback else ()))):
         path = ""
         try:
-            precisions = (precision,) if precision and name == first else ()
-            layers = usable_layers(bundle, backend=name)
-            selection = select_artifact(
-                bundle,
-                backend=name,
-                precisions=precisions,
-                layers=[artifact for layer in layers for artifact in layer.artifacts],
-                preferred=chosen_precision(layers),
-            )
+            selection = select_with_layers(bundle, backend=name, precision=precision if name == first else None)
             path = selection.artifact.path
             require_fit(bundle, selection, machine=machine)
         except (DeviceError, ConfigError) as error:

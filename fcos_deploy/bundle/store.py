@@ -178,12 +178,12 @@ class Bundle:
                 path = self._private.add_on_disk(name, listed.source, sha256=listed.record.sha256)
                 for location in locations:
                     data = str(PurePosixPath(name).parent / location)
-                    found = self._listed(data)
-                    self._private.add_on_disk(data, found.source, sha256=found.record.sha256)
+                    weights = self._listed(data)
+                    self._private.add_on_disk(data, weights.source, sha256=weights.record.sha256)
                     beside.discard(data)
             for companion in beside:
-                found = self._listed(companion)
-                self._private.add(companion, found.source, sha256=found.record.sha256)
+                listed = self._listed(companion)
+                self._private.add(companion, listed.source, sha256=listed.record.sha256)
         return path
 
     def read(self, name: str) -> bytes:

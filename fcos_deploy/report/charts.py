@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibration.mixed_precision import TradeOffs, Trial
 from fcos_deploy.core.libraries import lazy_import
@@ -145,23 +146,37 @@ def _stages(data: ReportData) -> Chart | None:
     if not timed:
         return None
     figure, axes = _figure(0.9 + 0.38 * len(timed))
-    left = np.zeros(len(timed))
-    for name, values, color in (
-        ("preprocess", [stages.preprocess for _, stages in timed], _LIGHT_BLUE),
-        ("network", [stages.infer for _, stages in timed], _BLUE),
-        ("decode", [stages.decode for _, stages in timed], _SAND),
-    ):
-        axes.barh([label for label, _ in timed], values, left=left, color=color, label=name, height=0.62)
-        left += values
-    for index, total in enumerate(left):
+    parts = {
+        "preprocess": [stages.preprocess for _, stages in timed],
+        "network": [stages.infer for _, stages in timed],
+        "decode": [stages.decode for _, stages in timed],
+    }
+    colors = (_LIGHT_BLUE, _BLUE, _SAND)
+    for index, total in enumerate(_stacked_bars(axes, [label for label, _ in timed], parts, colors=colors)):
         axes.text(total, index, f"  {total:.1f}", va="center", color=_INK)
     axes.set(xlabel="median time of one image (ms)")
     axes.margins(x=0.12)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
     axes.legend(loc="lower right", ncols=3, bbox_to_anchor=(1.0, 1.0))
     text = "Medians of each stage, one image after another."
     return Chart(section="speed", title="Where the time goes", text=text, svg=_svg(figure))
+
+
+def _stacked_bars(
+    axes: Any,  # Any: matplotlib has no types here
+    rows: Sequence[str],
+    parts: dict[str, list[float]],
+    *,
+    colors: Sequence[str],
+) -> NDArray[np.float64]:
+    """Draw a bar for each row, the first on top, of ``parts`` one behind the other; returns the bars' lengths."""
+    ends = np.zeros(len(rows))
+    for (name, values), color in zip(parts.items(), colors, strict=True):
+        axes.barh(range(len(rows)), values, left=ends, color=color, label=name, height=0.66)
+        ends += values
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    return ends
 
 
 def _latency_histogram(data: ReportData) -> Chart | None:
@@ -291,24 +306,19 @@ def _sensitivity(search: TradeOffs) -> Chart | None:
         return None
     layers = search.ranking[:_MAX_LAYERS]
     figure, axes = _figure(0.9 + 0.21 * len(layers))
-    left = np.zeros(len(layers))
-    for name, errors, color in (
-        ("classes", [layer.effect.classes for layer in layers], _BLUE),
-        ("boxes", [layer.effect.boxes for layer in layers], _LIGHT_BLUE),
-        ("centerness", [layer.effect.centerness for layer in layers], _SAND),
-    ):
-        values = 100 * np.array(errors)
-        axes.barh(range(len(layers)), values, left=left, color=color, height=0.7, label=name)
-        left += values
+    parts = {
+        "classes": [100 * layer.effect.classes for layer in layers],
+        "boxes": [100 * layer.effect.boxes for layer in layers],
+        "centerness": [100 * layer.effect.centerness for layer in layers],
+    }
     names = [layer.layer.removesuffix(".weight") for layer in layers]
-    axes.set_yticks(range(len(layers)), [name if len(name) <= 48 else "…" + name[-47:] for name in names])
-    axes.invert_yaxis()
+    shown = [name if len(name) <= 48 else "…" + name[-47:] for name in names]
+    _stacked_bars(axes, shown, parts, colors=(_BLUE, _LIGHT_BLUE, _SAND))
     axes.set(xlabel="error with this layer alone in INT8 (% of probability, % of box size)")
     axes.tick_params(axis="y", labelsize=8)
     for label, layer in zip(axes.get_yticklabels(), layers, strict=True):
         if layer.layer in search.ignored_layers:
             label.set(color=_GREEN, fontweight="bold")
-    axes.grid(axis="y", visible=False)
     axes.legend(loc="lower right")
     text = (
         f"The {len(layers)} most sensitive of {len(search.ranking)} layers, worst first; "

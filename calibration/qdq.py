@@ -157,7 +157,9 @@ def activation_scale(limits: Range, kind: ActivationFormat) -> ActivationScale:
     ONNX's definition: q = saturate(round(x / scale) + zero_point). The range holds zero, so that zero is exact.
     """
     if kind is ActivationFormat.S8_SYMMETRIC:
+        # -128 is never used: the integers are symmetric, so that 0 is exact and no sum has a term for a zero point.
         return ActivationScale(np.float32(max(limits.amax / 127.0, _TINY)), np.int8(0))
+    # The zero point is rounded, so that 0 is exact; both ends of the range then lie up to half a step elsewhere.
     scale = max((limits.high - limits.low) / 255.0, _TINY)
     return ActivationScale(np.float32(scale), np.uint8(np.clip(round(-limits.low / scale), 0, 255)))
 
@@ -165,6 +167,7 @@ def activation_scale(limits: Range, kind: ActivationFormat) -> ActivationScale:
 def quantize_weight(weight: Floats, kind: WeightRange, *, minimum_scale: Floats | float = 0.0) -> WeightValues:
     """Symmetric, per output channel (axis 0) of ``weight`` (out, in, kh, kw)."""
     rows = weight.reshape(weight.shape[0], -1)
+    # Two products that are added in sixteen bits: 255 * 64 * 2 = 32640 fits, 255 * 127 * 2 does not (WeightRange).
     limit = 64 if kind is WeightRange.REDUCED else 127
     scales = np.abs(rows).max(1) / np.float32(limit)
     if kind is WeightRange.PAIRWISE:
@@ -218,6 +221,7 @@ def bias_correction(weight: Floats, values: WeightValues, *, means: Floats) -> F
 
 def quantize_bias(bias: Floats, *, input_scale: np.float32, weight_scales: Floats) -> tuple[NDArray[np.int32], Floats]:
     """(out,) int32 and its scales, the products of the input's and the weight's, as integer convolutions need them."""
+    # x w = (sx qx) (sw qw) = (sx sw) qx qw: the accumulator counts in units of sx sw, and the bias is added to it.
     scales = (input_scale * weight_scales).astype(np.float32)
     return np.clip(np.rint(bias / scales), -(2**31) + 1, 2**31 - 1).astype(np.int32), scales
 
@@ -326,12 +330,10 @@ class _Writer:
         return array
 
     def _minimum_scale(self, convs: list[ConvSite]) -> Floats | float:
-        """The weight scale of each channel below which a 32-bit bias would overflow.
-
-        A bias is stored in units of input scale times weight scale: |bias| / (input * weight) <= 2^30 leaves the
-        accumulator as much room for the products as for the bias.
-        """
+        """The weight scale of each channel below which a 32-bit bias would overflow."""
         if self._plan.placement.results is not ResultRule.QUANTIZED:
             return 0.0
+        # A bias is stored in units of input scale times weight scale: |bias| / (input * weight) <= 2^30 leaves the
+        # accumulator, which ends at 2^31, as much room for the products as for the bias.
         needed = [np.abs(self._array(c.bias)) / (self._scales[c.input].scale * 2.0**30) for c in convs if c.bias]
         return np.max(needed, axis=0).astype(np.float32) if needed else 0.0

@@ -162,7 +162,11 @@ class _OpenVino(Backend):
         if compiled is None:
             compiled = _compile(core, path, device=device, settings=settings)
             if kept is not None:
-                _export_kept(compiled, kept)
+                try:
+                    content = compiled.export_model()
+                    kept.store(content if isinstance(content, bytes) else content.getvalue())  # bytes, or BytesIO
+                except RuntimeError as error:
+                    _LOG.info("OpenVINO cannot export the compiled model of this device: %s", _reason(error))
         description = {
             "backend": self.name,
             "version": ov.__version__,
@@ -274,15 +278,6 @@ def _import_kept(core: Any, kept: KeptModel, *, device: str, settings: Mapping[s
         _LOG.info("OpenVINO does not take the kept model: %s", _reason(error))
         kept.drop()
         return None
-
-
-def _export_kept(compiled: Any, kept: KeptModel) -> None:
-    try:
-        content = compiled.export_model()
-    except RuntimeError as error:
-        _LOG.info("OpenVINO cannot export the compiled model of this device: %s", _reason(error))
-        return
-    kept.store(content if isinstance(content, bytes) else content.getvalue())  # bytes, or BytesIO
 
 
 def _through(ring: Sequence[_Request], feeds: Sequence[Tensors]) -> list[Tensors]:

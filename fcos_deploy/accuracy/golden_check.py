@@ -345,7 +345,9 @@ def _differences(pairs: _Pairs) -> dict[str, tuple[NDArray[np.float64], float]]:
     sizes = [np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3) for boxes in (pairs.before, pairs.after)]
     moves = (centres[1] - centres[0]) / pairs.scale[:, None]
     middle = np.median(centres[0], axis=0) if len(moves) else np.zeros(2)
+    # A stretch moves boxes away from the middle, to the left on its left side: its sign is that of the position.
     outward = moves * np.sign(centres[0] - middle)
+    # Logarithms: twice as wide and half as wide are equally far, so that the median of noise is 0.
     ratios = np.log(sizes[1] / sizes[0])
     scores = np.log(np.maximum(pairs.scores_after, 1e-6) / np.maximum(pairs.scores_before, 1e-6))
     columns = (moves[:, 0], moves[:, 1], outward[:, 0], outward[:, 1], ratios[:, 0], ratios[:, 1], scores)
@@ -379,11 +381,10 @@ def _test(
 
 
 def _median_interval(values: NDArray[np.float64], *, confidence: float) -> tuple[float, float]:
-    """Bounds of the median without an assumption on the distribution; infinite when there are too few values.
-
-    Between the k-th smallest and the k-th largest of n values the median lies unless fewer than k values are on one
-    side of it, and how many are is binomial with probability one half.
-    """
+    """Bounds of the median without an assumption on the distribution; infinite when there are too few values."""
+    # Between the k-th smallest and the k-th largest of n values the median lies unless fewer than k values are on one
+    # side of it. How many are is binomial with probability one half: exactly k on one of the two sides has the
+    # probability 2 C(n, k) / 2^n. The largest k whose sum stays below what the confidence leaves is taken.
     count, outside, k = len(values), 0.0, 0
     while k < count // 2:
         outside += 2 * math.comb(count, k) / 2**count

@@ -76,7 +76,7 @@ def box_iou(
     """
     a, b = (np.moveaxis(boxes, -1, 0).astype(np.float64, copy=False) for boxes in (first, second))
     sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]) + offset
-    np.maximum(sides, 0.0, out=sides)
+    np.maximum(sides, 0.0, out=sides)  # negative for boxes apart, and two negatives would make a positive area
     intersection = sides[0] * sides[1]
     area_a, area_b = ((box[2] - box[0] + offset) * (box[3] - box[1] + offset) for box in (a, b))
     union = area_a + area_b - intersection

@@ -214,19 +214,19 @@ def compare_detections(
 
 
 def _rate_interval(unpaired: NDArray[np.int64], due: NDArray[np.int64]) -> tuple[float, float]:
-    """95 % interval of the share of detections that are paired; (0, 1) when there are none. Both (images,).
-
-    Wilson's interval, which has a width also at 100 %, for the number of independent detections that the images amount
-    to: the variance between images over the binomial one (Kish's design effect) is how many detections count as one.
-    It is at least 2, since both partners of a pair are counted.
-    """
+    """95 % interval of the share of detections that are paired; (0, 1) when there are none. Both (images,)."""
+    # Wilson's interval, which has a width also at 100 %, for the number of independent detections that the images
+    # amount to: the variance between images over the binomial one (Kish's design effect) is how many detections count
+    # as one. It is at least 2, since both partners of a pair are counted.
     total, images = int(due.sum()), len(due)
     if not total or images < 2:
         return 0.0, 1.0
     share = unpaired.sum() / total
+    # The variance of a ratio of sums over images, linearised: unpaired - share * due is an image's part in it.
     between = images / (images - 1) * np.square(unpaired - share * due).sum() / total**2
     binomial = share * (1 - share) / total
     independent = total / max(2.0, between / binomial if binomial else 0.0)
+    # The ends of all rates r with |rate - r| <= 1.96 sqrt(r (1 - r) / independent), a quadratic equation in r.
     z2 = 1.96**2 / independent
     rate = 1 - share
     center, half = rate + z2 / 2, 1.96 * np.sqrt(rate * share / independent + z2 / (4 * independent))

@@ -18,6 +18,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
+from fcos_deploy.core.files import read_file
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -54,7 +56,9 @@ _TLS = frozenset({"https", "grpcs"})
 _MAX_DESCRIPTION = 4 << 20  # bytes of an answer about a server or a model
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _BINARY = "binary_tensor_data"  # the protocol extension, as servers announce it
-_MAX_ANSWER = 1 << 30  # bytes
+_MAX_ANSWER = 256 << 20  # bytes: raw outputs of 33 images of 800x1333 with 80 classes
+_JSON_DIGITS = 32  # characters of a number in JSON; twice what the shortest spelling of a float32 has
+_MAX_TOKEN = 64 << 10  # bytes
 _CREDENTIALS_PREFIX = "FCOS_DEPLOY_SERVER_"
 
 
@@ -110,14 +114,20 @@ class Credentials:
 
     @staticmethod
     def of_environment(address: ModelAddress) -> Credentials:
-        """Those in FCOS_DEPLOY_SERVER_TOKEN, _CA, _CERT and _KEY; never in the description, which travels.
+        """Those in FCOS_DEPLOY_SERVER_TOKEN or _TOKEN_FILE, _CA, _CERT and _KEY; never in the description: it travels.
 
         Raises:
-            ConfigError: there are some, and the address is one that would send them without encryption.
+            ConfigError: there are some, and the address is one that would send them without encryption; or the token's
+                file cannot be read.
         """
-        token, authority, certificate, key = (
-            os.environ.get(f"{_CREDENTIALS_PREFIX}{name}", "") for name in ("TOKEN", "CA", "CERT", "KEY")
+        token, file, authority, certificate, key = (
+            os.environ.get(f"{_CREDENTIALS_PREFIX}{name}", "") for name in ("TOKEN", "TOKEN_FILE", "CA", "CERT", "KEY")
         )
+        if file:
+            try:
+                token = read_file(Path(file), limit=_MAX_TOKEN).decode(errors="replace").strip()
+            except OSError as error:
+                raise ConfigError(f"Cannot read the token in '{file}': {error.strerror or error}.") from error
         if (token or certificate) and address.scheme not in _TLS:
             raise ConfigError(
                 f"A token or certificate is only sent over an encrypted connection, not to '{address}'.",
@@ -126,7 +136,7 @@ class Credentials:
         if bool(certificate) != bool(key):
             raise ConfigError(f"{_CREDENTIALS_PREFIX}CERT and {_CREDENTIALS_PREFIX}KEY go together.")
         if not token.isascii() or not token.isprintable():
-            raise ConfigError(f"{_CREDENTIALS_PREFIX}TOKEN must be printable ASCII.")
+            raise ConfigError("The token for the server must be printable ASCII, on one line.")
         return Credentials(token=token, authority=authority, certificate=certificate, key=key)
 
     @property
@@ -254,6 +264,20 @@ class _Answer(Exception):  # noqa: N818  (an HTTP status, raised where it is fou
         self.status = status
 
 
+class _HttpsConnection(http.client.HTTPSConnection):
+    """One whose handshake can be ended from outside as well: its socket is there before the handshake begins."""
+
+    def __init__(self, host: str, port: int, *, timeout: float, context: ssl.SSLContext) -> None:
+        super().__init__(host, port, timeout=timeout, context=context)
+        self._tls = context
+
+    def connect(self) -> None:
+        http.client.HTTPConnection.connect(self)
+        secure = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        self.sock = secure
+        secure.do_handshake()
+
+
 class HttpClient(Client):
     """Keeps one connection a thread; one that the server closed meanwhile is opened again."""
 
@@ -284,8 +308,11 @@ class HttpClient(Client):
 
     def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
         payload, headers = self._request(feeds, outputs)
+        limit = _answer_limit(outputs, batch=len(next(iter(feeds.values()))), binary=self._binary)
         try:
-            content, received = self._exchange("POST", f"{self._path}/infer", payload=payload, headers=headers)
+            content, received = self._exchange(
+                "POST", f"{self._path}/infer", payload=payload, headers=headers, limit=limit
+            )
         except _Answer as answer:
             raise BackendError(f"The server refused the request: {answer} (HTTP {answer.status}).") from answer
         except TimeoutError as error:
@@ -294,7 +321,7 @@ class HttpClient(Client):
             raise _connection_lost(self._address, _reason(error)) from error
         try:
             return _read_outputs(content, received, outputs)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise BackendError(f"The answer of {self._address} is not understood: {error!r}.") from error
 
     def _request(self, feeds: Tensors, outputs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, str]]:
@@ -326,17 +353,23 @@ class HttpClient(Client):
         return value if isinstance(value, dict) else {}
 
     def _exchange(
-        self, method: str, path: str, *, payload: bytes = b"", headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        payload: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        limit: int = _MAX_DESCRIPTION,
     ) -> tuple[bytes, Mapping[str, str]]:
         connection, fresh = self._connection()
         try:
-            return self._send(connection, method, path, payload=payload, headers=headers or {})
+            return self._send(connection, method, path, payload=payload, headers=headers or {}, limit=limit)
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
             connection.close()
             if fresh:
                 raise
             # The server closed a kept-alive connection. Inference has no side effects, so ask once more.
-            return self._send(connection, method, path, payload=payload, headers=headers or {})
+            return self._send(connection, method, path, payload=payload, headers=headers or {}, limit=limit)
         except (OSError, http.client.HTTPException):
             connection.close()
             raise
@@ -349,15 +382,15 @@ class HttpClient(Client):
         *,
         payload: bytes,
         headers: Mapping[str, str],
+        limit: int,
     ) -> tuple[bytes, Mapping[str, str]]:
-        limit = _MAX_ANSWER if payload else _MAX_DESCRIPTION
         with self._deadline(connection):
             connection.request(method, path, body=payload or None, headers={**headers, **self._credentials.headers})
             response = connection.getresponse()
             content = response.read(limit + 1)
         if len(content) > limit:
             connection.close()
-            raise _Answer(response.status, f"the answer is larger than {limit >> 20} MiB")
+            raise _Answer(response.status, f"the answer is larger than {limit} bytes")
         if response.status != http.client.OK:
             raise _Answer(response.status, _error_text(content))
         return content, {name.lower(): value for name, value in response.getheaders()}
@@ -371,7 +404,8 @@ class HttpClient(Client):
             expired.set()
             if connection.sock is not None:
                 with contextlib.suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    # Not SSLSocket's own, which lets go of the state that the other thread is using.
+                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
         timer = threading.Timer(self._timeout, expire)
         timer.daemon = True
@@ -393,7 +427,7 @@ class HttpClient(Client):
         if connection is None:
             host, port = self._address.host, self._address.port
             if self._context is not None:
-                connection = http.client.HTTPSConnection(host, port, timeout=self._timeout, context=self._context)
+                connection = _HttpsConnection(host, port, timeout=self._timeout, context=self._context)
             else:
                 connection = http.client.HTTPConnection(host, port, timeout=self._timeout)
             self._local.connection = connection
@@ -420,6 +454,16 @@ def _error_text(content: bytes) -> str:
         return content[:200].decode(errors="replace")
 
 
+def _answer_limit(outputs: Sequence[TensorSpec], *, batch: int, binary: bool) -> int:
+    """The largest number of bytes that an answer with these outputs can have."""
+    sizes = [[batch, *spec.shape[1:]] for spec in outputs]
+    if any(size is None for shape in sizes for size in shape):
+        return _MAX_ANSWER
+    widths = [np.dtype(spec.dtype).itemsize if binary else _JSON_DIGITS for spec in outputs]
+    numbers = (math.prod(size or 0 for size in shape) for shape in sizes)
+    return min(_MAX_ANSWER, _MAX_DESCRIPTION + sum(n * width for n, width in zip(numbers, widths, strict=True)))
+
+
 def _read_outputs(content: bytes, headers: Mapping[str, str], outputs: Sequence[TensorSpec]) -> Tensors:
     head_size = int(headers.get(_HEADER_LENGTH.lower(), len(content)))
     position = head_size
@@ -438,6 +482,9 @@ def _read_outputs(content: bytes, headers: Mapping[str, str], outputs: Sequence[
     return {spec.name: arrays[spec.name] for spec in outputs}
 
 
+_GRPC_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", _MAX_ANSWER)]
+
+
 class GrpcClient(Client):
     """One channel for all threads; gRPC connects again by itself."""
 
@@ -450,7 +497,9 @@ class GrpcClient(Client):
         secure = address.scheme in _TLS
         try:
             files = credentials.files() if secure else {}
-            self._client = grpc.InferenceServerClient(f"{address.host}:{address.port}", ssl=secure, **files)
+            self._client = grpc.InferenceServerClient(
+                f"{address.host}:{address.port}", ssl=secure, channel_args=_GRPC_OPTIONS, **files
+            )
         except OSError as error:
             raise ConfigError(f"The certificates for the server cannot be used: {error}.") from error
 

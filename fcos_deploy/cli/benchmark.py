@@ -15,6 +15,7 @@ __all__ = ["command"]
 
 @cli.with_common_checkpoint_options
 @cli.with_session_options("device", "compute", "threads", "allow_engine_code")
+@cli.with_server_options
 def command(
     model: cli.Model,
     *,

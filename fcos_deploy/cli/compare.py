@@ -26,6 +26,7 @@ __all__ = ["command"]
 
 @cli.with_common_checkpoint_options
 @cli.with_session_options("threads")
+@cli.with_server_options
 def command(
     first: Annotated[
         Path, typer.Argument(metavar="FIRST", help="Model to compare with: checkpoint, ONNX file, engine or bundle.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -77,6 +78,7 @@ __all__ = [
     "with_common_checkpoint_options",
     "with_parameters",
     "with_required_signature",
+    "with_server_options",
     "with_session_options",
     "with_signature_options",
     "with_trust_options",
@@ -313,6 +315,45 @@ def with_required_signature(command: Callable[..., None]) -> Callable[..., None]
     """The same for a command that does nothing without a key."""
     options = {name: kind for name, kind in _SIGNATURE_OPTIONS.items() if name != "require_signature"}
     return _with_trust(command, options)
+
+
+_SERVER_OPTIONS: dict[str, Any] = {  # Any: type forms; each stands in for FCOS_DEPLOY_ and its name
+    "server_token_file": Annotated[
+        Path | None,
+        option("File with the bearer token for a served model. Default: none.", metavar="FILE", panel=SERVING),
+    ],
+    "server_ca": Annotated[
+        Path | None,
+        option("Authorities of a server's certificate. Default: the system's.", metavar="PEM", panel=SERVING),
+    ],
+    "server_cert": Annotated[
+        Path | None, option("Client certificate for a served model. Default: none.", metavar="PEM", panel=SERVING)
+    ],
+    "server_key": Annotated[Path | None, option("Key of --server-cert. Default: none.", metavar="PEM", panel=SERVING)],
+}
+
+
+def with_server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that may run a served model the credentials for its server.
+
+    They are put into the variables of the same names while it runs, so that processes that it starts have them too.
+    """
+
+    def with_server(**arguments: Any) -> None:  # Any: the command's own parameters
+        given = {name: arguments.pop(name) for name in _SERVER_OPTIONS}
+        variables = {f"FCOS_DEPLOY_{name.upper()}": str(path) for name, path in given.items() if path is not None}
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            command(**arguments)
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+    return with_parameters(with_server, command, [_optional(name, kind) for name, kind in _SERVER_OPTIONS.items()])
 
 
 _SIGNATURE_OPTIONS: dict[str, Any] = {  # Any: type forms

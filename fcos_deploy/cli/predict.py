@@ -23,6 +23,7 @@ _ROWS = 200  # of the table
 
 @cli.with_common_checkpoint_options
 @cli.with_session_options("device", "compute", "threads", "allow_fallback", "allow_engine_code")
+@cli.with_server_options
 def command(
     model: cli.Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, folders of images, videos.")],

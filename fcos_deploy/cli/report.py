@@ -18,6 +18,7 @@ __all__ = ["command"]
 
 @cli.with_common_checkpoint_options
 @cli.with_trust_options
+@cli.with_server_options
 def command(
     model: cli.Model,
     *,

@@ -16,6 +16,7 @@ __all__ = ["command"]
 
 @cli.with_common_checkpoint_options
 @cli.with_session_options("device", "hint", "threads")
+@cli.with_server_options
 def command(
     model: cli.Model,
     *,

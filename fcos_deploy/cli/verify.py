@@ -13,6 +13,7 @@ __all__ = ["command"]
 
 
 @cli.with_trust_options
+@cli.with_server_options
 def command(
     bundle: cli.Bundle,
     *,

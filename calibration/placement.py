@@ -13,7 +13,7 @@ from typing import Any
 
 from fcos_deploy.core.enums import Precision, StrEnum
 from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
-from fcos_deploy.core.onnx_graph import OnnxGraph
+from fcos_deploy.core.onnx_graph import OnnxGraph, sampling_nodes
 
 __all__ = [
     "PLACEMENTS",
@@ -38,7 +38,8 @@ class ConvSite:
 
     ``layer`` is its weight's name: the levels that share a head share it. ``activation`` is the one that directly and
     alone follows, as ONNX names it, and ``result`` the tensor after it; without one '' and ``output``.
-    ``is_prediction``: no other convolution comes after it.
+    ``is_prediction``: no other convolution comes after it. ``stays_float``: it is deformable (the
+    operator DeformConv), or gives the offsets of one that is.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ConvSite:
     weight: str
     bias: str
     is_prediction: bool
+    stays_float: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +145,10 @@ class _Scan:
         self.graph_outputs = {output.name for output in model.graph.output}
         self.feeds_conv = self._feeds_conv()
         self.depth = self._conv_depth()
+        self.sampling = sampling_nodes(model)
 
     def is_conv(self, node: Any) -> bool:
-        return node.op_type == "Conv" and node.input[1] in self.initializers
+        return node.op_type in {"Conv", "DeformConv"} and node.input[1] in self.initializers
 
     def is_residual_add(self, node: Any) -> bool:
         constant = any(name in self.initializers for name in node.input)
@@ -175,8 +178,9 @@ class _Scan:
             activation=activation,
             result=result,
             weight=str(node.input[1]),
-            bias=str(node.input[2]) if len(node.input) > 2 else "",
+            bias=str(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else "",
             is_prediction=output not in self.feeds_conv,
+            stays_float=output in self.sampling,
         )
 
     def add(self, node: Any) -> ResidualAdd:
@@ -206,7 +210,7 @@ class _Scan:
         """Tensors from which a convolution can be reached."""
         reaching: set[str] = set()
         for node in reversed(self.nodes):
-            if self.is_conv(node):
+            if node.op_type == "Conv" and self.is_conv(node):
                 reaching.add(node.input[0])
             elif not reaching.isdisjoint(node.output):
                 reaching.update(name for name in node.input if name not in self.initializers)
@@ -364,6 +368,7 @@ def plan_pairs(
         conv
         for conv in graph.convs
         if not (placement.ignore_predictions and conv.is_prediction)
+        and not conv.stays_float
         and conv.layer not in ignored_layers
         and conv.name not in ignored_layers
         and not {conv.input, conv.output, conv.result} & set(zero_tensors)

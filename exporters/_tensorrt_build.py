@@ -119,6 +119,7 @@ def build_engine(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResu
     contract = graph.contract
     for backend in backends_for(builder.kind):
         backend.check_placement(contract)
+        backend.check_operators(source)
     if options.precision not in (None, contract.precision):
         raise ConfigError(
             f"An engine has the precision of its ONNX file: '{source.name}' is {contract.precision}, "

@@ -20,7 +20,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import with_contract
+from fcos_deploy.core.onnx_graph import sampling_nodes, with_contract
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["convert_to_fp16", "half_precision"]
@@ -62,13 +62,14 @@ def half_precision(
     ``folder`` has the weights that are not in it.
 
     Half are the convolutions and what lies between them. In float32 stay the normalisation of pixels in front, and
-    behind the last convolutions everything: scale, exp, sigmoid, sqrt, decoding, ranking and suppression. Raises as
-    ``convert_to_fp16`` does.
+    behind the last convolutions everything: scale, exp, sigmoid, sqrt, decoding, ranking and suppression. Between them
+    it is the sampling of deformable convolutions with their offsets. Raises as ``convert_to_fp16`` does.
     """
     if contract.precision is not Precision.FP32:
         raise ConfigError(f"Only an fp32 graph becomes fp16, this one is {contract.precision}.")
     graph = model_of(onnx.shape_inference.infer_shapes(model), folder)
-    half = _half_nodes(graph)
+    sampling = sampling_nodes(model)
+    half = {node for node in _half_nodes(graph) if node.outputs[0].name not in sampling}
     values = (value for node in graph.graph if node in half for value in node.outputs)
     names = [value.name for value in values if value.dtype == ir.DataType.FLOAT]
     _Halving(graph, half).run()

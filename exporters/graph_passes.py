@@ -15,6 +15,7 @@ from fcos_deploy.core.libraries import lazy_import
 
 __all__ = [
     "PASSES",
+    "merge_batch_norm_into_deform_conv",
     "merge_duplicate_tensors",
     "merge_same_computations",
     "name_weights_after_convolutions",
@@ -186,6 +187,42 @@ def merge_same_computations(model: Any) -> int:
     before = len(model.graph)
     ir_passes.CommonSubexpressionEliminationPass()(model)
     return before - len(model.graph)
+
+
+def merge_batch_norm_into_deform_conv(model: Any) -> int:
+    """What torch's exporter does for convolutions: scale the weights, and put the shift into the bias.
+
+    Requires: weights and statistics are initializers, the weights of no other node. Ensures: the same values, to the
+    rounding of the weights.
+    """
+    merged = 0
+    for node in list(model.graph):
+        source = node.inputs[0].producer() if node.op_type == "BatchNormalization" else None
+        if source is None or source.op_type != "DeformConv" or len(source.outputs[0].uses()) != 1:
+            continue
+        gamma, beta, mean, variance = map(_constant, node.inputs[1:])
+        weight, bias = (_constant(source.inputs[i]) if i < len(source.inputs) else None for i in (1, 3))
+        if gamma is None or beta is None or mean is None or variance is None or weight is None:
+            continue
+        if len(source.inputs[1].uses()) != 1:
+            continue
+        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+        factor = gamma / np.sqrt(variance + epsilon)
+        shift = beta + ((0.0 if bias is None else bias) - mean) * factor
+        source.resize_inputs(max(4, len(source.inputs)))
+        name = source.inputs[1].name
+        names = (name, f"{name.removesuffix('.weight')}.bias")
+        arrays = (weight * factor.reshape(-1, 1, 1, 1), shift)
+        for position, full, array in zip((1, 3), names, arrays, strict=True):
+            value = ir.Value(name=full, const_value=ir.tensor(array.astype(np.float32), name=full))
+            value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.FLOAT
+            source.replace_input_with(position, value)
+            model.graph.initializers.pop(full, None)
+            model.graph.initializers[full] = value
+        node.outputs[0].replace_all_uses_with(source.outputs[0])
+        model.graph.remove(node, safe=True)
+        merged += 1
+    return merged
 
 
 def name_weights_after_convolutions(model: Any) -> int:

@@ -69,6 +69,7 @@ class _OpenVinoExporter(Exporter):
         contract = graph.contract
         for backend in backends_for(self.produces):
             backend.check_placement(contract)
+            backend.check_operators(request.source)
         if request.options.precision is Precision.INT8 and contract.precision is not Precision.INT8:
             raise ConfigError(
                 f"'{request.source.name}' is {contract.precision}; converting does not make it INT8.",

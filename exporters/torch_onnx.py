@@ -10,18 +10,18 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from exporters.fp16 import half_precision
-from exporters.graph_passes import name_weights_after_convolutions
+from exporters.graph_passes import merge_batch_norm_into_deform_conv, name_weights_after_convolutions
 from exporters.simplify import put_weights_aside, simplified, with_weights_aside
 from exporters.step_check import Runner, StepCheck, compare, onnx_runner, provoking_feed, recorded
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import NmsForm, Precision, StrEnum, Tail
+from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, ExportError
 from fcos_deploy.core.files import require_writable, scratch_directory
 from fcos_deploy.core.libraries import lazy_import, require
@@ -36,8 +36,10 @@ ir = lazy_import("onnx_ir", extra="export")
 ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
 onnxscript = lazy_import("onnxscript", extra="export")
 tails = lazy_import("fcos_deploy.model.tails", extra="export")  # imports torch
+deformable = lazy_import("fcos_deploy.model.deformable", extra="export")  # imports torch
 
 DEFAULT_OPSET = 17  # docs/export.md has the measurements
+_DEFORM_CONV = 19  # the first opset that has DeformConv
 _OPSETS = range(16, 24)
 _TRACED_OPSET = 18  # the exporter's own; older ones are converted afterwards, newer ones are asked for directly
 _NATIVE_GROUP_NORM = 21  # the first opset whose GroupNormalization has a scale for every channel, as torch's has
@@ -56,18 +58,23 @@ class HasModel(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """``batch`` None leaves the batch open. ``nms_boxes`` is how many candidates the static form of NMS looks at."""
+    """``batch`` None leaves the batch open. ``nms_boxes`` is how many candidates the static form of NMS looks at.
 
-    opset: int = DEFAULT_OPSET
+    ``opset`` None is ``DEFAULT_OPSET``, or the first that has DeformConv where ``deform_form`` asks for it and the
+    network has such layers.
+    """
+
+    opset: int | None = None
     tail: Tail = Tail.RAW
     batch: int | None = 1
     simplify: bool = True
     precision: Precision = Precision.FP32
     nms_form: NmsForm = NmsForm.ONNX
     nms_boxes: int = 1000
+    deform_form: DeformForm = DeformForm.GRID_SAMPLE
 
     def __post_init__(self) -> None:
-        if self.opset not in _OPSETS:
+        if self.opset is not None and self.opset not in _OPSETS:
             raise ConfigError(
                 f"Opset {self.opset} is not supported.",
                 hint=f"choose {_OPSETS.start} to {_OPSETS.stop - 1}; docs/export.md says who reads which",
@@ -146,6 +153,7 @@ def export_onnx(
     progress(label, 0, steps)
     suppression = tails.StaticNms(boxes=options.nms_boxes) if form is NmsForm.STATIC else None
     network = _copied_without_weights(loaded.model).to(device="cpu").float()
+    opset = _opset_for(network, options)
     # With what the detections are made from, which the checks look at: ready detections hide small differences, and
     # suppression turns a rounding that swaps two scores into another detection.
     module = tails.ExportableFcos(network, contract, suppression=suppression, with_sources=True).eval()
@@ -154,7 +162,7 @@ def export_onnx(
         model = trace(
             module,
             tuple(torch.from_numpy(feeds[0][name].copy()) for name in module.input_names),
-            opset=options.opset,
+            opset=opset,
             dynamic_batch=options.batch is None,
             size=Axes.DYNAMIC if contract.preprocess.canvas is None else Axes.FIXED,
             divisor=contract.preprocess.size_divisor,
@@ -188,6 +196,25 @@ def export_onnx(
         seconds=time.perf_counter() - started,
         checks=tuple(checks),
     )
+
+
+def _opset_for(network: Any, options: ExportOptions) -> int:
+    """The opset to export, once the deformable layers of ``network`` have the form that was asked for.
+
+    Raises:
+        ConfigError: an opset without DeformConv was asked for as well.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, deformable.DeformConv2d)]
+    as_operator = bool(layers) and options.deform_form is DeformForm.OPERATOR
+    for layer in layers:
+        layer.as_operator = as_operator
+    opset = options.opset or (_DEFORM_CONV if as_operator else DEFAULT_OPSET)
+    if as_operator and opset < _DEFORM_CONV:
+        raise ConfigError(
+            f"ONNX has the operator DeformConv from opset {_DEFORM_CONV} on, not in {opset}.",
+            hint=f"--opset {_DEFORM_CONV}, or --deform-form {DeformForm.GRID_SAMPLE}",
+        )
+    return opset
 
 
 def _copied_without_weights(model: Any) -> Any:
@@ -377,6 +404,7 @@ def _fold(model: Any) -> None:
         rules.squeeze_reshape_1d_rule,
     )
     require("onnxscript.rewriter", extra="export").rewrite(model, needed)
+    merge_batch_norm_into_deform_conv(model)
     for clean in (
         ir_passes.RemoveUnusedNodesPass(),
         ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -407,7 +435,7 @@ def _name_after_modules(model: Any) -> None:
 def _module_of(node: Any) -> str:
     """Name of the module that computed the node, ``head.conv``; empty for the network itself."""
     # A convolution's own name is in its weight's: one that a BatchNorm was folded into was recorded under the latter.
-    weight = node.inputs[1].name if node.op_type == "Conv" and node.inputs[1] is not None else ""
+    weight = node.inputs[1].name if node.op_type in {"Conv", "DeformConv"} and node.inputs[1] is not None else ""
     if weight and ".weight" in weight:
         return str(weight.rpartition(".weight")[0])
     # torch records "['', 'model', 'model.head.conv', 'conv2d_3']": the modules from the outermost in, then the call.
@@ -430,11 +458,13 @@ def _shorten_dimensions(model: Any) -> None:
 
 def _translations(*, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """How operators are written in ONNX: ours, and those of torch that its exporter would decompose first."""
-    require("fcos_deploy.model.tails", extra="export")  # registers ours
+    for module in ("tails", "deformable"):
+        require(f"fcos_deploy.model.{module}", extra="export")  # registers ours
     own, aten = torch.ops.fcos_deploy, torch.ops.aten
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         own.nms_keep.default: _nms_keep,
         own.divide.default: _divide,
+        own.deform_conv.default: _deform_conv,
         aten.batch_norm.default: _batch_norm,
         aten.detach_.default: _itself,
         aten.to.dtype: _cast,
@@ -483,6 +513,29 @@ def _group_norm(  # noqa: PLR0917  (the operator's own signature)
     inner = op.Constant(value_ints=list(range(1, len(images.shape) - 1)))
     result = result if weight is None else op.Mul(result, op.Unsqueeze(weight, inner))
     return result if bias is None else op.Add(result, op.Unsqueeze(bias, inner))
+
+
+def _deform_conv(  # noqa: PLR0917  (the operator's own signature)
+    images: Any,
+    weight: Any,
+    offsets: Any,
+    bias: Any = None,
+    mask: Any = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    deform_groups: int = 1,
+) -> Any:
+    return onnxscript.opset19.DeformConv(
+        *(images, weight, offsets, bias, mask),
+        dilations=list(dilation),
+        group=groups,
+        kernel_shape=list(weight.shape[2:]),
+        offset_group=deform_groups,
+        pads=[*padding, *padding],
+        strides=list(stride),
+    )
 
 
 def _divide(index: Any, divisor: int) -> Any:

@@ -21,7 +21,7 @@ from fcos_deploy.core.backend import (
     SessionOptions,
     Tensors,
 )
-from fcos_deploy.core.enums import ArtifactKind, StrEnum
+from fcos_deploy.core.enums import ArtifactKind, DeformForm, StrEnum
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.machine import usable_cpus
@@ -152,6 +152,7 @@ class _OnnxRuntime(Backend):
     # It executes every Q/DQ pair as written, wherever it stands; only its speed depends on the placement.
     placements = ("onnxruntime-cpu", "openvino", "portable")
     preferred_for = frozenset({ArtifactKind.ONNX})
+    deform_form = DeformForm.OPERATOR
 
     def open(self, path: Path, options: SessionOptions) -> Session:
         contract = self.contract_of(path, options)

@@ -445,3 +445,38 @@ def mini_calibration(mini_graph: Any, smooth_images: Path) -> Any:
 
     options = StatisticsOptions(engine="onnxruntime", threads=1)
     return collect_ranges(mini_graph, collect_images(smooth_images), options=options)
+
+
+@pytest.fixture(scope="session")
+def deformable_loaded() -> Any:
+    """A small detector with deformable convolutions of both versions: grouped, of two offset groups, and in the head."""
+    torch = pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from fcos_deploy.core.network import DeformableLayer, FcosConfig
+    from fcos_deploy.model.fcos import Fcos
+
+    torch.manual_seed(0)
+    layers = (
+        DeformableLayer("backbone.body.layer3.0.conv2", groups=2, modulated=True),  # of stride 2
+        DeformableLayer("backbone.body.layer3.1.conv2", groups=1, modulated=False),
+        DeformableLayer("head.classification_head.conv.3", groups=1, modulated=True),
+        DeformableLayer("head.regression_head.conv.3", groups=1, modulated=True),
+    )
+    resnext = {"blocks": (1, 1, 2, 1), "stem_channels": 16, "groups": 4, "width_per_group": 8}
+    head = {"num_classes": 3, "fpn_channels": 32, "cls_convs": 2, "reg_convs": 2}
+    model = Fcos(FcosConfig(**resnext, **head, deformable=layers)).eval()
+    for name, parameter in model.named_parameters():
+        if ".offset." in name:
+            torch.nn.init.normal_(parameter, std=0.3 if name.endswith("bias") else 0.1)
+    for name, statistic in model.named_buffers():
+        if name.endswith("running_var"):
+            statistic.uniform_(0.5, 1.5)
+    contract = ModelContract(
+        class_names=("red", "white", "platelet"),
+        preprocess=PreprocessSpec(
+            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), pixel_scale=255.0, height=128, width=160
+        ),
+        decode=DecodeSpec(profile=PROFILES["torchvision"], score_threshold=0.2, iou_threshold=0.6),
+    )
+    return SimpleNamespace(model=model, contract=contract)

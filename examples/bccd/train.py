@@ -13,6 +13,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +22,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fcos_deploy.core.decode import CenterMode, location_centers, location_strides
-from fcos_deploy.core.network import BackboneType, FcosConfig, resnet_config
+from fcos_deploy.core.network import BackboneType, DeformableLayer, FcosConfig, resnet_config
+from fcos_deploy.model.deformable import DeformConv2d
 from fcos_deploy.model.fcos import Fcos, flatten_levels
 from fcos_deploy.model.losses import Targets, assign_targets, fcos_losses
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of the demo's network: the last stage but for its first convolution, and the last layer of both towers.
+DEFORMABLE = tuple(
+    DeformableLayer(name, groups=1, modulated=True)
+    for name in (
+        *("backbone.body.layer4.0.conv2", "backbone.body.layer4.1.conv1", "backbone.body.layer4.1.conv2"),
+        *("head.classification_head.conv.9", "head.regression_head.conv.9"),
+    )
+)
 BACKBONES: dict[str, Callable[[int], FcosConfig]] = {
     "demo": lambda classes: resnet_config(18, num_classes=classes, stem_channels=32, fpn_channels=96),
+    "demo-deformable": lambda classes: replace(BACKBONES["demo"](classes), deformable=DEFORMABLE),
     "resnet50": lambda classes: resnet_config(50, num_classes=classes),
     "mobilenet-v2": lambda classes: FcosConfig(
         num_classes=classes, backbone=BackboneType.MOBILENET_V2, fpn_channels=96
@@ -159,6 +170,18 @@ def save(model: nn.Module, classes: list[str], path: Path, *, size: tuple[int, i
     temporary.replace(path)
 
 
+def begin_with(model: nn.Module, path: Path) -> None:
+    """Take the weights of a detector without deformable layers; the new network then computes what that one does."""
+    weights = load_file(path)
+    for name, layer in model.named_modules():
+        if isinstance(layer, DeformConv2d):
+            weights |= {f"{name}.offset.{part}": tensor for part, tensor in layer.offset.state_dict().items()}
+            if layer.modulated:  # Its mask begins as sigmoid(0) = 1/2.
+                weights[f"{name}.weight"] = 2 * weights[f"{name}.weight"]
+    missing = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    model.load_state_dict({**missing, **weights})
+
+
 def train(options: argparse.Namespace) -> None:
     """Run all epochs that are still to do."""
     device = torch.device(options.device)
@@ -166,6 +189,8 @@ def train(options: argparse.Namespace) -> None:
     samples, classes = load_samples(options.data, "train")
     config = BACKBONES[options.backbone](len(classes))
     model = Fcos(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if options.begin_with:
+        begin_with(model, options.begin_with)
     ema = Ema(model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -227,6 +252,7 @@ def main() -> None:
     parser.add_argument(
         "--backbone", choices=sorted(BACKBONES), default="demo", help="resnet50 and mobilenet-v2: for benchmarks"
     )
+    parser.add_argument("--begin-with", type=Path, help="the same network without deformable layers")
     parser.add_argument("--epochs", type=int, default=100)
     size_help = "multiples of 32; the default is BCCD's 480 x 640 at 0.65, padded to them"
     parser.add_argument(

@@ -34,7 +34,15 @@ from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError
-from fcos_deploy.core.network import BackboneType, BlockType, ExtraSource, FcosConfig, OsaStage, TowerNorm
+from fcos_deploy.core.network import (
+    BackboneType,
+    BlockType,
+    DeformableLayer,
+    ExtraSource,
+    FcosConfig,
+    OsaStage,
+    TowerNorm,
+)
 
 __all__ = [
     "CheckpointDescription",
@@ -88,7 +96,7 @@ def describe_weights(
         known = f"one of {', '.join(ecosystem.variants)}" if ecosystem.variants else "left out: it has none"
         raise ConfigError(f"The variant for {ecosystem.name} must be {known}, got '{options.variant}'.")
     tensors = canonical(weights.tensors, ecosystem.renames)
-    network = _infer_network(tensors)
+    network = _infer_network(tensors, deform_groups=options.deform_groups)
     refuse_unknown(tensors)
     evidence = Evidence(
         file_name=file_name,
@@ -137,6 +145,7 @@ def decided_options(description: CheckpointDescription) -> CheckpointOptions:
         norm_groups=config.norm_groups if config.tower_norm is TowerNorm.GROUP else None,
         tower_norm_eps=config.tower_norm_eps if config.tower_norm is not TowerNorm.NONE else None,
         fpn_norm_eps=float(decided["fpn_norm_eps"]) if "fpn_norm_eps" in decided else None,
+        deform_groups=int(decided["deform_groups"]) if "deform_groups" in decided else None,
         anchor_sizes=config.anchor_sizes,
         stage_strides=config.stage_strides if config.backbone is BackboneType.RESNET else None,
         stage_dilations=config.stage_dilations if config.backbone is BackboneType.RESNET else None,
@@ -226,7 +235,7 @@ _BACKBONE_MARKS = {
 _PART = (
     r"backbone|body|conv\d*|bn\d*|layer\d|downsample|base_layer|level\d|tree\d|root|project|features|stem|stages|layers"
     r"|concat|ese|fc|fpn|inner_blocks|layer_blocks|extra_blocks|p\d|norm|head|classification_head|regression_head"
-    r"|shared_tower|cls_logits|bbox_reg|bbox_ctrness|scales|\d+"
+    r"|shared_tower|cls_logits|bbox_reg|bbox_ctrness|scales|offset|\d+"
 )
 _CANONICAL = re.compile(rf"(?:backbone|head)(?:\.(?:{_PART}))+(?:\.(?:weight|bias|running_mean|running_var))?")
 
@@ -247,11 +256,12 @@ def refuse_unknown(names: Iterable[str]) -> None:
         )
 
 
-def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
+def _infer_network(tensors: Mapping[str, TensorFacts], *, deform_groups: int | None) -> FcosConfig:
     """The configuration that fits the tensors; what shapes do not tell has its default.
 
     Raises:
         CheckpointError: a tensor that every FCOS has is missing, or the shapes fit no FCOS.
+        ConfigError: the shapes of a deformable convolution have two readings.
     """
     backbone = next((kind for kind, mark in _BACKBONE_MARKS.items() if mark in tensors), None)
     if backbone is None:
@@ -286,6 +296,7 @@ def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
     # A level of its own scale that no convolution makes is pooled.
     scales = _scale_count(tensors)
     pooled = max(scales - laterals - extra, 0)
+    deformable = _infer_deformable(tensors, groups=deform_groups)
     try:
         return FcosConfig(
             num_classes=_shape(tensors, f"{CLS_HEAD}.cls_logits.weight", 4)[0],
@@ -303,6 +314,7 @@ def _infer_network(tensors: Mapping[str, TensorFacts]) -> FcosConfig:
             shared_convs=convs[SHARED_TOWER],
             tower_norm=tower_norm,
             has_scales=scales > 0,
+            deformable=deformable,
             **_INFERRED.get(backbone, lambda _: {})(tensors),
         )
     except FcosDeployError as error:
@@ -375,6 +387,41 @@ def _infer_resnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any:
     width, inputs = _shape(tensors, "backbone.body.layer1.0.conv2.weight", 4)[:2]
     groups = max(1, width // inputs)  # its weight is (width, width / groups, 3, 3)
     return {**network, "block": BlockType.BOTTLENECK, "groups": groups, "width_per_group": width // groups}
+
+
+def _infer_deformable(tensors: Mapping[str, TensorFacts], *, groups: int | None) -> tuple[DeformableLayer, ...]:
+    """The deformable convolutions, by their offsets: two channels a tap and group, and a third with a mask (DCNv2).
+
+    Raises:
+        CheckpointError: a number of channels that neither version has.
+        ConfigError: one that both have, and ``groups`` does not decide.
+    """
+    layers = []
+    for name in tensors:
+        match = re.fullmatch(r"(.+)\.offset\.weight", name)
+        if match is None:
+            continue
+        kernel = _shape(tensors, f"{match[1]}.weight", 4)[2:]
+        channels, in_channels = _shape(tensors, name, 4)[:2]
+        readings = []
+        for modulated, parts in ((True, 3), (False, 2)):
+            count, rest = divmod(channels, parts * kernel[0] * kernel[1])
+            if count and not rest and in_channels % count == 0:
+                readings.append(DeformableLayer(match[1], count, modulated))
+        if not readings:
+            raise CheckpointError(
+                f"The deformable convolution '{match[1]}' has {channels} channels of offsets, "
+                f"which fit no number of groups of its {in_channels} input channels."
+            )
+        chosen = [layer for layer in readings if len(readings) == 1 or layer.groups == groups]
+        if len(chosen) != 1:
+            both = " or ".join(f"{'with' if r.modulated else 'without'} a mask and {r.groups} groups" for r in readings)
+            raise ConfigError(
+                f"The {channels} channels of offsets of '{match[1]}' have two readings: {both}.",
+                hint=f"--deform-groups {readings[0].groups} or {readings[1].groups}",
+            )
+        layers += chosen
+    return tuple(sorted(layers, key=lambda layer: layer.name))
 
 
 def _infer_vovnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any: keyword arguments of FcosConfig

@@ -165,11 +165,16 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         "conv_cfg": _fixed(None),
         "deep_stem": _fixed(False),
         "avg_down": _fixed(False),
-        "dcn": _fixed(None),
+        "dcn": _DICT_OR_NONE,
         "plugins": _fixed(None),
         **dict.fromkeys(("depth", "base_channels", "stem_channels", "groups", "base_width"), _NEUTRAL),  # in shapes
         **dict.fromkeys(("frozen_stages", "norm_eval", "with_cp", "zero_init_residual", "stage_with_dcn"), _NEUTRAL),
         **_TRAINING,
+    },
+    "model.backbone.dcn": {
+        "type": _fixed("DCN", "DCNv2"),
+        # In names and shapes.
+        **dict.fromkeys(("deform_groups", "deformable_groups", "modulated", "fallback_on_stride"), _NEUTRAL),
     },
     "model.backbone.norm_cfg": {
         "type": _fixed("BN", "BN2d", "SyncBN"),
@@ -219,7 +224,7 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         "loss_cls": _DICT,
         "bbox_coder": _DICT,
         "conv_cfg": _fixed(None),
-        "dcn_on_last_conv": _fixed(False),
+        "dcn_on_last_conv": _NEUTRAL,  # in names
         "cls_predictor_cfg": _fixed(None),
         **dict.fromkeys(("in_channels", "feat_channels", "stacked_convs", "conv_bias"), _NEUTRAL),  # in shapes
         **dict.fromkeys(("regress_ranges", "center_sampling", "center_sample_radius"), _NEUTRAL),
@@ -438,6 +443,7 @@ class _Reader:
         if backbone is None:
             return {}
         norm = self._section("model.backbone.norm_cfg", backbone.get("norm_cfg")) or {}
+        self._section("model.backbone.dcn", backbone.get("dcn"))
         bottleneck = self._network.block is BlockType.BOTTLENECK
         strides, dilations = (tuple(backbone[key]) if key in backbone else None for key in ("strides", "dilations"))
         return {

@@ -108,6 +108,7 @@ class Rules:
     anchor_sizes: tuple[int, ...] | None = None
     tower_norm_eps: float | None = None
     fpn_norm_eps: float | None = None
+    deform_groups: int | None = None
     stage_strides: tuple[int, int, int, int] | None = None
     stage_dilations: tuple[int, int, int, int] | None = None
     upsampling: Upsampling = Upsampling.NEAREST
@@ -240,6 +241,7 @@ class Ecosystem:
 
 
 _DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
+_HELD = re.compile(r"(.+)\.conv\.(weight|bias)")
 _SCALE = re.compile(re.escape(REG_HEAD) + r"\.scales\.(\d+)")
 _PYRAMID_BLOCK = re.compile(r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.0\.(.+)")
 _TOWERS = "|".join(map(re.escape, (CLS_HEAD, REG_HEAD, SHARED_TOWER)))
@@ -254,10 +256,16 @@ def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -
     """
     renamed: dict[str, TensorFacts] = {}
     sources: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if _DROPPED.fullmatch(name):
-            continue
-        target = next((new for rename in renames if (new := rename.apply(name)) is not None), name)
+    names = {
+        name: _with_plain_offset(next((new for rename in renames if (new := rename.apply(name)) is not None), name))
+        for name in tensors
+        if not _DROPPED.fullmatch(name)
+    }
+    # detectron2's and tianzhi's DFConv2d holds the convolution and its offsets side by side.
+    wrapped = {m[1] for name in names.values() if (m := re.fullmatch(r"(.+)\.offset\.weight", name))}
+    for name, renamed_name in names.items():
+        tensor, held = tensors[name], _HELD.fullmatch(renamed_name)
+        target = f"{held[1]}.{held[2]}" if held and held[1] in wrapped else renamed_name
         if target in sources:
             raise CheckpointError(f"Tensors '{sources[target]}' and '{name}' are both '{target}'.")
         sources[target], renamed[target] = name, tensor
@@ -312,12 +320,13 @@ def _with_numbered_towers(tensors: Mapping[str, TensorFacts]) -> dict[str, Tenso
     return numbered
 
 
+def _with_plain_offset(name: str) -> str:
+    """``conv2.conv_offset.weight`` (mmcv) and ``conv2_offset.weight`` (detectron2) -> ``conv2.offset.weight``."""
+    return re.sub(r"(?:\.conv|(?<=\.conv\d))_offset\.(weight|bias)$", r".offset.\1", name)
+
+
 # What this network does not have, by parts of names; each with what to call it.
 _UNSUPPORTED = (
-    (
-        re.compile(r"(.*)\.(conv_offset|offset)\.(weight|bias)|(.*conv\d)_offset\.(weight|bias)"),
-        "deformable convolution (DCN)",
-    ),
     (re.compile(r"(backbone\.bottom_up\.stage\d+\..*OSA\w+/(?:dw|pw)_conv)\w+\..*"), "depthwise VoVNet layer"),
     (re.compile(r"(backbone\.stage\d\.\d+\.fuse_layers)\..*"), "HRNet fusion"),
 )
@@ -395,6 +404,7 @@ def _with_network_facts(rules: Rules, evidence: Evidence) -> Rules:
         "norm_groups": ("group norm in its towers", network.tower_norm is TowerNorm.GROUP),
         "tower_norm_eps": ("norm in its towers", network.tower_norm is not TowerNorm.NONE),
         "fpn_norm_eps": ("batch norm in its pyramid", has_fpn_norm),
+        "deform_groups": ("deformable convolution", bool(network.deformable)),
         "extra_source": ("level P6", network.extra_convs > 0),
         "extra_relu": ("level P7", network.extra_convs > 1),
         "stage_strides": ("ResNet backbone", is_resnet),

@@ -8,7 +8,7 @@ from typing import Annotated
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import NmsForm, Precision, Tail
+from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 
 __all__ = ["command"]
@@ -34,23 +34,31 @@ def command(
     nms_boxes: Annotated[
         int, cli.option("Number of best candidates that the static NMS looks at, up to 3840.", metavar="N", min=1)
     ] = 1000,
+    deform_form: Annotated[
+        DeformForm,
+        cli.option(
+            "Deformable convolutions. grid-sample: plain operators, for every runtime; operator: DeformConv, which is "
+            "faster in ONNX Runtime and which OpenVINO and TensorRT do not have."
+        ),
+    ] = DeformForm.GRID_SAMPLE,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Export a checkpoint to an ONNX graph that carries its contract, and compare the graph with PyTorch."""
-    from exporters.torch_onnx import DEFAULT_OPSET, ExportOptions, export_onnx
+    from exporters.torch_onnx import ExportOptions, export_onnx
     from fcos_deploy.checkpoints.load import load_checkpoint
 
     if batch != "dynamic" and not batch.isdecimal():
         raise ConfigError(f"--batch must be a number or 'dynamic', got '{batch}'.")
     export_options = ExportOptions(
-        opset=DEFAULT_OPSET if opset is None else opset,
+        opset=opset,
         tail=tail,
         batch=None if batch == "dynamic" else int(batch),
         simplify=simplify,
         precision=precision,
         nms_form=nms_form,
         nms_boxes=nms_boxes,
+        deform_form=deform_form,
     )
     with progress_bar() as progress:
         loaded = load_checkpoint(checkpoint, options=options)

@@ -138,7 +138,7 @@ AllowOverlap = Annotated[
 ]
 Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
 Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
-Opset = Annotated[int | None, option("ONNX operator set, 16 to 23. Default: 17.")]
+Opset = Annotated[int | None, option("ONNX operator set, 16 to 23. Default: 17, or 19 where the graph has DeformConv.")]
 Target = Annotated[
     str,
     option(

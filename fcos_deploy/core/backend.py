@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, find_contract
-from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, DeformForm, PerformanceHint
 from fcos_deploy.core.errors import (
     BackendError,
     BackendLoadError,
@@ -24,6 +24,7 @@ from fcos_deploy.core.errors import (
     MissingDependencyError,
     TensorMismatchError,
 )
+from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.core.trust import Trust
 
@@ -282,6 +283,7 @@ class Backend(ABC):
     extra: str  # the pip extra that installs it
     placements: tuple[str, ...] = ("portable",)  # Q/DQ placements that it reads as they were meant, the fastest first
     preferred_for: frozenset[ArtifactKind] = frozenset()  # kinds that it opens when the user names no backend
+    deform_form: DeformForm = DeformForm.GRID_SAMPLE  # of deformable convolutions, the form that it runs fastest
 
     @abstractmethod
     def open(self, path: Path, options: SessionOptions) -> Session:
@@ -301,12 +303,27 @@ class Backend(ABC):
         """The contract of an artifact, or the one that ``options`` put in its place, once its placement is checked.
 
         Raises:
-            BackendLoadError: the file is damaged, or its Q/DQ placement is for another runtime.
+            BackendLoadError: the file is damaged, its Q/DQ placement is for another runtime, or it has an operator that
+                this runtime does not have.
         """
         contract = options.contract or find_contract(path)
+        if path.suffix.lower() == ".onnx":
+            self.check_operators(path)
         if contract:
             self.check_placement(contract)
         return contract
+
+    def check_operators(self, graph: Path) -> None:
+        """Refuse an ONNX file with the operator DeformConv where this runtime does not have it.
+
+        Raises:
+            BackendLoadError: it has, and how to export the other form.
+        """
+        if self.deform_form is DeformForm.GRID_SAMPLE and "DeformConv" in onnx_interface(graph).operators:
+            raise BackendLoadError(
+                f"'{graph}' computes deformable convolutions with the operator DeformConv, unknown to '{self.name}'.",
+                hint=f"export it with --deform-form {DeformForm.GRID_SAMPLE}",
+            )
 
     def check_placement(self, contract: ModelContract) -> None:
         """Refuse an INT8 graph whose Q/DQ nodes this runtime would interpret differently.

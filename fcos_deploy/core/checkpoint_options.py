@@ -181,6 +181,9 @@ class CheckpointOptions:
     fpn_norm_eps: float | None = _option(
         None, "Epsilon of the pyramid's batch norm. Default: the configuration's, or 1e-5."
     )
+    deform_groups: int | None = _option(
+        None, "Offset groups of deformable convolutions. Default: what the shapes of their tensors show.", metavar="N"
+    )
     anchor_sizes: tuple[int, ...] = _option(
         (),
         "Sizes of torchvision's AnchorGenerator, one a level: the unit of the distances. Default: 8,16,32,64,128.",

@@ -11,6 +11,7 @@ __all__ = [
     "ArtifactKind",
     "CenterMode",
     "ComputeType",
+    "DeformForm",
     "NmsForm",
     "Orientation",
     "PerformanceHint",
@@ -72,6 +73,17 @@ class Tail(StrEnum):
     RAW = "raw"
     CANDIDATES = "candidates"
     NMS = "nms"
+
+
+class DeformForm(StrEnum):
+    """How an exported graph computes deformable convolutions; the numbers are the same.
+
+    ``grid-sample``: plain operators with GridSample, which every runtime has. ``operator``: ONNX DeformConv, from opset
+    19 on, for runtimes that have it.
+    """
+
+    GRID_SAMPLE = "grid-sample"
+    OPERATOR = "operator"
 
 
 class NmsForm(StrEnum):

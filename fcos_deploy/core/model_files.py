@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from fcos_deploy.core.enums import ArtifactKind, Precision, StrEnum, Tail
+from fcos_deploy.core.enums import ArtifactKind, DeformForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError
 
 __all__ = [
@@ -102,9 +102,15 @@ def files_of(model: Path) -> list[Path]:
     return [model, *(path for path in beside if path.is_file())]
 
 
-def graph_file(precision: Precision, *, tail: Tail, placement: str = "") -> str:
-    """A graph in a bundle: ``model.fp32.onnx``, ``model.int8.portable.onnx``, ``model.fp16.candidates.onnx``."""
-    parts = (str(precision), placement, "" if tail is Tail.RAW else str(tail))
+def graph_file(
+    precision: Precision, *, tail: Tail, placement: str = "", deform_form: DeformForm = DeformForm.GRID_SAMPLE
+) -> str:
+    """A graph in a bundle: ``model.fp32.onnx``, ``model.int8.portable.onnx``, ``model.fp16.candidates.onnx``.
+
+    With DeformConv, which not every runtime has, ``model.fp32.deform-conv.onnx``; a placement says it already.
+    """
+    operator = "deform-conv" if deform_form is DeformForm.OPERATOR and not placement else ""
+    parts = (str(precision), placement, operator, "" if tail is Tail.RAW else str(tail))
     return ".".join(["model", *filter(None, parts), "onnx"])
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "BackboneType",
     "BlockType",
     "BoxActivation",
+    "DeformableLayer",
     "ExtraSource",
     "FcosConfig",
     "OsaStage",
@@ -90,6 +91,18 @@ class OsaStage:
     out_channels: int
 
 
+@dataclass(frozen=True, slots=True)
+class DeformableLayer:
+    """A convolution that is deformable, by its module's name; ``modulated`` (DCNv2) has a mask as well as offsets.
+
+    ``groups``: parts of its input channels with offsets of their own.
+    """
+
+    name: str
+    groups: int
+    modulated: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FcosConfig:
     """Everything the canonical network needs beside its weights.
@@ -139,6 +152,7 @@ class FcosConfig:
     centerness_on_reg: bool = True
     box_activation: BoxActivation = BoxActivation.RELU
     has_scales: bool = False
+    deformable: tuple[DeformableLayer, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "stem_channels", "groups", "width_per_group", "fpn_channels"):

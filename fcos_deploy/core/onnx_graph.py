@@ -18,6 +18,7 @@ __all__ = [
     "OnnxGraph",
     "fits_one_file",
     "opset_of",
+    "sampling_nodes",
     "save_onnx",
     "tensor_bytes",
     "with_contract",
@@ -221,6 +222,48 @@ def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, s
     # The oldest format that has the operators: runtimes refuse a newer one than they know (ONNX Runtime 1.17: 10).
     copy.ir_version = onnx.helper.find_min_ir_version_for(copy.opset_import)
     return copy
+
+
+# Operators that sample a map, and which of their inputs say where, or with what weight.
+_STEERING_INPUTS = {"GridSample": (1,), "DeformConv": (2, 4)}
+_READ_NO_VALUES = {"Shape", "Size"}
+
+
+def sampling_nodes(model: Any) -> frozenset[str]:
+    """First outputs of the nodes that sample a map where the network says, and of all that computes where.
+
+    That is a deformable convolution with its offsets and its mask, each back to the convolution that gives them. A
+    position with the 8 or 11 bits of INT8 or fp16 is pixels off on a large map, so these nodes stay in float32.
+    """
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: set[str] = set()
+    steering: list[str] = []
+    for node in model.graph.node:
+        if node.op_type not in _STEERING_INPUTS:
+            continue
+        sampled = str(node.output[0])
+        steering += [node.input[index] for index in _STEERING_INPUTS[node.op_type] if index < len(node.input)]
+        masked = [r for r in readers.get(sampled, []) if node.op_type == "GridSample" and r.op_type == "Mul"]
+        steering += [name for product in masked for name in product.input if name != sampled]
+        found |= {sampled, *(str(product.output[0]) for product in masked)}
+    return frozenset(found | _back_to_convolutions(model, steering))
+
+
+def _back_to_convolutions(model: Any, tensors: list[str]) -> set[str]:
+    """First outputs of the nodes that compute ``tensors``, back to the convolutions that begin the computation."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+    found: set[str] = set()
+    while tensors:
+        node = producers.get(tensors.pop())
+        if node is None or node.output[0] in found:
+            continue
+        found.add(str(node.output[0]))
+        if node.op_type not in {"Conv", *_READ_NO_VALUES}:
+            tensors.extend(node.input)
+    return found
 
 
 def opset_of(model: Any) -> int:

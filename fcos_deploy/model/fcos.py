@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fcos_deploy.core.network import BackboneType, BoxActivation, ExtraSource, FcosConfig, TowerNorm
 from fcos_deploy.model.backbones import Dla34Backbone, MobileNetV2Backbone, ResNetBackbone, VovnetBackbone
+from fcos_deploy.model.deformable import make_deformable
 
 __all__ = ["Fcos", "LevelOutput", "flatten_levels"]
 
@@ -39,6 +40,8 @@ class Fcos(nn.Module):
         self.config = config
         self.backbone = _Backbone(config)
         self.head = _FcosHead(config)
+        for layer in config.deformable:
+            make_deformable(self, layer)
 
     def forward(self, images: Tensor) -> list[LevelOutput]:
         """Normalised images (n, 3, H, W) float32, 1 channel of gray ones -> one output a level."""

@@ -104,18 +104,18 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
             allow_overlap=request.allow_overlap,
         )
         context = DeployContext(request, loaded, loaded.contract, images, writer, progress)
-        variants, calibrated, refused = _make_artifacts(context, backends)
+        variants, calibrations, refused = _make_artifacts(context, backends)
         evaluations = proof.measure_accuracy(context, variants)
         require_all(evaluations.verdicts, allow_inconclusive=True)  # Such a bundle is made, and says so.
         golden = proof.write_golden(context, evaluations)
         benchmark = proof.measure_speed(context, variants)
         manifest = replace(
-            _manifest(context, variants, calibrated=calibrated, golden=golden),
+            _manifest(context, variants, calibrations=calibrations, golden=golden),
             golden_runs=proof.run_golden(context, variants, golden),
             accuracy=proof.accuracy_figures(context, variants, evaluations),
             benchmark=proof.benchmark_figures(context, variants, benchmark),
         )
-        findings = calibrated.record.findings if calibrated else ()
+        findings = tuple(dict.fromkeys(finding for made in calibrations for finding in made.record.findings))
         notes = (*(f"No INT8: {error.message}" for error in refused), *(finding.line for finding in findings))
         _write_report(context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes)
         _write_bom(context, manifest)
@@ -158,18 +158,19 @@ def _runs_here(name: str) -> bool:
 
 def _make_artifacts(
     context: DeployContext, backends: tuple[str, ...]
-) -> tuple[list[Variant], Calibrated | None, list[AccuracyGateError]]:
-    """What is measured here, the calibration behind it if there is INT8, and why INT8 is missing where it is."""
+) -> tuple[list[Variant], list[Calibrated], list[AccuracyGateError]]:
+    """What is measured here, the calibrations behind it if there is INT8, and why INT8 is missing where it is."""
     request = context.request
     forms = [plan.nms_form for plan in request.plans if plan.tail is Tail.NMS]
     with_int8 = Precision.INT8 in request.precisions
+    nms_form = forms[0] if forms else NmsForm.ONNX
     variants, refused = [], []
-    calibrated: Calibrated | None = None
+    calibrations: dict[str, Calibrated] = {}
     for name in backends:
         # An engine that a plan makes as well is made once, from the same graph.
         tail = next((plan.tail for plan in request.plans if plan.backend == name), request.tail)
         graphs = {
-            precision: export(context, tail=tail, precision=precision, nms_form=forms[0] if forms else NmsForm.ONNX)
+            precision: export(context, tail=tail, precision=precision, nms_form=nms_form, backend=name)
             for precision in (Precision.FP32, Precision.FP16)
             if precision in request.precisions or (with_int8 and precision is Precision.FP32)
         }
@@ -178,6 +179,7 @@ def _make_artifacts(
             continue
         source = graphs[Precision.FP32]
         calibrated = calibrate(context, source)
+        calibrations[calibrated.record.path] = calibrated
         try:
             int8 = quantize(context, source, calibrated=calibrated, consumer=name)
             variants.append(build(context, int8, backend=name))
@@ -188,16 +190,20 @@ def _make_artifacts(
     try:
         for plan in request.plans:
             make_for_device(context, plan)
-        if not request.plans and calibrated is not None:
+        if not request.plans and calibrations:
             # The portable INT8 graph, from which other devices build their engines.
+            if source.artifact.backend:  # Its form of deformable convolutions is for one runtime only.
+                source = export(context, tail=source.tail, nms_form=nms_form)
+                calibrated = calibrate(context, source)
+                calibrations[calibrated.record.path] = calibrated
             quantize(context, source, calibrated=calibrated, consumer="portable")
     except AccuracyGateError as error:
         refused.append(error)
-    return proof.with_bf16(variants), calibrated, refused
+    return proof.with_bf16(variants), list(calibrations.values()), refused
 
 
 def _manifest(
-    context: DeployContext, variants: list[Variant], *, calibrated: Calibrated | None, golden: tuple[GoldenImage, ...]
+    context: DeployContext, variants: list[Variant], *, calibrations: list[Calibrated], golden: tuple[GoldenImage, ...]
 ) -> Manifest:
     request = context.request
     preferred = next((v for v in reversed(variants) if v.artifact.precision is Precision.INT8), variants[-1])
@@ -224,7 +230,7 @@ def _manifest(
         ),
         gates={**DEFAULT_GATES, Precision.INT8: int8_gate},
         golden=golden,
-        calibration=(calibrated.record,) if calibrated else (),
+        calibration=tuple(calibrated.record for calibrated in calibrations),
     )
 
 
@@ -331,13 +337,21 @@ def _variants(
         shown.append(
             ReportVariant(label="pytorch fp32", evaluation=evaluations.reference, result=reference, reference=True)
         )
-    float_graph = context.writer.path(graph_file(Precision.FP32, tail=Tail.RAW))
     for variant, evaluation, result in zip(variants, evaluations.candidates, results, strict=True):
         share = None
         if variant.artifact.precision is Precision.INT8 and variant.backend in PROFILERS:
-            share = executed_share(open_graph(float_graph), variant.model, variant.backend).share
+            graph = open_graph(_float_source(context, variant.artifact))
+            share = executed_share(graph, variant.model, variant.backend).share
         shown.append(ReportVariant(label=variant.label, evaluation=evaluation, result=result, int8_share=share))
     return tuple(shown)
+
+
+def _float_source(context: DeployContext, artifact: Artifact) -> Path:
+    """The fp32 graph that an artifact was made from, step by step."""
+    made = {item.sha256: item for step in context.writer.finished for item in step.artifacts}
+    while artifact.precision is not Precision.FP32:
+        artifact = made[artifact.parent]
+    return context.writer.path(artifact.path)
 
 
 def _files(context: DeployContext, manifest: Manifest, artifacts: list[Artifact]) -> tuple[ReportFile, ...]:

@@ -254,6 +254,18 @@ def _tower_norm(config: FcosConfig) -> str:
     return f"{config.tower_norm}{groups}"
 
 
+def _deformable_facts(config: FcosConfig) -> str:
+    """Such as ``13 + 2 convolutions of backbone and head, with masks (DCNv2)``."""
+    if not config.deformable:
+        return "none"
+    in_head = sum(layer.name.startswith("head.") for layer in config.deformable)
+    masks = {True: "with masks (DCNv2)", False: "without masks (DCNv1)"}
+    kinds = " and ".join(masks[kind] for kind in sorted({layer.modulated for layer in config.deformable}, reverse=True))
+    groups = max(layer.groups for layer in config.deformable)
+    of_groups = f", up to {groups} offset groups" if groups > 1 else ""
+    return f"{len(config.deformable) - in_head} + {in_head} convolutions of backbone and head, {kinds}{of_groups}"
+
+
 def _network_facts(checkpoint: CheckpointDescription) -> _Facts:
     config, weights = checkpoint.config, checkpoint.tensors.values()
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights})
@@ -265,6 +277,7 @@ def _network_facts(checkpoint: CheckpointDescription) -> _Facts:
         ("classes", f"{config.num_classes} channels"),
         ("pyramid", f"{config.fpn_channels} channels"),
         ("towers", f"{config.cls_convs} + {config.reg_convs} convolutions{shared}"),
+        ("deformable", _deformable_facts(config)),
         ("norms", f"backbone: batch norm, eps {config.norm_eps:g}; towers: {_tower_norm(config)}"),
         ("scales", "one a level" if config.has_scales else "none"),
         ("weights", f"{sum(map(count_of, weights)):,} numbers, {', '.join(dtypes)}"),

@@ -14,7 +14,7 @@ from fcos_deploy.bundle import Artifact, ArtifactDraft, BundleWriter, Calibratio
 from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, contract_to_text
-from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
+from fcos_deploy.core.enums import ArtifactKind, DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest
 from fcos_deploy.core.files import sha256_file
@@ -226,6 +226,7 @@ class Graph:
     artifact: Artifact
     path: Path
     tail: Tail
+    deform_form: DeformForm = DeformForm.GRID_SAMPLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,15 +264,22 @@ def export(
     tail: Tail = Tail.RAW,
     precision: Precision = Precision.FP32,
     nms_form: NmsForm = NmsForm.ONNX,
+    backend: str = "",
 ) -> Graph:
-    """The checkpoint as a simplified float ONNX graph, compared with PyTorch."""
-    from exporters.torch_onnx import DEFAULT_OPSET, ExportOptions, export_onnx
+    """The checkpoint as a simplified float ONNX graph, compared with PyTorch.
 
-    opset = context.request.opset or DEFAULT_OPSET
-    name = graph_file(precision, tail=tail)
+    Deformable convolutions have the form that ``backend`` runs fastest; without one, the form that every runtime has.
+    """
+    from exporters.torch_onnx import ExportOptions, export_onnx
+
+    opset, deform_form = context.request.opset, DeformForm.GRID_SAMPLE
+    if backend and context.loaded.model.config.deformable:
+        deform_form = get_backend(backend).deform_form
+    own = backend if deform_form is DeformForm.OPERATOR else ""
+    name = graph_file(precision, tail=tail, deform_form=deform_form)
 
     def make(folder: Path) -> StepOutput:
-        options = ExportOptions(tail=tail, opset=opset, precision=precision, nms_form=nms_form)
+        options = ExportOptions(tail=tail, opset=opset, precision=precision, nms_form=nms_form, deform_form=deform_form)
         exported = export_onnx(context.loaded, folder / name, options=options, progress=context.progress)
         checks = {check.step: str(check) for check in exported.checks}
         draft = ArtifactDraft(
@@ -279,6 +287,7 @@ def export(
             kind=ArtifactKind.ONNX,
             precision=precision,
             parent=context.contract.source_sha256,
+            backend=own,
             companions=tuple(file.name for file in files_of(folder / name)[1:]),
             config={"tail": str(tail), "opset": str(exported.opset), "nodes": str(exported.nodes), **checks},
             tools=library_versions("torch", "onnx", "onnxscript", "onnxsim"),
@@ -288,12 +297,12 @@ def export(
     inputs = {
         "checkpoint": context.contract.source_sha256,
         "contract": contract_to_text(context.contract),
-        "opset": str(opset),
+        "opset": str(opset or "default"),
         "nms_form": str(nms_form),
         **library_versions("torch", "onnx", "onnxsim"),
     }
-    step = context.writer.step(f"export-{precision}-{tail}", inputs=inputs, make=make)
-    return Graph(step.artifacts[0], context.writer.path(name), tail)
+    step = context.writer.step("-".join(filter(None, ("export", precision, tail, own))), inputs=inputs, make=make)
+    return Graph(step.artifacts[0], context.writer.path(name), tail, deform_form)
 
 
 def calibrate(context: DeployContext, source: Graph) -> Calibrated:
@@ -304,7 +313,8 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
 
     images = context.images.calibration
     hashes = sorted(image.sha256 for image in images.images)
-    name = "calibration.json" if source.tail is Tail.RAW else f"calibration.{source.tail}.json"
+    parts = ("" if source.tail is Tail.RAW else str(source.tail), source.artifact.backend)
+    name = ".".join(filter(None, ("calibration", *parts, "json")))
 
     def make(folder: Path) -> StepOutput:
         state = context.writer.scratch / f"{name}.state"
@@ -313,7 +323,8 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
         return StepOutput()
 
     inputs = {"graph": source.artifact.sha256, "images": json.dumps(hashes)}
-    context.writer.step(f"calibrate-{source.tail}", inputs=inputs, make=make)
+    label = "-".join(filter(None, ("calibrate", source.tail, source.artifact.backend)))
+    context.writer.step(label, inputs=inputs, make=make)
     path = context.writer.path(name)
     ranges = load_calibration(path)
     details = {"images": str(len(hashes)), "of": str(images.candidates), "seed": str(images.seed)}
@@ -429,7 +440,7 @@ def make_for_device(context: DeployContext, plan: Plan) -> None:
         AccuracyGateError: INT8 cannot hold the accuracy goal.
     """
     float_precision = Precision.FP32 if plan.precision is Precision.INT8 else plan.precision
-    graph = export(context, tail=plan.tail, precision=float_precision, nms_form=plan.nms_form)
+    graph = export(context, tail=plan.tail, precision=float_precision, nms_form=plan.nms_form, backend=plan.backend)
     if plan.precision is Precision.INT8:
         graph = quantize(context, graph, calibrated=calibrate(context, graph), consumer=plan.placement)
     if any(a.where == "here" and a.kind is not ArtifactKind.ONNX for a in plan.artifacts):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,8 @@ from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import read_contract
-from fcos_deploy.core.enums import NmsForm, Precision, Tail
-from fcos_deploy.core.errors import BuildError
+from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, Tail
+from fcos_deploy.core.errors import BackendLoadError, BuildError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, SizeRange
 from fcos_deploy.core.network import resnet_config
 from fcos_deploy.model.fcos import Fcos
@@ -164,3 +165,34 @@ def test_a_resnet_50_in_int8(resnet50_file: Path, tmp_path: Path) -> None:
     source = quantized(resnet50_file, tmp_path / "int8.onnx")
     nodes = [node.op_type for node in onnx.load(source).graph.node]
     assert convolution_inputs(build(source, tmp_path, capability="8.9")) == {"Int8": nodes.count("Conv")}
+
+
+@pytest.fixture(scope="module")
+def deformable_files(deformable_loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small deformable detector in every precision, its deformable layers in plain operators."""
+    folder = tmp_path_factory.mktemp("deformable")
+    fp32 = export_onnx(deformable_loaded, folder / "fp32.onnx").path
+    convert_to_fp16(fp32, folder / "fp16.onnx")
+    return {"fp32": fp32, "fp16": folder / "fp16.onnx", "int8": quantized(fp32, folder / "int8.onnx")}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_deformable_convolutions_build(
+    precision: str, capability: str, deformable_files: dict[str, Path], tmp_path: Path
+) -> None:
+    counts = convolution_inputs(build(deformable_files[precision], tmp_path, capability=capability))
+    # Twelve convolutions give offsets, which stay in float.
+    types = {"fp32": {"Float"}, "fp16": {"Float", "Half"}, "int8": {"Float", "Int8"}}
+    assert set(counts) == types[precision]
+    if precision != "fp32":
+        assert counts["Float"] == 12
+
+
+def test_the_operator_deform_conv_is_refused_before_the_build(deformable_loaded: Any, tmp_path: Path) -> None:
+    """TensorRT-RTX's parser looks for a plug-in of that name, and there is none."""
+    options = ExportOptions(deform_form=DeformForm.OPERATOR)
+    source = export_onnx(deformable_loaded, tmp_path / "operator.onnx", options=options).path
+    with pytest.raises(BackendLoadError, match="unknown to 'tensorrt-rtx'") as caught:
+        build(source, tmp_path, capability="8.6")
+    assert "--deform-form grid-sample" in caught.value.hint

@@ -11,20 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, describe_weights
+from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, decided_options, describe_weights
 from fcos_deploy.checkpoints.ecosystems import all_ecosystems
 from fcos_deploy.checkpoints.load import CheckpointOptions, build_network
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
 from fcos_deploy.core.decode import CenterMode
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CheckpointError, ConfigError
-from fcos_deploy.core.network import BackboneType, BlockType, BoxActivation, TowerNorm
+from fcos_deploy.core.network import BackboneType, BlockType, BoxActivation, DeformableLayer, TowerNorm
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
 
 KEYS = Path(__file__).parents[1] / "data" / "state_dict_keys"
 ALL = sorted(path.stem for path in KEYS.glob("*.json"))
 DCN = [name for name in ALL if "dcn" in name]
-LOADED = [name for name in ALL if "dcn" not in name]
 MSRA = (103.53, 116.28, 123.675)
 CAFFE = (102.9801, 115.9465, 122.7717)
 
@@ -66,7 +65,7 @@ def test_there_are_47_key_lists_of_5_ecosystems() -> None:
     assert list(all_ecosystems()) == ["adelaidet", "detectron2", "mmdetection", "tianzhi", "torchvision"]
 
 
-@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("name", ALL)
 def test_real_keys_load_without_a_missing_or_an_unexpected_one(name: str) -> None:
     described = _describe(name)
     assert not build_network(described.config, described.tensors).training
@@ -75,11 +74,50 @@ def test_real_keys_load_without_a_missing_or_an_unexpected_one(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", DCN)
-def test_deformable_convolutions_are_refused_by_the_name_of_the_layer(name: str) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"Layer '\S*(conv2|convs\.3\.conv|tower\.9)' is a deformable convolution"
-    ):
-        _describe(name)
+def test_deformable_convolutions_are_those_of_the_stages_and_towers(name: str) -> None:
+    """tianzhi's ``conv2.conv`` and ``conv2.offset``, mmcv's ``conv2.conv_offset``; the published ones are all DCNv2."""
+    config = _describe(name).config
+    head = [layer.name for layer in config.deformable if layer.name.startswith("head.")]
+    assert head == ["head.classification_head.conv.9", "head.regression_head.conv.9"]
+    stages = config.blocks[2:] if "X_101" in name else config.blocks[1:]
+    assert len(config.deformable) == 2 + sum(stages)
+    assert {(layer.groups, layer.modulated) for layer in config.deformable} == {(1, True)}
+
+
+def _with_offsets(name: str, channels: int) -> dict[str, Tensor]:
+    """The tensors of ``name`` with ``layerN.0.conv2`` deformable, in detectron2's layout."""
+    tensors = _state_dict(name)
+    tensors["backbone.bottom_up.res4.0.conv2_offset.weight"] = _empty(channels, 256, 3, 3)
+    tensors["backbone.bottom_up.res4.0.conv2_offset.bias"] = _empty(channels)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "modulated"), [(18, 1, False), (27, 1, True), (54, 2, True), (72, 4, False), (108, 4, True)]
+)
+def test_groups_of_offsets_are_what_divides_the_input_channels(channels: int, groups: int, modulated: bool) -> None:
+    described = describe_weights(
+        _weights(_with_offsets("adelaidet_R_50_1x", channels)), file_name="x", stated={}, options=CheckpointOptions()
+    )
+    assert described.config.deformable == (DeformableLayer("backbone.body.layer3.0.conv2", groups, modulated),)
+    build_network(described.config, described.tensors)
+
+
+def test_offsets_with_two_readings_are_asked_about() -> None:
+    tensors = _with_offsets("adelaidet_R_50_1x", 54)
+    tensors["backbone.bottom_up.res4.0.conv2_offset.weight"] = _empty(54, 192, 3, 3)
+    describe = functools.partial(describe_weights, _weights(tensors), file_name="x", stated={})
+    with pytest.raises(ConfigError, match="two readings: with a mask and 2 groups or without a mask and 3") as caught:
+        describe(options=CheckpointOptions())
+    assert caught.value.hint == "--deform-groups 2 or 3"
+    described = describe(options=CheckpointOptions(deform_groups=3))
+    assert (described.config.deformable[0].groups, described.config.deformable[0].modulated) == (3, False)
+    assert decided_options(described).deform_groups == 3
+    tensors["backbone.bottom_up.res4.0.conv2_offset.weight"] = _empty(20, 192, 3, 3)
+    with pytest.raises(CheckpointError, match="20 channels of offsets, which fit no number of groups"):
+        describe(options=CheckpointOptions())
+    with pytest.raises(ConfigError, match="The network has no deformable convolution"):
+        _describe("adelaidet_R_50_1x", options=CheckpointOptions(deform_groups=1))
 
 
 def test_depthwise_vovnet_is_refused_by_the_name_of_the_layer() -> None:
@@ -129,7 +167,7 @@ def test_torchvision_rules() -> None:
 def test_files_are_turned_where_the_ecosystem_turns_them() -> None:
     """PIL, which torchvision's and tianzhi's datasets open files with, does not look at the EXIF orientation."""
     by_ecosystem = {}
-    for name in LOADED:
+    for name in ALL:
         described = _describe(name)
         by_ecosystem[described.contract.ecosystem] = described.contract.preprocess.orientation
         assert _decision(described, "orientation")[0] == described.contract.preprocess.orientation

@@ -99,10 +99,10 @@ def _lookup(config: object, *path: str) -> object:
 
 
 def _tower(source: str, head: str) -> tuple[Rename, Rename]:
-    """``cls_convs.2.conv`` and ``.gn`` are entries 6 and 7 of the tower."""
+    """``cls_convs.2.conv`` and ``.gn`` are entries 6 and 7 of the tower; ``conv_offset`` is mmcv 0's deformable one."""
     layer = rf"bbox_head\.{source}_convs\.(\d+)\."
     return (
-        Rename(layer + r"conv\.(.+)", lambda m: f"{head}.conv.{3 * int(m[1])}.{m[2]}"),
+        Rename(layer + r"conv(?:\.|_)(.+)", lambda m: f"{head}.conv.{3 * int(m[1])}.{m[2]}"),
         Rename(layer + r"(?:gn|bn)\.(.+)", lambda m: f"{head}.conv.{3 * int(m[1]) + 1}.{m[2]}"),
     )
 

@@ -449,7 +449,7 @@ def mini_calibration(mini_graph: Any, smooth_images: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def deformable_loaded() -> Any:
-    """A small detector with deformable convolutions of both versions: grouped, of two offset groups, and in the head."""
+    """A small detector with deformable convolutions of both versions: grouped, in two offset groups, in the head."""
     torch = pytest.importorskip("torch")
     from types import SimpleNamespace
 

@@ -158,6 +158,7 @@ def test_fp16_leaves_offsets_and_sampling_in_float(exported: Callable[..., Path]
     model = onnx.load(exported(deform_form=form, precision=Precision.FP16))
     sampling = sampling_nodes(model)
     weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    convs = [node for node in model.graph.node if node.op_type == "Conv"]
     types = {
         node.input[1].removesuffix(".fp16"): weights[node.input[1]]
         for node in model.graph.node

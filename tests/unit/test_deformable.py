@@ -159,11 +159,7 @@ def test_fp16_leaves_offsets_and_sampling_in_float(exported: Callable[..., Path]
     sampling = sampling_nodes(model)
     weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     convs = [node for node in model.graph.node if node.op_type == "Conv"]
-    types = {
-        node.input[1].removesuffix(".fp16"): weights[node.input[1]]
-        for node in model.graph.node
-        if node.op_type == "Conv"
-    }
+    types = {node.input[1].removesuffix(".fp16"): weights[node.input[1]] for node in convs}
     offsets = {name for name in types if ".offset." in name}
     assert offsets
     assert {types[name] for name in offsets} == {onnx.TensorProto.FLOAT}

@@ -30,7 +30,6 @@ from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Outcome, overall_outcome
-from fcos_deploy.core.model_files import graph_file
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.core.serialize import to_json

@@ -7,7 +7,7 @@ import json
 import uuid
 from typing import Any
 
-from fcos_deploy.bundle.manifest import AccuracyFigure, Artifact, FileRecord, Manifest
+from fcos_deploy.bundle.manifest import Artifact, FileRecord, Manifest
 
 __all__ = ["BOM_NAME", "bill_of_materials"]
 
@@ -20,7 +20,8 @@ _Json = dict[str, Any]  # Any: JSON
 def bill_of_materials(manifest: Manifest) -> str:
     """What the bundle of ``manifest``, which lists its files, is made of: JSON text, the same for the same manifest."""
     provenance = manifest.provenance
-    libraries = _libraries(manifest)
+    tools = (provenance.tools, *(artifact.step.tools for artifact in manifest.artifacts))
+    libraries = {(name, version) for versions in tools for name, version in versions.items() if version}
     files = {record.sha256: record.path for record in manifest.artifacts} | {provenance.checkpoint_sha256: _CHECKPOINT}
     dependencies = [
         {"ref": _MODEL, "dependsOn": sorted({artifact.path for artifact in manifest.artifacts})},
@@ -62,6 +63,15 @@ def bill_of_materials(manifest: Manifest) -> str:
 def _model_card(manifest: Manifest) -> _Json:
     contract = manifest.contract
     inputs = [f"{spec.name} {spec}" for spec in contract.input_specs]
+    metrics = [
+        {
+            "type": name,
+            "value": f"{value:.6g}",
+            "slice": f"{figure.artifact} on {figure.backend}, {figure.images} images of {figure.dataset}",
+        }
+        for figure in manifest.accuracy
+        for name, value in sorted(figure.metrics.items())
+    ]
     return {
         "modelParameters": {
             "task": "object-detection",
@@ -70,17 +80,12 @@ def _model_card(manifest: Manifest) -> _Json:
             "inputs": [{"format": text} for text in inputs],
             "outputs": [{"format": name} for name in contract.outputs],
         },
-        "quantitativeAnalysis": {"performanceMetrics": [m for figure in manifest.accuracy for m in _metrics(figure)]},
+        "quantitativeAnalysis": {"performanceMetrics": metrics},
         "properties": [
             *_properties(classes=", ".join(contract.class_names)),
             *(_property(f"decision:{item.name}", f"{item.value} ({item.source})") for item in contract.decisions),
         ],
     }
-
-
-def _metrics(figure: AccuracyFigure) -> list[_Json]:
-    where = f"{figure.artifact} on {figure.backend}, {figure.images} images of {figure.dataset}"
-    return [{"type": name, "value": f"{value:.6g}", "slice": where} for name, value in sorted(figure.metrics.items())]
 
 
 def _artifact(artifact: Artifact) -> _Json:
@@ -97,12 +102,6 @@ def _file(record: FileRecord) -> _Json:
         "name": record.path,
         "hashes": [{"alg": "SHA-256", "content": record.sha256}],
     }
-
-
-def _libraries(manifest: Manifest) -> set[tuple[str, str]]:
-    """Name and version of everything that a step recorded."""
-    records = (manifest.provenance.tools, *(artifact.step.tools for artifact in manifest.artifacts))
-    return {(name, version) for tools in records for name, version in tools.items() if version}
 
 
 def _library(name: str, version: str) -> _Json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,7 +79,8 @@ def read_coco(path: Path) -> CocoFile:
     objects = _converted(content, "annotations", _object, problems)
     if not categories and not problems:
         raise ConfigError(f"The categories of '{path}' must be at least one.")
-    problems += _duplicate_ids("images", [image.key for image in images])
+    copies = Counter(image.key for image in images)
+    problems += [f"'images': {count} have the same id {brief(key)}" for key, count in copies.items() if count > 1]
     names: dict[_Id, set[str]] = {}
     for category in categories:
         names.setdefault(category.key, set()).add(_plain(category.name))
@@ -293,10 +294,6 @@ def _flag(value: object, name: str) -> bool:
 # ---- the whole ----
 
 _BACKGROUND = frozenset({"background", "_background_", "__background__"})
-
-
-def _duplicate_ids(name: str, keys: Iterable[_Id]) -> list[str]:
-    return [f"'{name}': {count} have the same id {brief(key)}" for key, count in Counter(keys).items() if count > 1]
 
 
 def _plain(name: str) -> str:

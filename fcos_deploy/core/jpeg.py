@@ -122,7 +122,7 @@ def _check(file: _File, pixels: _Pixels, messages: str | None) -> None:
             raise _DamageError(f"the decoder says '{messages.strip()}'")
         return
     for scan in scans:
-        _check_restarts(frame, scan)
+        list(_intervals(scan, _units(frame, scan)[0]))  # raises where parts are missing or out of order
         if doubtful or len(scans) > 1:
             _check_blocks(frame, scan)
 
@@ -271,11 +271,6 @@ def _intervals(scan: _Scan, units: int) -> Iterator[tuple[bytes, int]]:
         raise _DamageError("parts of its data are out of order")
     for index, data in enumerate(parts[::2]):
         yield data, min(step, units - index * step)
-
-
-def _check_restarts(frame: _Frame, scan: _Scan) -> None:
-    for _ in _intervals(scan, _units(frame, scan)[0]):
-        pass
 
 
 def _check_means(frame: _Frame, scan: _Scan) -> None:

@@ -1,4 +1,4 @@
-"""Runs a detector over images, folders and videos, whose frames are read and written here."""
+"""Runs a detector over images, folders and videos."""
 
 from __future__ import annotations
 

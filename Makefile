@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 SERVER ?= .venv-server
 SERVER_PYTHON ?= /usr/bin/python3
 SERVER_STAMP = $(SERVER)/.installed
-# A device with the oldest OpenVINO that is promised, and nothing of the export extra.
+# A device with the oldest OpenVINO and ONNX Runtime that are promised, and nothing of the export extra.
 OLD_OPENVINO ?= .venv-old-openvino
 OLD_OPENVINO_STAMP = $(OLD_OPENVINO)/.installed
 # The verifier of OpenSSF Model Signing, which has to accept a signed bundle.
@@ -36,7 +36,7 @@ old-openvino-env: $(OLD_OPENVINO_STAMP)
 
 $(OLD_OPENVINO_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(OLD_OPENVINO)
-	$(OLD_OPENVINO)/bin/pip install --quiet openvino==2025.0.0 '.[sign]'
+	$(OLD_OPENVINO)/bin/pip install --quiet openvino==2025.0.0 onnxruntime==1.17.3 'numpy<2' '.[sign]'
 	$(OLD_OPENVINO)/bin/pip uninstall --quiet --yes fcos-deploy
 	touch $@
 

@@ -6,7 +6,10 @@ import codecs
 import copy
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -714,3 +717,43 @@ def test_wrappers_are_no_part_of_a_name(kind: str, tensors: Tensors, tiny_checkp
         assert torch.equal(loaded.model.state_dict()[name], tensor), name
     if kind in ("a profiler's counters", "Lightning, net", "Lightning, fcos"):
         assert "left_out" in {decision.name for decision in described.contract.decisions}
+
+
+# ---- surroundings ----
+
+_WITHOUT_HOME = """
+import os, pwd, sys
+for name in ("HOME", "USER", "LOGNAME"):
+    os.environ.pop(name, None)
+def unknown(uid):
+    raise KeyError(uid)
+pwd.getpwuid = unknown
+from fcos_deploy.cli.app import main
+main()
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_container_without_home_and_user_is_enough(backend: str, tiny_onnx: Path, pictures: Path) -> None:
+    pytest.importorskip(backend)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FCOS_DEPLOY_", "XDG_"))}
+    command = [sys.executable, "-c", _WITHOUT_HOME, "predict", str(tiny_onnx), str(pictures / "a.png")]
+    environment = {**kept, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*command, "--backend", backend, "--json"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["backend"] == backend
+
+
+def test_names_are_text(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    """In tables and errors: no markup, and nothing swallowed."""
+    (tmp_path / "names.txt").write_text("[/bold]\n[red]\n:smile:\n")
+    image = shutil.copyfile(pictures / "a.png", tmp_path / "photo [copy].png")
+    options = ("--classes", tmp_path / "names.txt", "--score-threshold", "0.05")
+    shown = run("inspect", tiny_checkpoint, "--classes", tmp_path / "names.txt")
+    assert "[/bold], [red], :smile:" in shown.stderr
+    predicted = run("predict", tiny_checkpoint, image, *options, "--draw", tmp_path / "drawn")
+    assert predicted.exit_code == 0, predicted.stderr
+    assert "photo [copy].png" in predicted.stderr
+    assert (tmp_path / "drawn" / "photo [copy].jpg").is_file()

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.bundle.log import read_log
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.files import sha256_file
 
 pytest.importorskip("openvino")
@@ -26,7 +27,7 @@ pytest.importorskip("openvino")
 ROOT = Path(__file__).parents[2]
 _PROGRAM = "from fcos_deploy.cli.app import main; main()"
 KILLS = int(os.environ.get("FCOS_DEPLOY_KILLS", "6"))
-# Python of an environment with the oldest OpenVINO that is promised, and nothing of the export extra; see the Makefile.
+# Python of an environment with the oldest runtimes that are promised, without the export extra; see the Makefile.
 OLD_PYTHON = os.environ.get("FCOS_DEPLOY_OLD_OPENVINO_PYTHON", "")
 REQUIRED = "old-openvino" in os.environ.get("FCOS_DEPLOY_REQUIRE", "")
 
@@ -53,7 +54,7 @@ def bundle(tiny_ir_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Fcos:
-    """``fcos-deploy`` on a device with the oldest OpenVINO, run in ``tmp_path``."""
+    """``fcos-deploy`` on a device with the oldest runtimes, run in ``tmp_path``."""
     if not OLD_PYTHON:
         if REQUIRED:
             pytest.fail("FCOS_DEPLOY_OLD_OPENVINO_PYTHON is not set: 'make old-openvino-env' makes the environment")
@@ -119,6 +120,19 @@ def test_a_newer_ir_is_rebuilt_on_an_older_openvino_and_the_record_comes_home(
     assert "passed" in text
     # Moved back to this machine the layer is not used, and nothing is refused.
     assert json.loads(_run("verify", bundle, "--json").stdout)["artifact"].startswith("model.")
+
+
+@pytest.mark.parametrize("tail", ["raw", "candidates", "nms"])
+def test_the_oldest_onnx_runtime_runs_what_is_exported(
+    tail: str, tiny_export: Callable[..., Path], smooth_images: Path, old: Fcos
+) -> None:
+    model, image = tiny_export(tail=Tail(tail)), next(smooth_images.rglob("*.png"))
+    older = old("predict", model, image, "--json")
+    assert older.returncode == 0, older.stderr
+    expected = json.loads(_run("predict", model, image, "--json").stdout)[0]["detections"]
+    found = json.loads(older.stdout)[0]["detections"]
+    assert len(found) == len(expected) > 0
+    assert [item["score"] for item in found] == pytest.approx([item["score"] for item in expected], abs=1e-4)
 
 
 def test_setup_that_is_killed_leaves_a_bundle_that_opens_and_the_next_one_completes(

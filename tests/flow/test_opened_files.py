@@ -78,7 +78,7 @@ def _opened(home: Path, *arguments: str, native: bool) -> list[Path]:
 
 
 # 12 openat(AT_FDCWD</home>, "a", O_RDONLY) = 3</home/a>, or its end where another thread came between.
-_OPENED_CALL = re.compile(r"\bopen(?:at2?)?\b.*= \d+<([^>]+)>$")
+_OPENED_CALL = re.compile(r"\bopen(?:at2?)?\b.*= \d+<([^>]+)>")
 
 
 @pytest.mark.parametrize(

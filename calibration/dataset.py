@@ -16,9 +16,9 @@ from fcos_deploy.core.coco_file import CocoFile, read_coco
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
-from fcos_deploy.core.files import read_file, sha256_file
+from fcos_deploy.core.files import read_file
 from fcos_deploy.core.gate import Finding, Severity
-from fcos_deploy.core.image import image_size, list_images, read_image
+from fcos_deploy.core.image import decode_image, image_content, image_size, list_images, read_image
 from fcos_deploy.core.image_names import find_in_layout, find_named_images, is_below
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
@@ -188,13 +188,13 @@ def inspect_images(
 
     def inspect(name: str) -> CalibrationImage | str:
         try:
-            pixels = read_image(files[name], orientation=orientation)
-            content = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-            return CalibrationImage(name, files[name], sha256_file(files[name]), content, _why_not_a_photograph(pixels))
+            content = image_content(files[name])
+            pixels = decode_image(content, path=files[name], orientation=orientation)
         except ImageError as error:
             return error.message
-        except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-            return f"Cannot read image '{files[name]}': {getattr(error, 'strerror', None) or error}."
+        pixels_sha256 = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+        file_sha256, flaw = hashlib.sha256(content).hexdigest(), _why_not_a_photograph(pixels)
+        return CalibrationImage(name, files[name], file_sha256, pixels_sha256, flaw)
 
     images = []
     with ThreadPoolExecutor(usable_cpus(), "images") as pool:

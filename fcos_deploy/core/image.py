@@ -31,6 +31,7 @@ from fcos_deploy.core.text import brief
 __all__ = [
     "MAX_PIXELS_VARIABLE",
     "decode_image",
+    "image_content",
     "image_pixels",
     "image_size",
     "list_images",
@@ -136,11 +137,19 @@ def read_image(path: Path, *, orientation: Orientation = Orientation.EXIF) -> ND
             pixels are floats or integers of 32 bits, for which nothing says what is white; or it has 16 bits of which
             the upper two are never used.
     """
+    return decode_image(image_content(path), path=path, orientation=orientation)
+
+
+def image_content(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: it cannot be read, or is larger than any image.
+    """
     try:
-        content = read_file(path, limit=_MAX_BYTES)
+        return read_file(path, limit=_MAX_BYTES)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
         raise ImageError(f"Cannot read image '{path}': {getattr(error, 'strerror', None) or error}.") from error
-    return decode_image(content, path=path, orientation=orientation)
 
 
 def decode_image(content: bytes, *, path: Path, orientation: Orientation = Orientation.EXIF) -> NDArray[np.uint8]:

@@ -250,7 +250,7 @@ def provoking_feed(images: tuple[int, int, int, int], *, dtype: str, image_sizes
     """Images of what provokes differences: noise, black and white areas, stripes, (float) values far outside.
 
     The areas are not quite flat: on flat ones neighbouring locations score the same to the last digit, and which of
-    their boxes suppresses which is then left to rounding. images: (n, 3, H, W) of the input.
+    their boxes suppresses which is then left to rounding. images: (n, c, H, W) of the input.
     """
     generator = np.random.default_rng(seed)
     batch, _, height, width = images
@@ -279,7 +279,7 @@ def feed_of(contract: ModelContract, shapes: Mapping[str, tuple[int | None, ...]
     height, width = contract.preprocess.canvas or (side, side)
     n, _, h, w = shapes["images"]
     return provoking_feed(
-        (n or 1, 3, h or height, w or width),
+        (n or 1, contract.preprocess.channels, h or height, w or width),
         dtype=str(contract.preprocess.input_dtype),
         image_sizes="image_sizes" in shapes,
     )

@@ -227,15 +227,16 @@ def _copied_without_weights(model: Any) -> Any:
 def _feeds(contract: ModelContract, *, batch: int | None, image_sizes: bool) -> list[Tensors]:
     """A feed of the traced example's shape; where axes are open, of a single image and of another size as well."""
     height, width = contract.preprocess.canvas or _OPEN_SIZE
+    channels = contract.preprocess.channels
     count = batch or 2  # of an open batch not 1, which torch would take for a constant
-    shapes = [(count, 3, height, width)]
+    shapes = [(count, channels, height, width)]
     if batch is None:
-        shapes.append((1, 3, height, width))
+        shapes.append((1, channels, height, width))
     if contract.preprocess.canvas is None:
         # 160x384 where sizes are multiples of 32, 161x385 where they may be any number.
         divisor = contract.preprocess.size_divisor
         rows, columns = (max(side // divisor, 1) * divisor for side in (height // 2 + 33, width + 65))
-        shapes.append((count, 3, rows, columns))
+        shapes.append((count, channels, rows, columns))
     dtype = contract.preprocess.input_dtype.value
     return [provoking_feed(shape, dtype=dtype, image_sizes=image_sizes) for shape in shapes]
 

@@ -156,15 +156,14 @@ def _preprocess_causes(evidence: Evidence) -> list[Cause]:
 
 
 def pixel_causes(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> list[Cause]:
-    """Known mistakes in a normalised image (3, h, w), without padding, that turn the reference into the candidate."""
-    swapped, _, _ = _fit_channels(reference[::-1], candidate)
+    """Known mistakes in a normalised image (c, h, w), without padding, that turn the reference into the candidate."""
     scaled, scales, offsets = _fit_channels(reference, candidate)
     factors, moves = ", ".join(f"{s:.3f}" for s in scales), ", ".join(f"{o:+.3f}" for o in offsets)
     normalised = f"mean or std differ: channels are scaled by {factors} and moved by {moves} standard deviations"
-    trials = [
-        ("channel-order", "the colour channels are swapped (RGB/BGR)", swapped),
-        ("normalisation", normalised, scaled),
-    ]
+    trials = [("normalisation", normalised, scaled)]
+    if len(reference) > 1:
+        swapped, _, _ = _fit_channels(reference[::-1], candidate)
+        trials.insert(0, ("channel-order", "the colour channels are swapped (RGB/BGR)", swapped))
     # Half a pixel: centres of pixels taken for their corners. One: an index that starts at 1.
     for dx, dy in itertools.product((-1.0, -0.5, 0.0, 0.5, 1.0), repeat=2):
         text = f"the image is shifted by {dx:+.1f} pixels to the right and {dy:+.1f} down"
@@ -185,11 +184,11 @@ def _fit_channels(
 
     Least squares of a line: scale = covariance / variance, offset = mean of the candidate - scale * mean of the trial.
     """
-    x, y = (image.reshape(3, -1).astype(np.float64) for image in (trial, candidate))
+    x, y = (image.reshape(len(image), -1).astype(np.float64) for image in (trial, candidate))
     mean_x, mean_y = x.mean(1), y.mean(1)
     covariance = ((x - mean_x[:, None]) * (y - mean_y[:, None])).mean(1)
     variance = x.var(1)
-    scales = np.divide(covariance, variance, out=np.ones(3), where=variance > 0)
+    scales = np.divide(covariance, variance, out=np.ones(len(variance)), where=variance > 0)
     offsets = mean_y - scales * mean_x
     fitted = trial * scales[:, None, None] + offsets[:, None, None]
     return fitted.astype(np.float32), scales, offsets
@@ -362,7 +361,7 @@ def _network_mistakes(evidence: Evidence) -> Iterator[tuple[str, str, Tensors]]:
         as_float = contract.with_preprocess(replace(spec, input_dtype=InputDtype.FLOAT32))
         with Detector.of_network(network, as_float, options=_options(evidence)) as detector:
             for text, (scale, mean, std) in trials.items():
-                trial = replace(spec, pixel_scale=scale, mean=mean, std=std)
+                trial = replace(spec, pixel_scale=scale, mean=mean[: spec.channels], std=std[: spec.channels])
                 if trial != spec:
                     images = network_input(feeds["images"], trial)
                     yield "normalisation", f"the graph {text}", detector.infer({"images": images})

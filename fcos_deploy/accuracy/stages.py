@@ -173,7 +173,7 @@ def network_input(tensor: NDArray[Any], spec: PreprocessSpec) -> NDArray[np.floa
     """What the first convolution sees of an input tensor (n, 3, H, W): normalised float32, whichever side does it."""
     if spec.input_dtype is InputDtype.FLOAT32:
         return tensor.astype(np.float32, copy=False)
-    mean, std = (np.array(v, np.float32).reshape(1, 3, 1, 1) for v in (spec.mean, spec.std))
+    mean, std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (spec.mean, spec.std))
     normalized: NDArray[np.float32] = (tensor.astype(np.float32) / np.float32(spec.pixel_scale) - mean) / std
     return normalized
 

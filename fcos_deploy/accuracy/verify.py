@@ -415,9 +415,9 @@ def _name_fault(
     """Say what is wrong with a tensor: its shape or type, swapped colour channels, or else how much differs."""
     if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
         return f"the tensor must be {expected.dtype}{list(expected.shape)}, it is {actual.dtype}{list(actual.shape)}"
-    swapped = ChannelOrder.BGR if spec.channel_order is ChannelOrder.RGB else ChannelOrder.RGB
-    tensor, _ = preprocess(image, replace(spec, channel_order=swapped))
-    if fingerprint_difference(fingerprint(tensor), expected, spec=spec) <= _MAX_CELL_DIFFERENCE:
+    swapped = {ChannelOrder.RGB: ChannelOrder.BGR, ChannelOrder.BGR: ChannelOrder.RGB}.get(spec.channel_order)
+    tensor, _ = preprocess(image, replace(spec, channel_order=swapped or spec.channel_order))
+    if swapped and fingerprint_difference(fingerprint(tensor), expected, spec=spec) <= _MAX_CELL_DIFFERENCE:
         return f"the colour channels are swapped: they are {spec.channel_order}, they must be {swapped}"
     difference = fingerprint_difference(actual, expected, spec=spec)
     return f"a region differs by {difference:.2f} of 255 levels (allowed: {_MAX_CELL_DIFFERENCE})"

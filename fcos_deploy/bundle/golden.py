@@ -43,7 +43,7 @@ _PNG_HEADER = struct.Struct(">8sI4sII")  # signature, chunk length, chunk name, 
 class TensorFingerprint:
     """One preprocessed tensor: SHA-256 of its bytes, and the means of a grid of cells, which tolerate rounding.
 
-    ``shape`` is (3, H, W); ``cells`` are 3 * 8 * 8 means, channel by channel and row by row, in the tensor's own unit.
+    ``shape`` is (c, H, W); ``cells`` are c * 8 * 8 means, channel by channel and row by row, in the tensor's own unit.
     """
 
     sha256: str
@@ -117,7 +117,7 @@ class GoldenRun:
 
 
 def fingerprint(tensor: NDArray[Any]) -> TensorFingerprint:
-    """Summarise a preprocessed tensor (3, H, W), uint8 or float32; H and W at least 8."""
+    """Summarise a preprocessed tensor (c, H, W), uint8 or float32; H and W at least 8."""
     rows = np.array_split(np.arange(tensor.shape[1]), _GRID)
     columns = np.array_split(np.arange(tensor.shape[2]), _GRID)
     values = tensor.astype(np.float64)

@@ -350,11 +350,10 @@ def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneT
     """
     own = "or see docs/your-own-fcos.md"
     colours = _shape(tensors, _STEMS[backbone], 4)[1]
-    if colours != 3:
-        gray = "for gray images store weight.repeat(1, 3, 1, 1) / 3, and give --mean and --std three times, "
+    if colours not in {1, 3}:
         raise CheckpointError(
-            f"The stem '{_STEMS[backbone]}' takes images of {colours} channels, 3 are supported.",
-            hint=(gray if colours == 1 else "") + own,
+            f"The stem '{_STEMS[backbone]}' takes images of {colours} channels, expected 3, or 1 for gray images.",
+            hint=f"image files and cameras give no others; {own.removeprefix('or ')}",
         )
     laterals = [index for index in range(5) if f"backbone.fpn.inner_blocks.{index}.0.weight" in tensors]
     if laterals not in ([0, 1, 2], [0, 1, 2, 3]):

@@ -102,6 +102,15 @@ def _is_pad_value(value: object) -> bool:
     return _is_number(pixel) or _are(3, _is_number)(pixel)
 
 
+def _is_color_type(value: object) -> bool:
+    return isinstance(value, str) and value in {"color", "grayscale", "unchanged"}
+
+
+def _is_of_channels(value: object) -> bool:
+    """Numbers for three channels, or for one of gray images."""
+    return _are(3, _is_number)(value) or _are(1, _is_number)(value)
+
+
 def _one_scale(value: object) -> tuple[int, int] | None:
     """(width, height) of a test scale: a pair, a number, or a list of one pair."""
     if _is_positive(value):
@@ -124,7 +133,7 @@ _TRAINING = dict.fromkeys(("init_cfg", "pretrained", "train_cfg"), _NEUTRAL)
 _LOAD = {
     "type": _fixed("LoadImageFromFile", "LoadImageFromNDArray", "LoadImageFromWebcam"),
     "to_float32": _used("True or False", _is_bool, "resize_filter"),
-    "color_type": _fixed("color"),
+    "color_type": _used("'color', or 'grayscale' or 'unchanged' for gray images", _is_color_type),
     "channel_order": _fixed("bgr"),
     "imdecode_backend": _fixed("cv2", "pillow", "turbojpeg", None),  # Decoders differ by a rounding at most.
     **dict.fromkeys(("backend_args", "file_client_args", "ignore_empty"), _NEUTRAL),
@@ -151,7 +160,7 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
     },
     "model.backbone": {
         "type": _fixed("ResNet", "ResNeXt"),
-        "in_channels": _fixed(3),
+        "in_channels": _used("1 or 3", _is_positive),
         "strides": _used("four strides", _are(4, _is_positive), "stage_strides"),
         "dilations": _used("four dilations", _are(4, _is_positive), "stage_dilations"),
         "out_indices": _used("a list of stages", lambda value: isinstance(value, list) and all(map(_is_whole, value))),
@@ -267,8 +276,8 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
     },
     "model.data_preprocessor": {
         "type": _fixed("DetDataPreprocessor"),
-        "mean": _used("three numbers", lambda value: value is None or _are(3, _is_number)(value), "mean"),
-        "std": _used("three numbers", lambda value: value is None or _are(3, _is_number)(value), "std"),
+        "mean": _used("three numbers, or one", lambda value: value is None or _is_of_channels(value), "mean"),
+        "std": _used("three numbers, or one", lambda value: value is None or _is_of_channels(value), "std"),
         "bgr_to_rgb": _used("True or False", _is_bool, "channel_order"),
         "rgb_to_bgr": _used("True or False", _is_bool, "channel_order"),
         "pad_size_divisor": _used("a number", _is_positive, "size_divisor"),
@@ -303,8 +312,8 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         **{key: _RESIZE[key] for key in ("interpolation", "backend", "clip_object_border")},
     },
     "pipeline.Normalize": {
-        "mean": _used("three numbers", _are(3, _is_number), "mean"),
-        "std": _used("three numbers", _are(3, _is_number), "std"),
+        "mean": _used("three numbers, or one", _is_of_channels, "mean"),
+        "std": _used("three numbers, or one", _is_of_channels, "std"),
         "to_rgb": _used("True or False", _is_bool, "channel_order"),
     },
     "pipeline.Pad": {
@@ -444,6 +453,9 @@ class _Reader:
             return {}
         norm = self._section("model.backbone.norm_cfg", backbone.get("norm_cfg")) or {}
         self._section("model.backbone.dcn", backbone.get("dcn"))
+        channels = backbone.get("in_channels", 3)
+        if channels != self._network.image_channels:
+            self._refuse("model.backbone.in_channels", channels, f"the {self._network.image_channels} of the stem")
         bottleneck = self._network.block is BlockType.BOTTLENECK
         strides, dilations = (tuple(backbone[key]) if key in backbone else None for key in ("strides", "dilations"))
         return {
@@ -553,9 +565,15 @@ class _Reader:
         pixels: Values | None = {}
         unchanged = bool(steps) and model is not None and not _is_version_3(self._config)
         if before is not None or "Normalize" in steps or unchanged:
-            pixels = _normalization(before, steps.get("Normalize"))
+            pixels = _normalization(before, steps.get("Normalize"), channels=self._network.image_channels)
         elif model is not None:
             self._refuse("model.data_preprocessor", None, "the normalisation of the pixels", "mean", "std")
+        for name in ("mean", "std"):
+            numbers = (pixels or {}).get(name, ())
+            if numbers and len(numbers) != self._network.image_channels:
+                section = "model.data_preprocessor" if before and before.get(name) else "pipeline.Normalize"
+                expected = f"{self._network.image_channels} numbers for the stem's channels"
+                self._refuse(f"{section}.{name}", list(numbers), expected, name)
         if pixels is None:
             self._refuse("model.data_preprocessor", preprocessor, "one normalisation, not a second in the pipeline")
             pixels = {}
@@ -595,10 +613,13 @@ class _Reader:
         normalized = bool(steps) and "Normalize" in steps and list(steps).index("Normalize") < _index(steps, "Pad")
         value = pad.get("pad_val", 0) if pad else (before or {}).get("pad_value", 0)
         value = value.get("img", 0) if isinstance(value, dict) else value
-        numbers = list(value) if isinstance(value, list) else [value] * 3
+        channels = self._network.image_channels
+        numbers = list(value) if isinstance(value, list) else [value] * channels
         rgb = pixels.get("channel_order") is ChannelOrder.RGB
         if (pad and normalized) or not pad:
-            parts = zip(numbers, pixels.get("mean", (0.0,) * 3), pixels.get("std", (1.0,) * 3), strict=True)
+            parts = zip(
+                numbers, pixels.get("mean", (0.0,) * channels), pixels.get("std", (1.0,) * channels), strict=True
+            )
             pixel = tuple(number * std + mean for number, mean, std in parts) if any(numbers) else None
         else:
             # Images are BGR until they are normalised.
@@ -610,6 +631,10 @@ class _Reader:
 
     def _sizes(self, before: Values | None, steps: Values) -> Values:
         load, resize = steps.get("Load", {}), steps.get("Resize")
+        gray, color_type = self._network.image_channels == 1, load.get("color_type", "color")
+        if load and gray == (color_type == "color"):
+            expected = "'grayscale' or 'unchanged'" if gray else "'color'"
+            self._refuse(f"pipeline.{load['type']}.color_type", color_type, f"{expected} for the stem's channels")
         values: Values = {"resize_filter": ResizeFilter.TORCH if load.get("to_float32") else ResizeFilter.CV2}
         if resize is None:
             self._refuse("pipeline.Resize", None, "a step that resizes", *_SIZE_OPTIONS)
@@ -695,7 +720,7 @@ def _index(steps: Values, name: str) -> int:
     return list(steps).index(name) if name in steps else len(steps)
 
 
-def _normalization(before: Values | None, step: Values | None) -> Values | None:
+def _normalization(before: Values | None, step: Values | None, *, channels: int) -> Values | None:
     """Mean, std and channel order of version 3's preprocessor or of a ``Normalize`` step; None where both normalise."""
     source = before or {}
     rgb = flips = source.get("bgr_to_rgb", False) or source.get("rgb_to_bgr", False)
@@ -705,10 +730,10 @@ def _normalization(before: Values | None, step: Values | None) -> Values | None:
         source, rgb = step, step.get("to_rgb", True)
     mean, std = source.get("mean"), source.get("std")
     return {
-        "mean": tuple(map(float, mean)) if mean else (0.0, 0.0, 0.0),
-        "std": tuple(map(float, std)) if std else (1.0, 1.0, 1.0),
-        # Images are read as BGR; each of the two flags of version 3 reverses the channels.
-        "channel_order": ChannelOrder.RGB if rgb else ChannelOrder.BGR,
+        "mean": tuple(map(float, mean)) if mean else (0.0,) * channels,
+        "std": tuple(map(float, std)) if std else (1.0,) * channels,
+        # Images are read as BGR; each of the two flags of version 3 reverses the channels. Of one there is no order.
+        "channel_order": ChannelOrder.GRAY if channels == 1 else ChannelOrder.RGB if rgb else ChannelOrder.BGR,
     }
 
 

@@ -126,8 +126,8 @@ class Rules:
     min_box_size: float | None = None
     clip: BoxClip | None = None
     channel_order: ChannelOrder
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     pixel_scale: float = 1.0
     resize_filter: ResizeFilter
     resize_order: ResizeOrder = ResizeOrder.RESIZE_FIRST
@@ -138,7 +138,7 @@ class Rules:
     longest: int | None = 1333
     size_divisor: int | None = None
     content: tuple[int, int] | None = None
-    pad_pixel: tuple[float, float, float] | None = None
+    pad_pixel: tuple[float, ...] | None = None
     input_dtype: InputDtype | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -379,7 +379,7 @@ def final_rules(
             rules = dataclasses.replace(rules, shortest=None, longest=None)
         if "shortest" in values:
             rules = dataclasses.replace(rules, input_size=None)
-    rules = _with_network_facts(rules, evidence)
+    rules = _with_image_channels(_with_network_facts(rules, evidence), evidence.network)
     return _with_input_type(_with_class_names(rules, ecosystem, evidence.network))
 
 
@@ -416,6 +416,30 @@ def _with_network_facts(rules: Rules, evidence: Evidence) -> Rules:
             raise ConfigError(f"The network has no {part}.", hint=f"leave {option_flag(name)} out")
     nothing: dict[str, Any] = dict.fromkeys(absent)
     return dataclasses.replace(rules, **nothing)
+
+
+def _with_image_channels(rules: Rules, network: FcosConfig) -> Rules:
+    """With the order of the channels that the stem takes, and as many numbers for the pixels.
+
+    Raises:
+        ConfigError: the order, the mean or the std is of another number of channels.
+    """
+    gray = network.image_channels == 1
+    if gray and rules.sources.get("channel_order") != _OPTION:
+        rules = rules.decide("the shape of the stem's weights", channel_order=ChannelOrder.GRAY)
+    if gray != (rules.channel_order is ChannelOrder.GRAY):
+        taken = "gray images" if gray else "images of 3 colours"
+        raise ConfigError(f"The network takes {taken}, not {rules.channel_order}.", hint="leave --channel-order out")
+    for name in ("mean", "std"):
+        values, source = getattr(rules, name), rules.sources.get(name, "")
+        if len(values) != network.image_channels:
+            example = f"--{name} A" if gray else f"--{name} A,B,C"
+            stated = f"'s {len(values)} numbers, from {source}, are not of them" if source else " is not in the file"
+            raise ConfigError(
+                f"The network takes images of {network.image_channels} channels: their {name}{stated}.",
+                hint=f"give that of the training: {example}, for pixels of 0 to {255 / rules.pixel_scale:g}",
+            )
+    return rules
 
 
 def _with_class_names(rules: Rules, ecosystem: Ecosystem, network: FcosConfig) -> Rules:
@@ -514,7 +538,7 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
             input_dtype=rules.input_dtype or InputDtype.UINT8,
             size_divisor=rules.size_divisor or 32,
             content=rules.content,
-            pad_pixel=rules.pad_pixel,
+            pad_pixel=_for_all_channels(rules.pad_pixel, rules),
         )
     except InputSizeError as error:
         source = rules.sources.get("input_size", _OPTION)
@@ -523,6 +547,11 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
         raise InputSizeError(
             f"{error.message} The size comes from {source}.", hint=f"{error.hint}; --input-size HxW overrides it"
         ) from error
+
+
+def _for_all_channels(pixel: tuple[float, ...] | None, rules: Rules) -> tuple[float, ...] | None:
+    """One number stands for all channels."""
+    return pixel * len(rules.mean) if pixel is not None and len(pixel) == 1 else pixel
 
 
 def _check_units(rules: Rules) -> None:

@@ -67,16 +67,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _triple(text: str) -> tuple[float, float, float]:
+def _channels(text: str) -> tuple[float, ...]:
     try:
-        first, second, third = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"Expected three numbers separated by commas, got '{text}'.") from error
-    return first, second, third
-
-
-def _pixel(text: str) -> tuple[float, float, float]:
-    return _triple(text if "," in text else ",".join([text] * 3))
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in {1, 3}:
+        raise ConfigError(f"Expected three numbers separated by commas, or one for gray images, got '{text}'.")
+    return values
 
 
 def _four(text: str) -> tuple[int, int, int, int]:
@@ -255,21 +253,21 @@ class CheckpointOptions:
     channel_order: ChannelOrder | None = _option(
         None, "Order of the colour channels. Default: the ecosystem's.", panel="Preprocessing"
     )
-    mean: tuple[float, float, float] | None = _option(
+    mean: tuple[float, ...] | None = _option(
         None,
         "Mean that is subtracted, in the order of the channels and the unit of the pixels: 0 to 1 for torchvision, "
-        "0 to 255 for the others. Default: the ecosystem's.",
+        "0 to 255 for the others. One number for gray images. Default: the ecosystem's.",
         panel="Preprocessing",
         metavar="A,B,C",
-        parse=_triple,
+        parse=_channels,
     )
-    std: tuple[float, float, float] | None = _option(
+    std: tuple[float, ...] | None = _option(
         None,
         "Standard deviation to divide by, in the order of the channels and the unit of the mean. "
         "Default: the ecosystem's.",
         panel="Preprocessing",
         metavar="A,B,C",
-        parse=_triple,
+        parse=_channels,
     )
     resize_filter: ResizeFilter | None = _option(
         None, "Library whose bilinear interpolation is reproduced. Default: the ecosystem's.", panel="Preprocessing"
@@ -295,13 +293,13 @@ class CheckpointOptions:
         panel="Preprocessing",
         metavar="PIXELS",
     )
-    pad_pixel: tuple[float, float, float] | None = _option(
+    pad_pixel: tuple[float, ...] | None = _option(
         None,
-        "Pixel of the padding, in the order of the channels, or one number for all three. Default: the mean.",
+        "Pixel of the padding, in the order of the channels, or one number for all of them. Default: the mean.",
         flags="--pad-pixel",
         panel="Preprocessing",
         metavar="A,B,C",
-        parse=_pixel,
+        parse=_channels,
     )
     orientation: Orientation | None = _option(
         None,
@@ -368,6 +366,9 @@ class CheckpointOptions:
             )
         if self.input_size is not None and self.shortest is not None:
             raise ConfigError("Give either --input-size or --shortest and --longest, not both.")
+        for name in ("mean", "std", "pad_pixel"):
+            if len(getattr(self, name) or (0,)) not in {1, 3}:
+                raise ConfigError(f"{option_flag(name)} must have 3 numbers, or 1 for gray images.")
         sizes = (*(self.input_size or ()), *(self.content or ()), self.shortest, self.longest, self.size_divisor)
         for size in sizes:
             if size is not None and size < 1:

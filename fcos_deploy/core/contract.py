@@ -58,7 +58,8 @@ class Decision:
 class ModelContract:
     """Input, output and meaning of an artifact.
 
-    Input ``images``: (N, 3, H, W), uint8 or float32 as ``preprocess.input_dtype`` says, channels in its order.
+    Input ``images``: (N, 3, H, W), or (N, 1, H, W) of gray images, uint8 or float32 as ``preprocess.input_dtype`` says,
+    channels in its order.
 
     Outputs by ``tail``, boxes and distances always in network-input pixels, L locations finest level first, row by row:
 
@@ -128,7 +129,7 @@ class ModelContract:
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """Inputs of the graph, with a dynamic batch, and a dynamic height and width where there is no canvas."""
         height, width = self.preprocess.canvas or (None, None)
-        images = TensorSpec("images", str(self.preprocess.input_dtype), (None, 3, height, width))
+        images = TensorSpec("images", str(self.preprocess.input_dtype), (None, self.preprocess.channels, height, width))
         return (images, TensorSpec("image_sizes", "float32", (None, 4))) if self.needs_image_sizes else (images,)
 
     @property

@@ -66,10 +66,15 @@ class ResizeOrder(StrEnum):
 
 
 class ChannelOrder(StrEnum):
-    """Order of the three colour channels in the network's input tensor."""
+    """Channels of the network's input tensor: three colours in an order, or one of gray.
+
+    Gray is ``0.299 R + 0.587 G + 0.114 B``, rounded, before anything else: what OpenCV and Pillow make of a colour
+    image, and the very level of a gray one.
+    """
 
     RGB = "rgb"
     BGR = "bgr"
+    GRAY = "gray"
 
 
 class InputDtype(StrEnum):
@@ -85,7 +90,7 @@ _LARGEST_LEVEL = 1e6  # of a pixel; those of 16-bit images end at 65535
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessSpec:
-    """From an image to the input tensor ``(3, H, W)``.
+    """From an image to the input tensor ``(3, H, W)``, or ``(1, H, W)`` of a gray image.
 
     Either ``height`` and ``width`` (a fixed canvas) or ``shortest`` and ``longest`` (the size follows the image, padded
     to a multiple of ``size_divisor``) are given, in pixels. Normalising is ``(pixel / pixel_scale - mean) / std``,
@@ -95,8 +100,8 @@ class PreprocessSpec:
     ``orientation`` says which way up files are read before all of it.
     """
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     pixel_scale: float = 1.0
     channel_order: ChannelOrder = ChannelOrder.RGB
     height: int | None = None
@@ -109,7 +114,7 @@ class PreprocessSpec:
     input_dtype: InputDtype = InputDtype.UINT8
     size_divisor: int = 32
     content: tuple[int, int] | None = None
-    pad_pixel: tuple[float, float, float] | None = None
+    pad_pixel: tuple[float, ...] | None = None
     orientation: Orientation = Orientation.EXIF
 
     def _require_bounded(self) -> None:
@@ -121,8 +126,17 @@ class PreprocessSpec:
         if not all(abs(number) <= _LARGEST_LEVEL for number in (*self.mean, *self.std, self.pixel_scale)):
             raise ConfigError(f"mean, std and pixel_scale must be finite and at most {_LARGEST_LEVEL:g}.")
 
+    def _require_channels(self) -> None:
+        for name in ("mean", "std", "pad_pixel"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise ConfigError(
+                    f"{name} must have {self.channels} numbers for {self.channel_order} images, got {len(values)}."
+                )
+
     def __post_init__(self) -> None:
         self._require_bounded()
+        self._require_channels()
         canvas = self.height is not None and self.width is not None
         edges = self.shortest is not None and self.longest is not None
         given = sum(v is not None for v in (self.height, self.width, self.shortest, self.longest))
@@ -154,25 +168,28 @@ class PreprocessSpec:
         return max(self.size_divisor, round((size or 0) / self.size_divisor) * self.size_divisor)
 
     @property
+    def channels(self) -> int:
+        """Channels of the input tensor."""
+        return len(_PLANES[self.channel_order])
+
+    @property
     def canvas(self) -> tuple[int, int] | None:
         """(height, width) of the network input, or None when it follows the image."""
         return None if self.height is None or self.width is None else (self.height, self.width)
 
     @property
-    def pad_value(self) -> tuple[int, int, int]:
+    def pad_value(self) -> tuple[int, ...]:
         """What padding is for uint8 input: the levels nearest to ``pad_pixel``, or to the mean."""
         pixel = self.pad_pixel or [m * self.pixel_scale for m in self.mean]
-        first, second, third = (min(max(round(value), 0), 255) for value in pixel)
-        return first, second, third
+        return tuple(min(max(round(value), 0), 255) for value in pixel)
 
     @property
-    def normalized_pad_value(self) -> tuple[float, float, float]:
+    def normalized_pad_value(self) -> tuple[float, ...]:
         """What padding is for float32 input."""
         if self.pad_pixel is None:
-            return 0.0, 0.0, 0.0
+            return (0.0,) * self.channels
         parts = zip(self.pad_pixel, self.mean, self.std, strict=True)
-        first, second, third = ((pixel / self.pixel_scale - mean) / std for pixel, mean, std in parts)
-        return first, second, third
+        return tuple((pixel / self.pixel_scale - mean) / std for pixel, mean, std in parts)
 
 
 # Rules for a canvas; the others are for edges.
@@ -249,8 +266,12 @@ _RULES: dict[SizeRule, Callable[[int, int, Size], Size]] = {
 }
 
 
-# Planes of the tensor that the red, green and blue of an image go to.
-_PLANES: dict[ChannelOrder, tuple[int, int, int]] = {ChannelOrder.RGB: (0, 1, 2), ChannelOrder.BGR: (2, 1, 0)}
+# Planes of the tensor that the red, green and blue of an image go to, or its gray.
+_PLANES: dict[ChannelOrder, tuple[int, ...]] = {
+    ChannelOrder.RGB: (0, 1, 2),
+    ChannelOrder.BGR: (2, 1, 0),
+    ChannelOrder.GRAY: (0,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +313,9 @@ class _Scratch(threading.local):
 
     image: NDArray[np.uint8] | None = None
 
-    def of_size(self, height: int, width: int) -> NDArray[np.uint8]:
-        if self.image is None or self.image.shape != (height, width, 3):
-            self.image = np.empty((height, width, 3), np.uint8)
+    def of_shape(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        if self.image is None or self.image.shape != shape:
+            self.image = np.empty(shape, np.uint8)
         return self.image
 
 
@@ -306,9 +327,9 @@ def preprocess(
 ) -> tuple[NDArray[Any], Letterbox]:
     """Resize, normalise where the input is float32, order the channels and pad.
 
-    ``image`` is (h, w, 3) uint8 RGB. The tensor is (3, H, W) of ``spec.input_dtype``: ``out`` where it is given (a
-    slice of a batch, possibly larger than this image needs; all of it is written), otherwise a new one of
-    ``padded_size``.
+    ``image`` is (h, w, 3) uint8 RGB. The tensor is (3, H, W), or (1, H, W) of gray, of ``spec.input_dtype``: ``out``
+    where it is given (a slice of a batch, possibly larger than this image needs; all of it is written), otherwise a new
+    one of ``padded_size``.
 
     Raises:
         ImageError: ``image`` is not (h, w, 3) uint8.
@@ -320,8 +341,11 @@ def preprocess(
     height, width = image.shape[:2]
     new_height, new_width = resized_size(height, width, spec)
     if out is None:
-        out = np.empty((3, *padded_size(height, width, spec)), spec.input_dtype.value)
+        out = np.empty((spec.channels, *padded_size(height, width, spec)), spec.input_dtype.value)
     _check_out(out, spec, size=(new_height, new_width))
+    if spec.channel_order is ChannelOrder.GRAY:
+        cv2 = require("cv2")
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     content = [out[plane, :new_height, :new_width] for plane in _PLANES[spec.channel_order]]
     _write_content(image, spec, content)
     padding = spec.pad_value if spec.input_dtype is InputDtype.UINT8 else spec.normalized_pad_value
@@ -332,32 +356,33 @@ def preprocess(
 
 
 def _check_out(out: NDArray[Any], spec: PreprocessSpec, *, size: tuple[int, int]) -> None:
-    fits = out.ndim == 3 and out.shape[0] == 3 and out.shape[1] >= size[0] and out.shape[2] >= size[1]
+    fits = out.ndim == 3 and out.shape[0] == spec.channels and out.shape[1] >= size[0] and out.shape[2] >= size[1]
     if not fits or out.dtype != np.dtype(spec.input_dtype.value):
         got = f"{out.dtype}[{', '.join(map(str, out.shape))}]"
         raise TensorMismatchError(
-            f"The input tensor must be {spec.input_dtype}[3, >={size[0]}, >={size[1]}] for this image, got {got}."
+            f"The input tensor must be {spec.input_dtype}[{spec.channels}, >={size[0]}, >={size[1]}] for this image, "
+            f"got {got}."
         )
 
 
 def _write_content(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[NDArray[Any]]) -> None:
-    """The resized image into its red, green and blue plane; normalised where the input is float32."""
+    """The resized image into its red, green and blue plane, or its gray one; normalised where the input is float32."""
     cv2, size = require("cv2"), planes[0].shape
     if spec.input_dtype is InputDtype.UINT8:
         cv2.split(_resize_uint8(image, spec, size), planes)
     elif spec.resize_order is ResizeOrder.NORMALIZE_FIRST:
         cv2.split(_resize_float32(cv2.LUT(image, _normalized_levels(spec)), size), planes)
     elif spec.resize_filter is ResizeFilter.TORCH:  # In float32 all the way, without rounding to levels.
-        pixels = _resize_float32(image.astype(np.float32), size)
-        for channel, plane in enumerate(planes):
+        colours = cv2.split(_resize_float32(image.astype(np.float32), size))
+        for channel, (plane, pixels) in enumerate(zip(planes, colours, strict=True)):
             scale, mean, std = _normalization(spec, channel)
-            plane[:] = (pixels[:, :, channel] / scale - mean) / std
+            plane[:] = (pixels / scale - mean) / std
     else:
         cv2.split(cv2.LUT(_resize_uint8(image, spec, size), _normalized_levels(spec)), planes)
 
 
 def _resize_uint8(image: NDArray[np.uint8], spec: PreprocessSpec, size: tuple[int, ...]) -> NDArray[np.uint8]:
-    """(h, w, 3) uint8 -> (*size, 3) uint8; may be the thread's scratch image."""
+    """(h, w, 3) or (h, w) uint8 -> (*size, 3) or size uint8; may be the thread's scratch image."""
     if image.shape[:2] == size:
         return image
     height, width = size
@@ -367,13 +392,13 @@ def _resize_uint8(image: NDArray[np.uint8], spec: PreprocessSpec, size: tuple[in
         return np.asarray(resized)
     # On uint8 the filters 'cv2' and 'torch' are the same one: half-pixel bilinear, rounded.
     cv2 = require("cv2")
-    scratch = _scratch.of_size(height, width)
+    scratch = _scratch.of_shape((height, width, *image.shape[2:]))
     cv2.resize(image, (width, height), dst=scratch, interpolation=cv2.INTER_LINEAR)
     return scratch
 
 
 def _resize_float32(image: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:
-    """(h, w, 3) float32 -> (*size, 3) float32.
+    """(h, w, 3) or (h, w) float32 -> (*size, 3) or size float32.
 
     The ratio of each axis is in / out, as torchvision's is. Coordinates are exact here and rounded to float32 in torch:
     a difference of 2e-5 on photographs of unit variance, 4e-4 on white noise.
@@ -386,17 +411,17 @@ def _resize_float32(image: NDArray[np.float32], size: tuple[int, ...]) -> NDArra
 
 
 def _normalization(spec: PreprocessSpec, channel: int) -> tuple[np.float32, np.float32, np.float32]:
-    """pixel_scale, mean and std of an image channel (0 red, 1 green, 2 blue)."""
+    """pixel_scale, mean and std of an image channel (0 red or gray, 1 green, 2 blue)."""
     plane = _PLANES[spec.channel_order][channel]
     return np.float32(spec.pixel_scale), np.float32(spec.mean[plane]), np.float32(spec.std[plane])
 
 
 @functools.lru_cache(maxsize=16)
 def _normalized_levels(spec: PreprocessSpec) -> NDArray[np.float32]:
-    """(1, 256, 3) float32: what each of the 256 levels of red, green and blue becomes."""
+    """(1, 256, 3) or (1, 256, 1) float32: what each of the 256 levels of red, green and blue, or gray, becomes."""
     pixels = np.arange(256, dtype=np.float32)
     columns = []
-    for channel in range(3):
+    for channel in range(spec.channels):
         scale, mean, std = _normalization(spec, channel)
         columns.append((pixels / scale - mean) / std)
     levels = np.stack(columns, axis=-1)[None]

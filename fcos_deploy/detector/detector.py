@@ -448,7 +448,7 @@ class _Feeds:
             raise ConfigError(f"Images of one request need one input size, got {sorted(sizes)}.")
         if self._fixed_batch and len(images) > self._fixed_batch:
             raise ConfigError(f"The model takes {self._fixed_batch} images at a time, got {len(images)}.")
-        batch = self._batch((self._fixed_batch or len(images), 3, *sizes.pop()), reuse=reuse)
+        batch = self._batch((self._fixed_batch or len(images), self._spec.channels, *sizes.pop()), reuse=reuse)
         letterboxes = tuple(
             preprocess(image, self._spec, out=row)[1] for image, row in zip(images, batch, strict=False)
         )

@@ -169,8 +169,8 @@ class _Normalize(nn.Module):
         # (x / s - m) / d = (x - m s) / (d s): one subtraction and one product, rounded once from float64.
         mean = torch.tensor(spec.mean, dtype=torch.float64) * spec.pixel_scale
         inverse_std = 1.0 / (torch.tensor(spec.std, dtype=torch.float64) * spec.pixel_scale)
-        self.register_buffer("mean", mean.to(torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("inverse_std", inverse_std.to(torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", mean.to(torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("inverse_std", inverse_std.to(torch.float32).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) as the contract has it -> (n, 3, H, W) float32, normalised."""

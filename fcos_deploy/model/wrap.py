@@ -75,8 +75,8 @@ def wrap_module(
 ) -> WrappedModule:
     """Wrap ``module`` for ``export_onnx``, after a run that checks the shapes and the signs of its outputs.
 
-    ``module`` takes normalised images (n, 3, H, W) float32, H and W multiples of ``preprocess.size_divisor``. It is set
-    to evaluation mode.
+    ``module`` takes normalised images (n, 3, H, W) float32, 1 channel of gray ones, H and W multiples of
+    ``preprocess.size_divisor``. It is set to evaluation mode.
 
     Raises:
         ConfigError: its outputs are not what ``convention``, ``decode.strides`` or ``class_names`` say; or shapes could
@@ -142,8 +142,8 @@ def _check_outputs(adapter: _Adapter, contract: ModelContract) -> None:
     """Run once on a black image and one of noise; compare shapes and signs with what the contract says."""
     # Without a fixed size: four divisors, so that even the coarsest of five levels has a location.
     height, width = contract.preprocess.canvas or (4 * contract.preprocess.size_divisor,) * 2
-    images = torch.zeros(2, 3, height, width)
-    images[1] = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.zeros(2, contract.preprocess.channels, height, width)
+    images[1] = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode():
             levels = [level for image in images for level in adapter(image[None])]

@@ -257,6 +257,7 @@ def _with_profile(
             opset=graph.opset,
             batch=overrides.get("batch"),
             input_size=contract.preprocess.canvas,
+            image_channels=contract.preprocess.channels,
             pre_nms_top_k=contract.decode.pre_nms_top_k,
             dla_core=given.dla_core,
             calibration_cache=given.calibration_cache is not None,

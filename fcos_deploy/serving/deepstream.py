@@ -18,7 +18,7 @@ _PARSER = "nvdsinfer_fcos.cpp"
 _LIBRARY = "libnvdsinfer_fcos.so"
 # nvinfer's numbers.
 _NETWORK_MODE = {Precision.FP32: 0, Precision.INT8: 1, Precision.FP16: 2}
-_COLOR_FORMAT = {ChannelOrder.RGB: 0, ChannelOrder.BGR: 1}
+_COLOR_FORMAT = {ChannelOrder.RGB: 0, ChannelOrder.BGR: 1, ChannelOrder.GRAY: 2}
 _TENSOR_TYPE = {InputDtype.FLOAT32: 0, InputDtype.UINT8: 1}
 _MODEL_KEY = {ArtifactKind.ONNX: "onnx-file", ArtifactKind.TENSORRT_ENGINE: "model-engine-file"}
 _NO_CLUSTERING = 4

@@ -25,7 +25,7 @@ class PlanRequest:
 
     ``input_size`` (height, width) None: sizes follow the image. ``nms_form`` is that of the nms tail, and
     ``image_sizes`` whether its graph has that second input (``ModelContract.needs_image_sizes``; it has for every
-    ecosystem whose boxes are clipped or suppressed in image pixels).
+    ecosystem whose boxes are clipped or suppressed in image pixels). ``image_channels`` is 1 for gray images.
     """
 
     backend: str = ""
@@ -35,6 +35,7 @@ class PlanRequest:
     input_size: tuple[int, int] | None = (800, 1344)
     nms_form: NmsForm | None = None
     image_sizes: bool = True
+    image_channels: int = 3
     opset: int = 17
     pre_nms_top_k: int = 1000
     dla_core: int | None = None
@@ -288,7 +289,7 @@ def _options(draft: Draft) -> BuildOptions:
 def _trtexec(draft: Draft) -> str:
     size, shapes = draft.request.input_size, {}
     if size is not None and draft.dynamic:
-        inputs: dict[str, tuple[int, ...]] = {"images": (3, *size)}
+        inputs: dict[str, tuple[int, ...]] = {"images": (draft.request.image_channels, *size)}
         if draft.tail is Tail.NMS and draft.request.image_sizes:
             inputs["image_sizes"] = (4,)
         low, opt, high = draft.batch

@@ -98,7 +98,7 @@ def test_the_command_lines_values_replace_the_files_and_what_contradicts_them() 
     ("text", "message"),
     [
         ("input_sise = [1, 2]", "unknown option 'input_sise'.\n  hint: did you mean 'input_size'?"),
-        ("mean = [1, 2]", "must be an array of 3"),
+        ("mean = [1, 2]", "--mean must have 3 numbers, or 1 for gray images"),
         ("norm_eps = 'small'", "must be"),
         ("shortest = 800", "together"),
         ("= 1", "is not a TOML file"),

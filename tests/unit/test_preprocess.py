@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fcos_deploy.core.errors import ConfigError, ImageError, TensorMismatchError
 from fcos_deploy.core.preprocess import (
@@ -143,7 +144,7 @@ def test_normalizing_needs_pixels() -> None:
         edges(SizeRule.DETECTRON2, resize_filter=ResizeFilter.PIL, resize_order=ResizeOrder.NORMALIZE_FIRST)
 
 
-@pytest.mark.parametrize("order", ChannelOrder)
+@pytest.mark.parametrize("order", [ChannelOrder.RGB, ChannelOrder.BGR])
 def test_mean_and_std_are_in_channel_order(order: ChannelOrder) -> None:
     image = np.full((64, 96, 3), (200, 100, 50), np.uint8)
     tensor, _ = preprocess(image, replace(FLOAT_CANVAS, channel_order=order))
@@ -151,6 +152,30 @@ def test_mean_and_std_are_in_channel_order(order: ChannelOrder) -> None:
     np.testing.assert_allclose(tensor[:, 7, 7], (pixel - np.float32(MEAN)) / np.float32(STD), rtol=1e-6)
     raw, _ = preprocess(image, replace(CANVAS, channel_order=order))
     assert raw[:, 7, 7].tolist() == pixel.tolist()
+
+
+@pytest.mark.parametrize("resize_filter", ResizeFilter)
+def test_gray_is_made_before_resizing_and_is_the_level_of_a_gray_image(resize_filter: ResizeFilter) -> None:
+    gray = {"channel_order": ChannelOrder.GRAY, "mean": (110.0,), "std": (50.0,), "resize_filter": resize_filter}
+    colours = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    levels = np.asarray(Image.fromarray(colours).convert("L"))
+    repeated = np.repeat(levels[:, :, None], 3, 2)
+    raw, letterbox = preprocess(colours, replace(CANVAS, **gray))
+    assert raw.shape == (1, *CANVAS.canvas)
+    assert np.abs(raw.astype(int) - preprocess(repeated, replace(CANVAS, **gray))[0]).max() <= 1  # a rounding of gray
+    expected, _ = preprocess(repeated, replace(CANVAS, resize_filter=resize_filter))
+    size = letterbox.resized_height, letterbox.resized_width
+    np.testing.assert_array_equal(
+        preprocess(repeated, replace(CANVAS, **gray))[0][0, : size[0], : size[1]], expected[0, : size[0], : size[1]]
+    )
+    assert raw[0, -1, -1] == 110
+    normalized, _ = preprocess(colours, replace(FLOAT_CANVAS, **gray, pad_pixel=(60.0,)))
+    np.testing.assert_allclose(
+        normalized[0, : size[0], : size[1]], (raw[0, : size[0], : size[1]] - 110.0) / 50, atol=0.02
+    )
+    assert normalized[0, -1, -1] == np.float32(-1)
+    with pytest.raises(ConfigError, match="mean must have 1 numbers for gray images, got 3"):
+        replace(CANVAS, channel_order=ChannelOrder.GRAY)
 
 
 def test_uint8_padding_is_the_mean_and_float_padding_zero() -> None:

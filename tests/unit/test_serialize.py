@@ -21,14 +21,16 @@ positive = st.floats(1e-3, 1e3)
 triples = st.tuples(positive, positive, positive)
 text = st.text(max_size=12)
 
-canvases = st.builds(
-    PreprocessSpec,
-    mean=triples,
-    std=triples,
-    height=st.integers(1, 50).map(lambda n: 32 * n),
-    width=st.integers(1, 50).map(lambda n: 32 * n),
-    channel_order=st.sampled_from(ChannelOrder),
-    resize_filter=st.sampled_from(ResizeFilter),
+canvases = st.sampled_from(ChannelOrder).flatmap(
+    lambda order: st.builds(
+        PreprocessSpec,
+        mean=st.tuples(positive) if order is ChannelOrder.GRAY else triples,
+        std=st.tuples(positive) if order is ChannelOrder.GRAY else triples,
+        height=st.integers(1, 50).map(lambda n: 32 * n),
+        width=st.integers(1, 50).map(lambda n: 32 * n),
+        channel_order=st.just(order),
+        resize_filter=st.sampled_from(ResizeFilter),
+    )
 )
 edges = st.builds(
     PreprocessSpec,

@@ -83,10 +83,12 @@ def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
     for name in ("mean", "std"):
         tensor: TensorFacts | None = evidence.metadata.get(f"pixel_{name}")
         if tensor is not None:
-            if count_of(tensor) != 3:
-                raise CheckpointError(f"'pixel_{name}' must have 3 values, got shape {list(tensor.shape)}.")
+            channels = evidence.network.image_channels
+            if count_of(tensor) != channels:
+                raise CheckpointError(f"'pixel_{name}' must have {channels} values, got shape {list(tensor.shape)}.")
             values[name] = tuple(flat_values(tensor))
-    order = _order_of(values["mean"]) if "mean" in values else None
+    gray = evidence.network.image_channels == 1
+    order = ChannelOrder.GRAY if gray else _order_of(values["mean"]) if "mean" in values else None
     rules = rules.decide("the file's pixel_mean and pixel_std", channel_order=order, **values)
     _ask_what_the_body_leaves_open(evidence, stored=frozenset(values), order=order)
     return rules

@@ -134,7 +134,12 @@ def load_calibration(path: Path) -> Calibration:
     """
     try:
         content = parse_json(read_file(path, limit=MAX_TEXT_BYTES))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CalibrationError(
+            f"Cannot read the calibration '{path}': {error.strerror or error}.",
+            hint="'fcos-deploy calibrate' writes one",
+        ) from error
+    except ValueError as error:
         raise CalibrationError(f"'{path}' is not a calibration file: {error}.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:

@@ -194,4 +194,5 @@ def host_array(address: int, *, dtype: np.dtype[Any], shape: tuple[int, ...]) ->
     """A NumPy view of page-locked memory, valid until it is freed."""
     size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     memory = (ctypes.c_uint8 * size).from_address(address)
-    return np.ndarray(shape, dtype, buffer=memoryview(memory))
+    view: NDArray[Any] = np.ndarray(shape, dtype, buffer=memoryview(memory))
+    return view

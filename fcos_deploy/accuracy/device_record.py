@@ -132,7 +132,9 @@ def _read(path: Path, *, bundle: Bundle, public_keys: tuple[Path | str, ...]) ->
     again = "write it on the device: fcos-deploy verify BUNDLE --export record.json"
     try:
         signed = from_json(_Signed, parse_json(read_file(path, limit=_MAX_BYTES)), where=path.name)
-    except (OSError, ValueError, TypeError, FcosDeployError) as error:
+    except OSError as error:
+        raise ConfigError(f"Cannot read the record '{path}': {error.strerror or error}.", hint=again) from error
+    except (ValueError, TypeError, FcosDeployError) as error:
         raise ConfigError(f"'{path}' is not a device record: {error}.", hint=again) from error
     record = signed.record
     verification, layer = record.verification, record.layer

@@ -121,7 +121,11 @@ def read_recorded_run(path: Path) -> RecordedRun:
     """
     try:
         run = from_json(RecordedRun, parse_json(read_file(path, limit=_MAX_BYTES)), where=path.name)
-    except (OSError, ValueError, TypeError, FcosDeployError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the record '{path}': {error.strerror or error}.", hint="run_trtexec.py writes one"
+        ) from error
+    except (ValueError, TypeError, FcosDeployError) as error:
         raise ConfigError(f"'{path}' is not a record of trtexec: {error}.", hint="run_trtexec.py writes one") from error
     if run.format != _FORMAT:
         raise ConfigError(f"'{path}' is not a record of this version.", hint="package the bundle again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
 import threading
 import time
@@ -25,7 +26,7 @@ __all__ = ["SoakReport", "require_sound", "soak", "soak_images", "soak_json"]
 _WARM_UP = 0.1  # of the inferences: until allocators and thread pools have their final size
 _MIB = 1 << 20
 _MAX_IMAGES = 16
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PAGE = mmap.PAGESIZE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ from fcos_deploy.bundle.writer import ArtifactDraft, lock_folder, record_files
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError, SignatureError
 from fcos_deploy.core.files import read_file, replace_folder, sha256_file, sync_folder
-from fcos_deploy.core.local_trust import authenticate, own_folder, state_folder, write_own_file
+from fcos_deploy.core.local_trust import authenticate, is_own, own_folder, state_folder, write_own_file
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import get_backend
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
@@ -246,7 +246,7 @@ def _writable_place(bundle: Bundle) -> Path:
                 if not os.access(bundle.root, os.W_OK):
                     continue
                 place.mkdir(mode=0o755, exist_ok=True)
-                if place.stat().st_uid == os.geteuid():
+                if is_own(place.stat(), others=0):
                     place.chmod(0o755)
             return own_folder(place)
         except (OSError, ConfigError):
@@ -373,7 +373,7 @@ def _trusted_by(folder: Path, content: bytes, *, keys: tuple[Path | str, ...], t
             "trusted (--trust-local-builds)."
         )
     facts = folder.stat()
-    if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+    if not is_own(facts):
         raise SignatureError("its folder belongs to another user, or others can write it.")
     try:
         mac = read_file(folder / _MAC_NAME, limit=1024, follow_links=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.errors import BundleError, ChecksumError
-from fcos_deploy.core.files import read_file
+from fcos_deploy.core.files import lock_file, read_file
 
 __all__ = ["append_log", "read_log"]
 
@@ -27,7 +26,7 @@ def append_log(path: Path, record: dict[str, Any]) -> None:
         ChecksumError: the log so far was changed.
     """
     with path.open("a+b") as stream:
-        fcntl.flock(stream.fileno(), fcntl.LOCK_EX)  # released when the file is closed
+        lock_file(stream.fileno())
         stream.seek(0)
         lines, complete = _split(stream.read(_MAX_BYTES + 1), path)
         text = json.dumps({**record, "previous": _check_chain(lines, path)}, sort_keys=True, allow_nan=False)

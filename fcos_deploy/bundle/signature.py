@@ -206,7 +206,8 @@ def _private_key(path: Path, kind: str) -> Any:
             content = stream.read(_MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"Cannot read the private key '{path}': {error.strerror or error}.", hint=_NEW_KEY) from error
-    if not stat.S_ISREG(mode) or mode & 0o077:
+    # Windows has no such permissions: there the folder that the key lies in decides.
+    if not stat.S_ISREG(mode) or (hasattr(os, "geteuid") and mode & 0o077):
         raise ConfigError(
             f"The private key '{path}' can be read or written by others (its mode is {mode & 0o777:04o}).",
             hint=f"chmod 600 '{path}'; if others had access, make a new key with 'fcos-deploy sign --generate-key'",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import json
@@ -33,6 +32,8 @@ from fcos_deploy.bundle.store import check_files, digest_line, read_manifest
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError
 from fcos_deploy.core.files import (
+    lock_file,
+    open_flags,
     replace_folder,
     require_name,
     restore_folder,
@@ -390,7 +391,7 @@ def lock_folder(folder: Path) -> int:
     while True:
         try:
             own_folder(folder)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | open_flags("O_NOFOLLOW"), 0o600)
         except (ConfigError, FileNotFoundError) as error:
             # A holder that finishes removes the folder between two calls. Where a file system answers so for good, as
             # /proc does, it is an error like any other.
@@ -399,7 +400,7 @@ def lock_folder(folder: Path) -> int:
                 continue
             raise
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor, wait=False)
         except BlockingIOError as error:
             owner = os.read(descriptor, 32).decode(errors="replace").strip()
             os.close(descriptor)

@@ -30,7 +30,7 @@ from fcos_deploy.checkpoints.rules import (
     refuse_unsupported,
 )
 from fcos_deploy.checkpoints.weights import StoredWeights, find_weights
-from fcos_deploy.core.checkpoint_options import AUTO, CheckpointOptions
+from fcos_deploy.core.checkpoint_options import AUTO, OPTION, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError
@@ -86,7 +86,7 @@ def describe_weights(
     """The same for weights that are in memory; ``stated`` holds what the file says under the names of ``Rules``."""
     refuse_unsupported(weights.tensors)
     if options.ecosystem != AUTO:
-        ecosystem, source = get_ecosystem(options.ecosystem), "option"
+        ecosystem, source = get_ecosystem(options.ecosystem), OPTION
         ecosystem.refuse_others(weights.tensors)
     elif "ecosystem" in stated:
         ecosystem, source = get_ecosystem(stated["ecosystem"]), "the file's metadata"
@@ -122,9 +122,20 @@ def describe_weights(
         preprocess=preprocess_spec(rules),
         decode=decode_spec(rules, config),
         ecosystem=ecosystem.name,
-        decisions=(*decisions, *rules.decisions(default_source=f"rule of {ecosystem.name}")),
+        decisions=tuple(
+            _with_origin(decision, options)
+            for decision in (*decisions, *rules.decisions(default_source=f"rule of {ecosystem.name}"))
+        ),
     )
     return CheckpointDescription(config, contract, tensors)
+
+
+def _with_origin(decision: Decision, options: CheckpointOptions) -> Decision:
+    """An option that a file states names that file."""
+    file = options.origins.get(decision.name)
+    return (
+        dataclasses.replace(decision, source=f"option in '{file}'") if file and decision.source == OPTION else decision
+    )
 
 
 def decided_options(description: CheckpointDescription) -> CheckpointOptions:

@@ -87,9 +87,9 @@ class PickledArray:
         Raises:
             CheckpointError: when the state is not that of such an array.
         """
-        array = self._view()
+        array: NDArray[Any] = self._view().copy()
         self.state = None
-        return array.copy()
+        return array
 
     def tolist(self) -> Any:  # Any: nested lists
         """The numbers."""

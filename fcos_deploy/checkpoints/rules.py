@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
-from fcos_deploy.core.checkpoint_options import CheckpointOptions, option_flag
+from fcos_deploy.core.checkpoint_options import OPTION, CheckpointOptions, option_flag
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, BoxClip, DecodeSpec
 from fcos_deploy.core.enums import CenterMode, Orientation
@@ -347,7 +347,6 @@ def refuse_unsupported(names: Iterable[str]) -> None:
             )
 
 
-_OPTION = "option"  # the source of what the user says
 UNKNOWN_CLASS_NAMES = "unknown: give the names with --classes"  # the source of numbered class names
 
 
@@ -368,7 +367,7 @@ def final_rules(
         rules = rules.decide("the shape of P6's weights", extra_source=ExtraSource.INPUT)
     names = {item.name for item in dataclasses.fields(Rules)} - {"variant"}
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.name in names}
-    for source, said in (("the file's metadata", stated), (_OPTION, given)):
+    for source, said in (("the file's metadata", stated), (OPTION, given)):
         values = {name: value for name, value in said.items() if name in names and value not in (None, ())}
         # Another profile decodes from its own centers, unless they are given as well.
         if "profile" in values and "centers" not in values and values["profile"] in PROFILES:
@@ -412,7 +411,7 @@ def _with_network_facts(rules: Rules, evidence: Evidence) -> Rules:
     }
     absent = {name: part for name, (part, present) in parts.items() if not present}
     for name, part in absent.items():
-        if rules.sources.get(name) == _OPTION:
+        if rules.sources.get(name) == OPTION:
             raise ConfigError(f"The network has no {part}.", hint=f"leave {option_flag(name)} out")
     nothing: dict[str, Any] = dict.fromkeys(absent)
     return dataclasses.replace(rules, **nothing)
@@ -461,8 +460,8 @@ def _with_class_names(rules: Rules, ecosystem: Ecosystem, network: FcosConfig) -
     if len(names) == count - 1 and background:
         return dataclasses.replace(rules, class_names=("background", *names))
     if len(names) != count:
-        source = rules.sources.get("class_names", _OPTION)
-        given = "were given" if source == _OPTION else f"come from {source}"
+        source = rules.sources.get("class_names", OPTION)
+        given = "were given" if source == OPTION else f"come from {source}"
         raise ConfigError(
             f"The network has {network.num_classes} class channels, but {len(names)} class names {given}.",
             hint="give --classes FILE with one name a line, in the order of the training labels"
@@ -541,8 +540,8 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
             pad_pixel=_for_all_channels(rules.pad_pixel, rules),
         )
     except InputSizeError as error:
-        source = rules.sources.get("input_size", _OPTION)
-        if source == _OPTION:
+        source = rules.sources.get("input_size", OPTION)
+        if source == OPTION:
             raise
         raise InputSizeError(
             f"{error.message} The size comes from {source}.", hint=f"{error.hint}; --input-size HxW overrides it"
@@ -565,8 +564,8 @@ def _check_units(rules: Rules) -> None:
     unit = f"pixels are {f'divided by {scale:g}, so ' if scale != 1 else ''}0 to {largest:g} here"
     for name, values in (("mean", rules.mean), ("std", rules.std)):
         shown = ", ".join(f"{value:g}" for value in values)
-        source = rules.sources.get(name, _OPTION)
-        said = f"The {name} {shown}" + ("" if source == _OPTION else f", from {source},")
+        source = rules.sources.get(name, OPTION)
+        said = f"The {name} {shown}" + ("" if source == OPTION else f", from {source},")
         if not all(math.isfinite(value) for value in values):
             raise ConfigError(f"{said} is not made of finite numbers.", hint=f"--{name} A,B,C")
         # A mean lies within the range. A std is at least one level of 255 and at most the range.

@@ -11,6 +11,7 @@ from typing import Any
 
 from fcos_deploy.checkpoints.pickle_reader import PickledArray
 from fcos_deploy.checkpoints.reader import StoredTensor, TensorFacts
+from fcos_deploy.core.checkpoint_options import OPTION
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.text import brief
 
@@ -203,7 +204,7 @@ def _choose(sets: list[_WeightSet], *, prefer: str, swapped: bool) -> tuple[_Wei
     if prefer and not named:
         named = {"ema": averaged, "model": plain or (sets if len(sets) == 1 else [])}.get(prefer, [])
     if len(named) == 1:
-        return named[0], "option"
+        return named[0], OPTION
     if prefer and not named:
         raise ConfigError(f"The file holds no weights '{prefer}', only {names}.", hint="--weights NAME, one of these")
     if not prefer and len(sets) == 1:

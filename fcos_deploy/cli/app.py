@@ -168,7 +168,7 @@ def _terminate(number: int, _: object) -> None:
 def main() -> None:
     """Entry point of ``fcos-deploy``."""
     _open_standard_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
             signal.signal(number, _terminate)
     build_app(only=next(iter(sys.argv[1:]), ""))()

@@ -24,6 +24,7 @@ from fcos_deploy.core.text import decoded_text
 
 __all__ = [
     "AUTO",
+    "OPTION",
     "CheckpointOptions",
     "OptionInfo",
     "format_checkpoint_options",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 AUTO = "auto"
+OPTION = "option"  # the source of a decision that the user states
 _LARGEST_FILE = 1 << 20  # bytes, of a file of class names or of options
 
 
@@ -122,7 +124,7 @@ class CheckpointOptions:
     ``input_size`` (height, width) makes a fixed canvas, ``shortest`` and ``longest`` follow the image; without either
     the ecosystem's own test size holds. ``input_dtype`` is uint8 for a canvas and float32 otherwise, because only
     float32 reproduces the ecosystem's own resize arithmetic to the last digit. ``profile`` is a name in
-    ``core.decode.PROFILES``.
+    ``core.decode.PROFILES``. ``origins``: for each field that an options file states, the name of that file.
 
     Raises:
         ConfigError: when two options contradict each other, or a size cannot be meant.
@@ -358,6 +360,7 @@ class CheckpointOptions:
         panel="Detection",
         metavar="NAME",
     )
+    origins: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if (self.shortest is None) != (self.longest is None):
@@ -384,7 +387,8 @@ def option_flag(name: str) -> str:
 
 def option_infos() -> dict[str, OptionInfo]:
     """Every option by the name of its field, in order."""
-    return {item.name: item.metadata["option"] for item in dataclasses.fields(CheckpointOptions)}
+    fields = dataclasses.fields(CheckpointOptions)
+    return {item.name: item.metadata["option"] for item in fields if "option" in item.metadata}
 
 
 def override_options(options: CheckpointOptions, values: Mapping[str, Any]) -> CheckpointOptions:
@@ -400,7 +404,8 @@ def override_options(options: CheckpointOptions, values: Mapping[str, Any]) -> C
         dropped = {"input_size": None, "size_rule": None, "content": None}
     if "profile" in values:
         dropped |= {"centers": None, "clip": None}  # A profile brings its own.
-    return dataclasses.replace(options, **{**dropped, **values})
+    origins = {name: file for name, file in options.origins.items() if name not in values}
+    return dataclasses.replace(options, **{**dropped, **values, "origins": origins})
 
 
 def read_checkpoint_options(path: Path) -> CheckpointOptions:
@@ -419,14 +424,15 @@ def read_checkpoint_options(path: Path) -> CheckpointOptions:
             similar = difflib.get_close_matches(name, option_infos(), n=1)
             hint = f"did you mean '{similar[0]}'?" if similar else "'fcos-deploy inspect --write-options' writes a file"
             raise ConfigError(f"'{path}' has an unknown option '{name}'.", hint=hint)
-    return from_json(CheckpointOptions, values, where=str(path))
+    options = from_json(CheckpointOptions, values, where=str(path))
+    return dataclasses.replace(options, origins=dict.fromkeys(values, path.name))
 
 
 def format_checkpoint_options(options: CheckpointOptions, *, sources: Mapping[str, str] | None = None) -> str:
     """``options`` as TOML, without those that decide nothing; ``sources`` (by field) become comments."""
     lines = ["# Options of a checkpoint for fcos-deploy: give this file with --checkpoint-options."]
     for name, value in to_json(options).items():
-        if value in (None, "", [], AUTO):
+        if name == "origins" or value in (None, "", [], AUTO):
             continue
         # A JSON string, number, boolean or array of them is TOML too, but for DEL, which TOML wants escaped.
         text = json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007F")

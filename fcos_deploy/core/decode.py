@@ -373,7 +373,8 @@ def _passing_ranks(logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec) -
     """Ranks of pairs, 0 for those that do not pass the gate."""
     p = sigmoid(logits)
     passed = SCORE_FORMS[spec.profile.gate](p, quality) > np.float32(spec.score_threshold)
-    return SCORE_FORMS[spec.profile.rank](p, quality) * passed
+    ranks: Floats = SCORE_FORMS[spec.profile.rank](p, quality) * passed
+    return ranks
 
 
 @dataclass(frozen=True, slots=True, eq=False)

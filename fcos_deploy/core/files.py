@@ -1,4 +1,7 @@
-"""Files that are either complete under their name or not there, and bounded reads."""
+"""Files that are either complete under their name or not there, bounded reads, and locks.
+
+What only POSIX systems have (flags of ``open``, folders that can be synced, ``flock``) is looked up here.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import importlib
 import os
 import shutil
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +25,8 @@ __all__ = [
     "MAX_TEXT_BYTES",
     "atomic_directory",
     "atomic_file",
+    "lock_file",
+    "open_flags",
     "open_regular",
     "read_file",
     "replace_folder",
@@ -35,6 +42,38 @@ __all__ = [
 
 
 MAX_TEXT_BYTES = 64 << 20  # of a sidecar, a calibration or another file of ours that is read whole
+_LOCKED_BYTE = 1 << 40  # beyond the end of any file that is locked, so that Windows lets others read the file meanwhile
+
+
+def open_flags(*names: str) -> int:
+    """Flags of ``os.open`` such as ``"O_NOFOLLOW"``, without those that this system does not have; never text mode."""
+    flags = 0
+    for name in ("O_CLOEXEC", "O_BINARY", *names):
+        flags |= getattr(os, name, 0)
+    return flags
+
+
+def lock_file(descriptor: int, *, wait: bool = True) -> None:
+    """Lock an open file for this process; the system unlocks it when it is closed, also by the death of the process.
+
+    Raises:
+        BlockingIOError: another process has it locked, and ``wait`` is False.
+    """
+    try:
+        fcntl = importlib.import_module("fcntl")
+    except ModuleNotFoundError:
+        msvcrt = importlib.import_module("msvcrt")
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return
+    position = os.lseek(descriptor, 0, os.SEEK_CUR)
+    os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process has it locked") from error
+    finally:
+        os.lseek(descriptor, position, os.SEEK_SET)
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
@@ -44,7 +83,7 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
         OSError: it cannot be opened, is not a regular file, or is a link that is not to be followed.
     """
     # Without O_NONBLOCK opening a pipe waits for its writer; for a regular file it means nothing.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    flags = os.O_RDONLY | open_flags("O_NONBLOCK", *(() if follow_links else ("O_NOFOLLOW",)))
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
@@ -78,8 +117,13 @@ def read_file(path: Path, *, limit: int, follow_links: bool = True) -> bytes:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk: without its name a power cut loses a file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    """Wait until the names in a folder are on the disk: without its name a power cut loses a file.
+
+    Windows cannot open folders; there it does nothing.
+    """
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(path, os.O_RDONLY | open_flags("O_DIRECTORY"))
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -220,7 +264,9 @@ def _aside(target: Path) -> Path:
 def _swap(first: Path, second: Path) -> bool:
     """``renameat2`` with RENAME_EXCHANGE, for which Python has no function; False where it is not supported."""
     at_current_folder, rename_exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    rename = None
+    if sys.platform.startswith("linux"):
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
     if rename(at_current_folder, os.fsencode(first), at_current_folder, os.fsencode(second), rename_exchange):

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.files import open_flags
 
 __all__ = [
     "CACHE_VARIABLE",
     "STATE_VARIABLE",
     "KeptModel",
     "authenticate",
+    "is_own",
     "own_file_bytes",
     "own_folder",
     "state_folder",
@@ -29,6 +31,16 @@ __all__ = [
 
 STATE_VARIABLE = "FCOS_DEPLOY_STATE"  # a folder
 _SECRET_BYTES = 32
+
+
+def is_own(facts: os.stat_result, *, others: int = 0o022) -> bool:
+    """Whether this user owns it and others have none of the permissions ``others``, by default to write.
+
+    Windows has neither owners nor permissions in these numbers; there its own access control lists are relied on.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    return facts.st_uid == os.geteuid() and not facts.st_mode & others
 
 
 def state_folder() -> Path:
@@ -62,14 +74,11 @@ def own_folder(path: Path) -> Path:
         facts = path.lstat()
     except OSError as error:
         raise ConfigError(f"The folder '{path}' cannot be written: {error.strerror or error}.") from error
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-        what = (
-            "is a link"
-            if stat.S_ISLNK(facts.st_mode)
-            else f"belongs to user {facts.st_uid}"
-            if facts.st_uid != os.geteuid()
-            else "can be written by others"
-        )
+    if not stat.S_ISDIR(facts.st_mode) or not is_own(facts):
+        if not stat.S_ISDIR(facts.st_mode):
+            what = "is a link" if stat.S_ISLNK(facts.st_mode) else "is no folder"
+        else:
+            what = "can be written by others" if is_own(facts, others=0) else f"belongs to user {facts.st_uid}"
         raise ConfigError(
             f"The folder '{path}' {what}, so nothing in it can be believed.",
             hint="remove it, name another one, or chmod 700 it if it is yours",
@@ -85,13 +94,12 @@ def own_file_bytes(path: Path, *, private: bool = False) -> bytes | None:
     ``private``: nor read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | open_flags("O_NOFOLLOW", "O_NONBLOCK"))
     except OSError:
         return None
     with os.fdopen(descriptor, "rb") as stream:
         facts = os.fstat(stream.fileno())
-        others = 0o077 if private else 0o022
-        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & others:
+        if not stat.S_ISREG(facts.st_mode) or not is_own(facts, others=0o077 if private else 0o022):
             return None
         return stream.read()
 
@@ -105,7 +113,7 @@ def write_own_file(path: Path, content: bytes, *, replace: bool = True) -> bool:
         OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | open_flags(), 0o600)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)

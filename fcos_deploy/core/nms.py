@@ -43,7 +43,8 @@ def best_first(scores: NDArray[np.float32], *, limit: int | None = None) -> NDAr
     if limit is not None and limit < len(keys):
         keys = np.partition(keys, limit)[:limit]
     keys.sort()
-    return (keys & _LOW).astype(np.intp)
+    order: NDArray[np.intp] = (keys & _LOW).astype(np.intp)
+    return order
 
 
 def best_of_groups(scores: NDArray[np.float32], ends: Sequence[int], *, limit: int | None = None) -> NDArray[np.intp]:
@@ -62,7 +63,8 @@ def best_of_groups(scores: NDArray[np.float32], ends: Sequence[int], *, limit: i
     keys |= np.repeat(np.arange(len(sizes), dtype=np.uint64) << np.uint64(61), sizes)
     keys |= np.arange(len(keys), dtype=np.uint64)
     keys.sort()
-    return (keys & np.uint64(0x3FFFFFFF)).astype(np.intp)
+    order: NDArray[np.intp] = (keys & np.uint64(0x3FFFFFFF)).astype(np.intp)
+    return order
 
 
 def suppress(

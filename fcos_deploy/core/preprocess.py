@@ -424,6 +424,6 @@ def _normalized_levels(spec: PreprocessSpec) -> NDArray[np.float32]:
     for channel in range(spec.channels):
         scale, mean, std = _normalization(spec, channel)
         columns.append((pixels / scale - mean) / std)
-    levels = np.stack(columns, axis=-1)[None]
+    levels: NDArray[np.float32] = np.stack(columns, axis=-1, dtype=np.float32)[None]
     levels.flags.writeable = False
     return levels

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import importlib
 import os
 import shutil
 import tempfile
@@ -53,6 +53,7 @@ class PrivateFiles:
             self._descriptors.append(descriptor)
             with os.fdopen(os.dup(descriptor), "wb") as stream:
                 _copy(source, stream, sha256=sha256)
+            fcntl = importlib.import_module("fcntl")  # is there where files in memory are
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
             # By the number of this process, which is right in its children too.

@@ -59,7 +59,7 @@ def draw_detections(
     An image too small for legible text gets thin boxes alone.
     """
     options = options or DrawOptions()
-    canvas = np.ascontiguousarray(image).copy()
+    canvas: NDArray[np.uint8] = np.ascontiguousarray(image).copy()
     pen = _Pen.for_image(canvas.shape[:2], width=options.line_width)
     shown = detections.above(options.score_threshold)
     items = list(zip(shown.boxes.tolist(), shown.scores.tolist(), shown.labels.tolist(), strict=True))

@@ -193,7 +193,8 @@ def inspect_bundle(path: Path, *, trust: Trust | None = None) -> Inspection:
             drift = figure.score_drift
             if figure.precision is Precision.INT8 and drift is not None:
                 text = f"{drift.threshold:.4g} where the float model has {drift.float_threshold:.4g}"
-                facts.append((f"threshold, {figure.backend} {figure.precision}", text))
+                compute = figure.details.get("compute", "")  # One artifact may be judged in several types.
+                facts.append((f"threshold, {figure.backend} {figure.precision} {compute}".rstrip(), text))
         return Inspection(path, "bundle", tuple(facts), manifest.contract.decisions, manifest.contract)
 
 

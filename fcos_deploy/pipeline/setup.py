@@ -19,7 +19,14 @@ from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.selection import Selection, select_runnable
 from fcos_deploy.bundle.store import Bundle, open_trusted
 from fcos_deploy.core.enums import ArtifactKind, Precision
-from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError, DeviceError, InconclusiveError
+from fcos_deploy.core.errors import (
+    AccuracyGateError,
+    BundleError,
+    ConfigError,
+    DeviceError,
+    InconclusiveError,
+    MissingDependencyError,
+)
 from fcos_deploy.core.gate import Outcome
 from fcos_deploy.core.machine import MachineFacts, kernel_text, read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -79,7 +86,7 @@ def set_up(request: SetupRequest, *, progress: ProgressFn = no_progress) -> Setu
     signed with the device key.
 
     Raises:
-        DeviceError: the runtime is missing, or there is no room.
+        DeviceError, MissingDependencyError: the runtime cannot run here, or there is no room.
         ConfigError: the bundle has nothing for the backend, and nothing to build it from.
         AccuracyGateError: what was built is not the certified detector.
         InconclusiveError: the golden images cannot decide it.
@@ -132,11 +139,13 @@ def _check_machine(bundle: Bundle, backend: str, *, root: Path = _ROOT) -> tuple
     """The runtime, memory, disk and power mode, before anything that takes minutes.
 
     Raises:
-        DeviceError: the runtime is missing, or there is no room.
+        DeviceError, MissingDependencyError: the runtime cannot run here, or there is no room.
     """
     probe, machine = get_backend(backend).probe(), read_machine()
     if not probe.available:
-        raise DeviceError(f"'{backend}' cannot run here: {probe.problem}", hint=probe.remedy)
+        # Where its library is missing the probe has no version.
+        kind = DeviceError if probe.version else MissingDependencyError
+        raise kind(f"'{backend}' cannot run here: {probe.problem}", hint=probe.remedy)
     graphs = [a.size for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX]
     needed, free = _ROOM * max(graphs, default=0), layer_room(bundle)
     if free < needed:

@@ -15,6 +15,7 @@ from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.pipeline.deploy import DEMO_DATA
+from fcos_deploy.pipeline.inspect import inspect_bundle
 
 CHECKPOINT = DEMO_DATA / "fcos_bccd.safetensors"
 pytestmark = pytest.mark.slow
@@ -49,6 +50,12 @@ def test_bundle_holds_every_variant_and_its_hashes_check(deployed: tuple[Path, d
         int8 = next(figure for figure in bundle.manifest.accuracy if figure.precision is Precision.INT8)
         assert int8.score_drift is not None
         assert 0.1 < int8.score_drift.threshold < 0.5, "the threshold that keeps as many detections as 0.3 did in float"
+
+
+def test_what_is_said_of_thresholds_names_what_each_was_measured_in(deployed: tuple[Path, dict[str, object]]) -> None:
+    names = [name for name, _ in inspect_bundle(deployed[0]).facts]
+    assert "threshold, openvino int8 f32" in names
+    assert len(names) == len(set(names))
 
 
 def test_fp32_equals_the_reference_to_three_decimals(deployed: tuple[Path, dict[str, object]]) -> None:

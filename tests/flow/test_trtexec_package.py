@@ -53,7 +53,7 @@ def _run(*arguments: object) -> Result:
     return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
 
 
-def _device(package: Path, trtexec: Path, *, factor: float = 1.0) -> subprocess.CompletedProcess[str]:
+def run_on_device(package: Path, trtexec: Path, *, factor: float = 1.0) -> subprocess.CompletedProcess[str]:
     trtexec.write_text(_TRTEXEC.format(python=sys.executable, factor=factor))
     trtexec.chmod(0o755)
     command = [sys.executable, "-I", package / "run_trtexec.py", trtexec]
@@ -70,7 +70,7 @@ def package(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_the_proof_of_trtexec_is_made_on_the_workstation(package: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     device = Path(shutil.copytree(package, tmp_path / "device"))
-    done = _device(device, tmp_path / "trtexec")
+    done = run_on_device(device, tmp_path / "trtexec")
     assert done.returncode == 0, done.stdout + done.stderr
     record = device / "trtexec-record.json"
     verified = _run("verify", tiny_bundle, "--trtexec-record", record, "--log", tmp_path / "log", "--json")
@@ -86,7 +86,7 @@ def test_the_proof_of_trtexec_is_made_on_the_workstation(package: Path, tiny_bun
 
 def test_an_engine_that_computes_otherwise_fails_there(package: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     device = Path(shutil.copytree(package, tmp_path / "device"))
-    assert _device(device, tmp_path / "trtexec", factor=0.5).returncode == 0
+    assert run_on_device(device, tmp_path / "trtexec", factor=0.5).returncode == 0
     record = device / "trtexec-record.json"
     verified = _run("verify", tiny_bundle, "--trtexec-record", record, "--log", tmp_path / "log")
     assert verified.exit_code == 4
@@ -96,7 +96,7 @@ def test_records_of_others_and_changed_graphs_are_refused(
     package: Path, tiny_bundle: Path, tiny_ir_bundle: Path, tmp_path: Path
 ) -> None:
     device = Path(shutil.copytree(package, tmp_path / "device"))
-    assert _device(device, tmp_path / "trtexec").returncode == 0
+    assert run_on_device(device, tmp_path / "trtexec").returncode == 0
     refused = _run("verify", tiny_ir_bundle, "--trtexec-record", device / "trtexec-record.json")
     assert refused.exit_code == 2
     assert "of another bundle" in refused.stderr
@@ -107,7 +107,7 @@ def test_records_of_others_and_changed_graphs_are_refused(
     )
     with (device / "model.onnx").open("ab") as stream:
         stream.write(b"\0")
-    changed = _device(device, tmp_path / "trtexec")
+    changed = run_on_device(device, tmp_path / "trtexec")
     assert changed.returncode == 1
     assert "was changed" in changed.stderr
 

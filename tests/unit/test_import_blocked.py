@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,30 @@ from fcos_deploy.cli.app import main
 
 sys.argv[0] = "fcos-deploy"
 main()
+"""
+
+# What Windows has in place of these modules and of these names in ``os`` and ``signal``.
+_WITHOUT_POSIX = """
+import importlib, os, pkgutil, signal, sys, types
+import fcntl, logging.handlers, multiprocessing, subprocess, tempfile  # the standard library's own use stays
+
+msvcrt = types.ModuleType("msvcrt")
+msvcrt.LK_LOCK, msvcrt.LK_NBLCK = 1, 2
+
+def locking(descriptor, mode, count, *, flock=fcntl.flock, how=(fcntl.LOCK_EX, fcntl.LOCK_EX | fcntl.LOCK_NB)):
+    try:
+        flock(descriptor, how[mode - 1])
+    except BlockingIOError as error:
+        raise PermissionError(13, "Permission denied") from error
+
+msvcrt.locking = locking
+sys.modules["msvcrt"] = msvcrt
+for name in ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"):
+    sys.modules[name] = None
+for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fork", "memfd_create", "geteuid", "getuid", "sched_getaffinity",
+             "sysconf"):
+    delattr(os, name)
+del signal.SIGHUP
 """
 
 
@@ -61,3 +86,49 @@ def test_a_checkpoint_says_what_to_install(tiny_checkpoint: Path, picture: Path)
     assert "needs 'torch'" in done.stderr
     assert "pip install 'fcos-deploy[export]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", "{bundle}"),
+        ("build", "{bundle}", "--backend", "openvino"),
+        ("setup", "{bundle}", "--backend", "openvino"),
+        ("sign", "--generate-key", "--key", "{bundle}-key.pem"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_run_where_nothing_of_posix_is_there(
+    tiny_bundle: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    program = _WITHOUT_POSIX + "from fcos_deploy.cli.app import main\nmain()"
+    arguments = [word.format(bundle=bundle) for word in words]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_module_is_imported_where_nothing_of_posix_is_there(tmp_path: Path) -> None:
+    program = (
+        _WITHOUT_POSIX
+        + """
+for top in ("fcos_deploy", "runtimes", "exporters", "calibration"):
+    for module in pkgutil.walk_packages(importlib.import_module(top).__path__, f"{top}."):
+        importlib.import_module(module.name)
+
+from pathlib import Path
+from fcos_deploy.core.files import lock_file
+
+path = Path(sys.argv[1])
+with path.open("w+b") as first, path.open("r+b") as second:
+    lock_file(first.fileno())
+    try:
+        lock_file(second.fileno(), wait=False)
+    except BlockingIOError:
+        sys.exit(0)
+sys.exit("not locked")
+"""
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "locked")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

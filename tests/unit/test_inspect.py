@@ -119,6 +119,12 @@ def test_the_command_writes_the_options_that_it_decided(tiny_checkpoint: Path, t
     assert written.exit_code == 0, written.output
     assert "iou_threshold = 0.5  # option\n" in Path(file).read_text()
     assert "input_size = [128, 160]  # the file's metadata\n" in Path(file).read_text()
+    again = CliRunner().invoke(
+        app, ["inspect", str(tiny_checkpoint), "--checkpoint-options", file, "--json", "--max-detections", "7"]
+    )
+    sources = {decision["name"]: decision["source"] for decision in json.loads(again.stdout)["decisions"]}
+    assert sources["iou_threshold"] == "option in 'o.toml'"
+    assert sources["max_detections"] == "option", "the command line overrides the file"
     again = CliRunner().invoke(app, ["inspect", str(tiny_checkpoint), "--checkpoint-options", file, "--json"])
     contracts = [json.loads(result.stdout)["contract"] for result in (written, again)]
     assert {**contracts[0], "decisions": []} == {**contracts[1], "decisions": []}

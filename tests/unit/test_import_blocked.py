@@ -45,8 +45,8 @@ msvcrt.locking = locking
 sys.modules["msvcrt"] = msvcrt
 for name in ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"):
     sys.modules[name] = None
-for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fork", "memfd_create", "geteuid", "getuid", "sched_getaffinity",
-             "sysconf"):
+for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fork", "geteuid", "getuid", "sched_getaffinity",
+             "memfd_create", "sysconf"):
     delattr(os, name)
 del signal.SIGHUP
 """

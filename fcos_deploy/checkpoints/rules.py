@@ -424,7 +424,7 @@ def _with_image_channels(rules: Rules, network: FcosConfig) -> Rules:
         ConfigError: the order, the mean or the std is of another number of channels.
     """
     gray = network.image_channels == 1
-    if gray and rules.sources.get("channel_order") != _OPTION:
+    if gray and rules.sources.get("channel_order") != OPTION:
         rules = rules.decide("the shape of the stem's weights", channel_order=ChannelOrder.GRAY)
     if gray != (rules.channel_order is ChannelOrder.GRAY):
         taken = "gray images" if gray else "images of 3 colours"

@@ -23,6 +23,7 @@ from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, sha256_file, write
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.matching import ScoreDrift
+from fcos_deploy.core.onnx_graph import save_onnx
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -356,11 +357,12 @@ class _Search:
         key = tuple(sorted(ignored_layers))
         if key not in self._trials:
             self._report_evaluation()
-            quantized = self._plan(key).convs
-            share = round(sum(self._macs[conv.name] for conv in quantized) / sum(self._macs.values()), 6)
+            plan = self._plan(key)
+            share = round(sum(self._macs[conv.name] for conv in plan.convs) / sum(self._macs.values()), 6)
             candidate = self._output.with_name(f".{self._output.stem}.trial.onnx")
             try:
-                quantize_qdq(self._graph, self._calibration, candidate, placement=self._placement, ignored_layers=key)
+                # Its score shows what it computes; the one that is chosen is compared with its source as well.
+                save_onnx(quantized_model(plan, self._calibration), candidate)
                 measured = self._evaluate(candidate)
                 self._trials[key] = Trial(key, share, measured.score, loss_interval=measured.interval)
             finally:

@@ -134,7 +134,8 @@ def _key(spec: DetectorSpec, detector: Detector, images: Sequence[EvaluationImag
     facts: dict[str, Any] = {
         "files": [sha256_file(path) for path in files],
         "contract": contract_to_text(detector.contract),
-        "session": sorted(detector.session.description.items()),
+        # Whether a compiled model was at hand changes no detection.
+        "session": sorted(item for item in detector.session.description.items() if item[0] != "model_cache"),
         "images": [(image.image_id, sha256_file(image.path)) for image in images],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -173,6 +174,7 @@ def _detect_all(
             return image, detector.finish(outputs, letterboxes)[0]
 
     started = time.perf_counter()
+    progress(label, 0, len(images))
     with ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as after:
         prepared = map_ahead(before, prepare, images)
         inferred = ((image, letterboxes, infer(feeds)) for image, feeds, letterboxes in prepared)

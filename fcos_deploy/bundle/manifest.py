@@ -17,6 +17,7 @@ from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersio
 from fcos_deploy.core.gate import Finding, Gate, Outcome
 from fcos_deploy.core.matching import ScoreDrift
 from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.stages import StageRecord
 
 __all__ = [
     "DEFAULT_GATES",
@@ -235,6 +236,7 @@ class Manifest:
     ``contract`` is the reference's (the checkpoint's); every artifact carries its own in addition. ``artifacts`` form a
     hash chain: ``parent`` is the SHA-256 of another artifact or of the checkpoint named in ``provenance``. ``files``
     are all other files. Every file of the bundle is listed exactly once, except those in ``UNLISTED``.
+    ``stages``: where the time of the run that finished the bundle went, up to its own check.
     """
 
     name: str
@@ -249,6 +251,7 @@ class Manifest:
     calibration: tuple[CalibrationRecord, ...] = ()
     accuracy: tuple[AccuracyFigure, ...] = ()
     benchmark: tuple[BenchmarkFigure, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
     schema_version: int = _SCHEMA_VERSION
 
     def check(self) -> None:

@@ -159,6 +159,16 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
         f"AP over {images} images; times are medians of {count}, taken in turns on this machine; speed-ups are ratios "
         f"of the fastest rounds. {seconds:.0f} s in all."
     )
+    total = max(seconds, 1e-9)
+    rows_of_stages = [
+        (s.name, f"{s.seconds:.1f}", f"{s.seconds / total:.0%}", str(s.inferences)) for s in deployment.stages
+    ]
+    rest = seconds - sum(s.seconds for s in deployment.stages)
+    table(
+        "Where the time went",
+        ("stage", "seconds", "share", "inferences"),
+        [*rows_of_stages, ("everything else", f"{rest:.1f}", f"{rest / total:.0%}", "")],
+    )
     for problem in dict.fromkeys(row["speedup_problem"] for row in rows if row["speedup_problem"]):
         note(f"(?) speed-ups are doubtful: {problem}")
     if not annotated:
@@ -172,6 +182,7 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
             "bundle": str(deployment.bundle),
             "seconds": seconds,
             "images": images,
+            "stages": to_json(deployment.stages),
             "outcome": deployment.outcome,
         }
         print_json(

@@ -7,12 +7,24 @@ import json
 import logging
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +36,7 @@ __all__ = ["command_line", "note", "print_json", "progress_bar", "show_error", "
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
+_SHORT = 1.0  # seconds of a stage that leaves no line in a log
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -90,27 +103,69 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     Console(stderr=True, width=None if sys.stderr.isatty() else 160, quiet=_QUIET.get()).print(sheet)
 
 
+class _RateColumn(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(_rate(speed) if speed else "")
+
+
+def _rate(per_second: float) -> str:
+    """``12.5/s``, or ``3.2 s each`` below one a second."""
+    return f"{per_second:.1f}/s" if per_second >= 1 else f"{1 / per_second:.1f} s each"
+
+
+@dataclass
+class _Stage:
+    """A stage under way: its bar, when it began, and the steps that were done then."""
+
+    bar: TaskID
+    started: float
+    first: int
+    done: int
+
+
 @contextlib.contextmanager
 def progress_bar() -> Iterator[ProgressFn]:
-    """A function for libraries to report to: bars on a terminal, a logged line when each step begins and ends."""
+    """A function for libraries to report to.
+
+    A terminal shows a bar for each stage, with its rate and the time that remains. Elsewhere, as in the log of a CI
+    job, a stage that takes a second or more leaves one line when it ends.
+    """
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        _RateColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=_QUIET.get() or not sys.stderr.isatty()) as progress:
-        tasks: dict[str, Any] = {}
+    console, on_terminal = Console(stderr=True), sys.stderr.isatty()
+    with Progress(*columns, console=console, disable=_QUIET.get() or not on_terminal) as progress:
+        stages: dict[str, _Stage] = {}
 
         def report(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(printable(label), total=total or None)
+            stage = stages.get(label)
+            if stage is None or done < stage.done:  # A stage that begins anew, such as a model's second evaluation.
+                bar = (
+                    progress.add_task(printable(label), total=total or None, completed=done)
+                    if stage is None
+                    else stage.bar
+                )
+                if stage is not None:
+                    progress.reset(bar, total=total or None, completed=done)
+                stage = stages[label] = _Stage(bar, time.monotonic(), done, done)
                 _LOG.info("%s", label)
-            progress.update(tasks[label], completed=done, total=total or None)
+            stage.done = done
+            progress.update(stage.bar, completed=done, total=total or None)
             if total and done >= total:
+                seconds = time.monotonic() - stage.started
                 _LOG.info("%s: done (%d)", label, total)
+                if seconds >= _SHORT and not on_terminal:
+                    steps = done - stage.first
+                    rate = f", {_rate(steps / seconds)}" if steps > 1 else ""
+                    note(f"{label}: {total} in {seconds:.1f} s{rate}")
 
         yield report
 

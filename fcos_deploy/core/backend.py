@@ -25,6 +25,7 @@ from fcos_deploy.core.errors import (
     TensorMismatchError,
 )
 from fcos_deploy.core.onnx_file import onnx_interface
+from fcos_deploy.core.stages import INFERENCES
 from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.core.trust import Trust
 
@@ -194,6 +195,7 @@ class Session(ABC):
             BackendError: the session is closed, or the runtime failed.
         """
         self._check(feeds)
+        INFERENCES.add()
         return self._run(feeds)
 
     def borrow(self, feeds: Tensors) -> Tensors:
@@ -203,6 +205,7 @@ class Session(ABC):
             TensorMismatchError, BackendError: as ``run``.
         """
         self._check(feeds)
+        INFERENCES.add()
         return self._borrow(feeds)
 
     def run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
@@ -213,6 +216,7 @@ class Session(ABC):
         """
         for request in feeds:
             self._check(request)
+        INFERENCES.add(len(feeds))
         return self._run_many(feeds)
 
     @property

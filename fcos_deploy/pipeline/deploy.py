@@ -33,6 +33,7 @@ from fcos_deploy.core.gate import Finding, Outcome, overall_outcome
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.core.serialize import to_json
+from fcos_deploy.core.stages import StageClock, StageRecord
 from fcos_deploy.pipeline import proof
 from fcos_deploy.pipeline.steps import (
     Calibrated,
@@ -58,13 +59,14 @@ DEMO_DATA = Path(__file__).parent.parent / "demo_data"
 class Deployment:
     """A finished bundle and the figures behind it; the reference is first in ``benchmark.results``.
 
-    ``findings``: what is to be said of the images.
+    ``stages``: where the ``seconds`` went. ``findings``: what is to be said of the images.
     """
 
     bundle: Path
     evaluations: Evaluations
     benchmark: Benchmark
     seconds: float
+    stages: tuple[StageRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -90,27 +92,31 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         InconclusiveError: the images show too little to verify an engine by (no bundle is made).
         FcosDeployError: a step failed; what was finished is kept for the next run.
     """
-    started = time.perf_counter()
+    started, stages = time.perf_counter(), StageClock()
     backends = _backends_to_measure(request)
     loaded = load_checkpoint(request.checkpoint, options=request.options)
     with BundleWriter(request.output) as writer:
-        images = open_image_sets(
-            request.calibration_images,
-            loaded.contract,
-            images=request.images,
-            annotations=request.annotations,
-            sample=SampleOptions(count=request.calibration_count, seed=request.seed),
-            allow_overlap=request.allow_overlap,
-        )
-        context = DeployContext(request, loaded, loaded.contract, images, writer, progress)
+        with stages.stage("images"):
+            images = open_image_sets(
+                request.calibration_images,
+                loaded.contract,
+                images=request.images,
+                annotations=request.annotations,
+                sample=SampleOptions(count=request.calibration_count, seed=request.seed),
+                allow_overlap=request.allow_overlap,
+            )
+        context = DeployContext(request, loaded, loaded.contract, images, writer, progress, stages)
         variants, calibrations, refused = _make_artifacts(context, backends)
         evaluations = proof.measure_accuracy(context, variants)
         require_all(evaluations.verdicts, allow_inconclusive=True)  # Such a bundle is made, and says so.
-        golden = proof.write_golden(context, evaluations)
+        golden_images = proof.golden_images(context, evaluations)
+        golden = proof.write_golden(context, golden_images, evaluations)
         benchmark = proof.measure_speed(context, variants)
         manifest = replace(
             _manifest(context, variants, calibrations=calibrations, golden=golden),
-            golden_runs=proof.run_golden(context, variants, golden),
+            golden_runs=proof.run_golden(
+                context, variants, images=golden_images, golden=golden, evaluations=evaluations
+            ),
             accuracy=proof.accuracy_figures(context, variants, evaluations),
             benchmark=proof.benchmark_figures(context, variants, benchmark),
         )
@@ -118,13 +124,27 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         notes = (*(f"No INT8: {error.message}" for error in refused), *(finding.line for finding in findings))
         _write_report(context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes)
         _write_bom(context, manifest)
-        bundle = writer.finish(manifest, check=lambda folder: proof.replay_verify(folder, variants, progress=progress))
+        bundle = writer.finish(
+            replace(manifest, stages=stages.records), check=lambda folder: _replay(context, folder, variants)
+        )
     if refused:
         raise AccuracyGateError(
             f"{refused[0].message}\nThe bundle '{bundle}' holds the float artifacts only.", hint=refused[0].hint
         )
     seconds = time.perf_counter() - started
-    return Deployment(bundle=bundle, evaluations=evaluations, benchmark=benchmark, seconds=seconds, findings=findings)
+    return Deployment(
+        bundle=bundle,
+        evaluations=evaluations,
+        benchmark=benchmark,
+        seconds=seconds,
+        stages=stages.records,
+        findings=findings,
+    )
+
+
+def _replay(context: DeployContext, folder: Path, variants: list[Variant]) -> None:
+    with context.stages.stage("verify"):
+        proof.replay_verify(folder, variants, progress=context.progress)
 
 
 def _backends_to_measure(request: DeployRequest) -> tuple[str, ...]:
@@ -163,7 +183,8 @@ def _make_artifacts(
     forms = [plan.nms_form for plan in request.plans if plan.tail is Tail.NMS]
     with_int8 = Precision.INT8 in request.precisions
     nms_form = forms[0] if forms else NmsForm.ONNX
-    variants, refused = [], []
+    variants: list[Variant] = []
+    refused: list[AccuracyGateError] = []
     calibrations: dict[str, Calibrated] = {}
     for name in backends:
         # An engine that a plan makes as well is made once, from the same graph.
@@ -173,14 +194,16 @@ def _make_artifacts(
             for precision in (Precision.FP32, Precision.FP16)
             if precision in request.precisions or (with_int8 and precision is Precision.FP32)
         }
-        variants += [build(context, graphs[p], backend=name) for p in graphs if p in request.precisions]
+        built = {p: build(context, graphs[p], backend=name) for p in graphs if p in request.precisions}
+        variants += built.values()
         if not with_int8:
             continue
         source = graphs[Precision.FP32]
         calibrated = calibrate(context, source)
         calibrations[calibrated.record.path] = calibrated
         try:
-            int8 = quantize(context, source, calibrated=calibrated, consumer=name)
+            float_variant = built.get(Precision.FP32)
+            int8 = quantize(context, source, calibrated=calibrated, consumer=name, float_variant=float_variant)
             variants.append(build(context, int8, backend=name))
         except AccuracyGateError as error:
             refused.append(error)
@@ -245,7 +268,7 @@ def _write_bom(context: DeployContext, manifest: Manifest) -> None:
         (folder / BOM_NAME).write_text(text, encoding="utf-8")
         return StepOutput()
 
-    context.writer.step("bill-of-materials", inputs={"text": text}, make=make)
+    context.step("bill-of-materials", stage="report", inputs={"text": text}, make=make)
 
 
 def _created(context: DeployContext) -> str:
@@ -320,7 +343,7 @@ def _write_report(
         "images": context.images.evaluation_key,
         "notes": " ".join(notes),
     }
-    context.writer.step("report", inputs=inputs, make=make)
+    context.step("report", stage="report", inputs=inputs, make=make)
 
 
 def _variants(

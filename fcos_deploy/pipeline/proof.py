@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from fcos_deploy.accuracy.dataset import EvaluationImage
 from fcos_deploy.accuracy.evaluate import (
     Evaluation,
     EvaluationRequest,
@@ -18,6 +20,7 @@ from fcos_deploy.accuracy.evaluate import (
     widened_evaluation,
 )
 from fcos_deploy.accuracy.golden_check import choose_golden, detection_errors, image_scale
+from fcos_deploy.accuracy.predictions import DetectionRun
 from fcos_deploy.accuracy.verify import VerifyOptions, require_verified, verify_bundle
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, run_benchmark
@@ -40,6 +43,7 @@ from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate, overall_outcome, undecided_because
+from fcos_deploy.core.image import read_image
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import all_backends, get_backend
 from fcos_deploy.core.serialize import from_json, to_json
@@ -49,6 +53,7 @@ from fcos_deploy.pipeline.steps import DeployContext, DeployRequest, Variant
 __all__ = [
     "accuracy_figures",
     "benchmark_figures",
+    "golden_images",
     "measure_accuracy",
     "measure_speed",
     "replay_verify",
@@ -106,16 +111,17 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
     An interrupted run resumes where it stopped.
     """
     request = context.request
-    evaluations = evaluate(
-        EvaluationRequest(
-            candidates=tuple(variants),
-            images=request.images or request.calibration_images,
-            annotations=request.annotations,
-            reference=_reference(context),
-            predictions=context.writer.scratch / "predictions",
-        ),
-        progress=context.progress,
-    )
+    with context.stages.stage("accuracy"):
+        evaluations = evaluate(
+            EvaluationRequest(
+                candidates=tuple(variants),
+                images=request.images or request.calibration_images,
+                annotations=request.annotations,
+                reference=_reference(context),
+                predictions=context.predictions,
+            ),
+            progress=context.progress,
+        )
     judged = []
     for variant, measured in zip(variants, evaluations.candidates, strict=True):
         exact = variant.artifact.precision is Precision.FP32 and variant.compute is ComputeType.F32
@@ -184,22 +190,34 @@ def accuracy_figures(
     return tuple(figures)
 
 
-def write_golden(context: DeployContext, evaluations: Evaluations) -> tuple[GoldenImage, ...]:
-    """The evaluation images that carry most evidence, with what the reference detects in them.
+def golden_images(context: DeployContext, evaluations: Evaluations) -> tuple[EvaluationImage, ...]:
+    """The evaluation images that carry most evidence.
 
     Raises:
         InconclusiveError: the images show too little to verify an engine by.
     """
+    images, detections = evaluations.dataset.images, _reference_detections(evaluations)
+    chosen = choose_golden([detections[image.image_id] for image in images], decode=context.contract.decode)
+    return tuple(images[index] for index in chosen)
+
+
+def _reference_detections(evaluations: Evaluations) -> Mapping[int, Detections]:
     if evaluations.reference is None:  # Excluded: a deployment is always measured against its checkpoint.
         raise ConfigError("Golden detections need the reference.")
-    images, detections = evaluations.dataset.images, evaluations.reference.run.detections
-    chosen = choose_golden([detections[image.image_id] for image in images], decode=context.contract.decode)
-    paths = [images[index].path for index in chosen]
+    return evaluations.reference.run.detections
+
+
+def write_golden(
+    context: DeployContext, images: tuple[EvaluationImage, ...], evaluations: Evaluations
+) -> tuple[GoldenImage, ...]:
+    """Keep the images, with what the reference was seen to detect in them."""
+    paths = [image.path for image in images]
 
     def make(folder: Path) -> StepOutput:
-        with _reference(context).open() as detector:
-            contract = detector.contract
-            records = make_golden(map(detector.read, paths), folder=folder, contract=contract, detect=detector.detect)
+        contract, detections = _reference(context).loaded.contract, _reference_detections(evaluations)
+        pixels = [read_image(path, orientation=contract.preprocess.orientation) for path in paths]
+        seen = iter([detections[image.image_id] for image in images])
+        records = make_golden(pixels, folder=folder, contract=contract, detect=lambda _: next(seen))
         return StepOutput(values=[to_json(record) for record in records])
 
     inputs = {
@@ -207,17 +225,24 @@ def write_golden(context: DeployContext, evaluations: Evaluations) -> tuple[Gold
         "contract": repr(context.contract),
         "images": " ".join(sha256_file(path) for path in paths),
     }
-    step = context.writer.step("golden", inputs=inputs, make=make)
+    step = context.step("golden", stage="golden images", inputs=inputs, make=make)
     return tuple(from_json(GoldenImage, value) for value in step.values)
 
 
 def run_golden(
-    context: DeployContext, variants: list[Variant], golden: tuple[GoldenImage, ...]
+    context: DeployContext,
+    variants: list[Variant],
+    *,
+    images: tuple[EvaluationImage, ...],
+    golden: tuple[GoldenImage, ...],
+    evaluations: Evaluations,
 ) -> tuple[GoldenRun, ...]:
     """What every variant detects in the golden images, and every graph from which a device builds its engine.
 
-    An engine on a device is compared with these: they have the same rounding, which the reference has not.
+    An engine on a device is compared with these: they have the same rounding, which the reference has not. The golden
+    images are copies of evaluation images, pixel for pixel: what was evaluated is not run again.
     """
+    known = {(v.label, v.artifact.sha256): e.run for v, e in zip(variants, evaluations.candidates, strict=True)}
     specs = list(variants)
     if "onnxruntime" in all_backends() and get_backend("onnxruntime").probe().available:
         measured = {variant.artifact.path for variant in variants}
@@ -228,23 +253,32 @@ def run_golden(
                     specs.append(Variant(model=path, backend="onnxruntime", precision=precision, artifact=artifact))
 
     def make(_: Path) -> StepOutput:
-        images = [read_golden_image(context.writer.path(image.path).read_bytes(), image) for image in golden]
         scales = [image_scale(context.contract, (image.height, image.width)) for image in golden]
         reference = [image.detections.to_detections() for image in golden]
         runs = []
-        for index, spec in enumerate(specs):
-            with spec.open() as detector:
-                detected = [detector.detect(image) for image in images]
+        for spec in specs:
+            run = known.get((spec.label, spec.artifact.sha256)) or _scored_run(context, spec)
+            if run is not None:
+                detected = [run.detections[image.image_id] for image in images]
+            else:
+                copies = [read_golden_image(context.writer.path(g.path).read_bytes(), g) for g in golden]
+                with spec.open() as detector:
+                    detected = [detector.detect(copy) for copy in copies]
             runs.append(_golden_run(spec, reference, detected, scales=scales))
-            context.progress("golden images", index + 1, len(specs))
         return StepOutput(values=to_json(runs))
 
     inputs = {
         "golden": json.dumps(to_json(golden), sort_keys=True),
         "artifacts": " ".join(f"{s.backend} {s.compute} {s.artifact.sha256}" for s in specs),
     }
-    step = context.writer.step("golden-runs", inputs=inputs, make=make)
+    step = context.step("golden-runs", stage="golden images", inputs=inputs, make=make)
     return tuple(from_json(GoldenRun, value) for value in step.values)
+
+
+def _scored_run(context: DeployContext, spec: Variant) -> DetectionRun | None:
+    """What a search for an accuracy goal saw of this artifact, computed as ``spec`` says."""
+    scored = context.scored.get((spec.backend, spec.artifact.sha256))
+    return scored.candidates[0].run if scored is not None and spec.options == SessionOptions() else None
 
 
 def _golden_run(
@@ -300,7 +334,7 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
         "image": sha256_file(image),
         "rounds": str(_TIMING.rounds),
     }
-    return from_json(Benchmark, context.writer.step("speed", inputs=inputs, make=make).values)
+    return from_json(Benchmark, context.step("speed", stage="speed", inputs=inputs, make=make).values)
 
 
 def benchmark_figures(

@@ -40,14 +40,19 @@ from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate, undecided_because
 from fcos_deploy.core.image import list_images
 from fcos_deploy.core.matching import MatchOptions, ScoreDrift, compare_detections, score_drift
+from fcos_deploy.core.model_files import files_of
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.detector import Detector, DetectorSpec
 
-__all__ = ["Quantized", "accuracy_goal", "quantize_model"]
+__all__ = ["Quantized", "Scored", "accuracy_goal", "quantize_model"]
+
+# Evaluations on the images of one goal, by backend and hash of the model file.
+Scored = dict[tuple[str, str], Evaluations]
 
 _RESAMPLES = 1000
 _TIMING = TimingOptions(rounds=6, block=4, warmup=2)
@@ -99,11 +104,16 @@ def quantize_model(
     quantizer: str = "qdq",
     goal: AccuracyGoal | None = None,
     state: Path | None = None,
+    predictions: Path | None = None,
+    scored: Scored | None = None,
+    float_model: Path | None = None,
     progress: ProgressFn = no_progress,
 ) -> Quantized:
     """Quantize, and where there is a goal return only what reaches it, or what the images cannot decide.
 
-    ``state``: file from which an interrupted search resumes; hidden beside the output by default.
+    ``state``: file from which an interrupted search resumes; hidden beside the output by default. ``predictions``:
+    folder in which detections are kept by content. ``scored``: what was evaluated before on the goal's images, to which
+    this search adds. ``float_model``: what the goal's backend runs of the float graph; the graph itself by default.
 
     Raises:
         AccuracyGateError: the goal cannot be reached; nothing was written, the float graph is as it was.
@@ -119,7 +129,14 @@ def quantize_model(
             f"--reference {request.graph.source.path}' with the same limit; or --quantizer qdq",
         )
     with tempfile.TemporaryDirectory() as folder:
-        score = _Score(request.graph.source.path, goal, predictions=Path(folder), progress=progress)
+        score = _Score(
+            request.graph.source.path,
+            goal,
+            float_model=float_model or request.graph.source.path,
+            predictions=predictions or Path(folder),
+            scored={} if scored is None else scored,
+            progress=progress,
+        )
         if score.problem:
             # What cannot be judged says nothing against INT8, and is no reason to move layers to float.
             result, choices = chosen.quantize(request, progress=progress), 1
@@ -207,9 +224,19 @@ def _trade_offs(
 class _Score:
     """Scores a model file on the goal's images, and compares it with the float graph; its detections are kept."""
 
-    def __init__(self, source: Path, goal: AccuracyGoal, *, predictions: Path, progress: ProgressFn) -> None:
+    def __init__(
+        self,
+        source: Path,
+        goal: AccuracyGoal,
+        *,
+        float_model: Path,
+        predictions: Path,
+        scored: Scored,
+        progress: ProgressFn,
+    ) -> None:
+        self._float_model = float_model
         self._source, self._goal, self._predictions, self._progress = source, goal, predictions, progress
-        self._evaluations: dict[Path, Evaluations] = {}
+        self._scored = scored
         self._options = SessionOptions(threads=goal.threads)
 
     @property
@@ -223,7 +250,6 @@ class _Score:
         )
 
     def __call__(self, model: Path) -> ScoreLoss:
-        self._evaluations.pop(model, None)  # A candidate's file takes the name of the one before.
         compared = self._compared(model)
         if compared.drop is not None and compared.scores.ap is not None:
             return ScoreLoss(score=compared.scores.ap, interval=(compared.drop.low, compared.drop.high))
@@ -254,18 +280,20 @@ class _Score:
 
     def _evaluated(self, model: Path) -> Evaluations:
         """A model that a resumed search had evaluated is evaluated again."""
-        if model not in self._evaluations:
+        model = self._float_model if model == self._source else model
+        key = (self._goal.backend, " ".join(map(sha256_file, files_of(model))))
+        if key not in self._scored:
             spec = DetectorSpec(model=model, backend=self._goal.backend, options=self._options)
             request = EvaluationRequest(
                 candidates=(spec,),
                 images=self._goal.images,
                 annotations=self._goal.annotations,
-                reference=None if self._goal.annotations else replace(spec, model=self._source),
+                reference=None if self._goal.annotations else replace(spec, model=self._float_model),
                 resamples=_RESAMPLES if self._goal.annotations else 0,
                 predictions=self._predictions,
             )
-            self._evaluations[model] = evaluate(request, progress=self._progress)
-        return self._evaluations[model]
+            self._scored[key] = evaluate(request, progress=self._progress)
+        return self._scored[key]
 
     def detections(self, model: Path) -> Mapping[int, Detections]:
         """By image number."""

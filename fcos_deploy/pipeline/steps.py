@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
-from fcos_deploy.bundle import Artifact, ArtifactDraft, BundleWriter, CalibrationRecord, StepOutput
+from fcos_deploy.bundle import Artifact, ArtifactDraft, BundleWriter, CalibrationRecord, StepOutput, StepResult
 from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, contract_to_text
@@ -24,15 +25,17 @@ from fcos_deploy.core.model_files import engine_file, files_of, graph_file
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.serialize import to_json
+from fcos_deploy.core.stages import StageClock
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.build import engine_requirements
-from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
+from fcos_deploy.pipeline.quantize import Scored, accuracy_goal, quantize_model
 from fcos_deploy.targets.plan import Plan, PlanRequest
 from fcos_deploy.targets.plan import plan as make_plan
 from fcos_deploy.targets.profiles import load_profile
 
 if TYPE_CHECKING:
     from calibration.dataset import CalibrationSet, SampleOptions
+    from calibration.placement import ConvGraph
     from fcos_deploy.checkpoints.load import LoadedCheckpoint
 
 __all__ = [
@@ -209,7 +212,10 @@ def plan_targets(
 
 @dataclass(frozen=True, slots=True)
 class DeployContext:
-    """What every step works with. ``contract`` is the one that artifacts carry, with the tail that they have."""
+    """What every step works with. ``contract`` is the one that artifacts carry, with the tail that they have.
+
+    ``scored``: what searches for an accuracy goal have evaluated, by content.
+    """
 
     request: DeployRequest
     loaded: LoadedCheckpoint
@@ -217,6 +223,29 @@ class DeployContext:
     images: ImageSets
     writer: BundleWriter
     progress: ProgressFn
+    stages: StageClock = field(default_factory=StageClock)
+    scored: Scored = field(default_factory=dict)
+    _graphs: dict[str, ConvGraph] = field(default_factory=dict)
+
+    @property
+    def predictions(self) -> Path:
+        """Folder of the detections that every artifact of this bundle gave, by content."""
+        return self.writer.scratch / "predictions"
+
+    def step(
+        self, name: str, *, stage: str, inputs: Mapping[str, str], make: Callable[[Path], StepOutput]
+    ) -> StepResult:
+        """A step of the bundle, in the time of a stage."""
+        with self.stages.stage(stage):
+            return self.writer.step(name, inputs=inputs, make=make)
+
+    def conv_graph(self, graph: Graph) -> ConvGraph:
+        """A float graph as calibration and quantizers read it, opened once."""
+        from calibration.placement import open_graph
+
+        if graph.artifact.sha256 not in self._graphs:
+            self._graphs[graph.artifact.sha256] = open_graph(graph.path)
+        return self._graphs[graph.artifact.sha256]
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +330,8 @@ def export(
         "nms_form": str(nms_form),
         **library_versions("torch", "onnx", "onnxsim"),
     }
-    step = context.writer.step("-".join(filter(None, ("export", precision, tail, own))), inputs=inputs, make=make)
+    label = "-".join(filter(None, ("export", precision, tail, own)))
+    step = context.step(label, stage="export", inputs=inputs, make=make)
     return Graph(step.artifacts[0], context.writer.path(name), tail, deform_form)
 
 
@@ -309,7 +339,6 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
     """The ranges of the graph's activations over the calibration images."""
     from calibration.cache import load_calibration, save_calibration
     from calibration.calibrate import collect_ranges
-    from calibration.placement import open_graph
 
     images = context.images.calibration
     hashes = sorted(image.sha256 for image in images.images)
@@ -318,13 +347,13 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
 
     def make(folder: Path) -> StepOutput:
         state = context.writer.scratch / f"{name}.state"
-        ranges = collect_ranges(open_graph(source.path), images, state=state, progress=context.progress)
+        ranges = collect_ranges(context.conv_graph(source), images, state=state, progress=context.progress)
         save_calibration(ranges, folder / name)
         return StepOutput()
 
     inputs = {"graph": source.artifact.sha256, "images": json.dumps(hashes)}
     label = "-".join(filter(None, ("calibrate", source.tail, source.artifact.backend)))
-    context.writer.step(label, inputs=inputs, make=make)
+    context.step(label, stage="calibrate", inputs=inputs, make=make)
     path = context.writer.path(name)
     ranges = load_calibration(path)
     details = {"images": str(len(hashes)), "of": str(images.candidates), "seed": str(images.seed)}
@@ -340,16 +369,24 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
     return Calibrated(path, record)
 
 
-def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, consumer: str) -> Graph:
+def quantize(
+    context: DeployContext,
+    source: Graph,
+    *,
+    calibrated: Calibrated,
+    consumer: str,
+    float_variant: Variant | None = None,
+) -> Graph:
     """The INT8 graph in the placement of ``consumer``, a backend or a placement; shared by backends of one placement.
 
-    Layers return to float until the accuracy goal holds, which is measured on the placement's own backend.
+    Layers return to float until the accuracy goal holds, which is measured on the placement's own backend; there
+    ``float_variant`` is what runs of ``source``.
 
     Raises:
         AccuracyGateError: the goal cannot be reached.
     """
     from calibration.cache import load_calibration
-    from calibration.placement import open_graph, placement_for
+    from calibration.placement import placement_for
     from calibration.quantizers import QuantizeRequest
 
     policy, request = placement_for(consumer), context.request
@@ -363,14 +400,22 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
 
     def make(folder: Path) -> StepOutput:
         quantization = QuantizeRequest(
-            graph=open_graph(source.path),
+            graph=context.conv_graph(source),
             output=folder / name,
             placement=policy,
             calibration=load_calibration(calibrated.path),
             seed=request.seed,
         )
         state = context.writer.scratch / f"{name}.search"
-        quantized = quantize_model(quantization, goal=goal, state=state, progress=context.progress).result
+        quantized = quantize_model(
+            quantization,
+            goal=goal,
+            state=state,
+            predictions=context.predictions,
+            scored=context.scored,
+            float_model=float_variant.model if float_variant else None,
+            progress=context.progress,
+        ).result
         draft = ArtifactDraft(
             path=name,
             kind=ArtifactKind.ONNX,
@@ -388,7 +433,9 @@ def quantize(context: DeployContext, source: Graph, *, calibrated: Calibrated, c
         "placement": json.dumps(to_json(policy), sort_keys=True),
         "goal": f"{request.gate} {context.images.evaluation_key}",
     }
-    step = context.writer.step(f"quantize-{policy.name}-{source.tail}", inputs=inputs, make=make)
+    step = context.step(
+        f"quantize-{policy.name}-{source.tail}", stage=f"quantize {policy.name}", inputs=inputs, make=make
+    )
     return Graph(step.artifacts[0], context.writer.path(name), source.tail)
 
 
@@ -427,7 +474,7 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
         "version": version,
         "options": json.dumps(to_json(options), sort_keys=True, default=str),
     }
-    step = context.writer.step(f"build-{backend}-{source.precision}", inputs=inputs, make=make)
+    step = context.step(f"build-{backend}-{source.precision}", stage="build", inputs=inputs, make=make)
     return Variant(
         model=context.writer.path(name), backend=backend, precision=source.precision, artifact=step.artifacts[0]
     )

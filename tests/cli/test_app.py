@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import fcos_deploy.cli
 from fcos_deploy.cli.app import COMMANDS, build_app
+from fcos_deploy.cli.output import progress_bar
 from fcos_deploy.core import errors
 
 APP = build_app()
@@ -158,6 +159,23 @@ def test_verbose_tells_the_steps_and_quiet_only_errors(tiny_checkpoint: Path, tm
     assert "Traceback" not in _run(*missing, "-v").stderr
     assert "Traceback" in _run(*missing, "-vv").stderr
     assert _run(*missing, "-v", "-q").exit_code == 2
+
+
+def test_without_a_terminal_a_stage_leaves_one_line_with_its_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fcos_deploy.cli.output.time.monotonic", lambda: now[0])
+    with progress_bar() as report:
+        for label, seconds in (("calibrating", 1.0), ("openvino fp32", 0.05), ("openvino fp32", 0.25), ("short", 0.01)):
+            for done in range(21):
+                report(label, done, 20)
+                now[0] += seconds
+    assert capsys.readouterr().err.splitlines() == [
+        "calibrating: 20 in 20.0 s, 1.0/s",
+        "openvino fp32: 20 in 1.0 s, 20.0/s",
+        "openvino fp32: 20 in 5.0 s, 4.0/s",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,21 @@ def test_fp32_equals_the_reference_to_three_decimals(deployed: tuple[Path, dict[
     assert abs(variants["pytorch", "fp32"]["ap"] - variants["openvino", "fp32"]["ap"]) < 0.0005
 
 
+def test_an_artifact_is_evaluated_once_and_the_stages_say_where_the_time_went(
+    deployed: tuple[Path, dict[str, object]],
+) -> None:
+    content: Any = deployed[1]
+    stages = {stage["name"]: stage for stage in content["stages"]}
+    assert stages["calibrate"]["inferences"] == 8, "one inference an image"
+    # The search for the goal has evaluated the float IR; its INT8 candidate was an ONNX file, the artifact is an IR.
+    evaluated = [v for v in content["variants"] if (v["precision"], v["compute"]) != ("fp32", "f32")]
+    assert stages["accuracy"]["inferences"] == 40 * (1 + len(evaluated))
+    assert sum(stage["seconds"] for stage in content["stages"]) == pytest.approx(content["seconds"], rel=0.2)
+    with open_bundle(deployed[0]) as bundle:
+        recorded = [stage.name for stage in bundle.manifest.stages]
+    assert [*recorded, "verify"] == list(stages), "the check of the finished bundle comes after its manifest"
+
+
 def test_report_is_one_file_that_names_every_variant(deployed: tuple[Path, dict[str, object]]) -> None:
     html = (deployed[0] / "report.html").read_text(encoding="utf-8")
     assert "openvino" in html

@@ -1,0 +1,83 @@
+"""What a deployment takes, stage by stage, beside the least that it could take.
+
+    python benchmarks/deploy_time.py -o WORK [--calibration-count 40]
+    python benchmarks/deploy_time.py CHECKPOINT -o WORK --calibration DIR --images DIR --annotations FILE \
+        [--shortest 256 --longest 512]
+
+Without a checkpoint it is the demo detector. The floor is the export, one calibration pass, one evaluation of every
+artifact at its measured latency, and the timed rounds. Everything is of one run, so that other load on the machine
+lengthens both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.serialize import to_json
+from fcos_deploy.pipeline.deploy import Deployment, demo_request, deploy
+from fcos_deploy.pipeline.steps import DeployRequest
+
+
+def main() -> None:
+    """Deploy once and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the bundle")
+    for name in ("--calibration", "--images", "--annotations"):
+        parser.add_argument(name, type=Path)
+    for name in ("--shortest", "--longest", "--calibration-count"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--max-map-drop", type=float, default=0.02)
+    asked = parser.parse_args()
+    if asked.checkpoint is None:
+        request = replace(demo_request(asked.output / "bundle"), calibration_count=asked.calibration_count)
+    else:
+        request = DeployRequest(
+            checkpoint=asked.checkpoint,
+            output=asked.output / "bundle",
+            calibration_images=asked.calibration,
+            images=asked.images,
+            annotations=asked.annotations,
+            options=CheckpointOptions(shortest=asked.shortest, longest=asked.longest),
+            calibration_count=asked.calibration_count,
+            max_map_drop=asked.max_map_drop,
+        )
+    asked.output.mkdir(parents=True, exist_ok=True)
+    deployment = deploy(request)
+    print(markdown(deployment))
+    (asked.output / "stages.json").write_text(json.dumps(to_json(deployment.stages), indent=1))
+
+
+def markdown(deployment: Deployment) -> str:
+    """The stages, then the floor and what it is made of."""
+    lines = ["| stage | seconds | share | inferences |", "|---|---|---|---|"]
+    for stage in deployment.stages:
+        share = stage.seconds / deployment.seconds
+        lines.append(f"| {stage.name} | {stage.seconds:.1f} | {share:.0%} | {stage.inferences} |")
+    lines.append(f"| all | {deployment.seconds:.1f} | | |")
+    floor = floor_seconds(deployment)
+    lines += ["", "| of the floor | seconds |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.1f} |" for name, seconds in floor.items()]
+    total = sum(floor.values())
+    lines += [f"| all | {total:.1f} |", "", f"{deployment.seconds / total:.2f} times the floor"]
+    return "\n".join(lines)
+
+
+def floor_seconds(deployment: Deployment) -> dict[str, float]:
+    """The parts of the floor; rows are the reference and the variants, in the order of the benchmark's results."""
+    stages = {stage.name: stage.seconds for stage in deployment.stages}
+    images, results = deployment.rows[0].scores.images, deployment.benchmark.results
+    return {
+        "export": stages["export"],
+        "calibration pass": stages["calibrate"],
+        "one evaluation of each artifact": images * sum(result.latency.p50 for result in results) / 1e3,
+        "timed rounds": sum(sum(result.samples_ms) for result in results) / 1e3,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -118,20 +118,7 @@ def _origins(count: int, taps: int, stride: int, dilation: int, like: Tensor) ->
     return positions[:, None] + torch.arange(taps, dtype=like.dtype, device=like.device) * dilation
 
 
-@torch.library.custom_op("fcos_deploy::deform_conv", mutates_args=())
-def _deform_conv(  # noqa: PLR0917  (as above)
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    deform_groups: int,
-) -> Tensor:
-    return deform_conv(x, weight, offsets, bias, mask, stride, padding, dilation, groups, deform_groups)
+_deform_conv = torch.library.custom_op("fcos_deploy::deform_conv", deform_conv, mutates_args=())
 
 
 @_deform_conv.register_fake

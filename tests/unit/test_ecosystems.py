@@ -222,18 +222,27 @@ def test_a_stored_mean_shows_the_order_of_the_channels(mean: tuple[float, ...], 
     assert _decision(described, "channel_order")[1] == "the file's pixel_mean and pixel_std"
 
 
-@pytest.mark.parametrize("name", ["adelaidet_R_50_1x", "detectron2_fcos_R_50_FPN_1x", "adelaidet_MS_R_50_4x_syncbn"])
-def test_a_body_with_statistics_of_its_own_may_be_torchvisions_and_is_asked_about(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "msra"),
+    [
+        ("adelaidet_R_50_1x", "103.53,116.28,123.675"),
+        ("detectron2_fcos_R_50_FPN_1x", "103.53,116.28,123.675"),
+        ("adelaidet_MS_R_50_4x_syncbn", "103.53,116.28,123.675"),
+        ("tianzhi_fcos_imprv_R_50_FPN_1x", "102.98,115.947,122.772"),
+    ],
+)
+def test_a_body_with_statistics_of_its_own_may_be_torchvisions_and_is_asked_about(name: str, msra: str) -> None:
     tensors = _state_dict(name)
-    tensors["backbone.bottom_up.stem.conv1.norm.running_mean"][0] = 0.1
+    next(tensor for key, tensor in tensors.items() if key.endswith("running_mean"))[0] = 0.1
 
     def describe(options: CheckpointOptions) -> CheckpointDescription:
-        return describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=options)
+        return describe_weights(_weights(tensors), file_name=name, stated={}, options=options)
 
     with pytest.raises(ConfigError, match=r"may be torchvision's .* or MSRA's") as caught:
         describe(CheckpointOptions())
     for option in ("--stride-in-3x3", "--mean A,B,C", "--std A,B,C", "--channel-order"):
         assert option in caught.value.hint
+    assert f"MSRA: {msra} and 1,1,1" in caught.value.hint
     answers = {"mean": MSRA[::-1], "std": (58.395, 57.12, 57.375), "channel_order": ChannelOrder.RGB}
     with pytest.raises(ConfigError) as caught:
         describe(CheckpointOptions(**answers))

@@ -30,7 +30,8 @@ from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # 
 from fcos_deploy.core.onnx_file import external_locations, onnx_interface, onnx_metadata  # noqa: E402
 from fcos_deploy.core.onnx_graph import NAMES_KEY, OnnxGraph, opset_of  # noqa: E402
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
-from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec  # noqa: E402
+from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec, SizeRule  # noqa: E402
+from fcos_deploy.model.tails import ExportableFcos  # noqa: E402
 from fcos_deploy.model.wrap import wrap_module  # noqa: E402
 from fcos_deploy.serving.package import ServedModel, ServingOptions  # noqa: E402
 from fcos_deploy.serving.triton import config_text  # noqa: E402
@@ -336,6 +337,38 @@ def test_open_sizes_stay_open(tiny_checkpoint: Path, tmp_path: Path) -> None:
             assert len(wanted) > 5
             assert found.labels.tolist() == wanted.labels.tolist()
             np.testing.assert_allclose(found.boxes, wanted.boxes, atol=2e-2)
+
+
+def test_a_static_nms_of_open_size_takes_images_with_fewer_candidates_than_it_looks_at(tmp_path: Path) -> None:
+    """Where the number of candidates is not known before a run, some that failed the gate are appended."""
+    torch.manual_seed(0)
+    wrapped = wrap_module(
+        _Small(),
+        preprocess=PreprocessSpec(
+            mean=(128, 128, 128), std=(64, 64, 64), shortest=64, longest=256, size_rule=SizeRule.TORCHVISION
+        ),
+        decode=DecodeSpec(profile=PROFILES["mmdetection"], score_threshold=0.4, iou_threshold=0.5, strides=(8, 16, 32)),
+        class_names=tuple("abcde"),
+    )
+    options = ExportOptions(tail=Tail.NMS, nms_form=NmsForm.STATIC, nms_boxes=250, simplify=False)
+    static = export_onnx(wrapped, tmp_path / "static.onnx", options=options)
+    run, reference = open_model(static.path).run, ExportableFcos(wrapped.model, wrapped.contract)
+    for height, width in ((32, 32), (64, 96), (128, 128)):  # 105, 630 and 1680 pairs of a location and a class
+        images = np.random.default_rng(1).integers(0, 256, (1, 3, height, width), np.uint8)
+        letterbox = Letterbox(height, width, height, width)
+        outputs = run({"images": images, "image_sizes": image_sizes_row(letterbox)[None]})
+        with torch.inference_mode():
+            tensors = [tensor.numpy() for tensor in reference(torch.from_numpy(images))]
+        raw = dict(zip(reference.output_names, tensors, strict=True))
+        detections, expected = (
+            postprocess(tensors, contract, index=0, input_size=(height, width), letterbox=letterbox)
+            for tensors, contract in ((outputs, static.contract), (raw, wrapped.contract))
+        )
+        assert outputs["settled"].all()
+        assert 5 < len(detections) < 100 or height > 32
+        assert detections.labels.tolist() == expected.labels.tolist()
+        np.testing.assert_allclose(detections.scores, expected.scores, atol=1e-5)
+        np.testing.assert_allclose(detections.boxes, expected.boxes, atol=1e-2)
 
 
 def test_export_in_half_precision(export: Callable[..., OnnxExport]) -> None:

@@ -13,7 +13,16 @@ from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
-__all__ = ["BACKBONE_RENAMES", "ECOSYSTEM", "MSRA_MEAN", "UNIT_STD", "caffe_rules", "caffe_stride", "stored_pixels"]
+__all__ = [
+    "BACKBONE_RENAMES",
+    "ECOSYSTEM",
+    "MSRA_MEAN",
+    "UNIT_STD",
+    "ask_what_the_backbone_leaves_open",
+    "caffe_rules",
+    "caffe_stride",
+    "stored_pixels",
+]
 
 MSRA_MEAN = (103.53, 116.28, 123.675)  # BGR, 0..255
 UNIT_STD = (1.0, 1.0, 1.0)
@@ -87,10 +96,10 @@ def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
             if count_of(tensor) != channels:
                 raise CheckpointError(f"'pixel_{name}' must have {channels} values, got shape {list(tensor.shape)}.")
             values[name] = tuple(flat_values(tensor))
-    gray = evidence.network.image_channels == 1
-    order = ChannelOrder.GRAY if gray else _order_of(values["mean"]) if "mean" in values else None
+    order = _order_of(values["mean"]) if "mean" in values else None
+    msra_rules = rules
     rules = rules.decide("the file's pixel_mean and pixel_std", channel_order=order, **values)
-    _ask_what_the_body_leaves_open(evidence, stored=frozenset(values), order=order)
+    ask_what_the_backbone_leaves_open(evidence, msra_rules, stored=frozenset(values), order=order)
     return rules
 
 
@@ -100,6 +109,8 @@ _KNOWN_MEANS = ((123.675, 116.28, 103.53), (122.7717, 115.9465, 102.9801))
 
 def _order_of(mean: tuple[float, ...]) -> ChannelOrder | None:
     """The order in which a mean is one of the known ones, within a level; None where it is neither."""
+    if len(mean) == 1:
+        return ChannelOrder.GRAY
     for order, turned in ((ChannelOrder.RGB, mean), (ChannelOrder.BGR, mean[::-1])):
         for known in _KNOWN_MEANS:
             if all(abs(a - b) < 1 for a, b in zip(turned, known, strict=True)):
@@ -107,12 +118,14 @@ def _order_of(mean: tuple[float, ...]) -> ChannelOrder | None:
     return None
 
 
-def _ask_what_the_body_leaves_open(evidence: Evidence, *, stored: frozenset[str], order: ChannelOrder | None) -> None:
+def ask_what_the_backbone_leaves_open(
+    evidence: Evidence, rules: Rules, *, stored: frozenset[str] = frozenset(), order: ChannelOrder | None = None
+) -> None:
     """Stop at a ResNet that is not surely an MSRA one, whose stride and pixels torchvision's has otherwise.
 
     MSRA weights have their batch norm merged. Statistics of its own say that the body was converted from torchvision's,
-    or trained from MSRA's with synchronised batch norm: the tensors are the same. ``stored``: what the file says of
-    'mean' and 'std'; ``order``: the channels that the stored mean shows.
+    or trained from MSRA's with synchronised batch norm: the tensors are the same. ``rules``: those of MSRA's;
+    ``stored``: what the file says of 'mean' and 'std'; ``order``: the channels that the stored mean shows.
 
     Raises:
         ConfigError: naming the options that answer it.
@@ -125,13 +138,15 @@ def _ask_what_the_body_leaves_open(evidence: Evidence, *, stored: frozenset[str]
             open_questions.append("--stride-in-1x1 or --stride-in-3x3")
         given = {"mean": options.mean, "std": options.std}
         open_questions += [f"--{name} A,B,C" for name, value in given.items() if value is None and name not in stored]
-    if options.channel_order is None and order is None and (not msra or "mean" in stored):
+    coloured = network.image_channels == 3
+    if coloured and options.channel_order is None and order is None and (not msra or "mean" in stored):
         open_questions.append("--channel-order bgr or rgb")
     if open_questions and not msra:
         raise ConfigError(
             "The backbone's batch norm has statistics of its own, so it may be torchvision's (stride in the 3x3, RGB) "
             "or MSRA's (stride in the 1x1, BGR).",
-            hint=f"say what the training used: {', '.join(open_questions)}; MSRA: 103.53,116.28,123.675 and 1,1,1",
+            hint=f"say what the training used: {', '.join(open_questions)}; "
+            f"MSRA: {','.join(f'{mean:g}' for mean in rules.mean)} and 1,1,1",
         )
     if open_questions:
         raise ConfigError(

@@ -5,7 +5,7 @@ Source: tianzhi0549/FCOS, ``fcos_core/modeling/rpn/fcos/``, ``configs/fcos/`` (d
 
 from __future__ import annotations
 
-from fcos_deploy.checkpoints.ecosystems.detectron2 import UNIT_STD, caffe_stride
+from fcos_deploy.checkpoints.ecosystems.detectron2 import UNIT_STD, ask_what_the_backbone_leaves_open, caffe_stride
 from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
@@ -33,6 +33,7 @@ def _rules(evidence: Evidence) -> Rules:
     )
     if evidence.network.backbone is not BackboneType.MOBILENET_V2:
         rules = rules.decide("rule of tianzhi: FrozenBatchNorm adds nothing to the variance", norm_eps=0.0)
+    ask_what_the_backbone_leaves_open(evidence, rules)
     variant, source = evidence.variant, "option --variant"
     if not variant and "imprv" in evidence.file_name.lower():
         variant, source = "imprv", "the file's name"

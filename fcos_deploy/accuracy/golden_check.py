@@ -308,8 +308,10 @@ def _missing(
 
 def _chance_of_more(count: int, of: int, rate: float) -> float:
     """P(X >= count) for X binomial in ``of`` trials of probability ``rate``."""
-    if count == 0 or rate <= 0.0:
-        return 1.0 if count == 0 else 0.0
+    if count == 0 or rate >= 1.0:
+        return 1.0
+    if rate <= 0.0:
+        return 0.0
     # By logarithms: the number of combinations is beyond a float from about a thousand trials on.
     whole = math.lgamma(of + 1)
     return sum(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -330,23 +331,38 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
         content = parse_json(read_file(path, limit=MAX_TEXT_BYTES))
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the baseline '{path}': {error}.") from error
-    if not isinstance(content, list) or not all(isinstance(c, dict) and "latency_ms" in c for c in content):
+    if not isinstance(content, list) or not all(map(_is_entry, content)):
         raise ConfigError(f"'{path}' is not a benchmark.", hint="write one with 'fcos-deploy benchmark --output FILE'")
     return content
+
+
+def _is_entry(entry: Any) -> bool:  # Any: a JSON value
+    """Whether it names a candidate and has the times that are compared, which nothing can be slower than if NaN."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("backend", "precision")):
+        return False
+    latency = entry.get("latency_ms")
+    times = [latency.get(key) for key in ("p50", "minimum")] if isinstance(latency, dict) else [None]
+    return all(isinstance(value, (int, float)) and 0.0 < value < math.inf for value in times)
 
 
 def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any]]) -> list[BaselineComparison]:
     """Pair the candidates of both: the first of a backend and precision with the first, the second with the second.
 
     Raises:
-        ConfigError: they have none in common, or were measured on different processors or with different settings.
+        ConfigError: the baseline lacks a candidate, or was measured on another processor or with other settings.
     """
     earlier = _numbered([(entry["backend"], entry["precision"]) for entry in baseline])
     now = _numbered([(result.backend, result.precision) for result in benchmark.results])
-    pairs = [(baseline[earlier[key]], benchmark.results[place]) for key, place in now.items() if key in earlier]
-    if not pairs:
-        known = sorted({(backend, precision) for backend, precision, _ in earlier})
-        raise ConfigError(f"The baseline has none of these candidates; it has {known}.")
+    missing = [
+        f"'{backend} {precision}'" for backend, precision, place in now if (backend, precision, place) not in earlier
+    ]
+    if missing:
+        known = sorted({f"'{backend} {precision}'" for backend, precision, _ in earlier})
+        raise ConfigError(
+            f"The baseline has nothing to compare {', '.join(missing)} with; it has {', '.join(known) or 'nothing'}.",
+            hint="give the --backend and --precision of the baseline, or measure a new one with --output",
+        )
+    pairs = [(baseline[earlier[key]], benchmark.results[place]) for key, place in now.items()]
     for entry, result in pairs:
         _require_comparable(entry, result, processor=benchmark.machine.processor)
     return [

@@ -72,6 +72,11 @@ def command(
     from fcos_deploy.report import write_report
 
     if records:
+        if max_map_drop is not None or images or annotations or reference or also:
+            raise ConfigError(
+                "Records are judged by the bundle's own gates, and are compared with nothing else.",
+                hint="leave out --max-map-drop, --reference, --images, --annotations and --also with --records",
+            )
         # The keys are those of the devices too; only a required signature is one of the bundle as well.
         asked = trust if require_signature or trust.min_version else replace(trust, public_keys=())
         _sign_off(model, records, trust=asked, keys=trust.public_keys, output=output, inconclusive=allow_inconclusive)

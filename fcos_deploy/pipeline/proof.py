@@ -141,10 +141,12 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
 
 
 def _exact_gate(request: DeployRequest) -> Gate:
-    """What a float32 artifact has to keep; without annotations there is no AP to lose."""
+    """What a float32 artifact has to keep, or what was asked for if that is less; without annotations no AP is lost."""
+    asked = request.gate
     if request.annotations is None:
-        return Gate(min_match_rate=_FP32_MATCH_RATE, judge=request.judge)
-    return Gate(max_map_drop=_FP32_MAP_DROP, judge=request.judge)
+        return replace(asked, min_match_rate=max(_FP32_MATCH_RATE, asked.min_match_rate or 0.0))
+    drop = _FP32_MAP_DROP if asked.max_map_drop is None else min(_FP32_MAP_DROP, asked.max_map_drop)
+    return replace(asked, max_map_drop=drop)
 
 
 def _choices(context: DeployContext, artifact: Artifact) -> int:

@@ -65,6 +65,13 @@ def _record(manifest: dict, *, ap: float, milliseconds: float) -> None:
     manifest["benchmark"] = [{**figure, "device": "a laptop", "metrics": {"total_p50_ms": milliseconds}}]
 
 
+@pytest.mark.parametrize("more", [("--max-map-drop", "0.01"), ("--images", "."), ("--also", "b")])
+def test_records_are_judged_by_the_bundles_own_gates_alone(more: tuple[str, ...], tmp_path: Path) -> None:
+    result = _run("report", tmp_path, "--records", tmp_path / "record.json", *more)
+    assert result.exit_code == 2
+    assert "leave out --max-map-drop" in " ".join(result.stderr.split())
+
+
 def test_two_bundles_are_compared_by_what_they_record(bundle: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(bundle, tmp_path / "other"))
 

@@ -167,16 +167,18 @@ def test_a_slower_median_with_the_same_fastest_time_is_other_load(tmp_path: Path
 
 def test_several_models_on_one_backend_are_compared_in_their_order(tmp_path: Path) -> None:
     save_benchmark(tmp_path / "b.json", benchmark(result(times=10.0), result("onnxruntime"), result(times=20.0)))
-    again = benchmark(result(times=10.0), result(times=30.0), result(times=5.0))
-    found = compare_with_baseline(again, read_baseline(tmp_path / "b.json"))
+    earlier = read_baseline(tmp_path / "b.json")
+    found = compare_with_baseline(benchmark(result(times=10.0), result(times=30.0)), earlier)
     assert [(c.minimum_before, c.minimum_now) for c in found] == [(10.0, 10.0), (20.0, 30.0)]
+    with pytest.raises(ConfigError, match="nothing to compare 'openvino int8' with"):
+        compare_with_baseline(benchmark(result(), result(), result(times=5.0)), earlier)
 
 
 def test_baselines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_benchmark(tmp_path / "b.json", benchmark(result("openvino")))
     earlier = read_baseline(tmp_path / "b.json")
-    with pytest.raises(ConfigError, match="none of these candidates"):
-        compare_with_baseline(benchmark(result("tensorrt")), earlier)
+    with pytest.raises(ConfigError, match="nothing to compare 'tensorrt int8' with; it has 'openvino int8'"):
+        compare_with_baseline(benchmark(result("openvino"), result("tensorrt")), earlier)
     with pytest.raises(ConfigError, match="measured on 'P', this machine is 'Q'"):
         compare_with_baseline(benchmark(result("openvino"), processor="Q"), earlier)
     threaded = replace(result("openvino"), session={"backend": "openvino", "threads": "2", "version": "1"})
@@ -185,9 +187,11 @@ def test_baselines_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"measured otherwise: threads 2 then, 4 now\.") as caught:
         compare_with_baseline(benchmark(other), read_baseline(tmp_path / "t.json"))
     assert "--threads" in caught.value.hint
-    (tmp_path / "c.json").write_text("{}")
-    with pytest.raises(ConfigError, match="not a benchmark"):
-        read_baseline(tmp_path / "c.json")
+    for wrong in ("NaN", "0", "null", '"1"', "Infinity"):
+        text = (tmp_path / "b.json").read_text().replace('"p50": 11.0', f'"p50": {wrong}')
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ConfigError, match="not a benchmark"):
+            read_baseline(tmp_path / "c.json")
     with pytest.raises(ConfigError, match="Cannot read"):
         read_baseline(tmp_path / "gone.json")
 

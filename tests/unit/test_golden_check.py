@@ -11,7 +11,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import InconclusiveError
-from fcos_deploy.core.gate import Outcome
+from fcos_deploy.core.gate import Gate, Outcome
 
 Images = list[Detections]
 
@@ -66,6 +66,24 @@ def _check(contract: ModelContract, reference: Images, detected: Images, baselin
         paths=[f"{index}.png" for index in range(len(reference))],
         scales=[1.0] * len(reference),
     )
+
+
+def test_a_gate_without_a_match_rate_lets_detections_go_missing_but_not_move(bundle_contract: ModelContract) -> None:
+    reference = _images()
+    fewer = [_with(d, boxes=d.boxes[1:], scores=d.scores[1:], labels=d.labels[1:]) for d in reference]
+    for detected, outcome in ((fewer, Outcome.PASSED), ([_narrower(d) for d in fewer], Outcome.FAILED)):
+        check = check_golden(
+            reference,
+            detected,
+            baseline=None,
+            same_artifact=False,
+            gate=Gate(max_score_delta=0.15),
+            decode=bundle_contract.decode,
+            names=("red", "white", "platelet"),
+            paths=[f"{index}.png" for index in range(len(reference))],
+            scales=[1.0] * len(reference),
+        )
+        assert check.outcome is outcome, check.summary
 
 
 def _narrower(d: Detections) -> Detections:

@@ -242,9 +242,9 @@ def _object_share(matches: list[ClassMatches]) -> NDArray[np.float64]:
     classes = sum(bool(match.positives.any()) for match in matches)
     shares = np.zeros(len(matches))
     for position, match in enumerate(matches):
-        if found := int(match.correct[0].sum()):  # at IoU 0.5
+        if hits := int(match.correct[0].sum()):  # at IoU 0.5
             (ap,) = weighted_ap([match], np.ones((1, len(match.positives)), np.float32))
-            shares[position] = ap / found / classes
+            shares[position] = ap / hits / classes
     return shares
 
 

@@ -164,16 +164,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     require_name(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if _is_of_another_file(error, path):
-            raise
-        raise _unwritable(path, error) from error
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -192,37 +189,37 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     require_name(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"'{path}' is a file, a folder was to be written.", hint="choose another name")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        temporary.mkdir(parents=True)
+    with scratch_directory(path) as temporary:
         yield temporary
         sync_tree(temporary)
         replace_folder(temporary, path)  # an older folder then lies at ``temporary``
-    except OSError as error:
-        if _is_of_another_file(error, path):
-            raise
-        raise _unwritable(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside the file ``path``, where there is room for what it is made from.
+    """Yield an empty temporary folder beside ``path``, where there is room for what it is made from.
 
     Raises:
         ConfigError: when it cannot be written. An OSError of the block about another file stays what it is.
     """
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
+        with _writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError about ``path`` into a ConfigError; one of the block about another file stays what it is."""
+    try:
+        yield
     except OSError as error:
         if _is_of_another_file(error, path):
             raise
         raise _unwritable(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -239,7 +239,7 @@ def sampling_nodes(model: Any) -> frozenset[str]:
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    found: set[str] = set()
+    names: set[str] = set()
     steering: list[str] = []
     for node in model.graph.node:
         if node.op_type not in _STEERING_INPUTS:
@@ -248,22 +248,22 @@ def sampling_nodes(model: Any) -> frozenset[str]:
         steering += [node.input[index] for index in _STEERING_INPUTS[node.op_type] if index < len(node.input)]
         masked = [r for r in readers.get(sampled, []) if node.op_type == "GridSample" and r.op_type == "Mul"]
         steering += [name for product in masked for name in product.input if name != sampled]
-        found |= {sampled, *(str(product.output[0]) for product in masked)}
-    return frozenset(found | _back_to_convolutions(model, steering))
+        names |= {sampled, *(str(product.output[0]) for product in masked)}
+    return frozenset(names | _back_to_convolutions(model, steering))
 
 
 def _back_to_convolutions(model: Any, tensors: list[str]) -> set[str]:
     """First outputs of the nodes that compute ``tensors``, back to the convolutions that begin the computation."""
     producers = {name: node for node in model.graph.node for name in node.output}
-    found: set[str] = set()
+    names: set[str] = set()
     while tensors:
         node = producers.get(tensors.pop())
-        if node is None or node.output[0] in found:
+        if node is None or node.output[0] in names:
             continue
-        found.add(str(node.output[0]))
+        names.add(str(node.output[0]))
         if node.op_type not in {"Conv", *_READ_NO_VALUES}:
             tensors.extend(node.input)
-    return found
+    return names
 
 
 def opset_of(model: Any) -> int:

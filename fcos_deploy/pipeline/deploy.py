@@ -120,7 +120,9 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
             accuracy=proof.accuracy_figures(context, variants, evaluations),
             benchmark=proof.benchmark_figures(context, variants, benchmark),
         )
-        findings = tuple(dict.fromkeys(finding for made in calibrations for finding in made.record.findings))
+        findings = tuple(
+            dict.fromkeys(finding for calibrated in calibrations for finding in calibrated.record.findings)
+        )
         notes = (*(f"No INT8: {error.message}" for error in refused), *(finding.line for finding in findings))
         _write_report(context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes)
         _write_bom(context, manifest)
@@ -370,9 +372,9 @@ def _variants(
 
 def _float_source(context: DeployContext, artifact: Artifact) -> Path:
     """The fp32 graph that an artifact was made from, step by step."""
-    made = {item.sha256: item for step in context.writer.finished for item in step.artifacts}
+    artifacts = {item.sha256: item for step in context.writer.finished for item in step.artifacts}
     while artifact.precision is not Precision.FP32:
-        artifact = made[artifact.parent]
+        artifact = artifacts[artifact.parent]
     return context.writer.path(artifact.path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from fcos_deploy.core.image import decode_image, image_content, image_size, list
 from fcos_deploy.core.image_names import find_in_layout, find_named_images, is_below
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
+from fcos_deploy.core.strata import object_stratum, stratified
 from fcos_deploy.core.text import brief, decoded_text
 
 __all__ = [
@@ -163,7 +163,7 @@ def collect_images(
     coco = annotations or (source if _is_json(source) else None)
     labels, categories = _read_objects(coco, files, source=source) if coco else ({}, {})
     strata = {name: _stratum(name, labels.get(name)) for name in files}
-    chosen = sorted(_stratified(strata, count=options.count or _DEFAULT_COUNT, seed=options.seed))
+    chosen = sorted(stratified(strata, count=options.count or _DEFAULT_COUNT, seed=options.seed))
     images = inspect_images({name: files[name] for name in chosen}, orientation=orientation)
     photographs = {image.pixels_sha256 for image in images if image.flaw not in _EMPTY}
     if len(photographs) < options.minimum:
@@ -393,28 +393,8 @@ def _read_objects(
 def _stratum(name: str, items: tuple[Box, ...] | None) -> str:
     if items is None:
         return name.rpartition("/")[0]
-    classes = "+".join(str(c) for c in sorted({item.category for item in items}))
-    # Octaves of the largest object's longer side: one pyramid level each.
-    largest = max((item.longer_side for item in items), default=0.0)
-    return f"{classes}@{int(np.log2(max(largest, 1.0)))}"
-
-
-def _stratified(strata: Mapping[str, str], *, count: int, seed: int) -> list[str]:
-    """``count`` names in proportion to their strata, and at least one of every stratum while there is room.
-
-    The k-th of n members of a stratum ranks at (k + 0.5) / n, its first at 0. The ``count`` lowest ranks of all strata
-    then are the first of each, and after that the same share of each; a larger count only adds names.
-    """
-    members: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(strata):
-        members[strata[name]].append(name)
-    ranked = []
-    for index, (stratum, names) in enumerate(sorted(members.items())):
-        order = np.random.default_rng([seed, index]).permutation(len(names))
-        for place, member in enumerate(order):
-            share = 0.0 if place == 0 else (place + 0.5) / len(names)
-            ranked.append((share, -len(names), stratum, names[member]))
-    return [name for *_, name in sorted(ranked)[:count]]
+    longest = max((item.longer_side for item in items), default=0.0)
+    return object_stratum((item.category for item in items), longest_side=longest)
 
 
 def _why_not_a_photograph(pixels: NDArray[np.uint8]) -> str:

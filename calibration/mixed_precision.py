@@ -80,6 +80,7 @@ class AccuracyGoal:
     With ``annotations`` AP may fall by ``max_map_drop`` (0..1). Without, the score is the share of detections that
     agree with the float graph's, which must be ``min_match_rate`` or more. ``judge``: whether intervals or measured
     figures decide. ``evaluations``: how many candidates may be evaluated; 1 is all layers in INT8 or nothing.
+    ``sample``: how many of the images, None for all.
     """
 
     images: Path
@@ -90,6 +91,7 @@ class AccuracyGoal:
     backend: str = "onnxruntime"
     threads: int | None = None
     evaluations: int = DEFAULT_EVALUATIONS
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         if (self.max_map_drop is None) == (self.annotations is not None):
@@ -120,7 +122,7 @@ class AccuracyGoal:
     def fingerprint(self) -> list[str]:
         """Stands for everything that scores depend on beside the model: contents, and names that annotations use."""
         files = [*list_images(self.images), *([self.annotations] if self.annotations else [])]
-        return [self.backend, *(f"{path.name} {sha256_file(path)}" for path in files)]
+        return [self.backend, f"sample {self.sample}", *(f"{path.name} {sha256_file(path)}" for path in files)]
 
 
 @dataclass(frozen=True, slots=True)

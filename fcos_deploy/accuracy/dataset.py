@@ -18,6 +18,7 @@ from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import list_images
 from fcos_deploy.core.image_names import NamedImages, find_named_images
+from fcos_deploy.core.strata import object_stratum, stratified
 
 __all__ = [
     "Dataset",
@@ -80,7 +81,20 @@ class Dataset:
 
     def first(self, count: int | None) -> Dataset:
         """The same data, cut to the first ``count`` images; None keeps all."""
-        images = self.images[:count]
+        return self._of(self.images[:count])
+
+    def sample(self, count: int | None) -> Dataset:
+        """``count`` images with classes and object sizes as in all of them; None keeps all."""
+        if count is None:
+            return self
+        strata = {}
+        for image_id, objects in self.ground_truth.items():
+            sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]).max(initial=0.0)
+            strata[image_id] = object_stratum(objects.classes.tolist(), longest_side=float(sides))
+        chosen = set(stratified(strata, count=count, seed=0))
+        return self._of(tuple(image for image in self.images if image.image_id in chosen))
+
+    def _of(self, images: tuple[EvaluationImage, ...]) -> Dataset:
         return replace(self, images=images, ground_truth={i.image_id: self.ground_truth[i.image_id] for i in images})
 
 

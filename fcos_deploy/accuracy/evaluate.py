@@ -13,6 +13,7 @@ import numpy as np
 from fcos_deploy.accuracy.coco import CocoScores, coco_scores
 from fcos_deploy.accuracy.dataset import (
     Dataset,
+    EvaluationImage,
     count_copies,
     folder_images,
     ground_truth_from_detections,
@@ -75,8 +76,9 @@ class EvaluationRequest:
 
     Without ``annotations`` the detections of ``reference`` with at least ``reference_score`` are the ground truth; what
     can be limited is then the share of these detections that agree, not a loss of AP.
-    ``limit``: only the first images. ``resamples``: number of bootstrap resamples; 0 leaves
-    intervals out. ``predictions``: folder that makes an interrupted run resumable.
+    ``limit``: only the first images. ``sample``: that many images, with classes and object sizes as in all of them.
+    ``resamples``: number of bootstrap resamples; 0 leaves intervals out. ``predictions``: folder that makes an
+    interrupted run resumable.
     """
 
     candidates: tuple[DetectorSpec, ...]
@@ -88,6 +90,7 @@ class EvaluationRequest:
     resamples: int = 1000
     seed: int = 0
     limit: int | None = None
+    sample: int | None = None
     predictions: Path | None = None
 
     def __post_init__(self) -> None:
@@ -154,8 +157,8 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
     """
     dataset = None
     if request.annotations is not None:
-        dataset = load_coco(request.annotations, images=request.images).first(request.limit)
-    images = dataset.images if dataset else folder_images(request.images)[: request.limit]
+        dataset = load_coco(request.annotations, images=request.images).first(request.limit).sample(request.sample)
+    images = dataset.images if dataset else _spread(folder_images(request.images)[: request.limit], request.sample)
 
     def collect(spec: DetectorSpec) -> DetectionRun:
         return collect_detections(spec, images, folder=request.predictions, progress=progress)
@@ -184,6 +187,13 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
             reference=reference.result() if reference else None,
             candidates=tuple(candidate.result() for candidate in candidates),
         )
+
+
+def _spread(images: tuple[EvaluationImage, ...], count: int | None) -> tuple[EvaluationImage, ...]:
+    """``count`` images, evenly spaced; None keeps all."""
+    if count is None or count >= len(images):
+        return images
+    return tuple(images[index * len(images) // count] for index in range(count))
 
 
 def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, reference: Evaluation | None) -> Evaluation:

@@ -18,7 +18,7 @@ from fcos_deploy.bundle.manifest import (
 from fcos_deploy.bundle.selection import Selection, select_artifact
 from fcos_deploy.bundle.signature import required_keys
 from fcos_deploy.bundle.store import Bundle, is_bundle, open_bundle, open_trusted, pack
-from fcos_deploy.bundle.writer import ArtifactDraft, BundleWriter, StepOutput, StepResult
+from fcos_deploy.bundle.writer import ArtifactDraft, BundleWriter, StepCache, StepOutput, StepResult
 
 __all__ = [
     "DEFAULT_GATES",
@@ -38,6 +38,7 @@ __all__ = [
     "Requirements",
     "RunDefaults",
     "Selection",
+    "StepCache",
     "StepOutput",
     "StepRecord",
     "StepResult",

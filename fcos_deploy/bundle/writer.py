@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import importlib.metadata
 import json
 import os
 import platform
@@ -41,13 +42,14 @@ from fcos_deploy.core.files import (
     sync_folder,
     write_text,
 )
-from fcos_deploy.core.local_trust import authenticate, own_folder
+from fcos_deploy.core.local_trust import authenticate, own_file_bytes, own_folder, write_own_file
 from fcos_deploy.core.serialize import from_json, to_json
 
 __all__ = [
     "ArtifactDraft",
     "BundleWriter",
     "Journal",
+    "StepCache",
     "StepOutput",
     "StepResult",
     "lock_folder",
@@ -176,10 +178,18 @@ class BundleWriter:
         """The steps of this run so far, those of an earlier one that were still valid included."""
         return tuple(step for name, step in self._journal.steps.items() if name in self._used)
 
-    def step(self, name: str, *, inputs: Mapping[str, str], make: Callable[[Path], StepOutput]) -> StepResult:
+    def step(
+        self,
+        name: str,
+        *,
+        inputs: Mapping[str, str],
+        make: Callable[[Path], StepOutput],
+        cache: StepCache | None = None,
+    ) -> StepResult:
         """Run ``make(folder)`` and adopt every file it leaves in ``folder``, unless that was done with these inputs.
 
-        ``inputs`` must name everything the result depends on: hashes of sources, options, versions.
+        ``inputs`` must name everything the result depends on: hashes of sources, options, versions. What another bundle
+        has made from the same is taken from ``cache``, which also keeps what is made here.
 
         Raises:
             BundleError: the disk is full or was removed; finished steps are kept.
@@ -191,7 +201,7 @@ class BundleWriter:
                 step = replace(step, skipped=True)
             else:
                 self._forget(name)
-                step = self._run(name, key, make)
+                step = self._run(name, key, make, cache)
         self._used.add(name)
         return step
 
@@ -205,25 +215,16 @@ class BundleWriter:
         for record in step.files if step else ():
             self.path(record.path).unlink(missing_ok=True)
 
-    def _run(self, name: str, key: str, make: Callable[[Path], StepOutput]) -> StepResult:
+    def _run(self, name: str, key: str, make: Callable[[Path], StepOutput], cache: StepCache | None) -> StepResult:
         folder = self._work / f"step-{uuid.uuid4().hex[:8]}"
         folder.mkdir()
-        started = time.perf_counter()
         try:
-            output = make(folder)
-            seconds = round(time.perf_counter() - started, 3)
-            records = record_files(folder)
-            step = StepResult(
-                name=name,
-                key=key,
-                files=tuple(records.values()),
-                artifacts=tuple(_artifact(draft, records, step=name, seconds=seconds) for draft in output.artifacts),
-                values=output.values,
-                seconds=seconds,
-            )
+            cached = cache.load(key, folder) if cache else None
+            step = cached or self._make(name, key, make, folder)
+            records = [record.path for record in step.files]
             taken = {record.path for finished in self._journal.steps.values() for record in finished.files}
-            if taken & set(records):
-                raise BundleError(f"Two steps made the same files: {sorted(taken & set(records))}.")
+            if taken.intersection(records):
+                raise BundleError(f"Two steps made the same files: {sorted(taken.intersection(records))}.")
             for path in records:
                 target = self._files.joinpath(*PurePosixPath(path).parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -233,8 +234,24 @@ class BundleWriter:
                 sync_folder(parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        if cache and not cached:
+            cache.store(step, self._files)
         self._journal.add(step)
-        return step
+        return replace(step, skipped=cached is not None)
+
+    def _make(self, name: str, key: str, make: Callable[[Path], StepOutput], folder: Path) -> StepResult:
+        started = time.perf_counter()
+        output = make(folder)
+        seconds = round(time.perf_counter() - started, 3)
+        records = record_files(folder)
+        return StepResult(
+            name=name,
+            key=key,
+            files=tuple(records.values()),
+            artifacts=tuple(_artifact(draft, records, step=name, seconds=seconds) for draft in output.artifacts),
+            values=output.values,
+            seconds=seconds,
+        )
 
     def finish(self, manifest: Manifest, *, check: Callable[[Path], None] | None = None) -> Path:
         """Write the manifest, check the whole, and give it the final name in one move.
@@ -316,6 +333,84 @@ def _artifact(draft: ArtifactDraft, records: Mapping[str, FileRecord], *, step: 
         companions=draft.companions,
         requires=draft.requires,
     )
+
+
+_STEP_RECORD = "step.json"
+
+
+class StepCache:
+    """Finished steps of other bundles, in a folder of this user alone: the files of each under the hash of its inputs.
+
+    Inputs are those that the step names, this machine's platform and the version of fcos-deploy. A record is
+    authenticated with the user's secret, and files are hashed when they are taken: what another user or a power cut
+    left is made anew.
+
+    Raises:
+        ConfigError: the folder cannot be written, or others own it or can write it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = own_folder(folder)
+
+    @property
+    def predictions(self) -> Path:
+        """Where the detections of artifacts are kept by content."""
+        return own_folder(self.folder / "predictions")
+
+    def load(self, key: str, into: Path) -> StepResult | None:
+        """Copy a step's files into a folder; None where it is not there, or not as it was stored."""
+        entry = self._entry(key)
+        content = own_file_bytes(entry / _STEP_RECORD)
+        try:
+            record = json.loads(content or b"{}")
+            code = record.pop("hmac", "")
+            if not code or not hmac.compare_digest(code, self._authenticate(entry, record)):
+                return None
+            step = from_json(StepResult, record, where=_STEP_RECORD)
+            for file in step.files:
+                target = into / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(entry / "files" / file.path, target)
+                if sha256_file(target) != file.sha256:
+                    raise ValueError(file.path)
+        except (OSError, ValueError, TypeError, AttributeError, ConfigError):
+            for path in into.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return None
+        return step
+
+    def store(self, step: StepResult, files: Path) -> None:
+        """Keep a finished step whose files lie under ``files``, in the place of one that could not be loaded.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        entry = self._entry(step.key)
+        partial = own_folder(entry.with_name(f".{uuid.uuid4().hex[:8]}.partial"))
+        try:
+            for file in step.files:
+                target = partial / "files" / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(files / file.path, target)
+            record = to_json(step)
+            text = json.dumps({**record, "hmac": self._authenticate(entry, record)})
+            write_own_file(partial / _STEP_RECORD, text.encode())
+            shutil.rmtree(entry, ignore_errors=True)
+            partial.rename(entry)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _entry(self, key: str) -> Path:
+        facts = [key, platform.node(), platform.platform(), importlib.metadata.version("fcos-deploy")]
+        return self.folder / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+    def _authenticate(self, entry: Path, record: Mapping[str, Any]) -> str:  # Any: JSON
+        """The code of a record in its place; '' where this user has no place for a secret."""
+        message = f"{entry.absolute()}\n{json.dumps(record, sort_keys=True)}"
+        try:
+            return authenticate("step cache", message.encode())
+        except ConfigError:
+            return ""
 
 
 class Journal:

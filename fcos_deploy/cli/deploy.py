@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "show_deployment"]
 
+FAST_IMAGES = 32
+
 
 @cli.with_all_checkpoint_options
 def command(
@@ -79,6 +81,22 @@ def command(
     ] = None,
     seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
     opset: cli.Opset = None,
+    cache: Annotated[
+        Path | None,
+        cli.option(
+            "Folder that keeps finished steps, so that a later deployment with one changed option makes only what "
+            "depends on it. Default: none.",
+            metavar="DIR",
+        ),
+    ] = None,
+    fast: Annotated[
+        bool,
+        cli.option(
+            f"Accuracy from {FAST_IMAGES} of the images, spread over classes and object sizes, with the wider interval "
+            "that they give.",
+            "--fast",
+        ),
+    ] = False,
     dry_run: Annotated[bool, cli.option("Plan of what would be built, without building it.", "--dry-run")] = False,
     as_json: cli.Json = False,
     options: CheckpointOptions,
@@ -125,6 +143,8 @@ def command(
         calibration_count=calibration_count,
         seed=seed,
         opset=opset,
+        cache=cache,
+        sample=FAST_IMAGES if fast else None,
         command=command_line(),
     )
     with progress_bar() as progress:

@@ -22,6 +22,7 @@ from fcos_deploy.bundle import (
     Manifest,
     Provenance,
     RunDefaults,
+    StepCache,
     StepOutput,
 )
 from fcos_deploy.bundle.bom import BOM_NAME, bill_of_materials
@@ -105,7 +106,8 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
                 sample=SampleOptions(count=request.calibration_count, seed=request.seed),
                 allow_overlap=request.allow_overlap,
             )
-        context = DeployContext(request, loaded, loaded.contract, images, writer, progress, stages)
+        cache = StepCache(request.cache) if request.cache else None
+        context = DeployContext(request, loaded, loaded.contract, images, writer, progress, cache, stages)
         variants, calibrations, refused = _make_artifacts(context, backends)
         evaluations = proof.measure_accuracy(context, variants)
         require_all(evaluations.verdicts, allow_inconclusive=True)  # Such a bundle is made, and says so.

@@ -118,6 +118,7 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
                 images=request.images or request.calibration_images,
                 annotations=request.annotations,
                 reference=_reference(context),
+                sample=request.sample,
                 predictions=context.predictions,
             ),
             progress=context.progress,

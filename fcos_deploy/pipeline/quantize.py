@@ -74,6 +74,7 @@ def accuracy_goal(
     placement: Placement,
     threads: int | None = None,
     evaluations: int = DEFAULT_EVALUATIONS,
+    sample: int | None = None,
 ) -> AccuracyGoal | None:
     """The goal that a gate's limits ask for; it is measured on the placement's own backend where that runs here.
 
@@ -95,6 +96,7 @@ def accuracy_goal(
         backend=backend,
         threads=threads,
         evaluations=evaluations,
+        sample=sample,
     )
 
 
@@ -290,6 +292,7 @@ class _Score:
                 annotations=self._goal.annotations,
                 reference=None if self._goal.annotations else replace(spec, model=self._float_model),
                 resamples=_RESAMPLES if self._goal.annotations else 0,
+                sample=self._goal.sample,
                 predictions=self._predictions,
             )
             self._scored[key] = evaluate(request, progress=self._progress)

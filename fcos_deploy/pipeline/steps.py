@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
-from fcos_deploy.bundle import Artifact, ArtifactDraft, BundleWriter, CalibrationRecord, StepOutput, StepResult
+from fcos_deploy.bundle import (
+    Artifact,
+    ArtifactDraft,
+    BundleWriter,
+    CalibrationRecord,
+    StepCache,
+    StepOutput,
+    StepResult,
+)
 from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, contract_to_text
@@ -126,6 +134,8 @@ class DeployRequest:
     reported. ``plans`` are devices that get artifacts of their own. ``max_map_drop`` is the most AP (0..1) that INT8
     may lose (0.01 by default). Without ``annotations`` ``min_match_rate`` takes its place, the share of the detections
     of both models that agree (0.97 by default). ``judge``: whether the interval or the point estimate must keep it.
+    ``cache``: folder of finished steps of earlier deployments, to which this one adds. ``sample``: on how many images
+    accuracy is measured, chosen with classes and object sizes as in all of them; None takes all.
     """
 
     checkpoint: Path
@@ -145,6 +155,8 @@ class DeployRequest:
     calibration_count: int | None = None
     seed: int = 0
     opset: int | None = None
+    cache: Path | None = None
+    sample: int | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -223,6 +235,7 @@ class DeployContext:
     images: ImageSets
     writer: BundleWriter
     progress: ProgressFn
+    cache: StepCache | None = None
     stages: StageClock = field(default_factory=StageClock)
     scored: Scored = field(default_factory=dict)
     _graphs: dict[str, ConvGraph] = field(default_factory=dict)
@@ -230,7 +243,7 @@ class DeployContext:
     @property
     def predictions(self) -> Path:
         """Folder of the detections that every artifact of this bundle gave, by content."""
-        return self.writer.scratch / "predictions"
+        return self.cache.predictions if self.cache else self.writer.scratch / "predictions"
 
     def step(
         self, name: str, *, stage: str, inputs: Mapping[str, str], make: Callable[[Path], StepOutput]
@@ -238,6 +251,13 @@ class DeployContext:
         """A step of the bundle, in the time of a stage."""
         with self.stages.stage(stage):
             return self.writer.step(name, inputs=inputs, make=make)
+
+    def model_step(
+        self, name: str, *, stage: str, inputs: Mapping[str, str], make: Callable[[Path], StepOutput]
+    ) -> StepResult:
+        """A step that makes a model, or what goes into one: another bundle that made the same may lend it."""
+        with self.stages.stage(stage):
+            return self.writer.step(name, inputs=inputs, make=make, cache=self.cache)
 
     def conv_graph(self, graph: Graph) -> ConvGraph:
         """A float graph as calibration and quantizers read it, opened once."""
@@ -331,7 +351,7 @@ def export(
         **library_versions("torch", "onnx", "onnxsim"),
     }
     label = "-".join(filter(None, ("export", precision, tail, own)))
-    step = context.step(label, stage="export", inputs=inputs, make=make)
+    step = context.model_step(label, stage="export", inputs=inputs, make=make)
     return Graph(step.artifacts[0], context.writer.path(name), tail, deform_form)
 
 
@@ -353,7 +373,7 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
 
     inputs = {"graph": source.artifact.sha256, "images": json.dumps(hashes)}
     label = "-".join(filter(None, ("calibrate", source.tail, source.artifact.backend)))
-    context.step(label, stage="calibrate", inputs=inputs, make=make)
+    context.model_step(label, stage="calibrate", inputs=inputs, make=make)
     path = context.writer.path(name)
     ranges = load_calibration(path)
     details = {"images": str(len(hashes)), "of": str(images.candidates), "seed": str(images.seed)}
@@ -396,6 +416,7 @@ def quantize(
         images=request.images or request.calibration_images,
         annotations=request.annotations,
         placement=policy,
+        sample=request.sample,
     )
 
     def make(folder: Path) -> StepOutput:
@@ -431,9 +452,9 @@ def quantize(
         "graph": source.artifact.sha256,
         "calibration": sha256_file(calibrated.path),
         "placement": json.dumps(to_json(policy), sort_keys=True),
-        "goal": f"{request.gate} {context.images.evaluation_key}",
+        "goal": f"{request.gate} {context.images.evaluation_key} {request.sample}",
     }
-    step = context.step(
+    step = context.model_step(
         f"quantize-{policy.name}-{source.tail}", stage=f"quantize {policy.name}", inputs=inputs, make=make
     )
     return Graph(step.artifacts[0], context.writer.path(name), source.tail)
@@ -474,7 +495,7 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
         "version": version,
         "options": json.dumps(to_json(options), sort_keys=True, default=str),
     }
-    step = context.step(f"build-{backend}-{source.precision}", stage="build", inputs=inputs, make=make)
+    step = context.model_step(f"build-{backend}-{source.precision}", stage="build", inputs=inputs, make=make)
     return Variant(
         model=context.writer.path(name), backend=backend, precision=source.precision, artifact=step.artifacts[0]
     )

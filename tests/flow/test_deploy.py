@@ -149,6 +149,30 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_a_cache_lends_another_bundle_what_was_made_from_the_same(
+    tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path
+) -> None:
+    limits = ("--cache", str(tmp_path / "cache"), "--judge", "point", "--allow-inconclusive", "--precision", "fp32")
+
+    def deployed(name: str, *more: str) -> dict[str, Any]:
+        arguments = _tiny_arguments(tiny_checkpoint, smooth_images, tmp_path / name, *limits, "--json", *more)
+        result = CliRunner().invoke(build_app(), arguments)
+        assert result.exit_code == 0, result.stderr
+        stages: dict[str, Any] = {stage["name"]: stage for stage in json.loads(result.stdout)["stages"]}
+        return stages
+
+    first, again = deployed("a"), deployed("b", "--fast")
+    assert (first["export"]["inferences"], again["export"]["inferences"]) != (0, 0)
+    assert again["export"]["inferences"] == 0
+    assert again["accuracy"]["inferences"] == 0, "the same artifacts on the same images"
+    assert again["speed"]["inferences"] > 0, "times are of today"
+    a, b = (open_bundle(tmp_path / name).manifest.artifacts[0].sha256 for name in "ab")
+    assert a == b
+    for record in (tmp_path / "cache").glob("*/step.json"):
+        record.write_text(record.read_text().replace("export", "forged"))
+    assert deployed("c")["export"]["inferences"] == first["export"]["inferences"], "a forged record is made anew"
+
+
 def test_without_other_images_and_annotations_agreement_is_the_goal_and_nothing_is_passed(
     tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path
 ) -> None:

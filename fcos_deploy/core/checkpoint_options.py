@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import open_regular
 from fcos_deploy.core.network import BoxActivation, ExtraSource, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, SizeRule
-from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.serialize import from_json, parse_toml, to_json
 from fcos_deploy.core.text import decoded_text
 
 __all__ = [
@@ -414,10 +412,9 @@ def read_checkpoint_options(path: Path) -> CheckpointOptions:
     Raises:
         ConfigError: the file cannot be read, is not TOML, or holds an option that does not exist or has another type.
     """
-    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        values = toml.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError.
+        values = parse_toml(_read_text(path))
+    except ValueError as error:
         raise ConfigError(f"'{path}' is not a TOML file: {error}.") from error
     for name in values:
         if name not in option_infos():

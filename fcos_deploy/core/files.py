@@ -143,13 +143,21 @@ def sync_tree(folder: Path) -> None:
 
 
 def require_name(path: Path) -> None:
-    """Refuse ``.``, ``..`` and ``/`` where something is to be written: they have no name that could be taken.
+    """Refuse names that must not be taken: ``.``, ``..``, ``/``, devices and pipes.
+
+    A file takes its name by replacing what is there, and root can replace ``/dev/null``.
 
     Raises:
         ConfigError: for these.
     """
     if path.name in ("", ".."):
         raise ConfigError(f"'{path}' has no name to write under.", hint="give the name of a file or a new folder")
+    try:
+        mode = path.stat().st_mode  # of what a link leads to, since /dev/stdout is one
+    except (OSError, ValueError):  # nothing is there; a name that no file can have fails when it is written
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ConfigError(f"'{path}' is a device or a pipe, which is not replaced.", hint="give the name of a file")
 
 
 @contextlib.contextmanager

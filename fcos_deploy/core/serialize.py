@@ -7,7 +7,10 @@ Why no library: for these 150 lines every device would install pydantic (10 MB w
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import re
+import sys
 import types
 import typing
 from enum import Enum
@@ -16,7 +19,7 @@ from typing import Any, TypeVar
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.text import brief
 
-__all__ = ["from_json", "json_schema", "parse_json", "to_json"]
+__all__ = ["from_json", "json_schema", "parse_json", "parse_toml", "to_json"]
 
 T = TypeVar("T")
 
@@ -49,6 +52,28 @@ def parse_json(text: str | bytes, *, keys: frozenset[str] | None = None) -> Any:
         return json.loads(text, object_pairs_hook=lambda pairs: {key: item for key, item in pairs if key in keys})
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+_MAX_TOML = 256 << 10  # characters; 1,203 class names take 20,000
+_MAX_DOTS = 64  # in one key; reading one takes time that grows with their square
+
+
+def parse_toml(text: str) -> dict[str, Any]:  # Any: TOML values
+    """What a TOML file of any origin holds.
+
+    Raises:
+        ValueError: not TOML, larger than 256 KiB, or nested deeper than people do.
+    """
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    if len(text) > _MAX_TOML:
+        raise ValueError(f"it is larger than {_MAX_TOML} characters")
+    if any(part.count(".") > _MAX_DOTS for part in re.split(r"[=,\[\]{}\n#]", text)):
+        raise ValueError(f"a key or text has more than {_MAX_DOTS} dots")
+    try:
+        content: dict[str, Any] = toml.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return content
 
 
 def from_json(kind: type[T], value: Any, *, where: str = "") -> T:

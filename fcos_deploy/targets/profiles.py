@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from fcos_deploy.core.enums import Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, unknown_name
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
 from fcos_deploy.core.libraries import parse_version
-from fcos_deploy.core.serialize import from_json
+from fcos_deploy.core.serialize import from_json, parse_toml
 from fcos_deploy.core.text import decoded_text
 
 __all__ = ["DeviceFamily", "DeviceProfile", "IntelFacts", "NvidiaFacts", "load_profile", "profile_names"]
@@ -109,9 +107,8 @@ def load_profile(name: str) -> DeviceProfile:
     path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
     if not path.is_file():
         raise unknown_name("device profile", name, profile_names())
-    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        content = toml.loads(decoded_text(read_file(path, limit=MAX_TEXT_BYTES)))
+        content = parse_toml(decoded_text(read_file(path, limit=MAX_TEXT_BYTES)))
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the device profile '{path}': {error}.") from error
     return from_json(DeviceProfile, content, where=path.name)

@@ -421,6 +421,42 @@ def test_a_preprocessing_without_bounds_is_refused(values: dict[str, object]) ->
         PreprocessSpec(**{**sound, **values})  # type: ignore[arg-type]  # what a file may hold
 
 
+BOMB = """
+import resource, sys
+sys.path.remove('')
+from importlib import import_module
+from pathlib import Path
+import numpy as np
+from fcos_deploy.core.errors import FcosDeployError
+open_model = import_module(f'runtimes.{sys.argv[1]}').open_model
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+try:
+    with open_model(Path(sys.argv[2]), threads=1) as session:
+        session.run({'x': np.zeros(4, np.float32)})
+except FcosDeployError as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_graph_that_unfolds_to_gigabytes_meets_a_memory_limit_in_an_error(backend: str, tmp_path: Path) -> None:
+    """Nothing in the file tells its size: 2 ** 31 is worked out by 30 multiplications."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip(backend)
+    helper, two = onnx.helper, np.array([2], np.int64)
+    nodes = [helper.make_node("Mul", [f"s{i}", "k"], [f"s{i + 1}"]) for i in range(30)]
+    nodes += [helper.make_node("ConstantOfShape", ["s30"], ["big"])]
+    nodes += [helper.make_node("ReduceSum", ["big"], ["t"], keepdims=0), helper.make_node("Add", ["x", "t"], ["y"])]
+    sides = [[helper.make_tensor_value_info(name, 1, [4])] for name in ("x", "y")]
+    weights = [onnx.numpy_helper.from_array(two, name) for name in ("s0", "k")]
+    graph = helper.make_graph(nodes, "bomb", *sides, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "b.onnx")
+    command = [sys.executable, "-c", BOMB, backend, str(tmp_path / "b.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("BackendError", "BackendLoadError")
+
+
 # ---- servers ----
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import (
     atomic_directory,
     atomic_file,
+    require_writable,
     sha256_file,
     write_text,
 )
@@ -123,3 +125,24 @@ def test_hash_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
     content = os.urandom((1 << 20) + 17)
     (tmp_path / "a").write_bytes(content)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "socket"])
+def test_what_is_no_file_is_never_replaced(kind: str, tmp_path: Path) -> None:
+    """Root could replace /dev/null, and every program of the machine would write into a file."""
+    target = tmp_path / "target"
+    if kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(target))
+    else:
+        target.symlink_to("/dev/null")
+    before = target.lstat().st_ino
+    with pytest.raises(ConfigError, match="a device or a pipe"):
+        require_writable(target)
+    with pytest.raises(ConfigError, match="a device or a pipe"):
+        write_text(target, "x")
+    with pytest.raises(ConfigError, match="a device or a pipe"), atomic_directory(target):
+        pass
+    assert target.lstat().st_ino == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from fcos_deploy.core.decode import PROFILES, DecodeSpec, PostprocessProfile
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, SizeRule
-from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.serialize import from_json, parse_toml, to_json
 
 positive = st.floats(1e-3, 1e3)
 triples = st.tuples(positive, positive, positive)
@@ -161,3 +162,26 @@ def test_tuples_dicts_and_optionals() -> None:
         from_json(_Nested, {"numbers": [], "pair": ["a"]})
     with pytest.raises(ConfigError, match=r"_Nested\.table\.x\[0\] must be int"):
         from_json(_Nested, {"numbers": [], "table": {"x": [0.5]}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".".join(["a"] * 20_000) + " = 1",  # read in time that grows with the square
+        "[" + ".".join(["a"] * 20_000) + "]",
+        "a = {" + ".".join(["a"] * 20_000) + " = 1}",
+        "a = " + "[" * 20_000 + "]" * 20_000,
+        "a = " + "9" * 100_000,
+        "a = 1\n" * 100_000,
+    ],
+)
+def test_toml_that_takes_for_ever_is_refused_at_once(text: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_toml(text)
+    assert time.monotonic() - started < 2
+
+
+def test_toml_as_people_write_it_is_read() -> None:
+    text = 'classes = ["a.b", "c"]\nmean = [0.1, 0.2, 0.3]\n[a.b.c]\nd.e = 1.5 # ' + "." * 60
+    assert parse_toml(text)["a"]["b"]["c"]["d"]["e"] == 1.5

@@ -13,7 +13,12 @@ OLD_OPENVINO_STAMP = $(OLD_OPENVINO)/.installed
 MODEL_SIGNING ?= .venv-model-signing
 MODEL_SIGNING_STAMP = $(MODEL_SIGNING)/.installed
 
-.PHONY: install server-env old-openvino-env model-signing-env demo test test-fast check schemas docs fix
+# Every library in the lowest version that pyproject.toml promises, on the lowest Python.
+LOWEST ?= .venv-lowest
+LOWEST_PYTHON ?= python3.10
+LOWEST_STAMP = $(LOWEST)/.installed
+
+.PHONY: install server-env old-openvino-env model-signing-env lowest-env demo test test-fast test-lowest check schemas docs dist fix
 
 install: $(STAMP)
 
@@ -47,6 +52,14 @@ $(MODEL_SIGNING_STAMP): Makefile
 	$(MODEL_SIGNING)/bin/pip install --quiet model-signing==1.1.1 pyOpenSSL
 	touch $@
 
+lowest-env: $(LOWEST_STAMP)
+
+$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
+	$(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e '.[all,serving]' \
+		pytest pytest-timeout pytest-xdist hypothesis jsonschema filelock safetensors
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/fcos-deploy demo -o runs/demo
 
@@ -60,6 +73,10 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' -q
 
+# Old libraries warn of what newer ones drop; that is no error here.
+test-lowest: $(LOWEST_STAMP)
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -W default -m 'not slow' -q tests/unit tests/contract tests/cli
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,6 +89,21 @@ schemas: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# Wheel and source archive, the same bytes from the same commit, checked, and installed where nothing else is.
+EPOCH = $(shell git log -1 --format=%ct)
+REPACK = tar --sort=name --mtime=@$(EPOCH) --owner=0 --group=0 --numeric-owner --mode=u+rw,go=rX -cf -
+
+dist: $(STAMP)
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/python -m build --outdir dist .
+	cd dist && tar -xzf *.tar.gz && $(REPACK) */ | gzip -9n > packed && mv packed *.tar.gz && rm -r */
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv dist/bare
+	dist/bare/bin/pip install --quiet dist/*.whl
+	cd dist && bare/bin/fcos-deploy --version && bare/bin/fcos-deploy doctor > /dev/null
+	rm -r dist/bare
+	sha256sum dist/*
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fcos_deploy.core.errors import ConfigError, MissingDependencyError
 from fcos_deploy.core.libraries import parse_version, require
+from fcos_deploy.core.machine import is_jetson
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -52,15 +54,12 @@ def load_tensorrt(*import_names: str, extra: str) -> TensorRT:
     try:
         module = require(first, extra=extra)
         if not hasattr(module, "Runtime"):
-            raise MissingDependencyError(
-                f"Of '{first}' only type stubs are installed, not the library.",
-                hint=f"pip install 'fcos-deploy[{extra}]'; on a Jetson use JetPack's own package (python3-libnvinfer)",
-            )
+            raise MissingDependencyError(f"Of '{first}' only type stubs are installed, not the library.")
     except MissingDependencyError as error:
         for name in others:
             with suppress(MissingDependencyError):
                 return load_tensorrt(name, extra=extra)
-        raise error from None
+        raise MissingDependencyError(error.message, hint=install_hint(extra)) from None
     library = cast(TensorRT, module)
     if first != "tensorrt_rtx" and parse_version(library.__version__) < OLDEST:
         raise ConfigError(
@@ -68,6 +67,16 @@ def load_tensorrt(*import_names: str, extra: str) -> TensorRT:
             hint="build with the trtexec line that 'fcos-deploy deploy --dry-run' prints",
         )
     return library
+
+
+def install_hint(extra: str, *, root: Path = Path("/")) -> str:
+    """How to get the library of an extra. A Jetson has TensorRT from JetPack; the one of PyPI does not run there."""
+    if extra != "tensorrt" or not is_jetson(root):
+        return f"pip install 'fcos-deploy[{extra}]'"
+    environment = "make the environment with 'python3 -m venv --system-site-packages'"
+    if (root / "var/lib/dpkg/info/python3-libnvinfer.list").is_file():
+        return f"JetPack's TensorRT is installed, and this environment does not see it: {environment}"
+    return f"sudo apt install python3-libnvinfer, and {environment}, which sees it"
 
 
 def calibration_cache_number(version: str) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["JetsonFacts", "MachineFacts", "kernel_text", "read_machine", "usable_cpus"]
+__all__ = ["JetsonFacts", "MachineFacts", "is_jetson", "kernel_text", "read_machine", "usable_cpus"]
 
 _ROOT = Path("/")
 # Instructions that decide how fast int8 is, as /proc/cpuinfo names them.
@@ -148,6 +148,12 @@ def kernel_text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError:
         return ""
+
+
+def is_jetson(root: Path = _ROOT) -> bool:
+    """Whether this is a Jetson: by its release file or, in a container, which may lack that, by the board's name."""
+    board = kernel_text(root / "proc/device-tree/model")
+    return (root / "etc/nv_tegra_release").is_file() or "jetson" in board.lower()
 
 
 def _jetson(root: Path, board: str) -> JetsonFacts | None:

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 APP = build_app()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+PAGES += sorted((ROOT / "examples" / "ci").glob("*.yml"))
 # Images of val/, by their numbers in BCCD. Fewer than ten give no interval; a dozen do not decide small limits.
 IMAGES = (0, 14, 28, 30, 37, 55, 72, 89, 104, 111, 125, 140)
 
@@ -98,8 +99,8 @@ def page_commands(page: Path) -> Iterator[str]:
             skipped = line.startswith("<!-- not run here: ")
         if page.parent.name == "tutorials" and not (fenced and skipped):
             continue
-        code = fenced or line.startswith("    ")
-        for text in [line.strip().removeprefix("$ ")] if code else re.findall(r"`([^`]+)`", line):
+        code = fenced or line.startswith("    ") or page.suffix == ".yml"
+        for text in [re.sub(r"^ *(\$ |(- )?(run: )?)", "", line).strip()] if code else re.findall(r"`([^`]+)`", line):
             if re.match(r"fcos-deploy (?:--[a-z]|(?!bundle )[a-z-]+ +\S)", text):
                 yield " ".join(text.partition(" #")[0].partition(" > ")[0].split())
 

@@ -26,7 +26,7 @@ from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError,
 from fcos_deploy.core.local_trust import KeptModel
 from runtimes import _cuda as cuda_module
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
-from runtimes._tensorrt_library import load_tensorrt
+from runtimes._tensorrt_library import install_hint, load_tensorrt
 from runtimes._tensorrt_session import EngineTensor, Lane, TensorrtSession, _require_trust, build_record, choose_device
 from runtimes.tensorrt import BACKEND as TENSORRT
 from runtimes.tensorrt_rtx import BACKEND as RTX
@@ -122,6 +122,28 @@ def test_tensorrt_whose_stubs_alone_are_installed_says_so() -> None:
     assert not probe.available
     assert "only type stubs" in probe.problem
     assert "fcos-deploy[tensorrt]" in probe.remedy
+
+
+@pytest.mark.parametrize(
+    ("files", "hint"),
+    [
+        ((), "pip install 'fcos-deploy[tensorrt]'"),
+        (("etc/nv_tegra_release",), "sudo apt install python3-libnvinfer"),
+        (("etc/nv_tegra_release", "var/lib/dpkg/info/python3-libnvinfer.list"), "this environment does not see it"),
+        (("proc/device-tree/model",), "sudo apt install python3-libnvinfer"),
+    ],
+)
+def test_a_jetson_is_never_told_to_install_the_tensorrt_of_pypi(
+    tmp_path: Path, files: tuple[str, ...], hint: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("NVIDIA Jetson Orin Nano Developer Kit\0")
+    said = install_hint("tensorrt", root=tmp_path)
+    assert hint in said
+    assert ("pip install" in said) == (not files)
+    assert ("--system-site-packages" in said) == bool(files)
+    assert install_hint("tensorrt-rtx", root=tmp_path) == "pip install 'fcos-deploy[tensorrt-rtx]'"
 
 
 @BOTH

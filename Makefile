@@ -101,7 +101,7 @@ dist: $(STAMP)
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv dist/bare
 	dist/bare/bin/pip install --quiet dist/*.whl
-	cd dist && bare/bin/fcos-deploy --version && bare/bin/fcos-deploy doctor > /dev/null
+	cd dist && bare/bin/fcos-deploy --version && bare/bin/fcos-deploy doctor > /dev/null 2>&1
 	rm -r dist/bare
 	sha256sum dist/*
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 
-from fcos_deploy.checkpoints.ecosystems.detectron2 import BACKBONE_RENAMES, caffe_rules, stored_pixels
+from fcos_deploy.checkpoints.ecosystems.detectron2 import BACKBONE_RENAMES, caffe_rules, with_stored_facts
 from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, SHARED_TOWER, Ecosystem, Evidence, Rename, Rules, moved
+from fcos_deploy.checkpoints.training_config import read_training_config
 
 __all__ = ["ECOSYSTEM"]
 
@@ -22,7 +23,7 @@ def _rules(evidence: Evidence) -> Rules:
         rules = rules.decide("rule of AdelaiDet for X101-32x8d", std=_X101_32X8D_STD)
     if evidence.network.num_levels == 3:
         rules = rules.decide("rule of FCOS-RT: three levels", shortest=512, longest=736)
-    return stored_pixels(rules, evidence)
+    return with_stored_facts(rules, evidence, config=read_training_config("adelaidet", evidence))
 
 
 ECOSYSTEM = Ecosystem(
@@ -43,4 +44,5 @@ ECOSYSTEM = Ecosystem(
         Rename(rf"{re.escape(_HEAD)}\.scales\.(\d+)\.scale", rf"{REG_HEAD}.scales.\1"),
     ),
     rules=_rules,
+    reads_config=True,
 )

@@ -6,9 +6,12 @@ Source: detectron2, ``modeling/meta_arch/fcos.py`` and ``configs/common/models/f
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
 from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
+from fcos_deploy.checkpoints.training_config import read_training_config
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
@@ -21,7 +24,7 @@ __all__ = [
     "ask_what_the_backbone_leaves_open",
     "caffe_rules",
     "caffe_stride",
-    "stored_pixels",
+    "with_stored_facts",
 ]
 
 MSRA_MEAN = (103.53, 116.28, 123.675)  # BGR, 0..255
@@ -86,8 +89,11 @@ def caffe_rules(evidence: Evidence, *, profile: str, score_threshold: float) -> 
     )
 
 
-def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
-    """Take the mean and std that detectron2 stored from 2020-04-20 (9ced00a1) to 2021-02-25 (3c0509e6)."""
+def with_stored_facts(rules: Rules, evidence: Evidence, *, config: Mapping[str, Any]) -> Rules:
+    """Take what the file says: ``config``, and the mean and std that detectron2 stored for a while.
+
+    It did from 2020-04-20 (9ced00a1) to 2021-02-25 (3c0509e6).
+    """
     values = {}
     for name in ("mean", "std"):
         tensor: TensorFacts | None = evidence.metadata.get(f"pixel_{name}")
@@ -98,8 +104,9 @@ def stored_pixels(rules: Rules, evidence: Evidence) -> Rules:
             values[name] = tuple(flat_values(tensor))
     order = _order_of(values["mean"]) if "mean" in values else None
     msra_rules = rules
+    rules = rules.decide("the configuration in the file", **config)
     rules = rules.decide("the file's pixel_mean and pixel_std", channel_order=order, **values)
-    ask_what_the_backbone_leaves_open(evidence, msra_rules, stored=frozenset(values), order=order)
+    ask_what_the_backbone_leaves_open(evidence, msra_rules, stored=frozenset({*values, *config}), order=order)
     return rules
 
 
@@ -125,7 +132,7 @@ def ask_what_the_backbone_leaves_open(
 
     MSRA weights have their batch norm merged. Statistics of its own say that the body was converted from torchvision's,
     or trained from MSRA's with synchronised batch norm: the tensors are the same. ``rules``: those of MSRA's;
-    ``stored``: what the file says of 'mean' and 'std'; ``order``: the channels that the stored mean shows.
+    ``stored``: what else the file says, by the names of ``Rules``; ``order``: the channels that the stored mean shows.
 
     Raises:
         ConfigError: naming the options that answer it.
@@ -134,11 +141,11 @@ def ask_what_the_backbone_leaves_open(
     open_questions = []
     msra = network.backbone is not BackboneType.RESNET or network.groups != 1 or evidence.centred_batch_norm()
     if not msra:
-        if network.block is BlockType.BOTTLENECK and options.stride_in_1x1 is None:
+        if network.block is BlockType.BOTTLENECK and options.stride_in_1x1 is None and "stride_in_1x1" not in stored:
             open_questions.append("--stride-in-1x1 or --stride-in-3x3")
         given = {"mean": options.mean, "std": options.std}
         open_questions += [f"--{name} A,B,C" for name, value in given.items() if value is None and name not in stored]
-    coloured = network.image_channels == 3
+    coloured = network.image_channels == 3 and "channel_order" not in stored
     if coloured and options.channel_order is None and order is None and (not msra or "mean" in stored):
         open_questions.append("--channel-order bgr or rgb")
     if open_questions and not msra:
@@ -161,7 +168,8 @@ def _rules(evidence: Evidence) -> Rules:
             "would have no weights.",
             hint="--pooled-levels 1, or --pooled-levels 0",
         )
-    return stored_pixels(caffe_rules(evidence, profile="detectron2", score_threshold=0.2), evidence)
+    rules = caffe_rules(evidence, profile="detectron2", score_threshold=0.2)
+    return with_stored_facts(rules, evidence, config=read_training_config("detectron2", evidence))
 
 
 ECOSYSTEM = Ecosystem(
@@ -180,4 +188,5 @@ ECOSYSTEM = Ecosystem(
         ),
     ),
     rules=_rules,
+    reads_config=True,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fcos_deploy.checkpoints.ecosystems.detectron2 import UNIT_STD, ask_what_the_backbone_leaves_open, caffe_stride
 from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
+from fcos_deploy.checkpoints.training_config import read_training_config
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BackboneType, BoxActivation
@@ -33,10 +34,14 @@ def _rules(evidence: Evidence) -> Rules:
     )
     if evidence.network.backbone is not BackboneType.MOBILENET_V2:
         rules = rules.decide("rule of tianzhi: FrozenBatchNorm adds nothing to the variance", norm_eps=0.0)
-    ask_what_the_backbone_leaves_open(evidence, rules)
+    config = read_training_config("tianzhi", evidence)
+    ask_what_the_backbone_leaves_open(evidence, rules, stored=frozenset(config))
     variant, source = evidence.variant, "option --variant"
     if not variant and "imprv" in evidence.file_name.lower():
         variant, source = "imprv", "the file's name"
+    stated = "the configuration in the file"
+    if not variant and {"box_activation", "centerness_on_reg"} <= config.keys():
+        return rules.decide(stated, **config)
     if not variant:
         raise ConfigError(
             "The original and the improved FCOS of tianzhi0549/FCOS have the same tensors, so which one this is cannot "
@@ -49,7 +54,7 @@ def _rules(evidence: Evidence) -> Rules:
         variant=variant,
         box_activation=BoxActivation.EXP if original else BoxActivation.RELU,
         centerness_on_reg=not original,
-    )
+    ).decide(stated, **config)
 
 
 ECOSYSTEM = Ecosystem(
@@ -75,5 +80,6 @@ ECOSYSTEM = Ecosystem(
         ),
     ),
     rules=_rules,
+    reads_config=True,
     coco_names=("background", *COCO_80),
 )

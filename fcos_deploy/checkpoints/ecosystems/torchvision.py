@@ -6,6 +6,7 @@ Source: torchvision, ``models/detection/fcos.py``, ``transform.py``, ``anchor_ut
 from __future__ import annotations
 
 from fcos_deploy.checkpoints.rules import COCO_91, Ecosystem, Evidence, Rename, Rules
+from fcos_deploy.checkpoints.training_config import read_training_config
 from fcos_deploy.core.enums import CenterMode, Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
@@ -27,6 +28,9 @@ def _rules(evidence: Evidence) -> Rules:
         resize_order=ResizeOrder.NORMALIZE_FIRST,
         size_rule=SizeRule.TORCHVISION,
         orientation=Orientation.STORED,
+    )
+    rules = rules.decide(
+        "the arguments or hyper-parameters in the file", **read_training_config("torchvision", evidence)
     )
     network, options = evidence.network, evidence.options
     if not network.extra_convs:
@@ -57,5 +61,6 @@ ECOSYSTEM = Ecosystem(
     # Before version 2 of FeaturePyramidNetwork (torchvision 0.12) the FPN's keys had no ".0".
     renames=(Rename(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),),
     rules=_rules,
+    reads_config=True,
     coco_names=COCO_91,
 )

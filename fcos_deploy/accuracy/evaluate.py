@@ -32,6 +32,7 @@ from fcos_deploy.accuracy.intervals import (
     selection_factor,
     widened_for_selection,
 )
+from fcos_deploy.accuracy.operating_point import OperatingGoal, OperatingPoint, operating_points
 from fcos_deploy.accuracy.predictions import DetectionRun, collect_detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate, Judge, undecided_because
@@ -60,6 +61,7 @@ __all__ = [
     "evaluation_row",
     "evidence_problem",
     "judge_evaluation",
+    "size_sentence",
     "widened_evaluation",
 ]
 
@@ -78,7 +80,7 @@ class EvaluationRequest:
     can be limited is then the share of these detections that agree, not a loss of AP.
     ``limit``: only the first images. ``sample``: that many images, with classes and object sizes as in all of them.
     ``resamples``: number of bootstrap resamples; 0 leaves intervals out. ``predictions``: folder that makes an
-    interrupted run resumable.
+    interrupted run resumable. ``operating_goal``: what the score threshold of each class is chosen for.
     """
 
     candidates: tuple[DetectorSpec, ...]
@@ -92,6 +94,7 @@ class EvaluationRequest:
     limit: int | None = None
     sample: int | None = None
     predictions: Path | None = None
+    operating_goal: OperatingGoal = field(default_factory=OperatingGoal)
 
     def __post_init__(self) -> None:
         if not self.candidates:
@@ -122,6 +125,7 @@ class Evaluation:
 
     ``samples``: its AP in each resample, for further intervals. ``contradiction``: why its figures do not fit the
     annotations, so that nothing can be compared with it; empty when they do.
+    ``operating_points``: each class at the score threshold that was asked for; none without annotations.
     """
 
     run: DetectionRun
@@ -132,6 +136,7 @@ class Evaluation:
     verdicts: tuple[Verdict, ...] = ()
     samples: ApSamples | None = None
     contradiction: str = ""
+    operating_points: tuple[OperatingPoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +223,9 @@ def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, refe
         agreement=agreement,
         samples=samples,
         contradiction=baseline_problem(dataset, matches, ap=scores.ap),
+        operating_points=operating_points(matches, dataset.class_names, goal=request.operating_goal)
+        if dataset.annotated
+        else (),
     )
     return replace(evaluation, verdicts=judge_evaluation(gate, evaluation, dataset=dataset, reference=reference))
 
@@ -307,10 +315,19 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "drop": drop and to_json(drop),
         "agreement": evaluation.agreement and agreement_json(evaluation.agreement),
         "verdicts": [to_json(verdict) for verdict in evaluation.verdicts],
+        "operating_points": to_json(evaluation.operating_points),
         "seconds": to_json(run.seconds),
         "resumed_images": run.resumed,
         "session": dict(run.description),
     }
+
+
+def size_sentence(evaluation: Evaluation) -> str:
+    """AP by object size, for people; empty where the data has no object of any size."""
+    scores = evaluation.scores
+    sizes = {"small": scores.ap_small, "medium": scores.ap_medium, "large": scores.ap_large}
+    known = [f"{name} {ap:.3f}" for name, ap in sizes.items() if ap is not None]
+    return f"{evaluation.run.subject}: AP by object size: {', '.join(known)}." if known else ""
 
 
 def evaluation_row(evaluation: Evaluation) -> tuple[str, ...]:

@@ -32,6 +32,14 @@ def command(
     predictions: Annotated[
         Path | None, cli.option("Folder to keep detections in; an interrupted run resumes from it.", metavar="DIR")
     ] = None,
+    at_precision: Annotated[
+        float | None,
+        cli.option("Precision for which each class's score threshold is chosen. Default: best F1.", metavar="SHARE"),
+    ] = None,
+    at_recall: Annotated[
+        float | None,
+        cli.option("Recall for which each class's score threshold is chosen. Default: best F1.", metavar="SHARE"),
+    ] = None,
     max_map_drop: cli.MaxMapDrop = None,
     min_ap: Annotated[
         float | None, cli.option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP", panel=cli.GATE)
@@ -57,8 +65,10 @@ def command(
         evaluate,
         evaluation_json,
         evaluation_row,
+        size_sentence,
     )
     from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
+    from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, OperatingGoal, operating_rows
     from fcos_deploy.core.gate import Gate
     from fcos_deploy.core.serialize import to_json
     from fcos_deploy.detector import DetectorSpec
@@ -75,6 +85,7 @@ def command(
         resamples=resamples,
         limit=limit,
         predictions=predictions,
+        operating_goal=OperatingGoal(precision=at_precision, recall=at_recall),
     )
     with progress_bar() as progress:
         result = evaluate(request, progress=progress)
@@ -82,6 +93,12 @@ def command(
     for finding in result.dataset.findings:
         note(finding.line)
     table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in shown])
+    for evaluation in shown:
+        if sizes := size_sentence(evaluation):
+            note(sizes)
+        if evaluation.operating_points:
+            title = f"{evaluation.run.subject}: at a score threshold for each class, IoU 0.5"
+            table(title, OPERATING_COLUMNS, operating_rows(evaluation.operating_points))
     if as_json:
         findings = to_json(result.dataset.findings)
         documents = [{**evaluation_json(evaluation), "findings": findings} for evaluation in result.candidates]

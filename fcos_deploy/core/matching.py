@@ -27,6 +27,7 @@ __all__ = [
     "equivalent_threshold",
     "match_detections",
     "score_drift",
+    "share_interval",
 ]
 
 
@@ -203,7 +204,7 @@ def compare_detections(
         missed=missed,
         extra=extra,
         match_rate=1.0 - (missed + extra) / sum(due) if sum(due) else 1.0,
-        match_interval=_rate_interval(unpaired, due_by_image.sum(1)),
+        match_interval=share_interval(unpaired, due_by_image.sum(1), design_effect=2.0),
         score_delta=Distribution.of(score_pairs[:, 1] - score_pairs[:, 0]),
         box_delta_px=Distribution.of(np.concatenate(moves)),
         iou=Distribution.of(np.concatenate(overlaps)),
@@ -213,19 +214,24 @@ def compare_detections(
     return replace(agreement, match_interval=(1.0, 1.0)) if agreement.same_outputs else agreement
 
 
-def _rate_interval(unpaired: NDArray[np.int64], due: NDArray[np.int64]) -> tuple[float, float]:
-    """95 % interval of the share of detections that are paired; (0, 1) when there are none. Both (images,)."""
+def share_interval(
+    failed: NDArray[np.int64], due: NDArray[np.int64], *, design_effect: float = 1.0
+) -> tuple[float, float]:
+    """95 % interval of the share of ``due`` that did not fail; (0, 1) when nothing was due. Both (images,).
+
+    ``design_effect``: how many count as one at least; 2 where both partners of a pair are counted.
+    """
     # Wilson's interval, which has a width also at 100 %, for the number of independent detections that the images
     # amount to: the variance between images over the binomial one (Kish's design effect) is how many detections count
-    # as one. It is at least 2, since both partners of a pair are counted.
+    # as one.
     total, images = int(due.sum()), len(due)
     if not total or images < 2:
         return 0.0, 1.0
-    share = unpaired.sum() / total
-    # The variance of a ratio of sums over images, linearised: unpaired - share * due is an image's part in it.
-    between = images / (images - 1) * np.square(unpaired - share * due).sum() / total**2
+    share = failed.sum() / total
+    # The variance of a ratio of sums over images, linearised: failed - share * due is an image's part in it.
+    between = images / (images - 1) * np.square(failed - share * due).sum() / total**2
     binomial = share * (1 - share) / total
-    independent = total / max(2.0, between / binomial if binomial else 0.0)
+    independent = total / max(design_effect, between / binomial if binomial else 0.0)
     # The ends of all rates r with |rate - r| <= 1.96 sqrt(r (1 - r) / independent), a quadratic equation in r.
     z2 = 1.96**2 / independent
     rate = 1 - share

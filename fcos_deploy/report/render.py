@@ -12,6 +12,7 @@ from typing import Any
 from calibration.mixed_precision import TradeOffs
 from fcos_deploy.accuracy.device_record import ReadRecord
 from fcos_deploy.accuracy.evaluate import evaluation_drift
+from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, operating_rows
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Outcome, overall_outcome
@@ -43,6 +44,10 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
         (name, [_number(score.ap, 3) for score in scores])
         for name, scores in zip(data.dataset.class_names, per_class, strict=True)
     ]
+    for size in ("small", "medium", "large"):
+        by_size = [getattr(variant.evaluation.scores, f"ap_{size}") for variant in data.variants]
+        if any(ap is not None for ap in by_size):
+            classes.append((f"{size} objects", [_number(ap, 3) for ap in by_size]))
     values = {
         "data": data,
         "verdict": report_verdict(data),
@@ -52,6 +57,12 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
         "has_int8": any(variant.int8_share is not None for variant in data.variants),
         "has_memory": any(v.result is not None and v.result.cold_start is not None for v in data.variants),
         "classes": classes,
+        "operating_columns": OPERATING_COLUMNS,
+        "operating": [
+            (variant.label, row)
+            for variant in data.variants
+            for row in operating_rows(variant.evaluation.operating_points)
+        ],
         **_score_tables(data),
         "searches": [_search_cells(search) for search in data.searches],
         "machine": _machine_cells(data),

@@ -300,7 +300,7 @@ def demo_request(output: Path) -> DeployRequest:
         calibration_images=DEMO_DATA / "calibration",
         images=DEMO_DATA / "evaluation",
         annotations=DEMO_DATA / "evaluation.json",
-        max_map_drop=0.02,  # On these 87 images the intervals of INT8 reach 0.009: one point is too near to be decided.
+        max_map_drop=0.02,  # On these 87 images the intervals of INT8 reach 0.014: one point is too near to be decided.
         command=f"fcos-deploy demo -o {output.name}",
     )
 

@@ -25,7 +25,7 @@ from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.matching import ScoreDrift
 from fcos_deploy.core.onnx_graph import save_onnx
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.serialize import from_json, parse_json, to_json
 
 __all__ = [
     "DEFAULT_EVALUATIONS",
@@ -517,7 +517,7 @@ def read_trade_offs(path: Path) -> TradeOffs:
         ConfigError: not such a file.
     """
     try:
-        return from_json(TradeOffs, json.loads(read_file(path, limit=MAX_TEXT_BYTES)), where=path.name)
+        return from_json(TradeOffs, parse_json(read_file(path, limit=MAX_TEXT_BYTES)), where=path.name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the trade-offs '{path}': {error}.") from error
 

@@ -40,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 
 ov = lazy_import("openvino", extra="openvino")
 
+_MAX_XML = 256 << 20  # bytes; that of an FCOS takes 0.5 MB, the weights lie in another file
 _HINTS = {PerformanceHint.LATENCY: "LATENCY", PerformanceHint.THROUGHPUT: "THROUGHPUT"}
 _CAPABILITIES = {ComputeType.F32: "FP32", ComputeType.F16: "FP16", ComputeType.BF16: "BF16"}
 
@@ -150,6 +151,8 @@ class _OpenVino(Backend):
 
     def open(self, path: Path, options: SessionOptions) -> Session:
         contract = self.contract_of(path, options)
+        if path.suffix == ".xml" and path.stat().st_size > _MAX_XML:
+            raise BackendLoadError(f"'{path}' is larger than the {_MAX_XML >> 20} MiB that a description may take.")
         core = ov.Core()
         device = _device(core, options.device or "CPU")
         _check_compute(core, device, options.compute)

@@ -8,14 +8,13 @@ import hashlib
 import json
 import logging
 import os
-import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fcos_deploy.bundle.manifest import SIGNATURE_NAME
 from fcos_deploy.core.errors import ConfigError, SignatureError
-from fcos_deploy.core.files import read_file, write_text
+from fcos_deploy.core.files import open_regular, read_file, write_text
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.local_trust import own_file_bytes, own_folder, state_folder, write_own_file
 from fcos_deploy.core.serialize import from_json, to_json
@@ -201,13 +200,13 @@ def _private_key(path: Path, kind: str) -> Any:
         ConfigError: there is no such key, others can read or write it, or the passphrase is missing or wrong.
     """
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             mode = os.fstat(stream.fileno()).st_mode
             content = stream.read(_MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"Cannot read the private key '{path}': {error.strerror or error}.", hint=_NEW_KEY) from error
     # Windows has no such permissions: there the folder that the key lies in decides.
-    if not stat.S_ISREG(mode) or (hasattr(os, "geteuid") and mode & 0o077):
+    if hasattr(os, "geteuid") and mode & 0o077:
         raise ConfigError(
             f"The private key '{path}' can be read or written by others (its mode is {mode & 0o777:04o}).",
             hint=f"chmod 600 '{path}'; if others had access, make a new key with 'fcos-deploy sign --generate-key'",

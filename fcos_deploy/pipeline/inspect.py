@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from fcos_deploy.core.image_names import find_named_images
 from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, is_checkpoint, kinds_of
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
 from fcos_deploy.core.preprocess import SizeRule
-from fcos_deploy.core.serialize import to_json
+from fcos_deploy.core.serialize import parse_json, to_json
 from fcos_deploy.core.text import brief
 from fcos_deploy.core.trust import Trust
 
@@ -101,7 +100,8 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
         return _inspect_onnx(path)
     if ArtifactKind.CHECKPOINT not in kinds:
         contract = read_contract(path)
-        record = json.loads(read_file(sidecar_path(path), limit=MAX_TEXT_BYTES)).get("record") or {}
+        record = parse_json(read_file(sidecar_path(path), limit=MAX_TEXT_BYTES)).get("record")
+        record = record if isinstance(record, dict) else {}
         texts = {str(name): value if isinstance(value, str) else brief(value) for name, value in record.items()}
         facts = (*_artifact_facts(contract), *sorted(texts.items()))
         kind = str(kinds[0]) if len(kinds) == 1 else "engine"

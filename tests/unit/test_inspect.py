@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract import write_sidecar
+from fcos_deploy.core.contract import ModelContract, write_sidecar
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError, ChecksumError
 from fcos_deploy.core.onnx_file import onnx_interface
+from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.pipeline.inspect import inspect_bundle, inspect_file
 
@@ -179,3 +180,12 @@ def test_checkpoints_are_inspected_without_torch(form: str, tmp_path: Path, stat
     assert printed["backbone"] == "ResNet-18"
     sources = {d["name"]: d["source"] for d in printed["decisions"]}
     assert sources["stride_in_1x1"] == "the backbone's batch norm statistics are not 0 and 1"
+
+
+@pytest.mark.parametrize("record", [[1], "text", 7, {"a": {"b": [1] * 1000}}])
+def test_a_sidecar_whose_record_is_something_else_is_shown_without_it(
+    record: object, bundle_contract: ModelContract, tmp_path: Path
+) -> None:
+    (tmp_path / "m.xml").write_text("<net/>")
+    (tmp_path / "m.json").write_text(json.dumps({"contract": to_json(bundle_contract), "record": record}))
+    assert inspect_file(tmp_path / "m.xml").kind == "openvino-ir"

@@ -216,3 +216,11 @@ def test_a_graph_in_memory_opens_for_a_check(tiny_onnx: Path, feed: Tensors) -> 
     assert "Convolution" in layers
     with pytest.raises(BackendLoadError, match="cannot open the graph"):
         open_model(b"not a graph")
+
+
+def test_a_description_of_a_terabyte_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.xml"
+    path.touch()
+    os.truncate(path, 1 << 40)  # sparse: nothing of it is on the disk
+    with pytest.raises(BackendLoadError, match="is larger than"):
+        _OPENVINO.open(path, SessionOptions())

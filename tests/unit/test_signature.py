@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,12 @@ def test_a_private_key_that_others_can_read_or_write_is_refused(
         sign(signed, private_key=keys[0])
     assert "chmod 600" in refused.value.hint
     assert (signed / "SIGNATURE").read_bytes() == before
+
+
+def test_a_pipe_in_place_of_a_private_key_is_refused_at_once(signed: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key.fifo", 0o600)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        sign(signed, private_key=tmp_path / "key.fifo")
 
 
 def test_an_encrypted_private_key_signs_with_its_passphrase_only(

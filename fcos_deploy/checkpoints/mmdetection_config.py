@@ -237,7 +237,8 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         "cls_predictor_cfg": _fixed(None),
         **dict.fromkeys(("in_channels", "feat_channels", "stacked_convs", "conv_bias"), _NEUTRAL),  # in shapes
         **dict.fromkeys(("regress_ranges", "center_sampling", "center_sample_radius"), _NEUTRAL),
-        **dict.fromkeys(("loss_bbox", "loss_centerness", "test_cfg"), _NEUTRAL),  # model.test_cfg replaces it
+        **dict.fromkeys(("loss_bbox", "loss_centerness"), _NEUTRAL),
+        "test_cfg": _DICT_OR_NONE,  # where the detector has none, which replaces it
         **_TRAINING,
     },
     "model.bbox_head.norm_cfg": {
@@ -536,10 +537,15 @@ class _Reader:
         if stored is None:  # until 2.4 beside the model; in version 3 that name holds the test loop
             beside = self._config.get("test_cfg")
             stored = beside if isinstance(beside, dict) and "type" not in beside else None
-        test = self._section("model.test_cfg", stored)
+        path, head = "model.test_cfg", (model or {}).get("bbox_head")
+        if stored is None and isinstance(head, dict) and head.get("test_cfg") is not None:
+            path, stored = "model.bbox_head.test_cfg", head["test_cfg"]
+        if stored is None and model is not None:
+            self._refuse(path, None, "the thresholds of the test")
+        test = self._section(path, stored, keys="model.test_cfg")
         if test is None:
             return {}
-        nms = self._section("model.test_cfg.nms", test.get("nms")) or {}
+        nms = self._section(f"{path}.nms", test.get("nms"), keys="model.test_cfg.nms") or {}
         top_k = test.get("nms_pre", -1)
         threshold = nms.get("iou_threshold", nms.get("iou_thr"))
         return {

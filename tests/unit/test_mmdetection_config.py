@@ -354,3 +354,18 @@ def test_configuration_text_is_never_evaluated() -> None:
 @pytest.mark.parametrize("text", ["def (", "a = " + "(" * 5000, "\0", "x" * 3_000_000, "a = " + "-" * 100_000 + "1"])
 def test_configuration_text_that_is_no_python_is_empty(text: str) -> None:
     assert parse_config(text) == {}
+
+
+def test_the_thresholds_may_stand_in_the_head_and_must_stand_somewhere() -> None:
+    config = copy.deepcopy(BASE)
+    thresholds = config["model"].pop("test_cfg")
+    with pytest.raises(CheckpointError, match=r"model\.test_cfg = None, expected the thresholds of the test") as caught:
+        _describe(_text(config))
+    assert "--ignore-config model.test_cfg" in caught.value.hint
+    config["model"]["bbox_head"]["test_cfg"] = {**thresholds, "score_thr": 0.123}
+    assert _describe(_text(config)).contract.decode.score_threshold == 0.123
+    config["model"]["bbox_head"]["test_cfg"] = {**thresholds, "nms": {"type": "soft_nms", "iou_threshold": 0.5}}
+    with pytest.raises(CheckpointError, match=r"model\.bbox_head\.test_cfg\.nms\.type = 'soft_nms'"):
+        _describe(_text(config))
+    config["model"]["test_cfg"] = thresholds  # The detector's replaces the head's.
+    assert _describe(_text(config)).contract.decode.score_threshold == thresholds["score_thr"]

@@ -35,6 +35,7 @@ __all__ = [
     "RUNTIME",
     "SERVING",
     "SHAPES",
+    "STREAM",
     "TENSORRT",
     "TRUST",
     "AllowEngineCode",
@@ -85,10 +86,23 @@ __all__ = [
 ]
 
 # Titles of the panels in the help of a command, and their order; options without a panel come before them.
-GATE, RUNTIME, SERVING, SHAPES, TENSORRT, TRUST, OUTPUT = (
-    *("Gate", "Runtime", "Serving", "Shapes", "TensorRT", "Trust", "Output"),
+GATE, RUNTIME, SERVING, SHAPES, STREAM, TENSORRT, TRUST, OUTPUT = (
+    *("Gate", "Runtime", "Serving", "Shapes", "Stream", "TensorRT", "Trust", "Output"),
 )
-_PANELS = (None, GATE, RUNTIME, SERVING, SHAPES, TENSORRT, "Checkpoint", "Preprocessing", "Detection", TRUST, OUTPUT)
+_PANELS = (
+    None,
+    GATE,
+    RUNTIME,
+    SERVING,
+    SHAPES,
+    STREAM,
+    TENSORRT,
+    "Checkpoint",
+    "Preprocessing",
+    "Detection",
+    TRUST,
+    OUTPUT,
+)
 
 
 def option(help: str, *flags: str, panel: str | None = None, **more: Any) -> Any:  # noqa: A002  # as in typer.Option

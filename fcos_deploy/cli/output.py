@@ -32,7 +32,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.text import printable
 
-__all__ = ["command_line", "note", "print_json", "progress_bar", "show_error", "table", "verbosity"]
+__all__ = ["command_line", "note", "print_json", "print_json_line", "progress_bar", "show_error", "table", "verbosity"]
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
@@ -77,6 +77,12 @@ def print_json(value: Any) -> None:  # Any: a JSON value has no narrower type
     """One JSON document on stdout; what JSON lacks becomes its text, but NaN is an error."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
     sys.stdout.flush()  # here, where a full disk or a closed pipe is an error with a sentence
+
+
+def print_json_line(value: Any) -> None:  # Any: as ``print_json``
+    """One JSON document on a line of stdout, at once: for what has no end."""
+    sys.stdout.write(json.dumps(value, allow_nan=False, default=str) + "\n")
+    sys.stdout.flush()
 
 
 def note(text: str) -> None:

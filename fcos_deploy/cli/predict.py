@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.output import note, print_json, print_json_line, progress_bar, table
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.errors import ImageError
+from fcos_deploy.core.errors import ConfigError, ImageError
+from fcos_deploy.core.serialize import to_json
+
+if TYPE_CHECKING:
+    from fcos_deploy.detector import Detector
+    from fcos_deploy.detector.cameras import StreamOptions
+    from fcos_deploy.detector.draw import DrawOptions
 
 __all__ = ["command"]
 
@@ -26,7 +32,14 @@ _ROWS = 200  # of the table
 @cli.with_server_options
 def command(
     model: cli.Model,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, folders of images, videos.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES",
+            help="Images, folders of images and videos; or one stream: a URL such as rtsp://HOST/PATH, /dev/video0 or "
+            "a camera's number, a GStreamer pipeline, or with --follow a folder.",
+        ),
+    ],
     *,
     score_threshold: Annotated[
         float | None,
@@ -54,32 +67,63 @@ def command(
             panel=cli.OUTPUT,
         ),
     ] = None,
+    follow: Annotated[
+        bool, cli.option("Detections of the images that come into a folder from now on.", "--follow", panel=cli.STREAM)
+    ] = False,
+    max_frames: Annotated[
+        int | None, cli.option("Number of frames to detect on. Default: no end.", min=1, panel=cli.STREAM)
+    ] = None,
+    max_seconds: Annotated[
+        float | None, cli.option("Seconds after which to stop. Default: no end.", metavar="SECONDS", panel=cli.STREAM)
+    ] = None,
+    give_up: Annotated[
+        float, cli.option("Seconds without a frame after which to give up.", metavar="SECONDS", panel=cli.STREAM)
+    ] = 60.0,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Predict the objects in images and videos; boxes are x1, y1, x2, y2 in image pixels.
+    """Predict the objects in images, videos and streams; boxes are x1, y1, x2, y2 in image pixels.
 
-    Images that cannot be read do not stop the others; the exit code is then 1.
+    Images that cannot be read do not stop the others; the exit code is then 1. Of a stream the newest frame is taken,
+    --json prints one line a frame, and latency and drop rate are shown at the end.
     """
     from fcos_deploy.detector import Detector
+    from fcos_deploy.detector.cameras import StreamOptions, is_stream
     from fcos_deploy.detector.draw import DrawOptions
-    from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
 
+    streamed = follow or any(map(is_stream, images))
+    if streamed and (len(images) > 1 or draw is not None):
+        raise ConfigError("One command reads one stream, and draws nothing.", hint="leave the others and --draw out")
+    if not streamed and (max_frames or max_seconds):
+        raise ConfigError("--max-frames and --max-seconds end a stream; these sources end by themselves.")
     session = replace(session, cache_dir=cache, checkpoint=options)
     opened = Detector.open(
         model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
     )
     drawn = next(t for t in (draw_threshold, score_threshold, _DRAWN) if t is not None)
+    with opened as detector:
+        for fallback in detector.fallbacks:
+            note(f"fallback from {fallback.backend}: {fallback.reason}")
+        if streamed:
+            limits = StreamOptions(max_frames=max_frames, max_seconds=max_seconds, give_up=give_up)
+            _stream(detector, images[0], limits, as_json=as_json)
+        else:
+            _files(detector, images, draw=draw, drawing=DrawOptions(score_threshold=drawn), as_json=as_json)
+
+
+def _files(detector: Detector, sources: list[str], *, draw: Path | None, drawing: DrawOptions, as_json: bool) -> None:
+    """Detections of files, in one table or document; then the error of those that could not be read."""
+    from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
+
     predictions, unread = [], None
-    with opened as detector, progress_bar() as progress:
+    with progress_bar() as progress:
         try:
-            drawing = DrawOptions(score_threshold=drawn)
-            for prediction in predict(detector, images, draw=draw, options=drawing, progress=progress):
+            for prediction in predict(
+                detector, list(map(Path, sources)), draw=draw, options=drawing, progress=progress
+            ):
                 predictions.append(prediction)
         except ImageError as error:
             unread = error
-    for fallback in detector.fallbacks:
-        note(f"fallback from {fallback.backend}: {fallback.reason}")
     rows = [row for prediction in predictions for row in prediction_rows(prediction, detector.names)]
     if as_json and (predictions or unread is None):
         print_json([prediction_json(prediction, detector) for prediction in predictions])
@@ -91,6 +135,41 @@ def command(
     for (source, announced), frames in videos.items():
         note(f"'{source}': {frames} frames decoded of {announced or 'an unknown number'} announced")
     if draw is not None and predictions:
-        note(f"annotated copies are in '{draw}' (scores of at least {drawn:g})")
+        note(f"annotated copies are in '{draw}' (scores of at least {drawing.score_threshold:g})")
     if unread is not None:
         raise unread
+
+
+def _stream(detector: Detector, address: str, options: StreamOptions, *, as_json: bool) -> None:
+    """Detections of one stream, frame by frame, and how fast they were."""
+    from fcos_deploy.detector.cameras import shown_source
+
+    source = shown_source(address)
+    with detector.stream(address, options=options) as stream:
+        try:
+            for item in stream:
+                found = item.detections.to_list(detector.names)
+                if as_json:
+                    document = {
+                        "source": source,
+                        "frame": item.frame,
+                        "time": round(item.time, 6),
+                        "latency_ms": round(item.latency * 1000, 2),
+                        "dropped": item.dropped,
+                        "width": item.pixels.shape[1],
+                        "height": item.pixels.shape[0],
+                    }
+                    print_json_line({**document, "detections": found})
+                else:
+                    names = Counter(detection["name"] for detection in found)
+                    shown = ", ".join(f"{count} {name}" for name, count in names.items()) or "nothing"
+                    note(f"{item.frame}: {shown} ({item.latency * 1000:.0f} ms)")
+        finally:
+            figures = stream.statistics
+            note(
+                f"{source}: {figures.detected} of {figures.frames} frames detected in {figures.seconds:.1f} s, "
+                f"{figures.drop_rate:.1%} dropped, {figures.reconnections} reconnections; latency p50 "
+                f"{figures.latency_p50}, p90 {figures.latency_p90}, p99 {figures.latency_p99} ms"
+            )
+            if as_json:
+                print_json_line({"source": source, "statistics": to_json(figures)})

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fcos_deploy.bundle.selection import Fallback
     from fcos_deploy.bundle.store import Bundle
     from fcos_deploy.detector.async_gate import AsyncGate
+    from fcos_deploy.detector.cameras import DetectionStream, StreamOptions
     from fcos_deploy.model.fcos import Fcos
 
 __all__ = ["Detector", "DetectorSpec", "Image"]
@@ -226,6 +227,19 @@ class Detector:
                 workers = usable_cpus() + 1
                 self._gate = AsyncGate(workers=workers, places=2 * workers)
         return await self._gate.call(lambda: self.detect(image))
+
+    def stream(self, source: str | Path, *, options: StreamOptions | None = None) -> DetectionStream:
+        """Detections of a camera, a network stream or a folder that grows, the newest frame first; use it in ``with``.
+
+        ``source``: a URL (``rtsp://``, ``http://`` with MJPEG, ...), ``/dev/video0`` or a camera's number, a GStreamer
+        pipeline, a folder.
+
+        Raises:
+            ConfigError: it is no stream.
+        """
+        from fcos_deploy.detector.cameras import DetectionStream
+
+        return DetectionStream(self, source, options=options)
 
     def prepare(self, images: Sequence[Image]) -> tuple[Tensors, tuple[Letterbox, ...]]:
         """Preprocess for one request, in new arrays.

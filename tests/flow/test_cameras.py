@@ -1,0 +1,205 @@
+"""Streams that do not wait: a real MJPEG server over HTTP, and folders that grow."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from fcos_deploy import Detector
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.errors import ConfigError, ImageError
+from fcos_deploy.detector.cameras import StreamOptions, is_stream, shown_source
+
+pytest.importorskip("onnxruntime")
+
+
+class Camera:
+    """Sends frames whose gray value is their number, 50 a second, of ``sizes`` (width, height) by turns."""
+
+    def __init__(self, *, sizes: tuple[tuple[int, int], ...] = ((160, 128),), port: int = 0) -> None:
+        frames = [self._jpeg(sizes[value // 8 % len(sizes)], value) for value in range(256)]
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(handler) -> None:  # noqa: N805
+                handler.send_response(200)
+                handler.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+                handler.end_headers()
+                try:
+                    while not self.stopped:
+                        self.sent += 1
+                        jpeg = frames[self.sent % 256]
+                        head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+                        handler.wfile.write(head.encode() + jpeg + b"\r\n")
+                        time.sleep(0.02)
+                except OSError:
+                    pass
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.sent, self.stopped = 0, False
+        ThreadingHTTPServer.allow_reuse_address = True
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/stream"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def _jpeg(size: tuple[int, int], value: int) -> bytes:
+        stream = io.BytesIO()
+        Image.new("RGB", size, (value, value, value)).save(stream, "JPEG")
+        return stream.getvalue()
+
+    def close(self) -> None:
+        self.stopped = True
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def camera() -> Iterator[Camera]:
+    started = Camera()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def detector(tiny_onnx: Path) -> Iterator[Detector]:
+    with Detector.open(tiny_onnx) as opened:
+        yield opened
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+def test_a_slow_detector_sees_the_present_and_counts_what_it_missed(detector: Detector, camera: Camera) -> None:
+    behind = []
+    with detector.stream(camera.url, options=StreamOptions(max_frames=8)) as stream:
+        for item in stream:
+            behind.append((camera.sent - round(float(item.pixels.mean()))) % 256)
+            time.sleep(0.2)  # ten frames of the camera
+        figures = stream.statistics
+    assert figures.detected == 8
+    assert figures.frames == figures.detected + figures.dropped
+    assert figures.dropped > 30
+    # At 50 frames a second a queue would be 70 frames behind by now.
+    assert max(behind[2:]) < 15
+    assert figures.latency_p50 is not None
+    assert figures.latency_p50 <= figures.latency_p90 <= figures.latency_p99 < 1000
+
+
+def test_a_stream_is_opened_again_when_its_server_comes_back(detector: Detector) -> None:
+    first = Camera()
+    with detector.stream(first.url, options=StreamOptions(max_frames=40, give_up=20)) as stream:
+        items = iter(stream)
+        for _ in range(5):
+            next(items)
+        first.close()
+        time.sleep(0.8)
+        second = Camera(port=first.port)
+        rest = list(items)
+        second.close()
+        assert len(rest) == 35
+        assert stream.statistics.reconnections >= 1
+        assert rest[-1].time == pytest.approx(time.time(), abs=30)
+
+
+def test_a_stream_whose_size_changes_goes_on(detector: Detector) -> None:
+    """FFmpeg's reader in OpenCV scales all frames to the size of the first."""
+    camera = Camera(sizes=((160, 128), (96, 64)))
+    with detector.stream(camera.url, options=StreamOptions(max_frames=30)) as stream:
+        shapes = {item.pixels.shape for item in stream}
+    camera.close()
+    assert shapes == {(128, 160, 3)}
+
+
+def test_a_folder_that_grows_is_followed(detector: Detector, smooth_images: Path, tmp_path: Path) -> None:
+    sources = sorted(smooth_images.rglob("*.png"))[:4]
+    shutil.copyfile(sources[0], tmp_path / "old.png")
+
+    def arrive() -> None:
+        time.sleep(0.3)
+        (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+        for number, source in enumerate(sources[1:]):
+            content = source.read_bytes()
+            with (tmp_path / f"{number}.png").open("wb") as stream:  # in two halves
+                stream.write(content[: len(content) // 2])
+                stream.flush()
+                time.sleep(0.15)
+                stream.write(content[len(content) // 2 :])
+            time.sleep(0.35)
+
+    thread = threading.Thread(target=arrive)
+    with detector.stream(tmp_path, options=StreamOptions(max_frames=3, give_up=20)) as stream:
+        thread.start()
+        found = list(stream)
+    thread.join()
+    assert [item.detections.scores.tolist() for item in found] == [
+        detector.detect(source).scores.tolist() for source in sources[1:]
+    ]
+
+
+def test_predict_prints_a_line_a_frame(tiny_onnx: Path, camera: Camera) -> None:
+    done = run("predict", tiny_onnx, camera.url, "--max-frames", 5, "--json")
+    assert done.exit_code == 0, done.stderr
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["source"] for line in lines] == [camera.url] * 5
+    assert all(line["width"] == 160 and line["latency_ms"] > 0 and "detections" in line for line in lines)
+    assert last["statistics"]["detected"] == 5
+    assert "latency p50" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("http://127.0.0.1:9/none", "--give-up", "0.4"), 1, "gave no frame for 0.4 seconds"),
+        (("rtsp://me:secret@127.0.0.1:9/x", "--give-up", "0.4"), 1, "'rtsp://me:***@127.0.0.1:9/x' gave no frame"),
+        (("/dev/video77", "--give-up", "0.4"), 1, "gave no frame"),
+        (("file:///etc/passwd",), 2, "of no protocol that is read here"),
+        (("videotestsrc ! appsink",), 2, "built without GStreamer"),
+        (("nowhere", "--follow"), 2, "'nowhere' is no stream"),
+        (("http://127.0.0.1:9/none", "a.png"), 2, "One command reads one stream"),
+        (("a.png", "--max-frames", "3"), 2, "end a stream"),
+    ],
+)
+def test_streams_that_cannot_be_read_are_a_sentence(
+    arguments: tuple[str, ...], code: int, message: str, tiny_onnx: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    done = run("predict", tiny_onnx, *arguments)
+    assert done.exit_code == code, done.output
+    assert message in " ".join(done.stderr.split())
+    assert "secret" not in done.output
+    capfd.readouterr()  # OpenCV's and FFmpeg's lines
+
+
+def test_what_a_stream_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detector: Detector) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert all(map(is_stream, ("0", "12", "/dev/video0", "rtsp://a/b", "HTTP://a", "a ! b")))
+    assert not any(map(is_stream, ("a.png", "1234", "photos", "/dev/null", "a!b.jpg")))
+    (tmp_path / "0").mkdir()
+    assert not is_stream("0")
+    assert shown_source("rtsp://u:p@h/x") == "rtsp://u:***@h/x"
+    assert shown_source("rtsp://h/x@y") == "rtsp://h/x@y"
+    for wrong in ({"max_frames": 0}, {"max_seconds": -1.0}, {"give_up": 0.0}):
+        with pytest.raises(ConfigError, match="more than 0"):
+            StreamOptions(**wrong)
+    with (
+        detector.stream("http://127.0.0.1:9/", options=StreamOptions(give_up=0.3)) as stream,
+        pytest.raises(ImageError),
+    ):
+        next(iter(stream))
+    assert np.isfinite(stream.statistics.drop_rate)

@@ -173,7 +173,8 @@ class AccuracyFigure:
 
     ``drop`` is reference AP minus this AP, ``drop_interval`` its 95 % confidence interval. ``outcome``: what judging it
     came to, ``verdicts`` the sentences behind it. ``score_drift``: how the scores moved, and the thresholds that keep
-    the reference's operating points. All four are of the comparison, so the reference itself has none.
+    the reference's operating points. All four are of the comparison, so the reference itself has none. ``thresholds``:
+    for each class the score at which it has the best F1 on these images, or what deploy was asked for.
     """
 
     artifact: str
@@ -187,6 +188,7 @@ class AccuracyFigure:
     outcome: Outcome | None = None
     verdicts: tuple[str, ...] = ()
     score_drift: ScoreDrift | None = None
+    thresholds: dict[str, float] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
 
 

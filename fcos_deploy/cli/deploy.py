@@ -89,6 +89,8 @@ def command(
             metavar="DIR",
         ),
     ] = None,
+    at_precision: cli.AtPrecision = None,
+    at_recall: cli.AtRecall = None,
     fast: Annotated[
         bool,
         cli.option(
@@ -106,6 +108,7 @@ def command(
     An interrupted run resumes where it stopped. Exit code 4: a limit does not hold, or the images
     cannot decide it; in the latter case the bundle is kept, and says so.
     """
+    from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.pipeline.deploy import deploy
     from fcos_deploy.pipeline.steps import DeployRequest, plan_targets
 
@@ -145,6 +148,7 @@ def command(
         opset=opset,
         cache=cache,
         sample=FAST_IMAGES if fast else None,
+        operating_goal=OperatingGoal(precision=at_precision, recall=at_recall),
         command=command_line(),
     )
     with progress_bar() as progress:

@@ -32,14 +32,8 @@ def command(
     predictions: Annotated[
         Path | None, cli.option("Folder to keep detections in; an interrupted run resumes from it.", metavar="DIR")
     ] = None,
-    at_precision: Annotated[
-        float | None,
-        cli.option("Precision for which each class's score threshold is chosen. Default: best F1.", metavar="SHARE"),
-    ] = None,
-    at_recall: Annotated[
-        float | None,
-        cli.option("Recall for which each class's score threshold is chosen. Default: best F1.", metavar="SHARE"),
-    ] = None,
+    at_precision: cli.AtPrecision = None,
+    at_recall: cli.AtRecall = None,
     max_map_drop: cli.MaxMapDrop = None,
     min_ap: Annotated[
         float | None, cli.option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP", panel=cli.GATE)

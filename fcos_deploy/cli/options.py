@@ -43,6 +43,8 @@ __all__ = [
     "AllowInconclusive",
     "Also",
     "Annotations",
+    "AtPrecision",
+    "AtRecall",
     "Backend",
     "Backends",
     "Bundle",
@@ -152,6 +154,13 @@ AllowOverlap = Annotated[
 ]
 Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
 Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
+AtPrecision = Annotated[
+    float | None,
+    option("Precision for which each class's score threshold is chosen. Default: best F1.", metavar="SHARE"),
+]
+AtRecall = Annotated[
+    float | None, option("Recall for which each class's score threshold is chosen. Default: best F1.", metavar="SHARE")
+]
 Opset = Annotated[int | None, option("ONNX operator set, 16 to 23. Default: 17, or 19 where the graph has DeformConv.")]
 Target = Annotated[
     str,

@@ -119,6 +119,7 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
                 annotations=request.annotations,
                 reference=_reference(context),
                 sample=request.sample,
+                operating_goal=request.operating_goal,
                 predictions=context.predictions,
             ),
             progress=context.progress,
@@ -172,7 +173,8 @@ def accuracy_figures(
     figures = []
     for artifact, precision, evaluation in rows:
         scores, drop = evaluation.scores, evaluation.drop
-        metrics = {"ap": scores.ap, "ap50": scores.ap50, "ap75": scores.ap75}
+        names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+        metrics = {name: getattr(scores, name) for name in names}
         compared = reference is not None and evaluation is not reference
         figures.append(
             AccuracyFigure(
@@ -187,6 +189,7 @@ def accuracy_figures(
                 outcome=overall_outcome(verdict.outcome for verdict in evaluation.verdicts),
                 verdicts=tuple(f"{verdict.name}: {verdict.message}" for verdict in evaluation.verdicts),
                 score_drift=evaluation_drift(reference, evaluation) if reference and compared else None,
+                thresholds={p.name: round(p.score, 6) for p in evaluation.operating_points if p.score is not None},
                 details=dict(evaluation.run.description),
             )
         )

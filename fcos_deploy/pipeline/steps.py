@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
+from fcos_deploy.accuracy.operating_point import OperatingGoal
 from fcos_deploy.bundle import (
     Artifact,
     ArtifactDraft,
@@ -136,6 +137,7 @@ class DeployRequest:
     of both models that agree (0.97 by default). ``judge``: whether the interval or the point estimate must keep it.
     ``cache``: folder of finished steps of earlier deployments, to which this one adds. ``sample``: on how many images
     accuracy is measured, chosen with classes and object sizes as in all of them; None takes all.
+    ``operating_goal``: what the score threshold of each class is chosen for.
     """
 
     checkpoint: Path
@@ -157,6 +159,7 @@ class DeployRequest:
     opset: int | None = None
     cache: Path | None = None
     sample: int | None = None
+    operating_goal: OperatingGoal = field(default_factory=OperatingGoal)
     command: str = ""
 
     def __post_init__(self) -> None:

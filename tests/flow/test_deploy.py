@@ -49,6 +49,8 @@ def test_bundle_holds_every_variant_and_its_hashes_check(deployed: tuple[Path, d
         assert bundle.manifest.accuracy[0].metrics["ap"] > 0.4
         int8 = next(figure for figure in bundle.manifest.accuracy if figure.precision is Precision.INT8)
         assert int8.score_drift is not None
+        assert set(int8.thresholds) == {"RBC", "WBC", "Platelets"}
+        assert {"ap_small", "ap_large"} <= set(int8.metrics)
         assert 0.1 < int8.score_drift.threshold < 0.5, "the threshold that keeps as many detections as 0.3 did in float"
 
 

@@ -341,7 +341,7 @@ def evaluation_row(evaluation: Evaluation) -> tuple[str, ...]:
         *("-" if ap is None else f"{ap:.3f}" for ap in (scores.ap, scores.ap50, scores.ap75)),
         f"{interval.low:.3f}-{interval.high:.3f}" if interval else "",
         f"{drop.value:+.3f} ({drop.low:+.3f} to {drop.high:+.3f})" if drop else "",
-        f"{agreement.match_rate:.1%}" if agreement else "",
+        f"{agreement.match_rate:.1%}" if agreement and not agreement.empty else "",
         str(scores.images),
         f"{1000 * run.seconds.total / timed:.1f}" if timed else "",
     )

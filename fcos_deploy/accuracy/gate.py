@@ -204,7 +204,7 @@ def _judge_match_rate(
     gate: Gate, agreement: DetectionAgreement, *, limit: float, subject: str, problem: str
 ) -> Verdict:
     name, rate = "min_match_rate", agreement.match_rate
-    if not problem and not agreement.reference + agreement.candidate:
+    if not problem and agreement.empty:
         problem = "neither detector finds anything in these images, so that nothing can agree"
     if problem:
         return _undecided(name, gate, subject=subject, limit=limit, problem=problem, value=None)

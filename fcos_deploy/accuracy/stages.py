@@ -309,8 +309,9 @@ def _host_stage(stage: str, different: Sequence[str], *, count: int) -> StageRes
 
 def detections_stage(agreement: DetectionAgreement, *, tolerance: Tolerance) -> StageResult:
     """The final detections of the two, each from its own input."""
+    share = "neither detects anything" if agreement.empty else f"{agreement.match_rate:.1%} agree"
     detail = (
-        f"{agreement.match_rate:.1%} agree ({agreement.missed} missed, {agreement.extra} extra of "
+        f"{share} ({agreement.missed} missed, {agreement.extra} extra of "
         f"{agreement.reference}), boxes within {agreement.box_delta_px.max_abs:.3g} pixels, "
         f"scores within {agreement.score_delta.max_abs:.3g}"
     )

@@ -131,9 +131,10 @@ def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, a
     for sentence in comparison.contract:
         note(f"contract: {sentence}")
     agreement, (reference, candidate) = comparison.agreement, comparison.subjects
+    share = "neither detects anything" if agreement.empty else f"{agreement.match_rate:.1%} of the detections agree"
     note(
-        f"golden images ({agreement.images}), {reference} against {candidate}, run here: "
-        f"{agreement.match_rate:.1%} of the detections agree, {agreement.missed} missed, {agreement.extra} extra"
+        f"golden images ({agreement.images}), {reference} against {candidate}, run here: {share}, "
+        f"{agreement.missed} missed, {agreement.extra} extra"
     )
     if as_json:
         print_json(bundles.bundles_json(comparison))

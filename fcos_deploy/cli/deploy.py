@@ -217,6 +217,7 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
 
 def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a number or None
     evaluation = deployment.rows[index]
+    agreement = evaluation.agreement
     speed, reference = deployment.benchmark.results[index], deployment.benchmark.results[0]
     speedup = deployment.benchmark.speedup(speed, reference=reference)
     return {
@@ -226,7 +227,7 @@ def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a 
         "ap": evaluation.scores.ap,
         "ap50": evaluation.scores.ap50,
         "drop": evaluation.drop.value if evaluation.drop else None,
-        "match_rate": evaluation.agreement.match_rate if evaluation.agreement else None,
+        "match_rate": agreement.match_rate if agreement and not agreement.empty else None,
         "outcome": overall_outcome(verdict.outcome for verdict in evaluation.verdicts),
         "p50_ms": speed.latency.p50,
         "p90_ms": speed.latency.p90,

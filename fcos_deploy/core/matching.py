@@ -130,6 +130,11 @@ class DetectionAgreement:
     score_pairs: tuple[tuple[float, float], ...] = ()
 
     @property
+    def empty(self) -> bool:
+        """Whether neither has a detection that could agree, so that the rate says nothing."""
+        return not self.reference + self.candidate
+
+    @property
     def same_outputs(self) -> bool:
         """Whether every detection is the reference's but for rounding: all paired, the largest differences tiny."""
         paired = self.matched > 0 and not self.missed + self.extra

@@ -173,7 +173,7 @@ def _agreement_sentence(data: ReportData) -> str:
 def _match_rates(data: ReportData) -> list[tuple[float, str]]:
     """The share of detections that agree with the reference's, and the variant."""
     agreements = [(v.evaluation.agreement, v.label) for v in data.candidates]
-    return [(agreement.match_rate, label) for agreement, label in agreements if agreement is not None]
+    return [(agreement.match_rate, label) for agreement, label in agreements if agreement and not agreement.empty]
 
 
 def key_figures(data: ReportData) -> list[KeyFigure]:

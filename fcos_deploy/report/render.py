@@ -117,6 +117,7 @@ def _variant_cells(variant: ReportVariant) -> dict[str, str]:
     """A row of the large table."""
     evaluation, result = variant.evaluation, variant.result
     scores, interval, drop = evaluation.scores, evaluation.interval, evaluation.drop
+    agreement = evaluation.agreement
     latency, cold_start = (result.latency, result.cold_start) if result else (None, None)
     return {
         "label": variant.label,
@@ -126,7 +127,7 @@ def _variant_cells(variant: ReportVariant) -> dict[str, str]:
         "ap50": _number(scores.ap50, 3),
         "drop": _signed(drop.value if drop else None, 3),
         "drop_interval": f"{_signed(drop.low, 3)} to {_signed(drop.high, 3)}" if drop and drop.resamples else "",
-        "match_rate": _percent(evaluation.agreement.match_rate if evaluation.agreement else None),
+        "match_rate": _percent(agreement.match_rate if agreement and not agreement.empty else None),
         "p50": _number(latency.p50 if latency else None, 1),
         "p90": _number(latency.p90 if latency else None, 1),
         "p99": _number(latency.p99 if latency else None, 1),

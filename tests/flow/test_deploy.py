@@ -113,6 +113,9 @@ def test_a_bundle_with_the_nms_tail_is_packaged_for_deepstream(
         (artifact,) = opened.manifest.artifacts
         assert (artifact.path, artifact.precision) == ("model.fp32.nms.onnx", Precision.FP32)
         assert opened.manifest.calibration == ()
+        held = [verdict for figure in opened.manifest.accuracy for verdict in figure.verdicts]
+        assert held, "every variant is judged"
+        assert all(verdict.startswith("min_match_rate: ") for verdict in held), "no AP is lost without annotations"
     done = CliRunner().invoke(build_app(), ["package", str(bundle), "--for", "deepstream", "-o", str(packed)])
     assert done.exit_code == 0, done.stderr
     assert (packed / "labels.txt").read_text() == "red\nwhite\nplatelet\n"

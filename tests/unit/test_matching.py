@@ -88,7 +88,18 @@ def test_match_rate_counts_both_sides() -> None:
 def test_images_without_detections_agree() -> None:
     agreement = compare_detections({1: detections([])}, {1: detections([])})
     assert agreement.match_rate == 1.0
+    assert agreement.empty, "so that no table shows the rate"
+    assert agreement.match_interval == (0.0, 1.0)
     assert agreement.score_delta.count == 0
+
+
+def test_the_share_that_agrees_is_certain_where_every_detection_is_the_same() -> None:
+    found = {number: detections([([0, 0, 10, 10], 0.8, 0)]) for number in range(3)}
+    moved = {number: detections([([0.5, 0, 10.5, 10], 0.8, 0)]) for number in range(3)}
+    assert compare_detections(found, found).match_interval == (1.0, 1.0)
+    low, high = compare_detections(found, moved).match_interval
+    assert low < 0.6
+    assert high == 1.0
 
 
 def test_other_images_cannot_be_compared() -> None:

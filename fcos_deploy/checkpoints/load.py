@@ -123,6 +123,7 @@ def build_network(config: FcosConfig, tensors: Mapping[str, TensorFacts]) -> Fco
 
 
 _TOWER_CONV = re.compile(r"(head\.(?:classification_head|regression_head|shared_tower)\.conv\.\d+)\.weight")
+_LEVEL_NORM = re.compile(r"(head\..+\.conv\.\d+)\.(\d+)\.running_mean")
 _FPN_NORM = re.compile(r"(backbone\.fpn\..+)\.norm\.running_mean")
 _SCALES = "head.regression_head.scales"
 
@@ -154,11 +155,18 @@ def _with_merged_norms(tensors: Mapping[str, Tensor], *, eps: float) -> dict[str
 
 
 def _assembled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per-level scales gathered into one vector, and a bias of zeros for tower convolutions that have none."""
+    """Scales gathered into one vector, norms with a weight for each level, a bias of zeros for convolutions without."""
     assembled = {name: tensor for name, tensor in tensors.items() if not name.startswith(_SCALES + ".")}
     levels = len(tensors) - len(assembled)  # the scales that were left out
     if levels:
         assembled[_SCALES] = torch.cat([tensors[f"{_SCALES}.{level}"].reshape(1) for level in range(levels)])
+    for name in list(assembled):
+        match = _LEVEL_NORM.fullmatch(name)
+        # detectron2's CycleBatchNormList: statistics of each level, one weight and bias for all.
+        for part in ("weight", "bias") if match else ():
+            if match and f"{match[1]}.{part}" in tensors:
+                assembled.pop(f"{match[1]}.{part}", None)
+                assembled[f"{match[1]}.{match[2]}.{part}"] = tensors[f"{match[1]}.{part}"]
     for name in list(assembled):
         match = _TOWER_CONV.fullmatch(name)
         # mmdetection's plain head has no bias; adding zeros is exact, and all networks have the same names.

@@ -1,8 +1,9 @@
 """Networks and configurations that are not the libraries' defaults give the detections of the libraries.
 
 Each file of references holds, for each case, the mean magnitude of each level's head outputs and the final detections
-of the library's own preprocessing, network and decoding (mmdetection 3.3.0, torchvision 0.28.0), with the weights of
-``_fill_weights.py``. Their compiled suppression was replaced by greedy suppression in Python.
+of the library's own preprocessing, network and decoding (mmdetection 3.3.0, torchvision 0.28.0, detectron2 at
+02b5c4e2), with the weights of ``_fill_weights.py``. Their compiled suppression was replaced by greedy suppression in
+Python.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, lo
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
-from fcos_deploy.core.preprocess import InputDtype, preprocess
+from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, preprocess
 from fcos_deploy.detector import Detector
 from fcos_deploy.model.tails import ExportableFcos, StaticNms
 
@@ -34,6 +35,7 @@ DATA = Path(__file__).parents[1] / "data"
 REFERENCES = {
     "mmdetection": json.loads((DATA / "mmdetection" / "configurations.json").read_text()),
     "torchvision": json.loads((DATA / "torchvision" / "recipes.json").read_text()),
+    "detectron2": json.loads((DATA / "detectron2" / "recipes.json").read_text()),
 }
 CASES = [(library, name) for library, references in REFERENCES.items() for name in references["cases"]]
 ABSENT = "<absent>"
@@ -62,13 +64,14 @@ def load(tmp_path: Path, fill_weights: ModuleType) -> Callable[[str, str], Loade
         case = REFERENCES[library]["cases"][name]
         shapes = REFERENCES[library]["networks"][case["network"]]
         weights = {key: torch.as_tensor(fill_weights.fill(key, tuple(shape))) for key, shape in shapes.items()}
-        said: dict[str, Any] = {key: _as_tuple(value) for key, value in case.get("options", {}).items()}
+        said: dict[str, Any] = {key: _as_option(key, value) for key, value in case.get("options", {}).items()}
         content: dict[str, Any] = weights
         if library == "mmdetection":
             text = "\n".join(f"{key} = {value!r}" for key, value in configuration(name).items())
             content = {"meta": {"cfg": text}, "state_dict": weights}
         else:
-            said = {"shortest": 192, "longest": 256, "score_threshold": 0.1, "max_detections": 60, **said}
+            threshold = {"torchvision": 0.1, "detectron2": 0.3}[library]
+            said = {"shortest": 192, "longest": 256, "score_threshold": threshold, "max_detections": 60, **said}
         torch.save(content, tmp_path / "model.pth")
         options = CheckpointOptions(input_dtype=InputDtype.FLOAT32, **said)
         return load_checkpoint(tmp_path / "model.pth", options=options)
@@ -76,7 +79,9 @@ def load(tmp_path: Path, fill_weights: ModuleType) -> Callable[[str, str], Loade
     return load
 
 
-def _as_tuple(value: Any) -> Any:
+def _as_option(name: str, value: Any) -> Any:
+    if name == "channel_order":
+        return ChannelOrder(value)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from fcos_deploy.bundle.manifest import (
     DIGEST_NAME,
+    LAYERS_FOLDER,
     LOG_NAME,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -97,21 +98,19 @@ def unpack(path: Path, folder: Path, *, sizes: Callable[[], Mapping[str, int]] |
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="strict", tarinfo=_Member) as archive:
             members = _members(archive, limit=min(path.stat().st_size, _MAX_BYTES, shutil.disk_usage(folder).free))
-            first = [member for member in members if member.name in _FIRST]
-            for member in first:
-                if member.size > MAX_MANIFEST_BYTES:
-                    raise BundleError(f"Member '{member.name}' of the archive is larger than any manifest.")
-                _write(archive, member, folder / member.name)
+            for name in (name for name in members if name in _FIRST):
+                if members[name].size > MAX_MANIFEST_BYTES:
+                    raise BundleError(f"Member '{name}' of the archive is larger than any manifest.")
+                _write(archive, members[name], folder / name)
             listed = sizes() if sizes else None
-            for member in members:
-                if member in first:
+            for name, member in members.items():
+                # Layers are of a device, and no part of an archive; 'tar' takes them along.
+                if name in _FIRST or (listed is not None and name.startswith(f"{LAYERS_FOLDER}/")):
                     continue
-                unlisted = member.name == LOG_NAME or (
-                    member.name == MODEL_SIGNATURE_NAME and member.size <= MAX_MANIFEST_BYTES
-                )
-                if listed is not None and not unlisted and listed.get(member.name) != member.size:
-                    raise ChecksumError(f"Member '{member.name}' of the archive is not what its manifest lists.")
-                _write(archive, member, folder.joinpath(*PurePosixPath(member.name).parts))
+                unlisted = name == LOG_NAME or (name == MODEL_SIGNATURE_NAME and member.size <= MAX_MANIFEST_BYTES)
+                if listed is not None and not unlisted and listed.get(name) != member.size:
+                    raise ChecksumError(f"Member '{name}' of the archive is not what its manifest lists.")
+                _write(archive, member, folder.joinpath(*PurePosixPath(name).parts))
     except FcosDeployError:
         raise
     except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError, MemoryError) as error:
@@ -120,18 +119,21 @@ def unpack(path: Path, folder: Path, *, sizes: Callable[[], Mapping[str, int]] |
         raise BundleError(f"Cannot unpack '{path}': {error.strerror or error}.") from error
 
 
-def _members(archive: tarfile.TarFile, *, limit: int) -> list[tarfile.TarInfo]:
-    """The plain files, from their headers alone.
+def _members(archive: tarfile.TarFile, *, limit: int) -> dict[str, tarfile.TarInfo]:
+    """The plain files by their names in the bundle, from their headers alone.
 
+    ``tar cf cells.tar cells/`` puts the folder's name before all of them, ``tar cf cells.tar -C cells .`` a dot.
     ``limit`` bounds the bytes of all members together: an uncompressed archive cannot hold more than its size.
     """
     remaining, seen = limit, dict[str, tarfile.TarInfo]()
     for count, member in enumerate(archive, 1):
         if count > _MAX_MEMBERS:
             raise BundleError(f"The archive has more than {_MAX_MEMBERS} members.")
-        name = member.name
+        name = member.name.removeprefix("./")
         if len(name) > _MAX_NAME:
             raise BundleError("The archive has a member whose name is too long.")
+        if member.isdir() and name == ".":
+            continue
         check_relative_path(name)
         if member.isdir():
             continue
@@ -141,7 +143,10 @@ def _members(archive: tarfile.TarFile, *, limit: int) -> list[tarfile.TarInfo]:
         remaining -= member.size
         if member.size < 0 or remaining < 0:
             raise BundleError(f"Member '{name}' of the archive is larger than the archive or than the free space.")
-    return list(seen.values())
+    prefix = next(iter(seen), "").partition("/")[0] + "/"
+    if MANIFEST_NAME not in seen and prefix + MANIFEST_NAME in seen and all(name.startswith(prefix) for name in seen):
+        return {name.removeprefix(prefix): member for name, member in seen.items()}
+    return seen
 
 
 def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.cameras import StreamOptions
     from fcos_deploy.detector.draw import DrawOptions
+    from fcos_deploy.detector.formats import write_coco, write_csv, write_yolo
+
+if TYPE_CHECKING:
+    from fcos_deploy.detector.prediction import Prediction
 
 __all__ = ["command"]
 
-_DRAWN = 0.3  # lowest score that is drawn by default: boxes of lower scores hide the others
+_SHOWN = 0.3  # lowest score that people are shown by default: boxes of lower scores hide the others
 _ROWS = 200  # of the table
 
 
@@ -79,43 +84,71 @@ def command(
     give_up: Annotated[
         float, cli.option("Seconds without a frame after which to give up.", metavar="SECONDS", panel=cli.STREAM)
     ] = 60.0,
+    coco: Annotated[
+        Path | None,
+        cli.option("COCO data set of the detections to write, with scores.", metavar="FILE", panel=cli.OUTPUT),
+    ] = None,
+    as_csv: Annotated[
+        Path | None, cli.option("CSV of the detections to write.", "--csv", metavar="FILE", panel=cli.OUTPUT)
+    ] = None,
+    yolo: Annotated[
+        Path | None, cli.option("Folder for YOLO labels, a .txt for each image.", metavar="DIR", panel=cli.OUTPUT)
+    ] = None,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
     """Predict the objects in images, videos and streams; boxes are x1, y1, x2, y2 in image pixels.
 
-    Images that cannot be read do not stop the others; the exit code is then 1. Of a stream the newest frame is taken,
-    --json prints one line a frame, and latency and drop rate are shown at the end.
+    Images that cannot be read do not stop the others; the exit code is then 1. The table stops at --score-threshold, or
+    else at a score of 0.3; files and JSON have what the model gives. Of a stream the newest frame is taken, --json
+    prints one line a frame, and latency and drop rate are shown at the end.
     """
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.cameras import StreamOptions, is_stream
     from fcos_deploy.detector.draw import DrawOptions
 
     streamed = follow or any(map(is_stream, images))
-    if streamed and (len(images) > 1 or draw is not None):
-        raise ConfigError("One command reads one stream, and draws nothing.", hint="leave the others and --draw out")
+    written = ((coco, write_coco), (as_csv, write_csv), (yolo, write_yolo))
+    if streamed and (len(images) > 1 or any(path is not None for path in (draw, coco, as_csv, yolo))):
+        raise ConfigError(
+            "One command reads one stream, and draws and keeps nothing.",
+            hint="leave the other sources, --draw, --coco, --csv and --yolo out",
+        )
     if not streamed and (max_frames or max_seconds):
         raise ConfigError("--max-frames and --max-seconds end a stream; these sources end by themselves.")
     session = replace(session, cache_dir=cache, checkpoint=options)
     opened = Detector.open(
         model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
     )
-    drawn = next(t for t in (draw_threshold, score_threshold, _DRAWN) if t is not None)
+    shown = _SHOWN if score_threshold is None else score_threshold
     with opened as detector:
         for fallback in detector.fallbacks:
             note(f"fallback from {fallback.backend}: {fallback.reason}")
         if streamed:
             limits = StreamOptions(max_frames=max_frames, max_seconds=max_seconds, give_up=give_up)
             _stream(detector, images[0], limits, as_json=as_json)
-        else:
-            _files(detector, images, draw=draw, drawing=DrawOptions(score_threshold=drawn), as_json=as_json)
+            return
+        drawing = DrawOptions(score_threshold=shown if draw_threshold is None else draw_threshold)
+        predictions, unread = _predict(detector, images, draw=draw, drawing=drawing)
+        for path, write in written:
+            if path is not None:
+                write(path, predictions, detector.names)
+                note(f"wrote {path}")
+        if predictions or unread is None:
+            _show(predictions, detector, lowest=shown, as_json=as_json)
+        if draw is not None and predictions:
+            note(f"annotated copies are in '{draw}' (scores of at least {drawing.score_threshold:g})")
+    if unread is not None:
+        raise unread
 
 
-def _files(detector: Detector, sources: list[str], *, draw: Path | None, drawing: DrawOptions, as_json: bool) -> None:
-    """Detections of files, in one table or document; then the error of those that could not be read."""
-    from fcos_deploy.detector.prediction import TABLE_COLUMNS, predict, prediction_json, prediction_rows
+def _predict(
+    detector: Detector, sources: list[str], *, draw: Path | None, drawing: DrawOptions
+) -> tuple[list[Prediction], ImageError | None]:
+    """Detections of files, and the error of those that could not be read."""
+    from fcos_deploy.detector.prediction import predict
 
-    predictions, unread = [], None
+    predictions: list[Prediction] = []
     with progress_bar() as progress:
         try:
             for prediction in predict(
@@ -123,21 +156,27 @@ def _files(detector: Detector, sources: list[str], *, draw: Path | None, drawing
             ):
                 predictions.append(prediction)
         except ImageError as error:
-            unread = error
-    rows = [row for prediction in predictions for row in prediction_rows(prediction, detector.names)]
-    if as_json and (predictions or unread is None):
+            return predictions, error
+    return predictions, None
+
+
+def _show(predictions: Sequence[Prediction], detector: Detector, *, lowest: float, as_json: bool) -> None:
+    """All detections as JSON; for people a table of those with at least this score, and how many it leaves out."""
+    from fcos_deploy.detector.prediction import TABLE_COLUMNS, prediction_json, prediction_rows
+
+    rows = [row for prediction in predictions for row in prediction_rows(prediction, detector.names, score=lowest)]
+    hidden = sum(len(p.detections) - len(p.detections.above(lowest)) for p in predictions)
+    if as_json:
         print_json([prediction_json(prediction, detector) for prediction in predictions])
-    elif rows and not as_json:
+    elif rows:
         table("Detections", TABLE_COLUMNS, rows[:_ROWS])
     if len(rows) > _ROWS and not as_json:
         note(f"and {len(rows) - _ROWS} more; --json prints all")
+    if hidden and not as_json:
+        note(f"{hidden} more have scores below {lowest:g}; --score-threshold shows them")
     videos = Counter((p.source, p.announced) for p in predictions if p.frame is not None)
     for (source, announced), frames in videos.items():
         note(f"'{source}': {frames} frames decoded of {announced or 'an unknown number'} announced")
-    if draw is not None and predictions:
-        note(f"annotated copies are in '{draw}' (scores of at least {drawing.score_threshold:g})")
-    if unread is not None:
-        raise unread
 
 
 def _stream(detector: Detector, address: str, options: StreamOptions, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, MissingDependencyError
 
 __all__ = ["Detections", "box_iou", "label_name", "pairwise_iou"]
 
@@ -53,6 +54,21 @@ class Detections:
             }
             for box, score, label in zip(self.boxes, self.scores, self.labels, strict=True)
         ]
+
+    def to_supervision(self, names: tuple[str, ...] = ()) -> Any:  # Any: the library has no stubs here
+        """A ``supervision.Detections``; with ``names`` the class names are in its ``data["class_name"]``.
+
+        Raises:
+            MissingDependencyError: supervision is not installed. It is no extra: it brings an OpenCV of its own.
+        """
+        try:
+            supervision = importlib.import_module("supervision")
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("'supervision' is not installed.", hint="pip install supervision") from error
+        data = {"class_name": np.array([label_name(int(label), names) for label in self.labels])} if names else {}
+        return supervision.Detections(
+            xyxy=self.boxes, confidence=self.scores, class_id=self.labels.astype(int, copy=False), data=data
+        )
 
 
 _TINY = 1e-300  # keeps 0 / 0, the overlap of boxes without area, at 0

@@ -169,11 +169,13 @@ def decode_image(content: bytes, *, path: Path, orientation: Orientation = Orien
 
 
 def image_pixels(image: object, *, orientation: Orientation = Orientation.EXIF) -> NDArray[np.uint8]:
-    """An image in memory, or the path of a file, as ``read_image`` gives it; an array is taken as it is.
+    """An image in memory, or the path or the bytes of a file, as ``read_image`` gives it; an array is taken as it is.
 
     Raises:
-        ImageError: it is neither an array, nor a path, nor an image of Pillow.
+        ImageError: it is neither an array, nor a path, nor the bytes of a file, nor an image of Pillow.
     """
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(image), path=Path("in memory"), orientation=orientation)
     if isinstance(image, (str, Path)):
         return read_image(Path(image), orientation=orientation)
     pillow = sys.modules.get("PIL.Image")  # Whoever has an image of it has imported it.
@@ -181,7 +183,8 @@ def image_pixels(image: object, *, orientation: Orientation = Orientation.EXIF) 
         return _pillow_pixels("The image", image, orientation=orientation)
     if not hasattr(image, "shape") or not hasattr(image, "dtype"):
         raise ImageError(
-            f"An image must be uint8[h, w, 3] in RGB order, a path or an image of Pillow, got {brief(image)}.",
+            f"An image must be uint8[h, w, 3] in RGB order, a path, a file's bytes or an image of Pillow, got "
+            f"{brief(image)}.",
             hint="read it with read_image",
         )
     pixels: NDArray[np.uint8] = image  # type: ignore[assignment]  # its dtype and shape are checked by preprocess

@@ -51,7 +51,7 @@ _LOG = logging.getLogger(__name__)
 _REPLACED_TRIES = 5
 _LARGEST_BATCH = 8  # of a dynamic axis: beyond it memory grows and throughput hardly does
 
-Image = Union[NDArray[np.uint8], Path, str, "PIL.Image.Image"]
+Image = Union[NDArray[np.uint8], Path, str, bytes, "PIL.Image.Image"]
 
 
 class Detector:

@@ -224,11 +224,11 @@ def prediction_json(prediction: Prediction, detector: Detector) -> dict[str, Any
     return document
 
 
-def prediction_rows(prediction: Prediction, names: tuple[str, ...]) -> list[list[str]]:
-    """One row for each detection, in ``TABLE_COLUMNS``; one that says so where there is none."""
+def prediction_rows(prediction: Prediction, names: tuple[str, ...], *, score: float = 0.0) -> list[list[str]]:
+    """A row for each detection of at least this score, in ``TABLE_COLUMNS``; one that says so where there is none."""
     place = prediction.source.name if prediction.frame is None else f"{prediction.source.name}#{prediction.frame}"
     rows = [
         [place, item["name"], f"{item['score']:.3f}", *(f"{edge:.1f}" for edge in item["box"])]
-        for item in prediction.detections.to_list(names)
+        for item in prediction.detections.above(score).to_list(names)
     ]
     return rows or [[place, "nothing", *[""] * 5]]

@@ -540,7 +540,9 @@ def test_images_of_pillow_are_detected_on(detector: Detector, photograph: NDArra
 @pytest.mark.parametrize("given", [None, 5, b"abc", [1, 2], {}, object()], ids=lambda given: type(given).__name__)
 def test_what_is_no_image_is_said_to_be_none(detector: Detector, given: object) -> None:
     for detect in (detector.detect, lambda image: detector.detect_batch([image])):
-        with pytest.raises(ImageError, match=r"must be uint8\[h, w, 3\] in RGB order, a path or an image of Pillow"):
+        with pytest.raises(
+            ImageError, match=r"must be uint8\[h, w, 3\] in RGB order, a path, a file's bytes or an image of Pillow"
+        ):
             detect(given)
 
 

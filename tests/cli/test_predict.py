@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from fcos_deploy import Detector
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.errors import ImageError
 
 pytest.importorskip("onnxruntime")
 
@@ -149,6 +152,55 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(tiny_onnx: Path, 
     again = _run("predict", tiny_onnx, folder, "--draw", drawn, "--json")
     assert len(json.loads(again.stdout)) == 4  # its own drawings are no sources
     shutil.rmtree(drawn)
+
+
+def test_the_table_stops_at_the_threshold_and_says_what_it_leaves_out(tiny_onnx: Path, folder: Path) -> None:
+    shown = _run("predict", tiny_onnx, folder / "a.png", "--score-threshold", "0.2").stderr
+    more = _run("predict", tiny_onnx, folder / "a.png").stderr
+    assert "scores below" not in shown
+    hidden = re.search(r"(\d+) more have scores below 0\.3", more)
+    assert hidden is not None, more
+    count = len(re.findall(r"\.png", shown)), len(re.findall(r"\.png", more))
+    assert count[0] - count[1] == int(hidden[1])
+
+
+def test_files_for_other_tools_hold_the_same_boxes(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:
+    written = ["--coco", tmp_path / "coco.json", "--csv", tmp_path / "boxes.csv", "--yolo", tmp_path / "yolo"]
+    done = _run("predict", tiny_onnx, folder / "a.png", folder / "b.png", "--json", *written)
+    assert done.exit_code == 0, done.stderr
+    documents = json.loads(done.stdout)
+    detections = [(d, item) for d in documents for item in d["detections"]]
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    lines = list(csv.DictReader((tmp_path / "boxes.csv").read_text().splitlines()))
+    yolo = [line for name in "ab" for line in (tmp_path / "yolo" / f"{name}.txt").read_text().splitlines()]
+    assert (tmp_path / "yolo" / "classes.txt").read_text() == "red\nwhite\nplatelet\n"
+    files = {image["id"]: image["file_name"] for image in coco["images"]}
+    for (document, item), annotation, line, label in zip(detections, coco["annotations"], lines, yolo, strict=True):
+        x1, y1, x2, y2 = item["box"]
+        assert files[annotation["image_id"]] == document["image"] == line["image"]
+        assert annotation["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+        assert annotation["category_id"] == item["label"] == int(line["label"])
+        assert [float(line[edge]) for edge in ("x1", "y1", "x2", "y2")] == item["box"]
+        number, x, y, width, height, score = map(float, label.split())
+        assert (int(number), score) == (item["label"], pytest.approx(item["score"], abs=1e-6))
+        corners = [(x - width / 2) * document["width"], (y + height / 2) * document["height"]]
+        assert corners == pytest.approx([x1, y2], abs=1e-3)
+    refused = _run("predict", tiny_onnx, folder, "--yolo", tmp_path / "twice")
+    assert refused.exit_code == 2
+    assert "would be one file, 'a.txt'" in " ".join(refused.stderr.split())
+
+
+def test_an_image_is_a_path_bytes_pillow_or_an_array(tiny_onnx: Path, folder: Path, blobs: Images) -> None:
+    path = folder / "b.png"
+    with Detector.open(tiny_onnx) as detector:
+        results = [
+            detector.detect(image)
+            for image in (blobs[1], path, str(path), path.read_bytes(), Image.open(path), bytearray(path.read_bytes()))
+        ]
+        for result in results[1:]:
+            assert np.array_equal(result.boxes, results[0].boxes)
+        with pytest.raises(ImageError, match="in memory"):
+            detector.detect(b"no image")
 
 
 def test_only_likely_objects_are_drawn(tiny_onnx: Path, folder: Path, tmp_path: Path) -> None:

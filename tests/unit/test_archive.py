@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +132,21 @@ def test_flipped_bits_in_an_archive_are_refused_or_harmless(make_bundle: MakeBun
         except FcosDeployError:
             refused += 1
     assert refused > 50
+
+
+@pytest.mark.parametrize("how", ["folder", "dot"])
+def test_what_plain_tar_packs_opens(make_bundle: MakeBundle, tmp_path: Path, how: str) -> None:
+    """With the folder's name before every member or a dot, with layers of a device and the log."""
+    bundle = make_bundle(tmp_path / "cells")
+    (bundle / "device" / "layer").mkdir(parents=True)
+    (bundle / "device" / "layer" / "model.engine").write_bytes(b"of one device")
+    words = ["cells"] if how == "folder" else ["-C", "cells", "."]
+    subprocess.run(["tar", "cf", "plain.tar", *words], cwd=tmp_path, check=True)
+    with open_bundle(tmp_path / "plain.tar") as opened:
+        assert opened.manifest.name == "cells"
+        assert not (opened.root / "device").exists()
+    (tmp_path / "other").mkdir()
+    shutil.move(bundle, tmp_path / "other" / "cells")
+    subprocess.run(["tar", "cf", "deep.tar", "other"], cwd=tmp_path, check=True)
+    with pytest.raises(BundleError, match=r"no 'manifest\.json'"), open_bundle(tmp_path / "deep.tar"):
+        pass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, MissingDependencyError
 
 BOXES = np.float32([[0, 1, 2, 3], [4, 5, 6, 7]])
 SCORES = np.float32([0.75, 0.25])
@@ -46,3 +46,20 @@ def test_list_for_json_names_what_it_can() -> None:
         {"box": [0.0, 1.0, 2.0, 3.0], "score": 0.75, "label": 1, "name": "white"},
         {"box": [4.0, 5.0, 6.0, 7.0], "score": 0.25, "label": 9, "name": "9"},
     ]
+
+
+def test_supervision_gets_the_same_boxes_and_names() -> None:
+    """Where it is not installed, the way to get it is said."""
+    detections = Detections(np.float32([[1, 2, 30, 40]]), np.float32([0.75]), np.int64([1]))
+    try:
+        import supervision
+    except ModuleNotFoundError:
+        with pytest.raises(MissingDependencyError) as refused:
+            detections.to_supervision(("red", "white"))
+        assert refused.value.hint == "pip install supervision"
+        return
+    result = detections.to_supervision(("red", "white"))
+    assert isinstance(result, supervision.Detections)
+    assert np.array_equal(result.xyxy, detections.boxes)
+    assert (result.confidence.tolist(), result.class_id.tolist()) == ([0.75], [1])
+    assert result.data["class_name"].tolist() == ["white"]

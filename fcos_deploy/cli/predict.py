@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.cameras import StreamOptions
     from fcos_deploy.detector.draw import DrawOptions
-    from fcos_deploy.detector.formats import write_coco, write_csv, write_yolo
-
-if TYPE_CHECKING:
     from fcos_deploy.detector.prediction import Prediction
 
 __all__ = ["command"]
@@ -106,6 +103,7 @@ def command(
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.cameras import StreamOptions, is_stream
     from fcos_deploy.detector.draw import DrawOptions
+    from fcos_deploy.detector.formats import write_coco, write_csv, write_yolo
 
     streamed = follow or any(map(is_stream, images))
     written = ((coco, write_coco), (as_csv, write_csv), (yolo, write_yolo))

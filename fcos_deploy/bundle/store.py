@@ -377,6 +377,11 @@ def sign(
         for entry in opened.root.iterdir():
             if _UNFINISHED.fullmatch(entry.name):
                 entry.unlink(missing_ok=True)
+        if openssf_key is not None:
+            listed = {record.path: record.sha256 for record in opened.manifest.all_files.values()}
+            digest = digest_line(opened.manifest_sha256).encode()
+            listed |= {MANIFEST_NAME: opened.manifest_sha256, DIGEST_NAME: hashlib.sha256(digest).hexdigest()}
+            write_model_signature(opened.root, name=opened.manifest.name, files=listed, private_key=openssf_key)
         envelope = sign_manifest(
             opened.root,
             manifest=opened.manifest_bytes,
@@ -384,11 +389,6 @@ def sign(
             version=version,
             expires=expires,
         )
-        if openssf_key is not None:
-            listed = {record.path: record.sha256 for record in opened.manifest.all_files.values()}
-            digest = digest_line(opened.manifest_sha256).encode()
-            listed |= {MANIFEST_NAME: opened.manifest_sha256, DIGEST_NAME: hashlib.sha256(digest).hexdigest()}
-            write_model_signature(opened.root, name=opened.manifest.name, files=listed, private_key=openssf_key)
         return envelope.key_id
 
 

@@ -2,8 +2,8 @@
 
 Each file of references holds, for each case, the mean magnitude of each level's head outputs and the final detections
 of the library's own preprocessing, network and decoding (mmdetection 3.3.0, torchvision 0.28.0, detectron2 at
-02b5c4e2), with the weights of ``_fill_weights.py``. Their compiled suppression was replaced by greedy suppression in
-Python.
+02b5c4e2, AdelaiDet at 3672122), with the weights of ``_fill_weights.py``. Their compiled suppression was replaced by
+greedy suppression in Python.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ REFERENCES = {
     "mmdetection": json.loads((DATA / "mmdetection" / "configurations.json").read_text()),
     "torchvision": json.loads((DATA / "torchvision" / "recipes.json").read_text()),
     "detectron2": json.loads((DATA / "detectron2" / "recipes.json").read_text()),
+    "adelaidet": json.loads((DATA / "adelaidet" / "recipes.json").read_text()),
 }
 CASES = [(library, name) for library, references in REFERENCES.items() for name in references["cases"]]
 ABSENT = "<absent>"
@@ -70,7 +71,7 @@ def load(tmp_path: Path, fill_weights: ModuleType) -> Callable[[str, str], Loade
             text = "\n".join(f"{key} = {value!r}" for key, value in configuration(name).items())
             content = {"meta": {"cfg": text}, "state_dict": weights}
         else:
-            threshold = {"torchvision": 0.1, "detectron2": 0.3}[library]
+            threshold = {"torchvision": 0.1, "detectron2": 0.3, "adelaidet": 0.05}[library]
             said = {"shortest": 192, "longest": 256, "score_threshold": threshold, "max_detections": 60, **said}
         torch.save(content, tmp_path / "model.pth")
         options = CheckpointOptions(input_dtype=InputDtype.FLOAT32, **said)

@@ -99,7 +99,13 @@ def command(
             "--fast",
         ),
     ] = False,
-    dry_run: Annotated[bool, cli.option("Plan of what would be built, without building it.", "--dry-run")] = False,
+    dry_run: Annotated[
+        bool,
+        cli.option(
+            "Plan of what would be built, without building it; checkpoint and images are read as for the build.",
+            "--dry-run",
+        ),
+    ] = False,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -109,7 +115,7 @@ def command(
     cannot decide it; in the latter case the bundle is kept, and says so.
     """
     from fcos_deploy.accuracy.operating_point import OperatingGoal
-    from fcos_deploy.pipeline.deploy import deploy
+    from fcos_deploy.pipeline.deploy import check_inputs, deploy
     from fcos_deploy.pipeline.steps import DeployRequest, plan_targets
 
     plans = plan_targets(
@@ -119,15 +125,6 @@ def command(
         tail=tail,
         input_size=options.input_size,
     )
-    if dry_run:
-        for plan in plans:
-            rows = [(a.path, str(a.precision), a.where, a.how) for a in plan.artifacts]
-            table(plan.profile.title, ("file", "precision", "built", "how"), rows)
-            for line in (*plan.commands, *([plan.trtexec] if plan.trtexec else []), *plan.notes):
-                note(f"  {line}")
-        if as_json:
-            print_json(to_json(plans))
-        return
     request = DeployRequest(
         checkpoint=checkpoint,
         output=output,
@@ -151,6 +148,16 @@ def command(
         operating_goal=OperatingGoal(precision=at_precision, recall=at_recall),
         command=command_line(),
     )
+    if dry_run:
+        check_inputs(request)
+        for plan in plans:
+            rows = [(a.path, str(a.precision), a.where, a.how) for a in plan.artifacts]
+            table(plan.profile.title, ("file", "precision", "built", "how"), rows)
+            for line in (*plan.commands, *([plan.trtexec] if plan.trtexec else []), *plan.notes):
+                note(f"  {line}")
+        if as_json:
+            print_json(to_json(plans))
+        return
     with progress_bar() as progress:
         deployment = deploy(request, progress=progress)
     show_deployment(deployment, as_json=as_json, allow_inconclusive=allow_inconclusive)

@@ -69,7 +69,7 @@ def windows(images: Iterable[tuple[_Key, NDArray[np.uint8]]]) -> Iterator[list[t
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All image files in a folder and its subfolders, sorted; hidden files are left out.
+    """All image files in a folder and its subfolders, sorted; hidden files and folders are left out.
 
     A file without a suffix is an image if its content is one. What else there is is counted in a warning.
 

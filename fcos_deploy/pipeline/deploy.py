@@ -11,6 +11,7 @@ from pathlib import Path
 
 from calibration.dataset import SampleOptions
 from calibration.mixed_precision import TRADE_OFF_SUFFIX, read_trade_offs
+from fcos_deploy.accuracy.dataset import label_index, load_coco
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
 from fcos_deploy.accuracy.gate import require_all
 from fcos_deploy.benchmark.run import Benchmark
@@ -26,6 +27,7 @@ from fcos_deploy.bundle import (
     StepOutput,
 )
 from fcos_deploy.bundle.bom import BOM_NAME, bill_of_materials
+from fcos_deploy.checkpoints.describe import describe_checkpoint
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
@@ -50,7 +52,7 @@ from fcos_deploy.pipeline.steps import (
 )
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant, write_report
 
-__all__ = ["DEMO_DATA", "Deployment", "demo_request", "deploy"]
+__all__ = ["DEMO_DATA", "Deployment", "check_inputs", "demo_request", "deploy"]
 
 
 DEMO_DATA = Path(__file__).parent.parent / "demo_data"
@@ -149,6 +151,26 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
 def _replay(context: DeployContext, folder: Path, variants: list[Variant]) -> None:
     with context.stages.stage("verify"):
         proof.replay_verify(folder, variants, progress=context.progress)
+
+
+def check_inputs(request: DeployRequest) -> None:
+    """Read what ``deploy`` reads before it makes anything, by the same functions: checkpoint, images, annotations.
+
+    Raises:
+        FcosDeployError: as ``deploy`` for these.
+    """
+    _backends_to_measure(request)
+    contract = describe_checkpoint(request.checkpoint, options=request.options).contract
+    open_image_sets(
+        request.calibration_images,
+        contract,
+        images=request.images,
+        annotations=request.annotations,
+        sample=SampleOptions(count=request.calibration_count, seed=request.seed),
+        allow_overlap=request.allow_overlap,
+    )
+    if request.images is not None and request.annotations is not None:
+        label_index(contract.class_names, load_coco(request.annotations, images=request.images))
 
 
 def _backends_to_measure(request: DeployRequest) -> tuple[str, ...]:

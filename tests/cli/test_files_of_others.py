@@ -759,3 +759,38 @@ def test_names_are_text(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -
     assert predicted.exit_code == 0, predicted.stderr
     assert "photo [copy].png" in predicted.stderr
     assert (tmp_path / "drawn" / "photo [copy].jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, ""),
+        ({"checkpoint": "annotations.json"}, "is not a checkpoint"),
+        ({"--calibration-images": "nowhere"}, "is not there"),
+        ({"--calibration-images": "few"}, "at least 8 are needed"),
+        ({"--annotations": "nowhere.json"}, "Cannot read the annotations"),
+        ({"--annotations": "classes.json"}, "which the model does not know"),
+        ({"--images": "few"}, "are not in"),
+    ],
+)
+def test_what_a_dry_run_accepts_is_read_as_for_the_build(
+    changed: dict[str, str], message: str, tiny_checkpoint: Path, smooth_images: Path, pictures: Path, tmp_path: Path
+) -> None:
+    document = annotations()
+    write(tmp_path / "annotations.json", document)
+    write(tmp_path / "classes.json", {**document, "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]})
+    (tmp_path / "few").mkdir()
+    shutil.copyfile(pictures / "a.png", tmp_path / "few" / "x.png")
+    shutil.copyfile(tiny_checkpoint, tmp_path / "model_best.pth.tar")
+    given = {
+        "checkpoint": "model_best.pth.tar",
+        "--calibration-images": str(smooth_images),
+        "--images": str(pictures),
+        "--annotations": "annotations.json",
+        "-o": "bundle",
+    }
+    given |= changed
+    words = [word for name, value in given.items() if name != "checkpoint" for word in (name, tmp_path / value)]
+    done = run("deploy", tmp_path / given["checkpoint"], *words, "--target", "jetson-orin-nano", "--dry-run")
+    assert (done.exit_code != 0) == bool(message), done.stderr
+    assert message in " ".join(done.stderr.split())

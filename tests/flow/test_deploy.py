@@ -122,9 +122,11 @@ def test_a_bundle_with_the_nms_tail_is_packaged_for_deepstream(
     assert "output-blob-names=boxes;scores;labels;num_detections" in (packed / "config_infer.txt").read_text()
 
 
-def test_every_backend_and_precision_of_a_target_is_planned(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_every_backend_and_precision_of_a_target_is_planned(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
+) -> None:
     words = ["--target", "intel-core", "--backend", "openvino", "--backend", "onnxruntime", "--tail", "candidates"]
-    arguments = _tiny_arguments(tiny_checkpoint, tmp_path, tmp_path / "b", *words, "--dry-run", "--json")
+    arguments = _tiny_arguments(tiny_checkpoint, smooth_images, tmp_path / "b", *words, "--dry-run", "--json")
     result = CliRunner().invoke(build_app(), [*arguments, "--precision", "fp32", "--precision", "int8"])
     assert result.exit_code == 0, result.stderr
     planned = {(plan["backend"], plan["precision"], plan["tail"]) for plan in json.loads(result.stdout)}

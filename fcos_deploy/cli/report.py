@@ -25,10 +25,10 @@ def command(
     reference: Annotated[
         Path | None,
         cli.option(
-            "Model to compare with, usually the checkpoint it was made from. Needed without --records.", metavar="MODEL"
+            "Model to compare with, usually the checkpoint it was made from. Needed for a comparison.", metavar="MODEL"
         ),
     ] = None,
-    images: Annotated[Path | None, cli.option("Folder of the images. Needed without --records.", metavar="DIR")] = None,
+    images: Annotated[Path | None, cli.option("Folder of the images. Needed for a comparison.", metavar="DIR")] = None,
     records: Annotated[
         list[Path] | None,
         cli.option(
@@ -59,12 +59,15 @@ def command(
 ) -> None:
     """Report how a model compares with its reference: accuracy, speed and images side by side, as HTML and Markdown.
 
+    Of a bundle alone it is the report that 'deploy' left in it: nothing is measured again.
+
     Checkpoint options apply to the models that are checkpoints. The report is written in any case; exit code 4: a limit
     does not hold, or the data cannot decide it.
     """
     from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_row
     from fcos_deploy.accuracy.gate import require_all, verdict_line
     from fcos_deploy.benchmark.measure import TimingOptions
+    from fcos_deploy.bundle.store import is_bundle
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
@@ -80,6 +83,10 @@ def command(
         # The keys are those of the devices too; only a required signature is one of the bundle as well.
         asked = trust if require_signature or trust.min_version else replace(trust, public_keys=())
         _sign_off(model, records, trust=asked, keys=trust.public_keys, output=output, inconclusive=allow_inconclusive)
+        return
+    asked_for_more = (reference, images, annotations, also, limit, max_map_drop, backend, precision, title)
+    if not any(asked_for_more) and is_bundle(model):
+        _recorded(model, trust=trust, output=output, inconclusive=allow_inconclusive)
         return
     if reference is None or images is None:
         raise ConfigError(
@@ -107,6 +114,41 @@ def command(
     for verdict in comparison.evaluations.verdicts:
         note(verdict_line(verdict))
     require_all(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
+
+
+def _recorded(bundle: Path, *, trust: Trust, output: Path, inconclusive: bool) -> None:
+    """The report that the bundle holds, after the bundle was checked, and its verdicts."""
+    from fcos_deploy.bundle import open_trusted
+    from fcos_deploy.core.errors import AccuracyGateError, BundleError, InconclusiveError
+    from fcos_deploy.core.files import write_text
+    from fcos_deploy.core.gate import Outcome
+
+    with open_trusted(bundle, trust) as opened:
+        figures = opened.manifest.accuracy
+        try:
+            texts = {suffix: opened.path(f"report{suffix}").read_text(encoding="utf-8") for suffix in (".html", ".md")}
+        except BundleError as error:
+            raise ConfigError(
+                f"'{bundle}' holds no report.", hint="give --reference and --images to make one"
+            ) from error
+    rows = [
+        (
+            *(figure.backend, str(figure.precision), figure.details.get("compute", ""), figure.outcome or "-"),
+            *(f"{figure.metrics[name]:.3f}" if name in figure.metrics else "-" for name in ("ap", "ap50")),
+        )
+        for figure in figures
+    ]
+    table(bundle.name, ("backend", "precision", "float in", "verdict", "AP", "AP50"), rows)
+    for suffix, text in texts.items():
+        write_text(output.with_suffix(suffix), text)
+        note(f"wrote {output.with_suffix(suffix)}")
+    outcomes = {figure.outcome for figure in figures}
+    if Outcome.FAILED in outcomes:
+        raise AccuracyGateError("A limit did not hold where the bundle was made.", hint=f"see '{output}'")
+    if Outcome.INCONCLUSIVE in outcomes and not inconclusive:
+        raise InconclusiveError(
+            "Where the bundle was made the images could not decide a limit.", hint=f"see '{output}'"
+        )
 
 
 def _sign_off(

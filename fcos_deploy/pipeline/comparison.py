@@ -22,7 +22,10 @@ from fcos_deploy.report import ReportData, ReportFile, ReportVariant
 
 __all__ = ["Comparison", "ComparisonRequest", "compare_models", "comparison_report"]
 
-_TOOLS = ("fcos-deploy", "numpy", "opencv-python-headless", "torch", "onnx", "onnxruntime", "openvino", "nncf")
+_TOOLS = (
+    *("fcos-deploy", "numpy", "opencv-python-headless", "pillow", "torch", "onnx", "onnxscript", "onnxsim"),
+    *("onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "tensorrt", "tensorrt-rtx-cu13", "faster-coco-eval"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,6 +89,17 @@ def test_report_is_one_file_that_names_every_variant(deployed: tuple[Path, dict[
     assert 'src="http' not in html
 
 
+def test_report_of_a_bundle_alone_is_the_one_that_it_holds(
+    deployed: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(
+        build_app(), ["report", str(deployed[0]), "-o", str(tmp_path / "again.html"), "--allow-inconclusive"]
+    )
+    assert done.exit_code == 0, done.stderr
+    for suffix in (".html", ".md"):
+        assert (tmp_path / f"again{suffix}").read_bytes() == (deployed[0] / f"report{suffix}").read_bytes()
+
+
 def test_verify_holds_for_both_precisions(deployed: tuple[Path, dict[str, object]]) -> None:
     for precision in ("fp32", "int8"):
         result = CliRunner().invoke(build_app(), ["verify", str(deployed[0]), "--precision", precision])

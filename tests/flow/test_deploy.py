@@ -45,6 +45,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_bundle_holds_every_variant_and_its_hashes_check(deployed: tuple[Path, dict[str, object]]) -> None:
     with open_bundle(deployed[0]) as bundle:
         made = {(a.backend or a.placement, a.precision) for a in bundle.manifest.artifacts}
+        assert {"bom.cdx.json", "report.html"} <= set(bundle.manifest.all_files)
         assert {("openvino", Precision.FP32), ("openvino", Precision.INT8), ("portable", Precision.INT8)} <= made
         assert bundle.manifest.accuracy[0].metrics["ap"] > 0.4
         int8 = next(figure for figure in bundle.manifest.accuracy if figure.precision is Precision.INT8)

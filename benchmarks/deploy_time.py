@@ -31,7 +31,8 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     for name in ("--shortest", "--longest", "--calibration-count"):
         parser.add_argument(name, type=int)
-    parser.add_argument("--max-map-drop", type=float, default=0.02)
+    parser.add_argument("--max-map-drop", type=float, default=0.02, help="with annotations")
+    parser.add_argument("--min-match-rate", type=float, default=0.97, help="without annotations")
     asked = parser.parse_args()
     if asked.checkpoint is None:
         request = replace(demo_request(asked.output / "bundle"), calibration_count=asked.calibration_count)
@@ -44,7 +45,8 @@ def main() -> None:
             annotations=asked.annotations,
             options=CheckpointOptions(shortest=asked.shortest, longest=asked.longest),
             calibration_count=asked.calibration_count,
-            max_map_drop=asked.max_map_drop,
+            max_map_drop=asked.max_map_drop if asked.annotations else None,
+            min_match_rate=None if asked.annotations else asked.min_match_rate,
         )
     asked.output.mkdir(parents=True, exist_ok=True)
     deployment = deploy(request)

@@ -51,6 +51,8 @@ def image_seeds() -> list[bytes]:
         ("TIFF", "L", {"compression": "tiff_deflate"}),
         ("WEBP", "RGB", {}),
         ("WEBP", "RGB", {"lossless": True}),
+        ("AVIF", "RGB", {}),
+        ("JPEG2000", "RGB", {}),
     ):
         stream = io.BytesIO()
         colour.convert(mode).save(stream, form, **options)

@@ -537,7 +537,7 @@ def test_images_of_pillow_are_detected_on(detector: Detector, photograph: NDArra
             np.testing.assert_array_equal(found.boxes, expected.boxes)
 
 
-@pytest.mark.parametrize("given", [None, 5, b"abc", [1, 2], {}, object()], ids=lambda given: type(given).__name__)
+@pytest.mark.parametrize("given", [None, 5, [1, 2], {}, object()], ids=lambda given: type(given).__name__)
 def test_what_is_no_image_is_said_to_be_none(detector: Detector, given: object) -> None:
     for detect in (detector.detect, lambda image: detector.detect_batch([image])):
         with pytest.raises(

@@ -692,7 +692,7 @@ UNKNOWN: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "a teacher and a student": (
         lambda tensors: {f"{who}.{name}": tensor for who in ("teacher", "student") for name, tensor in tensors.items()},
-        "2 sets of weights: 'teacher', 'student'",
+        "2 sets of weights: '(?:teacher|student)', '(?:teacher|student)'",
     ),
 }
 

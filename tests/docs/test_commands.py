@@ -50,7 +50,7 @@ FILES = {
     **{"DIR": "val", "FILE": "val.json", "TRAIN_DIR": "train", "TRAIN.json": "train.json"},
     **{"VAL_DIR": "val", "VAL.json": "val.json", "COMMAND": "deploy"},
 }
-_NOT_ENOUGH = (4, "more images like these would decide it")
+_NOT_ENOUGH = (4, "give more annotated images with --images and --annotations")
 _NO_TENSORRT = (3, "pip install 'fcos-deploy[tensorrt]'")
 # What does not end with 0 here: its exit code, and what it says.
 REFUSED: tuple[tuple[str, tuple[int, str]], ...] = (

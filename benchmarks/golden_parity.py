@@ -30,7 +30,7 @@ from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, format_checkpoint_options
 from fcos_deploy.core.decode import BoxFilter
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.enums import DeformForm, Tail
 from fcos_deploy.core.preprocess import ChannelOrder
 from fcos_deploy.detector import Detector
 
@@ -168,10 +168,10 @@ def _options(reference: Reference) -> list[str]:
     return ["--checkpoint-options", str(file)]
 
 
-def export(reference: Reference, tail: Tail) -> Path:
-    """``fcos-deploy export`` with the reference's sizes."""
-    target = reference.checkpoint.with_name(f"{reference.name}.{tail}.onnx")
-    _command("export", reference.checkpoint, "-o", target, "--tail", tail, *_options(reference))
+def export(reference: Reference, tail: Tail, form: DeformForm) -> Path:
+    """``fcos-deploy export`` with the reference's sizes; ``form`` is of deformable convolutions, if there are any."""
+    target = reference.checkpoint.with_name(f"{reference.name}.{tail}.{form}.onnx")
+    _command("export", reference.checkpoint, "-o", target, "--tail", tail, "--deform-form", form, *_options(reference))
     return target
 
 
@@ -199,15 +199,20 @@ def predict_with_tail(reference: Reference, tail: Tail) -> list[Detections]:
 
 
 def measure(reference: Reference, tails: list[Tail]) -> Iterator[tuple[Tail, str, Difference]]:
-    """(tail, backend, largest differences over the images) for every one of the tails and every backend."""
+    """(tail, backend, largest differences over the images) for every one of the tails and every backend.
+
+    ONNX Runtime runs both forms of deformable convolutions.
+    """
     wanted = wanted_of(reference)
     for tail in tails:
         yield tail, "pytorch", largest(predict_with_tail(reference, tail), wanted, backend="pytorch")
-        model = export(reference, tail)
-        for backend in ("onnxruntime", "openvino"):
-            found = [predict(model, image, backend=backend) for image in reference.images]
-            yield tail, backend, largest(found, wanted, backend=backend)
-        model.unlink()
+        forms = list(DeformForm) if "dcn" in reference.name else [DeformForm.GRID_SAMPLE]
+        for form in forms:
+            model = export(reference, tail, form)
+            for backend in ("onnxruntime", "openvino") if form is DeformForm.GRID_SAMPLE else ("onnxruntime",):
+                found = [predict(model, image, backend=backend) for image in reference.images]
+                yield tail, backend, largest(found, wanted, backend=backend)
+            model.unlink()
 
 
 def wanted_of(reference: Reference) -> list[Detections]:

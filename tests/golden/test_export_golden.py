@@ -24,6 +24,10 @@ EXPORTED = {
     "mmdet_fcos_r18_fpn": Tail.NMS,
     "adelaidet_FCOS-RT": Tail.CANDIDATES,
     "detectron2_fcos_R_50": Tail.NMS,
+    # Of reduced width; stride 2 and grouped 3x3 convolutions, DCN with two groups of offsets, DCNv2, VoVNet.
+    "tianzhi_fcos_imprv_dcnv2_small": Tail.CANDIDATES,
+    "adelaidet_MS_X_small_dcn": Tail.NMS,
+    "adelaidet_MS_V_small": Tail.RAW,
 }
 
 

@@ -176,6 +176,11 @@ def demo_image() -> Path:
     return images[0]
 
 
+def _cold_start(candidate: DetectorSpec, image: Path) -> ColdStart | None:
+    """None for a network that only this process has."""
+    return measure_cold_start(ColdStartTask.of(candidate, image)) if candidate.opens_file else None
+
+
 def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progress) -> Benchmark:
     """Time all candidates in turns, then the throughput and the cold start of each.
 
@@ -208,7 +213,7 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
                 throughput_fps=throughput,
                 power=power,
                 joules_per_image=power.watts / throughput if power.watts is not None else None,
-                cold_start=measure_cold_start(ColdStartTask.of(candidate, path)) if request.cold_start else None,
+                cold_start=_cold_start(candidate, path) if request.cold_start else None,
                 file_bytes=model_bytes(candidate.model),
                 clock=clock,
                 session=session,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -22,7 +24,13 @@ FAST_IMAGES = 32
 
 @cli.with_all_checkpoint_options
 def command(
-    checkpoint: cli.Checkpoint,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint, ONNX file with a contract, or package.module:function (with --run-code).",
+        ),
+    ],
     *,
     output: Annotated[Path, cli.output("Folder of the bundle.", metavar="DIR")],
     calibration_images: Annotated[
@@ -99,6 +107,10 @@ def command(
             "--fast",
         ),
     ] = False,
+    run_code: Annotated[
+        bool,
+        cli.option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code"),
+    ] = False,
     dry_run: Annotated[
         bool,
         cli.option(
@@ -116,6 +128,7 @@ def command(
     """
     from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.pipeline.deploy import check_inputs, deploy
+    from fcos_deploy.pipeline.source import run_user_code
     from fcos_deploy.pipeline.steps import DeployRequest, plan_targets
 
     plans = plan_targets(
@@ -126,7 +139,7 @@ def command(
         input_size=options.input_size,
     )
     request = DeployRequest(
-        checkpoint=checkpoint,
+        checkpoint=run_user_code(checkpoint, allowed=run_code) or Path(checkpoint),
         output=output,
         calibration_images=calibration_images,
         backends=() if target else tuple(backend or ()),

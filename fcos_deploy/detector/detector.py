@@ -302,6 +302,11 @@ class DetectorSpec:
     precision: Precision | None = None
     options: SessionOptions = field(default_factory=SessionOptions)
 
+    @property
+    def opens_file(self) -> bool:
+        """Whether another process can open ``model`` as this one does."""
+        return True
+
     def open(self, hint: PerformanceHint | None = None) -> Detector:
         """Load it, for ``hint`` in place of the options' own; the caller closes it."""
         options = self.options if hint is None else replace(self.options, hint=hint)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from calibration.dataset import SampleOptions
 from calibration.mixed_precision import TRADE_OFF_SUFFIX, read_trade_offs
@@ -27,17 +29,16 @@ from fcos_deploy.bundle import (
     StepOutput,
 )
 from fcos_deploy.bundle.bom import BOM_NAME, bill_of_materials
-from fcos_deploy.checkpoints.describe import describe_checkpoint
-from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.gate import Finding, Outcome, overall_outcome
+from fcos_deploy.core.gate import Finding, Outcome, Severity, overall_outcome
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.stages import StageClock, StageRecord
 from fcos_deploy.pipeline import proof
+from fcos_deploy.pipeline.source import open_source, source_contract
 from fcos_deploy.pipeline.steps import (
     Calibrated,
     DeployContext,
@@ -51,6 +52,9 @@ from fcos_deploy.pipeline.steps import (
     quantize,
 )
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant, write_report
+
+if TYPE_CHECKING:
+    from fcos_deploy.model.wrap import WrappedModule
 
 __all__ = ["DEMO_DATA", "Deployment", "check_inputs", "demo_request", "deploy"]
 
@@ -84,8 +88,15 @@ class Deployment:
         return [*([] if reference is None else [reference]), *self.evaluations.candidates]
 
 
-def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Deployment:
+def deploy(
+    request: DeployRequest | WrappedModule,
+    *,
+    progress: ProgressFn = no_progress,
+    **fields: Any,  # Any: the fields of DeployRequest, each of its own type
+) -> Deployment:
     """Make the bundle; an interrupted run resumes where it stopped when it is started again.
+
+    ``deploy(wrapped, output=..., calibration_images=...)`` is the request of a wrapped module with these fields.
 
     A bundle whose accuracy the images cannot decide is made, and its ``outcome`` says so.
 
@@ -96,20 +107,26 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         FcosDeployError: a step failed; what was finished is kept for the next run.
     """
     started, stages = time.perf_counter(), StageClock()
+    if not isinstance(request, DeployRequest):
+        request = DeployRequest(checkpoint=request, **fields)
+    elif fields:
+        raise ConfigError(f"A DeployRequest says everything; got {', '.join(sorted(fields))} beside it.")
     backends = _backends_to_measure(request)
-    loaded = load_checkpoint(request.checkpoint, options=request.options)
-    with BundleWriter(request.output) as writer:
+    with (
+        contextlib.closing(open_source(request.checkpoint, options=request.options)) as source,
+        BundleWriter(request.output) as writer,
+    ):
         with stages.stage("images"):
             images = open_image_sets(
                 request.calibration_images,
-                loaded.contract,
+                source.contract,
                 images=request.images,
                 annotations=request.annotations,
                 sample=SampleOptions(count=request.calibration_count, seed=request.seed),
                 allow_overlap=request.allow_overlap,
             )
         cache = StepCache(request.cache) if request.cache else None
-        context = DeployContext(request, loaded, loaded.contract, images, writer, progress, cache, stages)
+        context = DeployContext(request, source, source.contract, images, writer, progress, cache, stages)
         variants, calibrations, refused = _make_artifacts(context, backends)
         evaluations = proof.measure_accuracy(context, variants)
         require_all(evaluations.verdicts, allow_inconclusive=True)  # Such a bundle is made, and says so.
@@ -127,6 +144,8 @@ def deploy(request: DeployRequest, *, progress: ProgressFn = no_progress) -> Dep
         findings = tuple(
             dict.fromkeys(finding for calibrated in calibrations for finding in calibrated.record.findings)
         )
+        if source.note:
+            findings = (Finding(kind="reference", severity=Severity.WARNING, message=source.note), *findings)
         notes = (*(f"No INT8: {error.message}" for error in refused), *(finding.line for finding in findings))
         _write_report(context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes)
         _write_bom(context, manifest)
@@ -160,7 +179,7 @@ def check_inputs(request: DeployRequest) -> None:
         FcosDeployError: as ``deploy`` for these.
     """
     _backends_to_measure(request)
-    contract = describe_checkpoint(request.checkpoint, options=request.options).contract
+    contract = source_contract(request.checkpoint, options=request.options)
     open_image_sets(
         request.calibration_images,
         contract,
@@ -262,13 +281,13 @@ def _manifest(
         name=request.output.stem,
         contract=context.contract,
         provenance=Provenance(
-            checkpoint=request.checkpoint.name,
-            checkpoint_sha256=context.contract.source_sha256,
+            checkpoint=context.source.name,
+            checkpoint_sha256=context.source.sha256,
             created=_created(context),
             command=request.command,
             platform=platform.platform(),
             tools={"python": platform.python_version()},
-            decisions=context.contract.decisions,
+            decisions=(*context.contract.decisions, *context.source.decisions),
         ),
         defaults=RunDefaults(
             backend=preferred.backend,
@@ -303,7 +322,7 @@ def _created(context: DeployContext) -> str:
     def make(_: Path) -> StepOutput:
         return StepOutput(values=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-    inputs = {"checkpoint": context.contract.source_sha256, "command": context.request.command}
+    inputs = {"checkpoint": context.source.sha256, "command": context.request.command}
     return str(context.writer.step("created", inputs=inputs, make=make).values)
 
 
@@ -382,9 +401,8 @@ def _variants(
     shown = []
     reference, *results = benchmark.results
     if evaluations.reference is not None:
-        shown.append(
-            ReportVariant(label="pytorch fp32", evaluation=evaluations.reference, result=reference, reference=True)
-        )
+        label = f"{context.source.reference().backend} fp32"
+        shown.append(ReportVariant(label=label, evaluation=evaluations.reference, result=reference, reference=True))
     for variant, evaluation, result in zip(variants, evaluations.candidates, results, strict=True):
         share = None
         if variant.artifact.precision is Precision.INT8 and variant.backend in PROFILERS:
@@ -405,7 +423,7 @@ def _float_source(context: DeployContext, artifact: Artifact) -> Path:
 def _files(context: DeployContext, manifest: Manifest, artifacts: list[Artifact]) -> tuple[ReportFile, ...]:
     """The checkpoint, the calibration that went into the INT8 files, and what was made from them step by step."""
     source = manifest.provenance
-    size = context.request.checkpoint.stat().st_size
+    size = context.source.size
     files = [ReportFile(path=source.checkpoint, kind="checkpoint", sha256=source.checkpoint_sha256, size=size)]
     for record in manifest.calibration:
         path, kind = context.writer.path(record.path), f"ranges over {len(record.images)} images"

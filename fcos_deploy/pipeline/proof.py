@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +36,9 @@ from fcos_deploy.bundle import (
     open_bundle,
 )
 from fcos_deploy.bundle.golden import read_golden_image
-from fcos_deploy.checkpoints.load import LoadedCheckpoint
-from fcos_deploy.core.backend import ComputeType, PerformanceHint, SessionOptions
+from fcos_deploy.core.backend import ComputeType, SessionOptions
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
+from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate, overall_outcome, undecided_because
@@ -47,7 +46,6 @@ from fcos_deploy.core.image import read_image
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.registry import all_backends, get_backend
 from fcos_deploy.core.serialize import from_json, to_json
-from fcos_deploy.detector import Detector, DetectorSpec
 from fcos_deploy.pipeline.steps import DeployContext, DeployRequest, Variant
 
 __all__ = [
@@ -66,29 +64,6 @@ __all__ = [
 # detection of 200 that has no partner, is a fault, not rounding.
 _FP32_MAP_DROP, _FP32_MATCH_RATE = 0.0005, 0.995
 _TIMING = TimingOptions(rounds=6, throughput_seconds=1.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ReferenceSpec(DetectorSpec):
-    """The checkpoint as it was loaded, with the options that the user gave."""
-
-    loaded: LoadedCheckpoint
-
-    def open(self, hint: PerformanceHint | None = None) -> Detector:
-        """The PyTorch network behind the same preprocessing as every artifact."""
-        options = self.options if hint is None else replace(self.options, hint=hint)
-        return Detector.of_network(self.loaded.model, self.loaded.contract, options=options)
-
-
-def _reference(context: DeployContext) -> _ReferenceSpec:
-    """PyTorch eager in float32, post-processing on the host."""
-    return _ReferenceSpec(
-        model=context.request.checkpoint,
-        backend="pytorch",
-        precision=Precision.FP32,
-        options=SessionOptions(checkpoint=context.request.options),
-        loaded=replace(context.loaded, contract=replace(context.contract, tail=Tail.RAW)),
-    )
 
 
 def with_bf16(variants: list[Variant]) -> list[Variant]:
@@ -117,14 +92,14 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
                 candidates=tuple(variants),
                 images=request.images or request.calibration_images,
                 annotations=request.annotations,
-                reference=_reference(context),
+                reference=context.source.reference(),
                 sample=request.sample,
                 operating_goal=request.operating_goal,
                 predictions=context.predictions,
             ),
             progress=context.progress,
         )
-    judged = []
+    judged, note = [], context.source.note
     for variant, measured in zip(variants, evaluations.candidates, strict=True):
         exact = variant.artifact.precision is Precision.FP32 and variant.compute is ComputeType.F32
         gate = _exact_gate(request) if exact else request.gate
@@ -134,7 +109,7 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
             evaluation,
             dataset=evaluations.dataset,
             reference=evaluations.reference,
-            subject=f"{evaluation.run.subject} ({variant.compute})",
+            subject=f"{evaluation.run.subject} ({variant.compute})" + (note and f"; {note}"),
             # Float artifacts are made without calibration images.
             problem=undecided_because(context.images.findings) if variant.artifact.precision is Precision.INT8 else "",
         )
@@ -167,7 +142,7 @@ def accuracy_figures(
     reference = evaluations.reference
     rows: list[tuple[str, Precision, Evaluation]] = []
     if reference is not None:
-        rows.append((context.request.checkpoint.name, Precision.FP32, reference))
+        rows.append((context.source.name, Precision.FP32, reference))
     for variant, evaluation in zip(variants, evaluations.candidates, strict=True):
         rows.append((variant.artifact.path, variant.artifact.precision, evaluation))
     figures = []
@@ -220,14 +195,14 @@ def write_golden(
     paths = [image.path for image in images]
 
     def make(folder: Path) -> StepOutput:
-        contract, detections = _reference(context).loaded.contract, _reference_detections(evaluations)
+        contract, detections = context.contract, _reference_detections(evaluations)
         pixels = [read_image(path, orientation=contract.preprocess.orientation) for path in paths]
         seen = iter([detections[image.image_id] for image in images])
         records = make_golden(pixels, folder=folder, contract=contract, detect=lambda _: next(seen))
         return StepOutput(values=[to_json(record) for record in records])
 
     inputs = {
-        "checkpoint": context.contract.source_sha256,
+        "checkpoint": context.source.sha256,
         "contract": repr(context.contract),
         "images": " ".join(sha256_file(path) for path in paths),
     }
@@ -331,11 +306,11 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
     image = context.images.evaluation[0].path
 
     def make(_: Path) -> StepOutput:
-        request = BenchmarkRequest(candidates=(_reference(context), *variants), image=image, timing=_TIMING)
+        request = BenchmarkRequest(candidates=(context.source.reference(), *variants), image=image, timing=_TIMING)
         return StepOutput(values=to_json(run_benchmark(request, progress=context.progress)))
 
     inputs = {
-        "checkpoint": context.contract.source_sha256,
+        "checkpoint": context.source.sha256,
         "variants": " ".join(f"{v.backend} {v.compute} {v.artifact.sha256}" for v in variants),
         "image": sha256_file(image),
         "rounds": str(_TIMING.rounds),
@@ -348,7 +323,7 @@ def benchmark_figures(
 ) -> tuple[BenchmarkFigure, ...]:
     """For the manifest: the reference first, then the variants in their order."""
     artifacts = [
-        (context.request.checkpoint.name, Precision.FP32),
+        (context.source.name, Precision.FP32),
         *((variant.artifact.path, variant.artifact.precision) for variant in variants),
     ]
     return tuple(

@@ -38,6 +38,7 @@ from fcos_deploy.core.stages import StageClock
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.build import engine_requirements
 from fcos_deploy.pipeline.quantize import Scored, accuracy_goal, quantize_model
+from fcos_deploy.pipeline.source import DeploySource, GraphForm
 from fcos_deploy.targets.plan import Plan, PlanRequest
 from fcos_deploy.targets.plan import plan as make_plan
 from fcos_deploy.targets.profiles import load_profile
@@ -45,7 +46,7 @@ from fcos_deploy.targets.profiles import load_profile
 if TYPE_CHECKING:
     from calibration.dataset import CalibrationSet, SampleOptions
     from calibration.placement import ConvGraph
-    from fcos_deploy.checkpoints.load import LoadedCheckpoint
+    from fcos_deploy.model.wrap import WrappedModule
 
 __all__ = [
     "Calibrated",
@@ -127,7 +128,7 @@ _MIN_MATCH_RATE = 0.97
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeployRequest:
-    """From ``checkpoint`` to the bundle ``output``.
+    """From ``checkpoint`` to the bundle ``output``; it may also be an ONNX file with a contract, or a wrapped module.
 
     ``backends`` to build for; empty takes every one that this machine can run. ``precisions`` and ``tail`` of what is
     built for them; plans have their own. ``images`` (and ``annotations``) prove the accuracy; without them the
@@ -140,7 +141,7 @@ class DeployRequest:
     ``operating_goal``: what the score threshold of each class is chosen for.
     """
 
-    checkpoint: Path
+    checkpoint: Path | WrappedModule
     output: Path
     calibration_images: Path
     backends: tuple[str, ...] = ()
@@ -233,7 +234,7 @@ class DeployContext:
     """
 
     request: DeployRequest
-    loaded: LoadedCheckpoint
+    source: DeploySource
     contract: ModelContract
     images: ImageSets
     writer: BundleWriter
@@ -322,34 +323,33 @@ def export(
 
     Deformable convolutions have the form that ``backend`` runs fastest; without one, the form that every runtime has.
     """
-    from exporters.torch_onnx import ExportOptions, export_onnx
-
-    opset, deform_form = context.request.opset, DeformForm.GRID_SAMPLE
-    if backend and context.loaded.model.config.deformable:
+    deform_form = DeformForm.GRID_SAMPLE
+    if backend and context.source.has_deformable:
         deform_form = get_backend(backend).deform_form
     own = backend if deform_form is DeformForm.OPERATOR else ""
     name = graph_file(precision, tail=tail, deform_form=deform_form)
+    form = GraphForm(
+        tail=tail, precision=precision, nms_form=nms_form, deform_form=deform_form, opset=context.request.opset
+    )
 
     def make(folder: Path) -> StepOutput:
-        options = ExportOptions(tail=tail, opset=opset, precision=precision, nms_form=nms_form, deform_form=deform_form)
-        exported = export_onnx(context.loaded, folder / name, options=options, progress=context.progress)
-        checks = {check.step: str(check) for check in exported.checks}
+        written = context.source.write_graph(folder / name, form, progress=context.progress)
         draft = ArtifactDraft(
             path=name,
             kind=ArtifactKind.ONNX,
             precision=precision,
-            parent=context.contract.source_sha256,
+            parent=context.source.sha256,
             backend=own,
             companions=tuple(file.name for file in files_of(folder / name)[1:]),
-            config={"tail": str(tail), "opset": str(exported.opset), "nodes": str(exported.nodes), **checks},
-            tools=library_versions("torch", "onnx", "onnxscript", "onnxsim"),
+            config={"tail": str(tail), **written.config},
+            tools=written.tools,
         )
         return StepOutput(artifacts=(draft,))
 
     inputs = {
-        "checkpoint": context.contract.source_sha256,
+        "checkpoint": context.source.sha256,
         "contract": contract_to_text(context.contract),
-        "opset": str(opset or "default"),
+        "opset": str(context.request.opset or "default"),
         "nms_form": str(nms_form),
         **library_versions("torch", "onnx", "onnxsim"),
     }

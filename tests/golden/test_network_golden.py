@@ -68,7 +68,9 @@ def test_head_outputs_are_those_of_the_library(name: str, tmp_path: Path) -> Non
     # Random batch norm statistics do not show an MSRA backbone.
     msra: dict[str, Any] = {"mean": (103.53, 116.28, 123.675), "std": (1, 1, 1), "channel_order": ChannelOrder.BGR}
     said = {"stride_in_1x1": True, **msra} if name.startswith(("adelaidet_R_50", "detectron2")) else {}
-    loaded = load_checkpoint(_checkpoint(name, reference, tmp_path), options=CheckpointOptions(input_size=CANVAS, **said))
+    loaded = load_checkpoint(
+        _checkpoint(name, reference, tmp_path), options=CheckpointOptions(input_size=CANVAS, **said)
+    )
     with torch.inference_mode():
         outputs = flatten_levels(loaded.model(torch.from_numpy(golden["input"])))
     cls_logits, distances, centerness = (tensor[0].numpy() for tensor in outputs)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from exporters.torch_onnx import export_onnx
+from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
+from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.model.wrap import BoxOutput, Grouping, OutputConvention, WrappedModule, wrap_module
+from fcos_deploy.pipeline.deploy import deploy
+from fcos_deploy.pipeline.source import run_user_code
+from fcos_deploy.pipeline.steps import DeployRequest
 
 PREPROCESS = PreprocessSpec(height=64, width=96, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 DECODE = DecodeSpec(
@@ -132,11 +143,86 @@ def test_an_order_must_name_each_kind_once() -> None:
         OutputConvention(order=("boxes", "boxes", "classes"))
 
 
-def test_the_example_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    pytest.importorskip("onnxruntime")
+@pytest.fixture(scope="module")
+def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of docs/your-own-fcos.md as a reader saves them, and images in ``photos``."""
+    folder = tmp_path_factory.mktemp("own")
     page = (Path(__file__).parents[2] / "docs" / "your-own-fcos.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs/your-own-fcos.md", "exec"), {"__name__": "example"})
-    assert (tmp_path / "mine.onnx").is_file()
-    assert "detections, best: {'box'" in capsys.readouterr().out
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL):
+        (folder / name).write_text(code)
+    (folder / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        blocks = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / "photos" / f"{index}.png"), cv2.resize(blocks, (160, 120), interpolation=0))
+    return folder
+
+
+def test_the_pages_example_runs_to_verify(page_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(page_folder)
+    monkeypatch.syspath_prepend(str(page_folder))
+    exec(compile((page_folder / "deploy_mine.py").read_text(), "deploy_mine.py", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.strip()
+    manifest = json.loads((page_folder / "mine" / "manifest.json").read_text())
+    assert manifest["provenance"]["checkpoint"] == "MyFcos"
+    assert {figure["backend"] for figure in manifest["accuracy"]} == {"pytorch", "onnxruntime"}
+
+
+def test_a_function_runs_only_where_running_code_is_allowed(page_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(page_folder)
+    with pytest.raises(ConfigError, match="runs code of yours") as caught:
+        run_user_code("my_fcos:detector", allowed=False)
+    assert "--run-code" in caught.value.hint
+    wrapped = run_user_code("my_fcos:detector", allowed=True)
+    assert wrapped is not None
+    assert wrapped.contract.class_names == ("cat", "dog")
+    assert run_user_code("model.pth", allowed=False) is None
+    for text in ("my_fcos:nothing", "no_such_package:detector"):
+        with pytest.raises(ConfigError, match="cannot be called"):
+            run_user_code(text, allowed=True)
+    with pytest.raises(ConfigError, match="returned a MyFcos"):
+        run_user_code("my_fcos:MyFcos", allowed=True)
+    result = CliRunner().invoke(
+        build_app(), ["deploy", "my_fcos:detector", "-o", "no", "--calibration-images", "photos"]
+    )
+    assert result.exit_code == 2
+    assert "--run-code" in result.stderr
+
+
+def test_an_onnx_file_is_deployed_without_torch_and_says_what_the_reference_is(page_folder: Path) -> None:
+    """In a process of its own, where torch cannot be imported."""
+    export_onnx(run_detector(page_folder), page_folder / "mine.onnx")
+    command = ["deploy", "mine.onnx", "-o", "from-onnx", "--calibration-images", "photos", "--images", "photos"]
+    command += ["--allow-overlap", "--backend", "onnxruntime", "--precision", "fp32"]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from fcos_deploy.cli.app import build_app\n"
+        f"build_app()({command!r}, standalone_mode=False)\n"
+        "build_app()(['verify', 'from-onnx'], standalone_mode=False)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=False, cwd=page_folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said = "the reference is the fp32 graph 'mine.onnx' on ONNX Runtime"
+    assert said in " ".join(run.stderr.split())
+    manifest = json.loads((page_folder / "from-onnx" / "manifest.json").read_text())
+    assert any(said in decision["source"] for decision in manifest["provenance"]["decisions"])
+    assert said in " ".join(verdict for figure in manifest["accuracy"] for verdict in figure["verdicts"])
+    assert "&#x27;mine.onnx&#x27; on ONNX Runtime" in (page_folder / "from-onnx" / "report.html").read_text()
+    with pytest.raises(ConfigError, match="ends in the tail 'raw', and 'nms' was asked for"):
+        deploy(
+            DeployRequest(
+                checkpoint=page_folder / "mine.onnx",
+                output=page_folder / "no",
+                calibration_images=page_folder / "photos",
+                backends=("onnxruntime",),
+                tail=Tail.NMS,
+            )
+        )
+
+
+def run_detector(folder: Path) -> Any:
+    """What ``detector`` of the page returns."""
+    namespace: dict[str, Any] = {"__name__": "my_fcos"}
+    exec(compile((folder / "my_fcos.py").read_text(), "my_fcos.py", "exec"), namespace)
+    return namespace["detector"]()

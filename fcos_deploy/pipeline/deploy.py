@@ -401,7 +401,7 @@ def _variants(
     shown = []
     reference, *results = benchmark.results
     if evaluations.reference is not None:
-        label = f"{context.source.reference().backend} fp32"
+        label = f"{context.source.reference().backend} fp32" + (" reference" if context.source.note else "")
         shown.append(ReportVariant(label=label, evaluation=evaluations.reference, result=reference, reference=True))
     for variant, evaluation, result in zip(variants, evaluations.candidates, results, strict=True):
         share = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import shutil
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -22,6 +21,7 @@ from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.model_files import files_of, is_checkpoint
 from fcos_deploy.core.onnx_file import onnx_interface
+from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.detector import Detector, DetectorSpec
 
@@ -161,7 +161,7 @@ class _Graph(DeploySource):
         return DetectorSpec(model=self._path, backend="onnxruntime", precision=Precision.FP32)
 
     def write_graph(self, output: Path, form: GraphForm, *, progress: ProgressFn) -> WrittenGraph:
-        """Copy the file, or convert it to fp16."""
+        """Write the same graph, or convert it to fp16."""
         if form.tail is not self.contract.tail:
             raise ConfigError(
                 f"'{self.name}' ends in the tail '{self.contract.tail}', and '{form.tail}' was asked for.",
@@ -173,10 +173,10 @@ class _Graph(DeploySource):
 
             check = convert_to_fp16(self._path, output, progress=progress).check
             return WrittenGraph({**config, check.step: str(check)}, library_versions("onnx"))
-        for file in files_of(self._path):
-            shutil.copyfile(file, output.parent / file.name)
-        (output.parent / self._path.name).replace(output)  # External weights keep the name that the graph knows.
-        return WrittenGraph({**config, "copied from": self.name}, {})
+        # The copy says what it was made from, so that it has a hash of its own and the chain of hashes no loop.
+        graph = OnnxGraph(self._path)
+        save_onnx(with_contract(graph.model, self.contract, record={"source": self.sha256}), output)
+        return WrittenGraph({**config, "copied from": self.name}, library_versions("onnx"))
 
 
 class _Module(_Network):

@@ -208,7 +208,7 @@ def test_an_onnx_file_is_deployed_without_torch_and_says_what_the_reference_is(p
     manifest = json.loads((page_folder / "from-onnx" / "manifest.json").read_text())
     assert any(said in decision["source"] for decision in manifest["provenance"]["decisions"])
     assert said in " ".join(verdict for figure in manifest["accuracy"] for verdict in figure["verdicts"])
-    assert "&#x27;mine.onnx&#x27; on ONNX Runtime" in (page_folder / "from-onnx" / "report.html").read_text()
+    assert "&#39;mine.onnx&#39; on ONNX Runtime" in (page_folder / "from-onnx" / "report.html").read_text()
     with pytest.raises(ConfigError, match="ends in the tail 'raw', and 'nms' was asked for"):
         deploy(
             DeployRequest(

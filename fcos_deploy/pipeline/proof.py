@@ -145,7 +145,7 @@ def accuracy_figures(
         rows.append((context.source.name, Precision.FP32, reference))
     for variant, evaluation in zip(variants, evaluations.candidates, strict=True):
         rows.append((variant.artifact.path, variant.artifact.precision, evaluation))
-    figures = []
+    figures, note = [], context.source.note
     for artifact, precision, evaluation in rows:
         scores, drop = evaluation.scores, evaluation.drop
         names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -162,7 +162,9 @@ def accuracy_figures(
                 drop=drop.value if drop else None,
                 drop_interval=(drop.low, drop.high) if drop else None,
                 outcome=overall_outcome(verdict.outcome for verdict in evaluation.verdicts),
-                verdicts=tuple(f"{verdict.name}: {verdict.message}" for verdict in evaluation.verdicts),
+                verdicts=tuple(
+                    f"{verdict.name}: {verdict.message}" + (note and f"; {note}") for verdict in evaluation.verdicts
+                ),
                 score_drift=evaluation_drift(reference, evaluation) if reference and compared else None,
                 thresholds={p.name: round(p.score, 6) for p in evaluation.operating_points if p.score is not None},
                 details=dict(evaluation.run.description),

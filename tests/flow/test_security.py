@@ -517,12 +517,20 @@ def test_one_signal_ends_a_soak_run_and_removes_what_was_unpacked(
     tar, temporary = tmp_path / "b.tar", tmp_path / "tmp"
     pack(tiny_bundle, tar)
     temporary.mkdir()
-    process = _start("soak", tar, "-v", "--inferences", 10_000_000, env={**os.environ, "TMPDIR": str(temporary)})
-    assert process.stderr is not None
-    while "warm up" not in (line := process.stderr.readline()):
-        assert line, "the run ended by itself"
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    process = _start(
+        *("soak", tar, "-v", "--inferences", 10_000_000),
+        env={**os.environ, "TMPDIR": str(temporary)},
+        # A run in the background ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert process.stderr is not None
+        while "warm up" not in (line := process.stderr.readline()):
+            assert line, "the run ended by itself"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == code, errors
     assert list(temporary.iterdir()) == []
 

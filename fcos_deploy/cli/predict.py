@@ -185,7 +185,7 @@ def _stream(detector: Detector, address: str, options: StreamOptions, *, as_json
     with detector.stream(address, options=options) as stream:
         try:
             for item in stream:
-                found = item.detections.to_list(detector.names)
+                detections = item.detections.to_list(detector.names)
                 if as_json:
                     document = {
                         "source": source,
@@ -196,9 +196,9 @@ def _stream(detector: Detector, address: str, options: StreamOptions, *, as_json
                         "width": item.pixels.shape[1],
                         "height": item.pixels.shape[0],
                     }
-                    print_json_line({**document, "detections": found})
+                    print_json_line({**document, "detections": detections})
                 else:
-                    names = Counter(detection["name"] for detection in found)
+                    names = Counter(detection["name"] for detection in detections)
                     shown = ", ".join(f"{count} {name}" for name, count in names.items()) or "nothing"
                     note(f"{item.frame}: {shown} ({item.latency * 1000:.0f} ms)")
         finally:

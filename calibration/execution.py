@@ -19,6 +19,7 @@ from calibration.statistics import in_order_of_release
 from fcos_deploy.core.backend import Session, Tensors
 from fcos_deploy.core.errors import (
     BackendError,
+    BackendLoadError,
     CalibrationError,
     ConfigError,
     MissingDependencyError,
@@ -110,12 +111,22 @@ def open_measuring(name: str, model: Any, *, threads: int | None = None) -> Sess
 
     Raises:
         ConfigError, MissingDependencyError, BackendLoadError: as ``open_engine``.
+        CalibrationError: there is no room for a temporary copy of the graph.
     """
     if name != "onnxruntime":
         return open_engine(name, model, threads=threads)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        runtimes.onnxruntime.open_model(model.SerializeToString(), threads=threads, save_optimized=optimized).close()
+        try:
+            runtimes.onnxruntime.open_model(
+                model.SerializeToString(), threads=threads, save_optimized=optimized
+            ).close()
+        except BackendLoadError as error:
+            open_engine(name, model, threads=threads).close()  # Raises where it is the graph that cannot be opened.
+            raise CalibrationError(
+                f"Cannot write the graph of a calibration to '{folder}'.",
+                hint="make room there, or name another folder in TMPDIR",
+            ) from error
         ordered = in_order_of_release(onnx.load(str(optimized)))
     return runtimes.onnxruntime.open_model(
         ordered.SerializeToString(),

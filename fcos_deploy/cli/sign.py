@@ -22,7 +22,8 @@ def command(
     generate_key: Annotated[
         bool,
         cli.option(
-            "New key pair, written before signing: --key and the same name ending in .pub.pem; so for --openssf-key.",
+            "New key pair, written before signing: --key and the same name ending in .pub.pem. With --openssf-key, of "
+            "both those that are missing.",
             "--generate-key",
             panel=cli.TRUST,
         ),
@@ -80,10 +81,11 @@ def command(
         return
     identity = ""
     if generate_key:
-        public = key.with_suffix(".pub.pem")
-        identity = write_key_pair(key, public=public)
-        note(f"wrote '{key}' (keep it secret) and '{public}' (give it to the devices)")
-        if openssf_key is not None:
+        if openssf_key is None or openssf_key.exists() or not key.exists():
+            public = key.with_suffix(".pub.pem")
+            identity = write_key_pair(key, public=public)
+            note(f"wrote '{key}' (keep it secret) and '{public}' (give it to the devices)")
+        if openssf_key is not None and not openssf_key.exists():
             generate_ec_key(openssf_key, public=openssf_key.with_suffix(".pub.pem"))
             note(f"wrote '{openssf_key}' (keep it secret) and '{openssf_key.with_suffix('.pub.pem')}'")
     if bundle is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from fcos_deploy.bundle import Artifact, Bundle, Selection, open_bundle, select_
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.serialize import to_json
 from fcos_deploy.serving import ServingOptions, all_packagers, package_bundle
 
 MakeBundle = Callable[[Path], Path]
@@ -39,9 +41,12 @@ def stock(make_bundle: MakeBundle, bundle_contract: ModelContract, tmp_path: Pat
             "engine": ArtifactKind.TENSORRT_ENGINE,
         }[suffix]
         backend = {"onnx": "", "xml": "openvino", "engine": "tensorrt"}[suffix]
+        content = (bundle.root / name).read_bytes()
         return replace(
             example,
             path=name,
+            sha256=hashlib.sha256(content).hexdigest(),
+            size=len(content),
             kind=kind,
             precision=Precision(precision),
             backend=backend,
@@ -50,10 +55,14 @@ def stock(make_bundle: MakeBundle, bundle_contract: ModelContract, tmp_path: Pat
 
     def make(*names: str, backend: str = "onnxruntime", precision: Precision = Precision.INT8) -> Bundle:
         defaults = replace(bundle.manifest.defaults, backend=backend, precision=precision)
+        for old in bundle.manifest.artifacts:
+            (bundle.root / old.path).unlink(missing_ok=True)
         manifest = replace(bundle.manifest, artifacts=tuple(map(artifact, names)), defaults=defaults)
-        changed = copy.copy(bundle)
-        changed.manifest = manifest
-        return changed
+        text = json.dumps(to_json(manifest))
+        (bundle.root / "manifest.json").write_text(text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (bundle.root / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+        return open_bundle(bundle.root)
 
     return make
 

@@ -68,14 +68,14 @@ test: $(STAMP)
 	FCOS_DEPLOY_TRITON_PYTHON=$(wildcard $(abspath $(SERVER))/bin/python) \
 	FCOS_DEPLOY_MODEL_SIGNING_PYTHON=$(wildcard $(abspath $(MODEL_SIGNING))/bin/python) \
 	FCOS_DEPLOY_OLD_OPENVINO_PYTHON=$(wildcard $(abspath $(OLD_OPENVINO))/bin/python) \
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' -q
 
 # Old libraries warn of what newer ones drop; that is no error here.
 test-lowest: $(LOWEST_STAMP)
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -W default -m 'not slow' -q tests/unit tests/contract tests/cli
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -W default -m 'not slow' -q tests/unit tests/contract tests/cli
 
 check: $(STAMP)
 	$(BIN)/ruff check .

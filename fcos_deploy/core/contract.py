@@ -192,7 +192,7 @@ def read_contract(path: Path) -> ModelContract:
     contract = find_contract(path)
     if contract is not None:
         return contract
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         raise BackendLoadError(f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'")
     raise BackendLoadError(f"'{path}' has no '{sidecar_path(path).name}' beside it.", hint="copy both files together")
 
@@ -206,7 +206,7 @@ def find_contract(path: Path) -> ModelContract | None:
     if not path.is_file():
         raise BackendLoadError(f"'{path}' is not there.")
     try:
-        stored = onnx_metadata(path).get(METADATA_KEY) if path.suffix == ".onnx" else _sidecar_contract(path)
+        stored = onnx_metadata(path).get(METADATA_KEY) if path.suffix.lower() == ".onnx" else _sidecar_contract(path)
         if stored is None:
             return None
         contract = from_json(ModelContract, json.loads(stored), where="contract")
@@ -216,7 +216,9 @@ def find_contract(path: Path) -> ModelContract | None:
         raise BackendLoadError(f"Cannot read the contract of '{path}': {error}.") from error
     # Another tool may quantize the graph and keep its metadata: the operators are what runs.
     quantized = (
-        path.suffix == ".onnx" and contract.precision is not Precision.INT8 and onnx_interface(path).is_quantized
+        path.suffix.lower() == ".onnx"
+        and contract.precision is not Precision.INT8
+        and onnx_interface(path).is_quantized
     )
     return replace(contract, precision=Precision.INT8) if quantized else contract
 

@@ -207,7 +207,7 @@ def open_source(source: Path | WrappedModule, *, options: CheckpointOptions) -> 
     if not isinstance(source, Path):
         _refuse_options(options)
         return _Module(source)
-    if source.suffix.lower() == ".onnx":
+    if _is_graph(source):
         _refuse_options(options)
         return _Graph(source)
     from fcos_deploy.checkpoints.load import load_checkpoint
@@ -218,10 +218,15 @@ def open_source(source: Path | WrappedModule, *, options: CheckpointOptions) -> 
 
 def source_contract(source: Path | WrappedModule, *, options: CheckpointOptions) -> ModelContract:
     """The contract of what ``open_source`` opens, without its weights. Raises as that does."""
-    if isinstance(source, Path) and source.suffix.lower() != ".onnx":
+    if isinstance(source, Path) and not _is_graph(source):
         return describe_checkpoint(source, options=options).contract
     _refuse_options(options)
     return _Graph(source).contract if isinstance(source, Path) else source.contract
+
+
+def _is_graph(path: Path) -> bool:
+    """A checkpoint is known by its content, whatever its name."""
+    return path.suffix.lower() == ".onnx" and not is_checkpoint(path)
 
 
 def _refuse_options(options: CheckpointOptions) -> None:

@@ -765,6 +765,7 @@ def test_names_are_text(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -
     ("changed", "message"),
     [
         ({}, ""),
+        ({"checkpoint": "misnamed.onnx"}, ""),
         ({"checkpoint": "annotations.json"}, "is not a checkpoint"),
         ({"--calibration-images": "nowhere"}, "is not there"),
         ({"--calibration-images": "few"}, "at least 8 are needed"),
@@ -781,7 +782,8 @@ def test_what_a_dry_run_accepts_is_read_as_for_the_build(
     write(tmp_path / "classes.json", {**document, "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]})
     (tmp_path / "few").mkdir()
     shutil.copyfile(pictures / "a.png", tmp_path / "few" / "x.png")
-    shutil.copyfile(tiny_checkpoint, tmp_path / "model_best.pth.tar")
+    for name in ("model_best.pth.tar", "misnamed.onnx"):
+        shutil.copyfile(tiny_checkpoint, tmp_path / name)
     given = {
         "checkpoint": "model_best.pth.tar",
         "--calibration-images": str(smooth_images),

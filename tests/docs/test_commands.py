@@ -193,11 +193,20 @@ def make_for_example_page(folder: Path) -> None:
     (folder / "examples").symlink_to(ROOT / "examples")
 
 
+def make_for_own_page(folder: Path) -> None:
+    from exporters.torch_onnx import export_onnx
+
+    shutil.rmtree(folder / "photos")
+    module = module_of(ROOT / "tests" / "unit" / "test_wrap.py")
+    module.write_page_files(folder)
+    export_onnx(module.run_detector(folder), folder / "mine.onnx")
+
+
 # What else a page takes for granted.
 PREPARE: dict[str, Callable[[Path], object]] = {
     "docs/bundle.md": make_for_bundle_page,
     "examples/bccd/README.md": make_for_example_page,
-    "docs/your-own-fcos.md": lambda folder: shutil.copy(folder / "model.onnx", folder / "mine.onnx"),
+    "docs/your-own-fcos.md": make_for_own_page,
 }
 
 

@@ -147,6 +147,11 @@ def test_an_order_must_name_each_kind_once() -> None:
 def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of docs/your-own-fcos.md as a reader saves them, and images in ``photos``."""
     folder = tmp_path_factory.mktemp("own")
+    write_page_files(folder)
+    return folder
+
+
+def write_page_files(folder: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "your-own-fcos.md").read_text()
     for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL):
         (folder / name).write_text(code)
@@ -155,7 +160,6 @@ def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(12):
         blocks = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
         cv2.imwrite(str(folder / "photos" / f"{index}.png"), cv2.resize(blocks, (160, 120), interpolation=0))
-    return folder
 
 
 def test_the_pages_example_runs_to_verify(page_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

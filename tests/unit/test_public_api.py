@@ -10,7 +10,7 @@ import fcos_deploy
 
 def test_every_public_name_is_there_and_is_its_homes() -> None:
     for name in fcos_deploy.__all__:
-        assert getattr(fcos_deploy, name).__name__ == name
+        assert getattr(getattr(fcos_deploy, name), "__name__", name) == name  # a table of profiles has none
 
 
 def test_importing_it_loads_neither_numpy_nor_a_framework() -> None:

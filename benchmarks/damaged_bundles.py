@@ -102,7 +102,7 @@ def write_bundle(target: Path, *, version: str) -> None:
     def golden(folder: Path) -> StepOutput:
         images = list(np.random.default_rng(0).integers(0, 256, (2, 60, 50, 3), np.uint8))
         found = Detections(np.float32([[1, 2, 30, 40]]), np.float32([0.5]), np.int64([0]))
-        return StepOutput(values=to_json(make_golden(images, folder=folder, contract=CONTRACT, detect=lambda _: found)))
+        return StepOutput(values=to_json(make_golden(images, [found] * len(images), folder=folder, contract=CONTRACT)))
 
     with BundleWriter(target) as writer:
         inputs = {"version": version}

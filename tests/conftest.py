@@ -164,7 +164,7 @@ def _quantize_step(folder: Path, parent: Artifact) -> StepOutput:
 def _golden_step(folder: Path, contract: ModelContract) -> StepOutput:
     images = [np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8) for seed in (1, 2)]
     detections = Detections(np.float32([[1, 2, 30, 40]]), np.float32([0.75]), np.int64([1]))
-    records = make_golden(images, folder=folder, contract=contract, detect=lambda _: detections)
+    records = make_golden(images, [detections] * len(images), folder=folder, contract=contract)
     return StepOutput(values=to_json(records))
 
 
@@ -289,7 +289,7 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.u
 
     def golden(folder: Path) -> StepOutput:
         with Detector.open(tiny_checkpoint, backend="pytorch") as reference:
-            records = make_golden(blobs, folder=folder, contract=contract, detect=reference.detect)
+            records = make_golden(blobs, [*map(reference.detect, blobs)], folder=folder, contract=contract)
         return StepOutput(values=to_json(records))
 
     def make(folder: Path) -> None:
@@ -361,7 +361,7 @@ def tiny_ir_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[n
 
     def golden(folder: Path) -> StepOutput:
         with Detector.open(tiny_checkpoint, backend="pytorch") as reference:
-            records = make_golden(blobs, folder=folder, contract=contract, detect=reference.detect)
+            records = make_golden(blobs, [*map(reference.detect, blobs)], folder=folder, contract=contract)
         return StepOutput(values=to_json(records))
 
     def make(folder: Path) -> None:

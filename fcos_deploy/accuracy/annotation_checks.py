@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import CocoFile
+from fcos_deploy.core.coco_file import MEDIUM_AREAS, CocoFile
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import image_size
@@ -19,7 +19,6 @@ __all__ = ["AnnotationSummary", "annotated_frame", "check_annotations", "check_g
 
 _BORDER_PX = 2.0  # boxes may reach over the border by what annotation tools round
 _FEW = 0.01  # share of objects that may be wrong without a verdict on the rest being in doubt
-_SMALL, _MEDIUM = 32.0**2, 96.0**2  # square pixels, as COCO has them
 _NEAR_BORDER = 8  # objects from which centres in place of corners are told
 
 
@@ -180,11 +179,11 @@ def summarize_annotations(coco: CocoFile) -> AnnotationSummary:
         ("classes", str(len(coco.categories))),
     ]
     if len(boxes):
-        small, large = int((areas < _SMALL).sum()), int((areas >= _MEDIUM).sum())
+        small, medium, large = np.bincount(np.digitize(areas, MEDIUM_AREAS), minlength=3)
         sides = np.percentile(boxes[:, 2:].max(1), (5, 50, 95))
         facts += [
             ("objects an image", f"{len(boxes) / len(coco.images):.1f}, at most {max(in_image.values())}"),
-            ("small, medium, large", f"{small}, {len(boxes) - small - large}, {large}"),
+            ("small, medium, large", f"{small}, {medium}, {large}"),
             ("longer side", f"{sides[1]:.0f} pixels in the median, {sides[0]:.0f} to {sides[2]:.0f} for 9 of 10"),
         ]
     rows = []

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.coco_file import MEDIUM_AREAS
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import DecodeSpec
 from fcos_deploy.core.detections import Detections
@@ -169,7 +170,7 @@ def choose_golden(detections: Sequence[Detections], *, decode: DecodeSpec) -> li
 def _size_bins(boxes: NDArray[np.float32]) -> list[int]:
     """0, 1 or 2 for each of (n, 4) boxes: small, medium or large, by COCO's areas of 32 and 96 pixels squared."""
     areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
-    bins: list[int] = np.digitize(areas, [32.0**2, 96.0**2]).tolist()
+    bins: list[int] = np.digitize(areas, MEDIUM_AREAS).tolist()
     return bins
 
 

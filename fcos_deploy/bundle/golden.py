@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,15 @@ def fingerprint_difference(actual: TensorFingerprint, expected: TensorFingerprin
 
 
 def make_golden(
-    images: Iterable[NDArray[np.uint8]],
+    images: Sequence[NDArray[np.uint8]],
+    detections: Sequence[Detections],
     *,
     folder: Path,
     contract: ModelContract,
-    detect: Callable[[NDArray[np.uint8]], Detections],
 ) -> tuple[GoldenImage, ...]:
-    """Write ``images`` ((h, w, 3) uint8 RGB) losslessly under ``folder``/golden, with what ``detect`` finds in them.
+    """Write ``images`` ((h, w, 3) uint8 RGB) losslessly under ``folder``/golden, with the reference's detections.
 
-    ``detect`` is the reference detector. Returned paths are relative to ``folder``.
+    Returned paths are relative to ``folder``.
 
     Raises:
         BundleError: the reference detects nothing on any of them.
@@ -165,7 +165,7 @@ def make_golden(
     """
     golden = []
     (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
+    for index, (image, detected) in enumerate(zip(images, detections, strict=True)):
         path = f"{_FOLDER}/{index:03d}.png"
         encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))
         if not encoded:
@@ -178,7 +178,7 @@ def make_golden(
                 height=image.shape[0],
                 width=image.shape[1],
                 fingerprint=fingerprint(tensor),
-                detections=GoldenDetections.from_detections(detect(image)),
+                detections=GoldenDetections.from_detections(detected),
             )
         )
     if not any(image.detections.scores for image in golden):

@@ -9,27 +9,34 @@ command otherwise; all others belong to the training or to other models. Sources
 
 from __future__ import annotations
 
-import ast
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fcos_deploy.checkpoints.rules import Evidence
 from fcos_deploy.core.checkpoint_options import option_flag
 from fcos_deploy.core.errors import CheckpointError, ConfigError
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.network import BackboneType, BlockType, BoxActivation
 from fcos_deploy.core.preprocess import ChannelOrder
 from fcos_deploy.core.text import brief
 
 __all__ = ["CONFIG_KEYS", "StatedKey", "parse_yaml", "read_training_config"]
 
+yaml = lazy_import("yaml", extra="export")
+
 Values = dict[str, Any]  # Any: configurations are untyped
 
 _CONTAINERS = ("cfg", "config", "args", "hyper_parameters", "hparams")
 _DEEPEST = 6  # mappings within mappings
 _LONGEST_TEXT = 400_000  # characters
+_MOST_VALUES = 100_000  # mappings that are shared unfold to more than the file holds
 _LARGEST_NUMBER = 1 << 31
+# Text that holds a configuration, in blocks, in braces or as JSON.
+_YAML = re.compile(r"""(?:^|[{,])\s*["']?(?:MODEL|INPUT|model)["']?\s*:""", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +232,7 @@ def _stated(metadata: Mapping[str, Any], ignored: set[str]) -> Iterator[tuple[st
         if place in ignored:
             ignored.discard(place)
             continue
-        if isinstance(content, str) and re.search(r"^(?:MODEL|INPUT|model):", content, re.MULTILINE):
+        if isinstance(content, str) and _YAML.search(content):
             content = parse_yaml(content)
             if content is None:
                 raise CheckpointError(
@@ -233,72 +240,50 @@ def _stated(metadata: Mapping[str, Any], ignored: set[str]) -> Iterator[tuple[st
                     hint=f"--ignore-config {place} leaves it out, and options say what the tensors do not",
                 )
         if isinstance(content, Mapping):
-            yield from ((place, path, value) for path, value in _flattened(content))
+            values = list(islice(_flattened(content), _MOST_VALUES + 1))
+            if len(values) > _MOST_VALUES:
+                raise CheckpointError(
+                    f"'{place}' in the file has more than {_MOST_VALUES} values, which no configuration has.",
+                    hint=f"--ignore-config {place} leaves it out, and options say what the tensors do not",
+                )
+            yield from ((place, path, value) for path, value in values)
 
 
 def _flattened(content: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Dotted paths and values; an empty mapping is a value, so that every mapping that is entered yields one."""
     for name, stored in content.items():
         value, path = getattr(stored, "state", stored), f"{prefix}{name}"
-        if isinstance(value, Mapping) and depth < _DEEPEST:
+        if isinstance(value, Mapping) and value and depth < _DEEPEST:
             yield from _flattened(value, f"{path}.", depth + 1)
         else:
             yield path, value
 
 
-# ---- YAML as CfgNode.dump and OmegaConf write it: nested mappings, lists in blocks or in brackets, scalars ----
-
-_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-
-
 def parse_yaml(text: str) -> Values | None:
-    """The mapping that the text holds; None where it uses more of YAML than configurations do."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if len(text) > _LONGEST_TEXT or any("\t" in line for line in lines):
+    """The mapping that the text holds; None where it is no YAML, or has more than the dump of a configuration."""
+    if len(text) > _LONGEST_TEXT:
         return None
-    root: Values = {}
-    open_mappings: list[tuple[int, Values]] = [(-1, root)]
-    target: tuple[Values, str] | None = None  # where the items of a block list belong
-    last_indent = 0
-    for line in lines:
-        indent, content = len(line) - len(line.lstrip(" ")), line.strip()
-        match = re.fullmatch(r"""(['"]?)([\w./-]+)\1:(?:\s+(.*))?""", content)
-        if content.startswith("- ") or content == "-":
-            if target is None:
-                return None
-            section, name = target
-            section[name] = [*(section[name] or ()), _scalar(content[1:].strip())]
-        elif match is None:
-            if indent <= last_indent:
-                return None
-            # The rest of a long word, which begins further right than its key.
-        else:
-            while open_mappings[-1][0] >= indent:
-                open_mappings.pop()
-            section, name, value = open_mappings[-1][1], match[2], re.sub(r"^!!\S+\s*", "", (match[3] or "").strip())
-            section[name], target, last_indent = (_scalar(value) if value else None), None, indent
-            if not value:
-                target = section, name
-                open_mappings.append((indent, _Pending(section, name)))
-    return root
-
-
-class _Pending(dict[str, Any]):
-    """A mapping that takes its place in its parent with its first entry: before, the value may be a list or none."""
-
-    def __init__(self, parent: Values, name: str) -> None:
-        super().__init__()
-        self._parent, self._name = parent, name
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        self._parent[self._name] = self
-
-
-def _scalar(text: str) -> Any:  # Any: a number, a word, a list
-    text = re.sub(r"\s+#.*$", "", text)
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return text
+        content = yaml.load(text, Loader=_loader())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+@functools.cache
+def _loader() -> Any:  # Any: yaml.SafeLoader, untyped
+    """The safe loader, which runs nothing; it takes what a tag of Python's marks as the list, mapping or word it is."""
+
+    def plain(loader: Any, node: Any) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return loader.construct_mapping(node, deep=True)
+        return loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else node.value
+
+    def refuse_merges(_loader: Any, node: Any) -> None:
+        """No dump has merges, which could unfold to gigabytes."""
+        if any(key.tag.endswith(":merge") for key, _ in node.value):
+            raise yaml.YAMLError("a merge")
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"flatten_mapping": refuse_merges})
+    loader.add_constructor(None, plain)
+    return loader

@@ -20,7 +20,9 @@ from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.core.text import brief
 
-__all__ = ["CocoFile", "CocoImage", "CocoObject", "read_coco"]
+__all__ = ["MEDIUM_AREAS", "CocoFile", "CocoImage", "CocoObject", "read_coco"]
+
+MEDIUM_AREAS = (32.0**2, 96.0**2)  # square pixels: COCO's objects are small below, and large from the second on
 
 _MAX_BYTES = 512 << 20  # COCO's own training set takes 448 MB
 _MAX_OBJECTS = 1_000_000  # and has 860,001

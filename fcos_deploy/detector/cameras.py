@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
-from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.media_files import IMAGE_SUFFIXES
 
@@ -105,7 +104,7 @@ def is_stream(source: str) -> bool:
 
 def shown_source(source: str) -> str:
     """The source for people and records: without the password that a URL may hold."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", source)
+    return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", source)
 
 
 _Frame = Callable[[], NDArray[np.uint8]]  # gives the pixels; the reading thread does not convert what is dropped
@@ -125,7 +124,7 @@ class DetectionStream:
         """
         self._detector, self._options = detector, options or StreamOptions()
         self._source = str(source)
-        self._connect = _connection(self._source)
+        self._connect = _connection(self._source, read=detector.read)
         self._changed = threading.Condition()
         self._newest: tuple[int, float, _Frame] | None = None
         self._frames = self._dropped = self._reconnections = 0
@@ -247,8 +246,8 @@ class DetectionStream:
             return not self._stopped
 
 
-def _connection(source: str) -> Callable[[], Iterator[_Frame]]:
-    """What opens a source and yields its frames until it ends.
+def _connection(source: str, *, read: Callable[[Path], NDArray[np.uint8]]) -> Callable[[], Iterator[_Frame]]:
+    """What opens a source and yields its frames until it ends; ``read`` gives the pixels of a file of a folder.
 
     Raises:
         ConfigError: it is no source, or OpenCV was built without what it needs.
@@ -270,7 +269,7 @@ def _connection(source: str) -> Callable[[], Iterator[_Frame]]:
     if _DEVICE.fullmatch(source) and not Path(source).is_dir():
         return lambda: _captured(int(source) if source.isdigit() else source, cv2.CAP_V4L2)
     if Path(source).is_dir():
-        return lambda: _arriving(Path(source))
+        return lambda: _arriving(Path(source), read)
     raise ConfigError(
         f"'{source}' is no stream.", hint="give a URL, a camera's number or /dev/video0, or a folder that grows"
     )
@@ -297,7 +296,7 @@ def _rgb(frame: Any) -> NDArray[np.uint8]:
     return pixels
 
 
-def _arriving(folder: Path) -> Iterator[_Frame]:
+def _arriving(folder: Path, read: Callable[[Path], NDArray[np.uint8]]) -> Iterator[_Frame]:
     """Images that come into a folder or change from now on, oldest first, as soon as they are the same at two looks."""
     given = _entries(folder)
     before = given
@@ -306,7 +305,7 @@ def _arriving(folder: Path) -> Iterator[_Frame]:
         for name, state in sorted(entries.items(), key=lambda item: item[1]):
             if state != given.get(name) and state == before.get(name) and state[1]:
                 given[name] = state
-                yield lambda path=folder / name: read_image(path)  # type: ignore[misc]  # binds this path
+                yield lambda path=folder / name: read(path)  # type: ignore[misc]  # binds this path
         given = {name: state for name, state in given.items() if name in entries}
         before = entries
         time.sleep(_POLL)

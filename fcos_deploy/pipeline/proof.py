@@ -199,8 +199,8 @@ def write_golden(
     def make(folder: Path) -> StepOutput:
         contract, detections = context.contract, _reference_detections(evaluations)
         pixels = [read_image(path, orientation=contract.preprocess.orientation) for path in paths]
-        seen = iter([detections[image.image_id] for image in images])
-        records = make_golden(pixels, folder=folder, contract=contract, detect=lambda _: next(seen))
+        seen = [detections[image.image_id] for image in images]
+        records = make_golden(pixels, seen, folder=folder, contract=contract)
         return StepOutput(values=[to_json(record) for record in records])
 
     inputs = {

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from fcos_deploy import Detector
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.detector.cameras import StreamOptions, is_stream, shown_source
 
@@ -153,6 +155,19 @@ def test_a_folder_that_grows_is_followed(detector: Detector, smooth_images: Path
     ]
 
 
+def test_files_of_a_folder_are_turned_as_the_contract_says(detector: Detector, tmp_path: Path) -> None:
+    """As ``predict`` does with a file that is named."""
+    spec = replace(detector.contract.preprocess, orientation=Orientation.STORED)
+    stored = Detector(detector.session, replace(detector.contract, preprocess=spec))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    with stored.stream(tmp_path, options=StreamOptions(max_frames=1, give_up=20)) as stream:
+        time.sleep(0.3)
+        Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
+        (item,) = stream
+    assert item.pixels.shape == stored.read(tmp_path / "turned.jpg").shape == (40, 80, 3)
+
+
 def test_predict_prints_a_line_a_frame(tiny_onnx: Path, camera: Camera) -> None:
     done = run("predict", tiny_onnx, camera.url, "--max-frames", 5, "--json")
     assert done.exit_code == 0, done.stderr
@@ -193,6 +208,7 @@ def test_what_a_stream_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detec
     (tmp_path / "0").mkdir()
     assert not is_stream("0")
     assert shown_source("rtsp://u:p@h/x") == "rtsp://u:***@h/x"
+    assert shown_source("rtsp://u:p@ss:w@h/x") == "rtsp://u:***@h/x"
     assert shown_source("rtsp://h/x@y") == "rtsp://h/x@y"
     for wrong in ({"max_frames": 0}, {"max_seconds": -1.0}, {"give_up": 0.0}):
         with pytest.raises(ConfigError, match="more than 0"):

@@ -66,7 +66,7 @@ def test_another_shape_or_dtype_is_infinitely_far(bundle_contract: ModelContract
 
 def test_images_come_back_pixel_by_pixel(bundle_contract: ModelContract, tmp_path: Path) -> None:
     (golden,) = make_golden(
-        [_image()], folder=tmp_path, contract=bundle_contract, detect=lambda _: _detections((1, 2, 30, 40, 0.5, 1))
+        [_image()], [_detections((1, 2, 30, 40, 0.5, 1))], folder=tmp_path, contract=bundle_contract
     )
     np.testing.assert_array_equal(read_golden_image((tmp_path / golden.path).read_bytes(), golden), _image())
     assert golden.detections.to_detections().boxes.tolist() == [[1, 2, 30, 40]]
@@ -74,12 +74,12 @@ def test_images_come_back_pixel_by_pixel(bundle_contract: ModelContract, tmp_pat
 
 def test_images_without_a_single_detection_prove_nothing(bundle_contract: ModelContract, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="prove nothing"):
-        make_golden([_image()], folder=tmp_path, contract=bundle_contract, detect=lambda _: _detections())
+        make_golden([_image()], [_detections()], folder=tmp_path, contract=bundle_contract)
 
 
 def test_a_png_that_claims_another_size_is_not_decoded(bundle_contract: ModelContract, tmp_path: Path) -> None:
     (golden,) = make_golden(
-        [_image()], folder=tmp_path, contract=bundle_contract, detect=lambda _: _detections((1, 2, 30, 40, 0.5, 1))
+        [_image()], [_detections((1, 2, 30, 40, 0.5, 1))], folder=tmp_path, contract=bundle_contract
     )
     path = tmp_path / golden.path
     path.write_bytes(path.read_bytes()[:16] + (1 << 20).to_bytes(4, "big") * 2 + path.read_bytes()[24:])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, describe_weights
@@ -88,9 +89,20 @@ def _nested(path: str, value: object) -> dict[str, Any]:
     return functools.reduce(lambda inner, name: {name: inner}, reversed(path.split(".")), value)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("form", ["yaml", "mapping"])
+@pytest.mark.parametrize("form", ["blocks", "mapping", "braces", "json", "tuples", "aliases"])
 def test_a_configuration_of_detectron2_answers_what_the_backbone_leaves_open(form: str) -> None:
-    cfg = ADELAIDET_YAML if form == "yaml" else parse_yaml(ADELAIDET_YAML)
+    content = parse_yaml(ADELAIDET_YAML)
+    assert content is not None
+    model = content["MODEL"]
+    cfg = {
+        "blocks": lambda: ADELAIDET_YAML,
+        "mapping": lambda: content,
+        "braces": lambda: yaml.safe_dump(content, default_flow_style=None),  # as PyYAML wrote it before 5.1
+        "json": lambda: json.dumps(content),
+        "tuples": lambda: yaml.dump({**content, "MODEL": {**model, "PIXEL_STD": tuple(model["PIXEL_STD"])}}),
+        "aliases": lambda: yaml.dump({"COPY": model, **content}, sort_keys=False),
+    }[form]()
+    assert ("!!python" in cfg, "&id" in cfg) == (form == "tuples", form == "aliases")
     described = _describe("adelaidet", {"cfg": cfg}, own_statistics=True)
     pre, decode = described.contract.preprocess, described.contract.decode
     assert described.config.stride_in_1x1 is False
@@ -150,6 +162,19 @@ def test_what_is_not_understood_stops_the_command(ecosystem: str, path: str, val
     assert (f"{option} answers instead" in caught.value.hint) is bool(option)
     _describe(ecosystem, stored, ignore_config=(path,), **said)
     _describe(ecosystem, stored, ignore_config=("cfg",), **said)
+
+
+def test_a_configuration_that_unfolds_stops_the_command() -> None:
+    shared: dict[str, Any] = {}
+    for _ in range(7):
+        shared = {str(number): shared for number in range(60)}
+    with pytest.raises(CheckpointError, match="more than 100000 values"):
+        _describe("adelaidet", {"cfg": {"MODEL": shared}})
+    merges = "".join(f"a{n + 1}: &a{n + 1} {{<<: [{', '.join([f'*a{n}'] * 9)}]}}\n" for n in range(9))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _describe("adelaidet", {"cfg": f"MODEL: {{}}\na0: &a0 {{x: 1}}\n{merges}"})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _describe("adelaidet", {"cfg": "MODEL: " + "[" * 100_000})
 
 
 def test_keys_to_ignore_and_texts_must_be_there_and_readable() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fcos_deploy import Detector
 from fcos_deploy.core.image import list_images
-from fcos_deploy.detector.cameras import StreamOptions
+from fcos_deploy.detector.sources import StreamOptions
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 
 

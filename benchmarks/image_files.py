@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from fcos_deploy.core.c_stderr import with_messages
 from fcos_deploy.core.errors import ImageError
+from fcos_deploy.core.file_kinds import file_head, image_format
 from fcos_deploy.core.image import read_image
-from fcos_deploy.core.jpeg import decode_jpeg
-from fcos_deploy.core.media_files import file_head, image_format
+from fcos_deploy.core.jpeg import decode_jpeg, with_messages
 
 SUFFIXES = frozenset(
     (

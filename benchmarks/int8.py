@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.cache import load_calibration, save_calibration
-from calibration.calibrate import StatisticsOptions, collect_ranges
+from calibration.calibrate import StatisticsOptions, collect_ranges, load_calibration, save_calibration
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder, executed_share, open_engine
 from calibration.placement import PLACEMENTS, open_graph

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.mixed_precision import acceptable, narrow
-from fcos_deploy.accuracy.intervals import selection_factor
+from fcos_deploy.accuracy.coco import selection_factor
 from fcos_deploy.core.gate import Judge, Outcome, interval_outcome
 
 _LAYERS, _GOAL, _TRIALS = 24, 0.005, 16

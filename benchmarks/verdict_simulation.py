@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
-from fcos_deploy.accuracy.intervals import (
+from fcos_deploy.accuracy.coco import (
     ApInterval,
     ApSamples,
     ClassMatches,
@@ -31,6 +30,7 @@ from fcos_deploy.accuracy.intervals import (
     sample_ap,
     weighted_ap,
 )
+from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.gate import Outcome, interval_outcome
 

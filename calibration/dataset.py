@@ -18,10 +18,9 @@ from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.files import read_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import decode_image, image_content, image_size, list_images, read_image
-from fcos_deploy.core.image_names import find_in_layout, find_named_images, is_below
+from fcos_deploy.core.image_sets import find_in_layout, find_named_images, is_below, object_stratum, stratified
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
-from fcos_deploy.core.strata import object_stratum, stratified
 from fcos_deploy.core.text import brief, decoded_text
 
 __all__ = [

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import runtimes.onnxruntime
 import runtimes.openvino
 from calibration.placement import ConvGraph
-from calibration.statistics import in_order_of_release
+from calibration.ranges import in_order_of_release
 from fcos_deploy.core.backend import Session, Tensors
 from fcos_deploy.core.errors import (
     BackendError,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.cache import Calibration
+from calibration.calibrate import Calibration
 from calibration.execution import Feeder, conv_macs, open_engine
 from calibration.placement import ConvGraph, Placement, QdqPlan, plan_pairs
 from calibration.qdq import QuantizedOnnx, quantize_qdq, quantized_model

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.cache import Calibration
+from calibration.calibrate import Calibration
 from calibration.execution import Fidelity, compare_models
 from calibration.placement import (
     ActivationFormat,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calibration.cache import Calibration
+from calibration.calibrate import Calibration
 from calibration.dataset import CalibrationImage, CalibrationSet, SampleOptions, collect_images
 from calibration.execution import Feeder
 from calibration.placement import ConvGraph, Placement

@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from exporters.fp16 import half_precision
-from exporters.graph_passes import merge_batch_norm_into_deform_conv, name_weights_after_convolutions
-from exporters.simplify import put_weights_aside, simplified, with_weights_aside
+from exporters.simplify import (
+    merge_batch_norm_into_deform_conv,
+    name_weights_after_convolutions,
+    put_weights_aside,
+    simplified,
+    with_weights_aside,
+)
 from exporters.step_check import Runner, StepCheck, compare, onnx_runner, provoking_feed, recorded
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract

@@ -31,8 +31,8 @@ from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import BackendError, BackendLoadError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.local_trust import KeptModel
 from fcos_deploy.core.tensor_spec import TensorSpec
+from fcos_deploy.core.trust import KeptModel
 
 __all__ = ["BACKEND", "executed_primitives", "open_model"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.local_trust import KeptModel
+from fcos_deploy.core.trust import KeptModel
 from runtimes._tensorrt_library import TensorRT, load_tensorrt
 from runtimes._tensorrt_session import ContextFactory, TensorrtFamily
 

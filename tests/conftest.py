@@ -439,7 +439,7 @@ def mini_graph(mini_onnx: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def mini_calibration(mini_graph: Any, smooth_images: Path) -> Any:
-    """Ranges of ``mini_graph`` on ``smooth_images``: a ``calibration.cache.Calibration``."""
+    """Ranges of ``mini_graph`` on ``smooth_images``: a ``calibration.calibrate.Calibration``."""
     from calibration.calibrate import StatisticsOptions, collect_ranges
     from calibration.dataset import collect_images
 

@@ -10,7 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from fcos_deploy.accuracy.coco import CocoScores, coco_scores
+from fcos_deploy.accuracy.coco import (
+    ApInterval,
+    ApSamples,
+    ClassMatches,
+    CocoScores,
+    ap_interval,
+    coco_scores,
+    match_dataset,
+    paired_ap_drop,
+    sample_ap,
+    selection_factor,
+    widened_for_selection,
+)
 from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
@@ -21,17 +33,6 @@ from fcos_deploy.accuracy.dataset import (
     load_coco,
 )
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_ap, judge_drop
-from fcos_deploy.accuracy.intervals import (
-    ApInterval,
-    ApSamples,
-    ClassMatches,
-    ap_interval,
-    match_dataset,
-    paired_ap_drop,
-    sample_ap,
-    selection_factor,
-    widened_for_selection,
-)
 from fcos_deploy.accuracy.operating_point import OperatingGoal, OperatingPoint, operating_points
 from fcos_deploy.accuracy.predictions import DetectionRun, collect_detections
 from fcos_deploy.core.errors import ConfigError

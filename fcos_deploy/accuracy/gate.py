@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
-from fcos_deploy.accuracy.intervals import ApInterval
+from fcos_deploy.accuracy.coco import ApInterval
 from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Gate, Judge, Outcome, interval_outcome, overall_outcome

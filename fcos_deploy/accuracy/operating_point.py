@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.intervals import ClassMatches
+from fcos_deploy.accuracy.coco import ClassMatches
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.matching import share_interval
 

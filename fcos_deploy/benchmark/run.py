@@ -32,9 +32,9 @@ from fcos_deploy.benchmark.measure import (
 )
 from fcos_deploy.core.backend import PerformanceHint
 from fcos_deploy.core.errors import ConfigError, SlowdownError
+from fcos_deploy.core.file_kinds import files_of
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
 from fcos_deploy.core.machine import MachineFacts, read_machine, usable_cpus
-from fcos_deploy.core.model_files import files_of
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import parse_json, to_json
 from fcos_deploy.detector import Detector, DetectorSpec

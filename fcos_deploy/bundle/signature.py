@@ -1,4 +1,9 @@
-"""Ed25519 signatures over a bundle's manifest, and so over every file whose hash it lists."""
+"""Ed25519 signatures over a bundle's manifest, and so over every file whose hash it lists; and ``model.sig``.
+
+``model.sig`` is the signature that other tools check (OpenSSF Model Signing 1.0): a Sigstore bundle
+(docs.sigstore.dev/about/bundle) with a DSSE envelope around an in-toto statement that lists the hash of every file
+(github.com/sigstore/model-transparency). Signed with a key, so that nothing is asked of the network.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,17 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fcos_deploy.bundle.manifest import SIGNATURE_NAME
+from fcos_deploy.bundle.manifest import LAYERS_FOLDER, LOG_NAME, MODEL_SIGNATURE_NAME, SIGNATURE_NAME
 from fcos_deploy.core.errors import ConfigError, SignatureError
 from fcos_deploy.core.files import open_regular, read_file, write_text
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.local_trust import own_file_bytes, own_folder, state_folder, write_own_file
 from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.trust import own_file_bytes, own_folder, state_folder, write_own_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -33,6 +39,7 @@ __all__ = [
     "generate_ec_key",
     "generate_key",
     "key_id",
+    "model_statement",
     "public_key_text",
     "require_no_rollback",
     "required_keys",
@@ -40,6 +47,7 @@ __all__ = [
     "sign_manifest",
     "sign_with_device_key",
     "sign_with_ec_key",
+    "write_model_signature",
 ]
 
 ec = lazy_import("cryptography.hazmat.primitives.asymmetric.ec", extra="sign")
@@ -375,3 +383,52 @@ def _public_key(source: Path | str) -> Ed25519PublicKey:
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise ConfigError(f"{name} is not an Ed25519 key.", hint=_NEW_KEY)
     return cast("Ed25519PublicKey", key)
+
+
+_PAYLOAD_TYPE = "application/vnd.in-toto+json"
+# What may change, or appear, after signing; each has a check of its own.
+_IGNORED = (LAYERS_FOLDER, LOG_NAME, MODEL_SIGNATURE_NAME, SIGNATURE_NAME)
+
+
+def model_statement(name: str, files: Mapping[str, str]) -> bytes:
+    """The in-toto statement about the model ``name``; ``files``: the SHA-256 of each, by its path."""
+    # Characters beyond ASCII and the order are those of the reference implementation: UTF-8, by name.
+    ordered = sorted(files.items())
+    root = hashlib.sha256(b"".join(bytes.fromhex(sha256) for _, sha256 in ordered)).hexdigest()
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": name, "digest": {"sha256": root}}],
+        "predicateType": "https://model_signing/signature/v1.0",
+        "predicate": {
+            "serialization": {
+                "method": "files",
+                "hash_type": "sha256",
+                "allow_symlinks": False,
+                "ignore_paths": list(_IGNORED),
+            },
+            "resources": [{"name": path, "algorithm": "sha256", "digest": sha256} for path, sha256 in ordered],
+        },
+    }
+    return json.dumps(statement, ensure_ascii=False, indent=1).encode()
+
+
+def write_model_signature(root: Path, *, name: str, files: Mapping[str, str], private_key: Path) -> None:
+    """Write ``model.sig`` into the bundle in ``root``, signed with an EC key; an older one is replaced.
+
+    Raises:
+        ConfigError: the key file cannot be used.
+    """
+    payload = model_statement(name, files)
+    # DSSE signs the payload behind its type and both lengths (PAE, github.com/secure-systems-lab/dsse, protocol.md).
+    message = f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(payload)} ".encode() + payload
+    hint, signature = sign_with_ec_key(message, private_key=private_key)
+    bundle = {
+        "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+        "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
+        "dsseEnvelope": {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": _PAYLOAD_TYPE,
+            "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+        },
+    }
+    write_text(root / MODEL_SIGNATURE_NAME, json.dumps(bundle, indent=1) + "\n")

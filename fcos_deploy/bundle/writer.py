@@ -42,8 +42,8 @@ from fcos_deploy.core.files import (
     sync_folder,
     write_text,
 )
-from fcos_deploy.core.local_trust import authenticate, own_file_bytes, own_folder, write_own_file
 from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.trust import authenticate, own_file_bytes, own_folder, write_own_file
 
 __all__ = [
     "ArtifactDraft",

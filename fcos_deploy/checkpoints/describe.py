@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.checkpoints.ecosystems import detect_ecosystem, get_ecosystem
-from fcos_deploy.checkpoints.reader import TensorFacts, open_checkpoint
+from fcos_deploy.checkpoints.reader import StoredWeights, TensorFacts, find_weights, open_checkpoint
 from fcos_deploy.checkpoints.rules import (
     CLS_HEAD,
     REG_HEAD,
@@ -29,7 +29,6 @@ from fcos_deploy.checkpoints.rules import (
     preprocess_spec,
     refuse_unsupported,
 )
-from fcos_deploy.checkpoints.weights import StoredWeights, find_weights
 from fcos_deploy.core.checkpoint_options import AUTO, OPTION, CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.decode import ALL_CANDIDATES

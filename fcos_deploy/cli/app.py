@@ -25,13 +25,32 @@ __all__ = ["COMMANDS", "build_app", "main"]
 
 _LOG = logging.getLogger(__name__)
 
-# Panels of the help, each with its commands in the order of use; a command is a module here that defines ``command``.
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "From a checkpoint to a bundle": ("deploy", "setup", "demo", "inspect", "doctor"),
-    "Single steps": ("export", "simplify", "calibrate", "quantize", "build", "package"),
-    "Accuracy": ("verify", "evaluate", "parity", "compare", "report"),
-    "Running a model": ("predict", "benchmark", "soak"),
-    "Signatures": ("sign", "verify-signature"),
+# Panels of the help; in each its commands in the order of use, with the module here that defines ``<name>_command``.
+COMMANDS: dict[str, dict[str, str]] = {
+    "From a checkpoint to a bundle": {
+        "deploy": "deploy",
+        "setup": "verify",
+        "demo": "deploy",
+        "inspect": "inspect",
+        "doctor": "inspect",
+    },
+    "Single steps": {
+        "export": "export",
+        "simplify": "export",
+        "calibrate": "quantize",
+        "quantize": "quantize",
+        "build": "build",
+        "package": "package",
+    },
+    "Accuracy": {
+        "verify": "verify",
+        "evaluate": "evaluate",
+        "parity": "evaluate",
+        "compare": "evaluate",
+        "report": "report",
+    },
+    "Running a model": {"predict": "predict", "benchmark": "benchmark", "soak": "benchmark"},
+    "Signatures": {"sign": "sign", "verify-signature": "sign"},
 }
 
 _VERBOSE = typer.Option(
@@ -79,10 +98,11 @@ def build_app(*, only: str = "") -> typer.Typer:
     app.callback()(_group)
     known = any(only in names for names in COMMANDS.values())
     for panel, names in COMMANDS.items():
-        for name in names:
+        for name, module in names.items():
             if not known or name == only:
-                module = importlib.import_module(f"fcos_deploy.cli.{name.replace('-', '_')}")
-                app.command(name, cls=_Command, rich_help_panel=panel)(_guard(module.command))
+                commands = importlib.import_module(f"fcos_deploy.cli.{module}")
+                command = getattr(commands, f"{name.replace('-', '_')}_command")
+                app.command(name, cls=_Command, rich_help_panel=panel)(_guard(command))
     return app
 
 

@@ -12,11 +12,11 @@ from fcos_deploy.cli.output import note, print_json, progress_bar
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.trust import Trust
 
-__all__ = ["command"]
+__all__ = ["build_command"]
 
 
 @cli.with_signature_options
-def command(
+def build_command(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="ONNX file with a contract, or a bundle.")],
     *,
     backend: Annotated[

@@ -1,4 +1,4 @@
-"""``fcos-deploy deploy``, and how a finished deployment is printed."""
+"""``fcos-deploy deploy`` and ``demo``, and how a finished deployment is printed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fcos_deploy.core.serialize import to_json
 if TYPE_CHECKING:
     from fcos_deploy.pipeline.deploy import Deployment
 
-__all__ = ["command", "show_deployment"]
+__all__ = ["demo_command", "deploy_command", "show_deployment"]
 
 FAST_IMAGES = 32
 
 
 @cli.with_all_checkpoint_options
-def command(
+def deploy_command(
     checkpoint: Annotated[
         str,
         typer.Argument(
@@ -268,3 +268,17 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         text = f"{value:.{4 if abs(value) < 1 else 2}f}" if known else value or "-"
         cells.append(text + (" (?)" if name == "speedup" and row["speedup_problem"] else ""))
     return tuple(cells)
+
+
+def demo_command(
+    *,
+    output: Annotated[Path, cli.output("Folder of the bundle.", metavar="DIR")] = Path("fcos-demo"),
+    as_json: cli.Json = False,
+) -> None:
+    """Deploy the blood-cell detector that comes with fcos-deploy: export, INT8, engines, accuracy, speed, report."""
+    from fcos_deploy.pipeline.deploy import demo_request, deploy
+
+    with progress_bar() as progress:
+        deployment = deploy(demo_request(output), progress=progress)
+    note(f"report:  {deployment.bundle / 'report.html'}\nverify:  fcos-deploy verify {deployment.bundle}\n")
+    show_deployment(deployment, as_json=as_json)

@@ -1,23 +1,33 @@
-"""``fcos-deploy evaluate``."""
+"""``fcos-deploy evaluate``, ``compare`` and ``parity``: how good models are, and how far they agree."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.gate import Judge
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    from fcos_deploy.accuracy.gate import Verdict
+    from fcos_deploy.core.gate import Gate
+    from fcos_deploy.detector import DetectorSpec
+
+__all__ = ["compare_command", "evaluate_command", "parity_command"]
 
 
 @cli.with_common_checkpoint_options
 @cli.with_session_options("device", "compute", "threads", "allow_engine_code")
 @cli.with_server_options
-def command(
+def evaluate_command(
     model: cli.Model,
     *,
     images: cli.Images,
@@ -102,3 +112,174 @@ def command(
     for verdict in result.verdicts:
         note(verdict_line(verdict))
     require_all(result.verdicts, allow_inconclusive=allow_inconclusive)
+
+
+@cli.with_common_checkpoint_options
+@cli.with_session_options("threads")
+@cli.with_server_options
+def compare_command(
+    first: Annotated[
+        Path, typer.Argument(metavar="FIRST", help="Model to compare with: checkpoint, ONNX file, engine or bundle.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Model that is compared.")],
+    *,
+    images: Annotated[
+        Path | None,
+        cli.option("Folder of the images. Default: two bundles are compared by what they record.", metavar="DIR"),
+    ] = None,
+    annotations: cli.Annotations = None,
+    limit: cli.Limit = None,
+    speed: Annotated[bool, cli.option("Benchmark of both in turns.", "--speed/--no-speed")] = True,
+    rounds: cli.Rounds = 10,
+    max_map_drop: cli.MaxMapDrop = None,
+    min_match_rate: cli.MinMatchRate = None,
+    judge: cli.JudgeBy = Judge.INTERVAL,
+    allow_inconclusive: cli.AllowInconclusive = False,
+    backend: cli.Backend = "",
+    second_backend: Annotated[
+        str, cli.option("Runtime of the second model. Default: that of --backend.", metavar="NAME", panel=cli.RUNTIME)
+    ] = "",
+    precision: cli.BundlePrecision = None,
+    second_precision: Annotated[
+        Precision | None, cli.option("Precision of the second bundle. Default: that of --precision.", panel=cli.RUNTIME)
+    ] = None,
+    session: SessionOptions,
+    report: Annotated[
+        Path | None, cli.option("HTML report of the comparison to write.", metavar="FILE", panel=cli.OUTPUT)
+    ] = None,
+    as_json: cli.Json = False,
+    options: CheckpointOptions,
+) -> None:
+    """Compare two models or bundles: AP with its confidence interval, single detections, speed.
+
+    Without --images both must be bundles: their recorded figures are shown, and both run on their golden images.
+    Checkpoint options apply to the models that are checkpoints. Exit code 4: a limit does not hold, or the
+    data cannot decide it.
+    """
+    from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_json, evaluation_row
+    from fcos_deploy.benchmark import run
+    from fcos_deploy.benchmark.measure import TimingOptions
+    from fcos_deploy.core.gate import Gate
+    from fcos_deploy.detector import DetectorSpec
+    from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
+    from fcos_deploy.report import write_report
+
+    sessions = cli.session_options(session, [first, second], checkpoint=options)
+    reference = DetectorSpec(model=first, backend=backend, precision=precision, options=sessions[first])
+    candidate = DetectorSpec(
+        model=second,
+        backend=second_backend or backend,
+        precision=second_precision or precision,
+        options=sessions[second],
+    )
+    gate = Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate, judge=judge)
+    if images is None:
+        if annotations is not None or report is not None:
+            raise ConfigError("--annotations and --report need images.", hint="give --images DIR")
+        verdicts = _compare_bundles(reference, candidate, gate=gate, as_json=as_json)
+        _conclude(verdicts, allow_inconclusive=allow_inconclusive)
+        return
+    request = ComparisonRequest(
+        reference=reference,
+        candidates=(candidate,),
+        images=images,
+        annotations=annotations,
+        gate=gate,
+        timing=TimingOptions(rounds=rounds) if speed else None,
+        limit=limit,
+    )
+    with progress_bar() as progress:
+        comparison = compare_models(request, progress=progress)
+    table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in comparison.all])
+    if comparison.benchmark is not None:
+        table("Speed", run.TABLE_COLUMNS, [run.result_row(measured) for measured in comparison.benchmark.results])
+    if as_json:
+        timed = run.benchmark_json(comparison.benchmark) if comparison.benchmark else None
+        print_json({"accuracy": [evaluation_json(evaluation) for evaluation in comparison.all], "speed": timed})
+    if report is not None:
+        title = f"{second.name} against {first.name}"
+        write_report(comparison_report(comparison, title=title, command=command_line()), report)
+        note(f"wrote {report}")
+    _conclude(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
+
+
+def _conclude(verdicts: Sequence[Verdict], *, allow_inconclusive: bool) -> None:
+    from fcos_deploy.accuracy.gate import require_all, verdict_line
+
+    for verdict in verdicts:
+        note(verdict_line(verdict))
+    require_all(verdicts, allow_inconclusive=allow_inconclusive)
+
+
+def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_json: bool) -> tuple[Verdict, ...]:
+    from fcos_deploy.accuracy import bundle_comparison as bundles
+
+    with progress_bar() as progress:
+        comparison = bundles.compare_bundles(first, second, gate=gate, progress=progress)
+    table("Bundles", ("", "first", "second"), comparison.facts)
+    table("Recorded figures", bundles.FIGURE_COLUMNS, bundles.figure_rows(comparison))
+    for sentence in comparison.contract:
+        note(f"contract: {sentence}")
+    agreement, (reference, candidate) = comparison.agreement, comparison.subjects
+    share = "neither detects anything" if agreement.empty else f"{agreement.match_rate:.1%} of the detections agree"
+    note(
+        f"golden images ({agreement.images}), {reference} against {candidate}, run here: {share}, "
+        f"{agreement.missed} missed, {agreement.extra} extra"
+    )
+    if as_json:
+        print_json(bundles.bundles_json(comparison))
+    return comparison.verdicts
+
+
+@cli.with_common_checkpoint_options
+@cli.with_session_options("device", "compute", "threads")
+@cli.with_server_options
+def parity_command(
+    model: cli.Model,
+    *,
+    reference: cli.Reference,
+    images: cli.Images,
+    limit: Annotated[int, cli.option("Number of images to use.", min=1)] = 4,
+    strict: Annotated[bool, cli.option("Tolerances of float32, whatever the model's precision.", "--strict")] = False,
+    layers: Annotated[bool, cli.option("Search for the first layer that diverges (ONNX files).", "--layers")] = False,
+    backend: cli.Backend = "",
+    precision: cli.BundlePrecision = None,
+    session: SessionOptions,
+    as_json: cli.Json = False,
+    options: CheckpointOptions,
+) -> None:
+    """Check a model against its checkpoint in PyTorch stage by stage, and explain the first stage that diverges.
+
+    Checkpoint options apply to --reference. Exit code 4: a stage diverges.
+    """
+    from fcos_deploy.accuracy.parity import parity_json
+    from fcos_deploy.detector import DetectorSpec
+    from fcos_deploy.pipeline.comparison import ParityRequest, check_parity, find_layer
+
+    request = ParityRequest(
+        candidate=DetectorSpec(model=model, backend=backend, precision=precision, options=session),
+        checkpoint=reference,
+        images=images,
+        count=limit,
+        strict=strict,
+        options=options,
+    )
+    with progress_bar() as progress:
+        parity = check_parity(request, progress=progress)
+        layer = find_layer(request, progress=progress) if layers else None
+    rows = [(stage.stage, "ok" if stage.passed else "DIVERGES", stage.detail) for stage in parity.stages]
+    table("Parity with the reference", ("stage", "", "largest difference"), rows)
+    for cause in parity.causes:
+        note(f"cause: {cause.sentence} (explains {cause.explained:.1%})")
+    if layer is not None:
+        note(f"first layer: {layer.layer} ({layer.kind}), after {layer.compared} that hold")
+        for cause in layer.causes:
+            note(f"cause: {cause.sentence}")
+    if as_json:
+        print_json(parity_json(parity, layer))
+    if parity.first is not None:
+        explained = parity.causes or layer is not None
+        raise AccuracyGateError(
+            f"The first stage that diverges is '{parity.first.stage}': {parity.first.detail}.",
+            hint="" if explained else "no known mistake explains it; --layers names the layer of an ONNX file",
+        )

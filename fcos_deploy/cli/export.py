@@ -1,4 +1,4 @@
-"""``fcos-deploy export``."""
+"""``fcos-deploy export`` and ``simplify``: ONNX graphs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["command"]
+__all__ = ["export_command", "simplify_command"]
 
 
 @cli.with_all_checkpoint_options
-def command(
+def export_command(
     checkpoint: cli.Checkpoint,
     *,
     output: Annotated[Path, cli.output("ONNX file to write.")],
@@ -66,3 +66,16 @@ def command(
     note(export.summary())
     if as_json:
         print_json(export.to_json())
+
+
+def simplify_command(
+    model: cli.Graph, *, output: Annotated[Path, cli.output("ONNX file to write.")], as_json: cli.Json = False
+) -> None:
+    """Simplify an ONNX graph and check that its outputs stay the same; dynamic axes stay dynamic."""
+    from exporters.simplify import simplify_onnx
+
+    with progress_bar() as progress:
+        result = simplify_onnx(model, output, progress=progress)
+    note(result.summary())
+    if as_json:
+        print_json(result.to_json())

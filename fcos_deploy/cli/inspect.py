@@ -1,4 +1,4 @@
-"""``fcos-deploy inspect``."""
+"""``fcos-deploy inspect`` and ``doctor``: what a file is, and what works on this machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fcos_deploy.core.trust import Trust
 if TYPE_CHECKING:
     from fcos_deploy.pipeline.inspect import Inspection
 
-__all__ = ["command"]
+__all__ = ["doctor_command", "inspect_command"]
 
 
 @cli.with_all_checkpoint_options
 @cli.with_signature_options
-def command(
+def inspect_command(
     model: Annotated[
         Path,
         typer.Argument(
@@ -89,3 +89,24 @@ def _show_annotations(inspection: Inspection, *, as_json: bool) -> None:
         note(finding.line)
     if not inspection.findings:
         note("nothing speaks against these annotations")
+
+
+def doctor_command(*, target: cli.Target = "", as_json: cli.Json = False) -> None:
+    """List what works on this machine, what does not, and how to fix it.
+
+    With --target the machine is compared with a device profile; exit code 1 when it differs.
+    """
+    from fcos_deploy.core.errors import DeviceError
+    from fcos_deploy.core.serialize import to_json
+    from fcos_deploy.targets.doctor import compare, difference_lines, examine, lines
+    from fcos_deploy.targets.profiles import load_profile
+
+    profile = load_profile(target) if target else None
+    examination = examine()
+    differences = compare(examination, profile) if profile else ()
+    if as_json:
+        print_json({"findings": to_json(examination.findings), "differences": to_json(differences)})
+    for line in (*lines(examination.findings), *difference_lines(differences)):
+        note(line)
+    if differences:
+        raise DeviceError(f"This machine is not a '{target}': {', '.join(d.name for d in differences)}.")

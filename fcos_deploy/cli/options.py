@@ -22,8 +22,8 @@ from fcos_deploy.core.checkpoint_options import (
     read_checkpoint_options,
 )
 from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision
+from fcos_deploy.core.file_kinds import is_checkpoint
 from fcos_deploy.core.gate import Judge
-from fcos_deploy.core.model_files import is_checkpoint
 from fcos_deploy.core.trust import Trust
 
 if TYPE_CHECKING:

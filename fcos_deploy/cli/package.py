@@ -9,11 +9,11 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note
 from fcos_deploy.core.trust import Trust
 
-__all__ = ["command"]
+__all__ = ["package_command"]
 
 
 @cli.with_signature_options
-def command(
+def package_command(
     bundle: cli.Bundle,
     *,
     output: Annotated[

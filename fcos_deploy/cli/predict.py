@@ -19,11 +19,11 @@ from fcos_deploy.core.serialize import to_json
 
 if TYPE_CHECKING:
     from fcos_deploy.detector import Detector
-    from fcos_deploy.detector.cameras import StreamOptions
     from fcos_deploy.detector.draw import DrawOptions
     from fcos_deploy.detector.prediction import Prediction
+    from fcos_deploy.detector.sources import StreamOptions
 
-__all__ = ["command"]
+__all__ = ["predict_command"]
 
 _SHOWN = 0.3  # lowest score that people are shown by default: boxes of lower scores hide the others
 _ROWS = 200  # of the table
@@ -32,7 +32,7 @@ _ROWS = 200  # of the table
 @cli.with_common_checkpoint_options
 @cli.with_session_options("device", "compute", "threads", "allow_fallback", "allow_engine_code")
 @cli.with_server_options
-def command(
+def predict_command(
     model: cli.Model,
     images: Annotated[
         list[str],
@@ -101,9 +101,9 @@ def command(
     prints one line a frame, and latency and drop rate are shown at the end.
     """
     from fcos_deploy.detector import Detector
-    from fcos_deploy.detector.cameras import StreamOptions, is_stream
     from fcos_deploy.detector.draw import DrawOptions
-    from fcos_deploy.detector.formats import write_coco, write_csv, write_yolo
+    from fcos_deploy.detector.prediction import write_coco, write_csv, write_yolo
+    from fcos_deploy.detector.sources import StreamOptions, is_stream
 
     streamed = follow or any(map(is_stream, images))
     written = ((coco, write_coco), (as_csv, write_csv), (yolo, write_yolo))
@@ -179,7 +179,7 @@ def _show(predictions: Sequence[Prediction], detector: Detector, *, lowest: floa
 
 def _stream(detector: Detector, address: str, options: StreamOptions, *, as_json: bool) -> None:
     """Detections of one stream, frame by frame, and how fast they were."""
-    from fcos_deploy.detector.cameras import shown_source
+    from fcos_deploy.detector.sources import shown_source
 
     source = shown_source(address)
     with detector.stream(address, options=options) as stream:

@@ -1,4 +1,4 @@
-"""``fcos-deploy quantize``."""
+"""``fcos-deploy calibrate`` and ``quantize``: INT8."""
 
 from __future__ import annotations
 
@@ -9,11 +9,89 @@ from typing import Annotated
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
 from fcos_deploy.core.gate import Gate, Judge
+from fcos_deploy.core.serialize import to_json
 
-__all__ = ["command"]
+__all__ = ["calibrate_command", "quantize_command"]
 
 
-def command(
+def calibrate_command(
+    model: cli.Graph,
+    *,
+    images: Annotated[Path, cli.option("Calibration images: a folder, list file or COCO JSON.", metavar="PATH")],
+    output: Annotated[Path, cli.output("Calibration file (.json) to write.")],
+    annotations: Annotated[
+        Path | None,
+        cli.option(
+            "COCO annotations of the images, to choose images that cover all classes and object sizes. "
+            "Default: images are chosen at random.",
+            metavar="FILE",
+        ),
+    ] = None,
+    count: Annotated[int | None, cli.option("Number of images to choose. Default: up to 128.", min=1)] = None,
+    seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
+    evaluation_images: Annotated[
+        Path | None, cli.option("Images that accuracy will be measured on; an overlap is refused.", metavar="PATH")
+    ] = None,
+    allow_overlap: cli.AllowOverlap = False,
+    allow_outside: Annotated[
+        bool, cli.option("Permission for a list file to name images that are not below its folder.", "--allow-outside")
+    ] = False,
+    method: Annotated[
+        str,
+        cli.option(
+            "Method that turns statistics into ranges: minmax, percentile, entropy, mse or l3. Default: percentile.",
+            metavar="NAME",
+        ),
+    ] = "",
+    convergence: Annotated[
+        bool, cli.option("Report of how the ranges settle with more images.", "--convergence")
+    ] = False,
+    tensorrt_cache: Annotated[
+        str,
+        cli.option(
+            "TensorRT version, such as 8.5.2, to also write a calibration cache (.cache) for. Default: none.",
+            metavar="VERSION",
+        ),
+    ] = "",
+    engine: Annotated[
+        str,
+        cli.option(
+            "Runtime that measures: onnxruntime, openvino, or auto for the first that is installed.",
+            metavar="NAME",
+            panel=cli.RUNTIME,
+        ),
+    ] = "auto",
+    threads: cli.Threads = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Measure the ranges of a graph's activations on images, for 'fcos-deploy quantize'."""
+    from calibration.calibrate import CalibrationRequest, calibrate
+
+    request = CalibrationRequest(
+        model=model,
+        images=images,
+        output=output,
+        annotations=annotations,
+        method=method,
+        count=count,
+        seed=seed,
+        allow_outside=allow_outside,
+        evaluation_images=evaluation_images,
+        allow_overlap=allow_overlap,
+        engine=engine,
+        threads=threads,
+        convergence=convergence,
+        tensorrt_version=tensorrt_cache,
+    )
+    with progress_bar() as progress:
+        report = calibrate(request, progress=progress)
+    for line in report.lines():
+        note(line)
+    if as_json:
+        print_json(to_json(report))
+
+
+def quantize_command(
     model: cli.Graph,
     *,
     output: Annotated[Path, cli.output("INT8 model to write: .onnx, or .xml with --quantizer nncf.")],
@@ -65,7 +143,7 @@ def command(
     With --max-map-drop, or without annotations --min-match-rate, layers whose harm is shown stay in float until the
     gate holds. Exit code 4: it does not, or the images cannot decide it, and then the INT8 model is kept.
     """
-    from calibration.cache import load_calibration
+    from calibration.calibrate import load_calibration
     from calibration.mixed_precision import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
     from calibration.placement import open_graph, placement_for
     from calibration.quantizers import QuantizeRequest

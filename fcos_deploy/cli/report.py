@@ -13,13 +13,13 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.trust import Trust
 
-__all__ = ["command"]
+__all__ = ["report_command"]
 
 
 @cli.with_common_checkpoint_options
 @cli.with_trust_options
 @cli.with_server_options
-def command(
+def report_command(
     model: cli.Model,
     *,
     reference: Annotated[

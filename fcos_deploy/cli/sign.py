@@ -1,4 +1,4 @@
-"""``fcos-deploy sign``."""
+"""``fcos-deploy sign`` and ``verify-signature``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import typer
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json
+from fcos_deploy.core.trust import Trust
 
-__all__ = ["command"]
+__all__ = ["sign_command", "verify_signature_command"]
 
 
-def command(
+def sign_command(
     bundle: Annotated[
         Path | None, typer.Argument(metavar="BUNDLE", help="Bundle: the folder that 'fcos-deploy deploy' wrote.")
     ] = None,
@@ -93,3 +94,27 @@ def command(
         note(f"signed '{bundle}' with key {identity[:16]}...")
     if as_json:
         print_json({"key_id": identity, "bundle": str(bundle) if bundle else None})
+
+
+@cli.with_required_signature
+def verify_signature_command(
+    bundle: cli.Bundle,
+    *,
+    trust: Trust,
+    as_json: cli.Json = False,
+) -> None:
+    """Check that a trusted key signed a bundle and that no file was changed since; nothing is run."""
+    from fcos_deploy.bundle import open_trusted
+
+    with open_trusted(bundle, trust) as opened:
+        note(f"'{bundle}' is signed by key {opened.signed_by[:16]}..., and every file is as it was signed")
+        if as_json:
+            print_json(
+                {
+                    "key_id": opened.signed_by,
+                    "bundle": str(bundle),
+                    "name": opened.manifest.name,
+                    "version": opened.version,
+                    "files": len(opened.manifest.all_files),
+                }
+            )

@@ -25,7 +25,7 @@ from fcos_deploy.core.errors import (
     TensorMismatchError,
 )
 from fcos_deploy.core.onnx_file import onnx_interface
-from fcos_deploy.core.stages import INFERENCES
+from fcos_deploy.core.progress import INFERENCES
 from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.core.trust import Trust
 

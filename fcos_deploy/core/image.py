@@ -19,13 +19,12 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.c_stderr import with_messages
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError, ImageError
+from fcos_deploy.core.file_kinds import HEAD_BYTES, IMAGE_SUFFIXES, describe_content, file_head, image_format
 from fcos_deploy.core.files import read_file
-from fcos_deploy.core.jpeg import decode_jpeg
+from fcos_deploy.core.jpeg import decode_jpeg, with_messages
 from fcos_deploy.core.libraries import require
-from fcos_deploy.core.media_files import HEAD_BYTES, IMAGE_SUFFIXES, describe_content, file_head, image_format
 from fcos_deploy.core.text import brief
 
 __all__ = [

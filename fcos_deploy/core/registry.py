@@ -28,6 +28,8 @@ PluginT = TypeVar("PluginT", bound=_Named)
 def discover(package: str, *, marker: str, kind: type[PluginT]) -> dict[str, PluginT]:
     """Plug-ins by name, sorted: what public modules of ``package`` call ``marker``, and what entry points load.
 
+    A module that defines several has a tuple of them.
+
     The group of the entry points is ``fcos_deploy.`` and the last word of ``package``: ``fcos_deploy.runtimes``.
 
     Raises:
@@ -45,8 +47,9 @@ def discover(package: str, *, marker: str, kind: type[PluginT]) -> dict[str, Plu
     for module_info in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if not module_info.name.startswith("_"):
             module = importlib.import_module(f"{package}.{module_info.name}")
-            if hasattr(module, marker):
-                add(getattr(module, marker), f"'{marker}' of '{module.__name__}'")
+            plugin = getattr(module, marker, ())
+            for each in plugin if isinstance(plugin, tuple) else (plugin,):
+                add(each, f"'{marker}' of '{module.__name__}'")
     for entry in importlib.metadata.entry_points(group=f"fcos_deploy.{package.rpartition('.')[2]}"):
         add(entry.load(), f"Entry point '{entry.name}' of '{entry.value}'")
     return dict(sorted(plugins.items()))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,24 +30,85 @@ from fcos_deploy.core.errors import (
     FcosDeployError,
     SignatureError,
 )
+from fcos_deploy.core.file_kinds import is_checkpoint, kinds_of
 from fcos_deploy.core.image import image_pixels, windows
 from fcos_deploy.core.machine import usable_cpus
-from fcos_deploy.core.model_files import is_checkpoint, kinds_of
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
 from fcos_deploy.core.preprocess import Letterbox, padded_size, preprocess
 from fcos_deploy.core.registry import backends_for, get_backend
 from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
+    import asyncio
+
     import PIL.Image
 
     from fcos_deploy.bundle.selection import Fallback
     from fcos_deploy.bundle.store import Bundle
-    from fcos_deploy.detector.async_gate import AsyncGate
-    from fcos_deploy.detector.cameras import DetectionStream, StreamOptions
+    from fcos_deploy.detector.sources import DetectionStream, StreamOptions
     from fcos_deploy.model.fcos import Fcos
 
-__all__ = ["Detector", "DetectorSpec", "Image"]
+__all__ = ["AsyncGate", "Detector", "DetectorSpec", "Image"]
+
+T = TypeVar("T")
+
+
+class AsyncGate:
+    """Threads for blocking calls, and a place for at most ``places`` calls that run or wait for a thread.
+
+    A caller that finds all places taken waits in its own coroutine, so that a producer that awaits slows down and
+    nothing piles up. A cancelled call that has not begun never begins; one that runs ends, and keeps its place until
+    then. Usable from several event loops; each has ``places`` of its own.
+    """
+
+    def __init__(self, *, workers: int, places: int) -> None:
+        self._places = places
+        self._executor = ThreadPoolExecutor(workers, "fcos-deploy")
+        self._semaphores: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._taken = 0
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """``function()`` in a thread.
+
+        Raises:
+            BackendError: the gate was closed.
+        """
+        import asyncio  # here, because it slows down a program's start
+
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            semaphore = self._semaphores.setdefault(loop, asyncio.Semaphore(self._places))
+        await semaphore.acquire()
+        self._count(1)
+
+        def free(_: object) -> None:
+            self._count(-1)
+            with contextlib.suppress(RuntimeError):  # The loop may have been closed meanwhile.
+                loop.call_soon_threadsafe(semaphore.release)
+
+        try:
+            future = self._executor.submit(function)
+        except RuntimeError as error:
+            self._count(-1)
+            semaphore.release()
+            raise BackendError("The detector is closed.") from error
+        future.add_done_callback(free)
+        return await asyncio.wrap_future(future)
+
+    @property
+    def taken(self) -> int:
+        """Calls that run or wait for a thread."""
+        return self._taken
+
+    def close(self) -> None:
+        """Wait for the calls that run, drop those that wait; may be called twice."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._taken += change
+
 
 _LOG = logging.getLogger(__name__)
 _REPLACED_TRIES = 5
@@ -216,8 +279,6 @@ class Detector:
 
         Cancelling a call that has not begun frees its place; one that runs ends first.
         """
-        from fcos_deploy.detector.async_gate import AsyncGate  # here, because asyncio slows down a program's start
-
         self.session.check_process()
         with self._gate_lock:
             if self._closing:
@@ -237,7 +298,7 @@ class Detector:
         Raises:
             ConfigError: it is no stream.
         """
-        from fcos_deploy.detector.cameras import DetectionStream
+        from fcos_deploy.detector.sources import DetectionStream
 
         return DetectionStream(self, source, options=options)
 

@@ -1,23 +1,53 @@
-"""Reads and writes video files with OpenCV."""
+"""Frames of videos, read and written with OpenCV; and streams that do not wait: cameras, servers, folders that grow.
+
+A stream's newest frame wins: a thread of its own reads every frame as it comes and keeps the last one alone, so that a
+slow detector sees the present and what it missed is counted.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
+from fcos_deploy.core.file_kinds import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    describe_content,
+    file_head,
+    image_format,
+    is_video,
+)
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.media_files import VIDEO_SUFFIXES, describe_content, file_head, image_format, is_video
 
-__all__ = ["VideoWriter", "frame_count", "is_video_file", "read_frames"]
+if TYPE_CHECKING:
+    from fcos_deploy.detector.detector import Detector
+
+__all__ = [
+    "DetectionStream",
+    "StreamOptions",
+    "StreamStatistics",
+    "StreamedDetections",
+    "VideoWriter",
+    "frame_count",
+    "is_stream",
+    "is_video_file",
+    "read_frames",
+    "shown_source",
+]
 
 cv2 = lazy_import("cv2")
 
@@ -135,3 +165,293 @@ def _opened(path: Path) -> Iterator[Any]:
         yield capture
     finally:
         capture.release()
+
+
+_PROTOCOLS = ("rtsp", "rtsps", "http", "https", "rtmp", "rtp", "udp", "tcp", "srt")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
+_DEVICE = re.compile(r"/dev/video\d+|\d{1,3}", re.ASCII)
+_TIMEOUT_MS = 5000  # of opening a stream, and of waiting for its next frame
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before a lost source is opened again; doubled each time
+_POLL = 0.1  # seconds between two looks into a folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    """When a stream ends: after ``max_frames`` detections, after ``max_seconds``, or after ``give_up`` without a frame.
+
+    All but the first in seconds; None is never.
+    """
+
+    max_frames: int | None = None
+    max_seconds: float | None = None
+    give_up: float | None = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_frames", "max_seconds", "give_up"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"'{name}' must be more than 0, got {value}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedDetections:
+    """One frame: its number among all that came, when it came (seconds since 1970), and seconds until the detections.
+
+    ``pixels``: (h, w, 3) uint8 RGB. ``dropped``: frames before it that nobody saw, since the last one that was seen.
+    """
+
+    frame: int
+    time: float
+    latency: float
+    dropped: int
+    pixels: NDArray[np.uint8]
+    detections: Detections
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamStatistics:
+    """Frames that came, were detected on and were dropped; reconnections; percentiles of the latency in milliseconds.
+
+    The latency is from the frame's arrival in this process to its detections.
+    """
+
+    frames: int
+    detected: int
+    dropped: int
+    reconnections: int
+    seconds: float
+    latency_p50: float | None = None
+    latency_p90: float | None = None
+    latency_p99: float | None = None
+
+    @property
+    def drop_rate(self) -> float:
+        """Share of the frames that came, 0..1."""
+        return self.dropped / self.frames if self.frames else 0.0
+
+
+def is_stream(source: str) -> bool:
+    """Whether a source is a URL, a camera's number or device, or a GStreamer pipeline, and not a file of that name."""
+    if _URL.match(source) or " ! " in source:
+        return True
+    return _DEVICE.fullmatch(source) is not None and (source.startswith("/dev/") or not Path(source).exists())
+
+
+def shown_source(source: str) -> str:
+    """The source for people and records: without the password that a URL may hold."""
+    return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", source)
+
+
+_Frame = Callable[[], NDArray[np.uint8]]  # gives the pixels; the reading thread does not convert what is dropped
+
+
+class DetectionStream:
+    """Iterates over the detections of a source; to be used in a ``with`` block, which stops the reading thread.
+
+    A source that ends, fails or is not there yet is opened again, after 0.5 seconds at first and 30 at last.
+    """
+
+    def __init__(self, detector: Detector, source: str | Path, *, options: StreamOptions | None = None) -> None:
+        """Start to read ``source``: a URL, a camera's number or device, a GStreamer pipeline, or a folder.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        self._detector, self._options = detector, options or StreamOptions()
+        self._source = str(source)
+        self._connect = _connection(self._source, read=detector.read)
+        self._changed = threading.Condition()
+        self._newest: tuple[int, float, _Frame] | None = None
+        self._frames = self._dropped = self._reconnections = 0
+        self._problem = ""
+        self._stopped = False
+        self._latencies: list[float] = []
+        self._begin = time.monotonic()
+        self._thread = threading.Thread(target=self._read, name="camera", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> DetectionStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading; a read that hangs is left to end by its timeout."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join(2 * _POLL)
+
+    @property
+    def statistics(self) -> StreamStatistics:
+        """Up to now."""
+        with self._changed:
+            waiting = self._newest is not None
+            percentiles = [None] * 3 if not self._latencies else np.percentile(self._latencies, (50, 90, 99)) * 1000
+            p50, p90, p99 = (None if value is None else round(float(value), 2) for value in percentiles)
+            return StreamStatistics(
+                frames=self._frames - waiting,
+                detected=len(self._latencies),
+                dropped=self._dropped,
+                reconnections=self._reconnections,
+                seconds=round(time.monotonic() - self._begin, 3),
+                latency_p50=p50,
+                latency_p90=p90,
+                latency_p99=p99,
+            )
+
+    def __iter__(self) -> Iterator[StreamedDetections]:
+        """Detections of the newest frame, again and again.
+
+        Raises:
+            ImageError: no frame came for ``give_up`` seconds.
+        """
+        seen = 0
+        while self._options.max_frames is None or len(self._latencies) < self._options.max_frames:
+            newest = self._next()
+            if newest is None:
+                return
+            number, arrival, frame = newest
+            wall = time.time() - (time.monotonic() - arrival)
+            try:
+                pixels = frame()
+            except ImageError as error:  # a file of a folder that is no image
+                self._problem = error.message
+                continue
+            detections = self._detector.detect(pixels)
+            latency = time.monotonic() - arrival
+            with self._changed:
+                self._latencies.append(latency)
+            dropped, seen = number - seen - 1, number
+            yield StreamedDetections(
+                frame=number, time=wall, latency=latency, dropped=dropped, pixels=pixels, detections=detections
+            )
+
+    def _next(self) -> tuple[int, float, _Frame] | None:
+        """The newest frame, once it is there; None when the stream's time is over."""
+        options, now = self._options, time.monotonic()
+        end = None if options.max_seconds is None else self._begin + options.max_seconds
+        lost = None if options.give_up is None else now + options.give_up
+        with self._changed:
+            while self._newest is None:
+                now = time.monotonic()
+                if self._stopped or (end is not None and now >= end):
+                    return None
+                if lost is not None and now >= lost:
+                    raise ImageError(
+                        f"'{shown_source(self._source)}' gave no frame for {options.give_up:g} seconds"
+                        f"{self._problem and f': {self._problem}'}.",
+                        hint="is the camera on, and the address right? --give-up waits longer",
+                    )
+                waits = [limit - now for limit in (end, lost) if limit is not None]
+                self._changed.wait(min(waits) if waits else None)
+            newest, self._newest = self._newest, None
+            return None if end is not None and time.monotonic() >= end else newest
+
+    def _read(self) -> None:
+        """The reading thread: keep the newest frame, and open the source again whenever it is lost."""
+        delay = _FIRST_DELAY
+        while not self._stopped:
+            try:
+                for frame in self._connect():
+                    delay = _FIRST_DELAY
+                    if not self._offer(frame):
+                        return
+                self._problem = "the stream ended"
+            except (ImageError, OSError) as error:
+                self._problem = str(getattr(error, "message", error)).rstrip(".")
+            except Exception as error:  # noqa: BLE001  # OpenCV raises its own; the reader must not die silently
+                self._problem = f"{type(error).__name__}: {error}"
+            with self._changed:
+                if self._changed.wait_for(lambda: self._stopped, delay):
+                    return
+                self._reconnections += 1
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+    def _offer(self, frame: _Frame) -> bool:
+        """Keep a frame in place of the one before; False when nobody wants it any more."""
+        with self._changed:
+            self._frames += 1
+            self._dropped += self._newest is not None
+            self._newest = self._frames, time.monotonic(), frame
+            self._changed.notify_all()
+            return not self._stopped
+
+
+def _connection(source: str, *, read: Callable[[Path], NDArray[np.uint8]]) -> Callable[[], Iterator[_Frame]]:
+    """What opens a source and yields its frames until it ends; ``read`` gives the pixels of a file of a folder.
+
+    Raises:
+        ConfigError: it is no source, or OpenCV was built without what it needs.
+    """
+    if " ! " in source:
+        if "GStreamer:                   YES" not in cv2.getBuildInformation():
+            raise ConfigError(
+                "This OpenCV was built without GStreamer, so that it opens no pipeline.",
+                hint="install the distribution's python3-opencv, or give the camera's address",
+            )
+        return lambda: _captured(source, cv2.CAP_GSTREAMER)
+    url = _URL.match(source)
+    if url:
+        if url[1].lower() not in _PROTOCOLS:
+            raise ConfigError(
+                f"'{shown_source(source)}' is of no protocol that is read here.", hint=f"known: {', '.join(_PROTOCOLS)}"
+            )
+        return lambda: _captured(source, cv2.CAP_FFMPEG)
+    if _DEVICE.fullmatch(source) and not Path(source).is_dir():
+        return lambda: _captured(int(source) if source.isdigit() else source, cv2.CAP_V4L2)
+    if Path(source).is_dir():
+        return lambda: _arriving(Path(source), read)
+    raise ConfigError(
+        f"'{source}' is no stream.", hint="give a URL, a camera's number or /dev/video0, or a folder that grows"
+    )
+
+
+def _captured(source: str | int, backend: int) -> Iterator[_Frame]:
+    limits = [] if backend != cv2.CAP_FFMPEG else [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _TIMEOUT_MS]
+    limits += [] if backend != cv2.CAP_FFMPEG else [cv2.CAP_PROP_READ_TIMEOUT_MSEC, _TIMEOUT_MS]
+    capture = cv2.VideoCapture(source, backend, limits)
+    try:
+        if not capture.isOpened():
+            raise ImageError("it cannot be opened")
+        while True:
+            read, frame = capture.read()
+            if not read:
+                return
+            yield lambda frame=frame: _rgb(frame)  # type: ignore[misc]  # binds this frame
+    finally:
+        capture.release()
+
+
+def _rgb(frame: Any) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    return pixels
+
+
+def _arriving(folder: Path, read: Callable[[Path], NDArray[np.uint8]]) -> Iterator[_Frame]:
+    """Images that come into a folder or change from now on, oldest first, as soon as they are the same at two looks."""
+    given = _entries(folder)
+    before = given
+    while True:
+        entries = _entries(folder)
+        for name, state in sorted(entries.items(), key=lambda item: item[1]):
+            if state != given.get(name) and state == before.get(name) and state[1]:
+                given[name] = state
+                yield lambda path=folder / name: read(path)  # type: ignore[misc]  # binds this path
+        given = {name: state for name, state in given.items() if name in entries}
+        before = entries
+        time.sleep(_POLL)
+
+
+def _entries(folder: Path) -> dict[str, tuple[int, int]]:
+    """Time of the last change in nanoseconds, and size, of the images in a folder by name."""
+    entries = {}
+    with os.scandir(folder) as scan:
+        for entry in scan:
+            if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith("."):
+                with contextlib.suppress(OSError):  # removed in between
+                    entries[entry.name] = (entry.stat().st_mtime_ns, entry.stat().st_size)
+    return entries

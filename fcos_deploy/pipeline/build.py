@@ -25,14 +25,13 @@ from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
-from fcos_deploy.core.model_files import engine_file
+from fcos_deploy.core.file_kinds import engine_file
 from fcos_deploy.core.onnx_file import OnnxInterface, onnx_interface
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.trust import Trust
-from fcos_deploy.targets.plan import PlanRequest, plan
+from fcos_deploy.targets.plan import PlanRequest, TrtexecRequest, plan, trtexec_command
 from fcos_deploy.targets.profiles import DeviceProfile, load_profile
-from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 
 __all__ = ["ArtifactRequest", "build_artifact", "engine_requirements", "equivalent_trtexec"]
 

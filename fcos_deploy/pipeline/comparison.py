@@ -1,26 +1,55 @@
-"""Comparison of models with a reference: accuracy, agreement and speed, and the report on them."""
+"""Comparison of models with a reference: accuracy, agreement and speed, and parity stage by stage or layer by layer."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calibration.mixed_precision import find_trade_offs
+from fcos_deploy.accuracy.dataset import folder_images
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
+from fcos_deploy.accuracy.parity import (
+    LayerFinding,
+    OnnxLayers,
+    ParityImage,
+    ParityReport,
+    compare_stages,
+    first_diverging_layer,
+)
+from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
 from fcos_deploy.benchmark.machine import Contention
 from fcos_deploy.benchmark.measure import TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, run_benchmark
+from fcos_deploy.checkpoints.rules import UNKNOWN_CLASS_NAMES
+from fcos_deploy.core.backend import ComputeType, SessionOptions
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.file_kinds import kinds_of
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate
-from fcos_deploy.core.libraries import library_versions
-from fcos_deploy.core.model_files import kinds_of
+from fcos_deploy.core.libraries import library_versions, require
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.detector import DetectorSpec
+from fcos_deploy.detector import Detector, DetectorSpec
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant
 
-__all__ = ["Comparison", "ComparisonRequest", "compare_models", "comparison_report"]
+if TYPE_CHECKING:
+    from fcos_deploy.checkpoints.load import LoadedCheckpoint
+
+__all__ = [
+    "Comparison",
+    "ComparisonRequest",
+    "ParityRequest",
+    "check_parity",
+    "compare_models",
+    "comparison_report",
+    "find_layer",
+]
 
 _TOOLS = (
     *("fcos-deploy", "numpy", "opencv-python-headless", "pillow", "torch", "onnx", "onnxscript", "onnxsim"),
@@ -123,3 +152,103 @@ def _report_file(path: Path) -> ReportFile:
     hashed = path / "manifest.json" if path.is_dir() else path
     kind = "bundle (hash of its manifest)" if path.is_dir() else path.suffix.lstrip(".") or str(kinds_of(path)[0])
     return ReportFile(path=path.name, kind=kind, sha256=sha256_file(hashed), size=model_bytes(path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityRequest:
+    """``strict``: judge by what float32 allows, whatever the candidate's precision.
+
+    ``options``: how the checkpoint is to be read; size and dtype of its input are those of the candidate.
+    """
+
+    candidate: DetectorSpec
+    checkpoint: Path
+    images: Path
+    count: int = 4
+    strict: bool = False
+    options: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    @property
+    def tolerance(self) -> Tolerance | None:
+        """None leaves it to the candidate's own precision."""
+        return tolerance_for(Precision.FP32, ComputeType.F32) if self.strict else None
+
+
+def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) -> ParityReport:
+    """Compare a model with the checkpoint that it was made from.
+
+    Raises:
+        FcosDeployError: one of the two cannot be opened or run, or there are no images.
+    """
+    options = SessionOptions(threads=request.candidate.options.threads)
+    with request.candidate.open() as candidate:
+        loaded = _load_like(request, candidate.contract)
+        with Detector.of_network(loaded.model, loaded.contract, options=options) as reference:
+            return compare_stages(
+                reference,
+                candidate,
+                _images(request, reference),
+                tolerance=request.tolerance,
+                network=loaded.model,
+                progress=progress,
+            )
+
+
+def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) -> LayerFinding | None:
+    """The first layer of an ONNX graph that diverges from the same export of the checkpoint; None when none does.
+
+    Raises:
+        ConfigError: the model is not an ONNX file.
+    """
+    model = request.candidate.model
+    if model.suffix != ".onnx":
+        raise ConfigError(
+            f"Layers can be compared in ONNX files only, '{model.name}' is not one.",
+            hint="give the ONNX file that the engine was built from, with --backend",
+        )
+    from exporters.torch_onnx import ExportOptions, export_onnx
+
+    with request.candidate.open() as candidate:
+        source = _load_like(request, candidate.contract)
+        feeds, _ = candidate.prepare([_images(request, candidate)[0].pixels])
+        backend = candidate.session.description["backend"]
+    options = request.candidate.options
+    tolerance = request.tolerance or tolerance_for(candidate.contract.precision, options.compute)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reference.onnx"
+        export_onnx(source, path, options=ExportOptions(tail=candidate.contract.tail), progress=progress)
+        return first_diverging_layer(
+            OnnxLayers(path, options=SessionOptions(threads=options.threads)),
+            OnnxLayers(model, backend=backend, options=options),
+            feeds,
+            tolerance=tolerance,
+            progress=progress,
+        )
+
+
+def _load_like(request: ParityRequest, candidate: ModelContract) -> LoadedCheckpoint:
+    """The checkpoint for the candidate's input size and dtype, with the raw tail; all else by its own rules.
+
+    Where the checkpoint has no class names, and none were given, the candidate's are believed.
+    """
+    spec = candidate.preprocess
+    options = replace(
+        request.options,
+        input_size=spec.canvas,
+        shortest=spec.shortest,
+        longest=spec.longest,
+        input_dtype=spec.input_dtype,
+    )
+    module = require("fcos_deploy.checkpoints.load", extra="export")
+    loaded: LoadedCheckpoint = module.load_checkpoint(request.checkpoint, options=options)
+    contract = replace(loaded.contract, tail=Tail.RAW)
+    known = any(d.name == "class_names" and d.source != UNKNOWN_CLASS_NAMES for d in contract.decisions)
+    if not known and len(contract.class_names) == len(candidate.class_names):
+        contract = replace(contract, class_names=candidate.class_names)
+    return replace(loaded, contract=contract)
+
+
+def _images(request: ParityRequest, detector: Detector) -> Sequence[ParityImage]:
+    """The first images of the folder, as ``detector`` reads files."""
+    images = folder_images(request.images)[: request.count]
+    return [ParityImage(image.path.name, detector.read(image.path)) for image in images]

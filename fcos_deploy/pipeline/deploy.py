@@ -28,15 +28,14 @@ from fcos_deploy.bundle import (
     StepCache,
     StepOutput,
 )
-from fcos_deploy.bundle.bom import BOM_NAME, bill_of_materials
+from fcos_deploy.bundle.manifest import BOM_NAME, bill_of_materials
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Outcome, Severity, overall_outcome
-from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.progress import ProgressFn, StageClock, StageRecord, no_progress
 from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.core.serialize import to_json
-from fcos_deploy.core.stages import StageClock, StageRecord
 from fcos_deploy.pipeline import proof
 from fcos_deploy.pipeline.source import open_source, source_contract
 from fcos_deploy.pipeline.steps import (

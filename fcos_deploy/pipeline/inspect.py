@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.accuracy.annotation_checks import (
+from fcos_deploy.accuracy.dataset import (
     annotated_frame,
     check_annotations,
     check_geometry,
@@ -22,11 +22,11 @@ from fcos_deploy.core.contract import Decision, ModelContract, read_contract, si
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.enums import ArtifactKind, Orientation, Precision
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError
+from fcos_deploy.core.file_kinds import KINDS_BY_SUFFIX, is_checkpoint, kinds_of
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import list_images
-from fcos_deploy.core.image_names import find_named_images
-from fcos_deploy.core.model_files import KINDS_BY_SUFFIX, is_checkpoint, kinds_of
+from fcos_deploy.core.image_sets import find_named_images
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
 from fcos_deploy.core.preprocess import SizeRule
 from fcos_deploy.core.serialize import parse_json, to_json

@@ -24,6 +24,7 @@ from calibration.mixed_precision import (
 from calibration.placement import Placement
 from calibration.qdq import quantize_qdq
 from calibration.quantizers import QuantizeRequest, QuantizeResult, get_quantizer
+from fcos_deploy.accuracy.coco import paired_ap_drop
 from fcos_deploy.accuracy.evaluate import (
     OPERATING_SCORE,
     Evaluation,
@@ -35,16 +36,15 @@ from fcos_deploy.accuracy.evaluate import (
     widened_evaluation,
 )
 from fcos_deploy.accuracy.gate import Verdict
-from fcos_deploy.accuracy.intervals import paired_ap_drop
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.file_kinds import files_of
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate, undecided_because
 from fcos_deploy.core.image import list_images
 from fcos_deploy.core.matching import MatchOptions, ScoreDrift, compare_detections, score_drift
-from fcos_deploy.core.model_files import files_of
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.detector import Detector, DetectorSpec

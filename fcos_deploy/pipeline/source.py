@@ -17,9 +17,9 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import Decision, ModelContract, read_contract
 from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.file_kinds import files_of, is_checkpoint
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.libraries import library_versions
-from fcos_deploy.core.model_files import files_of, is_checkpoint
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn

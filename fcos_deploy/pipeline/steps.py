@@ -27,14 +27,13 @@ from fcos_deploy.core.contract import ModelContract, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind, DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest
+from fcos_deploy.core.file_kinds import engine_file, files_of, graph_file
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Gate, Judge, Severity
 from fcos_deploy.core.libraries import library_versions
-from fcos_deploy.core.model_files import engine_file, files_of, graph_file
-from fcos_deploy.core.progress import ProgressFn
+from fcos_deploy.core.progress import ProgressFn, StageClock
 from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.serialize import to_json
-from fcos_deploy.core.stages import StageClock
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.build import engine_requirements
 from fcos_deploy.pipeline.quantize import Scored, accuracy_goal, quantize_model
@@ -360,8 +359,7 @@ def export(
 
 def calibrate(context: DeployContext, source: Graph) -> Calibrated:
     """The ranges of the graph's activations over the calibration images."""
-    from calibration.cache import load_calibration, save_calibration
-    from calibration.calibrate import collect_ranges
+    from calibration.calibrate import collect_ranges, load_calibration, save_calibration
 
     images = context.images.calibration
     hashes = sorted(image.sha256 for image in images.images)
@@ -408,7 +406,7 @@ def quantize(
     Raises:
         AccuracyGateError: the goal cannot be reached.
     """
-    from calibration.cache import load_calibration
+    from calibration.calibrate import load_calibration
     from calibration.placement import placement_for
     from calibration.quantizers import QuantizeRequest
 

@@ -18,9 +18,8 @@ from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.text import printable
-from fcos_deploy.report.charts import make_charts
 from fcos_deploy.report.data import ReportData, ReportVariant, dataset_sentence, key_figures, report_verdict
-from fcos_deploy.report.panels import image_panels
+from fcos_deploy.report.figures import image_panels, make_charts
 
 __all__ = ["fill_template", "read_template", "write_report", "write_sign_off"]
 

@@ -24,8 +24,8 @@ from fcos_deploy.core.postprocess import image_sizes_row
 from fcos_deploy.core.preprocess import preprocess
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.serving.package import Packager, ServedModel
+from fcos_deploy.targets.plan import TrtexecRequest, trtexec_command
 from fcos_deploy.targets.profiles import load_profile
-from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 
 __all__ = ["PACKAGER"]
 

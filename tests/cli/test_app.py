@@ -31,9 +31,11 @@ def _run(*words: object) -> Result:
 
 
 def test_every_module_with_a_command_is_listed_once() -> None:
-    modules = [module.name for module in pkgutil.iter_modules(fcos_deploy.cli.__path__)]
-    defining = [m for m in modules if hasattr(importlib.import_module(f"fcos_deploy.cli.{m}"), "command")]
-    assert sorted(name.replace("-", "_") for name in NAMES) == defining
+    modules = [
+        importlib.import_module(f"fcos_deploy.cli.{m.name}") for m in pkgutil.iter_modules(fcos_deploy.cli.__path__)
+    ]
+    defined = [name for module in modules for name in module.__all__ if name.endswith("_command")]
+    assert sorted(f"{name.replace('-', '_')}_command" for name in NAMES) == sorted(defined)
     listed = _run("--help")
     assert listed.exit_code == 0
     assert all(f" {name} " in listed.stdout for name in NAMES)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from calibration.cache import save_calibration
+from calibration.calibrate import save_calibration
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import ModelContract

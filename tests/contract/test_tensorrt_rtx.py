@@ -21,7 +21,7 @@ from calibration.dataset import SampleOptions, collect_images
 from calibration.placement import open_graph, placement_for
 from calibration.qdq import quantize_qdq
 from exporters.fp16 import convert_to_fp16
-from exporters.tensorrt_rtx_engine import EXPORTER
+from exporters.tensorrt import TensorrtRtxExporter
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -89,7 +89,7 @@ def resnet50_file(checkpoint: LoadedCheckpoint, tmp_path_factory: pytest.TempPat
 
 def build(source: Path, folder: Path, *, capability: str, batch: SizeRange | None = None) -> BuildResult:
     options = BuildOptions(compute_capabilities=(capability,), batch=batch or SizeRange())
-    return EXPORTER.build(BuildRequest(source=source, output=folder / "model.engine", options=options))
+    return TensorrtRtxExporter().build(BuildRequest(source=source, output=folder / "model.engine", options=options))
 
 
 def convolution_inputs(result: BuildResult) -> dict[str, int]:

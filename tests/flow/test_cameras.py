@@ -22,7 +22,7 @@ from fcos_deploy import Detector
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError, ImageError
-from fcos_deploy.detector.cameras import StreamOptions, is_stream, shown_source
+from fcos_deploy.detector.sources import StreamOptions, is_stream, shown_source
 
 pytest.importorskip("onnxruntime")
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fcos_deploy import Detections, Detector, PerformanceHint, SessionOptions
 from fcos_deploy.benchmark.soak import SoakReport, require_sound, soak, soak_images
 from fcos_deploy.core.errors import BackendError, ConfigError, ImageError
-from fcos_deploy.detector.async_gate import AsyncGate
+from fcos_deploy.detector.detector import AsyncGate
 
 Images = list[NDArray[np.uint8]]
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import fcos_deploy
-from calibration.cache import load_calibration
-from calibration.calibrate import CalibrationRequest, calibrate
+from calibration.calibrate import CalibrationRequest, calibrate, load_calibration
 from calibration.execution import executed_share
 from calibration.placement import open_graph, placement_for
 from calibration.qdq import quantize_qdq

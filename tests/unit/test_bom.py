@@ -13,7 +13,7 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT7
 
 from fcos_deploy.bundle import AccuracyFigure, open_bundle
-from fcos_deploy.bundle.bom import bill_of_materials
+from fcos_deploy.bundle.manifest import bill_of_materials
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.enums import Precision
 

@@ -12,14 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cache import Calibration, load_calibration, save_calibration, write_trt_cache
-from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate, collect_ranges
+from calibration.calibrate import (
+    Calibration,
+    CalibrationRequest,
+    StatisticsOptions,
+    calibrate,
+    collect_ranges,
+    load_calibration,
+    save_calibration,
+    write_trt_cache,
+)
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images
 from calibration.execution import Feeder, expose, open_engine, open_measuring
 from calibration.placement import PLACEMENTS, ConvGraph, open_graph
 from calibration.qdq import quantize_qdq
-from calibration.ranges import Histogram
-from calibration.statistics import in_order_of_release, measure, measuring_model, read_sample
+from calibration.ranges import Histogram, in_order_of_release, measure, measuring_model, read_sample
 from fcos_deploy.core.errors import BackendLoadError, CalibrationError, ConfigError
 from fcos_deploy.core.serialize import to_json
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from calibration.cache import load_calibration, save_calibration, write_trt_cache
+from calibration.calibrate import load_calibration, save_calibration, write_trt_cache
 from calibration.placement import open_graph
 from calibration.ranges import RangeMethod
 from exporters._tensorrt_options import check_calibration_cache

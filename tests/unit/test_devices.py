@@ -11,13 +11,12 @@ import pytest
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, SizeRange
+from fcos_deploy.core.file_kinds import graph_file
 from fcos_deploy.core.libraries import parse_version
-from fcos_deploy.core.model_files import graph_file
 from fcos_deploy.core.registry import all_exporters
 from fcos_deploy.pipeline.steps import plan_targets
-from fcos_deploy.targets.plan import RULES, PlanRequest, plan
+from fcos_deploy.targets.plan import RULES, PlanRequest, TrtexecRequest, plan, trtexec_command
 from fcos_deploy.targets.profiles import DeviceFamily, load_profile, profile_names
-from fcos_deploy.targets.trtexec import TrtexecRequest, trtexec_command
 
 HARDWARE_PAGE = Path(__file__).parents[2] / "docs/hardware.md"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.coco import coco_scores
+from fcos_deploy.accuracy.coco import coco_scores, match_dataset
 from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
@@ -20,7 +20,6 @@ from fcos_deploy.accuracy.dataset import (
     load_coco,
 )
 from fcos_deploy.accuracy.evaluate import baseline_problem, evidence_problem
-from fcos_deploy.accuracy.intervals import match_dataset
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fcos_deploy.accuracy.coco import ApInterval
 from fcos_deploy.accuracy.gate import (
     Outcome,
     Verdict,
@@ -18,7 +19,6 @@ from fcos_deploy.accuracy.gate import (
     verdict_line,
     write_junit,
 )
-from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError, InconclusiveError
 from fcos_deploy.core.gate import Gate, Judge, overall_outcome
 from fcos_deploy.core.matching import DetectionAgreement, Distribution

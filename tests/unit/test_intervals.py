@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.coco import coco_scores
-from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
-from fcos_deploy.accuracy.intervals import (
+from fcos_deploy.accuracy.coco import (
     ApInterval,
     ApSamples,
     ap_interval,
+    coco_scores,
     match_dataset,
     paired_ap_drop,
     sample_ap,
     weighted_ap,
     widened_for_selection,
 )
+from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.local_trust import (
+from fcos_deploy.core.trust import (
     CACHE_VARIABLE,
     STATE_VARIABLE,
     KeptModel,

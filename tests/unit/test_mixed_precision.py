@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cache import Calibration
-from calibration.calibrate import StatisticsOptions, collect_ranges
+from calibration.calibrate import Calibration, StatisticsOptions, collect_ranges
 from calibration.dataset import collect_images
 from calibration.execution import compare_models
 from calibration.mixed_precision import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.intervals import ClassMatches
+from fcos_deploy.accuracy.coco import ClassMatches
 from fcos_deploy.accuracy.operating_point import OperatingGoal, OperatingPoint, operating_points
 from fcos_deploy.core.errors import ConfigError
 

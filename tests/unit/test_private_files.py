@@ -18,7 +18,7 @@ from fcos_deploy.core.backend import Backend, Session
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ChecksumError
-from fcos_deploy.core.private_files import PrivateFiles
+from fcos_deploy.core.files import PrivateFiles
 from fcos_deploy.core.registry import get_backend
 
 

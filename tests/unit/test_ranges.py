@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calibration.ranges import BINS, Histogram, RangeMethod, find_range
-from calibration.statistics import measure
+from calibration.ranges import BINS, Histogram, RangeMethod, find_range, measure
 from fcos_deploy.core.errors import CalibrationError
 
 

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from calibration.mixed_precision import DetectionEffect, LayerSensitivity, TradeOffs, Trial
-from fcos_deploy.accuracy.coco import ClassScores, CocoScores
+from fcos_deploy.accuracy.coco import ApInterval, ClassScores, CocoScores
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage
 from fcos_deploy.accuracy.evaluate import Evaluation
 from fcos_deploy.accuracy.gate import Outcome, Verdict
-from fcos_deploy.accuracy.intervals import ApInterval
 from fcos_deploy.accuracy.predictions import DetectionRun, StageSeconds
 from fcos_deploy.benchmark.machine import ClockReading, PowerReading
 from fcos_deploy.benchmark.measure import LatencyStats, StageMedians

@@ -15,16 +15,19 @@ pytest.importorskip("onnxsim")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from exporters import simplify  # noqa: E402
-from exporters.graph_passes import (  # noqa: E402
+from exporters.simplify import (  # noqa: E402  # noqa: E402
+    LARGE,
     PASSES,
     merge_duplicate_tensors,
     merge_same_computations,
     name_weights_after_convolutions,
     remove_dead_code,
     remove_neutral_arithmetic,
+    simplified,
+    simplify_onnx,
     simplify_open_reshapes,
+    with_weights_aside,
 )
-from exporters.simplify import LARGE, simplified, simplify_onnx, with_weights_aside  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, StepCheckError  # noqa: E402

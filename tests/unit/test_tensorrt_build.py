@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters._tensorrt_build import BuildMonitor, EngineLayer, convolution_inputs, parse_layer_list, timing_cache_file
 from exporters._tensorrt_options import ProfileShapes, check_calibration_cache, profile_shapes
+from exporters.tensorrt import BuildMonitor, EngineLayer, convolution_inputs, parse_layer_list, timing_cache_file
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text, read_contract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
@@ -90,7 +90,7 @@ def test_only_the_outermost_phase_moves_the_bar() -> None:
 def test_calibration_caches_that_would_be_ignored_are_refused(
     content: str, version: str, message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "calibration.cache"
+    path = tmp_path / "calibration.calibrate"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         check_calibration_cache(path, version=version)
@@ -98,7 +98,7 @@ def test_calibration_caches_that_would_be_ignored_are_refused(
 
 @pytest.mark.parametrize(("number", "version"), [("100300", "10.3.0"), ("8602", "8.6.2"), ("101401", "10.14.1.48")])
 def test_a_calibration_cache_of_this_version_is_taken(number: str, version: str, tmp_path: Path) -> None:
-    path = tmp_path / "calibration.cache"
+    path = tmp_path / "calibration.calibrate"
     path.write_text(f"TRT-{number}-EntropyCalibration2\nimages: 3caa54fc\n/a/relu: 0\n")
     check_calibration_cache(path, version=version)
 

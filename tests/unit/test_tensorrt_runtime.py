@@ -23,7 +23,7 @@ import pytest
 from fcos_deploy.core.backend import Backend, ComputeType, SessionOptions
 from fcos_deploy.core.contract import ModelContract, write_sidecar
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
-from fcos_deploy.core.local_trust import KeptModel
+from fcos_deploy.core.trust import KeptModel
 from runtimes import _cuda as cuda_module
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
 from runtimes._tensorrt_library import install_hint, load_tensorrt

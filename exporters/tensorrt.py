@@ -1,6 +1,6 @@
-"""Builds TensorRT and TensorRT-RTX engines from ONNX files, the fastest of several where asked for.
+"""TensorRT engines, built on the device that runs them, and TensorRT-RTX engines, built on a machine without a GPU.
 
-What differs between the generations of the library is in ``_tensorrt_options``.
+What differs between the generations of the library is in ``_tensorrt_options``. Of several builds the fastest is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fcos_deploy.core.contract import read_contract, write_sidecar
 from fcos_deploy.core.decode import MAX_TOP_K
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BuildError, ConfigError, DeviceError
-from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, Exporter
 from fcos_deploy.core.files import atomic_file, require_writable, sha256_file
 from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.progress import ProgressFn
@@ -37,6 +37,8 @@ from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_t
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+__all__ = ["EXPORTER", "TensorrtExporter", "TensorrtRtxExporter"]
 
 _LOGGER = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -449,3 +451,34 @@ def _build_error(what: str, log: LibraryLog, *parser_lines: str) -> BuildError:
     text = "\n  ".join(dict.fromkeys(lines)) or "it gave no reason"
     hint = next((hint for pattern, hint in _HINTS if pattern.search(text)), "")
     return BuildError(f"{what}:\n  {text}", hint=hint)
+
+
+class TensorrtExporter(Exporter):
+    """ONNX to a TensorRT engine."""
+
+    name = "tensorrt"
+    source = ArtifactKind.ONNX
+    produces = ArtifactKind.TENSORRT_ENGINE
+    extra = "tensorrt"
+
+    def build(self, request: BuildRequest) -> BuildResult:
+        """Build for the GPU of this machine."""
+        return build_best(request, builder=BuilderLibrary(import_name="tensorrt", extra=self.extra, kind=self.produces))
+
+
+class TensorrtRtxExporter(Exporter):
+    """ONNX to a TensorRT-RTX engine."""
+
+    name = "tensorrt-rtx"
+    source = ArtifactKind.ONNX
+    produces = ArtifactKind.TENSORRT_RTX_ENGINE
+    extra = "tensorrt-rtx"
+
+    def build(self, request: BuildRequest) -> BuildResult:
+        """Build for ``options.compute_capabilities``; none given: the library's portable set."""
+        return build_best(
+            request, builder=BuilderLibrary(import_name="tensorrt_rtx", extra=self.extra, kind=self.produces)
+        )
+
+
+EXPORTER = (TensorrtExporter(), TensorrtRtxExporter())

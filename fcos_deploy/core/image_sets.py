@@ -1,7 +1,8 @@
-"""Finds the images that a file names, as other tools name them: below another folder, with backslashes, as URLs."""
+"""Sets of images: those that a file names, as other tools name them, and a choice that shows what all of them show."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import unicodedata
@@ -10,9 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
-__all__ = ["NamedImages", "find_in_layout", "find_named_images", "is_below"]
+import numpy as np
+
+__all__ = ["NamedImages", "find_in_layout", "find_named_images", "is_below", "object_stratum", "stratified"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DRIVE = re.compile(r"^[A-Za-z]:")
@@ -129,3 +133,29 @@ def _readings(name: str) -> list[_Parts]:
         parts = tuple(part for part in parts if part not in ("", ".", ".."))
         readings += [parts] if parts else []
     return readings
+
+
+Key = TypeVar("Key", str, int)
+
+
+def object_stratum(classes: Iterable[int], *, longest_side: float) -> str:
+    """An image's combination of classes, and the octave of its largest object's longer side: one pyramid level each."""
+    return f"{'+'.join(map(str, sorted(set(classes))))}@{int(math.log2(max(longest_side, 1.0)))}"
+
+
+def stratified(strata: Mapping[Key, str], *, count: int, seed: int) -> list[Key]:
+    """``count`` keys in proportion to their strata, and at least one of every stratum while there is room.
+
+    The k-th of n members of a stratum ranks at (k + 0.5) / n, its first at 0. The ``count`` lowest ranks of all strata
+    then are the first of each, and after that the same share of each; a larger count only adds keys.
+    """
+    members: dict[str, list[Key]] = defaultdict(list)
+    for key in sorted(strata):
+        members[strata[key]].append(key)
+    ranked = []
+    for index, (stratum, keys) in enumerate(sorted(members.items())):
+        order = np.random.default_rng([seed, index]).permutation(len(keys))
+        for place, member in enumerate(order):
+            share = 0.0 if place == 0 else (place + 0.5) / len(keys)
+            ranked.append((share, -len(keys), stratum, keys[member]))
+    return [key for *_, key in sorted(ranked)[:count]]

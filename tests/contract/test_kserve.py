@@ -1,23 +1,32 @@
-"""A served model gives the detections of a local one; the server is NVIDIA Triton itself.
+"""A served model gives the detections of a local one; who may talk to whom over TLS; answers without bounds.
 
-It serves the repository that ``package --for triton`` writes, as it is written. ``FCOS_DEPLOY_TRITON_PYTHON`` names
-the Python of the server's environment (``make server-env``). Without it, only what needs no server is tested.
+The server is NVIDIA Triton itself. It serves the repository that ``package --for triton`` writes, as it is written.
+``FCOS_DEPLOY_TRITON_PYTHON`` names the Python of the server's environment (``make server-env``). Without it, only what
+needs no server is tested. For TLS it is Python's own for HTTPS and gRPC's own for grpcs, with a real model in ONNX
+Runtime behind both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import http.client
+import http.server
+import ipaddress
 import json
 import os
+import resource
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,11 +37,11 @@ from fcos_deploy.accuracy.verify import VerifyOptions, verify_bundle
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract import read_contract
-from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
+from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, FcosDeployError
 from fcos_deploy.detector import Detector
 from fcos_deploy.serving import package_bundle
-from runtimes._kserve import parse_address
+from runtimes._kserve import DATATYPES, parse_address
 from runtimes.kserve import BACKEND, RemoteModel, write_remote_model
 
 SCRIPT = Path(__file__).parents[1] / "data" / "serving" / "triton_server.py"
@@ -335,3 +344,366 @@ def test_a_damaged_description_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "m.kserve").write_text(content)
     with pytest.raises((BackendLoadError, ConfigError)):
         BACKEND.open(tmp_path / "m.kserve", SessionOptions())
+
+
+grpc = pytest.importorskip("grpc")
+pytest.importorskip("tritonclient")
+ort = pytest.importorskip("onnxruntime")
+x509 = pytest.importorskip("cryptography.x509")
+
+TOKEN = "a-token"
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+SCHEMES = pytest.mark.parametrize("scheme", ["https", "grpcs"])
+
+
+# ---- certificates ----
+
+
+def _certificate(folder: Path, name: str, *, issuer: tuple[Any, Any] | None, address: str = "") -> tuple[Any, Any]:
+    """A P-256 key and a certificate signed by ``issuer``, or by itself, as ``NAME.pem`` and ``NAME.key``."""
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    signer, signing_key = issuer or (None, key)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signer.subject if signer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing_key.public_key()), critical=False)
+    )
+    if issuer is None:
+        usage = dict.fromkeys(
+            ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
+        )
+        usage |= {"key_cert_sign": True, "crl_sign": True, "encipher_only": False, "decipher_only": False}
+        builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
+    if address:
+        names = [x509.IPAddress(ipaddress.ip_address(address))]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    certificate = builder.sign(signing_key, hashes.SHA256())
+    (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / f"{name}.key").write_bytes(key.private_bytes(*pem))
+    return certificate, key
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, a server's and a client's certificate of it, a server's for another address, and a stranger."""
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = _certificate(folder, "ca", issuer=None)
+    _certificate(folder, "server", issuer=authority, address="127.0.0.1")
+    _certificate(folder, "elsewhere", issuer=authority, address="192.0.2.1")
+    _certificate(folder, "client", issuer=authority)
+    _certificate(folder, "stranger", issuer=None)
+    (folder / "token").write_text(f"{TOKEN}\n")
+    return folder
+
+
+# ---- the server ----
+
+
+@dataclass
+class Served:
+    """A model in ONNX Runtime, and how what is said of it differs from the truth."""
+
+    session: Any
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # in the metadata, in place of the model's
+    answers: dict[str, NDArray[Any]] = field(default_factory=dict)  # in place of the model's
+
+    def tensors(self, nodes: Any) -> list[dict[str, Any]]:
+        kinds = {"tensor(float)": "FP32", "tensor(uint8)": "UINT8", "tensor(int32)": "INT32", "tensor(int64)": "INT64"}
+        return [
+            {"name": n.name, "datatype": kinds[n.type], "shape": self.shapes.get(n.name, list(n.shape))} for n in nodes
+        ]
+
+    def metadata(self) -> dict[str, Any]:
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        return {"name": "m", "platform": "onnx", "inputs": self.tensors(inputs), "outputs": self.tensors(outputs)}
+
+    def infer(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        names = [node.name for node in self.session.get_outputs()]
+        return {**dict(zip(names, self.session.run(names, feeds), strict=True)), **self.answers}
+
+
+def _handler(served: Served) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _answer(self, value: object) -> None:
+            code = 200 if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401
+            content = json.dumps(value if code == 200 else {"error": "who are you?"}).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            server = {"name": "test", "version": "1", "extensions": []}
+            self._answer(server if self.path == "/v2" else served.metadata())
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            feeds = {
+                t["name"]: np.array(t["data"], DATATYPES[t["datatype"]]).reshape(t["shape"]) for t in request["inputs"]
+            }
+            outputs = [
+                {"name": n, "datatype": _NAMES[a.dtype.name], "shape": list(a.shape), "data": a.ravel().tolist()}
+                for n, a in served.infer(feeds).items()
+            ]
+            self._answer({"outputs": outputs})
+
+    return Handler
+
+
+@contextlib.contextmanager
+def _https(served: Served, certificates: Path, *, name: str) -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(served))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
+    context.load_verify_locations(certificates / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # handshakes that are refused
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@contextlib.contextmanager
+def _grpcs(served: Served, certificates: Path, *, name: str) -> Iterator[int]:
+    from tritonclient.grpc import service_pb2 as messages
+    from tritonclient.grpc import service_pb2_grpc as services
+
+    class Service(services.GRPCInferenceServiceServicer):
+        def _check(self, context: Any) -> None:
+            if dict(context.invocation_metadata()).get("authorization") != f"Bearer {TOKEN}":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+
+        def ServerMetadata(self, _: Any, context: Any) -> Any:
+            self._check(context)
+            return messages.ServerMetadataResponse(name="test", version="1")
+
+        def ModelMetadata(self, _: Any, context: Any) -> Any:
+            self._check(context)
+            return messages.ModelMetadataResponse(**served.metadata())
+
+        def ModelInfer(self, request: Any, context: Any) -> Any:
+            self._check(context)
+            feeds = {
+                tensor.name: np.frombuffer(content, DATATYPES[tensor.datatype]).reshape(list(tensor.shape))
+                for tensor, content in zip(request.inputs, request.raw_input_contents, strict=True)
+            }
+            answer = messages.ModelInferResponse(model_name="m")
+            for output, array in served.infer(feeds).items():
+                answer.outputs.add(name=output, datatype=_NAMES[array.dtype.name], shape=list(array.shape))
+                answer.raw_output_contents.append(array.tobytes())
+            return answer
+
+    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_send_message_length", -1)])
+    services.add_GRPCInferenceServiceServicer_to_server(Service(), server)
+    pair = ((certificates / f"{name}.key").read_bytes(), (certificates / f"{name}.pem").read_bytes())
+    authority = (certificates / "ca.pem").read_bytes()
+    credentials = grpc.ssl_server_credentials([pair], root_certificates=authority, require_client_auth=True)
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    yield port
+    server.stop(None).wait()
+
+
+@pytest.fixture(scope="module")
+def session(tiny_onnx: Path) -> Any:
+    return ort.InferenceSession(str(tiny_onnx))
+
+
+@pytest.fixture(scope="module")
+def contract(tiny_onnx: Path) -> ModelContract:
+    return read_contract(tiny_onnx)
+
+
+@contextlib.contextmanager
+def _serving(
+    scheme: str, served: Served, certificates: Path, contract: ModelContract, folder: Path, *, name: str = "server"
+) -> Iterator[Path]:
+    """The description of the model that is served meanwhile."""
+    with {"https": _https, "grpcs": _grpcs}[scheme](served, certificates, name=name) as port:
+        model = folder / "m.kserve"
+        write_remote_model(model, RemoteModel(url=f"{scheme}://127.0.0.1:{port}/v2/models/m", contract=contract))
+        yield model
+
+
+@pytest.fixture
+def known(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This client has what the server asks for."""
+    for name, file in {"CA": "ca.pem", "CERT": "client.pem", "KEY": "client.key", "TOKEN_FILE": "token"}.items():
+        monkeypatch.setenv(f"FCOS_DEPLOY_SERVER_{name}", str(certificates / file))
+
+
+# ---- who may talk to whom ----
+
+
+@SCHEMES
+def test_client_and_server_that_know_each_other_give_the_local_detections(
+    scheme: str,
+    session: Any,
+    contract: ModelContract,
+    certificates: Path,
+    tiny_onnx: Path,
+    smooth_images: Path,
+    tmp_path: Path,
+) -> None:
+    """Through the options of a command."""
+    image = next(smooth_images.rglob("*.png"))
+    options = [f"--server-{name}={certificates / file}" for name, file in {
+        "ca": "ca.pem", "cert": "client.pem", "key": "client.key", "token-file": "token",
+    }.items()]  # fmt: skip
+    local = CliRunner().invoke(build_app(), ["predict", str(tiny_onnx), str(image), "--json"])
+    with _serving(scheme, Served(session), certificates, contract, tmp_path) as model:
+        remote = CliRunner().invoke(build_app(), ["predict", str(model), str(image), "--json", *options])
+        assert remote.exit_code == 0, remote.stderr
+        found, expected = (json.loads(result.stdout)[0]["detections"] for result in (remote, local))
+        assert [d["label"] for d in found] == [d["label"] for d in expected]
+        np.testing.assert_allclose([d["box"] for d in found], [d["box"] for d in expected], atol=1e-3)
+        assert found
+        # The options are those of one run.
+        assert CliRunner().invoke(build_app(), ["predict", str(model), str(image)]).exit_code == 1
+
+
+@SCHEMES
+@pytest.mark.parametrize("lack", ["CA", "CERT", "TOKEN_FILE", "address", "stranger"])
+def test_one_that_lacks_something_is_refused_in_a_sentence(
+    scheme: str,
+    lack: str,
+    session: Any,
+    contract: ModelContract,
+    certificates: Path,
+    known: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if lack == "CERT":
+        monkeypatch.delenv("FCOS_DEPLOY_SERVER_KEY")
+    if lack == "stranger":
+        monkeypatch.setenv("FCOS_DEPLOY_SERVER_CA", str(certificates / "stranger.pem"))
+    elif lack != "address":
+        monkeypatch.delenv(f"FCOS_DEPLOY_SERVER_{lack}")
+    name = "elsewhere" if lack == "address" else "server"
+    with _serving(scheme, Served(session), certificates, contract, tmp_path, name=name) as model:
+        with pytest.raises((BackendLoadError, DeviceError)) as refused:
+            Detector.open(model)
+        words = {"TOKEN_FILE": "who are you"}.get(lack, "does not answer")
+        assert words in refused.value.message
+
+
+def test_files_that_are_no_credentials_are_named(
+    certificates: Path, contract: ModelContract, known: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "m.kserve"
+    write_remote_model(model, RemoteModel(url="https://127.0.0.1:9/v2/models/m", contract=contract))
+    for name in ("CA", "CERT", "TOKEN_FILE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"FCOS_DEPLOY_SERVER_{name}", str(tmp_path / "missing"))
+            with pytest.raises(ConfigError):
+                Detector.open(model)
+
+
+# ---- what a server may answer ----
+
+
+@SCHEMES
+@pytest.mark.parametrize("fault", ["channels", "rank", "type"])
+def test_a_model_that_is_not_the_contracts_is_refused_when_it_is_opened(
+    scheme: str,
+    fault: str,
+    session: Any,
+    contract: ModelContract,
+    certificates: Path,
+    known: None,
+    tmp_path: Path,
+) -> None:
+    served = Served(session)
+    logits = list(session.get_outputs()[0].shape)
+    if fault == "channels":
+        served.shapes["cls_logits"] = [*logits[:2], logits[2] + 1]
+    elif fault == "rank":
+        served.shapes["cls_logits"] = logits[:2]
+    else:
+        served.shapes["images"] = [1, 3, 64, 64]
+    with (
+        _serving(scheme, served, certificates, contract, tmp_path) as model,
+        pytest.raises(BackendLoadError, match="the contract says"),
+    ):
+        Detector.open(model)
+
+
+@SCHEMES
+@pytest.mark.parametrize("fault", ["shape", "nan", "huge"])
+def test_an_answer_that_is_not_what_was_promised_is_an_error(
+    scheme: str,
+    fault: str,
+    session: Any,
+    contract: ModelContract,
+    certificates: Path,
+    known: None,
+    blobs: list[NDArray[np.uint8]],
+    tmp_path: Path,
+) -> None:
+    served = Served(session)
+    logits = np.zeros([n or 1 for n in session.get_outputs()[0].shape], np.float32)
+    served.answers["cls_logits"] = {
+        "shape": logits[:, :-1],
+        "nan": np.full_like(logits, np.nan),
+        "huge": np.zeros((1, 4_000_000 if scheme == "https" else 70_000_000, 1), np.float32),
+    }[fault]
+    with _serving(scheme, served, certificates, contract, tmp_path) as model, Detector.open(model) as detector:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(FcosDeployError) as refused:
+            detector.detect(blobs[0])
+        if fault == "huge":
+            assert isinstance(refused.value, BackendError)
+            # The server, in this process, holds the answer about three times.
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < (4 << 20)
+
+
+def test_a_handshake_that_trickles_meets_the_deadline(
+    contract: ModelContract, certificates: Path, known: None, tmp_path: Path
+) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    stop = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            for byte in b"\x16\x03\x03\x40\x00" + bytes(1000):  # a record of 16 KiB, of which each byte takes its time
+                if stop.wait(0.1):
+                    return
+                connection.send(bytes([byte]))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    model = RemoteModel(url=f"https://127.0.0.1:{listener.getsockname()[1]}/v2/models/m", contract=contract)
+    write_remote_model(tmp_path / "m.kserve", replace(model, timeout_s=1.0))
+    started = time.monotonic()
+    try:
+        with pytest.raises(DeviceError):
+            Detector.open(tmp_path / "m.kserve", options=SessionOptions())
+        assert time.monotonic() - started < 5
+    finally:
+        stop.set()
+        thread.join()
+        listener.close()

@@ -1,4 +1,4 @@
-"""The device side runs where neither torch nor onnx is installed."""
+"""What imports cost: the public names, and a device without torch and onnx."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+import fcos_deploy
 
 _BLOCKED = """
 import sys
@@ -132,3 +134,13 @@ sys.exit("not locked")
     command = [sys.executable, "-c", program, str(tmp_path / "locked")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there_and_is_its_homes() -> None:
+    for name in fcos_deploy.__all__:
+        assert getattr(getattr(fcos_deploy, name), "__name__", name) == name  # a table of profiles has none
+
+
+def test_importing_it_loads_neither_numpy_nor_a_framework() -> None:
+    code = "import sys, fcos_deploy; assert not {'numpy', 'torch', 'onnx', 'cv2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

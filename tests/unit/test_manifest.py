@@ -1,23 +1,30 @@
-"""The manifest is read strictly: nothing unknown, nothing missing, nothing that is not finite."""
+"""The manifest: read as it was written, its bill of materials, and the published JSON Schemas."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft7Validator, Draft202012Validator, FormatChecker
+from referencing import Registry, Resource
+from referencing.jsonschema import DRAFT7
 
 from fcos_deploy.bundle import DEFAULT_GATES, AccuracyFigure, FileRecord, open_bundle
-from fcos_deploy.bundle.manifest import Manifest, check_relative_path, manifest_text, parse_manifest
+from fcos_deploy.bundle.manifest import Manifest, bill_of_materials, check_relative_path, manifest_text, parse_manifest
+from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
 from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.serialize import to_json
 
 
 @pytest.fixture
@@ -127,3 +134,91 @@ def test_any_value_anywhere_is_accepted_or_refused_but_never_crashes(manifest: M
     place[key] = data.draw(_JSON)
     with contextlib.suppress(FcosDeployError):
         parse_manifest(json.dumps(value), where="m")
+
+
+_SCHEMAS = Path(__file__).parents[1] / "data" / "cyclonedx"  # cyclonedx.org/schema, Apache-2.0
+
+
+def cyclonedx_errors(text: str) -> list[Any]:
+    """What the schema of CycloneDX 1.6 has against a document."""
+    schema = json.loads((_SCHEMAS / "bom-1.6.schema.json").read_text())
+    parts = {
+        f"http://cyclonedx.org/schema/{name}.SNAPSHOT.schema.json": Resource(
+            json.loads((_SCHEMAS / f"{name}.schema.json").read_text()), DRAFT7
+        )
+        for name in ("spdx", "jsf-0.82")
+    }
+    validator = Draft7Validator(
+        schema, registry=Registry().with_resources(parts.items()), format_checker=FormatChecker()
+    )
+    return list(validator.iter_errors(json.loads(text)))
+
+
+def test_it_is_valid_and_names_every_file(make_bundle: Callable[[Path], Path], tmp_path: Path) -> None:
+    with open_bundle(make_bundle(tmp_path / "cells")) as bundle:
+        manifest = bundle.manifest
+    figure = AccuracyFigure(
+        artifact="model.fp32.onnx",
+        backend="onnxruntime",
+        precision=Precision.FP32,
+        dataset="cells",
+        images=3,
+        metrics={"ap": 0.5, "ap50": 0.75},
+    )
+    manifest = replace(
+        manifest,
+        accuracy=(figure,),
+        provenance=replace(manifest.provenance, created="2026-11-26T08:00:00+00:00", tools={"python": "3.11.2"}),
+        contract=replace(manifest.contract, decisions=(Decision("variant", "r50", "--variant"),)),
+    )
+    text = bill_of_materials(manifest)
+    assert cyclonedx_errors(text) == []
+    assert cyclonedx_errors(text.replace('"SHA-256"', '"SHA-0"'))  # the schema does look
+    document = json.loads(text)
+    files = {c["name"]: c["hashes"][0]["content"] for c in document["components"] if c["type"] == "file"}
+    assert files == {record.path: record.sha256 for record in manifest.all_files.values()}
+    parents = {entry["ref"]: entry["dependsOn"] for entry in document["dependencies"]}
+    assert parents["model.fp32.onnx"] == ["checkpoint"]
+    assert parents["model.int8.engine"] == ["model.fp32.onnx"]
+    metrics = document["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert [(metric["type"], metric["value"]) for metric in metrics] == [("ap", "0.5"), ("ap50", "0.75")]
+    assert bill_of_materials(manifest) == text
+
+
+_FOLDER = Path(__file__).parents[2] / "docs" / "schema"
+
+
+def _validator(name: str) -> Draft202012Validator:
+    schema = json.loads((_FOLDER / name).read_text())
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("name", ["manifest.schema.json", "contract.schema.json"])
+def test_the_files_are_up_to_date(name: str) -> None:
+    expected = runpy.run_path(str(_FOLDER / "generate.py"))["schema_text"](name)
+    assert (_FOLDER / name).read_text() == expected, "run: python docs/schema/generate.py"
+
+
+def test_a_real_manifest_and_its_contracts_fit(make_bundle: Callable[[Path], Path], tmp_path: Path) -> None:
+    manifest = open_bundle(make_bundle(tmp_path / "b")).manifest
+    _validator("manifest.schema.json").validate(json.loads(manifest_text(manifest)))
+    _validator("contract.schema.json").validate(json.loads(json.dumps(to_json(manifest.contract))))
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda m: m.update(extra=1), []),
+        (lambda m: m.pop("provenance"), []),
+        (lambda m: m["artifacts"][0].update(size="1"), ["artifacts", 0, "size"]),
+        (lambda m: m["defaults"].update(precision="fp8"), ["defaults", "precision"]),
+    ],
+)
+def test_what_the_reader_refuses_does_not_fit(
+    change: Callable[[Any], object], place: list[Any], make_bundle: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    value = json.loads(manifest_text(open_bundle(make_bundle(tmp_path / "b")).manifest))
+    change(value)
+    (error,) = _validator("manifest.schema.json").iter_errors(value)
+    assert list(error.absolute_path) == place

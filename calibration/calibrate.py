@@ -67,6 +67,8 @@ __all__ = [
     "write_trt_cache",
 ]
 
+_LOG = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
 
 
@@ -216,8 +218,6 @@ def write_trt_cache(calibration: Calibration, graph: ConvGraph, output: Path, *,
     scales = [f"{name}: {struct.pack('!f', value / 127.0).hex()}" for name, value in amax.items()]
     write_text(output, "\n".join([header, *scales]) + "\n")
 
-
-_LOG = logging.getLogger(__name__)
 
 _SAVE_INTERVAL = 15.0  # seconds between two saved states
 _STEPS = 6  # points of a convergence curve

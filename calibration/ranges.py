@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 onnx = lazy_import("onnx", extra="export")
+cv2 = lazy_import("cv2", extra="onnxruntime")
+Floats = NDArray[np.float64]
+
 
 # Values of one tensor of one image that enter its histogram.
 SAMPLES = 1 << 17
@@ -200,8 +203,6 @@ def in_order_of_release(model: Any) -> Any:  # onnx.ModelProto, untyped
     return model
 
 
-cv2 = lazy_import("cv2", extra="onnxruntime")
-
 # Bins for each sign. The largest magnitude always lies in the upper half, so that at least 2048 bins resolve it: eight
 # for each of the 256 levels that a quantizer has.
 BINS = 4096
@@ -324,8 +325,6 @@ _STOPS = 64  # clipping points that the entropy method tries
 _SHARES = np.linspace(1.0, 0.02, 50)
 # Bins merged for the searches: at least 512 remain on the longer side, two for each of 256 levels.
 _COARSE = 4
-
-Floats = NDArray[np.float64]
 
 
 class RangeMethod(StrEnum):

@@ -56,7 +56,7 @@ MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 SIGNATURE_NAME = "SIGNATURE"
 LOG_NAME = "verification.jsonl"
-MODEL_SIGNATURE_NAME = "model.sig"  # for the tools of others (openssf.py), never read here
+MODEL_SIGNATURE_NAME = "model.sig"  # for the tools of others (signature.py), never read here
 # Files of a bundle that its manifest cannot list; each one that is read has a check of its own.
 UNLISTED = frozenset({MANIFEST_NAME, DIGEST_NAME, SIGNATURE_NAME, LOG_NAME, MODEL_SIGNATURE_NAME})
 LAYERS_FOLDER = "device"  # what was built on a device, with manifests of its own (device_layer.py); never listed

@@ -30,6 +30,8 @@ __all__ = [
     "write_own_file",
 ]
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
@@ -193,8 +195,6 @@ def _secret() -> bytes:
         hint="remove it: a new one is made, and what it authenticated is built again",
     )
 
-
-_LOG = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "FCOS_DEPLOY_CACHE"  # a folder; empty turns the caches off
 _KEPT = 16  # compiled models per backend; a bundle has one to three, and each takes about what its engine does

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncGate", "Detector", "DetectorSpec", "Image"]
 
+_LOG = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -110,7 +112,6 @@ class AsyncGate:
             self._taken += change
 
 
-_LOG = logging.getLogger(__name__)
 _REPLACED_TRIES = 5
 _LARGEST_BATCH = 8  # of a dynamic axis: beyond it memory grows and throughput hardly does
 

@@ -39,6 +39,8 @@ __all__ = [
     "write_yolo",
 ]
 
+cv2 = lazy_import("cv2")
+
 _COLUMNS = ("image", "frame", "width", "height", "label", "name", "score", "x1", "y1", "x2", "y2")
 
 
@@ -115,8 +117,6 @@ def write_yolo(folder: Path, predictions: Sequence[Prediction], names: tuple[str
             lines.append(f"{item['label']} {' '.join(f'{share:.6f}' for share in shares)} {item['score']:.6f}\n")
         write_text(folder / f"{name}.txt", "".join(lines))
 
-
-cv2 = lazy_import("cv2")
 
 _LISTED = 5  # sources that an error names
 

@@ -25,6 +25,8 @@ __all__ = ["Chart", "ImagePanel", "PanelBox", "image_panels", "make_charts"]
 
 matplotlib = lazy_import("matplotlib", extra="report")
 matplotlib_figure = lazy_import("matplotlib.figure", extra="report")
+cv2 = lazy_import("cv2")
+
 
 _WIDTH = 8.6  # inches, of a chart over the whole width
 _MAX_LAYERS = 24  # bars of the sensitivity chart
@@ -333,8 +335,6 @@ def _sensitivity(search: TradeOffs) -> Chart | None:
     )
     return Chart(section=search.placement, title="Sensitivity to quantization", text=text, svg=_svg(figure))
 
-
-cv2 = lazy_import("cv2")
 
 _MATCHING = MatchOptions(min_score=0.4)  # also what is drawn: boxes of lower scores would cover the image
 _MAX_SIDE = 520  # pixels of an embedded image: sharp in a third of the page, small in the file

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -204,26 +206,60 @@ def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(make_once: MakeOnce) -> Path:
     """A real FCOS of 1.6 MB, random but not silent: ResNet-18 of reduced width, three classes, 128x160 uint8 input."""
+    return make_once("tiny-checkpoint", _write_tiny_checkpoint) / "tiny.safetensors"
+
+
+@pytest.fixture(scope="session")
+def deformable_checkpoint(make_once: MakeOnce) -> Path:
+    """``tiny_checkpoint`` with deformable convolutions of both versions in backbone and head, and one class."""
+    from fcos_deploy.core.network import DeformableLayer
+
+    layers = (
+        DeformableLayer("backbone.body.layer3.0.conv1", groups=1, modulated=True),  # of stride 2
+        DeformableLayer("backbone.body.layer4.1.conv2", groups=1, modulated=False),
+        DeformableLayer("head.classification_head.conv.9", groups=1, modulated=True),
+        DeformableLayer("head.regression_head.conv.9", groups=1, modulated=True),
+    )
+    make = partial(_write_tiny_checkpoint, classes=("cell",), deformable=layers)
+    return make_once("deformable-checkpoint", make) / "tiny.safetensors"
+
+
+def _write_tiny_checkpoint(
+    folder: Path, *, classes: tuple[str, ...] = ("red", "white", "platelet"), deformable: tuple[Any, ...] = ()
+) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
     from fcos_deploy.core.network import resnet_config
     from fcos_deploy.model.fcos import Fcos
 
-    def make(folder: Path) -> None:
-        torch.manual_seed(0)
-        model = Fcos(resnet_config(18, num_classes=3, stem_channels=8, fpn_channels=32))
-        with torch.no_grad():
-            model.head.classification_head.cls_logits.weight.normal_(std=0.15)
-            model.head.classification_head.cls_logits.bias.fill_(-4.7)
-            model.head.regression_head.bbox_reg.weight.normal_(std=0.1)
-            model.head.regression_head.bbox_reg.bias.fill_(1.5)
-            model.head.regression_head.bbox_ctrness.bias.fill_(1.0)
-        metadata = {"ecosystem": "torchvision", "classes": '["red", "white", "platelet"]', "input_size": "128x160"}
-        text = json.dumps({**metadata, "score_threshold": "0.2"})
-        save_file(model.state_dict(), folder / "tiny.safetensors", metadata={"fcos_deploy": text})
+    torch.manual_seed(0)
+    config = resnet_config(18, num_classes=len(classes), stem_channels=8, fpn_channels=32)
+    model = Fcos(replace(config, deformable=deformable))
+    with torch.no_grad():
+        model.head.classification_head.cls_logits.weight.normal_(std=0.15)
+        model.head.classification_head.cls_logits.bias.fill_(-4.7)
+        model.head.regression_head.bbox_reg.weight.normal_(std=0.1)
+        model.head.regression_head.bbox_reg.bias.fill_(1.5)
+        model.head.regression_head.bbox_ctrness.bias.fill_(1.0)
+        for name, parameter in model.named_parameters():
+            if ".offset." in name:
+                parameter.normal_(std=0.3 if name.endswith("bias") else 0.02)
+    metadata = {"ecosystem": "torchvision", "classes": json.dumps(classes), "input_size": "128x160"}
+    text = json.dumps({**metadata, "score_threshold": "0.2"})
+    save_file(model.state_dict(), folder / "tiny.safetensors", metadata={"fcos_deploy": text})
 
-    return make_once("tiny-checkpoint", make) / "tiny.safetensors"
+
+@pytest.fixture(scope="session")
+def deformable_onnx(deformable_checkpoint: Path, make_once: MakeOnce) -> Path:
+    """``deformable_checkpoint`` as ONNX in plain operators, raw tail, batch 1."""
+    from exporters.torch_onnx import export_onnx
+    from fcos_deploy.checkpoints.load import load_checkpoint
+
+    def make(folder: Path) -> object:
+        return export_onnx(load_checkpoint(deformable_checkpoint), folder / "tiny.onnx")
+
+    return make_once("deformable-onnx", make) / "tiny.onnx"
 
 
 @pytest.fixture(scope="session")

@@ -128,18 +128,20 @@ def deploy_command(
     """
     from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.pipeline.deploy import check_inputs, deploy
-    from fcos_deploy.pipeline.source import run_user_code
+    from fcos_deploy.pipeline.source import run_user_code, source_operators
     from fcos_deploy.pipeline.steps import DeployRequest, plan_targets
 
+    source = run_user_code(checkpoint, allowed=run_code) or Path(checkpoint)
     plans = plan_targets(
         tuple(target or ()),
         backends=tuple(dict.fromkeys(backend or ())),
         precisions=tuple(dict.fromkeys(precision or ())),
         tail=tail,
         input_size=options.input_size,
+        operators=source_operators(source, options=options) if target else frozenset(),
     )
     request = DeployRequest(
-        checkpoint=run_user_code(checkpoint, allowed=run_code) or Path(checkpoint),
+        checkpoint=source,
         output=output,
         calibration_images=calibration_images,
         backends=() if target else tuple(backend or ()),

@@ -145,6 +145,8 @@ def deploy(
         )
         if source.note:
             findings = (Finding(kind="reference", severity=Severity.WARNING, message=source.note), *findings)
+        fallbacks = dict.fromkeys(f"{plan.profile.title}: {plan.fallback}" for plan in request.plans if plan.fallback)
+        findings += tuple(Finding(kind="fallback", severity=Severity.WARNING, message=message) for message in fallbacks)
         notes = (*(f"No INT8: {error.message}" for error in refused), *(finding.line for finding in findings))
         _write_report(context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes)
         _write_bom(context, manifest)

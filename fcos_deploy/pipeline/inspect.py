@@ -32,6 +32,7 @@ from fcos_deploy.core.preprocess import SizeRule
 from fcos_deploy.core.serialize import parse_json, to_json
 from fcos_deploy.core.text import brief
 from fcos_deploy.core.trust import Trust
+from fcos_deploy.targets.accelerators import DLA, NPU, fallback_note, operators_of
 
 __all__ = ["Inspection", "inspect_annotations", "inspect_bundle", "inspect_file", "is_annotations"]
 
@@ -107,7 +108,8 @@ def inspect_file(path: Path, *, options: CheckpointOptions | None = None) -> Ins
         kind = str(kinds[0]) if len(kinds) == 1 else "engine"
         return Inspection(path, kind, facts, contract.decisions, contract)
     checkpoint = describe_checkpoint(path, options=options)
-    facts = (*_network_facts(checkpoint), *_contract_facts(checkpoint.contract))
+    fallbacks = _fallback_facts(operators_of(checkpoint.config))
+    facts = (*_network_facts(checkpoint), *fallbacks, *_contract_facts(checkpoint.contract))
     decided = decided_options(checkpoint)
     return Inspection(path, "checkpoint", facts, checkpoint.contract.decisions, checkpoint.contract, decided)
 
@@ -208,6 +210,7 @@ def _inspect_onnx(path: Path) -> Inspection:
         ("nodes", str(graph.nodes)),
         ("inputs", ", ".join(f"{spec.name} {spec}" for spec in graph.inputs)),
         ("outputs", ", ".join(f"{spec.name} {spec}" for spec in graph.outputs)),
+        *_fallback_facts(graph.operators),
     )
     try:
         contract = read_contract(path)
@@ -225,6 +228,11 @@ def _artifact_facts(contract: ModelContract) -> _Facts:
         *placement,
         *_contract_facts(contract),
     )
+
+
+def _fallback_facts(operators: frozenset[str]) -> _Facts:
+    notes = ((f"on {accelerator.name}", fallback_note(accelerator, operators)) for accelerator in (DLA, NPU))
+    return tuple((name, note) for name, note in notes if note)
 
 
 def _contract_facts(contract: ModelContract) -> _Facts:

@@ -24,12 +24,21 @@ from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.detector import Detector, DetectorSpec
+from fcos_deploy.targets.accelerators import operators_of
 
 if TYPE_CHECKING:
     from exporters.torch_onnx import HasModel
     from fcos_deploy.model.wrap import WrappedModule
 
-__all__ = ["DeploySource", "GraphForm", "WrittenGraph", "open_source", "run_user_code", "source_contract"]
+__all__ = [
+    "DeploySource",
+    "GraphForm",
+    "WrittenGraph",
+    "open_source",
+    "run_user_code",
+    "source_contract",
+    "source_operators",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +231,24 @@ def source_contract(source: Path | WrappedModule, *, options: CheckpointOptions)
         return describe_checkpoint(source, options=options).contract
     _refuse_options(options)
     return _Graph(source).contract if isinstance(source, Path) else source.contract
+
+
+def source_operators(source: Path | WrappedModule, *, options: CheckpointOptions) -> frozenset[str]:
+    """ONNX operators of what ``open_source`` opens, as far as they are known without exporting it. Raises as that does.
+
+    Of a wrapped module only GroupNorm and the deformable convolutions of this package are known.
+    """
+    if isinstance(source, Path):
+        if _is_graph(source):
+            return onnx_interface(source).operators
+        return operators_of(describe_checkpoint(source, options=options).config)
+    from torch.nn import GroupNorm
+
+    from fcos_deploy.model.deformable import DeformConv2d
+
+    kinds = {"GridSample": DeformConv2d, "GroupNormalization": GroupNorm}
+    modules = list(source.model.modules())
+    return frozenset(name for name, kind in kinds.items() if any(isinstance(module, kind) for module in modules))
 
 
 def _is_graph(path: Path) -> bool:

@@ -200,10 +200,11 @@ def plan_targets(
     precisions: tuple[Precision, ...] = (),
     tail: Tail | None = None,
     input_size: tuple[int, int] | None = None,
+    operators: frozenset[str] = frozenset(),
 ) -> tuple[Plan, ...]:
     """What each device profile gets: a plan for every backend and precision.
 
-    Empty, None: the profile's choice. ``input_size`` is (height, width).
+    Empty, None: the profile's choice. ``input_size`` is (height, width). ``operators``: ``source_operators``.
 
     Raises:
         ConfigError: an unknown profile, a plan that cannot work there, with the rule that forbids it, or a profile that
@@ -211,7 +212,7 @@ def plan_targets(
     """
     size = input_size or PlanRequest().input_size
     requests = [
-        PlanRequest(backend=backend, precision=precision, tail=tail, input_size=size)
+        PlanRequest(backend=backend, precision=precision, tail=tail, input_size=size, operators=operators)
         for backend in backends or ("",)
         for precision in precisions or (None,)
     ]

@@ -14,6 +14,7 @@ from fcos_deploy.core.exporter import BuildOptions, SizeRange
 from fcos_deploy.core.file_kinds import engine_file, graph_file
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.registry import get_backend, get_exporter
+from fcos_deploy.targets.accelerators import DLA, NPU, fallback_note
 from fcos_deploy.targets.profiles import DeviceProfile
 
 __all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "TrtexecRequest", "plan", "trtexec_command"]
@@ -26,6 +27,7 @@ class PlanRequest:
     ``input_size`` (height, width) None: sizes follow the image. ``nms_form`` is that of the nms tail, and
     ``image_sizes`` whether its graph has that second input (``ModelContract.needs_image_sizes``; it has for every
     ecosystem whose boxes are clipped or suppressed in image pixels). ``image_channels`` is 1 for gray images.
+    ``operators`` are the ONNX operators of the network, as far as they are known.
     """
 
     backend: str = ""
@@ -41,6 +43,7 @@ class PlanRequest:
     dla_core: int | None = None
     calibration_cache: bool = False
     workspace_mib: int | None = None
+    operators: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +112,16 @@ class Draft:
     def version(self) -> tuple[int, ...]:
         """``tensorrt`` as numbers."""
         return parse_version(self.tensorrt) if self.tensorrt else ()
+
+    @property
+    def fallback(self) -> str:
+        """The layers that the device's DLA or NPU does not compute, as a sentence."""
+        nvidia, intel = self.profile.nvidia, self.profile.intel
+        if nvidia is not None and nvidia.dla_cores and self.tensorrt:
+            return fallback_note(DLA, self.request.operators, tail=self.tail)
+        if intel is not None and intel.device == "NPU" and self.kind is ArtifactKind.OPENVINO_IR:
+            return fallback_note(NPU, self.request.operators)
+        return ""
 
 
 def _opset_of_parser(draft: Draft) -> str:
@@ -208,6 +221,7 @@ class PlannedArtifact:
 class Plan:
     """A plan that no rule forbids. ``trtexec`` is empty for other backends; ``notes`` are for people.
 
+    ``fallback``, also among the notes, names the layers that the device's DLA or NPU leaves to something else.
     ``nms_form`` is how the nms tail suppresses, and says nothing about the other tails.
     """
 
@@ -222,6 +236,7 @@ class Plan:
     commands: tuple[str, ...]
     trtexec: str = ""
     notes: tuple[str, ...] = field(default=())
+    fallback: str = ""
 
 
 def plan(profile: DeviceProfile, request: PlanRequest | None = None) -> Plan:
@@ -257,6 +272,7 @@ def plan(profile: DeviceProfile, request: PlanRequest | None = None) -> Plan:
         commands=(f"fcos-deploy setup BUNDLE --backend {draft.backend}",) if on_device and profile.runs_python else (),
         trtexec=_trtexec(draft) if draft.tensorrt else "",
         notes=(*profile.notes, *_notes(draft)),
+        fallback=draft.fallback,
     )
 
 
@@ -307,7 +323,7 @@ def _trtexec(draft: Draft) -> str:
 
 
 def _notes(draft: Draft) -> list[str]:
-    notes = []
+    notes = [draft.fallback] if draft.fallback else []
     if not draft.profile.runs_python:
         notes.append(
             f"The device has Python {draft.profile.python}, this package needs 3.10: build and prove the engine "

@@ -665,15 +665,19 @@ def test_an_answer_that_is_not_what_was_promised_is_an_error(
 ) -> None:
     served = Served(session)
     logits = np.zeros([n or 1 for n in session.get_outputs()[0].shape], np.float32)
+    one_nan = logits - 30.0  # nothing is detected but for it
+    one_nan[0, 5, 0] = np.nan
     served.answers["cls_logits"] = {
         "shape": logits[:, :-1],
-        "nan": np.full_like(logits, np.nan),
+        "nan": one_nan,
         "huge": np.zeros((1, 4_000_000 if scheme == "https" else 70_000_000, 1), np.float32),
     }[fault]
     with _serving(scheme, served, certificates, contract, tmp_path) as model, Detector.open(model) as detector:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(FcosDeployError) as refused:
             detector.detect(blobs[0])
+        if fault == "nan":
+            assert "'cls_logits' of image 0 is not finite: 1 of" in refused.value.message
         if fault == "huge":
             assert isinstance(refused.value, BackendError)
             # The server, in this process, holds the answer about three times.

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 from fcos_deploy.pipeline.inspect import inspect_bundle
 
@@ -132,6 +133,41 @@ def test_a_bundle_with_the_nms_tail_is_packaged_for_deepstream(
     assert done.exit_code == 0, done.stderr
     assert (packed / "labels.txt").read_text() == "red\nwhite\nplatelet\n"
     assert "output-blob-names=boxes;scores;labels;num_detections" in (packed / "config_infer.txt").read_text()
+
+
+def test_a_deformable_detector_of_one_class_is_deployed_for_every_runtime_and_verified(
+    tmp_path: Path, deformable_checkpoint: Path, smooth_images: Path
+) -> None:
+    """Each runtime gets its own form of the layers; the portable INT8 graph is in plain operators."""
+    bundle = tmp_path / "bundle"
+    words = ["--backend", "openvino", "--precision", "int8", "--min-match-rate", "0", "--judge", "point"]
+    arguments = _tiny_arguments(deformable_checkpoint, smooth_images, bundle, *words, "--allow-inconclusive")
+    deployed = CliRunner().invoke(build_app(), arguments)
+    assert deployed.exit_code == 0, deployed.stderr
+    for backend in ("onnxruntime", "openvino"):
+        verified = CliRunner().invoke(build_app(), ["verify", str(bundle), "--backend", backend])
+        assert verified.exit_code == 0, verified.stderr
+        image = next(smooth_images.glob("*/*.png"))
+        predicted = CliRunner().invoke(
+            build_app(), ["predict", str(bundle), str(image), "--backend", backend, "--json"]
+        )
+        (document,) = json.loads(predicted.stdout)
+        assert {detection["name"] for detection in document["detections"]} == {"cell"}
+    with open_bundle(bundle) as opened:
+        sampling = {
+            artifact.backend or artifact.placement: {"DeformConv", "GridSample"}
+            & onnx_interface(opened.path(artifact.path)).operators
+            for artifact in opened.manifest.artifacts
+            if artifact.kind is ArtifactKind.ONNX
+        }
+    assert sampling["onnxruntime"] == {"DeformConv"}
+    assert sampling["portable"] == {"GridSample"}
+    target = ["--target", "jetson-agx-orin", "--dry-run"]
+    planned = CliRunner().invoke(
+        build_app(), _tiny_arguments(deformable_checkpoint, smooth_images, tmp_path / "b")[:-2] + target
+    )
+    assert planned.exit_code == 0, planned.stderr
+    assert "fall back to the GPU: the sampling of deformable convolutions, GroupNorm" in planned.stderr
 
 
 def test_every_backend_and_precision_of_a_target_is_planned(

@@ -114,6 +114,35 @@ def test_plan_that_cannot_work_is_refused_with_its_rule(name: str, request_field
     assert caught.value.message.startswith(load_profile(name).title)
 
 
+@pytest.mark.parametrize(
+    ("name", "request_fields", "layers"),
+    [
+        ("jetson-agx-orin", {"operators": frozenset(("Conv", "GridSample"))}, "GPU: the sampling of deformable"),
+        ("jetson-xavier", {"operators": frozenset(("DeformConv",)), "tail": Tail.RAW}, "GPU: deformable convolutions."),
+        (
+            "jetson-orin-nx",
+            {"operators": frozenset(("GroupNormalization", "HardSigmoid"))},
+            "GroupNorm, VoVNet's gates",
+        ),
+        ("jetson-agx-orin", {"operators": frozenset(("Conv",))}, "GPU: the top-k of the tail."),
+        (
+            "intel-npu",
+            {"operators": frozenset(("GridSample", "InstanceNormalization"))},
+            "deformable convolutions and Gr",
+        ),
+        ("jetson-agx-orin", {"operators": frozenset(("Conv",)), "tail": Tail.RAW}, ""),
+        ("intel-npu", {"operators": frozenset(("Conv", "TopK"))}, ""),
+        ("jetson-orin-nano", {"operators": frozenset(("GridSample",))}, ""),  # it has no DLA
+        ("intel-arc", {"operators": frozenset(("GridSample",))}, ""),
+    ],
+)
+def test_a_plan_names_the_layers_that_fall_back(name: str, request_fields: dict[str, Any], layers: str) -> None:
+    planned = plan(load_profile(name), PlanRequest(**request_fields))
+    assert bool(planned.fallback) == bool(layers)
+    assert layers in planned.fallback
+    assert (planned.fallback in planned.notes) == bool(layers)
+
+
 def test_every_rule_has_a_plan_that_it_forbids() -> None:
     assert {rule for _, _, rule in BROKEN_PLANS} == set(RULES)
 

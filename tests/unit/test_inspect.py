@@ -40,6 +40,16 @@ def test_a_checkpoint(tiny_checkpoint: Path) -> None:
     assert sources["stride_in_1x1"] == "rule of torchvision"
 
 
+def test_layers_that_an_accelerator_lacks_are_named_for_a_checkpoint_and_its_graph(
+    deformable_checkpoint: Path, deformable_onnx: Path
+) -> None:
+    for path in (deformable_checkpoint, deformable_onnx):
+        facts = dict(inspect_file(path).facts)
+        lost = "the sampling of deformable convolutions and GroupNorm"
+        assert facts["on a DLA"] == f"On a DLA these layers fall back to the GPU: {lost}."
+        assert facts["on an NPU"].endswith(f"{lost}.")
+
+
 def test_an_onnx_file(tiny_onnx: Path) -> None:
     inspection = inspect_file(tiny_onnx)
     facts = dict(inspection.facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -344,6 +345,23 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.u
             )
 
     return make_once("tiny-bundle", make) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def renamed_bundle(tiny_bundle: Path) -> Callable[[Path, str], Path]:
+    """``renamed_bundle(path, name)``: a copy of ``tiny_bundle`` with another name, so that it is another bundle."""
+
+    def rename(path: Path, name: str) -> Path:
+        shutil.copytree(tiny_bundle, path)
+        manifest = path / "manifest.json"
+        manifest.write_text(
+            manifest.read_text().replace('"name": "tiny"', json.dumps("name") + ": " + json.dumps(name))
+        )
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        (path / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+        return path
+
+    return rename
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.bundle.writer import ArtifactDraft, lock_folder, record_files
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError, SignatureError
-from fcos_deploy.core.files import read_file, replace_folder, sha256_file, sync_folder
+from fcos_deploy.core.files import copy_file, read_file, replace_folder, sha256_file, sync_folder
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.registry import get_backend
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
@@ -42,6 +42,7 @@ __all__ = [
     "Layer",
     "LayerState",
     "chosen_precision",
+    "copy_layers",
     "describe_layers",
     "device_facts",
     "find_layers",
@@ -398,6 +399,27 @@ def _changed_file(state: LayerState) -> str:
         except OSError as error:
             return f"'{record.path}' cannot be read: {error.strerror or error}."
     return ""
+
+
+def copy_layers(bundle: Bundle, folder: Path) -> None:
+    """Copy the layers that fit this device to ``folder``, the place of layers beside a copy of the bundle.
+
+    Raises:
+        OSError: one cannot be read, or there is no room.
+    """
+    for leftover in folder.glob(".*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for state in find_layers(bundle):
+        target = folder / state.folder.name
+        if state.layer is not None and not state.problem and not target.exists():
+            temporary = folder / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+            records = (record.path for record in (*state.layer.artifacts, *state.layer.files))
+            for name in (_LAYER_NAME, _MAC_NAME, SIGNATURE_NAME, *records):
+                if os.path.lexists(state.folder / name):
+                    copy_file(state.folder / name, temporary / name)
+            for path in (folder, temporary, *temporary.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            temporary.rename(target)
 
 
 def sign_layers(bundle: Bundle) -> list[str]:

@@ -23,7 +23,7 @@ from fcos_deploy.core.errors import ConfigError, SignatureError
 from fcos_deploy.core.files import open_regular, read_file, write_text
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import from_json, to_json
-from fcos_deploy.core.trust import own_file_bytes, own_folder, state_folder, write_own_file
+from fcos_deploy.core.trust import VersionMemory, own_file_bytes, own_folder, state_folder, write_own_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -41,6 +41,7 @@ __all__ = [
     "key_id",
     "model_statement",
     "public_key_text",
+    "remember_version",
     "require_no_rollback",
     "required_keys",
     "sign_bytes",
@@ -288,19 +289,18 @@ def check_signature(root: Path, *, manifest: bytes, public_keys: tuple[Path | st
     return envelope
 
 
-def require_no_rollback(name: str, envelope: Envelope) -> None:
-    """Refuse an older version of a bundle than this user has opened, and remember this one.
+def require_no_rollback(name: str, envelope: Envelope, *, memory: VersionMemory = VersionMemory.RAISE) -> None:
+    """Refuse an older version of a bundle than this user has opened; ``memory`` says whether this one is remembered.
 
     What is remembered is the highest version for each key and name, in the user's state folder.
 
     Raises:
         SignatureError: naming both versions.
     """
-    identity = hashlib.sha256(f"{envelope.key_id}\n{name}".encode()).hexdigest()[:32]
-    try:
-        mark = own_folder(state_folder() / "versions") / identity
-    except ConfigError as error:
-        _LOG.info("the versions of bundles are not remembered: %s", error.message)
+    if memory is VersionMemory.IGNORE:
+        return
+    mark = _version_mark(name, key_id=envelope.key_id)
+    if mark is None:
         return
     text = (own_file_bytes(mark, private=True) or b"0").decode(errors="replace")
     highest = int(text) if text.isdecimal() and len(text) < 20 else 0
@@ -309,8 +309,29 @@ def require_no_rollback(name: str, envelope: Envelope) -> None:
             f"The bundle '{name}' is version {envelope.version}, and version {highest} of it was opened here before.",
             hint=f"get the newer one; to go back on purpose, remove '{mark}'",
         )
-    if envelope.version > highest:
+    if memory is VersionMemory.RAISE and envelope.version > highest:
         write_own_file(mark, str(envelope.version).encode())
+
+
+def remember_version(name: str, *, key_id: str, version: int) -> None:
+    """Make ``version`` the highest that this user has opened, also where it was higher: somebody goes back on purpose.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    mark = _version_mark(name, key_id=key_id)
+    if mark is not None:
+        write_own_file(mark, str(version).encode())
+
+
+def _version_mark(name: str, *, key_id: str) -> Path | None:
+    """The file that remembers the version of a bundle; None where this user has no place for it."""
+    identity = hashlib.sha256(f"{key_id}\n{name}".encode()).hexdigest()[:32]
+    try:
+        return own_folder(state_folder() / "versions") / identity
+    except ConfigError as error:
+        _LOG.info("the versions of bundles are not remembered: %s", error.message)
+        return None
 
 
 def check_bytes(message: bytes, envelope: Envelope, *, public_keys: tuple[Path | str, ...], subject: str = "it") -> str:

@@ -1,4 +1,4 @@
-"""Opens a bundle, a folder or a .tar: every file is checked against the manifest before anything parses it."""
+"""Opens a bundle, a folder, a .tar or an OCI layout: every file is checked against the manifest before it is parsed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO
@@ -33,6 +34,7 @@ from fcos_deploy.bundle.manifest import (
     check_relative_path,
     parse_manifest,
 )
+from fcos_deploy.bundle.oci import LAYOUT_NAME, PackedFile, is_layout, layout_files, layout_members
 from fcos_deploy.bundle.signature import (
     Envelope,
     check_envelope,
@@ -118,7 +120,7 @@ def pack_files(root: Path, *, files: Mapping[str, str], output: Path) -> None:
                 raise ChecksumError(f"'{root / name}' was changed while it was packed.", hint="pack it again")
 
 
-class _Member(tarfile.TarInfo):
+class _TarMember(tarfile.TarInfo):
     """A member whose extended header, which tarfile reads whole, is bounded."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -129,7 +131,7 @@ class _Member(tarfile.TarInfo):
 
 
 def unpack(path: Path, folder: Path, *, sizes: Callable[[], Mapping[str, int]] | None = None) -> None:
-    """Extract a bundle's archive into the empty ``folder``.
+    """Extract a bundle's archive, or the folder or archive of its OCI layout, into the empty ``folder``.
 
     Only plain files and folders with plain relative names are accepted; nothing is written beyond the archive's own
     size, so that neither sparse members nor compression can fill a disk. ``sizes`` is called when manifest and
@@ -140,27 +142,38 @@ def unpack(path: Path, folder: Path, *, sizes: Callable[[], Mapping[str, int]] |
         BundleError: the archive is damaged, contains anything else, or does not fit the disk.
     """
     try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="strict", tarinfo=_Member) as archive:
-            members = _members(archive, limit=min(path.stat().st_size, _MAX_BYTES, shutil.disk_usage(folder).free))
-            for name in (name for name in members if name in _FIRST):
-                if members[name].size > MAX_MANIFEST_BYTES:
-                    raise BundleError(f"Member '{name}' of the archive is larger than any manifest.")
-                _write(archive, members[name], folder / name)
-            listed = sizes() if sizes else None
-            for name, member in members.items():
-                # Layers are of a device, and no part of an archive; 'tar' takes them along.
-                if name in _FIRST or (listed is not None and name.startswith(f"{LAYERS_FOLDER}/")):
-                    continue
-                unlisted = name == LOG_NAME or (name == MODEL_SIGNATURE_NAME and member.size <= MAX_MANIFEST_BYTES)
-                if listed is not None and not unlisted and listed.get(name) != member.size:
-                    raise ChecksumError(f"Member '{name}' of the archive is not what its manifest lists.")
-                _write(archive, member, folder.joinpath(*PurePosixPath(name).parts))
+        if path.is_dir():
+            _extract(layout_members(layout_files(path)), folder, sizes)
+            return
+        with tarfile.open(path, "r:", encoding="utf-8", errors="strict", tarinfo=_TarMember) as archive:
+            limit = min(path.stat().st_size, _MAX_BYTES, shutil.disk_usage(folder).free)
+            members = {
+                name: PackedFile(name=member.name, size=member.size, open=partial(archive.extractfile, member))
+                for name, member in _members(archive, limit=limit).items()
+            }
+            _extract(layout_members(members) if LAYOUT_NAME in members else members, folder, sizes)
     except FcosDeployError:
         raise
     except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise BundleError(f"'{path}' is not a bundle's archive: {error}.", hint="copy it again") from error
     except OSError as error:
         raise BundleError(f"Cannot unpack '{path}': {error.strerror or error}.") from error
+
+
+def _extract(members: Mapping[str, PackedFile], folder: Path, sizes: Callable[[], Mapping[str, int]] | None) -> None:
+    for name in (name for name in members if name in _FIRST):
+        if members[name].size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"Member '{name}' of the archive is larger than any manifest.")
+        _write(members[name], folder / name)
+    listed = sizes() if sizes else None
+    for name, member in members.items():
+        # Layers are of a device, and no part of an archive; 'tar' takes them along.
+        if name in _FIRST or (listed is not None and name.startswith(f"{LAYERS_FOLDER}/")):
+            continue
+        unlisted = name == LOG_NAME or (name == MODEL_SIGNATURE_NAME and member.size <= MAX_MANIFEST_BYTES)
+        if listed is not None and not unlisted and listed.get(name) != member.size:
+            raise ChecksumError(f"Member '{name}' of the archive is not what its manifest lists.")
+        _write(member, folder.joinpath(*PurePosixPath(name).parts))
 
 
 def _members(archive: tarfile.TarFile, *, limit: int) -> dict[str, tarfile.TarInfo]:
@@ -193,8 +206,8 @@ def _members(archive: tarfile.TarFile, *, limit: int) -> dict[str, tarfile.TarIn
     return seen
 
 
-def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    source = archive.extractfile(member)
+def _write(member: PackedFile, target: Path) -> None:
+    source, digest = member.open(), hashlib.sha256()
     if source is None:
         raise BundleError(f"Member '{member.name}' of the archive cannot be read.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +218,10 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> N
             if not block:
                 raise BundleError(f"Member '{member.name}' of the archive is truncated.")
             stream.write(block)
+            digest.update(block)
             left -= len(block)
+    if member.sha256 and digest.hexdigest() != member.sha256:
+        raise ChecksumError(f"Blob '{member.name}' was changed: it has another SHA-256.", hint="copy it again")
 
 
 _MAX_FILES = 10_000
@@ -341,6 +357,12 @@ class Bundle:
         with self._checking():
             return checked_bytes(listed.source, sha256=listed.record.sha256)
 
+    def shipped_files(self) -> dict[str, str]:
+        """Names of all files that travel with the bundle, with the SHA-256 of each; '' where the manifest has none."""
+        files = {name: record.sha256 for name, record in self.manifest.all_files.items()}
+        files |= {name: "" for name in UNLISTED if (self.root / name).is_file()}
+        return files | {MANIFEST_NAME: self.manifest_sha256}
+
     def release(self) -> None:
         """Forget the files of ``path``, once a runtime has opened them."""
         if self._private is not None:
@@ -371,8 +393,8 @@ class Bundle:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether ``path`` looks like a bundle: a folder with a manifest, or an archive."""
-    return is_archive(path) or (path / MANIFEST_NAME).is_file()
+    """Whether ``path`` looks like a bundle: a folder with a manifest, an archive, or an OCI image layout."""
+    return is_archive(path) or (path / MANIFEST_NAME).is_file() or is_layout(path)
 
 
 def open_bundle(
@@ -383,7 +405,7 @@ def open_bundle(
     expect_name: str = "",
     min_version: int = 0,
 ) -> Bundle:
-    """Open a folder or .tar and check every file of it; with ``public_keys`` one of them must have signed it.
+    """Open a folder, a .tar or an OCI image layout and check every file; with ``public_keys`` one must have signed it.
 
     A key is a file in PEM form, or such text itself. ``trust_local_builds``: with keys too, layers that this user built
     on this device count without a signature. ``expect_name`` and ``min_version`` refuse another bundle of the same
@@ -400,7 +422,7 @@ def open_bundle(
 
 def open_trusted(path: Path, trust: Trust) -> Bundle:
     """As ``open_bundle``, with what the bundle must be in one value."""
-    if is_archive(path):
+    if is_archive(path) or is_layout(path):
         folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
         try:
             unpack(path, folder, sizes=lambda: _listed_sizes(folder, trust))
@@ -464,7 +486,7 @@ def _check(root: Path, trust: Trust) -> _Checked:
         check_files(root, manifest)
         _require_identity(root, manifest, envelope, trust)
         if envelope is not None:
-            require_no_rollback(manifest.name, envelope)
+            require_no_rollback(manifest.name, envelope, memory=trust.memory)
     except OSError as error:
         raise BundleError(f"Cannot read the bundle '{root}': {error}.", hint="check its permissions") from error
     return _Checked(content, manifest, envelope, inode)
@@ -498,11 +520,7 @@ def pack(bundle: Path, tar: Path, *, trust: Trust | None = None) -> None:
     if tar.suffix != ".tar":
         raise ConfigError(f"A bundle's archive is named '*.tar', got '{tar}'.")
     with open_trusted(bundle, trust or Trust()) as opened:
-        files = {name: record.sha256 for name, record in opened.manifest.all_files.items()}
-        files |= {name: "" for name in UNLISTED if (opened.root / name).is_file()} | {
-            MANIFEST_NAME: opened.manifest_sha256
-        }
-        pack_files(opened.root, files=files, output=tar)
+        pack_files(opened.root, files=opened.shipped_files(), output=tar)
 
 
 def sign(
@@ -516,7 +534,7 @@ def sign(
     Raises:
         ConfigError: an archive, or a key that cannot be used.
     """
-    if is_archive(bundle):
+    if is_archive(bundle) or is_layout(bundle):
         raise ConfigError("An archive cannot be signed in place.", hint="sign the folder, then pack it")
     with open_bundle(bundle) as opened:
         for entry in opened.root.iterdir():

@@ -29,11 +29,11 @@ _LOG = logging.getLogger(__name__)
 COMMANDS: dict[str, dict[str, str]] = {
     "From a checkpoint to a bundle": {
         "deploy": "deploy",
-        "setup": "verify",
         "demo": "deploy",
         "inspect": "inspect",
         "doctor": "inspect",
     },
+    "On the device": {"setup": "verify", "install": "install", "rollback": "install"},
     "Single steps": {
         "export": "export",
         "simplify": "export",

@@ -56,6 +56,7 @@ __all__ = [
     "DeviceRecord",
     "Graph",
     "Images",
+    "InstalledLink",
     "Json",
     "JudgeBy",
     "Junit",
@@ -136,6 +137,9 @@ Graph = Annotated[Path, typer.Argument(metavar="MODEL", help="Float ONNX graph."
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint, ONNX file, OpenVINO IR, engine or bundle.")]
 Bundle = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Bundle: the folder or .tar that 'fcos-deploy deploy' wrote.")
+]
+InstalledLink = Annotated[
+    Path, typer.Argument(metavar="LINK", help="Symbolic link that leads to the installed bundle, such as models/cells.")
 ]
 
 Also = Annotated[list[Path] | None, option("Another model to measure with this one; repeatable.", metavar="MODEL")]

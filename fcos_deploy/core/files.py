@@ -29,6 +29,7 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "checked_bytes",
+    "copy_file",
     "lock_file",
     "open_flags",
     "open_regular",
@@ -325,6 +326,17 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file, which is not a link, to ``target``, whose folders are made.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_regular(source, follow_links=False) as stream, target.open("wb") as copy:
+        shutil.copyfileobj(stream, copy, _BLOCK)
 
 
 def sha256_file(path: Path) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import open_flags
 
@@ -22,6 +23,7 @@ __all__ = [
     "STATE_VARIABLE",
     "KeptModel",
     "Trust",
+    "VersionMemory",
     "authenticate",
     "is_own",
     "own_file_bytes",
@@ -33,19 +35,28 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 
+class VersionMemory(StrEnum):
+    """What opening a signed bundle does with the highest version of it that this user has opened."""
+
+    RAISE = "raise"  # refuses an older one, and remembers this one
+    COMPARE = "compare"  # refuses an older one
+    IGNORE = "ignore"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
     """What a bundle must be to be opened; the defaults ask for nothing.
 
     ``public_keys``: PEM texts or files, of which one must have signed it. ``local_builds``: layers that this user built
     on this device count beside it without a signature. ``name``: what it must be called. ``min_version``: the lowest
-    version that it must be signed as.
+    version that it must be signed as. ``memory``: what becomes of the versions that were opened before.
     """
 
     public_keys: tuple[Path | str, ...] = ()
     local_builds: bool = False
     name: str = ""
     min_version: int = 0
+    memory: VersionMemory = VersionMemory.RAISE
 
     def __post_init__(self) -> None:
         """Refuse a version without a key, since anybody can claim one.

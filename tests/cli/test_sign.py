@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 
 from fcos_deploy import Detector, SessionOptions
 from fcos_deploy.bundle.signature import generate_key
-from fcos_deploy.bundle.store import sign
+from fcos_deploy.bundle.store import open_bundle, sign
+from fcos_deploy.bundle.versions import InstalledVersions
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.errors import SignatureError
 
@@ -72,11 +73,25 @@ def _command(name: str, model: Path, home: Path) -> list[object]:
         ],
         "compare": ["compare", model, model, "--images", images, "--no-speed", "--limit", 2],
         "setup": ["setup", model, "--backend", "onnxruntime"],
+        "install": ["install", model, home / "installed" / model.name],
+        "rollback": ["rollback", _installed_twice(model, home)],
         "verify": ["verify", model, "--log", home / "log"],
         "inspect": ["inspect", model],
         "build": ["build", model, "--backend", "onnxruntime", "-o", home / f"{model.name}.onnx"],
         "package": ["package", model, "-o", home / f"{model.name}.tar"],
     }[name]
+
+
+def _installed_twice(model: Path, home: Path) -> Path:
+    """A link with ``model`` as its earlier version: what is checked is the version that is gone back to."""
+    link = home / "rolled-back" / model.name
+    if not link.is_symlink():
+        newer = Path(shutil.copytree(model, home / f"newer-{model.name}"))
+        (newer / "SIGNATURE").unlink(missing_ok=True)
+        for bundle in (model, newer):
+            with InstalledVersions(link) as versions, open_bundle(bundle) as opened:
+                versions.switch(versions.publish(versions.stage(opened)))
+    return link
 
 
 def _with_the_policy() -> list[str]:

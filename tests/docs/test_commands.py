@@ -57,6 +57,7 @@ REFUSED: tuple[tuple[str, tuple[int, str]], ...] = (
     (r" deploy model\.pth .*--max-map-drop", _NOT_ENOUGH),
     (r" evaluate model\.int8\..*--max-map-drop", _NOT_ENOUGH),
     (r" quantize .* --annotations ", _NOT_ENOUGH),
+    (r" rollback models/cells", (1, "has no earlier version to go back to")),
     (r" report BUNDLE$", (4, "the images could not decide a limit")),
     # Two equal bundles; that nothing varies between images is not in their records.
     (r" compare cells-1\.0 cells-1\.1 --max-map-drop", (4, "measure it with --images and --annotations")),

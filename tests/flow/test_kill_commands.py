@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,8 @@ import onnx, onnxruntime, onnxscript, onnxsim, torch
 import calibration.calibrate, exporters.torch_onnx, fcos_deploy.pipeline
 from fcos_deploy.cli.app import build_app
 
-WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "ctypes.dlsym"}
+WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "ctypes.dlsym",
+           "os.symlink", "os.chmod"}
 
 def run(arguments, folder, operation, log, **_):
     count = 0
@@ -244,3 +246,44 @@ def test_calibrate(launch: Launcher, tiny_onnx: Path, smooth_images: Path, tmp_p
     sys.stdout.write(f"calibrate: {dict(seen)}\n")
     assert seen["kills"] == KILLS
     assert seen["completed"] >= 1
+
+
+def test_install_and_rollback(launch: Launcher, renamed_bundle: Callable[[Path, str], Path], tmp_path: Path) -> None:
+    """The link leads to a whole version after every kill; the rerun completes, and nothing is left over."""
+    place, pristine = tmp_path / "models", tmp_path / "pristine"
+    link, versions = place / "x", place / ".x.versions"
+    bundles = [renamed_bundle(tmp_path / name, name) for name in ("a", "b", "c")]
+
+    def current() -> str:
+        assert {path.name for path in place.iterdir()} == {"x", ".x.versions"}
+        with open_bundle(link) as opened:
+            return opened.manifest.name
+
+    for bundle in bundles[:2]:
+        assert launch(["install", str(bundle), str(link)], folder=place).code == 0
+    shutil.copytree(place, pristine, symlinks=True)
+    seen: Counter[str] = Counter()
+    for command, new in ((["install", str(bundles[2]), str(link)], "c"), (["rollback", str(link)], "a")):
+        shutil.rmtree(place)
+        shutil.copytree(pristine, place, symlinks=True)
+        whole = launch(command, folder=place)
+        assert (whole.code, current()) == (0, new), whole.log
+        moments = np.random.default_rng(SEED).permutation(np.arange(1, whole.operations + 1))
+        for moment in moments[:KILLS].tolist():
+            shutil.rmtree(place)
+            shutil.copytree(pristine, place, symlinks=True)
+            killed = launch(command, folder=place, operation=moment)
+            assert killed.code == -signal.SIGKILL, killed.log
+            state = current()
+            assert state in ("b", new), moment
+            seen[f"{command[0]}: {state}"] += 1
+            if state == "b" or command[0] == "install":
+                again = launch(command, folder=place)
+                assert again.code == 0, (moment, again.log)
+            assert current() == new
+            names = {path.name for path in versions.iterdir()} - {"lock", "history.json"}
+            assert len(names) == 2 or command[0] == "rollback", (moment, names)
+            if command[0] == "install" and state == "b":
+                assert launch(["rollback", str(link)], folder=place).code == 0
+                assert current() == "b", "the last good one was kept"
+    sys.stdout.write(f"install and rollback: {dict(seen)}\n")

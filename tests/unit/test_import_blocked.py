@@ -96,6 +96,7 @@ def test_a_checkpoint_says_what_to_install(tiny_checkpoint: Path, picture: Path)
         ("verify", "{bundle}"),
         ("build", "{bundle}", "--backend", "openvino"),
         ("setup", "{bundle}", "--backend", "openvino"),
+        ("install", "{bundle}", "{bundle}-installed"),
         ("sign", "--generate-key", "--key", "{bundle}-key.pem"),
     ],
     ids=lambda words: words[0],

@@ -19,7 +19,16 @@ from typer.core import TyperCommand, TyperGroup
 
 from fcos_deploy.cli.options import OUTPUT, with_parameters
 from fcos_deploy.cli.output import show_error, verbosity
-from fcos_deploy.core.errors import FcosDeployError
+from fcos_deploy.cli.settings import (
+    Setting,
+    origins,
+    read_settings,
+    refuse_mistyped_variables,
+    settings_in_force,
+    show_settings,
+    variable_names,
+)
+from fcos_deploy.core.errors import ConfigError, FcosDeployError
 
 __all__ = ["COMMANDS", "build_app", "main"]
 
@@ -28,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 # Panels of the help; in each its commands in the order of use, with the module here that defines ``<name>_command``.
 COMMANDS: dict[str, dict[str, str]] = {
     "From a checkpoint to a bundle": {
+        "init": "init",
         "deploy": "deploy",
         "demo": "deploy",
         "inspect": "inspect",
@@ -64,6 +74,12 @@ _VERBOSE = typer.Option(
 _QUIET = typer.Option(
     "-q", "--quiet", help="Only errors on stderr: no progress, tables or notes.", rich_help_panel=OUTPUT
 )
+_SHOW_CONFIG = typer.Option(
+    "--show-config",
+    help="Every option in force and where it comes from, on stdout, in place of running the command.",
+    rich_help_panel=OUTPUT,
+)
+_SETTINGS = "fcos_deploy.settings"  # their key in a context
 
 
 def _wide_help(self: Any, ctx: Any, formatter: Any) -> None:  # noqa: ARG001  # Any: Click's, or Typer's copy of it
@@ -78,7 +94,45 @@ def _wide_help(self: Any, ctx: Any, formatter: Any) -> None:  # noqa: ARG001  # 
 
 
 class _Command(TyperCommand):
+    """Takes from variables and the project file what is not typed."""
+
     format_help = _wide_help
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: Typer's copy of Click's context
+        """Give the context the settings as its defaults, and name the source of one that its option refuses."""
+        typed: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
+        if ctx.resilient_parsing or "help" in typed:
+            return super().parse_args(ctx, args)
+        try:
+            own = [variable for parameter in self.params for variable in variable_names(str(self.name), parameter)]
+            refuse_mistyped_variables(own, _all_variables)
+            settings = read_settings(self, typed)
+        except ConfigError as error:
+            show_error(error.message, hint=error.hint)
+            raise typer.Exit(error.exit_code) from error
+        ctx.default_map = {name: setting.value for name, setting in settings.items()}
+        ctx.meta[_SETTINGS] = settings
+        try:
+            if "show_config" in typed:
+                show_settings(self, ctx, typed, settings)
+                raise typer.Exit
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            name = error.param.name if error.param else None
+            if name in settings and typed.get(name) is None:
+                error.param_hint = f"{settings[name].option} (of {settings[name].source})"
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it, with the settings known to what it prints."""
+        settings: dict[str, Setting] = ctx.meta.get(_SETTINGS, {})
+        with settings_in_force(settings):
+            return super().invoke(ctx)
+
+
+def _all_variables() -> list[str]:
+    group: Any = typer.main.get_command(build_app())  # Any: Typer's copy of Click's group
+    return [v for name, command in group.commands.items() for p in command.params for v in variable_names(name, p)]
 
 
 class _Group(TyperGroup):
@@ -121,12 +175,19 @@ def _group(
 
 
 def _guard(command: Callable[..., None]) -> Callable[..., None]:
-    def guarded(*, verbose: int, quiet: bool, **arguments: Any) -> None:  # Any: the command's own parameters
+    def guarded(  # ``show_config`` ended the command while it was parsed
+        *,
+        verbose: int,
+        quiet: bool,
+        show_config: bool,  # noqa: ARG001
+        **arguments: Any,  # Any: the command's own parameters
+    ) -> None:
         try:
             with verbosity(verbose=verbose, quiet=quiet):
                 _call(command, arguments)
         except FcosDeployError as error:
-            show_error(error.message, hint=error.hint)
+            origin = origins(f"{error.message} {error.hint}", of_options=isinstance(error, ConfigError))
+            show_error(error.message, hint=error.hint, origin=origin)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             Console(stderr=True).print("[bold red]interrupted[/]")
@@ -139,6 +200,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
     added = [
         inspect.Parameter("verbose", keyword, default=0, annotation=Annotated[int, _VERBOSE]),
         inspect.Parameter("quiet", keyword, default=False, annotation=Annotated[bool, _QUIET]),
+        inspect.Parameter("show_config", keyword, default=False, annotation=Annotated[bool, _SHOW_CONFIG]),
     ]
     return with_parameters(guarded, command, added)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
+from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.gate import Judge, overall_outcome
@@ -117,6 +118,17 @@ def deploy_command(
             "Plan of what would be built, without building it; checkpoint and images are read as for the build.",
             "--dry-run",
         ),
+    ] = False,
+    config: Annotated[  # noqa: ARG001  (the application has read it)
+        Path | None,
+        cli.option(
+            "Project file of these options; variables and the command line override it. Default: fcos-deploy.toml in "
+            "the current folder, if any.",
+            metavar="FILE",
+        ),
+    ] = None,
+    no_config: Annotated[  # noqa: ARG001  (the same)
+        bool, cli.option("The fcos-deploy.toml in the current folder is not read.", "--no-config")
     ] = False,
     as_json: cli.Json = False,
     options: CheckpointOptions,

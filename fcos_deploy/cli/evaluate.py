@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import command_line, note, print_json, progress_bar, table
+from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision

@@ -71,6 +71,7 @@ __all__ = [
     "Server",
     "Target",
     "Threads",
+    "checkpoint_options_of",
     "complete_backend",
     "complete_target",
     "detector_specs",
@@ -476,15 +477,25 @@ def _with_checkpoint_options(command: Callable[..., None], infos: Mapping[str, O
 
     def with_options(*, checkpoint_options: Path | None, **arguments: Any) -> None:  # Any: each option's own type
         texts = {name: arguments.pop(name) for name in infos}
-        given = {
-            name: parse(text) if (parse := infos[name].parse) else text
-            for name, text in texts.items()
-            if text not in (None, "")
-        }
-        stated = read_checkpoint_options(checkpoint_options) if checkpoint_options else CheckpointOptions()
-        command(**arguments, options=override_options(stated, given))
+        command(**arguments, options=checkpoint_options_of(texts, file=checkpoint_options))
 
     return with_parameters(with_options, command, parameters, hidden="options")
+
+
+def checkpoint_options_of(texts: Mapping[str, Any], *, file: Path | None) -> CheckpointOptions:
+    """What the values of these options on a command line, by their fields, say over those of an options ``file``.
+
+    Raises:
+        ConfigError: a value cannot be read, or two options contradict each other.
+    """
+    infos = option_infos()
+    given = {
+        name: parse(text) if (parse := infos[name].parse) else text
+        for name, text in texts.items()
+        if text not in (None, "")
+    }
+    stated = read_checkpoint_options(file) if file else CheckpointOptions()
+    return override_options(stated, given)
 
 
 def _parameter(name: str, info: OptionInfo, kind: Any) -> inspect.Parameter:  # Any: a type form such as ``int | None``

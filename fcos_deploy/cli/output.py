@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.text import printable
 
-__all__ = ["command_line", "note", "print_json", "print_json_line", "progress_bar", "show_error", "table", "verbosity"]
+__all__ = ["note", "print_json", "print_json_line", "progress_bar", "show_error", "table", "verbosity"]
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
@@ -91,12 +90,16 @@ def note(text: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False, quiet=_QUIET.get()).print(shown, markup=False, emoji=False)
 
 
-def show_error(message: str, *, hint: str) -> None:
-    """An error and what to do about it, on stderr; names of files in it are text, whatever they contain."""
+def show_error(message: str, *, hint: str, origin: str = "") -> None:
+    """An error, what to do about it, and where the options come from that nobody typed, on stderr.
+
+    Names of files in it are text, whatever they contain.
+    """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text.assemble(("error:", "bold red"), " ", printable(message, lines=True)))
-    if hint:
-        console.print(Text.assemble(("hint:", "bold"), "  ", printable(hint, lines=True)))
+    for title, text in (("hint:", hint), ("from:", origin)):
+        if text:
+            console.print(Text.assemble((title, "bold"), "  ", printable(text, lines=True)))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -174,8 +177,3 @@ def progress_bar() -> Iterator[ProgressFn]:
                     note(f"{label}: {total} in {seconds:.1f} s{rate}")
 
         yield report
-
-
-def command_line() -> str:
-    """The command as the user typed it, for reports and manifests."""
-    return shlex.join(["fcos-deploy", *sys.argv[1:]])

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import command_line, note, progress_bar, table
+from fcos_deploy.cli.output import note, progress_bar, table
+from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Judge

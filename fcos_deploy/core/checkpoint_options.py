@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import open_regular
 from fcos_deploy.core.network import BoxActivation, ExtraSource, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, SizeRule
-from fcos_deploy.core.serialize import from_json, parse_toml, to_json
-from fcos_deploy.core.text import decoded_text
+from fcos_deploy.core.serialize import from_json, parse_toml, to_json, toml_value
+from fcos_deploy.core.text import brief, decoded_text
 
 __all__ = [
     "AUTO",
@@ -30,6 +29,8 @@ __all__ = [
     "option_infos",
     "override_options",
     "read_checkpoint_options",
+    "read_options_file",
+    "replaced_fields",
 ]
 
 AUTO = "auto"
@@ -395,15 +396,39 @@ def override_options(options: CheckpointOptions, values: Mapping[str, Any]) -> C
     Raises:
         ConfigError: as ``CheckpointOptions`` does.
     """
-    dropped: dict[str, Any] = {}
-    if "input_size" in values:
-        dropped = {"shortest": None, "longest": None, "size_rule": None, "content": None}
-    elif "shortest" in values or "longest" in values:
-        dropped = {"input_size": None, "size_rule": None, "content": None}
-    if "profile" in values:
-        dropped |= {"centers": None, "clip": None}  # A profile brings its own.
+    dropped = dict.fromkeys(replaced_fields(values))
     origins = {name: file for name, file in options.origins.items() if name not in values}
     return dataclasses.replace(options, **{**dropped, **values, "origins": origins})
+
+
+def replaced_fields(stated: Collection[str]) -> frozenset[str]:
+    """The fields of what is overridden that go with the ones that are ``stated`` above it, as they contradict them."""
+    replaced: set[str] = set()
+    if "input_size" in stated:
+        replaced = {"shortest", "longest", "size_rule", "content"}
+    elif "shortest" in stated or "longest" in stated:
+        replaced = {"input_size", "size_rule", "content"}
+    if "profile" in stated:
+        replaced |= {"centers", "clip"}  # A profile brings its own.
+    return frozenset(replaced)
+
+
+def read_options_file(path: Path, known: Collection[str], *, otherwise: str) -> dict[str, Any]:  # Any: TOML values
+    """What a TOML file says about the options that are ``known``; ``otherwise``: the hint where no name is similar.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or holds an option that does not exist.
+    """
+    try:
+        values = parse_toml(_read_text(path))
+    except ValueError as error:
+        raise ConfigError(f"'{path}' is not a TOML file: {error}.") from error
+    for name in values:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{similar[0]}'?" if similar else otherwise
+            raise ConfigError(f"'{path}' has an unknown option {brief(name)}.", hint=hint)
+    return values
 
 
 def read_checkpoint_options(path: Path) -> CheckpointOptions:
@@ -412,15 +437,7 @@ def read_checkpoint_options(path: Path) -> CheckpointOptions:
     Raises:
         ConfigError: the file cannot be read, is not TOML, or holds an option that does not exist or has another type.
     """
-    try:
-        values = parse_toml(_read_text(path))
-    except ValueError as error:
-        raise ConfigError(f"'{path}' is not a TOML file: {error}.") from error
-    for name in values:
-        if name not in option_infos():
-            similar = difflib.get_close_matches(name, option_infos(), n=1)
-            hint = f"did you mean '{similar[0]}'?" if similar else "'fcos-deploy inspect --write-options' writes a file"
-            raise ConfigError(f"'{path}' has an unknown option '{name}'.", hint=hint)
+    values = read_options_file(path, option_infos(), otherwise="'fcos-deploy inspect --write-options' writes a file")
     options = from_json(CheckpointOptions, values, where=str(path))
     return dataclasses.replace(options, origins=dict.fromkeys(values, path.name))
 
@@ -431,8 +448,6 @@ def format_checkpoint_options(options: CheckpointOptions, *, sources: Mapping[st
     for name, value in to_json(options).items():
         if name == "origins" or value in (None, "", [], AUTO):
             continue
-        # A JSON string, number, boolean or array of them is TOML too, but for DEL, which TOML wants escaped.
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007F")
         comment = " ".join((sources or {}).get(name, "").split())
-        lines.append(f"{name} = {text}" + (f"  # {comment}" if comment else ""))
+        lines.append(f"{name} = {toml_value(value)}" + (f"  # {comment}" if comment else ""))
     return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.text import brief
 
-__all__ = ["from_json", "json_schema", "parse_json", "parse_toml", "to_json"]
+__all__ = ["from_json", "json_schema", "parse_json", "parse_toml", "to_json", "toml_value"]
 
 T = TypeVar("T")
 
@@ -74,6 +74,11 @@ def parse_toml(text: str) -> dict[str, Any]:  # Any: TOML values
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return content
+
+
+def toml_value(value: Any) -> str:  # Any: a JSON value that TOML has too: text, a number, a boolean or an array of them
+    """``value`` as TOML writes it: as JSON does, but for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007F")
 
 
 def from_json(kind: type[T], value: Any, *, where: str = "") -> T:

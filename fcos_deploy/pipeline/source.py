@@ -34,6 +34,7 @@ __all__ = [
     "DeploySource",
     "GraphForm",
     "WrittenGraph",
+    "names_a_function",
     "open_source",
     "run_user_code",
     "source_contract",
@@ -267,6 +268,11 @@ def _refuse_options(options: CheckpointOptions) -> None:
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+def names_a_function(text: str) -> bool:
+    """Whether it is ``package.module:function``, and no file of that name."""
+    return _FUNCTION.fullmatch(text) is not None and not Path(text).exists()
+
+
 def run_user_code(text: str, *, allowed: bool) -> WrappedModule | None:
     """What ``package.module:function`` returns; None where ``text`` is no such name, or names a file.
 
@@ -275,7 +281,7 @@ def run_user_code(text: str, *, allowed: bool) -> WrappedModule | None:
     Raises:
         ConfigError: code may not be run, there is no such function, or it returns no wrapped module.
     """
-    if _FUNCTION.fullmatch(text) is None or Path(text).exists():
+    if not names_a_function(text):
         return None
     if not allowed:
         raise ConfigError(f"'{text}' names a function, and running it runs code of yours.", hint="--run-code allows it")

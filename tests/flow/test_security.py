@@ -132,6 +132,7 @@ def _uses(out: Path, *, bundle: Path, ir: Path, onnx: Path, checkpoint: Path, im
         ["quantize", onnx, "--quantizer", "nncf", "--for", "openvino", "--images", images, "-o", out / "n.xml"],
         ["build", onnx, "--backend", "openvino", "-o", out / "m.xml"],
         ["deploy", *deploy, "--target", "jetson-orin-nano", "--dry-run"],
+        ["init", *deploy, "--config", out / "project.toml"],
         ["demo", "-o", out / "demo"],
         ["setup", bundle, "--backend", "openvino"],
         ["sign", bundle, "--generate-key", "--key", key, "--openssf-key", out / "ec.pem"],

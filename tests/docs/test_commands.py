@@ -61,6 +61,7 @@ REFUSED: tuple[tuple[str, tuple[int, str]], ...] = (
     (r" report BUNDLE$", (4, "the images could not decide a limit")),
     # Two equal bundles; that nothing varies between images is not in their records.
     (r" compare cells-1\.0 cells-1\.1 --max-map-drop", (4, "measure it with --images and --annotations")),
+    (r" init model\.pth$", (2, "give them here, or run it on a terminal, which asks")),
     (r" (setup|build) \S+ --backend tensorrt( -o \S+)?$", _NO_TENSORRT),
     (r" verify \S+ --backend tensorrt$", (2, "build it here: fcos-deploy setup cells --backend tensorrt")),
     (r" verify \S+ --server ", (1, "The server at host:8000 does not answer")),

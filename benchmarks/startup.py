@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fcos_deploy.benchmark.cold_start import ColdStart, ColdStartTask, measure_cold_start
+from fcos_deploy.benchmark.cold_start import ColdStart, measure_cold_start
+from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import FcosDeployError
 from fcos_deploy.core.image import list_images
+from fcos_deploy.detector import DetectorSpec
 
 IMAGES = Path(__file__).parents[1] / "fcos_deploy" / "demo_data" / "evaluation"
 
@@ -39,9 +41,8 @@ def cold_start(bundle: Path, backend: str, precision: str, parts: list[ColdStart
     """Seconds from the start of a process to its first detection."""
 
     def run() -> float:
-        image = str(list_images(IMAGES)[0])
-        task = ColdStartTask(model=str(bundle), image=image, backend=backend, precision=precision)
-        parts.append(measure_cold_start(task))
+        spec = DetectorSpec(model=bundle, backend=backend, precision=Precision(precision))
+        parts.append(measure_cold_start(spec, list_images(IMAGES)[0]))
         return parts[-1].first_detection
 
     return run

@@ -22,7 +22,7 @@ from fcos_deploy.core.backend import (
     Tensors,
 )
 from fcos_deploy.core.enums import ArtifactKind, DeformForm, StrEnum
-from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
+from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, missing_device
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -234,7 +234,7 @@ def _provider(device: str) -> tuple[str, dict[str, str]]:
     name, _, index = device.partition(":")
     devices = _devices()
     if name.lower() not in devices or (index and not index.isdecimal()):
-        raise DeviceError(f"ONNX Runtime has no device '{device}' here.", hint=f"devices: {', '.join(devices)}")
+        raise missing_device("ONNX Runtime", device, devices)
     return devices[name.lower()], {"device_id": index} if index else {}
 
 

@@ -28,7 +28,7 @@ from fcos_deploy.core.backend import (
     Tensors,
 )
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.errors import BackendError, BackendLoadError, DeviceError
+from fcos_deploy.core.errors import BackendError, BackendLoadError, DeviceError, missing_device
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -230,7 +230,7 @@ def _device(core: Any, name: str) -> str:
         return device
     if f"{device}.0" in available:
         return f"{device}.0"
-    raise DeviceError(f"OpenVINO has no device '{name}' here.", hint=f"devices: {', '.join(available)}")
+    raise missing_device("OpenVINO", name, available)
 
 
 def _check_compute(core: Any, device: str, compute: ComputeType) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.errors import BackendError, DeviceError
+from fcos_deploy.core.errors import BackendError, missing_device
 from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.tensor_spec import TensorSpec
@@ -134,7 +134,7 @@ def open_model(network: Fcos, *, contract: ModelContract, options: SessionOption
     options = options or SessionOptions()
     name, devices = options.device or "cpu", _devices()
     if name not in devices and not (name == "cuda" and len(devices) > 1):  # "cuda" is PyTorch's name of the current one
-        raise DeviceError(f"PyTorch has no device '{name}' here.", hint=f"devices: {', '.join(devices)}")
+        raise missing_device("PyTorch", name, devices)
     device = torch.device(name)
     exportable = ExportableFcos(network, contract).eval().to(device)
     session = _PyTorchSession(

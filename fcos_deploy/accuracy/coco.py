@@ -498,7 +498,7 @@ def _ends(value: float, drawn: NDArray[np.float64], *, images: int, confidence: 
     """
     normal = NormalDist()
     degrees = max(1, images - 1)
-    reach = math.sqrt(1 + 1 / degrees) * _student_quantile(_normal_quantile(confidence), degrees=degrees)
+    reach = math.sqrt(1 + 1 / degrees) * _student_quantile(normal.inv_cdf((1 + confidence) / 2), degrees=degrees)
     # The share of the resamples below the value itself: 1/2 without bias (Efron and Tibshirani, An Introduction to the
     # Bootstrap, section 14.3). Kept off 0 and 1, which have no quantile.
     below = float((drawn < value).mean() + (drawn == value).mean() / 2)
@@ -506,10 +506,6 @@ def _ends(value: float, drawn: NDArray[np.float64], *, images: int, confidence: 
     shares = [normal.cdf(z) for z in (-reach, reach, 2 * bias - reach, 2 * bias + reach)]
     low, high, corrected_low, corrected_high = (float(v) for v in np.quantile(drawn, shares))
     return min(low, 2 * value - high, corrected_low), max(high, 2 * value - low, corrected_high)
-
-
-def _normal_quantile(confidence: float) -> float:
-    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _student_quantile(z: float, *, degrees: int) -> float:

@@ -1,6 +1,6 @@
 """The first detection of a new process: what a user waits for, and what memory it takes.
 
-Run as a program, this module is that process; it reads its task from stdin.
+Run as a program, this module is that process; it reads from stdin which model opens and what it detects on.
 """
 
 from __future__ import annotations
@@ -13,63 +13,19 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.errors import BackendError, FcosDeployError
 from fcos_deploy.core.serialize import from_json, to_json
 
 if TYPE_CHECKING:
     from fcos_deploy.detector import DetectorSpec
 
-__all__ = ["ColdStart", "ColdStartTask", "measure_cold_start", "module_command", "peak_memory_mib"]
+__all__ = ["ColdStart", "measure_cold_start", "module_command", "peak_memory_mib"]
 
 
 _TIMEOUT = 600.0  # seconds; opening a large model may compile it
 _REPEATS = 5  # detections before the peak memory is read: allocators reach their final size in the first few
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ColdStartTask:
-    """What the process does; paths as text, empty and None for the detector's own choice."""
-
-    model: str
-    image: str
-    backend: str = ""
-    precision: str = ""
-    device: str = ""
-    compute: str = "f32"
-    threads: int | None = None
-    public_keys: tuple[str, ...] = ()
-    expect_name: str = ""
-    min_version: int = 0
-    trust_local_builds: bool = False
-    allow_engine_code: bool = False
-    unsigned_checkpoints: bool = False
-    allow_fallback: bool = False
-    checkpoint: CheckpointOptions | None = None
-
-    @staticmethod
-    def of(spec: DetectorSpec, image: Path) -> ColdStartTask:
-        """The task of detecting on an image file as ``spec`` says."""
-        options = spec.options
-        return ColdStartTask(
-            model=str(spec.model),
-            image=str(image),
-            backend=spec.backend,
-            precision=str(spec.precision or ""),
-            device=options.device,
-            compute=str(options.compute),
-            threads=options.threads,
-            public_keys=tuple(map(str, options.public_keys)),
-            expect_name=options.expect_name,
-            min_version=options.min_version,
-            trust_local_builds=options.trust_local_builds,
-            allow_engine_code=options.allow_engine_code,
-            unsigned_checkpoints=options.unsigned_checkpoints,
-            allow_fallback=options.allow_fallback,
-            checkpoint=options.checkpoint,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +41,16 @@ class ColdStart:
     peak_memory_mib: float
 
 
-def measure_cold_start(task: ColdStartTask) -> ColdStart:
-    """Start a process that opens the model and detects.
+def measure_cold_start(spec: DetectorSpec, image: Path) -> ColdStart:
+    """Start a process that opens the model of ``spec`` and detects on an image file.
 
     Raises:
         BackendError: the process failed; the message has the last line of what it printed.
     """
     command = module_command("fcos_deploy.benchmark.cold_start")
-    asked = json.dumps(to_json(task))  # By stdin: class names may be longer than an argument can be.
+    # By stdin: class names may be longer than an argument can be. Of a loaded network the file is opened anew.
+    parts = {name: to_json(getattr(spec, name)) for name in ("model", "backend", "precision", "options")}
+    asked = json.dumps({"spec": parts, "image": str(image)})
     started = time.monotonic_ns()  # One clock for all processes of the machine.
     try:
         # S603: the command is this interpreter and this module; the task is data.
@@ -100,10 +58,10 @@ def measure_cold_start(task: ColdStartTask) -> ColdStart:
             command, input=asked, capture_output=True, text=True, timeout=_TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise BackendError(f"The first detection of '{task.model}' took more than {_TIMEOUT:.0f} s.") from error
+        raise BackendError(f"The first detection of '{spec.model}' took more than {_TIMEOUT:.0f} s.") from error
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise BackendError(f"The process for the cold start of '{task.model}' failed: {last}")
+        raise BackendError(f"The process for the cold start of '{spec.model}' failed: {last}")
     marks = json.loads(result.stdout.splitlines()[-1])
     seconds = {name: (marks[name] - started) / 1e9 for name in ("imported", "opened", "first_detection")}
     return ColdStart(**seconds, peak_memory_mib=marks["peak_memory_mib"])
@@ -127,29 +85,13 @@ def module_command(module: str, *, version: tuple[int, int] = sys.version_info[:
     return [sys.executable, "-c", _WITHOUT_CURRENT_FOLDER, module]
 
 
-def _run(task: ColdStartTask) -> dict[str, float]:
-    from fcos_deploy.core.backend import ComputeType, SessionOptions
-    from fcos_deploy.core.enums import Precision
-    from fcos_deploy.detector import Detector
+def _run(asked: dict[str, Any]) -> dict[str, float]:  # Any: JSON values
+    from fcos_deploy.detector import DetectorSpec
 
     marks: dict[str, float] = {"imported": time.monotonic_ns()}
-    options = SessionOptions(
-        device=task.device,
-        compute=ComputeType(task.compute),
-        threads=task.threads,
-        public_keys=task.public_keys,
-        expect_name=task.expect_name,
-        min_version=task.min_version,
-        trust_local_builds=task.trust_local_builds,
-        allow_engine_code=task.allow_engine_code,
-        unsigned_checkpoints=task.unsigned_checkpoints,
-        allow_fallback=task.allow_fallback,
-        checkpoint=task.checkpoint,
-    )
-    precision = Precision(task.precision) if task.precision else None
-    with Detector.open(Path(task.model), backend=task.backend, precision=precision, options=options) as detector:
+    with from_json(DetectorSpec, asked["spec"]).open() as detector:
         marks["opened"] = time.monotonic_ns()
-        image = detector.read(Path(task.image))
+        image = detector.read(Path(asked["image"]))
         detector.detect(image)
         marks["first_detection"] = time.monotonic_ns()
         for _ in range(_REPEATS):
@@ -174,6 +116,6 @@ def peak_memory_mib() -> float:
 
 if __name__ == "__main__":
     try:
-        sys.stdout.write(json.dumps(_run(from_json(ColdStartTask, json.load(sys.stdin)))) + "\n")
+        sys.stdout.write(json.dumps(_run(json.load(sys.stdin))) + "\n")
     except FcosDeployError as error:
         sys.exit(f"{error.message} {error.hint}")

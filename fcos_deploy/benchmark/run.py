@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.benchmark.cold_start import ColdStart, ColdStartTask, measure_cold_start
+from fcos_deploy.benchmark.cold_start import ColdStart, measure_cold_start
 from fcos_deploy.benchmark.machine import (
     ClockReading,
     Contention,
@@ -176,11 +176,6 @@ def demo_image() -> Path:
     return images[0]
 
 
-def _cold_start(candidate: DetectorSpec, image: Path) -> ColdStart | None:
-    """None for a network that only this process has."""
-    return measure_cold_start(ColdStartTask.of(candidate, image)) if candidate.opens_file else None
-
-
 def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progress) -> Benchmark:
     """Time all candidates in turns, then the throughput and the cold start of each.
 
@@ -202,6 +197,8 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
     after = read_clock().throttled
     results = []
     for candidate, timing, (session, precision) in zip(candidates, timings, opened, strict=True):
+        # A network that only this process has cannot start in another one.
+        cold = request.cold_start and candidate.opens_file
         throughput, power, clock = _measure_load(candidate, image, seconds=request.timing.throughput_seconds)
         results.append(
             BenchmarkResult(
@@ -213,7 +210,7 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
                 throughput_fps=throughput,
                 power=power,
                 joules_per_image=power.watts / throughput if power.watts is not None else None,
-                cold_start=_cold_start(candidate, path) if request.cold_start else None,
+                cold_start=measure_cold_start(candidate, path) if cold else None,
                 file_bytes=model_bytes(candidate.model),
                 clock=clock,
                 session=session,

@@ -22,7 +22,7 @@ from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersio
 from fcos_deploy.core.gate import Finding, Gate, Outcome
 from fcos_deploy.core.matching import ScoreDrift
 from fcos_deploy.core.progress import StageRecord
-from fcos_deploy.core.serialize import from_json, to_json
+from fcos_deploy.core.serialize import from_json, to_json, unique_keys
 
 __all__ = [
     "BOM_NAME",
@@ -360,7 +360,7 @@ def parse_manifest(text: str, *, where: str) -> Manifest:
         BundleError: when it is not a manifest.
     """
     try:
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique_keys)
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"'{where}' is not JSON: {error}.") from error
     version = value.get("schema_version") if isinstance(value, dict) else None
@@ -386,13 +386,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
     return number
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return mapping
 
 
 BOM_NAME = "bom.cdx.json"

@@ -616,7 +616,8 @@ class _Reader:
         divisor = (before or {}).get("pad_size_divisor", 1)
         if pad.get("size_divisor") and pad["size_divisor"] % divisor:
             self._refuse("model.data_preprocessor.pad_size_divisor", divisor, "a divisor of Pad's", "size_divisor")
-        normalized = bool(steps) and "Normalize" in steps and list(steps).index("Normalize") < _index(steps, "Pad")
+        order = list(steps)
+        normalized = "Normalize" in order and "Pad" not in order[: order.index("Normalize")]
         value = pad.get("pad_val", 0) if pad else (before or {}).get("pad_value", 0)
         value = value.get("img", 0) if isinstance(value, dict) else value
         channels = self._network.image_channels
@@ -720,10 +721,6 @@ def _is_version_3(config: Values) -> bool:
         or (isinstance(model, dict) and model.get("data_preprocessor"))
         or config.get("data_preprocessor")
     )
-
-
-def _index(steps: Values, name: str) -> int:
-    return list(steps).index(name) if name in steps else len(steps)
 
 
 def _normalization(before: Values | None, step: Values | None, *, channels: int) -> Values | None:

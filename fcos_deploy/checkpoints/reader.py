@@ -28,6 +28,7 @@ from fcos_deploy.core.checkpoint_options import OPTION
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.file_kinds import CheckpointFormat, checkpoint_format
 from fcos_deploy.core.files import open_regular
+from fcos_deploy.core.serialize import unique_keys
 from fcos_deploy.core.text import brief
 
 __all__ = [
@@ -283,7 +284,7 @@ def _read_safetensors(path: Path) -> CheckpointFile:
             length = int.from_bytes(stream.read(8), "little")
             if length > min(_LARGEST_HEADER, archive.size - 8):
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=unique_keys)
         metadata = dict(header.pop("__metadata__", {}))
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text")
@@ -292,13 +293,6 @@ def _read_safetensors(path: Path) -> CheckpointFile:
         reason = error.args[0][:200] if error.args and isinstance(error.args[0], str) else type(error).__name__
         raise CheckpointError(f"'{path}' is a damaged safetensors file: {reason}.", hint=_INCOMPLETE) from error
     return CheckpointFile(tensors, "safetensors", metadata)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return names
 
 
 def _safetensor(name: str, entry: dict[str, Any], archive: _Archive, *, begin: int) -> StoredTensor:

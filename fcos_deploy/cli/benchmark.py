@@ -40,7 +40,7 @@ def benchmark_command(
     ] = None,
     tolerance: Annotated[
         float,
-        cli.option("Slowdown against --baseline that passes, 0.1 for 10 %.", min=0.0, metavar="SHARE", panel=cli.GATE),
+        cli.option("Allowed slowdown against --baseline, 0.1 for 10 %.", min=0.0, metavar="SHARE", panel=cli.GATE),
     ] = 0.1,
     backend: cli.Backends = None,
     precision: cli.BundlePrecisions = None,
@@ -93,7 +93,7 @@ def soak_command(
     max_memory_growth: Annotated[
         float,
         cli.option(
-            "Growth of the memory after the warm-up that passes, 0.02 for 2 %.",
+            "Allowed growth of memory after the warm-up, 0.02 for 2 %.",
             min=0.0,
             metavar="SHARE",
             panel=cli.GATE,

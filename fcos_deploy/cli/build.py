@@ -107,10 +107,10 @@ def build_command(
         bool, cli.option("Permission for TF32 in fp32 convolutions.", "--tf32", panel=cli.TENSORRT)
     ] = False,
     version_compatible: Annotated[
-        bool, cli.option("An engine for newer TensorRT versions too.", "--version-compatible", panel=cli.TENSORRT)
+        bool, cli.option("Engine that newer TensorRT versions also load.", "--version-compatible", panel=cli.TENSORRT)
     ] = False,
     hardware_compatible: Annotated[
-        bool, cli.option("An engine for newer GPUs too.", "--hardware-compatible", panel=cli.TENSORRT)
+        bool, cli.option("Engine that also runs on newer GPUs.", "--hardware-compatible", panel=cli.TENSORRT)
     ] = False,
     calibration_cache: Annotated[
         Path | None,

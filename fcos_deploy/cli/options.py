@@ -226,8 +226,8 @@ MinMatchRate = Annotated[
 JudgeBy = Annotated[
     Judge,
     option(
-        "What must keep a limit: the 95 % confidence interval of the figure, or the point estimate alone, which chance "
-        "may decide.",
+        "What must be within a limit: the 95 % confidence interval of the figure, or the point estimate alone, which "
+        "chance may decide.",
         "--judge",
         panel=GATE,
     ),

@@ -70,7 +70,7 @@ def predict_command(
         ),
     ] = None,
     follow: Annotated[
-        bool, cli.option("Detections of the images that come into a folder from now on.", "--follow", panel=cli.STREAM)
+        bool, cli.option("Detections of images that arrive in a folder from now on.", "--follow", panel=cli.STREAM)
     ] = False,
     max_frames: Annotated[
         int | None, cli.option("Number of frames to detect on. Default: no end.", min=1, panel=cli.STREAM)

@@ -130,9 +130,7 @@ def quantize_command(
     allow_inconclusive: cli.AllowInconclusive = False,
     evaluations: Annotated[
         int,
-        cli.option(
-            "Largest number of INT8 and float mixtures to evaluate; 1 allows no layer in float.", min=1, panel=cli.GATE
-        ),
+        cli.option("Maximum number of candidates to evaluate; with 1 no layer stays in float.", min=1, panel=cli.GATE),
     ] = 16,
     threads: cli.Threads = None,
     junit: cli.Junit = None,

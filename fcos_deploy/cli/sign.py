@@ -23,8 +23,8 @@ def sign_command(
     generate_key: Annotated[
         bool,
         cli.option(
-            "New key pair, written before signing: --key and the same name ending in .pub.pem. With --openssf-key, of "
-            "both those that are missing.",
+            "New key pair, written before signing: --key and the same name ending in .pub.pem. With --openssf-key, "
+            "whichever of the two pairs is missing.",
             "--generate-key",
             panel=cli.TRUST,
         ),
@@ -32,7 +32,7 @@ def sign_command(
     version: Annotated[
         int,
         cli.option(
-            "Version of the bundle, signed with it; devices refuse an older one than they opened. 0 claims none.",
+            "Version of the bundle, signed with it; devices refuse one older than they have opened. 0: no version.",
             min=0,
             panel=cli.TRUST,
         ),
@@ -53,8 +53,8 @@ def sign_command(
     device: Annotated[
         bool,
         cli.option(
-            "This user's device key, made on first use, on what was built on this device, in place of --key on the "
-            "bundle.",
+            "Signature of what was built on this device, with this user's device key (made on first use), in place of "
+            "the bundle's with --key.",
             "--device",
             panel=cli.TRUST,
         ),

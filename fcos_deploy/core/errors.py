@@ -30,6 +30,7 @@ __all__ = [
     "SlowdownError",
     "StepCheckError",
     "TensorMismatchError",
+    "missing_device",
     "unknown_name",
 ]
 
@@ -122,6 +123,11 @@ class BackendLoadError(BackendError):
 
 class DeviceError(BackendError):
     """A device that is not there or does not fit the artifact."""
+
+
+def missing_device(runtime: str, device: str, devices: Iterable[str]) -> DeviceError:
+    """The error of a ``runtime`` for a ``device`` that is none of ``devices``."""
+    return DeviceError(f"{runtime} has no device '{device}' here.", hint=f"devices: {', '.join(devices)}")
 
 
 class TensorMismatchError(BackendError):

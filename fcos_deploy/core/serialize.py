@@ -14,12 +14,13 @@ import sys
 import types
 import typing
 from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.text import brief
 
-__all__ = ["from_json", "json_schema", "parse_json", "parse_toml", "to_json", "toml_value"]
+__all__ = ["from_json", "json_schema", "parse_json", "parse_toml", "to_json", "toml_value", "unique_keys"]
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", 
 
 
 def to_json(value: Any) -> Any:  # Any: a JSON value has no narrower type
-    """Dataclasses become objects, tuples arrays, enum members their text."""
+    """Dataclasses become objects, tuples arrays, enum members and paths their text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -37,7 +38,7 @@ def to_json(value: Any) -> Any:  # Any: a JSON value has no narrower type
         return [to_json(v) for v in value]
     if isinstance(value, dict):
         return {str(k): to_json(v) for k, v in value.items()}
-    return value
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def parse_json(text: str | bytes, *, keys: frozenset[str] | None = None) -> Any:  # Any: a JSON value
@@ -52,6 +53,18 @@ def parse_json(text: str | bytes, *, keys: frozenset[str] | None = None) -> Any:
         return json.loads(text, object_pairs_hook=lambda pairs: {key: item for key, item in pairs if key in keys})
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
+    """For ``json.loads`` as ``object_pairs_hook``: readers disagree on which of two values of one key counts.
+
+    Raises:
+        ValueError: a key occurs twice.
+    """
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return mapping
 
 
 _MAX_TOML = 256 << 10  # characters; 1,203 class names take 20,000
@@ -95,8 +108,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:  # Any: ``kind`` is any 
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (kind,) = (k for k in arguments if k is not type(None))
-        return _convert(kind, value, where)
+        first = next(k for k in arguments if k is not type(None))  # of ``str | Path`` the text
+        return _convert(first, value, where)
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where)
     if origin is tuple:
@@ -114,6 +127,8 @@ def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
         if value not in [member.value for member in kind]:
             raise _mismatch(where, f"one of {', '.join(m.value for m in kind)}", value)
         return kind(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < _BEYOND_FLOAT:
         return float(value)
     if kind is Any or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from fcos_deploy.benchmark.cold_start import ColdStartTask, measure_cold_start
+from fcos_deploy import SessionOptions
+from fcos_deploy.benchmark.cold_start import measure_cold_start
 from fcos_deploy.benchmark.run import demo_image
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.detector import DetectorSpec
 
 pytest.importorskip("onnxruntime")
 
@@ -84,8 +86,8 @@ def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
 
 def test_peak_memory_is_not_that_of_the_process_that_asks(tiny_onnx: Path) -> None:
     ballast = np.ones(150_000_000)  # 1.1 GiB, more than the small model's process needs
-    task = ColdStartTask(model=str(tiny_onnx), image=str(demo_image()), backend="onnxruntime", threads=1)
-    peak = measure_cold_start(task).peak_memory_mib
+    spec = DetectorSpec(model=tiny_onnx, backend="onnxruntime", options=SessionOptions(threads=1))
+    peak = measure_cold_start(spec, demo_image()).peak_memory_mib
     assert peak < ballast.nbytes / 2**20
 
 

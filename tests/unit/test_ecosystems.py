@@ -59,10 +59,10 @@ def _decision(described: CheckpointDescription, name: str) -> tuple[str, str]:
     return next((d.value, d.source) for d in described.contract.decisions if d.name == name)
 
 
-def test_there_are_47_key_lists_of_5_ecosystems() -> None:
-    assert len(ALL) == 47
-    assert len(DCN) == 6
-    assert list(all_ecosystems()) == ["adelaidet", "detectron2", "mmdetection", "tianzhi", "torchvision"]
+def test_there_are_key_lists_of_every_ecosystem() -> None:
+    assert len(ALL) >= 47
+    assert len(DCN) >= 6
+    assert {"adelaidet", "detectron2", "mmdetection", "tianzhi", "torchvision"} <= set(all_ecosystems())
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -23,7 +23,8 @@ import numpy as np
 from contestants import DEMO, demo_subject, resnet_subject
 from scaling_plots import Curves, draw
 
-from calibration.calibrate import CalibrationRequest, calibrate
+from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate
+from calibration.dataset import SampleOptions
 from exporters.simplify import simplify_onnx
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.benchmark.cold_start import peak_memory_mib
@@ -164,7 +165,9 @@ def work_step(work: Path, *, step: str, depth: int, size: int) -> str:
     else:
         output = work / f"depth{depth}.json"
         output.unlink(missing_ok=True)
-        calibrate(CalibrationRequest(model=simple, images=DEMO / "calibration", output=output, count=16, threads=2))
+        sample, statistics = SampleOptions(count=16), StatisticsOptions(threads=2)
+        images = DEMO / "calibration"
+        calibrate(CalibrationRequest(model=simple, images=images, output=output, sample=sample, statistics=statistics))
     return f"{time.perf_counter() - started} {peak_memory_mib()} {plain.stat().st_size / 1e6}"
 
 

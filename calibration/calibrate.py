@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from calibration.dataset import (
     find_images,
     inspect_images,
 )
-from calibration.execution import Feeder, default_engine, open_measuring
+from calibration.execution import ENGINES, Feeder, default_engine, open_measuring
 from calibration.placement import ConvGraph, open_graph
 from calibration.ranges import (
     DEFAULT_METHOD,
@@ -39,11 +39,10 @@ from calibration.ranges import (
     find_range,
     measure,
     measuring_model,
-    range_method,
     read_sample,
 )
 from fcos_deploy.core.backend import Tensors
-from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
 from fcos_deploy.core.files import MAX_TEXT_BYTES, atomic_file, read_file, write_text
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.onnx_graph import OnnxGraph
@@ -227,30 +226,48 @@ Observer = Callable[[int, Histograms], None]  # called with the number of images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationRequest:
-    """One calibration; ``method`` empty means the default.
+class StatisticsOptions:
+    """How the pass runs. ``engine``: a name in ``ENGINES``, or ``auto`` for the first of them that is installed.
 
-    ``evaluation_images``: a folder, list file or COCO json; images that are in both sets are refused, or with
-    ``allow_overlap`` reported.
-    ``tensorrt_version``: also write a calibration cache for this version of TensorRT. ``allow_outside``: a list may
-    name files that are not below its folder.
+    Raises:
+        ConfigError: there is no such engine.
+    """
+
+    method: RangeMethod = DEFAULT_METHOD
+    engine: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("auto", *ENGINES):
+            raise unknown_name("calibration engine", self.engine, ("auto", *ENGINES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRequest:
+    """One calibration.
+
+    ``images``, ``evaluation_images``: a folder, list file or COCO json; images that are in both sets are refused, or
+    with ``allow_overlap`` reported.
+    ``tensorrt_version``: also write a calibration cache for this version of TensorRT.
+
+    Raises:
+        ConfigError: that version takes no calibration cache.
     """
 
     model: Path
     images: Path
     output: Path
     annotations: Path | None = None
-    method: str = ""
-    count: int | None = None
-    seed: int = 0
+    sample: SampleOptions = field(default_factory=SampleOptions)
     evaluation_images: Path | None = None
     allow_overlap: bool = False
-    engine: str = "auto"
-    threads: int | None = None
+    statistics: StatisticsOptions = field(default_factory=StatisticsOptions)
     convergence: bool = False
-    minimum: int = 8
     tensorrt_version: str = ""
-    allow_outside: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tensorrt_version:
+            calibration_cache_number(self.tensorrt_version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,34 +304,19 @@ class CalibrationReport:
         ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatisticsOptions:
-    """How the pass runs.
-
-    ``engine``: ``onnxruntime``, ``openvino``, or ``auto`` for the first of them that is installed.
-    """
-
-    method: RangeMethod = DEFAULT_METHOD
-    engine: str = "auto"
-    threads: int | None = None
-
-
 def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress) -> CalibrationReport:
     """Choose images, measure, write. An interrupted run resumes from a hidden file beside the output.
 
     Raises:
         BackendLoadError: the graph cannot be read.
         CalibrationError: images or statistics that cannot be used.
-        ConfigError: an unknown method or engine, or an output that cannot be written.
+        ConfigError: an output that cannot be written.
     """
-    method, graph = range_method(request.method), open_graph(request.model)
-    if request.tensorrt_version:
-        calibration_cache_number(request.tensorrt_version)  # refused now, not after the pass
-    sample = SampleOptions(
-        count=request.count, seed=request.seed, minimum=request.minimum, allow_outside=request.allow_outside
-    )
+    graph, method = open_graph(request.model), request.statistics.method
     orientation = graph.source.contract.preprocess.orientation
-    images = collect_images(request.images, annotations=request.annotations, options=sample, orientation=orientation)
+    images = collect_images(
+        request.images, annotations=request.annotations, options=request.sample, orientation=orientation
+    )
     others = find_images(request.evaluation_images) if request.evaluation_images else {}
     evaluation = inspect_images(others, orientation=orientation)
     report = examine_set(images, graph.source.contract, evaluation=evaluation, allow_overlap=request.allow_overlap)
@@ -323,7 +325,7 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
     calibration = collect_ranges(
         graph,
         images,
-        options=StatisticsOptions(method=method, engine=request.engine, threads=request.threads),
+        options=request.statistics,
         state=request.output.with_name(f".{request.output.stem}.state.npz"),
         progress=progress,
         observer=recorder,
@@ -382,7 +384,6 @@ def collect_ranges(
 
     Raises:
         CalibrationError: an unreadable image, NaN or infinity, nothing but zeros in every tensor.
-        ConfigError: there is no such engine.
     """
     options = options or StatisticsOptions()
     key = _key(graph, images)

@@ -24,7 +24,6 @@ from fcos_deploy.core.errors import (
     ConfigError,
     MissingDependencyError,
     StepCheckError,
-    unknown_name,
 )
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.onnx_graph import OnnxGraph
@@ -94,15 +93,12 @@ def expose(model: Any, names: Sequence[str]) -> Any:  # onnx.ModelProto, untyped
 
 
 def open_engine(name: str, model: Any, *, threads: int | None = None) -> Session:
-    """A session of an onnx.ModelProto in memory.
+    """A session of an onnx.ModelProto in memory, of the engine with this name in ``ENGINES``.
 
     Raises:
-        ConfigError: there is no such engine.
         MissingDependencyError: it is not installed.
         BackendLoadError: it cannot read the model.
     """
-    if name not in ENGINES:
-        raise unknown_name("calibration engine", name, ["auto", *ENGINES])
     return ENGINES[name](model.SerializeToString(), threads=threads)
 
 
@@ -110,7 +106,7 @@ def open_measuring(name: str, model: Any, *, threads: int | None = None) -> Sess
     """A session of a ``measuring_model`` that holds few of its tensors at a time, whatever the image's size.
 
     Raises:
-        ConfigError, MissingDependencyError, BackendLoadError: as ``open_engine``.
+        MissingDependencyError, BackendLoadError: as ``open_engine``.
         CalibrationError: there is no room for a temporary copy of the graph.
     """
     if name != "onnxruntime":

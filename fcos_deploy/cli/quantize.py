@@ -65,21 +65,19 @@ def calibrate_command(
     as_json: cli.Json = False,
 ) -> None:
     """Measure the ranges of a graph's activations on images, for 'fcos-deploy quantize'."""
-    from calibration.calibrate import CalibrationRequest, calibrate
+    from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate
+    from calibration.dataset import SampleOptions
+    from calibration.ranges import range_method
 
     request = CalibrationRequest(
         model=model,
         images=images,
         output=output,
         annotations=annotations,
-        method=method,
-        count=count,
-        seed=seed,
-        allow_outside=allow_outside,
+        sample=SampleOptions(count=count, seed=seed, allow_outside=allow_outside),
         evaluation_images=evaluation_images,
         allow_overlap=allow_overlap,
-        engine=engine,
-        threads=threads,
+        statistics=StatisticsOptions(method=range_method(method), engine=engine, threads=threads),
         convergence=convergence,
         tensorrt_version=tensorrt_cache,
     )

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from calibration.calibrate import CalibrationRequest, calibrate
+from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate
+from calibration.dataset import SampleOptions
 from calibration.mixed_precision import find_trade_offs
+from calibration.ranges import RangeMethod
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
@@ -67,10 +69,8 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model=model,
             images=DEMO_DATA / "calibration",
             output=folder / "calibration.json",
-            method="minmax",
-            count=8,
-            engine="onnxruntime",
-            threads=1,
+            sample=SampleOptions(count=8),
+            statistics=StatisticsOptions(method=RangeMethod.MINMAX, engine="onnxruntime", threads=1),
         )
     )
     return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fcos_deploy
-from calibration.calibrate import CalibrationRequest, calibrate, load_calibration
+from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate, load_calibration
 from calibration.execution import executed_share
 from calibration.placement import open_graph, placement_for
 from calibration.qdq import quantize_qdq
@@ -27,7 +27,7 @@ def demo_calibration(demo_onnx: Path) -> Path:
         model=demo_onnx,
         images=DEMO / "calibration",
         output=output,
-        threads=2,
+        statistics=StatisticsOptions(threads=2),
         evaluation_images=DEMO / "evaluation",
     )
     report = calibrate(request)

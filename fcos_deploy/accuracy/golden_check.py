@@ -437,7 +437,7 @@ def _scatter(
     ):
         if len(now) < MIN_EVIDENCE:
             continue
-        usual = max(float(np.quantile(base, 0.9, method="lower")), same)
-        beyond = int((now > 2 * usual).sum())
-        if math.isfinite(usual) and _chance_of_more(beyond, len(now), _BEYOND) < _CHANCE:
-            yield f"{beyond} of {len(now)} {what} are more than {2 * usual:.3g}{unit} from the reference's"
+        typical = max(float(np.quantile(base, 0.9, method="lower")), same)
+        beyond = int((now > 2 * typical).sum())
+        if math.isfinite(typical) and _chance_of_more(beyond, len(now), _BEYOND) < _CHANCE:
+            yield f"{beyond} of {len(now)} {what} are more than {2 * typical:.3g}{unit} from the reference's"

@@ -14,20 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.benchmark.cold_start import ColdStart, measure_cold_start
-from fcos_deploy.benchmark.machine import (
+from fcos_deploy.benchmark.measure import (
     ClockReading,
     Contention,
     ContentionMeter,
+    LatencyStats,
     PowerMeter,
     PowerReading,
-    read_clock,
-)
-from fcos_deploy.benchmark.measure import (
-    LatencyStats,
     Speedup,
     StageMedians,
     TimingOptions,
     measure_throughput,
+    read_clock,
     time_in_turns,
 )
 from fcos_deploy.core.backend import PerformanceHint

@@ -31,7 +31,7 @@ def inspect_command(
     trust: Trust,
     images: Annotated[
         Path | None,
-        cli.option("Folder of the images of annotations, to be held against them. Default: none.", metavar="DIR"),
+        cli.option("Folder of the annotated images, to check the annotations with. Default: none.", metavar="DIR"),
     ] = None,
     write_options: Annotated[
         Path | None,

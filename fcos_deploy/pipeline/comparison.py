@@ -21,8 +21,7 @@ from fcos_deploy.accuracy.parity import (
     first_diverging_layer,
 )
 from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
-from fcos_deploy.benchmark.machine import Contention
-from fcos_deploy.benchmark.measure import TimingOptions
+from fcos_deploy.benchmark.measure import Contention, TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, run_benchmark
 from fcos_deploy.checkpoints.rules import UNKNOWN_CLASS_NAMES
 from fcos_deploy.core.backend import ComputeType, SessionOptions

@@ -10,8 +10,7 @@ from pathlib import Path
 from calibration.mixed_precision import TradeOffs
 from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.accuracy.evaluate import Evaluation
-from fcos_deploy.benchmark.machine import Contention
-from fcos_deploy.benchmark.measure import Speedup
+from fcos_deploy.benchmark.measure import Contention, Speedup
 from fcos_deploy.benchmark.run import BenchmarkResult, doubted_speedup
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.errors import ConfigError

@@ -41,8 +41,7 @@ from fcos_deploy.core.contract import ModelContract, read_contract
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, FcosDeployError
 from fcos_deploy.detector import Detector
 from fcos_deploy.serving import package_bundle
-from runtimes._kserve import DATATYPES, parse_address
-from runtimes.kserve import BACKEND, RemoteModel, write_remote_model
+from runtimes.kserve import BACKEND, DATATYPES, RemoteModel, parse_address, write_remote_model
 
 SCRIPT = Path(__file__).parents[1] / "data" / "serving" / "triton_server.py"
 PYTHON = os.environ.get("FCOS_DEPLOY_TRITON_PYTHON", "")

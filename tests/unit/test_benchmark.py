@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.benchmark.machine import (
+from fcos_deploy.benchmark.measure import (
     ClockReading,
     Contention,
     ContentionMeter,
+    LatencyStats,
     PowerMeter,
     PowerReading,
+    Speedup,
+    StageMedians,
     read_clock,
 )
-from fcos_deploy.benchmark.measure import LatencyStats, Speedup, StageMedians
 from fcos_deploy.benchmark.run import (
     Benchmark,
     BenchmarkResult,

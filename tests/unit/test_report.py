@@ -18,8 +18,7 @@ from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage
 from fcos_deploy.accuracy.evaluate import Evaluation
 from fcos_deploy.accuracy.gate import Outcome, Verdict
 from fcos_deploy.accuracy.predictions import DetectionRun, StageSeconds
-from fcos_deploy.benchmark.machine import ClockReading, PowerReading
-from fcos_deploy.benchmark.measure import LatencyStats, StageMedians
+from fcos_deploy.benchmark.measure import ClockReading, LatencyStats, PowerReading, StageMedians
 from fcos_deploy.benchmark.run import BenchmarkResult
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.detections import Detections

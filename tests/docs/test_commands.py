@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
@@ -133,9 +134,13 @@ def problems(commands: Iterable[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def made(make_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def made(
+    make_once: Callable[[str, Callable[[Path], object]], Path],
+    short_measurements: Callable[[], AbstractContextManager[None]],
+) -> Iterator[Path]:
     """The files that pages name, and what README's first command makes of them; read-only by agreement."""
-    return make_once("pages", _make_files)
+    with short_measurements():
+        yield make_once("pages", _make_files)
 
 
 def _make_files(folder: Path) -> None:

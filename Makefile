@@ -9,6 +9,9 @@ SERVER_STAMP = $(SERVER)/.installed
 # A device with the oldest OpenVINO and ONNX Runtime that are promised, and nothing of the export extra.
 OLD_OPENVINO ?= .venv-old-openvino
 OLD_OPENVINO_STAMP = $(OLD_OPENVINO)/.installed
+# Ray, for the example in examples/ray; the other libraries are those of the first environment.
+RAY ?= .venv-ray
+RAY_STAMP = $(RAY)/.installed
 # The verifier of OpenSSF Model Signing, which has to accept a signed bundle.
 MODEL_SIGNING ?= .venv-model-signing
 MODEL_SIGNING_STAMP = $(MODEL_SIGNING)/.installed
@@ -18,7 +21,7 @@ LOWEST ?= .venv-lowest
 LOWEST_PYTHON ?= python3.10
 LOWEST_STAMP = $(LOWEST)/.installed
 
-.PHONY: install server-env old-openvino-env model-signing-env lowest-env demo test test-fast test-lowest check schemas docs dist fix
+.PHONY: install server-env old-openvino-env model-signing-env ray-env lowest-env demo test test-fast test-lowest check schemas docs dist fix
 
 install: $(STAMP)
 
@@ -52,6 +55,15 @@ $(MODEL_SIGNING_STAMP): Makefile
 	$(MODEL_SIGNING)/bin/pip install --quiet model-signing==1.1.1 pyOpenSSL
 	touch $@
 
+ray-env: $(RAY_STAMP)
+
+$(RAY_STAMP): $(STAMP) Makefile
+	$(BIN)/python -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet ray==2.60.0
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/fcos-deploy.pth
+	touch $@
+
 lowest-env: $(LOWEST_STAMP)
 
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
@@ -67,6 +79,7 @@ test: $(STAMP)
 	FCOS_DEPLOY_REQUIRE=pytorch,onnxruntime,openvino$(REQUIRE_MORE) \
 	FCOS_DEPLOY_TRITON_PYTHON=$(wildcard $(abspath $(SERVER))/bin/python) \
 	FCOS_DEPLOY_MODEL_SIGNING_PYTHON=$(wildcard $(abspath $(MODEL_SIGNING))/bin/python) \
+	FCOS_DEPLOY_RAY_PYTHON=$(wildcard $(abspath $(RAY))/bin/python) \
 	FCOS_DEPLOY_OLD_OPENVINO_PYTHON=$(wildcard $(abspath $(OLD_OPENVINO))/bin/python) \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -31,7 +31,14 @@ from fcos_deploy.core.progress import ProgressFn, map_ahead, no_progress
 from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.detector import Detector, DetectorSpec
 
-__all__ = ["DetectionRun", "StageSeconds", "collect_detections"]
+__all__ = [
+    "DetectionRun",
+    "PredictionStore",
+    "StageSeconds",
+    "collect_detections",
+    "kept_predictions",
+    "stable_description",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,7 +116,7 @@ def collect_detections(
         check_frame(images, detector.contract.preprocess.orientation)
         backend = detector.session.description.get("backend", spec.backend)
         precision = str(detector.contract.precision)
-        with _PredictionStore(folder and folder / f"{_key(spec, detector, images)[:32]}.jsonl") as store:
+        with PredictionStore(folder and kept_predictions(folder, spec, detector=detector, images=images)) as store:
             remaining = [image for image in images if image.image_id not in store.detections]
             label = f"{backend} {precision}"
             seconds = _detect_all(detector, remaining, store=store, progress=progress, label=label)
@@ -126,25 +133,36 @@ def collect_detections(
             )
 
 
-def _key(spec: DetectorSpec, detector: Detector, images: Sequence[EvaluationImage]) -> str:
-    """Hash of everything that the detections depend on: model, contract, runtime and what the image files hold."""
+def stable_description(detector: Detector) -> dict[str, str]:
+    """What really runs, as far as detections depend on it: not whether a compiled model was at hand."""
+    return {name: text for name, text in detector.session.description.items() if name != "model_cache"}
+
+
+def kept_predictions(
+    folder: Path, spec: DetectorSpec, *, detector: Detector, images: Sequence[EvaluationImage]
+) -> Path:
+    """The file in ``folder`` that a run resumes from.
+
+    Its name is a hash of everything that the detections depend on: model, contract, runtime and what the image files
+    hold. ``detector``: what ``spec`` opened.
+    """
     # The manifest of a bundle has the hash of every other file.
     files = [spec.model / "manifest.json"] if spec.model.is_dir() else files_of(spec.model)
     facts: dict[str, Any] = {
         "files": [sha256_file(path) for path in files],
         "contract": contract_to_text(detector.contract),
-        # Whether a compiled model was at hand changes no detection.
-        "session": sorted(item for item in detector.session.description.items() if item[0] != "model_cache"),
+        "session": sorted(stable_description(detector).items()),
         "images": [(image.image_id, sha256_file(image.path)) for image in images],
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return folder / f"{name}.jsonl"
 
 
 def _detect_all(
     detector: Detector,
     images: Sequence[EvaluationImage],
     *,
-    store: _PredictionStore,
+    store: PredictionStore,
     progress: ProgressFn,
     label: str,
 ) -> StageSeconds:
@@ -188,7 +206,7 @@ def _detect_all(
     return StageSeconds(**seconds, total=time.perf_counter() - started)
 
 
-class _PredictionStore:
+class PredictionStore:
     """Detections by image id, in memory and, with ``path``, one JSON line an image in a file that a rerun goes on with.
 
     What a killed run or a power cut left of the last lines, cut off or zeroed, is dropped: these images run again.
@@ -211,7 +229,7 @@ class _PredictionStore:
         except OSError as error:
             raise ConfigError(f"Cannot keep predictions in '{path.parent}': {error.strerror}.") from error
 
-    def __enter__(self) -> _PredictionStore:
+    def __enter__(self) -> PredictionStore:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,7 +26,7 @@ import typer
 import fcos_deploy
 from calibration.dataset import SampleOptions, find_images
 from fcos_deploy.accuracy.dataset import load_coco
-from fcos_deploy.accuracy.predictions import _PredictionStore
+from fcos_deploy.accuracy.predictions import PredictionStore
 from fcos_deploy.benchmark.cold_start import module_command
 from fcos_deploy.bundle import BundleWriter, StepOutput, open_bundle
 from fcos_deploy.cli.app import build_app
@@ -331,17 +331,17 @@ def test_a_working_folder_that_somebody_prepared_is_refused(kind: str, tmp_path:
 def test_predictions_with_a_zeroed_page_run_again_from_there(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     found = Detections(np.float32([[1, 2, 3, 4]]), np.float32([0.5]), np.int64([0]))
-    with _PredictionStore(path) as store:
+    with PredictionStore(path) as store:
         for number in range(6):
             store.add(number, found)
     lines = path.read_bytes().splitlines(keepends=True)
     sound = {"zeros": 5, "cut": 5, "zeros inside": 2}[damage]
     tail = {"zeros": bytes(40) + b"\n", "cut": lines[5][:9], "zeros inside": bytes(80) + b"".join(lines[4:])}[damage]
     path.write_bytes(b"".join(lines[:sound]) + tail)
-    with _PredictionStore(path) as store:
+    with PredictionStore(path) as store:
         assert sorted(store.detections) == list(range(sound))
         store.add(9, found)
-    with _PredictionStore(path) as store:
+    with PredictionStore(path) as store:
         assert sorted(store.detections) == [*range(sound), 9]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,13 @@ _SCORE_DIGIT = 1e-6
 class ScoreLoss:
     """The score of a model file, higher is better, and the 95 % interval of what it lost against the float graph.
 
-    The interval is a paired one: both models are measured on the same images.
+    The interval is a paired one: both models are measured on the same images. ``refused``: another limit of the gate,
+    such as that on recall, is missed for certain.
     """
 
     score: float
     interval: tuple[float, float]
+    refused: bool = False
 
 
 Evaluate = Callable[[Path], ScoreLoss]
@@ -80,7 +82,8 @@ class AccuracyGoal:
     With ``annotations`` AP may fall by ``max_map_drop`` (0..1). Without, the score is the share of detections that
     agree with the float graph's, which must be ``min_match_rate`` or more. ``judge``: whether intervals or measured
     figures decide. ``evaluations``: how many candidates may be evaluated; 1 is all layers in INT8 or nothing.
-    ``sample``: how many of the images, None for all.
+    ``sample``: how many of the images, None for all. ``further_limits``: other limits of the gate, by name; it is
+    ``evaluate`` that says whether they are missed.
     """
 
     images: Path
@@ -92,6 +95,7 @@ class AccuracyGoal:
     threads: int | None = None
     evaluations: int = DEFAULT_EVALUATIONS
     sample: int | None = None
+    further_limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.max_map_drop is None) == (self.annotations is not None):
@@ -122,7 +126,8 @@ class AccuracyGoal:
     def fingerprint(self) -> list[str]:
         """Stands for everything that scores depend on beside the model: contents, and names that annotations use."""
         files = [*list_images(self.images), *([self.annotations] if self.annotations else [])]
-        return [self.backend, f"sample {self.sample}", *(f"{path.name} {sha256_file(path)}" for path in files)]
+        measured = [self.backend, f"sample {self.sample}", *(f"{path.name} {sha256_file(path)}" for path in files)]
+        return [*measured, *(f"{name} {limit}" for name, limit in sorted(self.further_limits.items()))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ class Trial:
     """A candidate: the layers left in float, its share of multiply-accumulates in INT8, its score.
 
     ``loss_interval``: the paired 95 % interval of what it lost against the float graph. ``p50_ms``: median milliseconds
-    of one image; None where it was not timed.
+    of one image; None where it was not timed. ``refused``: it misses another limit of the gate.
     """
 
     ignored_layers: tuple[str, ...]
@@ -163,6 +168,7 @@ class Trial:
     score: float
     p50_ms: float | None = None
     loss_interval: tuple[float, float] = (0.0, 0.0)
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +229,8 @@ def search_mixed_precision(
             f"INT8 misses the goal: {goal.quantity} of the float graph {search.float_score:.4f}, "
             f"{goal.max_loss:.4f} may be lost."
         )
+        for name, limit in sorted(goal.further_limits.items()):
+            message += f" {sum(trial.refused for trial in search.trials)} candidates miss {name} {limit:g}."
         raise AccuracyGateError(
             f"{message}\n{search.table()}",
             hint="allow a larger drop or more evaluations, calibrate on other images, or use the float "
@@ -366,7 +374,9 @@ class _Search:
                 # Its score shows what it computes; the one that is chosen is compared with its source as well.
                 save_onnx(quantized_model(plan, self._calibration), candidate)
                 measured = self._evaluate(candidate)
-                self._trials[key] = Trial(key, share, measured.score, loss_interval=measured.interval)
+                self._trials[key] = Trial(
+                    key, share, measured.score, loss_interval=measured.interval, refused=measured.refused
+                )
             finally:
                 candidate.unlink(missing_ok=True)
             self._save()
@@ -382,7 +392,7 @@ class _Search:
 
     def _within_goal(self, trial: Trial) -> bool:
         loss, goal = self.float_score - trial.score, self._goal
-        return acceptable(loss, trial.loss_interval, at_most=goal.max_loss, judge=goal.judge)
+        return not trial.refused and acceptable(loss, trial.loss_interval, at_most=goal.max_loss, judge=goal.judge)
 
     def rank(self) -> list[str]:
         """All layers that the placement would quantize, the most harmful first; each is quantized alone."""
@@ -428,7 +438,7 @@ class _Search:
         reaching = self._reaching()
         if reaching is not None or self._goal.judge is Judge.POINT:
             return reaching
-        undecided = [trial for trial in self.trials if trial.loss_interval[0] <= self._goal.max_loss]
+        undecided = [t for t in self.trials if t.loss_interval[0] <= self._goal.max_loss and not t.refused]
         return max(undecided, key=lambda trial: trial.score, default=None)
 
     def table(self) -> str:
@@ -447,7 +457,7 @@ class _Search:
             self._state.unlink(missing_ok=True)
 
     def _report_evaluation(self) -> None:
-        self._progress("evaluating candidates", len(self._trials), self._goal.evaluations)
+        self._progress("evaluating candidates", len(self._trials), 0)  # how many it takes is not known
 
     def _resume(self) -> float | None:
         """Take over what an interrupted search of the same inputs has, and return its float score."""

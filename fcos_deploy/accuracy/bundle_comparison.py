@@ -49,6 +49,8 @@ _FIGURES = (
     ("ap_small", "AP small", "AP"),
     ("ap_medium", "AP medium", "AP"),
     ("ap_large", "AP large", "AP"),
+    ("operating_precision", "precision at the thresholds", "AP"),
+    ("operating_recall", "recall at the thresholds", "AP"),
     ("total_p50_ms", "p50", "ms"),
     ("total_p99_ms", "p99", "ms"),
     ("throughput_fps", "throughput", "images/s"),
@@ -124,6 +126,11 @@ def compare_bundles(
     agreement = compare_detections(*detections)
     subjects = (" ".join(variants[0]), " ".join(variants[1]))
     verdicts = judge_agreement(gate, agreement, subject=subjects[1])
+    if (gate.max_precision_drop, gate.max_recall_drop) != (None, None):
+        raise ConfigError(
+            "A loss of precision or recall cannot be limited by what bundles record.",
+            hint="give --images DIR and --annotations FILE to measure it",
+        )
     if gate.max_map_drop is not None:
         verdicts += _judge_recorded_drop(gate, manifests, variants, subject=subjects[1])
     contracts = [manifest.contract for manifest in manifests]

@@ -29,8 +29,10 @@ __all__ = [
     "CocoScores",
     "ap_interval",
     "coco_scores",
+    "drop_interval",
     "match_dataset",
     "paired_ap_drop",
+    "resample_weights",
     "sample_ap",
     "selection_factor",
     "weighted_ap",
@@ -46,7 +48,8 @@ _AREAS = ("all", "small", "medium", "large")
 class ClassScores:
     """One class: AP, AP at IoU 0.5, and recall, all in 0..1; None where the data has no object of it.
 
-    ``precision`` has the interpolated precision at IoU 0.5 at recall 0, 0.01, ..., 1.
+    ``precision`` has the interpolated precision at IoU 0.5 at recall 0, 0.01, ..., 1, and ``thresholds`` the score that
+    a detection needs there; both are 0 where no threshold reaches the recall.
     """
 
     name: str
@@ -54,6 +57,7 @@ class ClassScores:
     ap50: float | None
     ar: float | None
     precision: tuple[float, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +94,14 @@ def coco_scores(dataset: Dataset, detections: Mapping[int, Detections]) -> CocoS
     evaluator.params.maxDets = [1, 10, MAX_DETECTIONS]
     evaluator.evaluate()
     evaluator.accumulate()
-    return _summary(dataset, evaluator.eval["precision"], evaluator.eval["recall"])
+    return _summary(dataset, *(evaluator.eval[name] for name in ("precision", "recall", "scores")))
 
 
-def _summary(dataset: Dataset, precision: NDArray[np.float64], recall: NDArray[np.float64]) -> CocoScores:
-    # precision: (IoU, recall, class, area, max detections), recall: without the second; -1 where undefined.
-    precision, recall = np.asarray(precision)[..., -1], np.asarray(recall)[..., -1]
+def _summary(
+    dataset: Dataset, precision: NDArray[np.float64], recall: NDArray[np.float64], scores: NDArray[np.float64]
+) -> CocoScores:
+    # precision, scores: (IoU, recall, class, area, max detections), recall: without the second; -1 where undefined.
+    precision, recall, scores = (np.asarray(values)[..., -1] for values in (precision, recall, scores))
     by_area = {area: _mean(precision[:, :, :, i]) for i, area in enumerate(_AREAS)}
     every = precision[..., 0]
     classes = tuple(
@@ -105,6 +111,7 @@ def _summary(dataset: Dataset, precision: NDArray[np.float64], recall: NDArray[n
             ap50=_mean(every[0, :, k]),
             ar=_mean(recall[:, k, 0]),
             precision=tuple(float(p) for p in every[0, :, k] if p >= 0),
+            thresholds=tuple(float(s) for s in scores[0, :, k, 0] if s >= 0),
         )
         for k, name in enumerate(dataset.class_names)
     )
@@ -376,7 +383,7 @@ def _threshold_ap(drawn: NDArray[np.float32], seen: NDArray[Any], *, points: _Re
 def sample_ap(matches: list[ClassMatches], *, resamples: int = 1000, seed: int = 0) -> ApSamples:
     """AP of the data and of each resample; runs with the same ``seed`` and images are resampled alike."""
     positives = np.stack([m.positives for m in matches])
-    weights = _weights(positives.shape[1], resamples=resamples, seed=seed)
+    weights = resample_weights(positives.shape[1], resamples=resamples, seed=seed)
     exact, resampled = weighted_ap(matches, weights[:1]), weighted_ap(matches, weights[1:], dtype=np.float32)
     return ApSamples(np.concatenate([exact, resampled]), positives, seed, _object_share(matches))
 
@@ -418,12 +425,24 @@ def paired_ap_drop(
         raise ConfigError("A paired interval needs two runs on the same images and annotations, resampled alike.")
     # A resample draws the same images for both, so each difference is one draw of the difference of two APs.
     drop = reference.values - candidate.values
-    interval = _interval(drop, images=reference.positives.shape[1], confidence=confidence)
-    if same_outputs:
-        return interval
+    object_share = 0.0 if same_outputs else float(reference.object_share.max(initial=0.0))
+    return drop_interval(drop, images=reference.positives.shape[1], object_share=object_share, confidence=confidence)
+
+
+def drop_interval(
+    values: NDArray[np.float64], *, images: int, object_share: float, confidence: float = 0.95
+) -> ApInterval:
+    """The interval of a drop, (1 + resamples,) as in ``ApSamples``.
+
+    ``object_share``: what an object costs that is lost and that these images don't show.
+
+    Raises:
+        ConfigError: the data has no object.
+    """
+    interval = _interval(values, images=images, confidence=confidence)
     # What the images show and what they leave out are independent, so that the squares add up. Without the allowance
     # the upper end was below the true drop in 3 to 28 % of the trials of benchmarks/verdict_simulation.py.
-    unseen = _unseen_events(confidence) * float(reference.object_share.max(initial=0.0))
+    unseen = _unseen_events(confidence) * object_share
     return replace(interval, high=interval.value + math.hypot(interval.high - interval.value, unseen))
 
 
@@ -460,7 +479,7 @@ def widened_for_selection(interval: ApInterval, choices: int) -> ApInterval:
     )
 
 
-def _weights(images: int, *, resamples: int, seed: int) -> NDArray[np.float32]:
+def resample_weights(images: int, *, resamples: int, seed: int) -> NDArray[np.float32]:
     """How often each image counts, (1 + resamples, images); the first row is the data as it is."""
     if resamples < 1:
         raise ConfigError(f"A bootstrap needs at least 1 resample, got {resamples}.")

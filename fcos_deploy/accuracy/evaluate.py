@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from fcos_deploy.accuracy.coco import (
     selection_factor,
     widened_for_selection,
 )
+from fcos_deploy.accuracy.confusion import Confusion, confusion, confusion_json
 from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
@@ -32,9 +33,24 @@ from fcos_deploy.accuracy.dataset import (
     label_index,
     load_coco,
 )
-from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_ap, judge_drop
-from fcos_deploy.accuracy.operating_point import OperatingGoal, OperatingPoint, operating_points
+from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_ap, judge_drop, judge_operating_drop
+from fcos_deploy.accuracy.operating_point import (
+    OperatingCounts,
+    OperatingDrop,
+    OperatingGoal,
+    OperatingPoint,
+    Thresholds,
+    carried_thresholds,
+    chosen_thresholds,
+    equivalent_thresholds,
+    operating_counts,
+    operating_drops,
+    operating_points,
+    operating_problem,
+)
 from fcos_deploy.accuracy.predictions import DetectionRun, collect_detections
+from fcos_deploy.bundle.manifest import AccuracyFigure
+from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import Gate, Judge, undecided_because
 from fcos_deploy.core.matching import (
@@ -50,24 +66,33 @@ from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
 
 __all__ = [
+    "CURVE_COLUMNS",
     "OPERATING_SCORE",
     "TABLE_COLUMNS",
     "Evaluation",
     "EvaluationRequest",
     "Evaluations",
+    "at_operating_point",
     "baseline_problem",
+    "curve_rows",
     "evaluate",
     "evaluation_drift",
     "evaluation_json",
     "evaluation_row",
     "evidence_problem",
     "judge_evaluation",
-    "size_sentence",
+    "judge_operating_point",
+    "size_cell",
     "widened_evaluation",
 ]
 
 
-TABLE_COLUMNS = ("backend", "precision", "AP", "AP50", "AP75", "95% interval", "drop", "agree", "images", "ms/image")
+TABLE_COLUMNS = (
+    *("backend", "precision", "AP", "AP50", "AP75", "small/medium/large"),
+    *("95% interval", "drop", "agree", "images", "ms/image"),
+)
+_CURVE_RECALLS = (10, 30, 50, 70, 80, 90, 95)  # percent
+CURVE_COLUMNS = ("class", *(f"{recall} %" for recall in _CURVE_RECALLS))
 
 # Detections with less are seldom shown to anybody, and in every model there are many of them.
 OPERATING_SCORE = 0.3
@@ -81,7 +106,8 @@ class EvaluationRequest:
     can be limited is then the share of these detections that agree, not a loss of AP.
     ``limit``: only the first images. ``sample``: that many images, with classes and object sizes as in all of them.
     ``resamples``: number of bootstrap resamples; 0 leaves intervals out. ``predictions``: folder that makes an
-    interrupted run resumable. ``operating_goal``: what the score threshold of each class is chosen for.
+    interrupted run resumable. ``operating_goal``: what the score threshold of each class is chosen for; None: the
+    thresholds that a bundle carries, elsewhere the best F1 of the reference.
     """
 
     candidates: tuple[DetectorSpec, ...]
@@ -95,7 +121,7 @@ class EvaluationRequest:
     limit: int | None = None
     sample: int | None = None
     predictions: Path | None = None
-    operating_goal: OperatingGoal = field(default_factory=OperatingGoal)
+    operating_goal: OperatingGoal | None = None
 
     def __post_init__(self) -> None:
         if not self.candidates:
@@ -106,14 +132,16 @@ class EvaluationRequest:
                 hint="give --annotations FILE, or --reference CHECKPOINT",
             )
         gate = self.gate
-        needs_reference = (gate.max_map_drop, gate.min_match_rate, gate.max_score_delta, gate.max_box_delta_px)
+        needs_annotations = (gate.max_map_drop, gate.max_precision_drop, gate.max_recall_drop)
+        needs_reference = (*needs_annotations, gate.min_match_rate, gate.max_score_delta, gate.max_box_delta_px)
         if self.reference is None and any(limit is not None for limit in needs_reference):
             raise ConfigError(
                 "A limit on a drop or on agreement needs the model to compare with.", hint="give --reference CHECKPOINT"
             )
-        if self.annotations is None and (gate.max_map_drop is not None or gate.min_ap is not None):
+        if self.annotations is None and any(limit is not None for limit in (*needs_annotations, gate.min_ap)):
             raise ConfigError(
-                "AP and its loss cannot be limited without annotations: a reference's detections are no ground truth.",
+                "AP, precision, recall and their loss cannot be limited without annotations: a reference's detections "
+                "are no ground truth.",
                 hint="give --annotations FILE, or limit what has to agree with --min-match-rate",
             )
         if self.limit is not None and self.limit < 1:
@@ -126,7 +154,8 @@ class Evaluation:
 
     ``samples``: its AP in each resample, for further intervals. ``contradiction``: why its figures do not fit the
     annotations, so that nothing can be compared with it; empty when they do.
-    ``operating_points``: each class at the score threshold that was asked for; none without annotations.
+    ``operating_points``: each class at its score threshold; ``operating`` and ``confusion`` what these thresholds keep;
+    none without annotations. ``precision_drop``, ``recall_drop``: what is lost there against the reference.
     """
 
     run: DetectionRun
@@ -138,6 +167,10 @@ class Evaluation:
     samples: ApSamples | None = None
     contradiction: str = ""
     operating_points: tuple[OperatingPoint, ...] = ()
+    operating: OperatingCounts | None = None
+    precision_drop: OperatingDrop | None = None
+    recall_drop: OperatingDrop | None = None
+    confusion: Confusion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,13 +214,24 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
     if dataset is None:  # Excluded by the request's own check.
         raise ConfigError("Accuracy needs annotations or a reference.")
     dataset = replace(dataset, copies=count_copies(images))
+    carried = {} if request.operating_goal or not dataset.annotated else _carried_figures(request)
     with ThreadPoolExecutor(1) as scoring:  # one thread, so that the reference is scored before its candidates
-        reference = scoring.submit(_score, request, dataset, reference_run, None) if reference_run else None
+        reference = None
+        if reference_run is not None and request.reference is not None:
+            figures = carried.get(request.reference.model)
+            if figures is None:  # The thresholds of the reference that the candidates' bundle was made with.
+                figures = next(iter(carried.values()), ())[:1]
+            thresholds = _carried(figures, reference_run, dataset)
+            reference = scoring.submit(_score, request, dataset, reference_run, None, thresholds)
 
-        def score(run: DetectionRun) -> Evaluation:
-            return _score(request, dataset, run, reference.result() if reference else None)
+        def score(run: DetectionRun, thresholds: Thresholds | None) -> Evaluation:
+            return _score(request, dataset, run, reference.result() if reference else None, thresholds)
 
-        candidates = [scoring.submit(score, collect(spec)) for spec in request.candidates]
+        candidates = []
+        for spec in request.candidates:
+            run = collect(spec)
+            thresholds = _carried(carried.get(spec.model, ()), run, dataset)
+            candidates.append(scoring.submit(score, run, thresholds))
         return Evaluations(
             dataset=dataset,
             reference=reference.result() if reference else None,
@@ -202,8 +246,35 @@ def _spread(images: tuple[EvaluationImage, ...], count: int | None) -> tuple[Eva
     return tuple(images[index * len(images) // count] for index in range(count))
 
 
-def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, reference: Evaluation | None) -> Evaluation:
-    """Score a run's detections, compare them with the reference's, and judge both."""
+def _carried_figures(request: EvaluationRequest) -> dict[Path, tuple[AccuracyFigure, ...]]:
+    """What each bundle among the models records, the reference that it was made from first."""
+    figures = {}
+    for spec in (*request.candidates, *([request.reference] if request.reference else [])):
+        if spec.model not in figures and is_bundle(spec.model):
+            with open_trusted(spec.model, spec.options.trust) as bundle:
+                figures[spec.model] = bundle.manifest.accuracy
+    return figures
+
+
+def _carried(figures: Sequence[AccuracyFigure], run: DetectionRun, dataset: Dataset) -> Thresholds | None:
+    """The thresholds of the figure that fits the run best: one figure alone does, whatever ran."""
+    compute = run.description.get("compute", "")
+    fitting = [f for f in figures if len(figures) == 1 or (f.backend, str(f.precision)) == (run.backend, run.precision)]
+    fitting.sort(key=lambda figure: figure.details.get("compute", "") != compute)
+    return carried_thresholds(fitting[0].thresholds, dataset.class_names) if fitting and fitting[0].thresholds else None
+
+
+def _score(
+    request: EvaluationRequest,
+    dataset: Dataset,
+    run: DetectionRun,
+    reference: Evaluation | None,
+    thresholds: Thresholds | None,
+) -> Evaluation:
+    """Score a run's detections, compare them with the reference's, and judge both.
+
+    ``thresholds``: those that a bundle carries for it.
+    """
     gate, detections = request.gate, run.relabelled(label_index(run.names, dataset))
     scores = coco_scores(dataset, detections)
     matches = match_dataset(dataset, detections)
@@ -216,6 +287,8 @@ def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, refe
         options = MatchOptions(min_score=min_score, iou_threshold=0.5 if gate.min_iou is None else gate.min_iou)
         agreement = compare_detections(expected, detections, options=options)
         drop = _drop(reference, scores, samples, agreement=agreement)
+    goal = request.operating_goal
+    thresholds = thresholds or chosen_thresholds(matches, goal=goal or OperatingGoal())
     evaluation = Evaluation(
         run=run,
         scores=scores,
@@ -224,11 +297,39 @@ def _score(request: EvaluationRequest, dataset: Dataset, run: DetectionRun, refe
         agreement=agreement,
         samples=samples,
         contradiction=baseline_problem(dataset, matches, ap=scores.ap),
-        operating_points=operating_points(matches, dataset.class_names, goal=request.operating_goal)
-        if dataset.annotated
-        else (),
+        operating=operating_counts(matches, thresholds) if dataset.annotated else None,
     )
+    if reference is not None:
+        evaluation = at_operating_point(
+            evaluation, reference, goal=goal, resamples=request.resamples, seed=request.seed
+        )
+    if evaluation.operating is not None:
+        thresholds = evaluation.operating.thresholds
+        evaluation = replace(
+            evaluation,
+            operating_points=operating_points(matches, dataset.class_names, thresholds=thresholds),
+            confusion=confusion(dataset, detections, thresholds),
+        )
     return replace(evaluation, verdicts=judge_evaluation(gate, evaluation, dataset=dataset, reference=reference))
+
+
+def at_operating_point(
+    evaluation: Evaluation, reference: Evaluation, *, goal: OperatingGoal | None, resamples: int, seed: int = 0
+) -> Evaluation:
+    """With what is lost of the reference's precision and recall at the score thresholds.
+
+    With a goal each model has the thresholds that reach it, and a bundle's model has those that the bundle carries.
+    Else the reference's are chosen, and the model gets those that keep its operating point.
+    """
+    before, after, agreement = reference.operating, evaluation.operating, evaluation.agreement
+    if before is None or after is None or agreement is None:
+        return evaluation
+    if goal is None and not after.thresholds.carried:
+        after = operating_counts(after.matches, equivalent_thresholds(before, after.matches))
+    precision, recall = operating_drops(
+        before, after, resamples=resamples, seed=seed, same_outputs=agreement.same_outputs
+    )
+    return replace(evaluation, operating=after, precision_drop=precision, recall_drop=recall)
 
 
 def judge_evaluation(
@@ -259,10 +360,28 @@ def judge_evaluation(
             subject=subject,
             problem=problem or reference.contradiction,
         )
+        verdicts += judge_operating_point(
+            gate, evaluation, reference, dataset, subject=subject, problem=problem or reference.contradiction
+        )
         if gate.judge is Judge.INTERVAL:
             known = known or sample_problem(dataset)
         verdicts += judge_agreement(gate, evaluation.agreement, subject=subject, problem=known)
     return tuple(verdicts)
+
+
+def judge_operating_point(
+    gate: Gate, evaluation: Evaluation, reference: Evaluation, dataset: Dataset, *, subject: str = "", problem: str = ""
+) -> list[Verdict]:
+    """Judge what is lost of precision and recall at the score thresholds; the parameters are ``judge_evaluation``'s."""
+    names = dataset.class_names
+    if evaluation.operating is not None and reference.operating is not None:
+        problem = problem or operating_problem(reference.operating, evaluation.operating, names)
+    shares = {"precision": evaluation.precision_drop, "recall": evaluation.recall_drop}
+    return [
+        verdict
+        for share, loss in shares.items()
+        for verdict in judge_operating_drop(gate, share, loss, class_names=names, subject=subject, problem=problem)
+    ]
 
 
 def _drop(
@@ -283,11 +402,17 @@ def widened_evaluation(evaluation: Evaluation, choices: int) -> Evaluation:
     drop, agreement = evaluation.drop, evaluation.agreement
     if choices < 2 or agreement is None:
         return evaluation
+
+    def widened(loss: OperatingDrop | None) -> OperatingDrop | None:
+        return loss and replace(loss, drop=widened_for_selection(loss.drop, choices))
+
     rate, (low, high), factor = agreement.match_rate, agreement.match_interval, selection_factor(choices)
     interval = max(0.0, rate - factor * (rate - low)), min(1.0, rate + factor * (high - rate))
     return replace(
         evaluation,
         drop=drop and widened_for_selection(drop, choices),
+        precision_drop=widened(evaluation.precision_drop),
+        recall_drop=widened(evaluation.recall_drop),
         agreement=replace(agreement, match_interval=interval),
     )
 
@@ -317,18 +442,27 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "agreement": evaluation.agreement and agreement_json(evaluation.agreement),
         "verdicts": [to_json(verdict) for verdict in evaluation.verdicts],
         "operating_points": to_json(evaluation.operating_points),
+        "precision_drop": evaluation.precision_drop and to_json(evaluation.precision_drop),
+        "recall_drop": evaluation.recall_drop and to_json(evaluation.recall_drop),
+        **(confusion_json(evaluation.confusion) if evaluation.confusion else {}),
         "seconds": to_json(run.seconds),
         "resumed_images": run.resumed,
         "session": dict(run.description),
     }
 
 
-def size_sentence(evaluation: Evaluation) -> str:
-    """AP by object size, for people; empty where the data has no object of any size."""
-    scores = evaluation.scores
-    sizes = {"small": scores.ap_small, "medium": scores.ap_medium, "large": scores.ap_large}
-    known = [f"{name} {ap:.3f}" for name, ap in sizes.items() if ap is not None]
-    return f"{evaluation.run.subject}: AP by object size: {', '.join(known)}." if known else ""
+def size_cell(sizes: Iterable[float | None]) -> str:
+    """AP of small, medium and large objects in one cell of a table, ``-`` where the data has none."""
+    return "/".join("-" if ap is None else f"{ap:.3f}" for ap in sizes)
+
+
+def curve_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Precision of each class at some recalls, at IoU 0.5, as ``CURVE_COLUMNS`` names them."""
+    return [
+        (score.name, *(f"{score.precision[recall]:.3f}" for recall in _CURVE_RECALLS))
+        for score in evaluation.scores.per_class
+        if score.precision
+    ]
 
 
 def evaluation_row(evaluation: Evaluation) -> tuple[str, ...]:
@@ -340,6 +474,7 @@ def evaluation_row(evaluation: Evaluation) -> tuple[str, ...]:
         run.backend,
         run.precision,
         *("-" if ap is None else f"{ap:.3f}" for ap in (scores.ap, scores.ap50, scores.ap75)),
+        size_cell((scores.ap_small, scores.ap_medium, scores.ap_large)),
         f"{interval.low:.3f}-{interval.high:.3f}" if interval else "",
         f"{drop.value:+.3f} ({drop.low:+.3f} to {drop.high:+.3f})" if drop else "",
         f"{agreement.match_rate:.1%}" if agreement and not agreement.empty else "",

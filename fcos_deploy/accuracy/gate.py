@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from fcos_deploy.accuracy.coco import ApInterval
+from fcos_deploy.accuracy.operating_point import OperatingDrop
 from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Gate, Judge, Outcome, interval_outcome, overall_outcome
@@ -20,6 +21,7 @@ __all__ = [
     "judge_agreement",
     "judge_ap",
     "judge_drop",
+    "judge_operating_drop",
     "overall_outcome",
     "require_all",
     "verdict_line",
@@ -85,18 +87,67 @@ def judge_drop(
     """Judge how much AP was lost against the reference; ``problem`` is why the data cannot decide, if it cannot."""
     if gate.max_map_drop is None:
         return []
-    limit = gate.max_map_drop
+    loss = None if reference_ap is None else drop
+    verdict = _judge_loss(
+        "max_map_drop",
+        gate,
+        loss,
+        limit=gate.max_map_drop,
+        subject=subject,
+        problem=problem,
+        what="mAP",
+        of=reference_ap,
+    )
+    return [verdict]
+
+
+def judge_operating_drop(
+    gate: Gate, share: str, loss: OperatingDrop | None, *, class_names: Sequence[str], subject: str, problem: str = ""
+) -> list[Verdict]:
+    """Judge how much ``share`` (``precision`` or ``recall``) is lost at the score thresholds of the classes."""
+    name = f"max_{share}_drop"
+    limit: float | None = getattr(gate, name)
+    if limit is None:
+        return []
+    what = f"{share} at the operating point"
+    if loss is None:
+        problem = problem or f"nothing is detected at the operating point, so that there is no {share}"
+        return [_undecided(name, gate, subject=subject, limit=limit, problem=problem, value=None)]
+    verdict = _judge_loss(
+        name, gate, loss.drop, limit=limit, subject=subject, problem=problem, what=what, of=loss.reference
+    )
+    drops = [
+        (drop, class_name) for drop, class_name in zip(loss.by_class, class_names, strict=True) if drop is not None
+    ]
+    largest, worst = max(drops)
+    if problem or verdict.passed or len(drops) < 2 or largest <= 0:
+        return [verdict]
+    return [replace(verdict, message=f"{verdict.message}; most of '{worst}' ({largest:+.3f})")]
+
+
+def _judge_loss(
+    name: str,
+    gate: Gate,
+    drop: ApInterval | None,
+    *,
+    limit: float,
+    subject: str,
+    problem: str,
+    what: str,
+    of: float | None,
+) -> Verdict:
+    """``what`` is lost, of which the reference has ``of``."""
     value = drop.value if drop else None
     bounds = _bounds(gate, value, drop)
     problem = problem or _missing(value, bounds)
-    if problem or drop is None or reference_ap is None or bounds is None:
-        return [_undecided("max_map_drop", gate, subject=subject, limit=limit, problem=problem, value=value)]
+    if problem or drop is None or of is None or bounds is None:
+        return _undecided(name, gate, subject=subject, limit=limit, problem=problem, value=value)
     message = (
-        f"mAP {reference_ap:.3f} -> {reference_ap - drop.value:.3f} (drop {drop.value:+.3f}, {_by(gate, drop)}; "
+        f"{what} {of:.3f} -> {of - drop.value:.3f} (drop {drop.value:+.3f}, {_by(gate, drop)}; "
         f"at most {limit:.3f} allowed) on {drop.images} images"
     )
     verdict = Verdict(
-        name="max_map_drop",
+        name=name,
         subject=subject,
         outcome=interval_outcome(*bounds, at_most=limit),
         value=drop.value,
@@ -104,7 +155,7 @@ def judge_drop(
         message=message,
         judge=gate.judge,
     )
-    return [_with_interval(verdict, bounds, images=drop.images)]
+    return _with_interval(verdict, bounds, images=drop.images)
 
 
 def _bounds(gate: Gate, value: float | None, interval: ApInterval | None) -> tuple[float, float] | None:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.coco import ClassMatches
+from fcos_deploy.accuracy.coco import ApInterval, ClassMatches, drop_interval, resample_weights
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.matching import share_interval
+from fcos_deploy.core.matching import equivalent_threshold, share_interval
 
-__all__ = ["OPERATING_COLUMNS", "OperatingGoal", "OperatingPoint", "Share", "operating_points", "operating_rows"]
+__all__ = [
+    "OPERATING_COLUMNS",
+    "OperatingCounts",
+    "OperatingDrop",
+    "OperatingGoal",
+    "OperatingPoint",
+    "Share",
+    "Thresholds",
+    "carried_thresholds",
+    "chosen_thresholds",
+    "equivalent_thresholds",
+    "operating_counts",
+    "operating_drops",
+    "operating_points",
+    "operating_problem",
+    "operating_rows",
+]
 
 OPERATING_COLUMNS = ("class", "chosen by", "score", "precision", "recall", "F1")
 
@@ -34,6 +50,11 @@ class OperatingGoal:
             if value is not None and not 0.0 < value <= 1.0:
                 raise ConfigError(f"The {name} must be in (0, 1], got {value}.", hint=f"--at-{name} 0.95, for example")
 
+    @staticmethod
+    def asked(*, precision: float | None, recall: float | None) -> OperatingGoal | None:
+        """The goal with one of these; None where neither is given."""
+        return None if precision is None and recall is None else OperatingGoal(precision=precision, recall=recall)
+
     def __str__(self) -> str:
         if self.precision is not None:
             return f"precision {self.precision:g}"
@@ -51,7 +72,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatingPoint:
-    """One class at the threshold that the goal asks for, at IoU 0.5.
+    """One class at its threshold, at IoU 0.5. ``goal``: what the threshold was chosen for, or where it comes from.
 
     ``score``: detections with more are kept; it lies halfway between two scores that were seen. None, with the rest:
     the class has no object, or no threshold reaches the goal.
@@ -65,12 +86,172 @@ class OperatingPoint:
     f1: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """``scores``: of each class, None where there is none. ``origin``: what they were chosen for, or whose they are.
+
+    ``carried``: by a bundle, so that they were given and not chosen on these images.
+    """
+
+    scores: tuple[float | None, ...]
+    origin: str
+    carried: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class OperatingCounts:
+    """What the thresholds keep of a run, so that two runs on the same images can be compared.
+
+    right, kept, objects: (classes, images) int64, the right ones of the kept detections and of the objects; those in a
+    crowd are in neither. matches: all detections, to count them at other thresholds.
+    """
+
+    thresholds: Thresholds
+    right: NDArray[np.int64]
+    kept: NDArray[np.int64]
+    objects: NDArray[np.int64]
+    matches: tuple[ClassMatches, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatingDrop:
+    """By how much a share (0..1) at the operating point, the mean over the classes, is below the reference's.
+
+    ``reference``: its own share. ``by_class``: the drop of each class, None where a share is not defined.
+    """
+
+    reference: float
+    drop: ApInterval
+    by_class: tuple[float | None, ...]
+
+
+def chosen_thresholds(matches: Sequence[ClassMatches], *, goal: OperatingGoal) -> Thresholds:
+    """The thresholds that reach the goal on these images."""
+    return Thresholds(scores=tuple(_chosen_score(match, goal) for match in matches), origin=str(goal))
+
+
+def equivalent_thresholds(reference: OperatingCounts, matches: Sequence[ClassMatches]) -> Thresholds:
+    """Thresholds that let as many detections of each class pass as the reference's do.
+
+    They keep its operating point when scores drift. They look at no annotation, so that nothing is fitted to chance:
+    of best F1, which is flat, each model's own choice would trade recall for precision.
+    """
+    scores = [
+        None if score is None else equivalent_threshold(_counted(before)[0], _counted(match)[0], threshold=score)
+        for score, before, match in zip(reference.thresholds.scores, reference.matches, matches, strict=True)
+    ]
+    return Thresholds(scores=tuple(scores), origin=f"{reference.thresholds.origin} of the reference")
+
+
+def carried_thresholds(scores: Mapping[str, float], class_names: Sequence[str]) -> Thresholds:
+    """Those that a bundle carries, by class name."""
+    known = {name.casefold(): score for name, score in scores.items()}
+    return Thresholds(
+        scores=tuple(known.get(name.casefold()) for name in class_names), origin="the bundle", carried=True
+    )
+
+
 def operating_points(
-    matches: Sequence[ClassMatches], class_names: Sequence[str], *, goal: OperatingGoal | None = None
+    matches: Sequence[ClassMatches],
+    class_names: Sequence[str],
+    *,
+    goal: OperatingGoal | None = None,
+    thresholds: Thresholds | None = None,
 ) -> tuple[OperatingPoint, ...]:
-    """One point for each class."""
-    goal = goal or OperatingGoal()
-    return tuple(_point(match, name, goal) for match, name in zip(matches, class_names, strict=True))
+    """One point for each class, at the thresholds that are given or that the goal asks for."""
+    thresholds = thresholds or chosen_thresholds(matches, goal=goal or OperatingGoal())
+    classes = zip(matches, class_names, thresholds.scores, strict=True)
+    return tuple(_point(match, name, score, origin=thresholds.origin) for match, name, score in classes)
+
+
+def operating_counts(matches: Sequence[ClassMatches], thresholds: Thresholds) -> OperatingCounts:
+    """What the thresholds keep; nothing of a class without one."""
+    right, kept = [], []
+    for match, score in zip(matches, thresholds.scores, strict=True):
+        scores, correct, image = _counted(match)
+        passing = scores > (np.inf if score is None else score)
+        right.append(np.bincount(image[passing & correct], minlength=len(match.positives)))
+        kept.append(np.bincount(image[passing], minlength=len(match.positives)))
+    return OperatingCounts(
+        thresholds=thresholds,
+        right=np.stack(right),
+        kept=np.stack(kept),
+        objects=np.stack([match.positives for match in matches]),
+        matches=tuple(matches),
+    )
+
+
+def operating_problem(
+    reference: OperatingCounts, candidate: OperatingCounts, class_names: Sequence[str], *, spelled_out: int = 5
+) -> str:
+    """Why the two cannot be compared at an operating point, as half a sentence; empty when they can."""
+    present = reference.objects.sum(1) > 0
+    for counts in (reference, candidate):
+        lacking = [
+            f"'{name}'"
+            for name, score, seen in zip(class_names, counts.thresholds.scores, present, strict=True)
+            if seen and score is None
+        ]
+        if lacking:
+            names = ", ".join(lacking[:spelled_out]) + (", ..." if len(lacking) > spelled_out else "")
+            return f"there is no score threshold of {names} ({counts.thresholds.origin})"
+    return ""
+
+
+def operating_drops(
+    reference: OperatingCounts, candidate: OperatingCounts, *, resamples: int, seed: int, same_outputs: bool
+) -> tuple[OperatingDrop | None, OperatingDrop | None]:
+    """Of precision and of recall, the means over the classes that have objects, with paired bootstrap intervals.
+
+    ``same_outputs``: as in ``paired_ap_drop``. None: no class has objects, or nothing is kept.
+    """
+    images = reference.objects.shape[1]
+    weights = np.ones((1, images), np.float32)
+    if resamples:
+        weights = resample_weights(images, resamples=resamples, seed=seed)
+    return (
+        _drop(weights, (reference.right, reference.kept), (candidate.right, candidate.kept), same_outputs),
+        _drop(weights, (reference.right, reference.objects), (candidate.right, candidate.objects), same_outputs),
+    )
+
+
+_Counted = tuple[NDArray[np.int64], NDArray[np.int64]]  # what is right, and of how many; (classes, images) each
+
+
+def _drop(
+    weights: NDArray[np.float32], reference: _Counted, candidate: _Counted, same_outputs: bool
+) -> OperatingDrop | None:
+    before, after = _shares(weights, *reference), _shares(weights, *candidate)
+    defined = np.isfinite(before) & np.isfinite(after)
+    # A class is compared where both shares are defined, in the data as it is and in a resample.
+    classes = defined.sum(1)
+    totals = np.where(defined, before - after, 0.0).sum(1)
+    values = np.divide(totals, classes, out=np.full(len(totals), np.nan), where=classes > 0)
+    if not classes[0]:
+        return None
+    due, images = reference[1].sum(1)[defined[0]], weights.shape[1]
+    if len(values) > 1:
+        # One that is lost, or is wrong, costs its share of the class that has fewest.
+        cost = 0.0 if same_outputs else float(1 / due.min() / classes[0])
+        drop = drop_interval(values, images=images, object_share=cost)
+    else:
+        value = float(values[0])
+        drop = ApInterval(
+            value=value, low=value, high=value, standard_error=0.0, confidence=0.0, resamples=0, images=images
+        )
+    return OperatingDrop(
+        reference=float(before[0][defined[0]].mean()),
+        drop=drop,
+        by_class=tuple(float(b - a) if d else None for b, a, d in zip(before[0], after[0], defined[0], strict=True)),
+    )
+
+
+def _shares(weights: NDArray[np.float32], right: NDArray[np.int64], due: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(resamples, classes): the share of ``due`` that is right; NaN where nothing is due."""
+    totals = (weights @ due.T.astype(np.float32)).astype(np.float64)  # whole numbers, exact up to 2 ** 24
+    hits = (weights @ right.T.astype(np.float32)).astype(np.float64)
+    shares: NDArray[np.float64] = np.divide(hits, totals, out=np.full(totals.shape, np.nan), where=totals > 0)
+    return shares
 
 
 def operating_rows(points: Sequence[OperatingPoint]) -> list[tuple[str, ...]]:
@@ -91,30 +272,43 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _point(match: ClassMatches, name: str, goal: OperatingGoal) -> OperatingPoint:
-    nothing = OperatingPoint(name=name, goal=str(goal))
+def _counted(match: ClassMatches) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
+    """Scores, best first, which detections are right at IoU 0.5, and their images.
+
+    Detections in a crowd are neither right nor wrong.
+    """
+    counted = ~match.ignored[0]
+    return match.scores[counted].astype(np.float64), match.correct[0][counted], match.image[counted]
+
+
+def _chosen_score(match: ClassMatches, goal: OperatingGoal) -> float | None:
+    scores, correct, _ = _counted(match)
     objects = int(match.positives.sum())
-    counted = ~match.ignored[0]  # Detections in a crowd are neither right nor wrong.
-    scores, correct, image = match.scores[counted], match.correct[0][counted], match.image[counted]
     if not objects or not len(scores):
-        return nothing
+        return None
     # A threshold keeps all detections of one score or none: only the last of equal scores ends a choice.
     ends = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))
     right = np.cumsum(correct)[ends]
-    precision, recall = right / (ends + 1), right / objects
-    f1 = 2 * right / (ends + 1 + objects)
-    chosen = _choose(precision, recall, f1, goal)
+    chosen = _choose(right / (ends + 1), right / objects, 2 * right / (ends + 1 + objects), goal)
     if chosen is None:
-        return nothing
+        return None
     kept = int(ends[chosen]) + 1
-    following = float(scores[kept]) if kept < len(scores) else 0.0
+    return float(scores[kept - 1] + (scores[kept] if kept < len(scores) else 0.0)) / 2
+
+
+def _point(match: ClassMatches, name: str, score: float | None, *, origin: str) -> OperatingPoint:
+    scores, correct, image = _counted(match)
+    objects, images = int(match.positives.sum()), len(match.positives)
+    if score is None or not objects:
+        return OperatingPoint(name=name, goal=origin)
+    kept = int((scores > score).sum())
     return OperatingPoint(
         name=name,
-        goal=str(goal),
-        score=(float(scores[kept - 1]) + following) / 2,
-        precision=_share(correct[:kept], image[:kept], np.bincount(image[:kept], minlength=len(match.positives))),
+        goal=origin,
+        score=score,
+        precision=_share(correct[:kept], image[:kept], np.bincount(image[:kept], minlength=images)) if kept else None,
         recall=_share(correct[:kept], image[:kept], match.positives),
-        f1=float(f1[chosen]),
+        f1=float(2 * correct[:kept].sum() / (kept + objects)),
     )
 
 

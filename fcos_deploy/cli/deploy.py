@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["demo_command", "deploy_command", "show_deployment"]
 
 FAST_IMAGES = 32
+_SIZES = ("ap_small", "ap_medium", "ap_large")
 
 
 @cli.with_all_checkpoint_options
@@ -75,6 +76,8 @@ def deploy_command(
             "Largest loss of AP of INT8; needs annotations. Default: 0.01, one point.", metavar="AP", panel=cli.GATE
         ),
     ] = None,
+    max_precision_drop: cli.MaxPrecisionDrop = None,
+    max_recall_drop: cli.MaxRecallDrop = None,
     min_match_rate: Annotated[
         float | None,
         cli.option(
@@ -164,6 +167,8 @@ def deploy_command(
         images=images,
         annotations=annotations,
         max_map_drop=max_map_drop,
+        max_precision_drop=max_precision_drop,
+        max_recall_drop=max_recall_drop,
         min_match_rate=min_match_rate,
         judge=judge,
         allow_overlap=allow_overlap,
@@ -172,7 +177,7 @@ def deploy_command(
         opset=opset,
         cache=cache,
         sample=FAST_IMAGES if fast else None,
-        operating_goal=OperatingGoal(precision=at_precision, recall=at_recall),
+        operating_goal=OperatingGoal.asked(precision=at_precision, recall=at_recall),
         command=command_line(),
     )
     if dry_run:
@@ -191,7 +196,7 @@ def deploy_command(
 
 
 _COLUMNS = (
-    *("backend", "precision", "float in", "AP", "AP50", "drop", "agree", "verdict"),
+    *("backend", "precision", "float in", "AP", "AP50", "small/medium/large", "drop", "agree", "verdict"),
     *("p50 ms", "p90 ms", "speed-up", "images/s", "MiB"),
 )
 
@@ -208,7 +213,7 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
     rows = [_row(deployment, index) for index in range(len(deployment.rows))]
     annotated = deployment.evaluations.dataset.annotated
     columns = tuple(column for column in _COLUMNS if column != "agree" or not annotated)
-    hidden = {"match_rate"} if annotated else set()
+    hidden = {"precision_drop", "recall_drop", *(["match_rate"] if annotated else [])}
     shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
     table(str(deployment.bundle), columns, [_cells(row) for row in shown])
     images, seconds = deployment.rows[0].scores.images, deployment.seconds
@@ -260,7 +265,10 @@ def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a 
         "compute": evaluation.run.description["compute"],
         "ap": evaluation.scores.ap,
         "ap50": evaluation.scores.ap50,
+        **{name: getattr(evaluation.scores, name) for name in _SIZES},
         "drop": evaluation.drop.value if evaluation.drop else None,
+        "precision_drop": evaluation.precision_drop.drop.value if evaluation.precision_drop else None,
+        "recall_drop": evaluation.recall_drop.drop.value if evaluation.recall_drop else None,
         "match_rate": agreement.match_rate if agreement and not agreement.empty else None,
         "outcome": overall_outcome(verdict.outcome for verdict in evaluation.verdicts),
         "p50_ms": speed.latency.p50,
@@ -274,9 +282,13 @@ def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     """As ``_COLUMNS`` names them; a doubtful speed-up has a question mark."""
+    from fcos_deploy.accuracy.evaluate import size_cell
+
     cells = []
     for name, value in row.items():
-        if name == "speedup_problem":
+        if name == _SIZES[0]:
+            cells.append(size_cell(row[size] for size in _SIZES))
+        if name in (*_SIZES, "speedup_problem"):
             continue
         known = value is not None and not isinstance(value, str)
         text = f"{value:.{4 if abs(value) < 1 else 2}f}" if known else value or "-"

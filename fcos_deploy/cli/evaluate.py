@@ -46,6 +46,8 @@ def evaluate_command(
     at_precision: cli.AtPrecision = None,
     at_recall: cli.AtRecall = None,
     max_map_drop: cli.MaxMapDrop = None,
+    max_precision_drop: cli.MaxPrecisionDrop = None,
+    max_recall_drop: cli.MaxRecallDrop = None,
     min_ap: Annotated[
         float | None, cli.option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP", panel=cli.GATE)
     ] = None,
@@ -65,12 +67,13 @@ def evaluate_command(
     the data cannot decide it.
     """
     from fcos_deploy.accuracy.evaluate import (
+        CURVE_COLUMNS,
         TABLE_COLUMNS,
         EvaluationRequest,
+        curve_rows,
         evaluate,
         evaluation_json,
         evaluation_row,
-        size_sentence,
     )
     from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
     from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, OperatingGoal, operating_rows
@@ -86,11 +89,18 @@ def evaluate_command(
         reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference]))
         if reference
         else None,
-        gate=Gate(max_map_drop=max_map_drop, min_ap=min_ap, min_match_rate=min_match_rate, judge=judge),
+        gate=Gate(
+            max_map_drop=max_map_drop,
+            min_ap=min_ap,
+            max_precision_drop=max_precision_drop,
+            max_recall_drop=max_recall_drop,
+            min_match_rate=min_match_rate,
+            judge=judge,
+        ),
         resamples=resamples,
         limit=limit,
         predictions=predictions,
-        operating_goal=OperatingGoal(precision=at_precision, recall=at_recall),
+        operating_goal=OperatingGoal.asked(precision=at_precision, recall=at_recall),
     )
     with progress_bar() as progress:
         result = evaluate(request, progress=progress)
@@ -99,9 +109,8 @@ def evaluate_command(
         note(finding.line)
     table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in shown])
     for evaluation in shown:
-        if sizes := size_sentence(evaluation):
-            note(sizes)
         if evaluation.operating_points:
+            table(f"{evaluation.run.subject}: precision by recall, IoU 0.5", CURVE_COLUMNS, curve_rows(evaluation))
             title = f"{evaluation.run.subject}: at a score threshold for each class, IoU 0.5"
             table(title, OPERATING_COLUMNS, operating_rows(evaluation.operating_points))
     if as_json:
@@ -132,7 +141,11 @@ def compare_command(
     limit: cli.Limit = None,
     speed: Annotated[bool, cli.option("Benchmark of both in turns.", "--speed/--no-speed")] = True,
     rounds: cli.Rounds = 10,
+    at_precision: cli.AtPrecision = None,
+    at_recall: cli.AtRecall = None,
     max_map_drop: cli.MaxMapDrop = None,
+    max_precision_drop: cli.MaxPrecisionDrop = None,
+    max_recall_drop: cli.MaxRecallDrop = None,
     min_match_rate: cli.MinMatchRate = None,
     judge: cli.JudgeBy = Judge.INTERVAL,
     allow_inconclusive: cli.AllowInconclusive = False,
@@ -158,6 +171,7 @@ def compare_command(
     data cannot decide it.
     """
     from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_json, evaluation_row
+    from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.core.gate import Gate
@@ -173,7 +187,13 @@ def compare_command(
         precision=second_precision or precision,
         options=sessions[second],
     )
-    gate = Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate, judge=judge)
+    gate = Gate(
+        max_map_drop=max_map_drop,
+        max_precision_drop=max_precision_drop,
+        max_recall_drop=max_recall_drop,
+        min_match_rate=min_match_rate,
+        judge=judge,
+    )
     if images is None:
         if annotations is not None or report is not None:
             raise ConfigError("--annotations and --report need images.", hint="give --images DIR")
@@ -188,6 +208,7 @@ def compare_command(
         gate=gate,
         timing=TimingOptions(rounds=rounds) if speed else None,
         limit=limit,
+        operating_goal=OperatingGoal.asked(precision=at_precision, recall=at_recall),
     )
     with progress_bar() as progress:
         comparison = compare_models(request, progress=progress)

@@ -62,6 +62,8 @@ __all__ = [
     "Junit",
     "Limit",
     "MaxMapDrop",
+    "MaxPrecisionDrop",
+    "MaxRecallDrop",
     "MinMatchRate",
     "Model",
     "Opset",
@@ -159,13 +161,9 @@ AllowOverlap = Annotated[
 ]
 Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
 Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
-AtPrecision = Annotated[
-    float | None,
-    option("Precision for which each class's score threshold is chosen. Default: best F1.", metavar="SHARE"),
-]
-AtRecall = Annotated[
-    float | None, option("Recall for which each class's score threshold is chosen. Default: best F1.", metavar="SHARE")
-]
+_AT = "{} for which each class's score threshold is chosen. Default: the bundle's thresholds, elsewhere best F1."
+AtPrecision = Annotated[float | None, option(_AT.format("Precision"), metavar="SHARE")]
+AtRecall = Annotated[float | None, option(_AT.format("Recall"), metavar="SHARE")]
 Opset = Annotated[int | None, option("ONNX operator set, 16 to 23. Default: 17, or 19 where the graph has DeformConv.")]
 Target = Annotated[
     str,
@@ -213,6 +211,9 @@ MaxMapDrop = Annotated[
         panel=GATE,
     ),
 ]
+_DROP = "Largest loss of {} at the score thresholds, mean over the classes; needs annotations. Default: no limit."
+MaxPrecisionDrop = Annotated[float | None, option(_DROP.format("precision"), metavar="SHARE", panel=GATE)]
+MaxRecallDrop = Annotated[float | None, option(_DROP.format("recall"), metavar="SHARE", panel=GATE)]
 MinMatchRate = Annotated[
     float | None,
     option(

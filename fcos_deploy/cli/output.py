@@ -36,6 +36,8 @@ __all__ = ["note", "print_json", "print_json_line", "progress_bar", "show_error"
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
 _SHORT = 1.0  # seconds of a stage that leaves no line in a log
+_MANY_STEPS = 10
+_WHOLE_STAGE = 1e9  # seconds that a rate is taken over; by default 30, in which a large model takes a step or none
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -120,6 +122,13 @@ class _RateColumn(ProgressColumn):
         return Text(_rate(speed) if speed else "")
 
 
+class _RemainingColumn(TimeRemainingColumn):
+    """The time that remains of a stage whose steps are many, and therefore alike; a few say nothing of the next one."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total and task.total >= _MANY_STEPS else Text("")
+
+
 def _rate(per_second: float) -> str:
     """``12.5/s``, or ``3.2 s each`` below one a second."""
     return f"{per_second:.1f}/s" if per_second >= 1 else f"{1 / per_second:.1f} s each"
@@ -148,10 +157,15 @@ def progress_bar() -> Iterator[ProgressFn]:
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),
-        TimeRemainingColumn(),
+        _RemainingColumn(),
     )
     console, on_terminal = Console(stderr=True), sys.stderr.isatty()
-    with Progress(*columns, console=console, disable=_QUIET.get() or not on_terminal) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        disable=_QUIET.get() or not on_terminal,
+        speed_estimate_period=_WHOLE_STAGE,
+    ) as progress:
         stages: dict[str, _Stage] = {}
 
         def report(label: str, done: int, total: int) -> None:

@@ -42,7 +42,11 @@ def report_command(
     also: cli.Also = None,
     limit: cli.Limit = None,
     rounds: cli.Rounds = 20,
+    at_precision: cli.AtPrecision = None,
+    at_recall: cli.AtRecall = None,
     max_map_drop: cli.MaxMapDrop = None,
+    max_precision_drop: cli.MaxPrecisionDrop = None,
+    max_recall_drop: cli.MaxRecallDrop = None,
     judge: cli.JudgeBy = Judge.INTERVAL,
     allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backends = None,
@@ -67,6 +71,7 @@ def report_command(
     """
     from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_row
     from fcos_deploy.accuracy.gate import require_all, verdict_line
+    from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.bundle.store import is_bundle
     from fcos_deploy.core.backend import SessionOptions
@@ -75,18 +80,19 @@ def report_command(
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
+    limits = (max_map_drop, max_precision_drop, max_recall_drop)
     if records:
-        if max_map_drop is not None or images or annotations or reference or also:
+        if any(limit is not None for limit in limits) or images or annotations or reference or also:
             raise ConfigError(
                 "Records are judged by the bundle's own gates, and are compared with nothing else.",
-                hint="leave out --max-map-drop, --reference, --images, --annotations and --also with --records",
+                hint="leave out limits, --reference, --images, --annotations and --also with --records",
             )
         # The keys are those of the devices too; only a required signature is one of the bundle as well.
         asked = trust if require_signature or trust.min_version else replace(trust, public_keys=())
         _sign_off(model, records, trust=asked, keys=trust.public_keys, output=output, inconclusive=allow_inconclusive)
         return
-    asked_for_more = (reference, images, annotations, also, limit, max_map_drop, backend, precision, title)
-    if not any(asked_for_more) and is_bundle(model):
+    asked_for_more = (reference, images, annotations, also, limit, at_precision, at_recall, backend, precision, title)
+    if not any((*asked_for_more, *limits)) and is_bundle(model):
         _recorded(model, trust=trust, output=output, inconclusive=allow_inconclusive)
         return
     if reference is None or images is None:
@@ -102,9 +108,15 @@ def report_command(
         candidates=cli.detector_specs({path: sessions[path] for path in models}, backend, precision),
         images=images,
         annotations=annotations,
-        gate=Gate(max_map_drop=max_map_drop, judge=judge),
+        gate=Gate(
+            max_map_drop=max_map_drop,
+            max_precision_drop=max_precision_drop,
+            max_recall_drop=max_recall_drop,
+            judge=judge,
+        ),
         timing=TimingOptions(rounds=rounds),
         limit=limit,
+        operating_goal=OperatingGoal.asked(precision=at_precision, recall=at_recall),
     )
     with progress_bar() as progress:
         comparison = compare_models(request, progress=progress)
@@ -119,6 +131,7 @@ def report_command(
 
 def _recorded(bundle: Path, *, trust: Trust, output: Path, inconclusive: bool) -> None:
     """The report that the bundle holds, after the bundle was checked, and its verdicts."""
+    from fcos_deploy.accuracy.evaluate import size_cell
     from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.errors import AccuracyGateError, BundleError, InconclusiveError
     from fcos_deploy.core.files import write_text
@@ -136,10 +149,11 @@ def _recorded(bundle: Path, *, trust: Trust, output: Path, inconclusive: bool) -
         (
             *(figure.backend, str(figure.precision), figure.details.get("compute", ""), figure.outcome or "-"),
             *(f"{figure.metrics[name]:.3f}" if name in figure.metrics else "-" for name in ("ap", "ap50")),
+            size_cell(figure.metrics.get(name) for name in ("ap_small", "ap_medium", "ap_large")),
         )
         for figure in figures
     ]
-    table(bundle.name, ("backend", "precision", "float in", "verdict", "AP", "AP50"), rows)
+    table(bundle.name, ("backend", "precision", "float in", "verdict", "AP", "AP50", "small/medium/large"), rows)
     for suffix, text in texts.items():
         write_text(output.with_suffix(suffix), text)
         note(f"wrote {output.with_suffix(suffix)}")

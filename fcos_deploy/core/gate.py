@@ -58,6 +58,8 @@ class Gate:
 
     ``max_map_drop``: AP of the reference minus AP of the candidate, in 0..1 (0.01 is one AP point).
     ``min_ap``: AP itself. ``judge``: whether the confidence interval or the measured figure must keep a limit.
+    ``max_precision_drop``, ``max_recall_drop``: as ``max_map_drop``, of the mean precision and recall of the classes at
+    their score thresholds.
 
     ``min_match_rate``: share of the detections of both detectors that are paired, in 0..1.
     ``min_iou``: overlap that a pair needs; None is 0.5. ``max_score_delta`` (in 0..1) and ``max_box_delta_px`` (image
@@ -67,6 +69,8 @@ class Gate:
 
     max_map_drop: float | None = None
     min_ap: float | None = None
+    max_precision_drop: float | None = None
+    max_recall_drop: float | None = None
     min_match_rate: float | None = None
     min_iou: float | None = None
     max_score_delta: float | None = None
@@ -74,7 +78,8 @@ class Gate:
     judge: Judge = Judge.INTERVAL
 
     def __post_init__(self) -> None:
-        for name in ("max_map_drop", "min_ap", "min_match_rate", "min_iou", "max_score_delta"):
+        shares = ("max_map_drop", "min_ap", "max_precision_drop", "max_recall_drop", "min_match_rate")
+        for name in (*shares, "min_iou", "max_score_delta"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is a share of 1, so it must be in [0, 1], got {value}.")

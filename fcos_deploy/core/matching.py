@@ -326,7 +326,9 @@ def _scores(images: Sequence[Detections], *, label: int | None = None) -> NDArra
     return np.concatenate([np.empty(0, np.float32), *chosen])
 
 
-def equivalent_threshold(reference: NDArray[np.float32], quantized: NDArray[np.float32], *, threshold: float) -> float:
+def equivalent_threshold(
+    reference: NDArray[np.floating[Any]], quantized: NDArray[np.floating[Any]], *, threshold: float
+) -> float:
     """The threshold on ``quantized`` that as many scores exceed as exceed ``threshold`` in ``reference``.
 
     It lies halfway between the last score that passes and the first that does not, and is ``threshold`` itself where

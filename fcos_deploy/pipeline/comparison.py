@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.accuracy.dataset import folder_images
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
+from fcos_deploy.accuracy.operating_point import OperatingGoal
 from fcos_deploy.accuracy.parity import (
     LayerFinding,
     OnnxLayers,
@@ -58,7 +59,10 @@ _TOOLS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonRequest:
-    """``reference`` is what the candidates are compared with. ``timing`` None leaves speed out."""
+    """``reference`` is what the candidates are compared with. ``timing`` None leaves speed out.
+
+    ``operating_goal``: as in ``EvaluationRequest``.
+    """
 
     reference: DetectorSpec
     candidates: tuple[DetectorSpec, ...]
@@ -68,6 +72,7 @@ class ComparisonRequest:
     timing: TimingOptions | None = None
     limit: int | None = None
     resamples: int = 1000
+    operating_goal: OperatingGoal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +105,7 @@ def compare_models(request: ComparisonRequest, *, progress: ProgressFn = no_prog
             gate=request.gate,
             limit=request.limit,
             resamples=request.resamples,
+            operating_goal=request.operating_goal,
         ),
         progress=progress,
     )

@@ -276,8 +276,14 @@ def _manifest(
     request = context.request
     preferred = next((v for v in reversed(variants) if v.artifact.precision is Precision.INT8), variants[-1])
     int8_gate = replace(DEFAULT_GATES[Precision.INT8], judge=request.judge)
-    if request.gate.max_map_drop is not None:
-        int8_gate = replace(int8_gate, max_map_drop=request.gate.max_map_drop)
+    asked = request.gate
+    if asked.max_map_drop is not None:
+        int8_gate = replace(
+            int8_gate,
+            max_map_drop=asked.max_map_drop,
+            max_precision_drop=asked.max_precision_drop,
+            max_recall_drop=asked.max_recall_drop,
+        )
     return Manifest(
         name=request.output.stem,
         contract=context.contract,

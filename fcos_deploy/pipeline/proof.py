@@ -150,6 +150,9 @@ def accuracy_figures(
         scores, drop = evaluation.scores, evaluation.drop
         names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
         metrics = {name: getattr(scores, name) for name in names}
+        for share in ("precision", "recall"):  # means over the classes that have a threshold
+            values = [value.value for point in evaluation.operating_points if (value := getattr(point, share))]
+            metrics[f"operating_{share}"] = float(np.mean(values)) if values else None
         compared = reference is not None and evaluation is not reference
         figures.append(
             AccuracyFigure(

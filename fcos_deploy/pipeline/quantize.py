@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,19 +30,22 @@ from fcos_deploy.accuracy.evaluate import (
     Evaluation,
     EvaluationRequest,
     Evaluations,
+    at_operating_point,
     evaluate,
     evidence_problem,
     judge_evaluation,
+    judge_operating_point,
     widened_evaluation,
 )
 from fcos_deploy.accuracy.gate import Verdict
+from fcos_deploy.accuracy.operating_point import OperatingGoal
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.file_kinds import files_of
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.gate import Gate, undecided_because
+from fcos_deploy.core.gate import Gate, Outcome, undecided_because
 from fcos_deploy.core.image import list_images
 from fcos_deploy.core.matching import MatchOptions, ScoreDrift, compare_detections, score_drift
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -81,6 +84,7 @@ def accuracy_goal(
     Raises:
         ConfigError: a goal without images, or a limit on AP without annotations.
     """
+    limits = {"max_precision_drop": gate.max_precision_drop, "max_recall_drop": gate.max_recall_drop}
     if gate.max_map_drop is None and gate.min_match_rate is None:
         return None
     if images is None:
@@ -97,6 +101,7 @@ def accuracy_goal(
         threads=threads,
         evaluations=evaluations,
         sample=sample,
+        further_limits={name: limit for name, limit in limits.items() if limit is not None},
     )
 
 
@@ -109,6 +114,8 @@ def quantize_model(
     predictions: Path | None = None,
     scored: Scored | None = None,
     float_model: Path | None = None,
+    operating_goal: OperatingGoal | None = None,
+    runnable: Callable[[Path], Path] | None = None,
     progress: ProgressFn = no_progress,
 ) -> Quantized:
     """Quantize, and where there is a goal return only what reaches it, or what the images cannot decide.
@@ -116,6 +123,8 @@ def quantize_model(
     ``state``: file from which an interrupted search resumes; hidden beside the output by default. ``predictions``:
     folder in which detections are kept by content. ``scored``: what was evaluated before on the goal's images, to which
     this search adds. ``float_model``: what the goal's backend runs of the float graph; the graph itself by default.
+    ``operating_goal``: what score thresholds are chosen for, at which precision and recall are limited. ``runnable``:
+    gives what the goal's backend runs of an INT8 graph; the graph itself by default.
 
     Raises:
         AccuracyGateError: the goal cannot be reached; nothing was written, the float graph is as it was.
@@ -137,6 +146,8 @@ def quantize_model(
             float_model=float_model or request.graph.source.path,
             predictions=predictions or Path(folder),
             scored={} if scored is None else scored,
+            operating_goal=operating_goal,
+            runnable=runnable,
             progress=progress,
         )
         if score.problem:
@@ -234,9 +245,11 @@ class _Score:
         float_model: Path,
         predictions: Path,
         scored: Scored,
+        operating_goal: OperatingGoal | None,
+        runnable: Callable[[Path], Path] | None,
         progress: ProgressFn,
     ) -> None:
-        self._float_model = float_model
+        self._float_model, self._operating_goal, self._runnable = float_model, operating_goal, runnable
         self._source, self._goal, self._predictions, self._progress = source, goal, predictions, progress
         self._scored = scored
         self._options = SessionOptions(threads=goal.threads)
@@ -254,7 +267,13 @@ class _Score:
     def __call__(self, model: Path) -> ScoreLoss:
         compared = self._compared(model)
         if compared.drop is not None and compared.scores.ap is not None:
-            return ScoreLoss(score=compared.scores.ap, interval=(compared.drop.low, compared.drop.high))
+            reference = self._evaluated(self._source)
+            further = judge_operating_point(self._gate, compared, reference.candidates[0], reference.dataset)
+            return ScoreLoss(
+                score=compared.scores.ap,
+                interval=(compared.drop.low, compared.drop.high),
+                refused=any(verdict.outcome is Outcome.FAILED for verdict in further),
+            )
         if compared.agreement is None:  # Excluded: what is compared has one.
             raise ConfigError("There is nothing to compare with.")
         low, high = compared.agreement.match_interval
@@ -262,12 +281,22 @@ class _Score:
 
     def verdicts(self, model: Path, *, choices: int) -> tuple[Verdict, ...]:
         """On a model that was chosen among so many."""
-        goal, reference = self._goal, self._evaluated(self._source)
+        reference = self._evaluated(self._source)
         return judge_evaluation(
-            Gate(max_map_drop=goal.max_map_drop, min_match_rate=goal.min_match_rate, judge=goal.judge),
+            self._gate,
             widened_evaluation(self._compared(model), choices),
             dataset=reference.dataset,
             reference=reference.candidates[0],
+        )
+
+    @property
+    def _gate(self) -> Gate:
+        goal = self._goal
+        return Gate(
+            max_map_drop=goal.max_map_drop,
+            min_match_rate=goal.min_match_rate,
+            judge=goal.judge,
+            **goal.further_limits,
         )
 
     def _compared(self, model: Path) -> Evaluation:
@@ -278,13 +307,21 @@ class _Score:
         drop = None
         if evaluation.samples is not None and reference.samples is not None:
             drop = paired_ap_drop(reference.samples, evaluation.samples)
-        return replace(evaluation, agreement=agreement, drop=drop)
+        return at_operating_point(
+            replace(evaluation, agreement=agreement, drop=drop),
+            reference,
+            goal=self._operating_goal,
+            resamples=_RESAMPLES,
+        )
 
     def _evaluated(self, model: Path) -> Evaluations:
         """A model that a resumed search had evaluated is evaluated again."""
-        model = self._float_model if model == self._source else model
+        float_graph = model == self._source
+        model = self._float_model if float_graph else model
         key = (self._goal.backend, " ".join(map(sha256_file, files_of(model))))
         if key not in self._scored:
+            if self._runnable is not None and not float_graph:
+                model = self._runnable(model)
             spec = DetectorSpec(model=model, backend=self._goal.backend, options=self._options)
             request = EvaluationRequest(
                 candidates=(spec,),
@@ -293,6 +330,7 @@ class _Score:
                 reference=None if self._goal.annotations else replace(spec, model=self._float_model),
                 resamples=_RESAMPLES if self._goal.annotations else 0,
                 sample=self._goal.sample,
+                operating_goal=self._operating_goal,
                 predictions=self._predictions,
             )
             self._scored[key] = evaluate(request, progress=self._progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind, DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BuildOptions, BuildRequest
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
 from fcos_deploy.core.file_kinds import engine_file, files_of, graph_file
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Gate, Judge, Severity
@@ -135,9 +136,10 @@ class DeployRequest:
     reported. ``plans`` are devices that get artifacts of their own. ``max_map_drop`` is the most AP (0..1) that INT8
     may lose (0.01 by default). Without ``annotations`` ``min_match_rate`` takes its place, the share of the detections
     of both models that agree (0.97 by default). ``judge``: whether the interval or the point estimate must keep it.
+    ``max_precision_drop`` and ``max_recall_drop``: what may be lost at the score thresholds (no limit by default).
     ``cache``: folder of finished steps of earlier deployments, to which this one adds. ``sample``: on how many images
     accuracy is measured, chosen with classes and object sizes as in all of them; None takes all.
-    ``operating_goal``: what the score threshold of each class is chosen for.
+    ``operating_goal``: what the score threshold of each class is chosen for; None is the reference's best F1.
     """
 
     checkpoint: Path | WrappedModule
@@ -151,6 +153,8 @@ class DeployRequest:
     images: Path | None = None
     annotations: Path | None = None
     max_map_drop: float | None = None
+    max_precision_drop: float | None = None
+    max_recall_drop: float | None = None
     min_match_rate: float | None = None
     judge: Judge = Judge.INTERVAL
     allow_overlap: bool = False
@@ -159,7 +163,7 @@ class DeployRequest:
     opset: int | None = None
     cache: Path | None = None
     sample: int | None = None
-    operating_goal: OperatingGoal = field(default_factory=OperatingGoal)
+    operating_goal: OperatingGoal | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -176,9 +180,10 @@ class DeployRequest:
                 "The targets need the nms tail in two forms, and a bundle has one file for it.",
                 hint="make a bundle for each --target",
             )
-        if self.annotations is None and self.max_map_drop is not None:
+        needs_annotations = (self.max_map_drop, self.max_precision_drop, self.max_recall_drop)
+        if self.annotations is None and any(limit is not None for limit in needs_annotations):
             raise ConfigError(
-                "A loss of AP cannot be limited without annotations.",
+                "A loss of AP, precision or recall cannot be limited without annotations.",
                 hint="give --annotations FILE, or --min-match-rate",
             )
         _ = self.gate  # which refuses limits that are no share of 1
@@ -190,7 +195,13 @@ class DeployRequest:
             rate = _MIN_MATCH_RATE if self.min_match_rate is None else self.min_match_rate
             return Gate(min_match_rate=rate, judge=self.judge)
         drop = _MAX_MAP_DROP if self.max_map_drop is None else self.max_map_drop
-        return Gate(max_map_drop=drop, min_match_rate=self.min_match_rate, judge=self.judge)
+        return Gate(
+            max_map_drop=drop,
+            max_precision_drop=self.max_precision_drop,
+            max_recall_drop=self.max_recall_drop,
+            min_match_rate=self.min_match_rate,
+            judge=self.judge,
+        )
 
 
 def plan_targets(
@@ -230,7 +241,8 @@ def plan_targets(
 class DeployContext:
     """What every step works with. ``contract`` is the one that artifacts carry, with the tail that they have.
 
-    ``scored``: what searches for an accuracy goal have evaluated, by content.
+    ``scored``: what searches for an accuracy goal have evaluated, by content. ``engines``: what they built for it, by
+    backend and hash of the graph.
     """
 
     request: DeployRequest
@@ -242,6 +254,7 @@ class DeployContext:
     cache: StepCache | None = None
     stages: StageClock = field(default_factory=StageClock)
     scored: Scored = field(default_factory=dict)
+    engines: dict[tuple[str, str], BuildResult] = field(default_factory=dict)
     _graphs: dict[str, ConvGraph] = field(default_factory=dict)
 
     @property
@@ -262,6 +275,18 @@ class DeployContext:
         """A step that makes a model, or what goes into one: another bundle that made the same may lend it."""
         with self.stages.stage(stage):
             return self.writer.step(name, inputs=inputs, make=make, cache=self.cache)
+
+    def engine(self, graph: Path, *, backend: str) -> Path:
+        """What ``backend`` runs of a graph: an engine where it has a builder for one, which is built once."""
+        exporter, sha256 = get_exporter(backend), sha256_file(graph)
+        if exporter.produces is ArtifactKind.ONNX:
+            return graph
+        if (backend, sha256) not in self.engines:
+            folder = self.writer.scratch / "engines" / sha256[:16]
+            folder.mkdir(parents=True, exist_ok=True)
+            output = folder / engine_file(Precision.INT8, backend=backend, kind=exporter.produces)
+            self.engines[backend, sha256] = exporter.build(BuildRequest(source=graph, output=output))
+        return self.engines[backend, sha256].files[0]
 
     def conv_graph(self, graph: Graph) -> ConvGraph:
         """A float graph as calibration and quantizers read it, opened once."""
@@ -421,6 +446,8 @@ def quantize(
         sample=request.sample,
     )
 
+    goal_backend = goal.backend if goal else ""
+
     def make(folder: Path) -> StepOutput:
         quantization = QuantizeRequest(
             graph=context.conv_graph(source),
@@ -437,6 +464,8 @@ def quantize(
             predictions=context.predictions,
             scored=context.scored,
             float_model=float_variant.model if float_variant else None,
+            operating_goal=request.operating_goal,
+            runnable=lambda model: context.engine(model, backend=consumer) if consumer == goal_backend else model,
             progress=context.progress,
         ).result
         draft = ArtifactDraft(
@@ -454,7 +483,7 @@ def quantize(
         "graph": source.artifact.sha256,
         "calibration": sha256_file(calibrated.path),
         "placement": json.dumps(to_json(policy), sort_keys=True),
-        "goal": f"{request.gate} {context.images.evaluation_key} {request.sample}",
+        "goal": f"{request.gate} {request.operating_goal} {context.images.evaluation_key} {request.sample}",
     }
     step = context.model_step(
         f"quantize-{policy.name}-{source.tail}", stage=f"quantize {policy.name}", inputs=inputs, make=make
@@ -473,9 +502,14 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
     def make(folder: Path) -> StepOutput:
         label = f"build {backend} {source.precision}"
         context.progress(label, 0, 1)
-        engine = exporter.build(
-            BuildRequest(source=graph.path, output=folder / name, options=options, progress=context.progress)
-        )
+        engine = context.engines.get((backend, source.sha256)) if options == BuildOptions() else None
+        if engine is None:
+            engine = exporter.build(
+                BuildRequest(source=graph.path, output=folder / name, options=options, progress=context.progress)
+            )
+        else:  # The search for the accuracy goal has evaluated this very file.
+            files = tuple(Path(shutil.copy(file, folder)) for file in engine.files)
+            engine = replace(engine, files=files)
         context.progress(label, 1, 1)
         draft = ArtifactDraft(
             path=name,

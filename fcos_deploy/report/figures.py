@@ -21,7 +21,16 @@ from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.matching import DetectionMatch, MatchOptions, match_detections
 from fcos_deploy.report.data import ReportData, ReportVariant
 
-__all__ = ["Chart", "ImagePanel", "PanelBox", "image_panels", "make_charts"]
+__all__ = [
+    "Chart",
+    "EmbeddedImage",
+    "FaultPanel",
+    "ImagePanel",
+    "PanelBox",
+    "fault_panels",
+    "image_panels",
+    "make_charts",
+]
 
 matplotlib = lazy_import("matplotlib", extra="report")
 matplotlib_figure = lazy_import("matplotlib.figure", extra="report")
@@ -225,6 +234,7 @@ def _precision_recall(data: ReportData) -> Chart | None:
             if score.precision:
                 recall = np.linspace(0, 1, len(score.precision))
                 axes.plot(recall, score.precision, color=colors[variant.label], label=variant.label)
+            _draw_operating_point(axes, variant, score.name, color=colors[variant.label])
         axes.set(title=scores[0].name, xlim=(0, 1), ylim=(0, 1.03))
     _hide_unused(panels, len(shown))
     figure.supxlabel("recall", fontsize=10)
@@ -233,11 +243,25 @@ def _precision_recall(data: ReportData) -> Chart | None:
     figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)))
     text = (
         "Precision: share of the detections that are right. Recall: share of the objects that are found. At IoU 0.5, "
-        "COCO's interpolation."
+        "COCO's interpolation. Points: at the score threshold of the class, with 95 % intervals."
     )
     if len(curves) > len(shown):
         text += f" The first {len(shown)} of {len(curves)} classes."
     return Chart(section="accuracy", title="Precision and recall", text=text, svg=_svg(figure))
+
+
+def _draw_operating_point(axes: Any, variant: ReportVariant, name: str, *, color: str) -> None:
+    """Any: matplotlib has no types here."""
+    point = next((point for point in variant.evaluation.operating_points if point.name == name), None)
+    if point is None or point.precision is None or point.recall is None:
+        return
+    recall, precision = point.recall, point.precision
+    reach = {
+        "xerr": [[recall.value - recall.low], [recall.high - recall.value]],
+        "yerr": [[precision.value - precision.low], [precision.high - precision.value]],
+    }
+    style = {"fmt": "o", "ms": 4, "elinewidth": 0.8, "zorder": 4, "color": color}
+    axes.errorbar([recall.value], [precision.value], **reach, **style)
 
 
 def _score_drift(data: ReportData) -> Chart | None:
@@ -338,6 +362,7 @@ def _sensitivity(search: TradeOffs) -> Chart | None:
 
 _MATCHING = MatchOptions(min_score=0.4)  # also what is drawn: boxes of lower scores would cover the image
 _MAX_SIDE = 520  # pixels of an embedded image: sharp in a third of the page, small in the file
+_MAX_SIDE_SMALL = 260  # of one in a fifth of the page
 _JPEG_QUALITY = 82
 _MAX_LABELS = 10  # boxes whose names still leave the image to be seen
 _MOVED = 0.03  # change of a score from which it is shown
@@ -359,19 +384,38 @@ class PanelBox:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedImage:
+    """A JPEG (base64), ``scale`` times as large as its file's image."""
+
+    identifier: str
+    jpeg: str
+    width: int
+    height: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultPanel:
+    """One of a variant's worst images, by the annotations: boxes of what is ``missed``, ``extra`` and right."""
+
+    image: EmbeddedImage
+    name: str
+    missed: int
+    extra: int
+    boxes: tuple[PanelBox, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePanel:
-    """An embedded JPEG (base64) with three layers of boxes.
+    """An image with three layers of boxes.
 
     ``missed``: the number of the reference's detections that the variant lacks; ``extra``: of those it has alone.
     """
 
-    identifier: str
+    image: EmbeddedImage
     name: str
     variant: str
     note: str
-    jpeg: str
-    width: int
-    height: int
     layers: tuple[tuple[str, tuple[PanelBox, ...]], ...]
     missed: int
     extra: int
@@ -403,6 +447,44 @@ def image_panels(data: ReportData, *, count: int = 4) -> list[ImagePanel]:
     ]
 
 
+def fault_panels(data: ReportData) -> dict[str, list[FaultPanel]]:
+    """Of each variant that was evaluated with annotations, the images with most faults, worst first.
+
+    An image of several variants is embedded once.
+
+    Raises:
+        ImageError: an image can no longer be read.
+    """
+    paths = {image.image_id: image.path for image in data.dataset.images}
+    embedded: dict[int, EmbeddedImage] = {}
+    panels: dict[str, list[FaultPanel]] = {}
+    for variant in data.variants:
+        confused = variant.evaluation.confusion
+        for fault in confused.worst if confused else ():
+            if fault.image_id not in embedded:
+                pixels = read_image(paths[fault.image_id], orientation=variant.evaluation.run.orientation)
+                identifier = f"image-fault-{len(embedded)}"
+                embedded[fault.image_id] = _embed(pixels, identifier=identifier, max_side=_MAX_SIDE_SMALL)
+            image = embedded[fault.image_id]
+            panel = FaultPanel(
+                image=image,
+                name=paths[fault.image_id].name,
+                missed=len(fault.missed.boxes),
+                extra=len(fault.extra),
+                boxes=tuple(
+                    _box(box, scale=image.scale, color=color, dash=dash)
+                    for boxes, color, dash in (
+                        (fault.correct.boxes, _WHITE, "2 3"),
+                        (fault.missed.boxes, _RED, ""),
+                        (fault.extra.boxes, _ORANGE, ""),
+                    )
+                    for box in boxes
+                ),
+            )
+            panels.setdefault(variant.label, []).append(panel)
+    return panels
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Comparison:
     """A variant's detections on one image beside the reference's.
@@ -429,25 +511,29 @@ def _compare(variant: str, reference: Detections, candidate: Detections) -> _Com
 
 def _draw(comparison: _Comparison, path: Path, *, run: DetectionRun, identifier: str) -> ImagePanel:
     pixels = read_image(path, orientation=run.orientation)
-    scale = min(1.0, _MAX_SIDE / max(pixels.shape[:2]))
+    image = _embed(pixels, identifier=identifier, max_side=_MAX_SIDE)
+    largest = float(np.abs(comparison.changes).max(initial=0.0))
+    return ImagePanel(
+        image=image,
+        name=path.name,
+        variant=comparison.variant,
+        note=f"Scores of pairs differ by up to {largest:.3f}. Shown: scores of at least {_MATCHING.min_score}.",
+        layers=_layers(comparison, names=run.names, scale=image.scale),
+        missed=len(comparison.match.missed),
+        extra=len(comparison.match.extra),
+    )
+
+
+def _embed(pixels: NDArray[np.uint8], *, identifier: str, max_side: int) -> EmbeddedImage:
+    """pixels: (h, w, 3) uint8 RGB."""
+    scale = min(1.0, max_side / max(pixels.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
     shrunk = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     encoded, jpeg = cv2.imencode(".jpg", shrunk[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     if not encoded:
         raise ImageError("An image of the report cannot be encoded as JPEG.")
-    largest = float(np.abs(comparison.changes).max(initial=0.0))
-    return ImagePanel(
-        identifier=identifier,
-        name=path.name,
-        variant=comparison.variant,
-        note=f"Scores of pairs differ by up to {largest:.3f}. Shown: scores of at least {_MATCHING.min_score}.",
-        jpeg=base64.b64encode(jpeg.tobytes()).decode("ascii"),
-        width=width,
-        height=height,
-        layers=_layers(comparison, names=run.names, scale=scale),
-        missed=len(comparison.match.missed),
-        extra=len(comparison.match.extra),
-    )
+    text = base64.b64encode(jpeg.tobytes()).decode("ascii")
+    return EmbeddedImage(identifier=identifier, jpeg=text, width=width, height=height, scale=scale)
 
 
 def _layers(
@@ -458,12 +544,12 @@ def _layers(
 
     def named(detections: Detections, i: int, color: str) -> PanelBox:
         name = label_name(int(detections.labels[i]), names)
-        return _box(detections, i, scale=scale, color=color, label=f"{name} {detections.scores[i]:.2f}")
+        return _box(detections.boxes[i], scale=scale, color=color, label=f"{name} {detections.scores[i]:.2f}")
 
     def all_boxes(detections: Detections, color: str) -> tuple[PanelBox, ...]:
         shown = np.flatnonzero(detections.scores >= _MATCHING.min_score).tolist()
         return tuple(
-            named(detections, i, color) if few else _box(detections, i, scale=scale, color=color) for i in shown
+            named(detections, i, color) if few else _box(detections.boxes[i], scale=scale, color=color) for i in shown
         )
 
     few = max(int((d.scores >= _MATCHING.min_score).sum()) for d in (reference, candidate)) <= _MAX_LABELS
@@ -472,9 +558,9 @@ def _layers(
         if candidate.scores[i] < _MATCHING.min_score:
             continue
         if abs(change) < _MOVED:
-            unchanged.append(_box(candidate, i, scale=scale, color=_WHITE, dash="2 3"))
+            unchanged.append(_box(candidate.boxes[i], scale=scale, color=_WHITE, dash="2 3"))
         else:
-            moved.append(_box(candidate, i, scale=scale, color=_VIOLET, label=f"{change:+.2f}"))
+            moved.append(_box(candidate.boxes[i], scale=scale, color=_VIOLET, label=f"{change:+.2f}"))
     missed = [named(reference, i, _RED) for i in match.missed]
     extra = [named(candidate, i, _ORANGE) for i in match.extra]
     return (
@@ -484,8 +570,9 @@ def _layers(
     )
 
 
-def _box(detections: Detections, i: int, *, scale: float, color: str, label: str = "", dash: str = "") -> PanelBox:
-    x1, y1, x2, y2 = (float(v) * scale for v in detections.boxes[i])
+def _box(box: NDArray[Any], *, scale: float, color: str, label: str = "", dash: str = "") -> PanelBox:
+    """box: (4,) xyxy, pixels of the file's image."""
+    x1, y1, x2, y2 = (float(v) * scale for v in box)
     return PanelBox(
         x=round(x1, 1),
         y=round(y1, 1),

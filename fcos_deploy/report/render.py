@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calibration.mixed_precision import TradeOffs
+from fcos_deploy.accuracy.confusion import Confusion
 from fcos_deploy.accuracy.device_record import ReadRecord
-from fcos_deploy.accuracy.evaluate import evaluation_drift
+from fcos_deploy.accuracy.evaluate import evaluation_drift, size_cell
 from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, operating_rows
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.files import write_text
@@ -19,7 +22,7 @@ from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.text import printable
 from fcos_deploy.report.data import ReportData, ReportVariant, dataset_sentence, key_figures, report_verdict
-from fcos_deploy.report.figures import image_panels, make_charts
+from fcos_deploy.report.figures import fault_panels, image_panels, make_charts
 
 __all__ = ["fill_template", "read_template", "write_report", "write_sign_off"]
 
@@ -27,6 +30,7 @@ __all__ = ["fill_template", "read_template", "write_report", "write_sign_off"]
 jinja2 = lazy_import("jinja2", extra="report")
 
 _MARKDOWN = re.compile(r"[\\`|<>\[\]]")
+_MAX_CONFUSED = 12  # classes of a confusion matrix
 _NOTHING = "–"  # noqa: RUF001  (a dash where a table has no figure)
 
 
@@ -62,6 +66,11 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
             for variant in data.variants
             for row in operating_rows(variant.evaluation.operating_points)
         ],
+        "confusions": [
+            (variant.label, *_confusion_cells(variant.evaluation.confusion))
+            for variant in data.variants
+            if variant.evaluation.confusion is not None
+        ],
         **_score_tables(data),
         "searches": [_search_cells(search) for search in data.searches],
         "machine": _machine_cells(data),
@@ -77,7 +86,12 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
         for chart in make_charts(data)
     ]
     css = read_template("report.css")
-    html = fill_template("report.html.j2", charts=charts, panels=image_panels(data), css=css, **values)
+    panels, faults = image_panels(data), fault_panels(data)
+    shown = [*(panel.image for panel in panels), *(panel.image for worst in faults.values() for panel in worst)]
+    images = {image.identifier: image for image in shown}.values()
+    html = fill_template(
+        "report.html.j2", charts=charts, panels=panels, faults=faults, images=images, css=css, **values
+    )
     markdown = path.with_suffix(".md")
     write_text(path, html)
     write_text(markdown, fill_template("report.md.j2", **values))
@@ -137,6 +151,18 @@ def _variant_cells(variant: ReportVariant) -> dict[str, str]:
         "int8_share": _percent(variant.int8_share),
         "gate": variant.outcome or _NOTHING,
     }
+
+
+def _confusion_cells(confused: Confusion) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Names of the columns, and the rows; of many classes those with most faults."""
+    counts, classes = confused.counts, len(confused.class_names)
+    faults = counts.sum(0) + counts.sum(1) - 2 * np.diag(counts)
+    shown = sorted(np.argsort(-faults[:classes], kind="stable")[:_MAX_CONFUSED].tolist())
+    names = [confused.class_names[k] for k in shown]
+    cells = counts[np.ix_([*shown, classes], [*shown, classes])]
+    rows = [(name, [str(count) for count in row]) for name, row in zip([*names, "nothing"], cells, strict=True)]
+    rows[-1][1][-1] = ""  # what is neither an object nor detected is not counted
+    return [*names, "missed"], rows
 
 
 def _score_tables(data: ReportData) -> dict[str, Any]:  # Any: rows for a template
@@ -259,6 +285,7 @@ def write_sign_off(bundle: Bundle, records: Sequence[ReadRecord], path: Path) ->
                 f.dataset,
                 str(f.images),
                 f"{f.metrics['ap']:.3f}",
+                size_cell(f.metrics.get(name) for name in ("ap_small", "ap_medium", "ap_large")),
                 "" if f.drop is None else f"{f.drop:+.4f}",
             )
             for f in manifest.accuracy

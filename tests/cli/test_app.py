@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 import fcos_deploy.cli
+from fcos_deploy.cli import output
 from fcos_deploy.cli.app import COMMANDS, build_app
 from fcos_deploy.cli.output import progress_bar
 from fcos_deploy.core import errors
@@ -178,6 +180,36 @@ def test_without_a_terminal_a_stage_leaves_one_line_with_its_rate(
         "openvino fp32: 20 in 1.0 s, 20.0/s",
         "openvino fp32: 20 in 5.0 s, 4.0/s",
     ]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 40.0])
+def test_after_a_tenth_of_a_stage_the_time_that_remains_is_known(
+    seconds: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps of uneven length, of which the first takes five times as long as the others: a model warms up."""
+    now, bars = [0.0], []
+
+    class Recorded(output.Progress):
+        def __init__(self, *columns: Any, **options: Any) -> None:
+            super().__init__(*columns, **options)
+            bars.append(self)
+
+    monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
+    monkeypatch.setattr("fcos_deploy.cli.output.Progress", Recorded)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    lengths = seconds * np.random.default_rng(0).uniform(0.7, 1.3, 87)
+    lengths[0] = 5 * seconds
+    with progress_bar() as report:
+        report("export", 1, 4)
+        for done, length in enumerate(lengths):
+            report("openvino int8", done, 87)
+            if done > 8:
+                few, many = bars[0].tasks
+                assert many.time_remaining == pytest.approx(lengths[done:].sum(), rel=0.2, abs=1.0)
+                column = bars[0].columns[-1]
+                assert ":" in column.render(many).plain
+                assert column.render(few).plain == "", "four steps of different kinds"
+            now[0] += length
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -86,12 +87,19 @@ def on_demo(count: int) -> tuple[object, ...]:
 def test_several_backends_agree_with_the_checkpoint(demo_onnx: Path) -> None:
     pytest.importorskip("openvino")
     both = ("--backend", "onnxruntime", "--backend", "openvino", "--reference", CHECKPOINT, "--resamples", 200)
-    result = run("evaluate", demo_onnx, *on_demo(10), *both, "--max-map-drop", 0.001, "--json")
+    limits = ("--max-map-drop", 0.001, "--max-recall-drop", 0.001, "--max-precision-drop", 0.001)
+    result = run("evaluate", demo_onnx, *on_demo(10), *both, *limits, "--json")
     assert result.exit_code == 0, result.output
+    assert "small/medium/large" in result.stderr
     entries = json.loads(result.stdout)
     assert [e["backend"] for e in entries] == ["onnxruntime", "openvino"]
     assert entries[0]["ap"] == pytest.approx(entries[1]["ap"], abs=5e-4)
-    assert all(e["agreement"]["match_rate"] > 0.99 and e["verdicts"][0]["outcome"] == "passed" for e in entries)
+    for entry in entries:
+        assert entry["agreement"]["match_rate"] > 0.99
+        assert [verdict["outcome"] for verdict in entry["verdicts"]] == ["passed"] * 3
+        assert entry["recall_drop"]["drop"]["value"] == 0.0
+        assert sum(cell["count"] for cell in entry["confusion"] if cell["object"]) == entry["objects"]
+        assert len(entry["per_class"][0]["thresholds"]) == len(entry["per_class"][0]["precision"]) == 101
 
 
 def test_a_failed_gate_is_exit_4_and_in_junit(tiny_onnx: Path, data: Path, tmp_path: Path) -> None:
@@ -115,7 +123,7 @@ def test_a_failed_gate_is_exit_4_and_in_junit(tiny_onnx: Path, data: Path, tmp_p
     assert suite.attrib["failures"] == "1"
 
 
-LIMITS = ("--max-map-drop", 0.01, "--min-ap", 0.5, "--min-match-rate", 0.9)
+LIMITS = ("--max-map-drop", 0.01, "--min-ap", 0.5, "--min-match-rate", 0.9, "--max-recall-drop", 0.01)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +153,10 @@ def test_limits_that_nothing_was_measured_for_are_inconclusive(
     assert result.exit_code == 4, result.output
     assert sentence in result.stderr
     judged = {v["name"]: v["outcome"] for v in json.loads(result.stdout)["verdicts"]}
-    assert set(judged) == {"max_map_drop", "min_ap", "min_match_rate"}
-    assert (judged["max_map_drop"], judged["min_ap"]) == ("inconclusive", "inconclusive")
+    assert set(judged) == {"max_map_drop", "min_ap", "min_match_rate", "max_recall_drop"}
+    assert {judged[name] for name in ("max_map_drop", "min_ap", "max_recall_drop")} == {"inconclusive"}
     (suite,) = ElementTree.parse(tmp_path / "junit.xml").getroot()
-    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("3", "0")
+    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("4", "0")
     assert int(suite.attrib["errors"]) == list(judged.values()).count("inconclusive")
 
 
@@ -166,11 +174,15 @@ def test_without_annotations_the_reference_is_the_ground_truth(demo_onnx: Path) 
         (("--images", "DATA"), "Accuracy needs annotations"),
         (("--images", "DATA", "--annotations", "gone.json"), "Cannot read the annotations 'gone.json'"),
         (("--images", "DATA", "--annotations", "DATA/annotations.json", "--max-map-drop", "0.1"), "give --reference"),
+        (("--images", "DATA", "--annotations", "DATA/annotations.json", "--max-recall-drop", "0"), "give --reference"),
+        (("--images", "DATA", "--reference", "MODEL", "--max-precision-drop", "0"), "cannot be limited without annot"),
         (("--images", "DATA", "--annotations", "DATA/annotations.json", "--backend", "x"), "There is no backend 'x'."),
     ],
 )
 def test_what_cannot_be_meant_is_exit_2(tiny_onnx: Path, data: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = run("evaluate", tiny_onnx, *(a.replace("DATA", str(data)) for a in arguments))
+    places = {"DATA": data, "MODEL": tiny_onnx}
+    words = [functools.reduce(lambda w, name: w.replace(name, str(places[name])), places, a) for a in arguments]
+    result = run("evaluate", tiny_onnx, *words)
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output

@@ -38,7 +38,8 @@ def _arguments(output: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
     bundle = tmp_path_factory.mktemp("deploy") / "bundle"
-    result = CliRunner().invoke(build_app(), _arguments(bundle, "--max-map-drop", "0.02", "--json"))
+    limits = ("--max-map-drop", "0.02", "--max-recall-drop", "0.5", "--json")
+    result = CliRunner().invoke(build_app(), _arguments(bundle, *limits))
     assert result.exit_code == 0, result.stderr
     return bundle, json.loads(result.stdout)
 
@@ -54,6 +55,23 @@ def test_bundle_holds_every_variant_and_its_hashes_check(deployed: tuple[Path, d
         assert set(int8.thresholds) == {"RBC", "WBC", "Platelets"}
         assert {"ap_small", "ap_large"} <= set(int8.metrics)
         assert 0.1 < int8.score_drift.threshold < 0.5, "the threshold that keeps as many detections as 0.3 did in float"
+        assert any(sentence.startswith("max_recall_drop: recall at the operating") for sentence in int8.verdicts)
+        assert bundle.manifest.gates[Precision.INT8].max_recall_drop == 0.5
+
+
+def test_thresholds_of_a_bundle_are_the_operating_point_it_is_judged_at(deployed: tuple[Path, Any]) -> None:
+    """The same images and models give what deploy gave; with a goal thresholds are chosen anew."""
+    bundle, content = deployed
+    where = ["--images", str(DEMO_DATA / "evaluation"), "--annotations", str(bundle.with_suffix(".json"))]
+    models = [str(bundle), "--backend", "openvino", "--precision", "int8", "--reference", str(bundle)]
+    for goal, origin in (((), "the bundle"), (("--at-recall", "0.5"), "recall 0.5")):
+        done = CliRunner().invoke(build_app(), ["evaluate", *models, *where, "--limit", "12", *goal, "--json"])
+        assert done.exit_code == 0, done.stderr
+        points = json.loads(done.stdout)["operating_points"]
+        assert {point["goal"] for point in points} == {origin}
+        carried = open_bundle(bundle).manifest.accuracy[-1].thresholds
+        assert ([point["score"] for point in points] == [carried[point["name"]] for point in points]) is not bool(goal)
+    assert {"recall_drop", "ap_small"} <= set(content["variants"][-1])
 
 
 def test_what_is_said_of_thresholds_names_what_each_was_measured_in(deployed: tuple[Path, dict[str, object]]) -> None:
@@ -75,9 +93,9 @@ def test_an_artifact_is_evaluated_once_and_the_stages_say_where_the_time_went(
     content: Any = deployed[1]
     stages = {stage["name"]: stage for stage in content["stages"]}
     assert stages["calibrate"]["inferences"] == 8, "one inference an image"
-    # The search for the goal has evaluated the float IR; its INT8 candidate was an ONNX file, the artifact is an IR.
-    evaluated = [v for v in content["variants"] if (v["precision"], v["compute"]) != ("fp32", "f32")]
-    assert stages["accuracy"]["inferences"] == 40 * (1 + len(evaluated))
+    # The search for the goal has evaluated both IRs in float32; what is left is the reference, and bf16.
+    evaluated = [v for v in content["variants"] if v["backend"] == "pytorch" or v["compute"] == "bf16"]
+    assert stages["accuracy"]["inferences"] == 40 * len(evaluated)
     assert sum(stage["seconds"] for stage in content["stages"]) == pytest.approx(content["seconds"], rel=0.2)
     with open_bundle(deployed[0]) as bundle:
         recorded = [stage.name for stage in bundle.manifest.stages]

@@ -31,10 +31,24 @@ from fcos_deploy.accuracy.dataset import (
     load_coco,
 )
 from fcos_deploy.accuracy.evaluate import evidence_problem
-from fcos_deploy.accuracy.operating_point import OperatingGoal, OperatingPoint, operating_points
+from fcos_deploy.accuracy.gate import judge_operating_drop
+from fcos_deploy.accuracy.operating_point import (
+    OperatingCounts,
+    OperatingDrop,
+    OperatingGoal,
+    OperatingPoint,
+    Thresholds,
+    carried_thresholds,
+    chosen_thresholds,
+    equivalent_thresholds,
+    operating_counts,
+    operating_drops,
+    operating_points,
+    operating_problem,
+)
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
-from fcos_deploy.core.gate import Judge
+from fcos_deploy.core.gate import Gate, Judge
 
 
 def detections(rows: list[tuple[list[float], float, int]]) -> Detections:
@@ -394,3 +408,99 @@ def test_a_goal_is_one_share() -> None:
         OperatingGoal(precision=0.9, recall=0.9)
     with pytest.raises(ConfigError, match=r"must be in \(0, 1\], got 95"):
         OperatingGoal(precision=95)
+
+
+CLASSES = ("cell", "platelet")
+# 40 images: in each a cell, and in every fourth a platelet; every detection is right.
+SCORES = (np.linspace(0.9, 0.5, 40), np.linspace(0.9, 0.5, 10))
+SEEN_IN = (np.arange(40), np.arange(0, 40, 4))
+
+
+def run(*, shift: float = 0.0, lost: int = 0, wrong: int = 0) -> list[ClassMatches]:
+    """Of both classes: scores moved by ``shift``, the last ``lost`` platelets gone, the first ``wrong`` on nothing."""
+    classes = []
+    for label, (scores, image) in enumerate(zip(SCORES, SEEN_IN, strict=True)):
+        kept = len(scores) - lost * label
+        correct = np.tile(np.arange(kept) >= wrong * label, (10, 1))
+        positives = np.bincount(image, minlength=40)
+        classes.append(
+            ClassMatches(image[:kept], np.float32(scores[:kept] + shift), correct, np.zeros_like(correct), positives)
+        )
+    return classes
+
+
+REFERENCE = operating_counts(run(), Thresholds(scores=(0.45, 0.45), origin="test"))
+
+
+def drops(candidate: OperatingCounts, **options: bool) -> tuple[OperatingDrop, OperatingDrop]:
+    options.setdefault("same_outputs", False)
+    precision, recall = operating_drops(REFERENCE, candidate, resamples=400, seed=0, **options)
+    assert precision is not None
+    assert recall is not None
+    return precision, recall
+
+
+def at_reference_point(**damage: float) -> OperatingCounts:
+    matches = run(**damage)  # type: ignore[arg-type]  # counts and a shift by name
+    return operating_counts(matches, equivalent_thresholds(REFERENCE, matches))
+
+
+def test_what_is_lost_is_the_mean_over_the_classes() -> None:
+    """Three of ten platelets are lost: 0.15 of the mean, though it is 3 of 50 objects; precision stays."""
+    precision, recall = drops(at_reference_point(lost=3))
+    assert (recall.reference, recall.drop.value, recall.by_class) == (
+        1.0,
+        pytest.approx(0.15),
+        (0.0, pytest.approx(0.3)),
+    )
+    assert precision.drop.value == 0.0
+    assert -0.05 < recall.drop.low < 0.15 < recall.drop.high < 0.5
+    precision, recall = drops(at_reference_point(wrong=2))
+    assert (precision.drop.value, recall.drop.value) == (pytest.approx(0.1), pytest.approx(0.1))
+
+
+def test_no_loss_in_forty_images_does_not_prove_that_there_is_none() -> None:
+    """3.69 of the ten platelets may be lost unseen, each 1 / 10 / 2 classes; unless every detection is the same."""
+    _, recall = drops(at_reference_point())
+    assert (recall.drop.low, recall.drop.high) == (0.0, pytest.approx(3.689 / 20, abs=1e-3))
+    _, recall = drops(at_reference_point(), same_outputs=True)
+    assert recall.drop.high == 0.0
+
+
+def test_thresholds_follow_scores_that_drift_and_those_of_a_bundle_do_not() -> None:
+    drifted = at_reference_point(shift=-0.2)
+    assert drops(drifted)[1].drop.value == 0.0
+    carried = carried_thresholds({"CELL": 0.45, "platelet": 0.45}, CLASSES)
+    assert drops(operating_counts(run(shift=-0.2), carried))[1].drop.value > 0.3
+
+
+@pytest.mark.parametrize(
+    ("damage", "limit", "outcome"),
+    [({"lost": 3}, 0.45, "passed"), ({"lost": 3}, 0.16, "inconclusive"), ({"lost": 9}, 0.1, "failed")],
+)
+def test_a_limit_on_recall_has_three_verdicts(damage: dict[str, float], limit: float, outcome: str) -> None:
+    _, recall = drops(at_reference_point(**damage))
+    (verdict,) = judge_operating_drop(Gate(max_recall_drop=limit), "recall", recall, class_names=CLASSES, subject="x")
+    assert (verdict.name, verdict.outcome) == ("max_recall_drop", outcome)
+    assert "recall at the operating point 1.000 -> " in verdict.message
+    assert ("most of 'platelet' (+" in verdict.message) is (outcome != "passed")
+    gate = Gate(max_recall_drop=limit, judge=Judge.POINT)
+    (by_point,) = judge_operating_drop(gate, "recall", recall, class_names=CLASSES, subject="x")
+    assert by_point.outcome == ("failed" if outcome == "failed" else "passed")
+    assert judge_operating_drop(Gate(), "recall", recall, class_names=CLASSES, subject="x") == []
+
+
+def test_without_a_threshold_or_a_detection_nothing_is_decided() -> None:
+    matches = run(wrong=5)
+    lacking = operating_counts(matches, chosen_thresholds(matches, goal=OperatingGoal(precision=1.0)))
+    problem = operating_problem(REFERENCE, lacking, CLASSES)
+    assert problem == "there is no score threshold of 'platelet' (precision 1)"
+    silent = operating_counts(run(), Thresholds(scores=(1.0, 1.0), origin="test"))
+    precision, _ = operating_drops(REFERENCE, silent, resamples=0, seed=0, same_outputs=False)
+    for share, loss, reason in (("recall", drops(lacking)[1], problem), ("precision", precision, "")):
+        gate = Gate(**{f"max_{share}_drop": 0.5})
+        (verdict,) = judge_operating_drop(gate, share, loss, class_names=CLASSES, subject="x", problem=reason)
+        assert verdict.outcome == "inconclusive"
+        assert verdict.message == (
+            reason or "nothing is detected at the operating point, so that there is no precision"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,14 +71,15 @@ def score(hard: tuple[ConvGraph, Calibration], two_images: Path) -> Score:
 
 def search(
     hard: tuple[ConvGraph, Calibration],
-    score: Score,
+    score: Any,
     output: Path,
     *,
     drop: float = 0.1,
     evaluations: int = 16,
+    folder: Path | None = None,
     **options: Any,
 ) -> Any:
-    goal = AccuracyGoal(min_match_rate=1.0 - drop, images=score.folder, evaluations=evaluations)
+    goal = AccuracyGoal(min_match_rate=1.0 - drop, images=folder or score.folder, evaluations=evaluations)
     return search_mixed_precision(*hard, output, placement=PORTABLE, goal=goal, evaluate=score, **options)
 
 
@@ -92,6 +94,20 @@ def test_goal_is_reached_by_ignoring_the_layer_that_misses_it(
     assert result.float_score - score(result.result.path).score <= 0.1 + 1e-6
     assert result.chosen.int8_share == max(t.int8_share for t in result.trials if result.float_score - t.score <= 0.1)
     assert [p.name for p in tmp_path.iterdir()] == ["q.onnx"]
+
+
+def test_a_candidate_that_misses_another_limit_does_not_reach_the_goal(
+    mini_graph: Any, mini_calibration: Any, two_images: Path, tmp_path: Path
+) -> None:
+    """With everything in INT8 the score is enough, but recall, say, is not."""
+    score = Score(mini_graph, two_images)
+
+    def strict(path: Path) -> ScoreLoss:
+        return replace(score(path), refused=score.calls == 2)  # the first is the float graph
+
+    result = search((mini_graph, mini_calibration), strict, tmp_path / "q.onnx", folder=two_images)
+    assert len(result.chosen.ignored_layers) >= 1
+    assert [trial.refused for trial in result.trials if not trial.ignored_layers] == [True]
 
 
 def test_unreachable_goal_is_refused_and_the_float_graph_intact(

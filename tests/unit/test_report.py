@@ -14,9 +14,11 @@ import pytest
 
 from calibration.mixed_precision import DetectionEffect, LayerSensitivity, TradeOffs, Trial
 from fcos_deploy.accuracy.coco import ApInterval, ClassScores, CocoScores
-from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage
+from fcos_deploy.accuracy.confusion import confusion
+from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
 from fcos_deploy.accuracy.evaluate import Evaluation
 from fcos_deploy.accuracy.gate import Outcome, Verdict
+from fcos_deploy.accuracy.operating_point import OperatingPoint, Share, Thresholds
 from fcos_deploy.accuracy.predictions import DetectionRun, StageSeconds
 from fcos_deploy.benchmark.measure import ClockReading, LatencyStats, PowerReading, StageMedians
 from fcos_deploy.benchmark.run import BenchmarkResult
@@ -121,7 +123,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         pixels = np.random.default_rng(number).integers(0, 255, (60, 80, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     images = tuple(EvaluationImage(number, folder / f"{number}.png") for number in range(12))
-    return Dataset(images, {}, CLASSES, "annotations.json")
+    dust = GroundTruth(np.array([DUST]), np.array([1]), np.array([700.0]), np.array([False]))
+    return Dataset(images, dict.fromkeys(range(12), dust), CLASSES, "annotations.json")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,17 @@ def report(dataset: Dataset) -> ReportData:
         drop=interval(0.002, -0.001, 0.004),
         agreement=compare_detections(REFERENCE, CANDIDATE),
         verdicts=(passed,),
+        confusion=confusion(dataset, CANDIDATE, Thresholds(scores=(0.3, 0.3), origin="best F1")),
+        operating_points=(
+            OperatingPoint(
+                name=CLASSES[0],
+                goal="best F1",
+                score=0.3,
+                precision=Share(value=0.9, low=0.8, high=0.95),
+                recall=Share(value=0.7, low=0.6, high=0.75),
+                f1=0.8,
+            ),
+        ),
     )
     return ReportData(
         title="Cells & <script>alert(1)</script>",
@@ -237,6 +251,16 @@ def test_thresholds_and_shifts_are_given(page: str) -> None:
     # 12 of the reference's scores are above 0.5; so are all of INT8's above 0.49. The mean shift is 11 x -0.02 / 12.
     assert "<tr><td>0.50</td><td>0.490</td></tr>" in page
     assert "<tr><td>cell &lt;b&gt;</td><td>-0.018; 0.300</td></tr>" in page
+
+
+def test_operating_points_confusion_and_the_worst_images_are_shown(page: str, written: tuple[Path, Path]) -> None:
+    assert "<td>0.900 (0.800 to 0.950)</td><td>0.700 (0.600 to 0.750)</td>" in page
+    # By these annotations each image has dust, which is missed, and a cell on nothing.
+    assert "<tr><td>dust</td><td>0</td><td>0</td><td>12</td></tr>" in page
+    assert "<tr><td>nothing</td><td>12</td><td>0</td><td></td></tr>" in page
+    assert page.count(".png: 1 missed, 1 extra</figcaption>") == 10
+    assert len(re.findall('<image id="image-fault-', page)) == 10
+    assert "| nothing | 12 | 0 |  |" in written[1].read_text(encoding="utf-8")
 
 
 def test_search_is_shown_with_its_choice_and_its_ranking(page: str) -> None:

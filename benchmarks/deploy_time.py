@@ -1,10 +1,12 @@
 """What a deployment takes, stage by stage, beside the least that it could take.
 
-    python benchmarks/deploy_time.py -o WORK [--calibration-count 40]
+    python benchmarks/deploy_time.py -o WORK [--calibration-count 40] [--backend onnxruntime]
+    python benchmarks/deploy_time.py --resnet50 -o WORK --shortest 256 --longest 512 --calibration-count 8 --sample 8
     python benchmarks/deploy_time.py CHECKPOINT -o WORK --calibration DIR --images DIR --annotations FILE \
         [--shortest 256 --longest 512]
 
-Without a checkpoint it is the demo detector. The floor is the export, one calibration pass, one evaluation of every
+Without a checkpoint it is the demo detector; with ``--resnet50`` a ResNet-50 of random weights, 91 classes, on the
+demo's images, of which nothing has to agree. The floor is the export, one calibration pass, one evaluation of every
 artifact at its measured latency, and the timed rounds. Everything is of one run, so that other load on the machine
 lengthens both.
 """
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.serialize import to_json
-from fcos_deploy.pipeline.deploy import Deployment, demo_request, deploy
+from fcos_deploy.pipeline.deploy import DEMO_DATA, Deployment, demo_request, deploy
 from fcos_deploy.pipeline.steps import DeployRequest
 
 
@@ -29,13 +31,19 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the bundle")
     for name in ("--calibration", "--images", "--annotations"):
         parser.add_argument(name, type=Path)
-    for name in ("--shortest", "--longest", "--calibration-count"):
+    for name in ("--shortest", "--longest", "--calibration-count", "--sample"):
         parser.add_argument(name, type=int)
+    parser.add_argument("--resnet50", action="store_true", help="in place of a checkpoint")
+    parser.add_argument("--backend", action="append", default=[], help="default: every one of this machine")
     parser.add_argument("--max-map-drop", type=float, default=0.02, help="with annotations")
     parser.add_argument("--min-match-rate", type=float, default=0.97, help="without annotations")
     asked = parser.parse_args()
+    asked.output.mkdir(parents=True, exist_ok=True)
+    if asked.resnet50:
+        asked.checkpoint, asked.min_match_rate = random_resnet50(asked.output / "resnet50.safetensors"), 0.0
+        asked.calibration, asked.images = DEMO_DATA / "calibration", DEMO_DATA / "evaluation"
     if asked.checkpoint is None:
-        request = replace(demo_request(asked.output / "bundle"), calibration_count=asked.calibration_count)
+        request = demo_request(asked.output / "bundle")
     else:
         request = DeployRequest(
             checkpoint=asked.checkpoint,
@@ -44,14 +52,36 @@ def main() -> None:
             images=asked.images,
             annotations=asked.annotations,
             options=CheckpointOptions(shortest=asked.shortest, longest=asked.longest),
-            calibration_count=asked.calibration_count,
             max_map_drop=asked.max_map_drop if asked.annotations else None,
             min_match_rate=None if asked.annotations else asked.min_match_rate,
         )
-    asked.output.mkdir(parents=True, exist_ok=True)
+    request = replace(
+        request,
+        calibration_count=asked.calibration_count,
+        sample=asked.sample,
+        backends=tuple(asked.backend),
+    )
     deployment = deploy(request)
     print(markdown(deployment))
     (asked.output / "stages.json").write_text(json.dumps(to_json(deployment.stages), indent=1))
+
+
+def random_resnet50(path: Path) -> Path:
+    """A state dict as torchvision's ``fcos_resnet50_fpn`` has it, biased so that some hundred candidates pass."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fcos_deploy.core.network import resnet_config
+    from fcos_deploy.model.fcos import Fcos
+
+    torch.manual_seed(0)
+    model = Fcos(resnet_config(50, num_classes=91))
+    with torch.no_grad():
+        model.head.classification_head.cls_logits.weight.normal_(std=0.03)
+        model.head.classification_head.cls_logits.bias.fill_(-5.0)
+        model.head.regression_head.bbox_reg.bias.fill_(2.0)
+    save_file(model.state_dict(), path, metadata={"fcos_deploy": json.dumps({"ecosystem": "torchvision"})})
+    return path
 
 
 def markdown(deployment: Deployment) -> str:

@@ -651,6 +651,10 @@ class _KServe(Backend):
     # Whose placement it is was decided when the server's model was made; the server runs what it was given.
     placements = ("onnxruntime-cpu", "openvino", "portable")
 
+    def placement_advice(self, placement: str) -> str:  # noqa: ARG002  (nobody here knows the server's runtime)
+        """Nothing."""
+        return ""
+
     def open(self, path: Path, options: SessionOptions) -> Session:
         local = {
             "device": bool(options.device),

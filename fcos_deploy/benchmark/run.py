@@ -191,10 +191,10 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
             detectors, image, options=request.timing, between_rounds=meter.sample, progress=progress
         )
         contention = meter.stop()
-        opened = [(dict(d.session.description), str(d.contract.precision)) for d in detectors]
+        opened = [(dict(d.session.description), str(d.contract.precision), d.file_bytes) for d in detectors]
     after = read_clock().throttled
     results = []
-    for candidate, timing, (session, precision) in zip(candidates, timings, opened, strict=True):
+    for candidate, timing, (session, precision, size) in zip(candidates, timings, opened, strict=True):
         # A network that only this process has cannot start in another one.
         cold = request.cold_start and candidate.opens_file
         throughput, power, clock = _measure_load(candidate, image, seconds=request.timing.throughput_seconds)
@@ -209,7 +209,7 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
                 power=power,
                 joules_per_image=power.watts / throughput if power.watts is not None else None,
                 cold_start=measure_cold_start(candidate, path) if cold else None,
-                file_bytes=model_bytes(candidate.model),
+                file_bytes=model_bytes(candidate.model) if size is None else size,
                 clock=clock,
                 session=session,
                 samples_ms=tuple(timing.whole),

@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.output import note, note_placements, print_json, progress_bar, table
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.errors import ConfigError
 
 __all__ = ["benchmark_command", "soak_command"]
 
@@ -18,7 +21,10 @@ __all__ = ["benchmark_command", "soak_command"]
 @cli.with_session_options("device", "compute", "threads", "allow_engine_code")
 @cli.with_server_options
 def benchmark_command(
-    model: cli.Model,
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="Checkpoints, ONNX files, OpenVINO IRs, engines and bundles to time."),
+    ],
     *,
     also: cli.Also = None,
     image: Annotated[Path | None, cli.option("Image to detect on. Default: one of the demo's.", metavar="FILE")] = None,
@@ -51,21 +57,34 @@ def benchmark_command(
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Benchmark a model: latency by stage, throughput, cold start and memory.
+    """Benchmark models: latency by stage, throughput, cold start and memory.
 
-    Several models and backends are timed in turns. Checkpoint options apply to the models that are checkpoints.
+    Several models and backends are timed in turns, so that what disturbs the machine meets all of them.
+    Checkpoint options apply to the models that are checkpoints.
     """
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
 
-    sessions = cli.session_options(session, [model, *(also or [])], checkpoint=options)
+    every = [*models, *(also or [])]
+    if len(set(every)) < len(every):
+        raise ConfigError("A model is given twice.", hint="give each once; --backend is repeatable")
+    sessions = cli.session_options(session, every, checkpoint=options)
     candidates = cli.detector_specs(sessions, backend, precision)
     timing = TimingOptions(rounds=rounds, warmup=warmup, throughput_seconds=seconds)
     earlier = run.read_baseline(baseline) if baseline else None
     with progress_bar() as progress:
         request = run.BenchmarkRequest(candidates=candidates, image=image, timing=timing, cold_start=cold_start)
         result = run.run_benchmark(request, progress=progress)
-    table("Speed", run.TABLE_COLUMNS, [run.result_row(measured) for measured in result.results])
+    rows = [run.result_row(measured) for measured in result.results]
+    if len(sessions) > 1:
+        rows = [(str(candidate.model), *row) for candidate, row in zip(candidates, rows, strict=True)]
+    table("Speed", (*(["model"] if len(sessions) > 1 else []), *run.TABLE_COLUMNS), rows)
+    for row, measured in zip(rows[1:], result.results[1:], strict=True):
+        speedup = result.speedup(measured, reference=result.results[0])
+        names = [" ".join(cells[: len(cells) - len(run.TABLE_COLUMNS) + 2]) for cells in (row, rows[0])]
+        doubt = f" (?) doubtful: {speedup.problem}" if speedup.problem else ""
+        note(f"{names[0]}: {speedup.ratio:.2f} times as fast as {names[1]}{doubt}")
+    note_placements(measured.session for measured in result.results)
     if result.contention.problem:
         note(f"disturbed: {result.contention.problem}; measure again on a quiet machine")
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.output import note, note_placements, print_json, progress_bar, table
 from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -108,6 +108,7 @@ def evaluate_command(
     for finding in result.dataset.findings:
         note(finding.line)
     table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in shown])
+    note_placements(evaluation.run.description for evaluation in shown)
     for evaluation in shown:
         if evaluation.operating_points:
             table(f"{evaluation.run.subject}: precision by recall, IoU 0.5", CURVE_COLUMNS, curve_rows(evaluation))

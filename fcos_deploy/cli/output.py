@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,16 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.text import printable
 
-__all__ = ["note", "print_json", "print_json_line", "progress_bar", "show_error", "table", "verbosity"]
+__all__ = [
+    "note",
+    "note_placements",
+    "print_json",
+    "print_json_line",
+    "progress_bar",
+    "show_error",
+    "table",
+    "verbosity",
+]
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
@@ -90,6 +99,16 @@ def note(text: str) -> None:
     """A line for people, on stderr."""
     shown = printable(text, lines=True)
     Console(stderr=True, soft_wrap=True, highlight=False, quiet=_QUIET.get()).print(shown, markup=False, emoji=False)
+
+
+def note_placements(descriptions: Iterable[Mapping[str, str]]) -> None:
+    """What to say of INT8 graphs, by the descriptions of their sessions, that run where they were not meant to run."""
+    from fcos_deploy.core.registry import get_backend
+
+    ran = dict.fromkeys((d["backend"], d["placement"]) for d in descriptions if "placement" in d)
+    for backend, placement in ran:
+        if advice := get_backend(backend).placement_advice(placement):
+            note(advice)
 
 
 def show_error(message: str, *, hint: str, origin: str = "") -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, print_json, print_json_line, progress_bar, table
+from fcos_deploy.cli.output import note, note_placements, print_json, print_json_line, progress_bar, table
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.errors import ConfigError, ImageError
@@ -122,6 +122,7 @@ def predict_command(
     with opened as detector:
         for fallback in detector.fallbacks:
             note(f"fallback from {fallback.backend}: {fallback.reason}")
+        note_placements([detector.session.description])
         if streamed:
             limits = StreamOptions(max_frames=max_frames, max_seconds=max_seconds, give_up=give_up)
             _stream(detector, images[0], limits, as_json=as_json)

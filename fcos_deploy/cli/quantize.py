@@ -173,6 +173,9 @@ def quantize_command(
     for trade_offs in find_trade_offs(result.files[:1]):
         table("Trade-offs, most INT8 first", TRADE_OFF_COLUMNS, trade_off_rows(trade_offs))
     note(f"wrote {', '.join(str(file) for file in result.files)}")
+    note(
+        f"meant for {' and '.join(request.placement.backends)}; another runtime may run it slower than the float graph"
+    )
     if as_json:
         files = [str(file) for file in result.files]
         print_json({"files": files, "record": dict(result.record), "verdicts": to_json(verdicts)})

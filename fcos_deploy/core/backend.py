@@ -341,6 +341,18 @@ class Backend(ABC):
                 hint=f"quantize with --for {self.name} (it reads {', '.join(sorted(self.placements))})",
             )
 
+    def placement_advice(self, placement: str) -> str:
+        """What to say of an INT8 graph that runs here and was placed for another runtime; empty: nothing.
+
+        Its results are right. Its speed may be below that of the float graph.
+        """
+        if not placement or placement == self.placements[0]:
+            return ""
+        return (
+            f"INT8 of this graph is placed for '{placement}'; {self.name} runs it, but perhaps slower than the float "
+            f"graph. Make one for {self.name}: fcos-deploy quantize MODEL --calibration FILE --for {self.name} -o FILE"
+        )
+
 
 T = TypeVar("T")
 

@@ -30,7 +30,7 @@ from fcos_deploy.core.errors import (
     FcosDeployError,
     SignatureError,
 )
-from fcos_deploy.core.file_kinds import is_checkpoint, kinds_of
+from fcos_deploy.core.file_kinds import files_of, is_checkpoint, kinds_of
 from fcos_deploy.core.image import image_pixels, windows
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.postprocess import image_sizes_row, postprocess
@@ -145,6 +145,7 @@ class Detector:
         self.session = session
         self.contract = _with_threshold(contract, score_threshold)
         self.fallbacks = fallbacks
+        self.file_bytes: int | None = None  # of the model's files, of a bundle those that ran; None: not from a file
         self._min_score = score_threshold
         self._feeds = _Feeds(session, contract)
         self._turn = contextlib.nullcontext() if session.thread_safe else threading.Lock()
@@ -212,10 +213,14 @@ class Detector:
             source.backend.check_placement(contract)
             if precision is not None and contract.precision is not precision:
                 raise ConfigError(f"'{source.path.name}' is {contract.precision}, {precision} was asked for.")
+            if contract.placement:
+                session.description["placement"] = contract.placement
             if source.bundle is not None:
                 source.bundle.require_not_replaced()
                 session.description["artifact"] = source.artifact
-            return cls(session, contract, score_threshold=score_threshold, fallbacks=source.fallbacks)
+            detector = cls(session, contract, score_threshold=score_threshold, fallbacks=source.fallbacks)
+            detector.file_bytes = sum(path.stat().st_size for path in files_of(source.path))
+            return detector
         except BaseException:
             session.close()
             raise

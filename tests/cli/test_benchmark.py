@@ -48,6 +48,18 @@ def test_two_backends_in_turns(tiny_onnx: Path, tmp_path: Path) -> None:
     assert json.loads(output.read_text()) == entries
 
 
+def test_models_are_timed_in_turns_and_a_bundle_has_the_size_of_what_ran(tiny_onnx: Path, tiny_bundle: Path) -> None:
+    result = run(tiny_onnx, tiny_bundle, *FAST, "--backend", "onnxruntime", "--no-cold-start", "--json")
+    assert result.exit_code == 0, result.output
+    entries = json.loads(result.stdout)
+    assert [entry["model"] for entry in entries] == [tiny_onnx.name, "bundle"]
+    assert {entry["file_bytes"] for entry in entries} == {tiny_onnx.stat().st_size}
+    assert "times as fast as " in result.stderr
+    assert str(tiny_bundle) in result.stderr
+    twice = run(tiny_onnx, tiny_onnx, *FAST)
+    assert (twice.exit_code, "given twice" in twice.stderr) == (2, True)
+
+
 def test_cold_start_is_a_process_of_its_own(tiny_onnx: Path) -> None:
     result = run(tiny_onnx, *FAST, "--backend", "onnxruntime", "--json")
     assert result.exit_code == 0, result.output

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.contract import read_contract
@@ -20,7 +20,7 @@ pytest.importorskip("onnx")
 RUN = CliRunner()
 
 
-def call(*words: object) -> object:
+def call(*words: object) -> Result:
     return RUN.invoke(build_app(), [str(word) for word in words])
 
 
@@ -35,12 +35,31 @@ def calibration(mini_onnx: Path, smooth_images: Path, tmp_path_factory: pytest.T
     return path
 
 
-def test_quantize_for_a_backend(mini_onnx: Path, calibration: Path, tmp_path: Path) -> None:
+def test_quantize_for_a_backend(mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
     result = call("quantize", mini_onnx, "--calibration", calibration, "-o", output, "--for", "onnxruntime", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["record"]["placement"] == "onnxruntime-cpu"
     assert read_contract(output).placement == "onnxruntime-cpu"
+    image = list_images(smooth_images)[0]
+    assert "placed for" not in call("predict", output, image).stderr
+
+
+def test_a_placement_names_its_runtimes_and_another_one_the_way_out(
+    mini_onnx: Path, calibration: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    output, image = tmp_path / "q.onnx", list_images(smooth_images)[0]
+    made = call("quantize", mini_onnx, "--calibration", calibration, "-o", output)
+    assert "meant for tensorrt and tensorrt-rtx" in made.stderr
+    uses: tuple[tuple[object, ...], ...] = (
+        ("predict", output, image),
+        ("benchmark", output, "--rounds", 1, "--seconds", 0.1, "--no-cold-start", "--image", image),
+        ("evaluate", output, "--images", smooth_images, "--reference", mini_onnx, "--limit", 2, "--resamples", 0),
+    )
+    for words in uses:
+        said = call(*words).stderr
+        assert said.count("INT8 of this graph is placed for 'portable'") == 1, said
+        assert "fcos-deploy quantize MODEL --calibration FILE --for onnxruntime" in said
 
 
 def test_method_and_weights_can_be_replaced(mini_onnx: Path, calibration: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ LOWEST_STAMP = $(LOWEST)/.installed
 install: $(STAMP)
 
 # The stubs' metadata asks for TensorRT itself, which type checking does not need.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py fcos_deploy/core/c/host.c constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev,docs,serving,tensorrt-rtx]'
@@ -103,18 +103,29 @@ schemas: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
-# Wheel and source archive, the same bytes from the same commit, checked, and installed where nothing else is.
+# Source archive and wheels, the same bytes from the same commit, checked, and installed where nothing else is. A wheel
+# for each kind of machine has the compiled host path; the one for any machine does without. zig compiles for all of
+# them, against the C library of manylinux2014; -I keeps it from the environment in which pip builds.
 EPOCH = $(shell git log -1 --format=%ct)
 REPACK = tar --sort=name --mtime=@$(EPOCH) --owner=0 --group=0 --numeric-owner --mode=u+rw,go=rX -cf -
+ZIG = $(abspath $(BIN))/python -I -m ziglang cc -target
+WHEEL = SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist
 
 dist: $(STAMP)
 	rm -rf dist
-	SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/python -m build --outdir dist .
+	SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/python -m build --sdist --outdir dist .
 	cd dist && tar -xzf *.tar.gz && $(REPACK) */ | gzip -9n > packed && mv packed *.tar.gz && rm -r */
+	FCOS_DEPLOY_NATIVE=0 $(WHEEL) dist/*.tar.gz
+	for machine in x86_64 aarch64; do \
+		FCOS_DEPLOY_NATIVE=1 CC="$(ZIG) $$machine-linux-gnu.2.17" $(WHEEL) dist/*.tar.gz \
+			--config-settings=--build-option=--plat-name=manylinux2014_$$machine || exit 1; \
+	done
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv dist/bare
-	dist/bare/bin/pip install --quiet dist/*.whl
+	dist/bare/bin/pip install --quiet dist/*-any.whl
 	cd dist && bare/bin/fcos-deploy --version && bare/bin/fcos-deploy doctor > /dev/null 2>&1
+	dist/bare/bin/pip install --quiet --no-deps --force-reinstall dist/*_$$(uname -m).whl
+	cd dist && FCOS_DEPLOY_NATIVE=1 bare/bin/python -c 'from fcos_deploy.core.native import native; native()'
 	rm -r dist/bare
 	sha256sum dist/*
 

@@ -37,6 +37,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.native import SWITCH, library_problem
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.serialize import from_json, to_json
 
@@ -67,6 +68,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             chosen = test._hypothesis_internal_use_settings
             longer = settings(chosen, max_examples=factor * chosen.max_examples, derandomize=False)
             test._hypothesis_internal_use_settings = longer
+
+
+@pytest.fixture(scope="module", params=["0", "1"], ids=["numpy", "compiled"])
+def host_path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The host path's loops in NumPy, and compiled; with ``FCOS_DEPLOY_REQUIRE=native`` a missing library fails."""
+    if request.param == "1" and library_problem() and "native" not in os.environ.get("FCOS_DEPLOY_REQUIRE", ""):
+        pytest.skip(library_problem())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, request.param)
+        yield
 
 
 @pytest.fixture(scope="session")

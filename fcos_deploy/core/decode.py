@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.enums import CenterMode, StrEnum
 from fcos_deploy.core.errors import ConfigError, TensorMismatchError
+from fcos_deploy.core.native import NATIVE_TYPES, Native, native
 from fcos_deploy.core.nms import best_first, best_of_groups
 
 __all__ = [
@@ -252,6 +253,9 @@ _MARGIN = 1e-5  # relative; sigmoid, product and root in float32 round by less t
 # To narrow a level down is to read it once more, which pays where at least one in this many of its pairs passes.
 _CROWDED = 32
 
+# As many times top-k pairs, or fewer, are sorted as they are.
+_ROOM = 16
+
 # This many times top-k pairs are ranked to find a level's floor: more of them raise the floor, and take longer.
 _SAMPLED = 8
 
@@ -273,19 +277,38 @@ def passing_pairs(
     cls_logits: (L, C) float32 or float16. quality: (L,) float32, the sigmoid of the centerness.
     """
     mask = _PairMask(cls_logits.shape)
-    # q <= 1, so that p * q >= t needs p >= t: a pair whose logit is below that of t fails whatever its centerness is.
-    threshold = _INVERSES[spec.profile.gate](spec.score_threshold * (1 - _MARGIN))
-    logit = math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
-    _above(cls_logits, logit, out=mask.pairs)
+    _above(cls_logits, _least_logit(spec), out=mask.pairs)
     words = mask.words()
-    if spec.profile.rank_per_location:  # a rule of the ecosystem, not a shortcut
-        narrow = _keep_best_locations
+    if spec.profile.rank_per_location:
         narrowed = [(first, end) for first, end in levels if end - first > spec.pre_nms_top_k]
     else:
-        narrow, narrowed = _keep_best_pairs, [level for level in levels if mask.is_crowded(level, words, spec=spec)]
+        narrowed = [level for level in levels if mask.is_crowded(level, words, spec=spec)]
     for first, end in narrowed:
-        narrow(mask.pairs[first:end], cls_logits[first:end], quality[first:end], spec=spec)
+        logits, pairs = cls_logits[first:end], mask.pairs[first:end]
+        bounds = _logit_bounds(logits, quality[first:end], spec=spec)
+        rows = np.flatnonzero(bounds < np.inf)
+        inside = pairs[rows] & (logits[rows] > bounds[rows, None])
+        pairs[:] = False
+        pairs[rows] = inside
     return mask.flat(mask.words() if narrowed else words)
+
+
+def _least_logit(spec: DecodeSpec) -> float:
+    """A logit that every pair that passes the gate exceeds.
+
+    q <= 1, so that p * q >= t needs p >= t: a pair whose logit is below that of t fails whatever its centerness is.
+    """
+    threshold = _INVERSES[spec.profile.gate](spec.score_threshold * (1 - _MARGIN))
+    return math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
+
+
+def _logit_bounds(cls_logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec) -> Floats:
+    """(l,): logits that pairs of a level's locations have to exceed if the level's top-k is to have them.
+
+    inf: none of the location's. ``rank_per_location`` is a rule of the ecosystem, otherwise this is a shortcut.
+    """
+    bounds = _best_location_bounds if spec.profile.rank_per_location else _best_pair_bounds
+    return bounds(cls_logits, quality, spec=spec)
 
 
 class _PairMask:
@@ -329,31 +352,40 @@ def _above(logits: NDArray[Any], threshold: float, *, out: NDArray[np.bool_]) ->
         np.greater(logits.view(np.int16), bound.view(np.int16), out=out)
 
 
-def _keep_best_locations(
-    mask: NDArray[np.bool_], cls_logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec
-) -> None:
-    """Leave, of a level's mask (l, C), the ``pre_nms_top_k`` locations whose best class ranks highest."""
-    rank = SCORE_FORMS[spec.profile.rank](sigmoid(cls_logits.max(axis=1)), quality)
-    others = np.ones(len(mask), np.bool_)
-    others[best_first(rank, limit=spec.pre_nms_top_k)] = False
-    mask[others] = False
+def _best_location_bounds(cls_logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec) -> Floats:
+    """-inf for the ``pre_nms_top_k`` locations whose best class ranks highest."""
+    rank = SCORE_FORMS[spec.profile.rank](sigmoid(_largest(cls_logits)), quality)
+    bounds = np.full(len(rank), np.inf, np.float32)
+    bounds[best_first(rank, limit=spec.pre_nms_top_k)] = -np.inf
+    return bounds
 
 
-def _keep_best_pairs(mask: NDArray[np.bool_], cls_logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec) -> None:
-    """Take out of a level's mask (l, C) pairs that cannot be among its ``pre_nms_top_k`` best."""
-    best = _passing_ranks(cls_logits.max(axis=1), quality, spec=spec)
+def _largest(cls_logits: NDArray[Any]) -> NDArray[Any]:
+    """(l,): each location's largest logit."""
+    library = native()
+    if library is not None and cls_logits.dtype in NATIVE_TYPES and cls_logits.flags.c_contiguous:
+        return library.largest(cls_logits)
+    largest: NDArray[Any] = cls_logits.max(axis=1)
+    return largest
+
+
+def _best_pair_bounds(cls_logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec) -> Floats:
+    """What pairs that can be among the ``pre_nms_top_k`` best exceed."""
+    largest = _largest(cls_logits)
+    best = _passing_ranks(largest, quality, spec=spec)
     floor = _rank_floor(cls_logits, quality, best=best, spec=spec) * (1 - _MARGIN)
-    if floor <= 0:
-        return
+    bounds = np.full(len(best), -np.inf, np.float32)
+    if not floor > 0:
+        return bounds
+    bounds[~np.isnan(largest + quality)] = np.inf  # NaN says nothing of the location's other pairs.
     rows = np.flatnonzero(best >= floor)
     # rank(p, q) >= floor  <=>  p >= inverse(floor) / q  <=>  logit >= log(p / (1 - p)): one comparison a pair.
-    needed = np.full((len(rows), 1), _INVERSES[spec.profile.rank](floor))
+    needed = np.full(len(rows), _INVERSES[spec.profile.rank](floor))
     if spec.profile.rank is not ScoreForm.P:
-        needed /= quality[rows, None]  # Not zero, since the best pair of these locations reaches the floor.
+        needed /= quality[rows]  # Not zero, since the best pair of these locations reaches the floor.
     needed = np.minimum(needed, 1 - 1e-9)
-    inside = mask[rows] & (cls_logits[rows] > np.log(needed / (1 - needed)).astype(np.float32))
-    mask[:] = False
-    mask[rows] = inside
+    bounds[rows] = np.log(needed / (1 - needed))
+    return bounds
 
 
 def _rank_floor(cls_logits: NDArray[Any], quality: Floats, *, best: Floats, spec: DecodeSpec) -> float:
@@ -373,8 +405,7 @@ def _passing_ranks(logits: NDArray[Any], quality: Floats, *, spec: DecodeSpec) -
     """Ranks of pairs, 0 for those that do not pass the gate."""
     p = sigmoid(logits)
     passed = SCORE_FORMS[spec.profile.gate](p, quality) > np.float32(spec.score_threshold)
-    ranks: Floats = SCORE_FORMS[spec.profile.rank](p, quality) * passed
-    return ranks
+    return np.where(passed, SCORE_FORMS[spec.profile.rank](p, quality), np.float32(0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -416,6 +447,11 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     """
     levels = _level_bounds(input_size, spec.strides)
     _check_shapes(head, input_size, locations=levels[-1][1])
+    library = native()
+    if library is not None and all(
+        array.dtype in NATIVE_TYPES for array in (head.cls_logits, head.centerness, head.distances)
+    ):
+        return _decode_native(library, head, spec, input_size=input_size)
     profile = spec.profile
     classes = head.cls_logits.shape[1]
     quality = sigmoid(head.centerness.reshape(-1))
@@ -432,6 +468,48 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     scores = SCORE_FORMS[profile.score](p[best], q[best])
     centers = _centers(input_size, spec.strides, profile.centers)
     return Candidates(_boxes(location, head.distances, centers=centers), scores, channels)
+
+
+_FORM_NUMBERS = {form: number for number, form in enumerate(ScoreForm)}  # P, PQ, SQRT_PQ in host.c
+
+
+def _decode_native(library: Native, head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) -> Candidates:
+    """As ``decode``, with the library's loops; probabilities are NumPy's here too, so that no bit differs."""
+    profile, levels = spec.profile, _level_bounds(input_size, spec.strides)
+    logits, distances = np.ascontiguousarray(head.cls_logits), np.ascontiguousarray(head.distances)
+    centerness = np.ascontiguousarray(head.centerness.reshape(-1))
+    classes, ends = logits.shape[1], np.array([end for _, end in levels], np.int64)
+    bounds = np.full(1, _least_logit(spec), np.float32)
+    scan = functools.partial(library.scan, logits, centerness, ends=ends)
+    # Of a level: so many pairs that to choose among them takes no longer than to look for a higher bound.
+    room = [min((b - a) * classes, max(_ROOM * spec.pre_nms_top_k, (b - a) * classes // _CROWDED)) for a, b in levels]
+    passing = None
+    if profile.rank_per_location:
+        narrowed = [(first, end) for first, end in levels if end - first > spec.pre_nms_top_k]
+    else:
+        passing = scan(bounds, capacity=sum(room))
+        narrowed = [level for level, count, most in zip(levels, passing.counts, room, strict=True) if count > most]
+    if narrowed:
+        bounds = np.repeat(bounds, len(logits))
+        for first, end in narrowed:
+            own = _logit_bounds(logits[first:end], sigmoid(centerness[first:end]), spec=spec)
+            np.maximum(bounds[first:end], own, out=bounds[first:end])
+    if passing is None or narrowed:
+        passing = scan(bounds, capacity=sum(room))
+    if not passing.complete:  # equal ranks, which no bound separates, or a rule without a limit
+        passing = scan(bounds, capacity=int(passing.counts.sum()))
+    boxes, scores, channels = library.select(
+        passing,
+        sigmoid(passing.values),
+        classes=classes,
+        forms=(_FORM_NUMBERS[profile.gate], _FORM_NUMBERS[profile.rank], _FORM_NUMBERS[profile.score]),
+        threshold=spec.score_threshold,
+        limit=ALL_CANDIDATES if profile.rank_per_location else spec.pre_nms_top_k,
+        best_first=profile.sort_by_score,
+        centers=_centers(input_size, spec.strides, profile.centers),
+        distances=distances,
+    )
+    return Candidates(boxes, scores, channels)
 
 
 def _boxes(location: NDArray[np.intp], distances: NDArray[Any], *, centers: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,14 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.detections import box_iou
+from fcos_deploy.core.native import native
 
 __all__ = ["Suppression", "best_first", "best_of_groups", "suppress"]
 
 _LOW = np.uint64(0xFFFFFFFF)
+_SCORE_BITS = np.uint32(0x7FFFFFFF)  # without the sign, so that NaN of either sign comes first
 _BLOCK = 128  # candidates that are compared at a time; all pairs of a block fit into the level-2 cache
 # Below one pair of the same class in this many, listing the pairs is cheaper than the float32 overlap of all of them.
 _DENSE = 8
 _MARGIN = 1e-5  # relative; see _may_overlap
+_TINY, _HUGE = np.float32(1e-37), np.float32(1e36)  # near the ends of float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,7 @@ def best_first(scores: NDArray[np.float32], *, limit: int | None = None) -> NDAr
     """Indices of the ``limit`` best of (n,) float32 scores >= 0, best first; the earlier index first among equals."""
     # The bits of non-negative floats sort as the floats do. With the index below them keys are unique, so that NumPy's
     # vectorised sort, which is not stable, gives the stable order; it is several times faster than the stable one.
-    keys = (~np.ascontiguousarray(scores, np.float32).view(np.uint32)).astype(np.uint64)
+    keys = (~np.ascontiguousarray(scores, np.float32).view(np.uint32) & _SCORE_BITS).astype(np.uint64)
     keys <<= np.uint64(32)
     keys |= np.arange(len(keys), dtype=np.uint64)
     if limit is not None and limit < len(keys):
@@ -58,7 +61,7 @@ def best_of_groups(scores: NDArray[np.float32], ends: Sequence[int], *, limit: i
         parts = [best_first(scores[a:b], limit=limit) + a for a, b in zip(starts, ends, strict=True) if b > a]
         return np.concatenate(parts)
     # All in one sort: 3 bits of group, 31 of the score (its sign is 0), 30 of index.
-    keys = (~np.ascontiguousarray(scores, np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)).astype(np.uint64)
+    keys = (~np.ascontiguousarray(scores, np.float32).view(np.uint32) & _SCORE_BITS).astype(np.uint64)
     keys <<= np.uint64(30)
     keys |= np.repeat(np.arange(len(sizes), dtype=np.uint64) << np.uint64(61), sizes)
     keys |= np.arange(len(keys), dtype=np.uint64)
@@ -75,18 +78,30 @@ def suppress(
     A box goes when a box of its class that stays, and comes before it in that order, overlaps it by
     IoU > ``iou_threshold`` (strictly). boxes: (n, 4) float32 xyxy. scores: (n,) float32 >= 0. labels: (n,) integers.
     """
+    library = native()
+    if library is not None:
+        return library.suppress(
+            boxes,
+            scores,
+            labels=labels,
+            iou_threshold=rule.iou_threshold,
+            iou_offset=rule.iou_offset,
+            limit=rule.limit,
+            keep_ties=rule.keep_ties,
+        )
     order, labels = best_first(scores), labels.astype(np.int32)
     kept = order[:0]
     for start in range(0, len(order), _BLOCK):
         block = order[start : start + _BLOCK]
         if len(kept) >= rule.limit:
-            block = block[scores[block] >= scores[kept[rule.limit - 1]]] if rule.keep_ties else block[:0]
+            # Not less, rather than at least: NaN, which sorts before all numbers, is neither.
+            block = block[~(scores[block] < scores[kept[rule.limit - 1]])] if rule.keep_ties else block[:0]
             if len(block) == 0:
                 break
         pool = np.concatenate((kept, block))
         kept = pool[_survivors(boxes[pool], labels[pool], settled=len(kept), rule=rule)]
     if len(kept) > rule.limit:
-        return kept[scores[kept] >= scores[kept[rule.limit - 1]]] if rule.keep_ties else kept[: rule.limit]
+        return kept[~(scores[kept] < scores[kept[rule.limit - 1]])] if rule.keep_ties else kept[: rule.limit]
     return kept
 
 
@@ -129,7 +144,8 @@ def _may_overlap(boxes: NDArray[np.float32], *, settled: int, rule: Suppression)
     """(m, m - settled) bool: False only for pairs with IoU <= threshold; in float32.
 
     The coordinates are exact, so that each difference, product and sum adds a relative error of at most 2^-24. There
-    are fewer than 16 of them, 1e-6 together, and ``_MARGIN`` is ten times that.
+    are fewer than 16 of them, 1e-6 together, and ``_MARGIN`` is ten times that. Underflow adds less than ``_TINY``;
+    what might overflow may overlap.
     """
     x1, y1, x2, y2 = np.ascontiguousarray(boxes.T)
     offset = np.float32(rule.iou_offset)
@@ -139,8 +155,9 @@ def _may_overlap(boxes: NDArray[np.float32], *, settled: int, rule: Suppression)
     inter *= _common(y1, y2, late=late, offset=offset)
     # inter / (a + b - inter) > t  <=>  inter > (a + b) * t / (1 + t): without a division for each pair.
     share = np.float32(rule.iou_threshold / (1 + rule.iou_threshold) * (1 - _MARGIN))
-    areas = (x2 - x1 + offset) * (y2 - y1 + offset) * share
-    may_overlap: NDArray[np.bool_] = inter > areas[:, None] + areas[late]
+    areas = (x2 - x1 + offset) * (y2 - y1 + offset) * share - _TINY
+    areas[areas > _HUGE] = -np.inf
+    may_overlap: NDArray[np.bool_] = inter >= areas[:, None] + areas[late]
     return may_overlap
 
 

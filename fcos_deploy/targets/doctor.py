@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.machine import MachineFacts, read_machine
+from fcos_deploy.core.native import SWITCH, library_problem, native
 from fcos_deploy.core.registry import all_backends
 from fcos_deploy.targets.profiles import DeviceFamily, DeviceProfile
 
@@ -73,6 +76,7 @@ def examine() -> Examination:
     probes = {name: backend.probe() for name, backend in all_backends().items()}
     findings = (
         *_hardware(facts, probes),
+        _host_path(),
         *_runtimes(probes),
         *_packages(),
         *_pairs(probes),
@@ -121,6 +125,19 @@ def _hardware(facts: MachineFacts, probes: dict[str, BackendProbe]) -> Iterator[
         yield Finding("Intel", "NPU", Health.BROKEN, detail, "install intel-level-zero-npu and join the group 'render'")
     else:
         yield Finding("Intel", "NPU", Health.ABSENT, "no driver in the kernel")
+
+
+def _host_path() -> Finding:
+    """Whether decoding and suppression run in C or in NumPy."""
+    try:
+        if native() is not None:
+            return Finding("machine", "host path", Health.WORKS, "compiled")
+    except ConfigError as error:
+        return Finding("machine", "host path", Health.BROKEN, error.message, error.hint)
+    if os.environ.get(SWITCH) == "0":
+        return Finding("machine", "host path", Health.WORKS, f"NumPy, as {SWITCH}=0 says")
+    remedy = "for faster decoding install a wheel for this machine, or install from source with a C compiler"
+    return Finding("machine", "host path", Health.ABSENT, f"NumPy: {library_problem()}", remedy)
 
 
 def _runtimes(probes: dict[str, BackendProbe]) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ _ARTIFACTS = {
     ArtifactKind.OPENVINO_IR: "tiny_ir",
 }
 _CASES = [(b.name, kind) for b in all_backends().values() for kind in sorted(b.accepts & _ARTIFACTS.keys())]
-_REQUIRED = frozenset(os.environ.get("FCOS_DEPLOY_REQUIRE", "").split(",")) - {"", "old-openvino"}
+_REQUIRED = frozenset(os.environ.get("FCOS_DEPLOY_REQUIRE", "").split(",")) - {"", "native", "old-openvino"}
 _LOCATIONS = 16 * 20 + 8 * 10 + 4 * 5 + 2 * 3 + 1 * 2  # of 128x160
 
 

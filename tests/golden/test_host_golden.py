@@ -25,6 +25,8 @@ from fcos_deploy.core.preprocess import (
     preprocess,
 )
 
+pytestmark = pytest.mark.usefixtures("host_path")
+
 FIVE, THREE = (8, 16, 32, 64, 128), (8, 16, 32)
 CAFFE_1, CAFFE_2 = (102.9801, 115.9465, 122.7717), (103.53, 116.28, 123.675)
 ONES = (1.0, 1.0, 1.0)

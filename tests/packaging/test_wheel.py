@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,17 +14,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    target, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """Build from a copy of the sources, in ``folder``."""
+    source = folder / "source"
     for name in ("fcos_deploy", "exporters", "runtimes", "calibration"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(target), str(source)], check=True, cwd=target)
-    (wheel,) = target.glob("*.whl")
-    return zipfile.ZipFile(wheel).namelist()
+    subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(source)], check=True, cwd=folder, env={**os.environ, **environment}
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel"))).namelist()
 
 
 @pytest.mark.slow
@@ -44,3 +52,18 @@ def test_demo_data_is_shipped_with_its_licence(wheel_names: list[str]) -> None:
     assert "fcos_deploy/demo_data/LICENSE" in data
     assert "fcos_deploy/demo_data/fcos_bccd.safetensors" in data
     assert sum(name.endswith(".jpg") for name in data) == 127
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_compiled_host_path_is_shipped_where_there_is_a_compiler(wheel_names: list[str]) -> None:
+    assert "fcos_deploy/core/c/host.so" in wheel_names
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_is_built_without_the_library(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path, CC="/no/compiler")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.startswith("fcos_deploy-0.1.0-py3-none-")
+    assert "fcos_deploy/core/native.py" in names
+    assert "fcos_deploy/core/c/host.so" not in names

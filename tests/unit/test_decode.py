@@ -24,6 +24,8 @@ from fcos_deploy.core.decode import (
 )
 from fcos_deploy.core.errors import TensorMismatchError
 
+pytestmark = pytest.mark.usefixtures("host_path")
+
 SIZE = (64, 96)
 STRIDES = (8, 16, 32, 64, 128)
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from fcos_deploy.core.nms import Suppression, best_first, best_of_groups, suppress
 
+pytestmark = pytest.mark.usefixtures("host_path")
+
 
 def plain_iou(a: list[float], b: list[float], *, offset: float) -> float:
     width = min(a[2], b[2]) - max(a[0], b[0]) + offset

@@ -1,0 +1,221 @@
+"""The compiled loops of the host path against NumPy's: the same bits, whatever comes in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, DecodeSpec, HeadOutputs, decode, level_sizes
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.native import SWITCH, library_problem, native
+from fcos_deploy.core.nms import Suppression, suppress
+
+ROOT = Path(__file__).parents[2]
+SIZE, STRIDES = (96, 128), (8, 16, 32, 64, 128)
+
+compiled = pytest.mark.skipif(
+    bool(library_problem()) and "native" not in os.environ.get("FCOS_DEPLOY_REQUIRE", ""), reason=library_problem()
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _switch_is_restored() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(SWITCH, raising=False)
+        yield
+
+
+def both(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """What it returns with NumPy's loops, and with the compiled ones."""
+    results = []
+    for switch in ("0", "1"):
+        os.environ[SWITCH] = switch
+        with np.errstate(all="ignore"):
+            results.append(call())
+    return results[0], results[1]
+
+
+def assert_same_bits(expected: np.ndarray, actual: np.ndarray) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if expected.dtype.kind == "f":  # of NaN the payload is the processor's affair
+        expected, actual = (np.where(np.isnan(values), np.float32(np.nan), values) for values in (expected, actual))
+    assert actual.tobytes() == expected.tobytes()
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.normal(-3, 2, shape)
+
+
+def _all_pass(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.normal(3, 1, shape)
+
+
+def _ties(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.integers(-4, 3, shape) / 2
+
+
+def _at_the_threshold(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.log(0.05 / 0.95) + rng.integers(-3, 4, shape) * 2.0**-22
+
+
+def _not_finite(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    values = rng.normal(0, 3, shape)
+    chosen = rng.random(shape)
+    values[chosen < 0.03], values[chosen > 0.97] = np.nan, np.inf
+    values[(chosen > 0.45) & (chosen < 0.5)] = -np.inf
+    return values
+
+
+def _extreme(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.choice([0.0, -0.0, 1e-30, 88.0, -88.0, 6e4, -6e4, 6e-8], shape)
+
+
+def _none_pass(_rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.full(shape, -20.0)
+
+
+LOGITS = (_random, _all_pass, _ties, _at_the_threshold, _not_finite, _extreme, _none_pass)
+
+
+@compiled
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+@pytest.mark.parametrize("make", LOGITS, ids=lambda make: make.__name__.strip("_"))
+def test_decoding_has_the_same_bits(make: Callable[..., np.ndarray], profile: Any) -> None:
+    count = sum(rows * columns for rows, columns in level_sizes(*SIZE, strides=STRIDES))
+    for seed, (classes, top_k, threshold, dtype) in enumerate(
+        (
+            *((1, 1000, 0.05, np.float32), (3, 20, 0.05, np.float32), (80, 50, 0.05, np.float32)),
+            *((3, ALL_CANDIDATES, 0.05, np.float32), (7, 1, 0.0, np.float32), (20, 30, 0.2, np.float32)),
+            *((3, 20, 0.05, np.float16), (80, 50, 0.05, np.float16), (17, 5, 0.0, np.float16)),
+        )
+    ):
+        rng = np.random.default_rng(seed)
+        with np.errstate(all="ignore"):
+            head = HeadOutputs(
+                make(rng, (count, classes)).astype(dtype),
+                np.abs(make(rng, (count, 4)) * 20).astype(dtype),
+                make(rng, (count, 1)).astype(dtype),
+            )
+        spec = DecodeSpec(
+            profile=profile, score_threshold=threshold, iou_threshold=0.6, pre_nms_top_k=top_k, strides=STRIDES
+        )
+        expected, actual = both(lambda head=head, spec=spec: decode(head, spec, input_size=SIZE))
+        for name in ("boxes", "scores", "channels"):
+            assert_same_bits(getattr(expected, name), getattr(actual, name))
+
+
+@compiled
+def test_a_view_of_a_larger_array_is_decoded_as_its_copy() -> None:
+    count = sum(rows * columns for rows, columns in level_sizes(*SIZE, strides=STRIDES))
+    wide = np.random.default_rng(0).normal(-2, 2, (count, 16)).astype(np.float32)
+    head = HeadOutputs(wide[:, 2:5], np.abs(wide[:, 6:10]), wide[:, 11:12])
+    spec = DecodeSpec(profile=PROFILES["torchvision"], score_threshold=0.05, iou_threshold=0.6, strides=STRIDES)
+    expected, actual = both(lambda: decode(head, spec, input_size=SIZE))
+    assert len(actual.scores) > 0
+    assert_same_bits(expected.boxes, actual.boxes)
+
+
+@compiled
+@settings(max_examples=200, deadline=None)
+@given(
+    count=st.integers(0, 500),
+    classes=st.sampled_from([1, 3, 80]),
+    seed=st.integers(0, 2**32 - 1),
+    kind=st.sampled_from(["random", "whole", "tiny", "huge", "not finite", "inverted", "equal"]),
+    levels=st.sampled_from([0, 3]),
+    rule=st.builds(
+        Suppression,
+        iou_threshold=st.sampled_from([1e-6, 0.3, 0.5, 0.6, 0.95, 1.0]),
+        limit=st.sampled_from([1, 7, 100, 10_000]),
+        iou_offset=st.sampled_from([0.0, 1.0]),
+        keep_ties=st.booleans(),
+    ),
+)
+def test_suppression_keeps_the_same_boxes(
+    count: int, classes: int, seed: int, kind: str, levels: int, rule: Suppression
+) -> None:
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(-20, 100, (count, 2))
+    boxes = np.concatenate((corner, corner + rng.uniform(0, 60, (count, 2))), axis=1)
+    scores = rng.random(count)
+    if kind == "whole":
+        boxes = boxes.round()
+    elif kind in ("tiny", "huge"):  # areas below the smallest and above the largest float32
+        boxes *= 1e-24 if kind == "tiny" else 2e17
+    elif kind == "inverted":
+        boxes = boxes[:, [2, 1, 0, 3]]
+    elif kind == "equal":
+        boxes[:] = boxes[:1]
+    elif kind == "not finite":
+        chosen = rng.random(boxes.shape)
+        boxes[chosen < 0.02], boxes[chosen > 0.98] = np.nan, np.inf
+        scores[rng.random(count) < 0.02] = np.nan
+    if levels:
+        scores = (scores * levels).round() / levels
+    labels = rng.integers(-1, classes - 1, count)
+    kept = both(lambda: suppress(boxes.astype(np.float32), scores.astype(np.float32), labels=labels, rule=rule))
+    assert kept[0].tolist() == kept[1].tolist()
+
+
+@compiled
+def test_suppression_of_more_boxes_than_a_sort_treats_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 3000, (20_000, 2))
+    boxes = np.concatenate((corner, corner + rng.uniform(5, 90, (20_000, 2))), axis=1).astype(np.float32)
+    scores = (rng.integers(0, 4000, 20_000) / 4000).astype(np.float32)
+    rule = Suppression(iou_threshold=0.5, limit=3000)
+    kept = both(lambda: suppress(boxes, scores, labels=rng.integers(0, 1, 20_000), rule=rule))
+    assert len(kept[0]) == 3000
+    assert kept[0].tolist() == kept[1].tolist()
+
+
+def test_the_switch_chooses_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    assert native() is None
+    monkeypatch.setenv(SWITCH, "yes")
+    with pytest.raises(ConfigError, match="must be 0 or 1, got 'yes'"):
+        native()
+
+
+@pytest.mark.parametrize(
+    ("file", "problem"), [("", "not compiled"), ("text", "does not load"), ("other", "does not load: .*host_interface")]
+)
+def test_without_a_usable_library_numpy_works_and_the_doctor_says_why(tmp_path: Path, file: str, problem: str) -> None:
+    """In a copy of the package: without the library, with a damaged one, with one that is something else."""
+    package = shutil.copytree(
+        ROOT / "fcos_deploy", tmp_path / "fcos_deploy", ignore=shutil.ignore_patterns("*.so", "*.jpg")
+    )
+    library = package / "core" / "c" / "host.so"
+    if file == "text":
+        library.write_text("no library")
+    elif file == "other":
+        import _ctypes
+
+        shutil.copy(_ctypes.__file__, library)
+    program = (
+        "import fcos_deploy.core.native as n; from fcos_deploy.targets.doctor import _host_path as f; import re, sys\n"
+        f"assert n.__file__.startswith({str(tmp_path)!r}) and n.native() is None\n"
+        f"assert f().health == 'absent' and re.search({problem!r}, f().detail), f()\n"
+        f"import os; os.environ['{SWITCH}'] = '1'\n"
+        "from fcos_deploy.core.errors import ConfigError\n"
+        "try: n.native()\n"
+        "except ConfigError as error: sys.exit(0)\n"
+        "sys.exit('not refused')"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment.pop(SWITCH, None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

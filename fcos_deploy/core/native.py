@@ -120,7 +120,7 @@ class Scan:
     @property
     def complete(self) -> bool:
         """Whether all fitted."""
-        return len(self.flat) == self.counts.sum()
+        return len(self.flat) == int(self.counts.sum())
 
 
 class Native:

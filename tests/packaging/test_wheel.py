@@ -23,7 +23,10 @@ def build_wheel(folder: Path, **environment: str) -> Path:
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run(
-        [*command, "--wheel-dir", str(folder), str(source)], check=True, cwd=folder, env={**os.environ, **environment}
+        [*command, "--wheel-dir", str(folder), str(source)],
+        check=True,
+        cwd=folder,
+        env={**os.environ, "FCOS_DEPLOY_NATIVE": "", **environment},
     )
     (wheel,) = folder.glob("*.whl")
     return wheel

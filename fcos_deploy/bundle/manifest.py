@@ -215,7 +215,8 @@ class BenchmarkFigure:
 class RunDefaults:
     """What is run when nothing else is asked for: ``backend`` and ``precision``, made for ``profile`` or ``device``.
 
-    ``fallback``: the backends that may take its place, in this order, when the operator allows it.
+    ``fallback``: the backends that may take its place, in this order, when the operator allows it. ``threads``: what
+    was fastest where the bundle was tuned, taken where nobody asks for another number; None leaves it to the runtime.
     """
 
     backend: str
@@ -223,6 +224,7 @@ class RunDefaults:
     profile: str = ""
     device: str = ""
     fallback: tuple[str, ...] = ()
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

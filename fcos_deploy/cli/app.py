@@ -39,6 +39,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "From a checkpoint to a bundle": {
         "init": "init",
         "deploy": "deploy",
+        "tune": "tune",
         "demo": "deploy",
         "inspect": "inspect",
         "doctor": "inspect",

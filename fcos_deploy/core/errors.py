@@ -11,6 +11,7 @@ __all__ = [
     "AccuracyGateError",
     "BackendError",
     "BackendLoadError",
+    "BudgetError",
     "BuildError",
     "BundleError",
     "BundleReplacedError",
@@ -85,6 +86,12 @@ class InconclusiveError(AccuracyGateError):
 
 class SlowdownError(FcosDeployError):
     """A benchmark that is slower than its baseline allows; a gate, like accuracy's."""
+
+    exit_code = 4
+
+
+class BudgetError(FcosDeployError):
+    """A search that found no configuration within its limits; a gate, like accuracy's."""
 
     exit_code = 4
 

@@ -203,7 +203,7 @@ class Detector:
                 hint="give them to 'fcos-deploy export'",
             )
         try:
-            session = source.backend.open(source.path, options)
+            session = source.backend.open(source.path, source.tuned(options))
         except FcosDeployError:
             if source.bundle is not None:
                 source.bundle.require_not_replaced()
@@ -401,7 +401,7 @@ def _with_threshold(contract: ModelContract, score_threshold: float | None) -> M
 class _ModelSource:
     """A model file, the backend that is to open it, and those of the bundle that were passed over for it.
 
-    ``artifact`` is its name in ``bundle``.
+    ``artifact`` is its name in ``bundle``, ``threads`` the number that the bundle was tuned with, if it was.
     """
 
     path: Path
@@ -409,6 +409,14 @@ class _ModelSource:
     fallbacks: tuple[Fallback, ...] = ()
     bundle: Bundle | None = None
     artifact: str = ""
+    threads: int | None = None
+
+    def tuned(self, options: SessionOptions) -> SessionOptions:
+        """``options`` with these threads where they leave them open, and this machine has so many cores."""
+        asked = options.threads is not None or options.hint is not PerformanceHint.LATENCY
+        if self.threads is None or asked or self.threads > usable_cpus():
+            return options
+        return replace(options, threads=self.threads)
 
 
 def _find_model(model: Path, *, backend: str, precision: Precision | None, options: SessionOptions) -> _ModelSource:
@@ -431,8 +439,16 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
         )
         for fallback in fallbacks:
             _LOG.warning("'%s' falls back from '%s': %s", model, fallback.backend, fallback.reason)
-        name = selection.artifact.path
-        return _ModelSource(bundle.path(name), get_backend(selection.backend), fallbacks, bundle, name)
+        name, defaults = selection.artifact.path, bundle.manifest.defaults
+        tuned = (selection.backend, selection.artifact.precision) == (defaults.backend, defaults.precision)
+        return _ModelSource(
+            bundle.path(name),
+            get_backend(selection.backend),
+            fallbacks,
+            bundle,
+            name,
+            threads=defaults.threads if tuned else None,
+        )
     asked = options.public_keys or options.expect_name
     if asked and not (checkpoint and options.unsigned_checkpoints):
         raise SignatureError(

@@ -55,7 +55,7 @@ from fcos_deploy.report import ReportData, ReportFile, ReportVariant, write_repo
 if TYPE_CHECKING:
     from fcos_deploy.model.wrap import WrappedModule
 
-__all__ = ["DEMO_DATA", "Deployment", "check_inputs", "demo_request", "deploy"]
+__all__ = ["DEMO_DATA", "Deployment", "backends_to_measure", "check_inputs", "demo_request", "deploy"]
 
 
 DEMO_DATA = Path(__file__).parent.parent / "demo_data"
@@ -110,7 +110,7 @@ def deploy(
         request = DeployRequest(checkpoint=request, **fields)
     elif fields:
         raise ConfigError(f"A DeployRequest says everything; got {', '.join(sorted(fields))} beside it.")
-    backends = _backends_to_measure(request)
+    backends = backends_to_measure(request)
     with (
         contextlib.closing(open_source(request.checkpoint, options=request.options)) as source,
         BundleWriter(request.output) as writer,
@@ -179,7 +179,7 @@ def check_inputs(request: DeployRequest) -> None:
     Raises:
         FcosDeployError: as ``deploy`` for these.
     """
-    _backends_to_measure(request)
+    backends_to_measure(request)
     contract = source_contract(request.checkpoint, options=request.options)
     open_image_sets(
         request.calibration_images,
@@ -193,7 +193,7 @@ def check_inputs(request: DeployRequest) -> None:
         label_index(contract.class_names, load_coco(request.annotations, images=request.images))
 
 
-def _backends_to_measure(request: DeployRequest) -> tuple[str, ...]:
+def backends_to_measure(request: DeployRequest) -> tuple[str, ...]:
     """Those asked for, those of the device plans that run here as well, or all that this machine builds for and runs.
 
     Raises:
@@ -301,6 +301,7 @@ def _manifest(
             precision=preferred.artifact.precision,
             profile=", ".join(plan.profile.name for plan in request.plans),
             fallback=tuple(dict.fromkeys(v.backend for v in variants if v.backend != preferred.backend)),
+            threads=request.threads,
         ),
         gates={**DEFAULT_GATES, Precision.INT8: int8_gate},
         golden=golden,

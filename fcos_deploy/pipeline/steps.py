@@ -22,7 +22,7 @@ from fcos_deploy.bundle import (
     StepOutput,
     StepResult,
 )
-from fcos_deploy.core.backend import ComputeType
+from fcos_deploy.core.backend import ComputeType, SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind, DeformForm, NmsForm, Precision, Tail
@@ -140,6 +140,7 @@ class DeployRequest:
     ``cache``: folder of finished steps of earlier deployments, to which this one adds. ``sample``: on how many images
     accuracy is measured, chosen with classes and object sizes as in all of them; None takes all.
     ``operating_goal``: what the score threshold of each class is chosen for; None is the reference's best F1.
+    ``threads``: those that artifacts are measured with, which the bundle takes by default; None: the runtimes' own.
     """
 
     checkpoint: Path | WrappedModule
@@ -164,6 +165,7 @@ class DeployRequest:
     cache: Path | None = None
     sample: int | None = None
     operating_goal: OperatingGoal | None = None
+    threads: int | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -495,8 +497,9 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
     """The engine of one graph for one backend; a backend that runs the ONNX file as it is needs none."""
     source, options = graph.artifact, options or BuildOptions()
     exporter, version = get_exporter(backend), get_backend(backend).probe().version
+    session = SessionOptions(threads=context.request.threads)
     if exporter.produces is source.kind:
-        return Variant(model=graph.path, backend=backend, precision=source.precision, artifact=source)
+        return Variant(model=graph.path, backend=backend, precision=source.precision, artifact=source, options=session)
     name = engine_file(source.precision, backend=backend, kind=exporter.produces)
 
     def make(folder: Path) -> StepOutput:
@@ -533,7 +536,11 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
     }
     step = context.model_step(f"build-{backend}-{source.precision}", stage="build", inputs=inputs, make=make)
     return Variant(
-        model=context.writer.path(name), backend=backend, precision=source.precision, artifact=step.artifacts[0]
+        model=context.writer.path(name),
+        backend=backend,
+        precision=source.precision,
+        artifact=step.artifacts[0],
+        options=session,
     )
 
 

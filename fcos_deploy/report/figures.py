@@ -22,6 +22,7 @@ from fcos_deploy.core.matching import DetectionMatch, MatchOptions, match_detect
 from fcos_deploy.report.data import ReportData, ReportVariant
 
 __all__ = [
+    "CHART_SETTINGS",
     "Chart",
     "EmbeddedImage",
     "FaultPanel",
@@ -48,7 +49,7 @@ _LIGHT_BLUE, _BLUE, _SAND = "#8fb8de", "#24507a", "#e0a458"  # parts of a stacke
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
 _DASHED = (0, (4, 3))
 
-_SETTINGS: dict[str, Any] = {  # Any: matplotlib's rcParams have values of several types
+CHART_SETTINGS: dict[str, Any] = {  # Any: matplotlib's rcParams have values of several types
     "axes.axisbelow": True,
     "axes.edgecolor": _MUTED,
     "axes.grid": True,
@@ -92,7 +93,7 @@ def make_charts(data: ReportData) -> list[Chart]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(CHART_SETTINGS):
         charts = [
             _accuracy_against_latency(data),
             _stages(data),

@@ -1,0 +1,199 @@
+"""``fcos-deploy tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fcos_deploy.cli import options as cli
+from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.settings import command_line
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.errors import MissingDependencyError
+from fcos_deploy.core.gate import Judge
+from fcos_deploy.core.serialize import to_json
+
+if TYPE_CHECKING:
+    from fcos_deploy.pipeline.tune import Tuning
+
+__all__ = ["tune_command"]
+
+
+@cli.with_all_checkpoint_options
+def tune_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint, ONNX file with a contract, or package.module:function (with --run-code).",
+        ),
+    ],
+    *,
+    output: Annotated[Path, cli.output("Folder of the answer, its bundle and the trials.", metavar="DIR")],
+    images: cli.Images,
+    annotations: Annotated[
+        Path | None,
+        cli.option(
+            "COCO annotations of the images. Default: the model's detections at its own size are the ground truth.",
+            metavar="FILE",
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        Path | None,
+        cli.option(
+            "Images to calibrate INT8 on: a folder, list file or COCO JSON. Default: none, and INT8 is not tried.",
+            metavar="PATH",
+        ),
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None,
+        cli.option("Longest time of one image; the highest AP within it is chosen. Default: no limit.", metavar="MS"),
+    ] = None,
+    min_ap: Annotated[
+        float | None,
+        cli.option(
+            "Lowest AP; alone, the fastest configuration that reaches it is chosen. Default: no limit.", metavar="AP"
+        ),
+    ] = None,
+    throughput: Annotated[
+        bool, cli.option("Images a second in place of the latency of one image.", "--throughput")
+    ] = False,
+    min_throughput: Annotated[
+        float | None,
+        cli.option("Fewest images a second; the highest AP with them is chosen. Default: no limit.", metavar="N"),
+    ] = None,
+    percentile: Annotated[int, cli.option("Percentile of the latency that keeps the limit: 50 or 90.")] = 50,
+    size: Annotated[
+        list[str] | None,
+        cli.option(
+            "Input size to try, such as 320x416, or shortest:longest such as 800:1333; repeatable. Default: six "
+            "sizes from half to five quarters of the model's own.",
+            metavar="HxW|S:L",
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        cli.option(
+            "Backend to try, repeatable. Default: every backend that runs on this machine.",
+            metavar="NAME",
+            panel=cli.RUNTIME,
+            autocompletion=cli.complete_backend,
+        ),
+    ] = None,
+    precision: Annotated[
+        list[Precision] | None,
+        cli.option(
+            "Precision to try, repeatable. Default: fp32, and int8 with --calibration-images.", panel=cli.RUNTIME
+        ),
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        cli.option(
+            "Number of threads to try, repeatable. Default: all cores, and half of them.", min=1, panel=cli.RUNTIME
+        ),
+    ] = None,
+    streams: Annotated[
+        list[int] | None,
+        cli.option(
+            "Number of images at a time to try with --throughput, repeatable. Default: 1, half the cores, all.",
+            min=1,
+            panel=cli.RUNTIME,
+        ),
+    ] = None,
+    max_map_drop: Annotated[
+        float | None,
+        cli.option(
+            "Largest loss of AP of the chosen INT8 against the model at that size; needs annotations. Default: 0.01.",
+            metavar="AP",
+            panel=cli.GATE,
+        ),
+    ] = None,
+    judge: cli.JudgeBy = Judge.INTERVAL,
+    allow_inconclusive: cli.AllowInconclusive = False,
+    allow_overlap: cli.AllowOverlap = False,
+    calibration_count: Annotated[
+        int | None, cli.option("Number of calibration images to choose. Default: up to 128.")
+    ] = None,
+    seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
+    run_code: Annotated[
+        bool,
+        cli.option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code"),
+    ] = False,
+    as_json: cli.Json = False,
+    options: CheckpointOptions,
+) -> None:
+    """Find the input size, backend, precision and threads that keep a budget, and make a bundle of them.
+
+    Every trial is kept in DIR: an interrupted search resumes, a widened one measures what is new. Exit code 4: no
+    configuration keeps the limits, and the nearest is named; or the images cannot decide one.
+    """
+    from fcos_deploy.pipeline.source import run_user_code
+    from fcos_deploy.pipeline.tune import TuneRequest, tune
+    from fcos_deploy.pipeline.tune_models import InputSize
+
+    request = TuneRequest(
+        model=run_user_code(model, allowed=run_code) or Path(model),
+        output=output,
+        images=images,
+        annotations=annotations,
+        calibration_images=calibration_images,
+        max_latency_ms=max_latency_ms,
+        min_throughput=min_throughput,
+        min_ap=min_ap,
+        throughput=throughput,
+        percentile=percentile,
+        sizes=tuple(map(InputSize.parse, size or ())),
+        backends=tuple(backend or ()),
+        precisions=tuple(dict.fromkeys(precision or ())),
+        threads=tuple(threads or ()),
+        streams=tuple(streams or ()),
+        options=options,
+        max_map_drop=max_map_drop,
+        judge=judge,
+        allow_overlap=allow_overlap,
+        calibration_count=calibration_count,
+        seed=seed,
+        command=command_line(),
+    )
+    with progress_bar() as progress:
+        tuning = tune(request, progress=progress)
+    _show(tuning, output, as_json=as_json, allow_inconclusive=allow_inconclusive)
+
+
+def _show(tuning: Tuning, output: Path, *, as_json: bool, allow_inconclusive: bool) -> None:
+    """The table and the answer on stderr, the page beside the bundle, JSON on stdout.
+
+    Raises:
+        BudgetError: nothing keeps the limits.
+        InconclusiveError: the images cannot decide a limit, and that was not allowed.
+    """
+    from fcos_deploy.accuracy.gate import require_all, verdict_line
+    from fcos_deploy.report.tuning import tuning_rows, write_tuning_report
+
+    table(tuning.data.title, *tuning_rows(tuning.data))
+    for line in (tuning.data.goal, *tuning.data.notes, tuning.data.answer):
+        note(line)
+    try:
+        note(f"wrote {write_tuning_report(tuning.data, output / 'tune.html')[0]}")
+    except MissingDependencyError as error:
+        note(f"no page with the plot: {error.message} {error.hint}")
+    verdicts = tuning.verdicts + (tuning.deployment.evaluations.verdicts if tuning.deployment else ())
+    for verdict in verdicts:
+        note(verdict_line(verdict))
+    if tuning.deployment is not None:
+        note(f"bundle: {tuning.deployment.bundle} ({tuning.seconds:.0f} s in all)")
+    if as_json:
+        print_json(
+            {
+                **to_json(tuning.data),
+                "bundle": tuning.deployment and str(tuning.deployment.bundle),
+                "verdicts": to_json(verdicts),
+                "seconds": tuning.seconds,
+            }
+        )
+    if tuning.failure is not None:
+        raise tuning.failure
+    require_all(verdicts, allow_inconclusive=allow_inconclusive)

@@ -1,0 +1,735 @@
+"""From a budget to a configuration: input size, backend, precision and threads, measured on this machine.
+
+Times first: they are cheap, and grow with the input size, so that one measurement decides for all sizes on one side of
+it. Accuracy only for what the times leave, in a race on growing subsets of the images. Every trial is kept by its
+content, so that an interrupted search goes on and a widened one measures what is new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.dataset import SampleOptions
+from fcos_deploy.accuracy.coco import widened_for_selection
+from fcos_deploy.accuracy.dataset import (
+    Dataset,
+    EvaluationImage,
+    folder_images,
+    ground_truth_from_detections,
+    label_index,
+    load_coco,
+)
+from fcos_deploy.accuracy.gate import Verdict, judge_ap
+from fcos_deploy.accuracy.predictions import collect_detections
+from fcos_deploy.accuracy.race import Contender, RaceRules, Standing, race
+from fcos_deploy.benchmark.measure import (
+    Contention,
+    ContentionMeter,
+    LatencyStats,
+    TimingOptions,
+    measure_throughput,
+    time_in_turns,
+)
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.enums import PerformanceHint, Precision
+from fcos_deploy.core.errors import (
+    AccuracyGateError,
+    BudgetError,
+    ConfigError,
+    ExportError,
+    FcosDeployError,
+    InconclusiveError,
+)
+from fcos_deploy.core.file_kinds import files_of
+from fcos_deploy.core.files import sha256_file, write_text
+from fcos_deploy.core.gate import Gate, Judge, Outcome
+from fcos_deploy.core.libraries import library_versions
+from fcos_deploy.core.machine import MachineFacts, read_machine, usable_cpus
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.registry import get_backend
+from fcos_deploy.core.serialize import from_json, parse_json, to_json
+from fcos_deploy.core.trust import own_folder
+from fcos_deploy.detector import DetectorSpec
+from fcos_deploy.pipeline.deploy import Deployment, backends_to_measure, deploy
+from fcos_deploy.pipeline.source import source_contract
+from fcos_deploy.pipeline.steps import DeployRequest, open_image_sets
+from fcos_deploy.pipeline.tune_models import CheckpointModels, Configuration, InputSize, TuneModels
+from fcos_deploy.report.tuning import PointStatus, TunedPoint, TuningData, front_of
+
+if TYPE_CHECKING:
+    from fcos_deploy.model.wrap import WrappedModule
+
+__all__ = ["TuneRequest", "Tuning", "tune"]
+
+_TIMING = TimingOptions(rounds=5, block=5, warmup=2)  # 20 times, the fewest that have a 90th percentile
+_THROUGHPUT_SECONDS = 1.0
+# Thread counts that are slower than the best by more at the first size that is measured are not tried at others.
+_THREADS_SLOWER = 1.15
+_NEXT = 2
+# What stands for the accuracy of what, the better one first: fp16 and INT8 approximate what fp32 computes.
+_FIDELITY = (Precision.FP32, Precision.FP16, Precision.INT8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneRequest:
+    """What is searched: ``model`` over ``sizes``, ``backends``, ``precisions`` and ``threads``; empty: the default.
+
+    The limits are the goal: with ``max_latency_ms`` (or ``min_throughput``, images a second) the highest AP within it,
+    with ``min_ap`` alone the fastest that reaches it, without any the front. ``throughput`` measures images a second
+    in place of the latency of one image. ``percentile``: 50 or 90, which latency has to keep the limit.
+    ``calibration_images``: needed for INT8. Without ``annotations`` the model's own detections at its own size stand
+    for the ground truth. ``max_map_drop`` and ``judge`` are as in a deployment.
+    """
+
+    model: Path | WrappedModule
+    output: Path
+    images: Path
+    annotations: Path | None = None
+    calibration_images: Path | None = None
+    max_latency_ms: float | None = None
+    min_throughput: float | None = None
+    min_ap: float | None = None
+    throughput: bool = False
+    percentile: int = 50
+    sizes: tuple[InputSize, ...] = ()
+    backends: tuple[str, ...] = ()
+    precisions: tuple[Precision, ...] = ()
+    threads: tuple[int, ...] = ()
+    streams: tuple[int, ...] = ()
+    options: CheckpointOptions = field(default_factory=CheckpointOptions)
+    max_map_drop: float | None = None
+    judge: Judge = Judge.INTERVAL
+    allow_overlap: bool = False
+    calibration_count: int | None = None
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("max_latency_ms", "min_throughput"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be positive, got {value}.")
+        if self.max_latency_ms is not None and self.measures_throughput:
+            raise ConfigError(
+                "A limit on latency and one on throughput are two different goals.",
+                hint="give --max-latency-ms, or --throughput with --min-throughput",
+            )
+        if self.percentile not in {50, 90}:
+            raise ConfigError(f"The percentile must be 50 or 90, got {self.percentile}.")
+        if self.min_ap is not None and self.annotations is None:
+            raise ConfigError("An AP cannot be asked for without annotations.", hint="give --annotations FILE")
+        if Precision.INT8 in self.precisions and self.calibration_images is None:
+            raise ConfigError("INT8 needs images to calibrate on.", hint="give --calibration-images PATH")
+        _ = Gate(min_ap=self.min_ap)  # which refuses what is no share of 1
+
+    @property
+    def measures_throughput(self) -> bool:
+        """Whether images a second are measured."""
+        return self.throughput or self.min_throughput is not None
+
+    @property
+    def max_ms(self) -> float | None:
+        """The most milliseconds an image may take, as its latency or between two."""
+        return 1000 / self.min_throughput if self.min_throughput else self.max_latency_ms
+
+    @property
+    def has_goal(self) -> bool:
+        """Whether there is a limit, so that one configuration is chosen."""
+        return self.max_ms is not None or self.min_ap is not None
+
+    @property
+    def goal(self) -> str:
+        """As a sentence."""
+        unit = "p90" if self.percentile == 90 else "median"
+        limits = []
+        if self.min_throughput is not None:
+            limits.append(f"at least {self.min_throughput:g} images/s")
+        if self.max_latency_ms is not None:
+            limits.append(f"at most {self.max_latency_ms:g} ms an image ({unit})")
+        if self.min_ap is not None:
+            limits.append(f"AP of at least {self.min_ap:g}")
+        if not limits:
+            return "The front of AP against " + ("throughput." if self.throughput else "latency.")
+        best = "the highest AP" if self.max_ms is not None else "the fastest"
+        return f"Asked for: {best} with {' and '.join(limits)}."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The time of a configuration; ``throughput`` in images a second where that was measured."""
+
+    latency: LatencyStats
+    throughput: float | None = None
+
+    def ms(self, percentile: int) -> float:
+        """What the limit is held to."""
+        if self.throughput is not None:
+            return 1000 / self.throughput
+        return self.latency.p90 or self.latency.maximum if percentile == 90 else self.latency.p50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """A finished search: ``data`` is what its page shows; ``deployment`` the bundle of the chosen one, if there is one.
+
+    ``verdicts``: on ``min_ap`` of the chosen one. ``failure``: why there is no bundle although there is a limit.
+    """
+
+    data: TuningData
+    chosen: TunedPoint | None
+    deployment: Deployment | None
+    verdicts: tuple[Verdict, ...]
+    seconds: float
+    failure: FcosDeployError | None = None
+
+
+class _Trials:
+    """Measured times, each in a file that is named after everything that it depends on."""
+
+    def __init__(self, folder: Path, *, machine: MachineFacts, image: Path) -> None:
+        self._folder = own_folder(folder)
+        self._facts = {
+            "processor": machine.processor,
+            "cores": machine.cores,
+            "system": platform.platform(),
+            "image": sha256_file(image),
+            **library_versions("fcos-deploy", "numpy", "opencv-python-headless"),
+        }
+
+    def path(self, spec: DetectorSpec, *, throughput: bool) -> Path:
+        """Where the time of what ``spec`` opens is kept."""
+        facts = {
+            **self._facts,
+            "files": [sha256_file(path) for path in files_of(spec.model)],
+            "backend": spec.backend,
+            "version": get_backend(spec.backend).probe().version,
+            "session": [spec.options.threads, spec.options.streams, str(spec.options.hint)],
+            "timing": to_json(_TIMING),
+            "throughput": throughput,
+        }
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return self._folder / f"time-{key[:32]}.json"
+
+    @staticmethod
+    def load(path: Path) -> Measured | None:
+        """None where there is none, or a damaged one."""
+        try:
+            return from_json(Measured, parse_json(path.read_bytes()))
+        except (OSError, ValueError, ConfigError):
+            return None
+
+
+class _Search:
+    """The state of a search over times."""
+
+    def __init__(
+        self,
+        request: TuneRequest,
+        models: TuneModels,
+        *,
+        image: Path,
+        trials: _Trials,
+        progress: ProgressFn,
+    ) -> None:
+        self.request, self.models, self._trials, self._progress = request, models, trials, progress
+        self._path = image
+        with models.reference().open() as detector:
+            self._image = detector.read(image)
+        height, width = self._image.shape[:2]
+        self.sizes = sorted(models.sizes, key=lambda size: size.pixels(height, width))
+        self.measured: dict[Configuration, Measured] = {}
+        self.pruned: dict[Configuration, str] = {}
+        self.contention: list[Contention] = []
+        self._lines: list[Configuration] = list(self._all_lines())
+        self._screened: set[tuple[str, Precision]] = set()
+
+    def _all_lines(self) -> Iterable[Configuration]:
+        request, cpus = self.request, usable_cpus()
+        hint = PerformanceHint.THROUGHPUT if request.measures_throughput else PerformanceHint.LATENCY
+        threads = request.threads or ((cpus,) if request.measures_throughput else tuple({cpus, max(1, cpus // 2)}))
+        streams = request.streams or (tuple({1, max(1, cpus // 2), cpus}) if request.measures_throughput else (1,))
+        for precision in self.models.precisions:
+            for backend in self.models.backends:
+                for count in sorted(threads, reverse=True):
+                    for parallel in sorted(streams, reverse=True):
+                        if parallel <= count:
+                            yield Configuration(
+                                size=self.sizes[0],
+                                backend=backend,
+                                precision=precision,
+                                threads=count,
+                                streams=parallel,
+                                hint=hint,
+                            ).line
+
+    def ms(self, configuration: Configuration) -> float:
+        """What a measured configuration takes."""
+        return self.measured[configuration].ms(self.request.percentile)
+
+    def fits(self, configuration: Configuration) -> bool:
+        """Whether it keeps the limit on time, if there is one."""
+        return self.request.max_ms is None or self.ms(configuration) <= self.request.max_ms
+
+    def probe(self, index: int, lines: Sequence[Configuration]) -> None:
+        """Time the configurations of one size, in turns; those that are known are taken from disk."""
+        size = self.sizes[index]
+        asked = [replace(line, size=size) for line in lines]
+        asked = [c for c in asked if c not in self.measured and c not in self.pruned]
+        opened: list[tuple[Configuration, DetectorSpec, Path]] = []
+        for configuration in asked:
+            try:
+                spec = self.models.open_as(configuration)
+            except ExportError as error:  # A size that the network does not take, such as one without a top level.
+                self._prune(configuration.line, [index], f"cannot be made: {error.message}")
+                continue
+            path = self._trials.path(spec, throughput=self.request.measures_throughput)
+            known = self._trials.load(path)
+            if known is not None:
+                self.measured[configuration] = known
+            else:
+                opened.append((configuration, spec, path))
+        if opened:
+            self._time(opened)
+        self._screen_threads(size)
+
+    def _time(self, opened: Sequence[tuple[Configuration, DetectorSpec, Path]]) -> None:
+        meter = ContentionMeter()
+        with contextlib.ExitStack() as stack:
+            detectors = [stack.enter_context(spec.open()) for _, spec, _ in opened]
+            label = f"time at {opened[0][0].size}"
+            meter.start()
+            timings = time_in_turns(
+                detectors,
+                self._image,
+                options=_TIMING,
+                between_rounds=meter.sample,
+                progress=lambda _, done, total: self._progress(label, done, total),
+            )
+            throughput: list[float | None] = [None] * len(opened)
+            if self.request.measures_throughput:
+                throughput = [measure_throughput(d, self._image, seconds=_THROUGHPUT_SECONDS) for d in detectors]
+            self.contention.append(meter.stop())
+        for (configuration, _, path), timing, rate in zip(opened, timings, throughput, strict=True):
+            measured = Measured(latency=timing.latency(), throughput=rate)
+            write_text(path, json.dumps(to_json(measured)) + "\n")
+            self.measured[configuration] = measured
+
+    def _screen_threads(self, size: InputSize) -> None:
+        """Drop the thread and stream counts that are slow at the first size that a backend and precision run at."""
+        groups: dict[tuple[str, Precision], list[Configuration]] = {}
+        for configuration in self.measured:
+            if configuration.size == size:
+                groups.setdefault((configuration.backend, configuration.precision), []).append(configuration)
+        for key, group in groups.items():
+            if key in self._screened:
+                continue
+            self._screened.add(key)
+            best = min(group, key=self.ms)
+            for slow in group:
+                if self.ms(slow) > _THREADS_SLOWER * self.ms(best):
+                    reason = f"{self.ms(slow):.1f} ms at {size}, where {best.how} takes {self.ms(best):.1f}"
+                    self._prune(slow.line, range(len(self.sizes)), reason)
+                    self._lines.remove(slow.line)
+
+    def _prune(self, line: Configuration, indices: Iterable[int], reason: str) -> None:
+        for index in indices:
+            configuration = replace(line, size=self.sizes[index])
+            if configuration not in self.measured:
+                self.pruned.setdefault(configuration, reason)
+
+    def run(self) -> None:
+        """Time what the goal needs: every size without a limit on time, otherwise a bisection along each line.
+
+        Raises:
+            ConfigError: no configuration could be made.
+        """
+        if self.request.max_ms is None:
+            for index in range(len(self.sizes)):
+                self.probe(index, self._lines)
+        else:
+            largest = -1  # the largest size at which a more exact precision keeps the limit
+            for precision in [p for p in _FIDELITY if p in self.models.precisions]:
+                largest = max(largest, self._bisect(precision, above=largest))
+        if not self.measured:
+            reasons = "; ".join(f"{c}: {reason}" for c, reason in list(self.pruned.items())[:1])
+            raise ConfigError(f"No configuration can be made. {reasons}", hint="try other sizes with --size")
+
+    def _bisect(self, precision: Precision, *, above: int) -> int:
+        """Find along each line of ``precision`` the largest size that keeps the limit, above the index ``above``.
+
+        Returns the index of the largest of all.
+        """
+        bounds: dict[Configuration, tuple[int, int]] = {
+            line: (above, len(self.sizes)) for line in self._lines if line.precision is precision
+        }
+        if above >= 0:
+            for line in bounds:
+                self._prune(line, range(above + 1), "a more exact precision keeps the limit at this size")
+        while open_lines := {line: ends for line, ends in bounds.items() if ends[1] - ends[0] > 1}:
+            middles = Counter((low + high) // 2 for low, high in open_lines.values())
+            index = min(middles, key=lambda middle: (-middles[middle], middle))
+            self.probe(index, [line for line, (low, high) in open_lines.items() if low < index < high])
+            for line, (low, high) in open_lines.items():
+                configuration = replace(line, size=self.sizes[index])
+                if line not in self._lines:
+                    del bounds[line]
+                elif low < index < high and configuration not in self.measured:
+                    bounds[line] = (index, high)  # Smaller ones are not likelier to be made.
+                elif low < index < high and self.fits(configuration):
+                    bounds[line] = (index, high)
+                elif low < index < high:
+                    bounds[line] = (low, index)
+                    reason = f"{self.sizes[index]} takes {self.ms(configuration):.1f} ms already"
+                    self._prune(line, range(index + 1, len(self.sizes)), reason)
+        best = max((low for low, _ in bounds.values()), default=above)
+        self._time_below(bounds, best=best, above=above)
+        return best
+
+    def _time_below(self, bounds: Mapping[Configuration, tuple[int, int]], *, best: int, above: int) -> None:
+        """The sizes below keep the limit too; there only the line is timed that is fastest where it was."""
+        for index in range(best - 1, above, -1):
+            if any(c.size == self.sizes[index] and c.line in bounds for c in self.measured):
+                continue
+            fitting = [c for c in self.measured if c.line in bounds and self.fits(c)]
+            if not fitting:
+                return
+            near = min(fitting, key=lambda c: (abs(self.sizes.index(c.size) - index), self.ms(c)))
+            self.probe(index, [near.line])
+            for line in bounds:
+                self._prune(line, [index], f"{near.how} is faster at {near.size}")
+
+    def fastest_by_artifact(self) -> dict[str, Configuration]:
+        """Of all that are evaluated alike and keep the limit, the fastest; the slower ones are pruned."""
+        fastest: dict[str, Configuration] = {}
+        for configuration in sorted(self.measured, key=self.ms):
+            if self.fits(configuration):
+                fastest.setdefault(configuration.artifact, configuration)
+        for index, size in enumerate(self.sizes):
+            at_size = [c for c in fastest.values() if c.size == size]
+            for c in at_size:
+                exact = [e for e in at_size if _FIDELITY.index(e.precision) < _FIDELITY.index(c.precision)]
+                if any(self.ms(e) <= self.ms(c) for e in exact):
+                    self.reject(c, f"not faster than fp32 at {self.sizes[index]}")
+                    del fastest[c.artifact]
+        return fastest
+
+    def reject(self, configuration: Configuration, reason: str) -> None:
+        """Keep why a measured configuration is out."""
+        self.pruned.setdefault(configuration, reason)
+
+
+def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
+    """Search, make the bundle of what was chosen, and leave ``tune.json`` with all that was measured.
+
+    That nothing keeps the limits is a ``failure`` of the answer, whose figures are of use all the same.
+
+    Raises:
+        ConfigError: an axis without a value that works here.
+        FcosDeployError: as deploying.
+    """
+    started = time.perf_counter()
+    if request.output.exists() and not (request.output / "trials").is_dir() and any(request.output.iterdir()):
+        raise ConfigError(f"'{request.output}' exists and is not the folder of a search.", hint="choose another output")
+    folder = own_folder(request.output / "trials")
+    with contextlib.closing(_open_models(request, folder=folder, progress=progress)) as models:
+        dataset = _dataset(request, models, folder=folder, progress=progress)
+        image = dataset.images[0].path
+        trials = _Trials(folder / "times", machine=read_machine(), image=image)
+        search = _Search(request, models, image=image, trials=trials, progress=progress)
+        search.run()
+        answer = _Answer(search, dataset, folder=folder / "predictions", progress=progress)
+        answer.race()
+        deployment, failure = _deploy_best(answer, models, request.output / "bundle", progress=progress)
+    shutil.rmtree(folder / "work", ignore_errors=True)  # What it holds is in the cache of steps.
+    data = answer.data()
+    write_text(request.output / "tune.json", json.dumps(to_json(data), indent=1) + "\n")
+    return Tuning(
+        data=data,
+        chosen=next((point for point in data.points if point.status is PointStatus.CHOSEN), None),
+        deployment=deployment,
+        verdicts=answer.verdicts,
+        seconds=time.perf_counter() - started,
+        failure=failure,
+    )
+
+
+def _deploy_best(
+    answer: _Answer, models: TuneModels, output: Path, *, progress: ProgressFn
+) -> tuple[Deployment | None, FcosDeployError | None]:
+    """The bundle of the best that can be deployed, or why there is none."""
+    while True:
+        try:
+            chosen = answer.choose()
+        except BudgetError as error:
+            return None, error
+        if chosen is None:
+            return None, None
+        try:
+            return deploy(models.deploy_request(chosen, output), progress=progress), None
+        except InconclusiveError as error:
+            return None, error
+        except AccuracyGateError as error:
+            answer.refuse(chosen, error.message)
+
+
+def _open_models(request: TuneRequest, *, folder: Path, progress: ProgressFn) -> TuneModels:
+    precisions = request.precisions or (
+        (Precision.FP32, Precision.INT8) if request.calibration_images else (Precision.FP32,)
+    )
+    deployment = DeployRequest(
+        checkpoint=request.model,
+        output=folder / "work" / "own",
+        calibration_images=request.calibration_images or request.images,
+        backends=request.backends,
+        precisions=precisions,
+        options=request.options,
+        images=request.images,
+        annotations=request.annotations,
+        max_map_drop=request.max_map_drop,
+        judge=request.judge,
+        # Without INT8 nothing is calibrated, on whatever images.
+        allow_overlap=request.allow_overlap or request.calibration_images is None,
+        calibration_count=request.calibration_count,
+        seed=request.seed,
+        command=request.command,
+    )
+    backends = backends_to_measure(deployment)
+    images = open_image_sets(
+        deployment.calibration_images,
+        source_contract(request.model, options=request.options),
+        images=request.images,
+        annotations=request.annotations,
+        sample=SampleOptions(count=request.calibration_count, seed=request.seed),
+        allow_overlap=deployment.allow_overlap,
+    )
+    return CheckpointModels(
+        deployment, images, folder=folder, sizes=request.sizes, backends=backends, progress=progress
+    )
+
+
+def _dataset(request: TuneRequest, models: TuneModels, *, folder: Path, progress: ProgressFn) -> Dataset:
+    """The annotated images; without annotations what the model detects in them at its own size."""
+    if request.annotations is not None:
+        return load_coco(request.annotations, images=request.images)
+    images = folder_images(request.images)
+    run = collect_detections(models.reference(), images, folder=own_folder(folder / "predictions"), progress=progress)
+    return ground_truth_from_detections(
+        images, run.detections, class_names=run.names, min_score=0.3, source=f"The model '{run.model}'"
+    )
+
+
+class _Answer:
+    """What the race leaves, and the choice among it."""
+
+    def __init__(self, search: _Search, dataset: Dataset, *, folder: Path, progress: ProgressFn) -> None:
+        self._search, self._dataset, self._folder, self._progress = search, dataset, folder, progress
+        self._request = search.request
+        self._standings: dict[Configuration, Standing] = {}
+        self._refused: dict[Configuration, str] = {}
+        self._chosen: Configuration | None = None
+        self._nearest: Configuration | None = None
+        self.verdicts: tuple[Verdict, ...] = ()
+
+    def race(self) -> None:
+        """Evaluate what the times leave, or, where they leave nothing, the nearest."""
+        candidates = list(self._search.fastest_by_artifact().values())
+        if not candidates:
+            self._nearest = min(self._search.measured, key=self._search.ms)
+            candidates = [self._nearest]
+        contenders = [
+            Contender(name=c.artifact, cost=self._search.ms(c), detect=functools.partial(self._detect, c))
+            for c in candidates
+        ]
+        rules = RaceRules(
+            min_ap=self._request.min_ap if self._request.max_ms is None else None,
+            by_cost=not self._request.has_goal,
+            judge=self._request.judge,
+        )
+        standings = race(contenders, self._dataset, rules=rules)
+        self._standings = dict(zip(candidates, standings, strict=True))
+
+    def _detect(self, configuration: Configuration, images: Sequence[EvaluationImage]) -> Mapping[int, Detections]:
+        """What it detects; kept by content, so that what an earlier search has run is not run again."""
+        spec = self._search.models.open_as(configuration)
+        run = collect_detections(spec, images, folder=own_folder(self._folder), progress=self._progress)
+        return run.relabelled(label_index(run.names, self._dataset))
+
+    def _ap(self, configuration: Configuration) -> float:
+        interval = self._standings[configuration].interval
+        return interval.value if interval else 0.0
+
+    @property
+    def _ranked(self) -> list[Configuration]:
+        """Those that ran on all images, the best for the goal first."""
+        finished = [c for c, s in self._standings.items() if not s.reason and c not in self._refused]
+        if self._request.max_ms is None and self._request.min_ap is not None:
+            order = (Outcome.PASSED, Outcome.INCONCLUSIVE, Outcome.FAILED)
+            return sorted(
+                finished,
+                key=lambda c: (
+                    order.index(self._verdicts(c)[0].outcome),
+                    self._search.ms(c) if self._verdicts(c)[0].passed else -self._ap(c),
+                ),
+            )
+        return sorted(finished, key=lambda c: (-self._ap(c), self._search.ms(c)))
+
+    def _verdicts(self, configuration: Configuration) -> tuple[Verdict, ...]:
+        """On the AP that was asked for, widened because the configuration was chosen among others on these images."""
+        standing, gate = self._standings[configuration], Gate(min_ap=self._request.min_ap, judge=self._request.judge)
+        interval = standing.interval and widened_for_selection(standing.interval, standing.choices)
+        verdicts = judge_ap(
+            gate,
+            interval.value if interval else None,
+            subject=str(configuration),
+            images=standing.images,
+            interval=interval,
+        )
+        return tuple(verdicts)
+
+    def choose(self) -> Configuration | None:
+        """The best that is not refused; None without a limit.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        self._chosen = None
+        if not self._request.has_goal:
+            return None
+        ranked = self._ranked
+        if self._nearest is not None or not ranked:
+            raise BudgetError(
+                f"No configuration keeps the limits. {self._nearest_sentence()}",
+                hint="allow more time, or try smaller inputs with --size",
+            )
+        best = ranked[0]
+        verdicts = self._verdicts(best)
+        if any(verdict.outcome is Outcome.FAILED for verdict in verdicts):
+            self._nearest = best
+            raise BudgetError(
+                f"No configuration keeps the limits. {self._nearest_sentence()}",
+                hint="lower --min-ap, or allow more time",
+            )
+        self._chosen, self.verdicts = best, verdicts
+        return best
+
+    def _nearest_sentence(self) -> str:
+        nearest = self._nearest
+        if nearest is None:
+            left = [f"{c}: {reason}" for c, reason in self._refused.items()]
+            return "; ".join(left) or "Nothing could be measured."
+        standing = self._standings.get(nearest)
+        ap = f", AP {standing.interval.value:.3f}" if standing and standing.interval else ""
+        return f"The nearest is {nearest}: {self._search.ms(nearest):.1f} ms{ap}."
+
+    def refuse(self, configuration: Configuration, reason: str) -> None:
+        """Take one out that could not be deployed."""
+        self._refused[configuration] = reason
+
+    def data(self) -> TuningData:
+        """Everything that the page shows."""
+        request, search = self._request, self._search
+        everything = sorted(
+            {**search.measured, **search.pruned},
+            key=lambda c: (search.sizes.index(c.size), _FIDELITY.index(c.precision), c.backend, -c.threads, -c.streams),
+        )
+        points = tuple(map(self.point, everything))
+        front = {p.label for p in front_of(points)}
+        points = tuple(
+            replace(p, status=PointStatus.FRONT)
+            if p.label in front and p.status is PointStatus.MEASURED and not request.has_goal
+            else p
+            for p in points
+        )
+        machine = read_machine()
+        problem = next((c.problem for c in search.contention if c.problem), "")
+        notes = [n for n in (search.models.note, problem and f"Times are doubtful: {problem}.") if n]
+        if not self._dataset.annotated:
+            notes.append("No annotations: AP is agreement with the model's own detections at its own size.")
+        if request.calibration_images is None:
+            notes.append("INT8 was not tried: it needs --calibration-images.")
+        return TuningData(
+            title=request.model.name if isinstance(request.model, Path) else type(request.model.model).__name__,
+            goal=request.goal,
+            answer=self._sentence(),
+            points=points,
+            max_ms=request.max_ms,
+            min_ap=request.min_ap,
+            facts={
+                "processor": f"{machine.processor}, {machine.cores} cores",
+                "system": machine.system,
+                "images": f"{len(self._dataset.images)}, ground truth: {Path(self._dataset.source).name}",
+                "image that was timed": self._dataset.images[0].path.name,
+                **{name: get_backend(name).probe().version for name in search.models.backends},
+            },
+            notes=tuple(notes),
+            command=request.command,
+        )
+
+    def _sentence(self) -> str:
+        if self._chosen is None:
+            return self._nearest_sentence() if self._request.has_goal else "No limit was given, so nothing was chosen."
+        interval = self._standings[self._chosen].interval
+        if interval is None:  # Excluded: what is chosen was evaluated.
+            return str(self._chosen)
+        return (
+            f"{self._chosen}: {self._search.ms(self._chosen):.1f} ms, AP {interval.value:.3f} "
+            f"({interval.low:.3f} to {interval.high:.3f})."
+        )
+
+    def point(self, configuration: Configuration) -> TunedPoint:
+        """A row of the table."""
+        measured = self._search.measured.get(configuration)
+        standing = self._standings.get(configuration)
+        interval = standing.interval if standing else None
+        status, reason = self._status(configuration)
+        figures: dict[str, Any] = {}  # Any: figures of several types
+        if measured is not None:
+            figures = {
+                "p50_ms": measured.latency.p50,
+                "p90_ms": measured.latency.p90,
+                "images_per_second": measured.throughput,
+            }
+        if interval is not None and standing is not None:
+            figures |= {"ap": interval.value, "ap_low": interval.low, "ap_high": interval.high}
+            figures["images"] = standing.images
+        return TunedPoint(
+            size=str(configuration.size),
+            runtime=configuration.how,
+            backend=configuration.backend,
+            precision=configuration.precision,
+            threads=configuration.threads,
+            streams=configuration.streams,
+            status=status,
+            reason=reason,
+            **figures,
+        )
+
+    def _status(self, configuration: Configuration) -> tuple[PointStatus, str]:
+        if configuration == self._chosen:
+            return PointStatus.CHOSEN, ""
+        if configuration in self._refused:
+            return PointStatus.PRUNED, f"refused when it was deployed: {self._refused[configuration]}"
+        standing = self._standings.get(configuration)
+        if standing is not None and standing.reason:
+            return PointStatus.PRUNED, standing.reason
+        if standing is not None:
+            following = [c for c in self._ranked if c != self._chosen][:_NEXT]
+            is_next = self._chosen is not None and configuration in following
+            return (PointStatus.NEXT if is_next else PointStatus.MEASURED), ""
+        if configuration in self._search.pruned:
+            return PointStatus.PRUNED, self._search.pruned[configuration]
+        if not self._search.fits(configuration):
+            return PointStatus.PRUNED, f"{self._search.ms(configuration):.1f} ms, beyond the limit"
+        return PointStatus.PRUNED, "another runtime or thread count is faster with the same detections"

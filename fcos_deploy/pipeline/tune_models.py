@@ -1,0 +1,324 @@
+"""What a search runs: the sizes, backends, precisions and threads of a model, each made when it is first asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fcos_deploy.bundle import Artifact, ArtifactDraft, BundleWriter, StepCache, StepOutput
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.checkpoint_options import CheckpointOptions, override_options
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.file_kinds import graph_file
+from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.libraries import library_versions
+from fcos_deploy.core.machine import usable_cpus
+from fcos_deploy.core.preprocess import PreprocessSpec, SizeRule
+from fcos_deploy.core.progress import ProgressFn
+from fcos_deploy.core.serialize import to_json
+from fcos_deploy.detector import DetectorSpec
+from fcos_deploy.pipeline.quantize import quantize_model
+from fcos_deploy.pipeline.source import open_source
+from fcos_deploy.pipeline.steps import DeployContext, DeployRequest, Graph, ImageSets, Variant, build, calibrate, export
+
+if TYPE_CHECKING:
+    from fcos_deploy.model.wrap import WrappedModule
+
+__all__ = ["CheckpointModels", "Configuration", "InputSize", "TuneModels", "size_of", "sizes_around"]
+
+_SCALES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25)  # of the model's own size
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class InputSize:
+    """A fixed canvas (``height``, ``width``), or with ``follows_image`` the shortest and the longest edge."""
+
+    height: int
+    width: int
+    follows_image: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.height}{':' if self.follows_image else 'x'}{self.width}"
+
+    @staticmethod
+    def parse(text: str) -> InputSize:
+        """``320x416`` is a canvas, ``800:1333`` the shortest and the longest edge.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        match = re.fullmatch(r"(\d{1,5})([xX:])(\d{1,5})", text.strip())
+        if match is None:
+            raise ConfigError(
+                f"--size must be height x width such as 320x416, or shortest:longest such as 800:1333, got '{text}'."
+            )
+        return InputSize(int(match[1]), int(match[3]), match[2] == ":")
+
+    def pixels(self, height: int, width: int) -> float:
+        """About as many as the network's input has, without its padding, for an image of this height and width."""
+        if not self.follows_image:
+            return float(self.height * self.width)
+        scale = min(self.height / min(height, width), self.width / max(height, width))
+        return scale * scale * height * width
+
+    def of(self, spec: PreprocessSpec) -> PreprocessSpec:
+        """``spec`` with this size in place of its own.
+
+        Raises:
+            ConfigError: the two kinds of sizes have different rules.
+        """
+        if self.follows_image != (spec.canvas is None):
+            raise ConfigError(f"The size {self} does not go with the rule '{spec.size_rule}' of this model.")
+        if self.follows_image:
+            return replace(spec, shortest=self.height, longest=self.width)
+        return replace(spec, height=self.height, width=self.width, content=None)
+
+
+def size_of(spec: PreprocessSpec) -> InputSize:
+    """The size of a preprocessing."""
+    if spec.canvas is not None:
+        return InputSize(*spec.canvas)
+    return InputSize(spec.shortest or 0, spec.longest or 0, follows_image=True)
+
+
+def sizes_around(spec: PreprocessSpec) -> tuple[InputSize, ...]:
+    """Half to five quarters of a model's own size, as multiples of what its input must be a multiple of."""
+    own = size_of(spec)
+    sizes = []
+    for scale in _SCALES:
+        sides = [
+            max(1, round(side * scale / spec.size_divisor)) * spec.size_divisor for side in (own.height, own.width)
+        ]
+        # The longest edge is only a limit: it keeps the ratio.
+        if own.follows_image:
+            sides[1] = round(own.width * sides[0] / own.height)
+        sizes.append(own if scale == 1.0 else InputSize(sides[0], sides[1], own.follows_image))
+    return tuple(dict.fromkeys(sizes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """What is tried: a size, a backend, a precision, and how the runtime is opened."""
+
+    size: InputSize
+    backend: str
+    precision: Precision
+    threads: int
+    streams: int = 1
+    hint: PerformanceHint = PerformanceHint.LATENCY
+
+    @property
+    def artifact(self) -> str:
+        """What is evaluated: threads and streams change no detection, and neither does the runtime of a float graph."""
+        runtime = f"{self.backend} " if self.precision is Precision.INT8 else ""
+        return f"{self.size} {runtime}{self.precision}"
+
+    @property
+    def line(self) -> Configuration:
+        """The same at no particular size: along such a line the time grows with the size."""
+        return replace(self, size=InputSize(0, 0))
+
+    @property
+    def how(self) -> str:
+        """Everything but the size."""
+        streams = "" if self.hint is PerformanceHint.LATENCY else f", {self.streams} at a time"
+        return f"{self.backend} {self.precision}, {self.threads} thread{'' if self.threads == 1 else 's'}{streams}"
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.how}"
+
+    @property
+    def session(self) -> SessionOptions:
+        """How the runtime is opened."""
+        if self.hint is PerformanceHint.LATENCY:
+            return SessionOptions(threads=self.threads)
+        return SessionOptions(threads=self.threads, streams=self.streams, hint=self.hint)
+
+
+class TuneModels(ABC):
+    """The artifacts of a search. ``contract`` is the model's own, ``note`` what has to be said of them."""
+
+    contract: ModelContract
+    sizes: tuple[InputSize, ...]
+    backends: tuple[str, ...]
+    precisions: tuple[Precision, ...]
+    note: str = ""
+
+    @abstractmethod
+    def open_as(self, configuration: Configuration) -> DetectorSpec:
+        """What runs; it is made if it is not there.
+
+        Raises:
+            FcosDeployError: it cannot be made.
+        """
+
+    @abstractmethod
+    def reference(self) -> DetectorSpec:
+        """The model as it came, at its own size."""
+
+    @abstractmethod
+    def deploy_request(self, configuration: Configuration, output: Path) -> DeployRequest:
+        """What makes the bundle of the one that was chosen."""
+
+    def close(self) -> None:  # noqa: B027  (not all hold something)
+        """Release what only the search needed."""
+
+
+class CheckpointModels(TuneModels):
+    """Exported, quantized and built by the steps of a deployment, which takes from ``cache`` what was made here.
+
+    INT8 ranges are those of the model's own size: one calibration serves all sizes (docs/tune.md says how well).
+    """
+
+    def __init__(
+        self,
+        request: DeployRequest,
+        images: ImageSets,
+        *,
+        folder: Path,
+        sizes: tuple[InputSize, ...],
+        backends: tuple[str, ...],
+        progress: ProgressFn,
+    ) -> None:
+        self._request, self._images, self._folder, self._progress = request, images, folder, progress
+        self._stack = contextlib.ExitStack()
+        self._contexts: dict[InputSize, DeployContext] = {}
+        self._cache = StepCache(folder / "steps")
+        source = self._stack.enter_context(contextlib.closing(open_source(request.checkpoint, options=request.options)))
+        self.contract, self.note, self._own = source.contract, source.note, source
+        own = size_of(source.contract.preprocess)
+        self.sizes = sizes or (sizes_around(source.contract.preprocess) if self._has_sizes else (own,))
+        if not self._has_sizes and set(self.sizes) != {own}:
+            raise ConfigError(
+                f"'{source.name}' has the one input size {own}.", hint="give the checkpoint that it was made from"
+            )
+        self.backends, self.precisions = backends, request.precisions
+
+    @property
+    def _has_sizes(self) -> bool:
+        path = self._request.checkpoint
+        return not (isinstance(path, Path) and path.suffix.lower() == ".onnx")
+
+    def reference(self) -> DetectorSpec:
+        """PyTorch, or the graph that was given."""
+        return self._own.reference()
+
+    def open_as(self, configuration: Configuration) -> DetectorSpec:
+        """By the steps that a deployment has too."""
+        context = self._context(configuration.size)
+        precision = configuration.precision
+        quantized = precision is Precision.INT8
+        graph = export(context, precision=Precision.FP32 if quantized else precision, backend=configuration.backend)
+        if quantized:
+            graph = self._quantize(context, graph, backend=configuration.backend)
+        variant: Variant = build(context, graph, backend=configuration.backend)
+        return replace(variant, options=configuration.session)
+
+    def _context(self, size: InputSize) -> DeployContext:
+        if size not in self._contexts:
+            request = self._sized(size, self._folder / "work" / str(size).replace(":", "-"))
+            source = self._stack.enter_context(
+                contextlib.closing(open_source(request.checkpoint, options=request.options))
+            )
+            writer = self._stack.enter_context(BundleWriter(request.output))
+            self._contexts[size] = DeployContext(
+                request, source, source.contract, self._images, writer, self._progress, self._cache
+            )
+        return self._contexts[size]
+
+    def _sized(self, size: InputSize, output: Path) -> DeployRequest:
+        """The request with one size, for a checkpoint or a module of one's own."""
+        request, own = self._request, size_of(self.contract.preprocess)
+        if size == own:
+            return replace(request, output=output)
+        if not isinstance(request.checkpoint, Path):
+            preprocess = size.of(self.contract.preprocess)
+            sized: Path | WrappedModule = replace(
+                request.checkpoint, contract=request.checkpoint.contract.with_preprocess(preprocess)
+            )
+            return replace(request, output=output, checkpoint=sized)
+        return replace(request, output=output, options=_sized_options(request.options, size, self.contract.preprocess))
+
+    def _quantize(self, context: DeployContext, source: Graph, *, backend: str) -> Graph:
+        """The INT8 graph of all layers; whether it keeps its accuracy is what the search measures."""
+        from calibration.calibrate import Calibration, load_calibration
+        from calibration.placement import placement_for
+        from calibration.quantizers import QuantizeRequest
+
+        policy = placement_for(backend)
+        name = graph_file(Precision.INT8, tail=source.tail, placement=policy.name)
+        path = self._ranges(context, source, backend=backend)
+
+        def make(folder: Path) -> StepOutput:
+            # The layers are those of the graph that was calibrated; only the size of what goes through them differs.
+            ranges: Calibration = replace(load_calibration(path), graph_sha256=source.artifact.sha256)
+            request = QuantizeRequest(
+                graph=context.conv_graph(source),
+                output=folder / name,
+                placement=policy,
+                calibration=ranges,
+                seed=self._request.seed,
+            )
+            quantized = quantize_model(request, progress=self._progress).result
+            draft = ArtifactDraft(
+                path=name,
+                kind=ArtifactKind.ONNX,
+                precision=Precision.INT8,
+                parent=source.artifact.sha256,
+                placement=policy.name,
+                config=dict(quantized.record),
+                tools=library_versions("onnx"),
+            )
+            return StepOutput(artifacts=(draft,))
+
+        inputs = {
+            "graph": source.artifact.sha256,
+            "calibration": sha256_file(path),
+            "placement": json.dumps(to_json(policy), sort_keys=True),
+        }
+        step = context.model_step(f"int8-{policy.name}", stage="quantize", inputs=inputs, make=make)
+        artifact: Artifact = step.artifacts[0]
+        return Graph(artifact, context.writer.path(name), source.tail)
+
+    def _ranges(self, context: DeployContext, source: Graph, *, backend: str) -> Path:
+        """Those of the model's own size, or, where the graph of this size has other tensors, its own."""
+        from calibration.calibrate import load_calibration
+
+        own = self._context(size_of(self.contract.preprocess))
+        if own is context:
+            return calibrate(context, source).path
+        shared = calibrate(own, export(own, backend=backend)).path
+        if set(context.conv_graph(source).activations) <= set(load_calibration(shared).tensors):
+            return shared
+        return calibrate(context, source).path
+
+    def deploy_request(self, configuration: Configuration, output: Path) -> DeployRequest:
+        """Of one size, backend and precision; what was made for the search is taken from its cache."""
+        return replace(
+            self._sized(configuration.size, output),
+            backends=(configuration.backend,),
+            precisions=(configuration.precision,),
+            # All cores are what runtimes take by themselves, on a device with more of them too.
+            threads=None if configuration.threads >= usable_cpus() else configuration.threads,
+            cache=self._folder / "steps",
+        )
+
+    def close(self) -> None:
+        """Let the working folders go; what they hold is in the cache."""
+        self._stack.close()
+
+
+def _sized_options(options: CheckpointOptions, size: InputSize, spec: PreprocessSpec) -> CheckpointOptions:
+    if size.follows_image:
+        return override_options(options, {"shortest": size.height, "longest": size.width})
+    values: dict[str, object] = {"input_size": (size.height, size.width)}
+    if spec.size_rule is SizeRule.STRETCH:
+        values["size_rule"] = SizeRule.STRETCH
+    return override_options(options, values)

@@ -1,0 +1,230 @@
+"""The page about a search for a configuration: the table, and the plot of AP against latency with its front."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fcos_deploy.core.enums import Precision, StrEnum
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.report.figures import CHART_SETTINGS
+from fcos_deploy.report.render import fill_template, read_template
+
+__all__ = [
+    "TUNING_COLUMNS",
+    "PointStatus",
+    "TunedPoint",
+    "TuningData",
+    "front_of",
+    "tuning_chart",
+    "tuning_rows",
+    "write_tuning_report",
+]
+
+matplotlib = lazy_import("matplotlib", extra="report")
+matplotlib_figure = lazy_import("matplotlib.figure", extra="report")
+
+TUNING_COLUMNS = ("size", "runtime", "p50 ms", "p90 ms", "images/s", "AP", "95% interval", "images", "status")
+
+_INK, _MUTED, _GREEN, _RED, _BLUE = "#1b2430", "#5b6675", "#1a7f4b", "#b3261e", "#24507a"
+_MARKS: dict[Precision, str] = {Precision.FP32: "o", Precision.FP16: "D", Precision.INT8: "s"}
+
+
+class PointStatus(StrEnum):
+    """What became of a configuration."""
+
+    CHOSEN = "chosen"
+    NEXT = "next best"
+    FRONT = "front"
+    MEASURED = "measured"
+    PRUNED = "pruned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedPoint:
+    """A configuration, with what is known of it: None was not measured.
+
+    Times in milliseconds of one image, ``ap_low`` to ``ap_high`` the 95 % interval over ``images``. ``reason``: why it
+    was pruned, or what its artifact's AP was not measured for. ``watts`` and ``memory_mib``: under load; ``problem``:
+    why one of them is not known.
+    """
+
+    size: str
+    runtime: str
+    backend: str
+    precision: Precision
+    threads: int
+    streams: int
+    status: PointStatus
+    reason: str = ""
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    images_per_second: float | None = None
+    ap: float | None = None
+    ap_low: float | None = None
+    ap_high: float | None = None
+    images: int = 0
+    watts: float | None = None
+    memory_mib: float | None = None
+    problem: str = ""
+
+    @property
+    def label(self) -> str:
+        """Size and runtime."""
+        return f"{self.size} {self.runtime}"
+
+    @property
+    def cost_ms(self) -> float | None:
+        """Milliseconds of an image: its latency, or where throughput was measured the time between two."""
+        return self.p50_ms if self.images_per_second is None else 1000 / self.images_per_second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningData:
+    """A finished search. ``goal``: what was asked for, as a sentence; ``answer``: what came of it.
+
+    ``max_ms`` and ``min_ap`` are the limits that the plot shows. ``facts``: the machine, the data and the versions.
+    """
+
+    title: str
+    goal: str
+    answer: str
+    points: tuple[TunedPoint, ...]
+    max_ms: float | None = None
+    min_ap: float | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    command: str = ""
+
+    @property
+    def throughput(self) -> bool:
+        """Whether images a second were measured, not the latency of one."""
+        return any(point.images_per_second is not None for point in self.points)
+
+
+def front_of(points: tuple[TunedPoint, ...]) -> tuple[TunedPoint, ...]:
+    """Those with an AP over the most images that no other one beats in both AP and time, the fastest first."""
+    most = max((point.images for point in points), default=0)
+    known = [p for p in points if p.ap is not None and p.cost_ms is not None and p.images == most]
+    front: list[TunedPoint] = []
+    for point in sorted(known, key=lambda p: (p.cost_ms, -(p.ap or 0.0))):
+        if not front or (point.ap or 0.0) > (front[-1].ap or 0.0):
+            front.append(point)
+    return tuple(front)
+
+
+def tuning_rows(data: TuningData) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Names of the columns, and the rows: first what was measured, then what was not, in groups of one reason."""
+    measured = [point for point in data.points if point.p50_ms is not None]
+    groups: dict[tuple[str, str], list[TunedPoint]] = {}
+    for point in data.points:
+        if point.p50_ms is None:
+            groups.setdefault((point.runtime, point.reason), []).append(point)
+    rows = [(point.size, *_cells(point)) for point in sorted(measured, key=lambda p: (p.ap is None, -(p.ap or 0.0)))]
+    for group in groups.values():
+        first, last = group[0], group[-1]
+        rows.append((first.size if first is last else f"{first.size} to {last.size}", *_cells(first)))
+    shown = [i for i, column in enumerate(TUNING_COLUMNS) if column != "images/s" or data.throughput]
+    return [TUNING_COLUMNS[i] for i in shown], [tuple(row[i] for i in shown) for row in rows]
+
+
+def _cells(point: TunedPoint) -> tuple[str, ...]:
+    """As ``TUNING_COLUMNS`` names them from the second on."""
+    return (
+        point.runtime,
+        *("-" if v is None else f"{v:.1f}" for v in (point.p50_ms, point.p90_ms, point.images_per_second)),
+        "-" if point.ap is None else f"{point.ap:.3f}",
+        "-" if point.ap_low is None or point.ap_high is None else f"{point.ap_low:.3f}-{point.ap_high:.3f}",
+        str(point.images or "-"),
+        f"{point.status}: {point.reason}" if point.reason else str(point.status),
+    )
+
+
+def tuning_chart(data: TuningData) -> str:
+    """AP against time as an SVG document.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    with matplotlib.rc_context(CHART_SETTINGS):
+        figure = matplotlib_figure.Figure(figsize=(8.6, 4.4), layout="constrained")
+        axes = figure.subplots()
+        _draw_limits(axes, data)
+        _draw_points(axes, data)
+        _draw_untested(axes, data)
+        unit = "time between two images at full load (ms)" if data.throughput else "latency of one image (ms)"
+        axes.set(xlabel=f"{unit}: median, line to the 90th percentile", ylabel="AP (IoU 0.50 to 0.95)")
+        axes.set_xlim(left=0)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        buffer = io.StringIO()
+        # Without the date, so that the same data gives the same file.
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
+
+def _draw_limits(axes: Any, data: TuningData) -> None:  # Any: matplotlib has no types here
+    for limit, draw, name in ((data.max_ms, axes.axvline, "longest time"), (data.min_ap, axes.axhline, "lowest AP")):
+        if limit is not None:
+            draw(limit, color=_RED, linewidth=1.1, linestyle=(0, (4, 3)), label=name)
+
+
+def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
+    """The configurations with an AP: filled where it is over all images, with the front through them."""
+    front = front_of(data.points)
+    axes.plot([p.cost_ms for p in front], [p.ap for p in front], color="#9fb6cc", linewidth=1.2, label="front")
+    most = max((point.images for point in data.points), default=0)
+    named: set[str] = set()
+    for point in data.points:
+        if point.ap is None or point.cost_ms is None:
+            continue
+        complete = point.images == most
+        color = _BLUE if complete else _MUTED
+        name = f"{point.precision}" if complete else f"{point.precision}, left early"
+        errors = [[point.ap - (point.ap_low or point.ap)], [(point.ap_high or point.ap) - point.ap]]
+        tail = max(0.0, (point.p90_ms or point.cost_ms) - point.cost_ms) if not data.throughput else 0.0
+        axes.errorbar(
+            [point.cost_ms],
+            [point.ap],
+            yerr=errors,
+            xerr=[[0.0], [tail]],
+            fmt=_MARKS[point.precision],
+            ms=6,
+            mfc=color if complete else "white",
+            color=color,
+            elinewidth=0.9,
+            label=None if name in named else name,
+        )
+        named.add(name)
+        if point.status is PointStatus.CHOSEN:
+            axes.plot([point.cost_ms], [point.ap], "o", ms=14, mfc="none", mec=_GREEN, mew=2, label="chosen")
+        if complete:
+            axes.annotate(point.size, (point.cost_ms, point.ap), xytext=(6, -11), textcoords="offset points", size=7.5)
+
+
+def _draw_untested(axes: Any, data: TuningData) -> None:  # Any: as above
+    """The configurations whose time alone was measured, as strokes at the bottom."""
+    times = [p.cost_ms for p in data.points if p.ap is None and p.cost_ms is not None]
+    if times:
+        place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(times, [0.02] * len(times), "|", color=_MUTED, ms=9, label="pruned by its time", **place)
+
+
+def write_tuning_report(data: TuningData, path: Path) -> tuple[Path, Path]:
+    """Write ``path`` (HTML, one file that needs no other) and the same in Markdown beside it, without the plot.
+
+    Raises:
+        MissingDependencyError: jinja2 or matplotlib is not installed.
+        ConfigError: the folder cannot be written.
+    """
+    columns, rows = tuning_rows(data)
+    chart = base64.b64encode(tuning_chart(data).encode()).decode("ascii")
+    values = {"data": data, "columns": columns, "rows": rows, "facts": sorted(data.facts.items())}
+    write_text(path, fill_template("tuning.html.j2", css=read_template("report.css"), chart=chart, **values))
+    markdown = path.with_suffix(".md")
+    write_text(markdown, fill_template("tuning.md.j2", **values))
+    return path, markdown

@@ -1,0 +1,118 @@
+"""From a budget to a bundle: what is chosen, what is kept, and what is said when nothing fits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fcos_deploy.bundle import open_bundle
+from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.machine import usable_cpus
+from fcos_deploy.detector import Detector
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.slow
+
+
+def arguments(checkpoint: Path, images: Path, output: Path, *more: str) -> list[str]:
+    axes = ["--size", "128x160", "--size", "160x224", "--backend", "onnxruntime", "--threads", "1"]
+    return ["tune", str(checkpoint), "--images", str(images), "-o", str(output), *axes, *more]
+
+
+def answer(words: list[str], *, exit_code: int = 0) -> dict[str, Any]:
+    result = CliRunner().invoke(build_app(), [*words, "--json"])
+    assert result.exit_code == exit_code, result.stderr
+    content: dict[str, Any] = json.loads(result.stdout)
+    return {**content, "said": " ".join(result.stderr.split())}
+
+
+def times(output: Path) -> dict[str, int]:
+    """What was measured, and when."""
+    return {path.name: path.stat().st_mtime_ns for path in (output / "trials" / "times").glob("time-*.json")}
+
+
+def test_a_killed_search_goes_on_where_it_was_and_within_a_budget_the_highest_ap_is_deployed(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "tuned"
+    words = arguments(tiny_checkpoint, smooth_images, output)
+    program = "import sys; from fcos_deploy.cli.app import main; main()"
+    with subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not times(output) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    before = times(output)
+    assert before
+    content = answer([*words, "--size", "64x96", "--max-latency-ms", "60000", "--allow-inconclusive"])
+    assert before.items() <= times(output).items(), "what was timed is not timed again"
+    by_size = {p["size"]: p for p in content["points"]}
+    assert "cannot be made" in by_size["64x96"]["reason"], "its top level would have a single location"
+    assert by_size["128x160"]["status"] == "chosen", "the detections at its own size are the ground truth"
+    assert by_size["160x224"]["status"] == "next best"
+    assert by_size["160x224"]["ap"] < by_size["128x160"]["ap"]
+    assert {"tune.html", "tune.md", "tune.json", "bundle"} <= {path.name for path in output.iterdir()}
+    assert "data:image/svg+xml" in (output / "tune.html").read_text(encoding="utf-8")
+    with open_bundle(output / "bundle") as bundle:
+        assert bundle.manifest.contract.preprocess.canvas == (128, 160)
+        assert [a.precision for a in bundle.manifest.artifacts] == [Precision.FP32]
+    with Detector.open(output / "bundle") as detector:
+        assert detector.session.description["threads"] == ("all cores" if usable_cpus() == 1 else "1")
+
+
+def test_nothing_within_the_budget_names_the_nearest_and_what_it_costs(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "tuned"
+    content = answer(arguments(tiny_checkpoint, smooth_images, output, "--max-latency-ms", "0.001"), exit_code=4)
+    assert "The nearest is 128x160 onnxruntime fp32, 1 thread" in content["said"]
+    assert ", AP 0." in content["said"]
+    by_size = {p["size"]: p for p in content["points"]}
+    assert "128x160 takes" in by_size["160x224"]["reason"], "the larger size was not exported"
+    assert by_size["160x224"]["p50_ms"] is None
+    assert not (output / "bundle").exists()
+
+
+def test_int8_of_all_sizes_is_calibrated_once_and_the_front_has_no_bundle(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "tuned"
+    int8 = ["--calibration-images", str(smooth_images), "--allow-overlap", "--throughput", "--streams", "1"]
+    content = answer(arguments(tiny_checkpoint, smooth_images, output, *int8))
+    assert {(p["size"], p["precision"]) for p in content["points"] if p["images_per_second"]} == {
+        (size, precision) for size in ("160x224", "128x160") for precision in ("fp32", "int8")
+    }
+    records = [json.loads(path.read_text()) for path in (output / "trials" / "steps").glob("*/step.json")]
+    names = [record["name"] for record in records]
+    assert len([name for name in names if name.startswith("calibrate")]) == 1
+    assert len([name for name in names if name.startswith("int8")]) == 2
+    assert content["bundle"] is None
+    assert any(p["status"] == "front" for p in content["points"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--max-latency-ms", "5", "--min-throughput", "3"], "two different goals"),
+        (["--min-ap", "0.5"], "without annotations"),
+        (["--precision", "int8"], "--calibration-images"),
+        (["--size", "640"], "height x width"),
+        (["--size", "100x100"], "the nearest is 96x96"),
+        (["--percentile", "99"], "50 or 90"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, more: list[str], said: str
+) -> None:
+    result = CliRunner().invoke(build_app(), arguments(tiny_checkpoint, smooth_images, tmp_path / "tuned", *more))
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())

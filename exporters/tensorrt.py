@@ -38,7 +38,7 @@ from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_t
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["EXPORTER", "TensorrtExporter", "TensorrtRtxExporter"]
+__all__ = ["EXPORTER", "EngineExporter", "TensorrtExporter", "TensorrtRtxExporter"]
 
 _LOGGER = logging.getLogger(__name__)
 _MIB = 1 << 20
@@ -46,16 +46,36 @@ _SIGNAL_SECONDS = 0.1  # how long a Ctrl-C may go unnoticed
 _WARM_UP, _REPEATS = 10, 50
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuilderLibrary:
-    """Which library builds, and what it makes."""
+class EngineExporter(Exporter):
+    """ONNX to an engine, with the library that is imported as ``library``."""
 
-    import_name: str
-    extra: str
-    kind: ArtifactKind
+    source = ArtifactKind.ONNX
+    library: str
+
+    def build(self, request: BuildRequest) -> BuildResult:
+        """One build, or the fastest of ``options.builds``."""
+        return build_best(request, exporter=self)
 
 
-def build_best(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResult:
+class TensorrtExporter(EngineExporter):
+    """Builds for the GPU of this machine."""
+
+    name = extra = library = "tensorrt"
+    produces = ArtifactKind.TENSORRT_ENGINE
+
+
+class TensorrtRtxExporter(EngineExporter):
+    """Builds for ``options.compute_capabilities``; none given: the library's portable set."""
+
+    name = extra = "tensorrt-rtx"
+    library = "tensorrt_rtx"
+    produces = ArtifactKind.TENSORRT_RTX_ENGINE
+
+
+EXPORTER = (TensorrtExporter(), TensorrtRtxExporter())
+
+
+def build_best(request: BuildRequest, *, exporter: EngineExporter) -> BuildResult:
     """One build, or the fastest of ``options.builds``, measured on this machine's GPU.
 
     Raises:
@@ -65,12 +85,12 @@ def build_best(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResult
     """
     options = request.options
     if options.builds == 1:
-        return build_engine(request, builder=builder)
+        return build_engine(request, exporter=exporter)
     if options.builds < 1:
         raise ConfigError(f"The number of builds must be at least 1, got {options.builds}.")
     if options.timing_cache is not None:
         raise ConfigError("Several builds from one timing cache are all the same.", hint="leave one of the two out")
-    backend = backends_for(builder.kind)[0]
+    backend = backends_for(exporter.produces)[0]
     probe = backend.probe()
     if not probe.available:
         raise DeviceError(f"Several builds are compared by measuring them: {probe.problem}", hint="build once")
@@ -81,7 +101,7 @@ def build_best(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResult
         for index in range(options.builds):
             output = Path(folder) / f"{index}{request.output.suffix}"
             single = replace(request, output=output, options=replace(options, builds=1))
-            results.append(build_engine(single, builder=builder))
+            results.append(build_engine(single, exporter=exporter))
             with backend.open(output, SessionOptions()) as session:
                 milliseconds.append(_median_milliseconds(session, shapes=json.loads(results[-1].record["shapes"])))
         best = results[int(np.argmin(milliseconds))]
@@ -104,7 +124,7 @@ def _median_milliseconds(session: Session, *, shapes: Mapping[str, str]) -> floa
     return statistics.median(times)
 
 
-def build_engine(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResult:
+def build_engine(request: BuildRequest, *, exporter: EngineExporter) -> BuildResult:
     """Build one engine; write it as the library made it, without a header, and its sidecar.
 
     Raises:
@@ -119,7 +139,7 @@ def build_engine(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResu
         raise ConfigError(f"An engine is built from an .onnx file, got '{source.name}'.")
     graph = OnnxGraph(source)
     contract = graph.contract
-    for backend in backends_for(builder.kind):
+    for backend in backends_for(exporter.produces):
         backend.check_placement(contract)
         backend.check_operators(source)
     if options.precision not in (None, contract.precision):
@@ -128,11 +148,11 @@ def build_engine(request: BuildRequest, *, builder: BuilderLibrary) -> BuildResu
             f"{options.precision} was asked for.",
             hint="fp16: export with '--precision fp16'; int8: 'fcos-deploy quantize'",
         )
-    library = load_tensorrt(builder.import_name, extra=builder.extra)
-    generation = generation_of(library, import_name=builder.import_name)
+    library = load_tensorrt(exporter.library, extra=exporter.extra)
+    generation = generation_of(library, import_name=exporter.library)
     generation.check(options)
     require_writable(request.output)
-    build = _Build(request, graph, generation=generation, library=library, builder=builder)
+    build = _Build(request, graph, generation=generation, library=library, exporter=exporter)
     plan = build.run()
     with atomic_file(request.output) as temporary:
         temporary.write_bytes(plan)
@@ -150,16 +170,16 @@ class _Build:
         *,
         generation: Generation,
         library: TensorRT,
-        builder: BuilderLibrary,
+        exporter: EngineExporter,
     ) -> None:
         self._request = request
         self._options = request.options
         self._contract = graph.contract
         self._generation = generation
         self._trt = library
-        self._devices = [device for backend in backends_for(builder.kind) for device in backend.probe().devices]
+        self._devices = [device for backend in backends_for(exporter.produces) for device in backend.probe().devices]
         self.record = {
-            "builder": builder.import_name,
+            "builder": exporter.library,
             "version": library.__version__,
             "built_on": self._devices[0] if self._devices else "no GPU",
             "platform": f"{platform.system()} {platform.machine()}",
@@ -451,34 +471,3 @@ def _build_error(what: str, log: LibraryLog, *parser_lines: str) -> BuildError:
     text = "\n  ".join(dict.fromkeys(lines)) or "it gave no reason"
     hint = next((hint for pattern, hint in _HINTS if pattern.search(text)), "")
     return BuildError(f"{what}:\n  {text}", hint=hint)
-
-
-class TensorrtExporter(Exporter):
-    """ONNX to a TensorRT engine."""
-
-    name = "tensorrt"
-    source = ArtifactKind.ONNX
-    produces = ArtifactKind.TENSORRT_ENGINE
-    extra = "tensorrt"
-
-    def build(self, request: BuildRequest) -> BuildResult:
-        """Build for the GPU of this machine."""
-        return build_best(request, builder=BuilderLibrary(import_name="tensorrt", extra=self.extra, kind=self.produces))
-
-
-class TensorrtRtxExporter(Exporter):
-    """ONNX to a TensorRT-RTX engine."""
-
-    name = "tensorrt-rtx"
-    source = ArtifactKind.ONNX
-    produces = ArtifactKind.TENSORRT_RTX_ENGINE
-    extra = "tensorrt-rtx"
-
-    def build(self, request: BuildRequest) -> BuildResult:
-        """Build for ``options.compute_capabilities``; none given: the library's portable set."""
-        return build_best(
-            request, builder=BuilderLibrary(import_name="tensorrt_rtx", extra=self.extra, kind=self.produces)
-        )
-
-
-EXPORTER = (TensorrtExporter(), TensorrtRtxExporter())

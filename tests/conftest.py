@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -192,23 +191,18 @@ def private_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
-@pytest.fixture(scope="session")
-def short_measurements() -> Callable[[], AbstractContextManager[None]]:
-    """A context in which speed is measured briefly and without new processes: for tests that look at no time."""
+@pytest.fixture(scope="module")
+def short_measurements() -> Iterator[None]:
+    """Speed is measured briefly and without new processes, for the tests of a module that look at no time."""
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.cold_start import ColdStart
 
     measure_load = run._measure_load
     cold_start = ColdStart(imported=0.1, opened=0.2, first_detection=0.3, peak_memory_mib=100.0)
-
-    @contextmanager
-    def short() -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "measure_cold_start", lambda *_: cold_start)
-            patch.setattr(run, "_measure_load", lambda *model, seconds: measure_load(*model, seconds=min(seconds, 0.1)))
-            yield
-
-    return short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "measure_cold_start", lambda *_: cold_start)
+        patch.setattr(run, "_measure_load", lambda *model, seconds: measure_load(*model, seconds=min(seconds, 0.1)))
+        yield
 
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]

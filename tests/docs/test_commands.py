@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
@@ -134,13 +133,9 @@ def problems(commands: Iterable[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def made(
-    make_once: Callable[[str, Callable[[Path], object]], Path],
-    short_measurements: Callable[[], AbstractContextManager[None]],
-) -> Iterator[Path]:
+def made(make_once: Callable[[str, Callable[[Path], object]], Path], short_measurements: None) -> Path:
     """The files that pages name, and what README's first command makes of them; read-only by agreement."""
-    with short_measurements():
-        yield make_once("pages", _make_files)
+    return make_once("pages", _make_files)
 
 
 def _make_files(folder: Path) -> None:

@@ -19,7 +19,7 @@ from fcos_deploy.pipeline.deploy import DEMO_DATA
 from fcos_deploy.pipeline.inspect import inspect_bundle
 
 CHECKPOINT = DEMO_DATA / "fcos_bccd.safetensors"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_measurements")]
 
 
 def _arguments(output: Path, *more: str) -> list[str]:

@@ -21,7 +21,7 @@ from fcos_deploy.core.preprocess import ChannelOrder
 from fcos_deploy.serving.deepstream import preprocess_config
 from fcos_deploy.serving.package import ServedModel, ServingOptions
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_measurements")]
 PIXELS = ["--mean", "0.45", "--std", "0.25"]
 
 

@@ -196,12 +196,14 @@ def short_measurements() -> Iterator[None]:
     """Speed is measured briefly and without new processes, for the tests of a module that look at no time."""
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.cold_start import ColdStart
+    from fcos_deploy.benchmark.measure import TimingOptions
 
-    measure_load = run._measure_load
+    in_turns, brief = run.time_in_turns, TimingOptions(rounds=3, block=2, warmup=1)
     cold_start = ColdStart(imported=0.1, opened=0.2, first_detection=0.3, peak_memory_mib=100.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "measure_cold_start", lambda *_: cold_start)
-        patch.setattr(run, "_measure_load", lambda *model, seconds: measure_load(*model, seconds=min(seconds, 0.1)))
+        patch.setattr(run, "measure_throughput", lambda *_, **__: 10.0)
+        patch.setattr(run, "time_in_turns", lambda *models, **given: in_turns(*models, **{**given, "options": brief}))
         yield
 
 

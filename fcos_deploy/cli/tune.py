@@ -15,6 +15,7 @@ from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import MissingDependencyError
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.serialize import to_json
+from fcos_deploy.core.trust import Trust
 
 if TYPE_CHECKING:
     from fcos_deploy.pipeline.tune import Tuning
@@ -23,12 +24,13 @@ __all__ = ["tune_command"]
 
 
 @cli.with_all_checkpoint_options
+@cli.with_signature_options
 def tune_command(
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Checkpoint, ONNX file with a contract, or package.module:function (with --run-code).",
+            help="Checkpoint, ONNX file with a contract, bundle, or package.module:function (with --run-code).",
         ),
     ],
     *,
@@ -122,6 +124,7 @@ def tune_command(
         bool,
         cli.option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code"),
     ] = False,
+    trust: Trust,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -156,6 +159,7 @@ def tune_command(
         allow_overlap=allow_overlap,
         calibration_count=calibration_count,
         seed=seed,
+        trust=trust,
         command=command_line(),
     )
     with progress_bar() as progress:

@@ -41,9 +41,11 @@ from fcos_deploy.benchmark.measure import (
     measure_throughput,
     time_in_turns,
 )
+from fcos_deploy.bundle.selection import select_artifact
+from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import PerformanceHint, Precision
+from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision
 from fcos_deploy.core.errors import (
     AccuracyGateError,
     BudgetError,
@@ -60,7 +62,7 @@ from fcos_deploy.core.machine import MachineFacts, read_machine, usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.registry import get_backend
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
-from fcos_deploy.core.trust import own_folder
+from fcos_deploy.core.trust import Trust, own_folder
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.deploy import Deployment, backends_to_measure, deploy
 from fcos_deploy.pipeline.source import source_contract
@@ -91,6 +93,7 @@ class TuneRequest:
     in place of the latency of one image. ``percentile``: 50 or 90, which latency has to keep the limit.
     ``calibration_images``: needed for INT8. Without ``annotations`` the model's own detections at its own size stand
     for the ground truth. ``max_map_drop`` and ``judge`` are as in a deployment.
+    ``trust``: what a bundle must be to be tuned.
     """
 
     model: Path | WrappedModule
@@ -114,6 +117,7 @@ class TuneRequest:
     allow_overlap: bool = False
     calibration_count: int | None = None
     seed: int = 0
+    trust: Trust = field(default_factory=Trust)
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -443,7 +447,10 @@ def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
     if request.output.exists() and not (request.output / "trials").is_dir() and any(request.output.iterdir()):
         raise ConfigError(f"'{request.output}' exists and is not the folder of a search.", hint="choose another output")
     folder = own_folder(request.output / "trials")
-    with contextlib.closing(_open_models(request, folder=folder, progress=progress)) as models:
+    with contextlib.ExitStack() as stack:
+        models = stack.enter_context(
+            contextlib.closing(_open_models(request, folder=folder, stack=stack, progress=progress))
+        )
         dataset = _dataset(request, models, folder=folder, progress=progress)
         image = dataset.images[0].path
         trials = _Trials(folder / "times", machine=read_machine(), image=image)
@@ -484,12 +491,21 @@ def _deploy_best(
             answer.refuse(chosen, error.message)
 
 
-def _open_models(request: TuneRequest, *, folder: Path, progress: ProgressFn) -> TuneModels:
+def _open_models(
+    request: TuneRequest, *, folder: Path, stack: contextlib.ExitStack, progress: ProgressFn
+) -> TuneModels:
+    model = request.model
+    if isinstance(model, Path) and is_bundle(model):
+        # Its float graph takes the place of the checkpoint, which a device does not have, and neither PyTorch.
+        bundle = stack.enter_context(open_trusted(model, request.trust))
+        readers = {ArtifactKind.ONNX: "onnxruntime"}
+        selection = select_artifact(bundle, precisions=(Precision.FP32,), readers=readers, purpose="tuning")
+        model = bundle.path(selection.artifact.path)
     precisions = request.precisions or (
         (Precision.FP32, Precision.INT8) if request.calibration_images else (Precision.FP32,)
     )
     deployment = DeployRequest(
-        checkpoint=request.model,
+        checkpoint=model,
         output=folder / "work" / "own",
         calibration_images=request.calibration_images or request.images,
         backends=request.backends,
@@ -508,7 +524,7 @@ def _open_models(request: TuneRequest, *, folder: Path, progress: ProgressFn) ->
     backends = backends_to_measure(deployment)
     images = open_image_sets(
         deployment.calibration_images,
-        source_contract(request.model, options=request.options),
+        source_contract(model, options=request.options),
         images=request.images,
         annotations=request.annotations,
         sample=SampleOptions(count=request.calibration_count, seed=request.seed),

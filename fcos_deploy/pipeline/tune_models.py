@@ -16,10 +16,11 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions, override_opti
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.file_kinds import graph_file
+from fcos_deploy.core.file_kinds import graph_file, is_checkpoint
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.machine import usable_cpus
+from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.preprocess import PreprocessSpec, SizeRule
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.core.serialize import to_json
@@ -29,7 +30,7 @@ from fcos_deploy.pipeline.source import open_source
 from fcos_deploy.pipeline.steps import DeployContext, DeployRequest, Graph, ImageSets, Variant, build, calibrate, export
 
 if TYPE_CHECKING:
-    from fcos_deploy.model.wrap import WrappedModule
+    pass
 
 __all__ = ["CheckpointModels", "Configuration", "InputSize", "TuneModels", "size_of", "sizes_around"]
 
@@ -72,13 +73,22 @@ class InputSize:
         """``spec`` with this size in place of its own.
 
         Raises:
-            ConfigError: the two kinds of sizes have different rules.
+            ConfigError: a canvas has no rule for edges.
         """
-        if self.follows_image != (spec.canvas is None):
+        if self.follows_image and spec.canvas is not None:
             raise ConfigError(f"The size {self} does not go with the rule '{spec.size_rule}' of this model.")
         if self.follows_image:
             return replace(spec, shortest=self.height, longest=self.width)
-        return replace(spec, height=self.height, width=self.width, content=None)
+        rule = SizeRule.LETTERBOX if spec.canvas is None else spec.size_rule
+        return replace(
+            spec,
+            height=self.height,
+            width=self.width,
+            shortest=None,
+            longest=None,
+            size_rule=rule,
+            content=None,
+        )
 
 
 def size_of(spec: PreprocessSpec) -> InputSize:
@@ -203,8 +213,11 @@ class CheckpointModels(TuneModels):
 
     @property
     def _has_sizes(self) -> bool:
+        """A checkpoint is exported at any size; a graph runs at others if its height and width are dynamic."""
         path = self._request.checkpoint
-        return not (isinstance(path, Path) and path.suffix.lower() == ".onnx")
+        if not isinstance(path, Path) or is_checkpoint(path):
+            return True
+        return onnx_interface(path).inputs[0].shape[2:] == (None, None)
 
     def reference(self) -> DetectorSpec:
         """PyTorch, or the graph that was given."""
@@ -240,11 +253,23 @@ class CheckpointModels(TuneModels):
             return replace(request, output=output)
         if not isinstance(request.checkpoint, Path):
             preprocess = size.of(self.contract.preprocess)
-            sized: Path | WrappedModule = replace(
-                request.checkpoint, contract=request.checkpoint.contract.with_preprocess(preprocess)
-            )
+            sized = replace(request.checkpoint, contract=request.checkpoint.contract.with_preprocess(preprocess))
             return replace(request, output=output, checkpoint=sized)
+        if not is_checkpoint(request.checkpoint):
+            return replace(request, output=output, checkpoint=self._sized_graph(request.checkpoint, size))
         return replace(request, output=output, options=_sized_options(request.options, size, self.contract.preprocess))
+
+    def _sized_graph(self, graph: Path, size: InputSize) -> Path:
+        """The same graph, with the contract of another size."""
+        from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx, with_contract
+
+        path = self._folder / "graphs" / f"{self._own.sha256[:16]}-{str(size).replace(':', '-')}.onnx"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            contract = self.contract.with_preprocess(size.of(self.contract.preprocess))
+            record = {"source": self._own.sha256}
+            save_onnx(with_contract(OnnxGraph(graph).model, contract, record=record), path)
+        return path
 
     def _quantize(self, context: DeployContext, source: Graph, *, backend: str) -> Graph:
         """The INT8 graph of all layers; whether it keeps its accuracy is what the search measures."""

@@ -99,6 +99,25 @@ def test_int8_of_all_sizes_is_calibrated_once_and_the_front_has_no_bundle(
     assert any(p["status"] == "front" for p in content["points"])
 
 
+def test_a_dynamic_graph_and_its_bundle_are_tuned_without_torch(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = tmp_path / "dynamic.onnx"
+    edges = ["--shortest", "128", "--longest", "160", "--input-dtype", "uint8"]
+    exported = CliRunner().invoke(build_app(), ["export", str(tiny_checkpoint), "-o", str(graph), *edges])
+    assert exported.exit_code == 0, exported.stderr
+    monkeypatch.setitem(sys.modules, "torch", None)
+    limit = ["--max-latency-ms", "60000", "--allow-inconclusive"]
+    content = answer(arguments(graph, smooth_images, tmp_path / "tuned", *limit))
+    (chosen,) = [p["size"] for p in content["points"] if p["status"] == "chosen"]
+    with open_bundle(tmp_path / "tuned" / "bundle") as bundle:
+        canvas = bundle.manifest.contract.preprocess.canvas
+    assert canvas is not None
+    assert chosen == f"{canvas[0]}x{canvas[1]}"
+    again = answer(arguments(tmp_path / "tuned" / "bundle", smooth_images, tmp_path / "again"))
+    assert {p["size"] for p in again["points"] if p["ap"] is not None} == {"128x160", "160x224"}
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -118,7 +118,7 @@ def race(
     choices = len(rounds) * max(1, len(entrants) - 1)
     for count in rounds:
         subset = dataset.sample(count) if count < len(dataset.images) else dataset
-        if not any((~truth.crowd).any() for truth in subset.ground_truth.values()):
+        if not any((~objects.crowd).any() for objects in subset.ground_truth.values()):
             if count == rounds[-1]:
                 raise ConfigError("AP needs at least one annotated object.")
             continue

@@ -488,7 +488,7 @@ def _decode_native(library: Native, head: HeadOutputs, spec: DecodeSpec, *, inpu
         narrowed = [(first, end) for first, end in levels if end - first > spec.pre_nms_top_k]
     else:
         passing = scan(bounds, capacity=sum(room))
-        narrowed = [level for level, count, most in zip(levels, passing.counts, room, strict=True) if count > most]
+        narrowed = [level for level, count, size in zip(levels, passing.counts, room, strict=True) if count > size]
     if narrowed:
         bounds = np.repeat(bounds, len(logits))
         for first, end in narrowed:

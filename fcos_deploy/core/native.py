@@ -182,9 +182,9 @@ class Native:
         level the best rank comes first, or else the first position. centers: (2, L). distances: (L, 4).
         """
         count, levels = len(passing.flat), len(passing.counts)
-        most = sum(min(int(of_level), limit) for of_level in passing.counts)
-        boxes, scores = np.empty((most, 4), np.float32), np.empty(most, np.float32)
-        channels = np.empty(most, np.int64)
+        capacity = sum(min(int(of_level), limit) for of_level in passing.counts)
+        boxes, scores = np.empty((capacity, 4), np.float32), np.empty(capacity, np.float32)
+        channels = np.empty(capacity, np.int64)
         gate, rank, score = forms
         p = _address(probabilities)
         rows = self._library.host_select(

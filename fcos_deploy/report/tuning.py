@@ -109,8 +109,8 @@ class TuningData:
 
 def front_of(points: tuple[TunedPoint, ...]) -> tuple[TunedPoint, ...]:
     """Those with an AP over the most images that no other one beats in both AP and time, the fastest first."""
-    most = max((point.images for point in points), default=0)
-    known = [p for p in points if p.ap is not None and p.cost_ms is not None and p.images == most]
+    all_images = max((point.images for point in points), default=0)
+    known = [p for p in points if p.ap is not None and p.cost_ms is not None and p.images == all_images]
     front: list[TunedPoint] = []
     for point in sorted(known, key=lambda p: (p.cost_ms, -(p.ap or 0.0))):
         if not front or (point.ap or 0.0) > (front[-1].ap or 0.0):
@@ -177,12 +177,12 @@ def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
     """The configurations with an AP: filled where it is over all images, with the front through them."""
     front = front_of(data.points)
     axes.plot([p.cost_ms for p in front], [p.ap for p in front], color="#9fb6cc", linewidth=1.2, label="front")
-    most = max((point.images for point in data.points), default=0)
+    all_images = max((point.images for point in data.points), default=0)
     named: set[str] = set()
     for point in data.points:
         if point.ap is None or point.cost_ms is None:
             continue
-        complete = point.images == most
+        complete = point.images == all_images
         color = _BLUE if complete else _MUTED
         name = f"{point.precision}" if complete else f"{point.precision}, left early"
         errors = [[point.ap - (point.ap_low or point.ap)], [(point.ap_high or point.ap) - point.ap]]

@@ -1,25 +1,37 @@
 """How long the host's share of one detection takes: preprocessing, and decoding with suppression.
 
     python benchmarks/host_path.py
+    python benchmarks/host_path.py --stages --work runs/host_path [--only demo]
 
-Prints medians and minima in milliseconds of CPU time of one thread, so that other programs on the machine disturb
-little, and how many times longer the plain way takes: Pillow and NumPy for an image; every logit through the sigmoid,
-sorted, and a loop over classes and boxes for detections. Head outputs are synthetic: `scene` has the logits of a
-trained detector (background far below the threshold, a dense cluster of positives around each object), `one class` the
-same with a single class, `crowded` 150 objects; in `adversarial` every pair of location and class passes, so that each
-level is cut at its best 1000.
+The first prints medians and minima in milliseconds of CPU time of one thread, so that other programs on the machine
+disturb little, and how many times longer the plain way takes: Pillow and NumPy for an image; every logit through the
+sigmoid, sorted, and a loop over classes and boxes for detections. Head outputs are synthetic: `scene` has the logits of
+a trained detector (background far below the threshold, a dense cluster of positives around each object), `one class`
+the same with a single class, `crowded` 150 objects; in `adversarial` every pair of location and class passes, so that
+each level is cut at its best 1000. Decoding is measured compiled and in NumPy, in turns.
+
+The second exports the demo detector and a ResNet-50 at 640x640 and 800x1344 to ``--work`` and prints the stages of a
+detection on both runtimes: the network (fastest, wall clock), and CPU time of the calling thread for preprocessing,
+for decoding with suppression, and for everything but the network in one ``detect``, in a ``detect_batch`` of four
+and in two threads that detect at a time, each per image.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from contestants import Subject, demo_subject, ours_export, resnet_subject
 from PIL import Image
 
 from fcos_deploy.core.contract import ModelContract
@@ -32,6 +44,8 @@ from fcos_deploy.core.decode import (
     location_centers,
     location_strides,
 )
+from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.native import SWITCH, library_problem
 from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import (
     InputDtype,
@@ -42,12 +56,14 @@ from fcos_deploy.core.preprocess import (
     SizeRule,
     preprocess,
 )
+from fcos_deploy.detector import Detector
 
 SIZE = (640, 640)
 CLASSES = 80
 STRIDES = (8, 16, 32, 64, 128)
 THRESHOLDS = {"torchvision": 0.2, "detectron2": 0.2}  # the others': 0.05
 ROUNDS = 40
+LOOPS = {"NumPy": "0"} if library_problem() else {"compiled": "1", "NumPy": "0"}
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -143,6 +159,16 @@ def row(name: str, call: Callable[[], object], *, plain: Callable[[], object] | 
     print(f"  {name:<46} {median:8.3f} ms  {least:8.3f} ms  {ratio}  {note}")
 
 
+def with_loops(switch: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with compiled loops (1) or NumPy's (0)."""
+
+    def run() -> object:
+        os.environ[SWITCH] = switch
+        return call()
+
+    return run
+
+
 def time_decoding() -> None:
     """Each profile on each kind of head output."""
     box = Letterbox(720, 1280, 360, 640)
@@ -166,12 +192,16 @@ def time_decoding() -> None:
             tensors = (head.cls_logits[None], head.distances[None], head.centerness[None])
             outputs = dict(zip(("cls_logits", "distances", "centerness"), tensors, strict=True))
             found = len(decode(head, spec, input_size=SIZE).scores)
-            row(
-                f"{profile.name}, {name}",
-                lambda o=outputs, c=contract: postprocess(o, c, index=0, input_size=SIZE, letterbox=box),
-                plain=(lambda h=head, d=spec: plain_detections(h, d)) if profile.name == "detectron2" else None,
-                note=f"{found} candidates",
-            )
+            plain = (lambda h=head, d=spec: plain_detections(h, d)) if profile.name == "detectron2" else None
+            for title, switch in LOOPS.items():
+                row(
+                    f"{profile.name}, {name}, {title}",
+                    with_loops(
+                        switch, lambda o=outputs, c=contract: postprocess(o, c, index=0, input_size=SIZE, letterbox=box)
+                    ),
+                    plain=plain,
+                    note=f"{found} candidates",
+                )
 
 
 def time_half_precision() -> None:
@@ -212,10 +242,107 @@ def time_preprocessing() -> None:
         row(f"{source} -> 800/1333 as detectron2", lambda i=image: preprocess(i, detectron2))
 
 
+class NetworkClock:
+    """Stands in for a method of an open session, and knows what its calls take: wall clock, and CPU of the caller."""
+
+    def __init__(self, call: Callable[[Any], Any]) -> None:
+        self._call = call
+        self.walls: list[float] = []
+        self.cpu = 0.0
+
+    def __call__(self, feeds: Any) -> Any:
+        """What the method returns."""
+        wall, cpu = time.perf_counter(), time.thread_time()
+        outputs = self._call(feeds)
+        self.walls.append((time.perf_counter() - wall) * 1e3)
+        self.cpu = (time.thread_time() - cpu) * 1e3
+        return outputs
+
+
+def beside_network(call: Callable[[], object], clock: NetworkClock, *, images: int) -> float:
+    """CPU milliseconds of the calling thread, per image, outside the network."""
+    started = time.thread_time()
+    call()
+    return ((time.thread_time() - started) * 1e3 - clock.cpu) / images
+
+
+def stage_row(detector: Detector, images: Sequence[np.ndarray], *, rounds: int) -> str:
+    """One row of the table of stages: compiled loops, and in brackets NumPy's."""
+    image, batch = images[0], list(images[:4])
+    feeds, letterboxes = detector.prepare([image])
+    outputs = detector.infer(feeds)
+    session: Any = detector.session
+    single, many = NetworkClock(session.borrow), NetworkClock(session.run_many)
+    session.borrow, session.run_many = single, many
+    preprocessing = milliseconds(lambda: detector.prepare([image]))[0]
+    times: dict[str, list[list[float]]] = {title: [[], [], []] for title in LOOPS}
+    for _ in range(rounds):
+        for title, switch in LOOPS.items():
+            decoding = with_loops(switch, lambda: detector.finish(outputs, letterboxes))
+            times[title][0].append(milliseconds(decoding, rounds=5)[0])
+            os.environ[SWITCH] = switch
+            times[title][1].append(beside_network(lambda: detector.detect(image), single, images=1))
+            times[title][2].append(beside_network(lambda: detector.detect_batch(batch), many, images=len(batch)))
+    columns = [[statistics.median(stage) for stage in of_loops] for of_loops in times.values()]
+    network = min(single.walls)
+    cells = [" / ".join(f"{of_loops[stage]:.2f}" for of_loops in columns) for stage in range(3)]
+    share = max(columns[0][1:]) / network
+    return f"{network:.1f} | {preprocessing:.2f} | {' | '.join(cells)} | {share:.1%} | {callers(detector, image):.2f}"
+
+
+def callers(detector: Detector, image: np.ndarray, *, count: int = 2, turns: int = 2) -> float:
+    """As ``beside_network``, the median of detections in ``count`` threads at a time."""
+
+    def detections(_: int) -> list[float]:
+        clock, times = NetworkClock(detector.session.run), []
+        for _ in range(turns):
+            started = time.thread_time()
+            feeds, letterboxes = detector.prepare([image])
+            detector.finish(clock(feeds), letterboxes)
+            times.append((time.thread_time() - started) * 1e3 - clock.cpu)
+        return times
+
+    with ThreadPoolExecutor(count) as pool:
+        return statistics.median(time for times in pool.map(detections, range(count)) for time in times)
+
+
+def print_stages(work: Path, *, only: str, threads: int) -> None:
+    """Stages of each model on each runtime."""
+    subjects: dict[str, tuple[Callable[[], Subject], int]] = {
+        "demo": (lambda: demo_subject(threads), 20),
+        "ResNet-50 640x640": (lambda: resnet_subject(threads, size=(640, 640), classes=80), 2),
+        "ResNet-50 800x1344": (lambda: resnet_subject(threads, size=(800, 1344), classes=91), 1),
+    }
+    loops = " / ".join(LOOPS)
+    print(f"ms per image; {loops}\n")
+    print("| | network | preprocess | decode, NMS | all but the network | in a batch of 4 | share | 2 callers |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, (make, rounds) in subjects.items():
+        if only not in ("", name):
+            continue
+        folder = work / name.replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        subject = make()
+        images = [read_image(path) for path in list_images(subject.images)[:4]]
+        model = ours_export(subject, folder)
+        for backend in ("onnxruntime", "openvino"):
+            with Detector.open(model, backend=backend, options=subject.options()) as detector:
+                print(f"| {name}, {backend} | {stage_row(detector, images, rounds=rounds)} |", flush=True)
+
+
 def main() -> None:
-    """Print all tables."""
+    """Print all tables, or that of the stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", action="store_true", help="the stages of a detection, by model and runtime")
+    parser.add_argument("--work", type=Path, default=Path("runs/host_path"), help="where exported models are kept")
+    parser.add_argument("--only", default="", help="one of the models of --stages")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
     cv2.setNumThreads(1)
     print(f"NumPy {np.__version__}, OpenCV {cv2.__version__}, {platform.machine()}, one thread")
+    if options.stages:
+        print_stages(options.work, only=options.only, threads=options.threads)
+        return
     time_preprocessing()
     time_decoding()
     time_half_precision()

@@ -210,8 +210,9 @@ def time_half_precision() -> None:
     spec = DecodeSpec(profile=PROFILES["detectron2"], score_threshold=0.2, iou_threshold=0.6)
     head = scene_head(20)
     half = HeadOutputs(*(a.astype(np.float16) for a in (head.cls_logits, head.distances, head.centerness)))
-    row("float32", lambda: decode(head, spec, input_size=SIZE))
-    row("float16", lambda: decode(half, spec, input_size=SIZE))
+    for title, switch in LOOPS.items():
+        row(f"float32, {title}", with_loops(switch, lambda: decode(head, spec, input_size=SIZE)))
+        row(f"float16, {title}", with_loops(switch, lambda: decode(half, spec, input_size=SIZE)))
 
 
 def time_preprocessing() -> None:
@@ -287,6 +288,7 @@ def stage_row(detector: Detector, images: Sequence[np.ndarray], *, rounds: int) 
     network = min(single.walls)
     cells = [" / ".join(f"{of_loops[stage]:.2f}" for of_loops in columns) for stage in range(3)]
     share = max(columns[0][1:]) / network
+    os.environ[SWITCH] = next(iter(LOOPS.values()))
     return f"{network:.1f} | {preprocessing:.2f} | {' | '.join(cells)} | {share:.1%} | {callers(detector, image):.2f}"
 
 

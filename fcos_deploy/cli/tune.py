@@ -119,6 +119,13 @@ def tune_command(
     calibration_count: Annotated[
         int | None, cli.option("Number of calibration images to choose. Default: up to 128.")
     ] = None,
+    own_ranges: Annotated[
+        bool,
+        cli.option(
+            "Calibration of INT8 at every size. Default: one at the model's own size serves all of them.",
+            "--own-ranges",
+        ),
+    ] = False,
     seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
     run_code: Annotated[
         bool,
@@ -158,6 +165,7 @@ def tune_command(
         judge=judge,
         allow_overlap=allow_overlap,
         calibration_count=calibration_count,
+        own_ranges=own_ranges,
         seed=seed,
         trust=trust,
         command=command_line(),

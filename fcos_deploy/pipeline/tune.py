@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ from fcos_deploy.report.tuning import PointStatus, TunedPoint, TuningData, front
 if TYPE_CHECKING:
     from fcos_deploy.model.wrap import WrappedModule
 
-__all__ = ["TuneRequest", "Tuning", "tune"]
+__all__ = ["Answer", "Search", "TuneRequest", "Tuning", "open_search", "tune"]
 
 _TIMING = TimingOptions(rounds=5, block=5, warmup=2)  # 20 times, the fewest that have a 90th percentile
 _THROUGHPUT_SECONDS = 1.0
@@ -93,7 +93,7 @@ class TuneRequest:
     in place of the latency of one image. ``percentile``: 50 or 90, which latency has to keep the limit.
     ``calibration_images``: needed for INT8. Without ``annotations`` the model's own detections at its own size stand
     for the ground truth. ``max_map_drop`` and ``judge`` are as in a deployment.
-    ``trust``: what a bundle must be to be tuned.
+    ``own_ranges``: INT8 is calibrated at every size, not once. ``trust``: what a bundle must be to be tuned.
     """
 
     model: Path | WrappedModule
@@ -116,6 +116,7 @@ class TuneRequest:
     judge: Judge = Judge.INTERVAL
     allow_overlap: bool = False
     calibration_count: int | None = None
+    own_ranges: bool = False
     seed: int = 0
     trust: Trust = field(default_factory=Trust)
     command: str = ""
@@ -235,7 +236,7 @@ class _Trials:
             return None
 
 
-class _Search:
+class Search:
     """The state of a search over times."""
 
     def __init__(
@@ -444,23 +445,14 @@ def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
         FcosDeployError: as deploying.
     """
     started = time.perf_counter()
-    if request.output.exists() and not (request.output / "trials").is_dir() and any(request.output.iterdir()):
-        raise ConfigError(f"'{request.output}' exists and is not the folder of a search.", hint="choose another output")
-    folder = own_folder(request.output / "trials")
-    with contextlib.ExitStack() as stack:
-        models = stack.enter_context(
-            contextlib.closing(_open_models(request, folder=folder, stack=stack, progress=progress))
-        )
-        dataset = _dataset(request, models, folder=folder, progress=progress)
-        image = dataset.images[0].path
-        trials = _Trials(folder / "times", machine=read_machine(), image=image)
-        search = _Search(request, models, image=image, trials=trials, progress=progress)
+    with open_search(request, progress=progress) as (search, answer):
         search.run()
-        answer = _Answer(search, dataset, folder=folder / "predictions", progress=progress)
         answer.race()
-        deployment, failure = _deploy_best(answer, models, request.output / "bundle", progress=progress)
-    shutil.rmtree(folder / "work", ignore_errors=True)  # What it holds is in the cache of steps.
+        deployment, failure = _deploy_best(answer, search.models, request.output / "bundle", progress=progress)
+    shutil.rmtree(request.output / "trials" / "work", ignore_errors=True)  # What it holds is in the cache of steps.
     data = answer.data()
+    if deployment is not None:
+        data = replace(data, notes=(*data.notes, _load_sentence(deployment)))
     write_text(request.output / "tune.json", json.dumps(to_json(data), indent=1) + "\n")
     return Tuning(
         data=data,
@@ -472,8 +464,41 @@ def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
     )
 
 
+@contextlib.contextmanager
+def open_search(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Iterator[tuple[Search, Answer]]:
+    """The two halves of a search, over the trials in the folder of the request.
+
+    Raises:
+        ConfigError: the folder is another one's, or an axis has no value that works here.
+    """
+    if request.output.exists() and not (request.output / "trials").is_dir() and any(request.output.iterdir()):
+        raise ConfigError(f"'{request.output}' exists and is not the folder of a search.", hint="choose another output")
+    folder = own_folder(request.output / "trials")
+    with contextlib.ExitStack() as stack:
+        models = stack.enter_context(
+            contextlib.closing(_open_models(request, folder=folder, stack=stack, progress=progress))
+        )
+        dataset = _dataset(request, models, folder=folder, progress=progress)
+        image = dataset.images[0].path
+        trials = _Trials(folder / "times", machine=read_machine(), image=image)
+        search = Search(request, models, image=image, trials=trials, progress=progress)
+        yield search, Answer(search, dataset, folder=folder / "predictions", progress=progress)
+
+
+def _load_sentence(deployment: Deployment) -> str:
+    """What the chosen one takes beside time: memory of a new process, and power where the system tells it."""
+    result = deployment.benchmark.results[1]  # behind the reference
+    power, cold = result.power, result.cold_start
+    parts = [] if cold is None else [f"{cold.peak_memory_mib:.0f} MiB of memory in a new process"]
+    if power.watts is None:
+        parts.append(f"power is not known ({power.problem})")
+    else:
+        parts.append(f"{power.watts:.1f} W at full load ({power.source})")
+    return f"The chosen one: {' and '.join(parts)}."
+
+
 def _deploy_best(
-    answer: _Answer, models: TuneModels, output: Path, *, progress: ProgressFn
+    answer: Answer, models: TuneModels, output: Path, *, progress: ProgressFn
 ) -> tuple[Deployment | None, FcosDeployError | None]:
     """The bundle of the best that can be deployed, or why there is none."""
     while True:
@@ -531,7 +556,13 @@ def _open_models(
         allow_overlap=deployment.allow_overlap,
     )
     return CheckpointModels(
-        deployment, images, folder=folder, sizes=request.sizes, backends=backends, progress=progress
+        deployment,
+        images,
+        folder=folder,
+        sizes=request.sizes,
+        backends=backends,
+        own_ranges=request.own_ranges,
+        progress=progress,
     )
 
 
@@ -546,13 +577,13 @@ def _dataset(request: TuneRequest, models: TuneModels, *, folder: Path, progress
     )
 
 
-class _Answer:
+class Answer:
     """What the race leaves, and the choice among it."""
 
-    def __init__(self, search: _Search, dataset: Dataset, *, folder: Path, progress: ProgressFn) -> None:
+    def __init__(self, search: Search, dataset: Dataset, *, folder: Path, progress: ProgressFn) -> None:
         self._search, self._dataset, self._folder, self._progress = search, dataset, folder, progress
         self._request = search.request
-        self._standings: dict[Configuration, Standing] = {}
+        self.standings: dict[Configuration, Standing] = {}
         self._refused: dict[Configuration, str] = {}
         self._chosen: Configuration | None = None
         self._nearest: Configuration | None = None
@@ -574,7 +605,7 @@ class _Answer:
             judge=self._request.judge,
         )
         standings = race(contenders, self._dataset, rules=rules)
-        self._standings = dict(zip(candidates, standings, strict=True))
+        self.standings = dict(zip(candidates, standings, strict=True))
 
     def _detect(self, configuration: Configuration, images: Sequence[EvaluationImage]) -> Mapping[int, Detections]:
         """What it detects; kept by content, so that what an earlier search has run is not run again."""
@@ -583,13 +614,13 @@ class _Answer:
         return run.relabelled(label_index(run.names, self._dataset))
 
     def _ap(self, configuration: Configuration) -> float:
-        interval = self._standings[configuration].interval
+        interval = self.standings[configuration].interval
         return interval.value if interval else 0.0
 
     @property
     def _ranked(self) -> list[Configuration]:
         """Those that ran on all images, the best for the goal first."""
-        finished = [c for c, s in self._standings.items() if not s.reason and c not in self._refused]
+        finished = [c for c, s in self.standings.items() if not s.reason and c not in self._refused]
         if self._request.max_ms is None and self._request.min_ap is not None:
             order = (Outcome.PASSED, Outcome.INCONCLUSIVE, Outcome.FAILED)
             return sorted(
@@ -603,7 +634,7 @@ class _Answer:
 
     def _verdicts(self, configuration: Configuration) -> tuple[Verdict, ...]:
         """On the AP that was asked for, widened because the configuration was chosen among others on these images."""
-        standing, gate = self._standings[configuration], Gate(min_ap=self._request.min_ap, judge=self._request.judge)
+        standing, gate = self.standings[configuration], Gate(min_ap=self._request.min_ap, judge=self._request.judge)
         interval = standing.interval and widened_for_selection(standing.interval, standing.choices)
         verdicts = judge_ap(
             gate,
@@ -645,7 +676,7 @@ class _Answer:
         if nearest is None:
             left = [f"{c}: {reason}" for c, reason in self._refused.items()]
             return "; ".join(left) or "Nothing could be measured."
-        standing = self._standings.get(nearest)
+        standing = self.standings.get(nearest)
         ap = f", AP {standing.interval.value:.3f}" if standing and standing.interval else ""
         return f"The nearest is {nearest}: {self._search.ms(nearest):.1f} ms{ap}."
 
@@ -696,7 +727,7 @@ class _Answer:
     def _sentence(self) -> str:
         if self._chosen is None:
             return self._nearest_sentence() if self._request.has_goal else "No limit was given, so nothing was chosen."
-        interval = self._standings[self._chosen].interval
+        interval = self.standings[self._chosen].interval
         if interval is None:  # Excluded: what is chosen was evaluated.
             return str(self._chosen)
         return (
@@ -707,7 +738,7 @@ class _Answer:
     def point(self, configuration: Configuration) -> TunedPoint:
         """A row of the table."""
         measured = self._search.measured.get(configuration)
-        standing = self._standings.get(configuration)
+        standing = self.standings.get(configuration)
         interval = standing.interval if standing else None
         status, reason = self._status(configuration)
         figures: dict[str, Any] = {}  # Any: figures of several types
@@ -737,7 +768,7 @@ class _Answer:
             return PointStatus.CHOSEN, ""
         if configuration in self._refused:
             return PointStatus.PRUNED, f"refused when it was deployed: {self._refused[configuration]}"
-        standing = self._standings.get(configuration)
+        standing = self.standings.get(configuration)
         if standing is not None and standing.reason:
             return PointStatus.PRUNED, standing.reason
         if standing is not None:

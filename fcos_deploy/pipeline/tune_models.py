@@ -184,7 +184,8 @@ class TuneModels(ABC):
 class CheckpointModels(TuneModels):
     """Exported, quantized and built by the steps of a deployment, which takes from ``cache`` what was made here.
 
-    INT8 ranges are those of the model's own size: one calibration serves all sizes (docs/tune.md says how well).
+    INT8 ranges are those of the model's own size, which serve all sizes (docs/tune.md says how well), or with
+    ``own_ranges`` those of each.
     """
 
     def __init__(
@@ -195,8 +196,10 @@ class CheckpointModels(TuneModels):
         folder: Path,
         sizes: tuple[InputSize, ...],
         backends: tuple[str, ...],
+        own_ranges: bool,
         progress: ProgressFn,
     ) -> None:
+        self._own_ranges = own_ranges
         self._request, self._images, self._folder, self._progress = request, images, folder, progress
         self._stack = contextlib.ExitStack()
         self._contexts: dict[InputSize, DeployContext] = {}
@@ -317,7 +320,7 @@ class CheckpointModels(TuneModels):
         from calibration.calibrate import load_calibration
 
         own = self._context(size_of(self.contract.preprocess))
-        if own is context:
+        if own is context or self._own_ranges:
             return calibrate(context, source).path
         shared = calibrate(own, export(own, backend=backend)).path
         if set(context.conv_graph(source).activations) <= set(load_calibration(shared).tensors):

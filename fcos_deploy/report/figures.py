@@ -258,8 +258,8 @@ def _draw_operating_point(axes: Any, variant: ReportVariant, name: str, *, color
         return
     recall, precision = point.recall, point.precision
     reach = {
-        "xerr": [[recall.value - recall.low], [recall.high - recall.value]],
-        "yerr": [[precision.value - precision.low], [precision.high - precision.value]],
+        "xerr": [[max(0.0, recall.value - recall.low)], [max(0.0, recall.high - recall.value)]],
+        "yerr": [[max(0.0, precision.value - precision.low)], [max(0.0, precision.high - precision.value)]],
     }
     style = {"fmt": "o", "ms": 4, "elinewidth": 0.8, "zorder": 4, "color": color}
     axes.errorbar([recall.value], [precision.value], **reach, **style)

@@ -185,7 +185,9 @@ def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
         complete = point.images == all_images
         color = _BLUE if complete else _MUTED
         name = f"{point.precision}" if complete else f"{point.precision}, left early"
-        errors = [[point.ap - (point.ap_low or point.ap)], [(point.ap_high or point.ap) - point.ap]]
+        low = point.ap if point.ap_low is None else min(point.ap, point.ap_low)
+        high = point.ap if point.ap_high is None else max(point.ap, point.ap_high)
+        errors = [[point.ap - low], [high - point.ap]]
         tail = max(0.0, (point.p90_ms or point.cost_ms) - point.cost_ms) if not data.throughput else 0.0
         axes.errorbar(
             [point.cost_ms],

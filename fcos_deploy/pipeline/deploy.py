@@ -407,6 +407,7 @@ def _variants(
     from calibration.placement import open_graph
 
     shown = []
+    shares: dict[tuple[Path, str], float | None] = {}  # the same for a model's floats in float32 and in bf16
     reference, *results = benchmark.results
     if evaluations.reference is not None:
         label = f"{context.source.reference().backend} fp32" + (" reference" if context.source.note else "")
@@ -414,8 +415,11 @@ def _variants(
     for variant, evaluation, result in zip(variants, evaluations.candidates, results, strict=True):
         share = None
         if variant.artifact.precision is Precision.INT8 and variant.backend in PROFILERS:
-            graph = open_graph(_float_source(context, variant.artifact))
-            share = executed_share(graph, variant.model, variant.backend).share
+            key = (variant.model, variant.backend)
+            if key not in shares:
+                graph = open_graph(_float_source(context, variant.artifact))
+                shares[key] = executed_share(graph, *key).share
+            share = shares[key]
         shown.append(ReportVariant(label=variant.label, evaluation=evaluation, result=result, int8_share=share))
     return tuple(shown)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,19 @@ from fcos_deploy.core.gate import Gate, Judge
 from fcos_deploy.core.matching import DetectionAgreement, agreement_json, compare_detections
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
+from fcos_deploy.core.trust import Trust
 from fcos_deploy.detector import DetectorSpec
 
-__all__ = ["FIGURE_COLUMNS", "BundleComparison", "ComparedFigure", "bundles_json", "compare_bundles", "figure_rows"]
+__all__ = [
+    "FIGURE_COLUMNS",
+    "BundleComparison",
+    "BundleTable",
+    "ComparedFigure",
+    "bundles_json",
+    "compare_bundles",
+    "figure_rows",
+    "tabulate_bundles",
+]
 
 FIGURE_COLUMNS = ("backend", "precision", "figure", "first", "second", "difference")
 
@@ -91,6 +102,53 @@ class BundleComparison:
     verdicts: tuple[Verdict, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleTable:
+    """What several manifests record, side by side, as text; a row of ``facts`` or ``figures`` has a value for each.
+
+    A figure's row begins with backend, precision and the name of the figure. ``differences``: what the contract of
+    each bundle says otherwise than that of the first.
+    """
+
+    bundles: tuple[str, ...]
+    facts: tuple[tuple[str, ...], ...]
+    figures: tuple[tuple[str, ...], ...]
+    differences: tuple[str, ...]
+
+
+def tabulate_bundles(bundles: Sequence[Path], trust: Trust) -> BundleTable:
+    """Put the records of bundles side by side; nothing is run.
+
+    Raises:
+        ConfigError: there are fewer than two, or one is no bundle.
+        BundleError: one is damaged, or not signed as ``trust`` says.
+    """
+    strangers = [f"'{path}'" for path in bundles if not is_bundle(path)]
+    if strangers or len(set(bundles)) < max(2, len(bundles)):
+        problem = f"{', '.join(strangers)} is not a bundle" if strangers else "one is given alone, or twice"
+        raise ConfigError(
+            f"A report of bundles needs two or more of them; {problem}.", hint="BUNDLE BUNDLE ... --compare"
+        )
+    manifests = []
+    for path in bundles:
+        with open_trusted(path, trust) as bundle:
+            manifests.append(bundle.manifest)
+    differences = [
+        f"{path}: {sentence}"
+        for path, manifest in zip(bundles[1:], manifests[1:], strict=True)
+        for sentence in _contract_differences(manifests[0], manifest)
+    ]
+    return BundleTable(
+        bundles=tuple(map(str, bundles)),
+        facts=tuple((name, *map(get, manifests)) for name, get in _FACTS.items()),
+        figures=tuple(
+            (backend, str(precision), _figure_title(name, unit), *(_figure_text(value, unit) for value in values))
+            for (backend, precision), name, unit, values in _recorded_values(manifests)
+        ),
+        differences=tuple(differences),
+    )
+
+
 def compare_bundles(
     first: DetectorSpec, second: DetectorSpec, *, gate: Gate, progress: ProgressFn = no_progress
 ) -> BundleComparison:
@@ -133,14 +191,13 @@ def compare_bundles(
         )
     if gate.max_map_drop is not None:
         verdicts += _judge_recorded_drop(gate, manifests, variants, subject=subjects[1])
-    contracts = [manifest.contract for manifest in manifests]
-    differences = ["the class names differ"] if contracts[0].class_names != contracts[1].class_names else []
-    for part in ("preprocess", "decode"):
-        differences += [cause.sentence for cause in contract_causes(contracts[0], contracts[1], part=part)]
     return BundleComparison(
         facts=tuple((name, get(manifests[0]), get(manifests[1])) for name, get in _FACTS.items()),
-        contract=tuple(differences),
-        figures=tuple(_figures(*manifests)),
+        contract=tuple(_contract_differences(*manifests)),
+        figures=tuple(
+            ComparedFigure(backend=variant[0], precision=variant[1], name=name, unit=unit, first=first, second=second)
+            for variant, name, unit, (first, second) in _recorded_values(manifests)
+        ),
         agreement=agreement,
         subjects=subjects,
         verdicts=tuple(verdicts),
@@ -156,16 +213,22 @@ def _detect(spec: DetectorSpec, images: list[NDArray[np.uint8]], progress: Progr
     return detections
 
 
-def _figures(first: Manifest, second: Manifest) -> Iterator[ComparedFigure]:
-    """Of every backend and precision that either has, in the order of the manifests."""
-    recorded = [_recorded(manifest) for manifest in (first, second)]
-    for variant in dict.fromkeys((*recorded[0], *recorded[1])):
+def _contract_differences(first: Manifest, second: Manifest) -> list[str]:
+    contracts = first.contract, second.contract
+    differences = ["the class names differ"] if contracts[0].class_names != contracts[1].class_names else []
+    for part in ("preprocess", "decode"):
+        differences += [cause.sentence for cause in contract_causes(*contracts, part=part)]
+    return differences
+
+
+def _recorded_values(manifests: Sequence[Manifest]) -> Iterator[tuple[Variant, str, str, list[float | None]]]:
+    """Variant, name, unit and each manifest's value of every figure that any has, in the order of the manifests."""
+    recorded = [_recorded(manifest) for manifest in manifests]
+    for variant in dict.fromkeys(variant for figures in recorded for variant in figures):
         for metric, name, unit in _FIGURES:
             values = [figures.get(variant, {}).get(metric) for figures in recorded]
-            if values != [None, None]:
-                yield ComparedFigure(
-                    backend=variant[0], precision=variant[1], name=name, unit=unit, first=values[0], second=values[1]
-                )
+            if any(value is not None for value in values):
+                yield variant, name, unit, values
 
 
 def _recorded(manifest: Manifest) -> dict[Variant, dict[str, float]]:
@@ -219,12 +282,20 @@ def figure_rows(comparison: BundleComparison) -> list[tuple[str, ...]]:
         (
             figure.backend,
             str(figure.precision),
-            figure.name if figure.unit == "AP" else f"{figure.name}, {figure.unit}",
-            *("-" if v is None else f"{v:.{_DIGITS[figure.unit]}f}" for v in (figure.first, figure.second)),
+            _figure_title(figure.name, figure.unit),
+            *(_figure_text(value, figure.unit) for value in (figure.first, figure.second)),
             _difference(figure),
         )
         for figure in comparison.figures
     ]
+
+
+def _figure_title(name: str, unit: str) -> str:
+    return name if unit == "AP" else f"{name}, {unit}"
+
+
+def _figure_text(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.{_DIGITS[unit]}f}"
 
 
 def _difference(figure: ComparedFigure) -> str:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, progress_bar, table
 from fcos_deploy.cli.settings import command_line
@@ -21,8 +23,17 @@ __all__ = ["report_command"]
 @cli.with_trust_options
 @cli.with_server_options
 def report_command(
-    model: cli.Model,
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL...", help="Checkpoint, ONNX file, OpenVINO IR, engine or bundle; with --compare bundles."
+        ),
+    ],
     *,
+    compare: Annotated[
+        bool,
+        cli.option("Report of what several bundles record, side by side; nothing is measured.", "--compare"),
+    ] = False,
     reference: Annotated[
         Path | None,
         cli.option(
@@ -64,7 +75,8 @@ def report_command(
 ) -> None:
     """Report how a model compares with its reference: accuracy, speed and images side by side, as HTML and Markdown.
 
-    Of a bundle alone it is the report that 'deploy' left in it: nothing is measured again.
+    Of a bundle alone it is the report that 'deploy' left in it: nothing is measured again. Of several, with --compare,
+    it is what they record, side by side.
 
     Checkpoint options apply to the models that are checkpoints. The report is written in any case; exit code 4: a limit
     does not hold, or the data cannot decide it.
@@ -81,6 +93,17 @@ def report_command(
     from fcos_deploy.report import write_report
 
     limits = (max_map_drop, max_precision_drop, max_recall_drop)
+    if compare:
+        asked = (reference, images, records, annotations, also, limit, backend, precision, threads, *limits)
+        measured = any(value is not None for value in (*asked, at_precision, at_recall))
+        _side_by_side(models, measured=measured, trust=trust, output=output, title=title)
+        return
+    model = models[0]
+    if len(models) > 1:
+        raise ConfigError(
+            f"A report is about one model, got {len(models)}.",
+            hint="--compare puts bundles side by side; --also adds a model that is measured against --reference",
+        )
     if records:
         if any(limit is not None for limit in limits) or images or annotations or reference or also:
             raise ConfigError(
@@ -127,6 +150,26 @@ def report_command(
     for verdict in comparison.evaluations.verdicts:
         note(verdict_line(verdict))
     require_all(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
+
+
+def _side_by_side(bundles: list[Path], *, measured: bool, trust: Trust, output: Path, title: str) -> None:
+    """The report of what bundles record."""
+    from fcos_deploy.accuracy.bundle_comparison import tabulate_bundles
+    from fcos_deploy.report.render import write_bundle_table
+
+    if measured:
+        raise ConfigError(
+            "--compare shows what the bundles record, and measures nothing.",
+            hint="leave the options of a measurement out, or measure two with 'fcos-deploy compare'",
+        )
+    compared = tabulate_bundles(bundles, trust)
+    table("Bundles", ("", *compared.bundles), compared.facts)
+    table("Recorded figures", ("backend", "precision", "figure", *compared.bundles), compared.figures)
+    for sentence in compared.differences:
+        note(f"contract: {sentence}")
+    shown = title or f"{len(bundles)} bundles side by side"
+    for path in write_bundle_table(compared, output, title=shown, command=command_line()):
+        note(f"wrote {path}")
 
 
 def _recorded(bundle: Path, *, trust: Trust, output: Path, inconclusive: bool) -> None:

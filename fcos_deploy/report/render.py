@@ -1,4 +1,4 @@
-"""Fills the templates and writes the files: the report on a model, and the page that signs a bundle off."""
+"""Fills the templates and writes the files: reports on a model and on bundles, and the page that signs one off."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from calibration.mixed_precision import TradeOffs
+from fcos_deploy.accuracy.bundle_comparison import BundleTable
 from fcos_deploy.accuracy.confusion import Confusion
 from fcos_deploy.accuracy.device_record import ReadRecord
 from fcos_deploy.accuracy.evaluate import evaluation_drift, size_cell
@@ -20,11 +21,12 @@ from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.text import printable
 from fcos_deploy.report.data import ReportData, ReportVariant, dataset_sentence, key_figures, report_verdict
 from fcos_deploy.report.figures import fault_panels, image_panels, make_charts
 
-__all__ = ["fill_template", "read_template", "write_report", "write_sign_off"]
+__all__ = ["fill_template", "read_template", "write_bundle_table", "write_report", "write_sign_off"]
 
 
 jinja2 = lazy_import("jinja2", extra="report")
@@ -320,3 +322,16 @@ def _device_cells(item: ReadRecord) -> dict[str, str]:
         "signed_by": f"{item.signed_by[:16]}..." if item.signed_by else "not signed",
         "file": item.path.name,
     }
+
+
+def write_bundle_table(bundles: BundleTable, path: Path, *, title: str, command: str) -> tuple[Path, Path]:
+    """Write ``path`` (HTML) and the same in Markdown beside it.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+        ConfigError: the folder cannot be written.
+    """
+    values = {**to_json(bundles), "title": title, "command": command}
+    write_text(path, fill_template("bundles.html.j2", css=read_template("report.css"), **values))
+    write_text(path.with_suffix(".md"), fill_template("bundles.md.j2", **values))
+    return path, path.with_suffix(".md")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -355,6 +356,29 @@ def test_parity_that_fails_is_exit_4(tiny_onnx: Path, tiny_checkpoint: Path, dat
     assert found["first"].endswith(("class", "box", "centerness"))
     assert found["layer"]["causes"][0]["name"] == "weights"
     assert "by 5.00% (RMS)" in found["layer"]["causes"][0]["sentence"]
+
+
+def test_a_report_puts_bundles_side_by_side(tiny_bundle: Path, tiny_ir_bundle: Path, tmp_path: Path) -> None:
+    """By what they record; names of folders are text in both files."""
+    third = Path(shutil.copytree(tiny_bundle, tmp_path / "<b>|x"))
+    result = run("report", tiny_bundle, tiny_ir_bundle, third, "--compare", "-o", tmp_path / "three.html")
+    assert result.exit_code == 0, result.output
+    page, text = (tmp_path / "three.html").read_text(), (tmp_path / "three.md").read_text()
+    for shown in (page, text):
+        assert shown.count(tiny_bundle.parent.name) >= 2
+        assert str(tiny_ir_bundle) in shown
+        assert "golden images" in shown
+        assert "To reproduce" in shown
+    assert "<b>" not in page
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| ")}
+    assert columns <= {5, 7}
+    for words in (
+        (tiny_bundle, tiny_ir_bundle),
+        (tiny_bundle, "--compare"),
+        (tiny_bundle, third / "SIGNATURE", "--compare"),
+    ):
+        assert run("report", *words).exit_code == 2
+    assert run("report", tiny_bundle, third, "--compare", "--limit", 3).exit_code == 2
 
 
 def test_compare_writes_a_report(demo_onnx: Path, tmp_path: Path) -> None:

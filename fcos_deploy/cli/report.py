@@ -94,8 +94,8 @@ def report_command(
 
     limits = (max_map_drop, max_precision_drop, max_recall_drop)
     if compare:
-        asked = (reference, images, records, annotations, also, limit, backend, precision, threads, *limits)
-        measured = any(value is not None for value in (*asked, at_precision, at_recall))
+        of_both = (reference, images, records, annotations, also, limit, backend, precision, threads)
+        measured = any(value is not None for value in (*of_both, *limits, at_precision, at_recall))
         _side_by_side(models, measured=measured, trust=trust, output=output, title=title)
         return
     model = models[0]

@@ -121,8 +121,8 @@ Image = Union[NDArray[np.uint8], Path, str, bytes, "PIL.Image.Image"]
 class Detector:
     """A model on a runtime, with everything around it: images in, detections in image pixels out.
 
-    An image is (h, w, 3) uint8 RGB, the path or the bytes of a file, or an image of Pillow. All methods may be called from several
-    threads at a time; a runtime that is not made for that is used by one thread after the other.
+    An image is (h, w, 3) uint8 RGB, the path or the bytes of a file, or an image of Pillow. All methods may be called
+    from several threads at a time; a runtime that is not made for that is used by one thread after the other.
     """
 
     def __init__(

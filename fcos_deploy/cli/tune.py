@@ -60,6 +60,17 @@ def tune_command(
             "Lowest AP; alone, the fastest configuration that reaches it is chosen. Default: no limit.", metavar="AP"
         ),
     ] = None,
+    max_memory_mib: Annotated[
+        float | None, cli.option("Largest memory of a process that runs it. Default: no limit.", metavar="MIB")
+    ] = None,
+    max_watts: Annotated[
+        float | None,
+        cli.option(
+            "Largest power at full load, from RAPL or a Jetson's INA3221; inconclusive where the system does not tell "
+            "it. Default: no limit.",
+            metavar="W",
+        ),
+    ] = None,
     throughput: Annotated[
         bool, cli.option("Images a second in place of the latency of one image.", "--throughput")
     ] = False,
@@ -153,6 +164,8 @@ def tune_command(
         max_latency_ms=max_latency_ms,
         min_throughput=min_throughput,
         min_ap=min_ap,
+        max_memory_mib=max_memory_mib,
+        max_watts=max_watts,
         throughput=throughput,
         percentile=percentile,
         sizes=tuple(map(InputSize.parse, size or ())),

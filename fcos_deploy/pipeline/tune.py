@@ -33,10 +33,12 @@ from fcos_deploy.accuracy.dataset import (
 from fcos_deploy.accuracy.gate import Verdict, judge_ap
 from fcos_deploy.accuracy.predictions import collect_detections
 from fcos_deploy.accuracy.race import Contender, RaceRules, Standing, race
+from fcos_deploy.benchmark.cold_start import measure_cold_start
 from fcos_deploy.benchmark.measure import (
     Contention,
     ContentionMeter,
     LatencyStats,
+    PowerMeter,
     TimingOptions,
     measure_throughput,
     time_in_turns,
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Search", "TuneRequest", "Tuning", "open_search", "tune"]
 
 _TIMING = TimingOptions(rounds=5, block=5, warmup=2)  # 20 times, the fewest that have a 90th percentile
-_THROUGHPUT_SECONDS = 1.0
+_THROUGHPUT_SECONDS, _POWER_SECONDS = 1.0, 2.0
 # Thread counts that are slower than the best by more at the first size that is measured are not tried at others.
 _THREADS_SLOWER = 1.15
 _NEXT = 2
@@ -93,7 +95,8 @@ class TuneRequest:
     in place of the latency of one image. ``percentile``: 50 or 90, which latency has to keep the limit.
     ``calibration_images``: needed for INT8. Without ``annotations`` the model's own detections at its own size stand
     for the ground truth. ``max_map_drop`` and ``judge`` are as in a deployment.
-    ``own_ranges``: INT8 is calibrated at every size, not once. ``trust``: what a bundle must be to be tuned.
+    ``max_memory_mib`` (peak of a new process) and ``max_watts`` (at full load, where the system tells it) restrict what
+    may be chosen. ``own_ranges``: INT8 is calibrated at every size, not once. ``trust``: what a bundle must be.
     """
 
     model: Path | WrappedModule
@@ -104,6 +107,8 @@ class TuneRequest:
     max_latency_ms: float | None = None
     min_throughput: float | None = None
     min_ap: float | None = None
+    max_memory_mib: float | None = None
+    max_watts: float | None = None
     throughput: bool = False
     percentile: int = 50
     sizes: tuple[InputSize, ...] = ()
@@ -122,7 +127,7 @@ class TuneRequest:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("max_latency_ms", "min_throughput"):
+        for name in ("max_latency_ms", "min_throughput", "max_memory_mib", "max_watts"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, got {value}.")
@@ -152,7 +157,13 @@ class TuneRequest:
     @property
     def has_goal(self) -> bool:
         """Whether there is a limit, so that one configuration is chosen."""
-        return self.max_ms is not None or self.min_ap is not None
+        limits = (self.max_ms, self.min_ap, self.max_memory_mib, self.max_watts)
+        return any(limit is not None for limit in limits)
+
+    @property
+    def wants_fastest(self) -> bool:
+        """Whether the AP is given and the time is open; otherwise the highest AP is looked for."""
+        return self.max_ms is None and self.min_ap is not None
 
     @property
     def goal(self) -> str:
@@ -167,7 +178,11 @@ class TuneRequest:
             limits.append(f"AP of at least {self.min_ap:g}")
         if not limits:
             return "The front of AP against " + ("throughput." if self.throughput else "latency.")
-        best = "the highest AP" if self.max_ms is not None else "the fastest"
+        if self.max_memory_mib is not None:
+            limits.append(f"at most {self.max_memory_mib:g} MiB of memory")
+        if self.max_watts is not None:
+            limits.append(f"at most {self.max_watts:g} W")
+        best = "the fastest" if self.wants_fastest else "the highest AP"
         return f"Asked for: {best} with {' and '.join(limits)}."
 
 
@@ -257,6 +272,7 @@ class Search:
         self.measured: dict[Configuration, Measured] = {}
         self.pruned: dict[Configuration, str] = {}
         self.contention: list[Contention] = []
+        self.power_problem = ""  # why the limit on power cannot be judged
         self._lines: list[Configuration] = list(self._all_lines())
         self._screened: set[tuple[str, Precision]] = set()
 
@@ -419,8 +435,8 @@ class Search:
         """Of all that are evaluated alike and keep the limit, the fastest; the slower ones are pruned."""
         fastest: dict[str, Configuration] = {}
         for configuration in sorted(self.measured, key=self.ms):
-            if self.fits(configuration):
-                fastest.setdefault(configuration.artifact, configuration)
+            if configuration.artifact not in fastest and self.fits(configuration) and self._affordable(configuration):
+                fastest[configuration.artifact] = configuration
         for index, size in enumerate(self.sizes):
             at_size = [c for c in fastest.values() if c.size == size]
             for c in at_size:
@@ -429,6 +445,26 @@ class Search:
                     self.reject(c, f"not faster than fp32 at {self.sizes[index]}")
                     del fastest[c.artifact]
         return fastest
+
+    def _affordable(self, configuration: Configuration) -> bool:
+        """Whether it keeps the limits on memory and power; what the system does not tell is left open."""
+        request = self.request
+        if request.max_memory_mib is not None:
+            memory = measure_cold_start(self.models.open_as(configuration), self._path).peak_memory_mib
+            if memory > request.max_memory_mib:
+                self.reject(configuration, f"{memory:.0f} MiB of memory")
+                return False
+        if request.max_watts is not None and not self.power_problem:
+            meter = PowerMeter()
+            with self.models.open_as(configuration).open() as detector:
+                meter.start()
+                measure_throughput(detector, self._image, seconds=_POWER_SECONDS)
+                power = meter.stop()
+            self.power_problem = power.problem if power.watts is None else ""
+            if power.watts is not None and power.watts > request.max_watts:
+                self.reject(configuration, f"{power.watts:.1f} W at full load")
+                return False
+        return True
 
     def reject(self, configuration: Configuration, reason: str) -> None:
         """Keep why a measured configuration is out."""
@@ -600,7 +636,7 @@ class Answer:
             for c in candidates
         ]
         rules = RaceRules(
-            min_ap=self._request.min_ap if self._request.max_ms is None else None,
+            min_ap=self._request.min_ap if self._request.wants_fastest else None,
             by_cost=not self._request.has_goal,
             judge=self._request.judge,
         )
@@ -621,7 +657,7 @@ class Answer:
     def _ranked(self) -> list[Configuration]:
         """Those that ran on all images, the best for the goal first."""
         finished = [c for c, s in self.standings.items() if not s.reason and c not in self._refused]
-        if self._request.max_ms is None and self._request.min_ap is not None:
+        if self._request.wants_fastest:
             order = (Outcome.PASSED, Outcome.INCONCLUSIVE, Outcome.FAILED)
             return sorted(
                 finished,
@@ -643,6 +679,18 @@ class Answer:
             images=standing.images,
             interval=interval,
         )
+        limit, problem = self._request.max_watts, self._search.power_problem
+        if limit is not None and problem:
+            verdicts.append(
+                Verdict(
+                    name="max_watts",
+                    subject=str(configuration),
+                    outcome=Outcome.INCONCLUSIVE,
+                    value=None,
+                    limit=limit,
+                    message=problem,
+                )
+            )
         return tuple(verdicts)
 
     def choose(self) -> Configuration | None:
@@ -678,7 +726,8 @@ class Answer:
             return "; ".join(left) or "Nothing could be measured."
         standing = self.standings.get(nearest)
         ap = f", AP {standing.interval.value:.3f}" if standing and standing.interval else ""
-        return f"The nearest is {nearest}: {self._search.ms(nearest):.1f} ms{ap}."
+        beyond = self._search.pruned.get(nearest, "")
+        return f"The nearest is {nearest}: {self._search.ms(nearest):.1f} ms{ap}{beyond and f', {beyond}'}."
 
     def refuse(self, configuration: Configuration, reason: str) -> None:
         """Take one out that could not be deployed."""
@@ -774,7 +823,8 @@ class Answer:
         if standing is not None:
             following = [c for c in self._ranked if c != self._chosen][:_NEXT]
             is_next = self._chosen is not None and configuration in following
-            return (PointStatus.NEXT if is_next else PointStatus.MEASURED), ""
+            status = PointStatus.NEXT if is_next else PointStatus.MEASURED
+            return status, self._search.pruned.get(configuration, "")
         if configuration in self._search.pruned:
             return PointStatus.PRUNED, self._search.pruned[configuration]
         if not self._search.fits(configuration):

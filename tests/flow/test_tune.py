@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fcos_deploy.benchmark.measure import PowerMeter, PowerReading
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.gate import Outcome
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.detector import Detector
+from fcos_deploy.pipeline.tune import TuneRequest, open_search
+from fcos_deploy.pipeline.tune_models import InputSize
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
@@ -80,6 +84,31 @@ def test_nothing_within_the_budget_names_the_nearest_and_what_it_costs(
     assert "128x160 takes" in by_size["160x224"]["reason"], "the larger size was not exported"
     assert by_size["160x224"]["p50_ms"] is None
     assert not (output / "bundle").exists()
+
+
+def test_memory_and_power_limit_the_choice_where_they_can_be_read(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = ["--max-memory-mib", "1", "--max-watts", "1000"]
+    content = answer(arguments(tiny_checkpoint, smooth_images, tmp_path, *limits), exit_code=4)
+    assert "MiB of memory" in content["said"]
+    monkeypatch.setattr(PowerMeter, "stop", lambda _: PowerReading(watts=None, problem="no sensor"))
+    request = TuneRequest(
+        model=tiny_checkpoint,
+        output=tmp_path,
+        images=smooth_images,
+        backends=("onnxruntime",),
+        sizes=(InputSize(128, 160),),
+        threads=(1,),
+        max_watts=10.0,
+    )
+    with open_search(request) as (search, found):
+        search.run()
+        found.race()
+        found.choose()
+        assert [(v.name, v.outcome, v.message) for v in found.verdicts] == [
+            ("max_watts", Outcome.INCONCLUSIVE, "no sensor")
+        ]
 
 
 def test_int8_of_all_sizes_is_calibrated_once_and_the_front_has_no_bundle(

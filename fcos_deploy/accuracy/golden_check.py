@@ -296,7 +296,7 @@ def _missing(
         came, extra = d.labels[d.scores >= floor], d.labels[match.extra]
         if len(due) and not len(d):
             yield f"nothing is detected in '{path}', where {len(due)} detections are certified"
-        for group, chosen in [(f"'{path}'", slice(None)), *((f"class '{names[k]}'", k) for k in set(due) | set(came))]:
+        for group, chosen in [(f"'{path}'", slice(None)), *((f"class '{names[k]}'", k) for k in sorted({*due, *came}))]:
             counts = held.setdefault(group, [0, 0, 0, 0])
             for position, labels in enumerate((due, lost, came, extra)):
                 counts[position] += len(labels) if isinstance(chosen, slice) else int((labels == chosen).sum())

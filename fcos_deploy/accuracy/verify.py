@@ -51,11 +51,13 @@ from runtimes.kserve import RemoteModel, write_remote_model
 
 __all__ = [
     "GoldenResult",
+    "GoldenStandard",
     "RecordedRun",
     "RecordedSession",
     "VerificationRecord",
     "VerifyOptions",
     "compare_golden",
+    "golden_standard",
     "read_recorded_run",
     "record_verdicts",
     "require_verified",
@@ -300,17 +302,7 @@ def verify_bundle(
             machine=machine,
         )
     manifest, artifact = bundle.manifest, selection.artifact
-    paths = [golden.path for golden in manifest.golden]
-    expected = [golden.detections.to_detections() for golden in manifest.golden]
-    run = manifest.golden_run(artifact, backend=selection.backend, compute=options.session.compute)
-    certified = None if run is None else [detections.to_detections() for detections in run.detections]
-    gate = manifest.gate(_coarser(artifact.precision, options.session.compute))
-    if run is not None and certified is not None and run.artifact == artifact.path:
-        # Whether that accuracy is enough was judged where the bundle was made, by the limits of the deployment; here it
-        # must be the same.
-        rate = _match_rate(_compare(expected, certified, paths, decode=manifest.contract.decode, gate=gate))
-        if rate is not None and rate < (gate.min_match_rate or 0.0):
-            gate = replace(gate, min_match_rate=round(rate * _FOUND_AGAIN, 6))
+    standard = golden_standard(manifest, artifact, backend=selection.backend, compute=options.session.compute)
     images = [read_golden_image(bundle.read(golden.path), golden) for golden in manifest.golden]
     preprocessing = _check_preprocessing(manifest, images)
     results: tuple[GoldenResult, ...] = ()
@@ -323,26 +315,25 @@ def verify_bundle(
                 detected.append(detector.detect(image))
                 progress("verify", index, len(images))
             session = dict(detector.session.description)
-        results = _compare(expected, detected, paths, decode=manifest.contract.decode, gate=gate)
-        parents = {record.path for record in manifest.artifacts if record.sha256 == artifact.parent}
-        # With the values of the same artifact where the bundle was made, or of its nearest relative.
+        decode = manifest.contract.decode
+        results = _compare(standard.expected, detected, standard.paths, decode=decode, gate=standard.gate)
         values = check_golden(
-            expected,
+            standard.expected,
             detected,
-            baseline=certified,
-            same_artifact=run is not None and run.artifact in {artifact.path, *parents},
-            gate=gate,
-            decode=manifest.contract.decode,
+            baseline=standard.certified,
+            same_artifact=standard.same_artifact,
+            gate=standard.gate,
+            decode=decode,
             names=manifest.contract.class_names,
-            paths=paths,
-            scales=[image_scale(manifest.contract, (golden.height, golden.width)) for golden in manifest.golden],
+            paths=standard.paths,
+            scales=standard.scales,
         )
     bundle.require_not_replaced()
     matched = _match_rate(results)
     # What preprocessing, the share that matches and the values come to; a share of nothing decides nothing.
     outcome = Outcome.FAILED
     if values is not None:
-        matching = [] if matched is None else [_match_outcome(matched, gate)]
+        matching = [] if matched is None else [_match_outcome(matched, standard.gate)]
         outcome = overall_outcome([*matching, values.outcome]) or Outcome.INCONCLUSIVE
     return VerificationRecord(
         bundle=manifest.name,
@@ -353,7 +344,7 @@ def verify_bundle(
         precision=artifact.precision,
         outcome=outcome,
         matched=round(matched or 0.0, 6),
-        gate=gate,
+        gate=standard.gate,
         preprocessing=preprocessing,
         images=results,
         values=values,
@@ -366,6 +357,51 @@ def verify_bundle(
         versions=library_versions("fcos-deploy", "numpy", "opencv-python-headless", "pillow"),
         fallbacks=fallbacks,
         signed_by=bundle.signed_by,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GoldenStandard:
+    """What an artifact's golden detections are judged by; lists are in the order of the manifest's golden images.
+
+    ``expected``: the reference's detections. ``certified``: those of the same artifact where the bundle was made
+    (``same_artifact``, also for the graph that it was built from), or of its nearest relative; None without one.
+    ``scales``: image pixels per network-input pixel.
+    """
+
+    gate: Gate
+    expected: list[Detections]
+    certified: list[Detections] | None
+    same_artifact: bool
+    paths: list[str]
+    scales: list[float]
+
+
+def golden_standard(manifest: Manifest, artifact: Artifact, *, backend: str, compute: ComputeType) -> GoldenStandard:
+    """What ``verify_bundle`` holds ``artifact`` to, in ``backend`` with this compute type.
+
+    Raises:
+        BundleError: the bundle has no gate for the precision.
+    """
+    paths = [golden.path for golden in manifest.golden]
+    expected = [golden.detections.to_detections() for golden in manifest.golden]
+    run = manifest.golden_run(artifact, backend=backend, compute=compute)
+    certified = None if run is None else [detections.to_detections() for detections in run.detections]
+    gate = manifest.gate(_coarser(artifact.precision, compute))
+    if run is not None and certified is not None and run.artifact == artifact.path:
+        # Whether that accuracy is enough was judged where the bundle was made, by the limits of the deployment; here it
+        # must be the same.
+        rate = _match_rate(_compare(expected, certified, paths, decode=manifest.contract.decode, gate=gate))
+        if rate is not None and rate < (gate.min_match_rate or 0.0):
+            gate = replace(gate, min_match_rate=round(rate * _FOUND_AGAIN, 6))
+    parents = {record.path for record in manifest.artifacts if record.sha256 == artifact.parent}
+    return GoldenStandard(
+        gate=gate,
+        expected=expected,
+        certified=certified,
+        same_artifact=run is not None and run.artifact in {artifact.path, *parents},
+        paths=paths,
+        scales=[image_scale(manifest.contract, (golden.height, golden.width)) for golden in manifest.golden],
     )
 
 

@@ -61,7 +61,10 @@ class ServingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What a packager needs: the model file, its companions, the contract of that file, and the options."""
+    """What a packager needs: the model file, its companions, the contract of that file, and the options.
+
+    ``backend``: the one that reads the file. ``bundle``: where it is from, for packages that repeat the proof.
+    """
 
     name: str
     path: Path
@@ -69,7 +72,8 @@ class ServedModel:
     artifact: Artifact
     contract: ModelContract
     options: ServingOptions
-    bundle: Bundle | None = None  # where the artifact is from; for packages that repeat the proof
+    bundle: Bundle | None = None
+    backend: str = ""
 
     def copy_to(self, folder: Path, *, suffix: str = "") -> None:
         """Copy the model file to ``model`` with ``suffix`` (its own by default), and its companions beside it."""
@@ -153,20 +157,22 @@ def package_bundle(bundle: Bundle, *, server: str, output: Path, options: Servin
     packager = get_plugin(all_packagers(), server, role="packager")
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"'{output}' is not empty.", hint="choose another folder")
-    artifact = select_artifact(
+    selection = select_artifact(
         bundle,
         backend=options.backend,
         precisions=(options.precision,) if options.precision else (),
         tail=packager.tail,
         readers=packager.readers or None,
         purpose=f"server '{server}'" + (f" with backend '{options.backend}'" if options.backend else ""),
-    ).artifact
+    )
+    artifact = selection.artifact
     path = bundle.path(artifact.path)
     model = ServedModel(
         name=options.name or _served_name(bundle.manifest.name),
         path=path,
         companions=tuple(bundle.path(name) for name in artifact.companions),
         artifact=artifact,
+        backend=selection.backend,
         contract=read_contract(path),
         options=options,
         bundle=bundle,

@@ -70,3 +70,10 @@ def test_without_a_compiler_the_wheel_is_built_without_the_library(tmp_path: Pat
     assert wheel.name.startswith("fcos_deploy-0.1.0-py3-none-")
     assert "fcos_deploy/core/native.py" in names
     assert "fcos_deploy/core/c/host.so" not in names
+
+
+@pytest.mark.slow
+def test_the_sources_of_the_cpp_package_are_shipped(wheel_names: list[str]) -> None:
+    sources = ROOT / "fcos_deploy" / "serving" / "cpp_sources"
+    shipped = {name for name in wheel_names if name.startswith("fcos_deploy/serving/cpp_sources/")}
+    assert shipped == {f"fcos_deploy/serving/cpp_sources/{path.name}" for path in sources.iterdir()}

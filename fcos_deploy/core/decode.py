@@ -255,6 +255,7 @@ _CROWDED = 32
 
 # As many times top-k pairs, or fewer, are sorted as they are.
 _ROOM = 16
+_ROOM_SHARE = 8  # or one in this many of a level's pairs
 
 # This many times top-k pairs are ranked to find a level's floor: more of them raise the floor, and take longer.
 _SAMPLED = 8
@@ -482,7 +483,9 @@ def _decode_native(library: Native, head: HeadOutputs, spec: DecodeSpec, *, inpu
     bounds = np.full(1, _least_logit(spec), np.float32)
     scan = functools.partial(library.scan, logits, centerness, ends=ends)
     # Of a level: so many pairs that to choose among them takes no longer than to look for a higher bound.
-    room = [min((b - a) * classes, max(_ROOM * spec.pre_nms_top_k, (b - a) * classes // _CROWDED)) for a, b in levels]
+    room = [
+        min((b - a) * classes, max(_ROOM * spec.pre_nms_top_k, (b - a) * classes // _ROOM_SHARE)) for a, b in levels
+    ]
     passing = None
     if profile.rank_per_location:
         narrowed = [(first, end) for first, end in levels if end - first > spec.pre_nms_top_k]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fcos_deploy.detector.draw import DrawOptions
     from fcos_deploy.detector.prediction import Prediction
     from fcos_deploy.detector.sources import StreamOptions
+    from fcos_deploy.detector.view import StreamView
 
 __all__ = ["predict_command"]
 
@@ -57,7 +59,13 @@ def predict_command(
         cli.option("Folder for compiled models. Default: ~/.cache/fcos-deploy.", metavar="DIR", panel=cli.RUNTIME),
     ] = None,
     draw: Annotated[
-        Path | None, cli.option("Folder for annotated copies (.jpg, .mp4).", metavar="DIR", panel=cli.OUTPUT)
+        str | None,
+        cli.option(
+            "Folder for annotated copies (.jpg, .mp4); of a stream the address to show it at in a browser, such as "
+            "http://localhost:8090.",
+            metavar="DIR",
+            panel=cli.OUTPUT,
+        ),
     ] = None,
     draw_threshold: Annotated[
         float | None,
@@ -104,16 +112,12 @@ def predict_command(
     from fcos_deploy.detector.draw import DrawOptions
     from fcos_deploy.detector.prediction import write_coco, write_csv, write_yolo
     from fcos_deploy.detector.sources import StreamOptions, is_stream
+    from fcos_deploy.detector.view import StreamView
 
     streamed = follow or any(map(is_stream, images))
     written = ((coco, write_coco), (as_csv, write_csv), (yolo, write_yolo))
-    if streamed and (len(images) > 1 or any(path is not None for path in (draw, coco, as_csv, yolo))):
-        raise ConfigError(
-            "One command reads one stream, and draws and keeps nothing.",
-            hint="leave the other sources, --draw, --coco, --csv and --yolo out",
-        )
-    if not streamed and (max_frames or max_seconds):
-        raise ConfigError("--max-frames and --max-seconds end a stream; these sources end by themselves.")
+    kept = any(path is not None for path in (coco, as_csv, yolo))
+    _require_fitting(streamed, several=len(images) > 1, kept=kept, ends=bool(max_frames or max_seconds), draw=draw)
     session = replace(session, cache_dir=cache, checkpoint=options)
     opened = Detector.open(
         model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
@@ -123,12 +127,14 @@ def predict_command(
         for fallback in detector.fallbacks:
             note(f"fallback from {fallback.backend}: {fallback.reason}")
         note_placements([detector.session.description])
+        drawing = DrawOptions(score_threshold=shown if draw_threshold is None else draw_threshold)
         if streamed:
             limits = StreamOptions(max_frames=max_frames, max_seconds=max_seconds, give_up=give_up)
-            _stream(detector, images[0], limits, as_json=as_json)
+            view = StreamView(draw, names=detector.names, options=drawing) if draw else None
+            with view or contextlib.nullcontext():
+                _stream(detector, images[0], limits, view=view, as_json=as_json)
             return
-        drawing = DrawOptions(score_threshold=shown if draw_threshold is None else draw_threshold)
-        predictions, unread = _predict(detector, images, draw=draw, drawing=drawing)
+        predictions, unread = _predict(detector, images, draw=Path(draw) if draw else None, drawing=drawing)
         for path, write in written:
             if path is not None:
                 write(path, predictions, detector.names)
@@ -139,6 +145,28 @@ def predict_command(
             note(f"annotated copies are in '{draw}' (scores of at least {drawing.score_threshold:g})")
     if unread is not None:
         raise unread
+
+
+def _require_fitting(streamed: bool, *, several: bool, kept: bool, ends: bool, draw: str | None) -> None:
+    """Refuse what a stream has and files have not, and the reverse.
+
+    Raises:
+        ConfigError: naming what does not fit.
+    """
+    from fcos_deploy.detector.view import is_view_address
+
+    if streamed and (several or kept):
+        raise ConfigError(
+            "One command reads one stream, and keeps nothing.",
+            hint="leave the other sources, --coco, --csv and --yolo out",
+        )
+    if draw is not None and is_view_address(draw) != streamed:
+        raise ConfigError(
+            "A stream is shown in a browser, annotated copies of files are kept in a folder.",
+            hint="of a stream --draw http://localhost:8090, of files --draw DIR",
+        )
+    if not streamed and ends:
+        raise ConfigError("--max-frames and --max-seconds end a stream; these sources end by themselves.")
 
 
 def _predict(
@@ -178,14 +206,24 @@ def _show(predictions: Sequence[Prediction], detector: Detector, *, lowest: floa
         note(f"'{source}': {frames} frames decoded of {announced or 'an unknown number'} announced")
 
 
-def _stream(detector: Detector, address: str, options: StreamOptions, *, as_json: bool) -> None:
-    """Detections of one stream, frame by frame, and how fast they were."""
+def _stream(
+    detector: Detector, address: str, options: StreamOptions, *, view: StreamView | None, as_json: bool
+) -> None:
+    """Detections of one stream, frame by frame, and how fast they were.
+
+    Raises:
+        ImageError: no frame came any more, or some could not be read.
+    """
     from fcos_deploy.detector.sources import shown_source
 
     source = shown_source(address)
+    if view is not None:
+        note(f"shown at {view.url}" + ("" if view.is_local else ", to everybody who can reach this machine"))
     with detector.stream(address, options=options) as stream:
         try:
             for item in stream:
+                if view is not None:
+                    view.show(item.pixels, item.detections)
                 detections = item.detections.to_list(detector.names)
                 if as_json:
                     document = {
@@ -206,8 +244,14 @@ def _stream(detector: Detector, address: str, options: StreamOptions, *, as_json
             figures = stream.statistics
             note(
                 f"{source}: {figures.detected} of {figures.frames} frames detected in {figures.seconds:.1f} s, "
-                f"{figures.drop_rate:.1%} dropped, {figures.reconnections} reconnections; latency p50 "
-                f"{figures.latency_p50}, p90 {figures.latency_p90}, p99 {figures.latency_p99} ms"
+                f"{figures.drop_rate:.1%} dropped, {figures.failed} unreadable, "
+                f"{figures.reconnections} reconnections; latency p50 {figures.latency_p50}, "
+                f"p90 {figures.latency_p90}, p99 {figures.latency_p99} ms"
             )
             if as_json:
                 print_json_line({"source": source, "statistics": to_json(figures)})
+    if figures.failed:
+        raise ImageError(
+            f"{figures.failed} of {figures.frames} frames of '{source}' could not be read; the last: {figures.problem}",
+            hint="the others were detected on",
+        )

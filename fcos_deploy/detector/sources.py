@@ -7,10 +7,12 @@ slow detector sees the present and what it missed is counted.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,8 @@ __all__ = [
     "read_frames",
     "shown_source",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 cv2 = lazy_import("cv2")
 
@@ -173,6 +177,7 @@ _DEVICE = re.compile(r"/dev/video\d+|\d{1,3}", re.ASCII)
 _TIMEOUT_MS = 5000  # of opening a stream, and of waiting for its next frame
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before a lost source is opened again; doubled each time
 _POLL = 0.1  # seconds between two looks into a folder
+_LATENCIES = 100_000  # of the last frames, for the percentiles: a stream has no end, and memory has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,19 +215,22 @@ class StreamedDetections:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamStatistics:
-    """Frames that came, were detected on and were dropped; reconnections; percentiles of the latency in milliseconds.
+    """Frames that came, were detected on, were dropped and could not be read; reconnections; percentiles of latency.
 
-    The latency is from the frame's arrival in this process to its detections.
+    ``latency_p50`` and so on: of the last 100,000 frames, in milliseconds from a frame's arrival in this process to its
+    detections. ``problem``: why the last of the ``failed`` could not be read.
     """
 
     frames: int
     detected: int
     dropped: int
+    failed: int
     reconnections: int
     seconds: float
     latency_p50: float | None = None
     latency_p90: float | None = None
     latency_p99: float | None = None
+    problem: str = ""
 
     @property
     def drop_rate(self) -> float:
@@ -265,7 +273,9 @@ class DetectionStream:
         self._frames = self._dropped = self._reconnections = 0
         self._problem = ""
         self._stopped = False
-        self._latencies: list[float] = []
+        self._detected = self._failed = 0
+        self._failure = ""
+        self._latencies: deque[float] = deque(maxlen=_LATENCIES)
         self._begin = time.monotonic()
         self._thread = threading.Thread(target=self._read, name="camera", daemon=True)
         self._thread.start()
@@ -294,23 +304,25 @@ class DetectionStream:
             p50, p90, p99 = (None if value is None else round(float(value), 2) for value in percentiles)
             return StreamStatistics(
                 frames=self._frames - waiting,
-                detected=len(self._latencies),
+                detected=self._detected,
                 dropped=self._dropped,
+                failed=self._failed,
                 reconnections=self._reconnections,
                 seconds=round(time.monotonic() - self._begin, 3),
                 latency_p50=p50,
                 latency_p90=p90,
                 latency_p99=p99,
+                problem=self._failure,
             )
 
     def __iter__(self) -> Iterator[StreamedDetections]:
-        """Detections of the newest frame, again and again.
+        """Detections of the newest frame, again and again; a frame that cannot be read is counted and passed over.
 
         Raises:
             ImageError: no frame came for ``give_up`` seconds.
         """
         seen = 0
-        while self._options.max_frames is None or len(self._latencies) < self._options.max_frames:
+        while self._options.max_frames is None or self._detected < self._options.max_frames:
             newest = self._next()
             if newest is None:
                 return
@@ -318,13 +330,17 @@ class DetectionStream:
             wall = time.time() - (time.monotonic() - arrival)
             try:
                 pixels = frame()
-            except ImageError as error:  # a file of a folder that is no image
+                detections = self._detector.detect(pixels)
+            except ImageError as error:  # a file of a folder that is no image, or a frame of no usable size
                 self._problem = error.message
+                with self._changed:
+                    self._failed, self._failure, seen = self._failed + 1, error.message, number
+                _LOG.warning("frame %d is passed over: %s", number, error.message)
                 continue
-            detections = self._detector.detect(pixels)
             latency = time.monotonic() - arrival
             with self._changed:
                 self._latencies.append(latency)
+                self._detected += 1
             dropped, seen = number - seen - 1, number
             yield StreamedDetections(
                 frame=number, time=wall, latency=latency, dropped=dropped, pixels=pixels, detections=detections

@@ -5,8 +5,13 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,9 +25,12 @@ from typer.testing import CliRunner
 
 from fcos_deploy import Detector
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError, ImageError
+from fcos_deploy.detector.draw import draw_detections
 from fcos_deploy.detector.sources import StreamOptions, is_stream, shown_source
+from fcos_deploy.detector.view import StreamView
 
 pytest.importorskip("onnxruntime")
 
@@ -129,6 +137,153 @@ def test_a_stream_whose_size_changes_goes_on(detector: Detector) -> None:
     assert shapes == {(128, 160, 3)}
 
 
+class RtspCamera:
+    """``benchmarks/rtsp_camera.py`` in a process of its own; its frames are ``sizes`` by turns."""
+
+    def __init__(self, *, sizes: tuple[str, ...] = ("160x128",), port: int = 0) -> None:
+        script = Path(__file__).parents[2] / "benchmarks" / "rtsp_camera.py"
+        arguments = [
+            f"--{name}={value}" for name, value in (("port", port), ("rate", 50), *(("size", s) for s in sizes))
+        ]
+        self._process = subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+        self.url = f"rtsp://127.0.0.1:{self.port}/camera"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def test_an_rtsp_server_is_killed_comes_back_and_changes_its_size(detector: Detector) -> None:
+    camera = RtspCamera(sizes=("160x128", "96x64"))
+    with detector.stream(camera.url, options=StreamOptions(max_frames=60, give_up=30)) as stream:
+        items = iter(stream)
+        before = [next(items) for _ in range(30)]
+        camera.kill()
+        again = RtspCamera(sizes=("96x64",), port=camera.port)
+        after = list(items)
+        again.kill()
+        figures = stream.statistics
+    assert {item.pixels.shape for item in before} == {(128, 160, 3), (64, 96, 3)}
+    assert {item.pixels.shape for item in after[-5:]} == {(64, 96, 3)}
+    assert figures.detected == 60
+    assert figures.reconnections >= 1
+    assert figures.frames == figures.detected + figures.dropped + figures.failed
+
+
+def test_an_unreadable_image_of_a_followed_folder_counts_as_failed(
+    tiny_onnx: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    source, ended = next(smooth_images.rglob("*.png")), threading.Event()
+
+    def arrive() -> None:
+        for number in range(200):  # by turns, since nobody says when the command looks for the first time
+            (tmp_path / f"{number}.png").write_bytes(source.read_bytes() if number % 2 else b"no image")
+            if ended.wait(0.3):
+                return
+
+    thread = threading.Thread(target=arrive)
+    thread.start()
+    done = run("predict", tiny_onnx, tmp_path, "--follow", "--max-frames", 2, "--give-up", 30, "--json")
+    ended.set()
+    thread.join()
+    figures = json.loads(done.stdout.splitlines()[-1])["statistics"]
+    assert figures["detected"] == 2
+    assert figures["failed"] >= 1
+    assert figures["frames"] == figures["detected"] + figures["dropped"] + figures["failed"]
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert f"{figures['failed']} of {figures['frames']} frames of '{tmp_path}' could not be read" in message
+    assert "is not an image" in figures["problem"]
+
+
+def _look(url: str, *, frames: int, headers: dict[str, str] | None = None) -> list[Image.Image]:
+    """The first frames that a browser gets."""
+    request = urllib.request.Request(url, headers=headers or {})
+    images = []
+    with urllib.request.urlopen(request, timeout=20) as response:
+        assert response.headers["Content-Type"].startswith("multipart/x-mixed-replace")
+        while len(images) < frames:
+            length = next(int(line[16:]) for line in response if line.startswith(b"Content-Length: "))
+            response.readline()
+            images.append(Image.open(io.BytesIO(response.read(length))).convert("RGB"))
+    return images
+
+
+def test_a_stream_is_shown_and_nobody_who_looks_holds_it_up(detector: Detector) -> None:
+    pixels = np.full((240, 320, 3), 90, np.uint8)
+    detections = Detections(np.float32([[40, 60, 200, 180]]), np.float32([0.9]), np.int64([1]))
+    big = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), np.uint8)
+    with StreamView("http://localhost:0", names=detector.names) as view:
+        view.show(pixels, detections)
+        (shown,) = _look(view.url, frames=1)
+        expected = draw_detections(pixels, detections, detector.names)
+        assert np.abs(np.asarray(shown, int) - expected).mean() < 1.5
+        assert np.abs(expected.astype(int) - pixels).mean() > 3, "a box is drawn"
+        for path, host, code in (("etc", None, 404), ("", "evil.example:1", 403)):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                _look(view.url + path, frames=1, headers={"Host": host} if host else {})
+            assert refused.value.code == code
+            refused.value.close()
+        port = int(view.url.split(":")[-1].strip("/"))
+        sleepers = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        for sleeper in sleepers:  # ask, and read nothing
+            sleeper.sendall(b"GET / HTTP/1.1\r\nHost: localhost:1\r\n\r\n")
+        begin = time.monotonic()
+        for _ in range(200):
+            view.show(big, detections)
+        assert time.monotonic() - begin < 0.5
+        time.sleep(0.5)
+        with pytest.raises(urllib.error.HTTPError) as full:
+            _look(view.url, frames=1)
+        assert full.value.code == 503
+        full.value.close()
+        for sleeper in sleepers:
+            sleeper.close()
+        for _ in range(50):  # they are noticed as gone at the next frames
+            view.show(pixels, detections)
+            time.sleep(0.1)
+            try:
+                assert _look(view.url, frames=1)
+                break
+            except urllib.error.HTTPError as busy:
+                busy.close()
+        else:
+            pytest.fail("the dead viewers keep their places")
+        addresses = {item[4][0] for item in socket.getaddrinfo(socket.gethostname(), None)} - {"127.0.0.1", "::1"}
+        for address in addresses:  # this machine, by the names that others reach it by
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((address, port), timeout=2).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+
+
+def test_predict_shows_a_stream_while_it_runs(tiny_onnx: Path, camera: Camera) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    looks: list[Image.Image] = []
+
+    def look() -> None:
+        for _ in range(100):
+            try:
+                looks.extend(_look(f"http://localhost:{port}/", frames=2))
+                return
+            except OSError:
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    done = run("predict", tiny_onnx, camera.url, "--max-seconds", 6, "--draw", f"http://localhost:{port}")
+    thread.join()
+    assert done.exit_code == 0, done.stderr
+    assert f"shown at http://localhost:{port}/" in done.stderr
+    assert [image.size for image in looks] == [(160, 128)] * 2
+
+
 def test_a_folder_that_grows_is_followed(detector: Detector, smooth_images: Path, tmp_path: Path) -> None:
     sources = sorted(smooth_images.rglob("*.png"))[:4]
     shutil.copyfile(sources[0], tmp_path / "old.png")
@@ -150,6 +305,7 @@ def test_a_folder_that_grows_is_followed(detector: Detector, smooth_images: Path
         thread.start()
         found = list(stream)
     thread.join()
+    assert stream.statistics.failed >= 1
     assert [item.detections.scores.tolist() for item in found] == [
         detector.detect(source).scores.tolist() for source in sources[1:]
     ]
@@ -187,6 +343,11 @@ def test_predict_prints_a_line_a_frame(tiny_onnx: Path, camera: Camera) -> None:
         (("file:///etc/passwd",), 2, "of no protocol that is read here"),
         (("videotestsrc ! appsink",), 2, "built without GStreamer"),
         (("nowhere", "--follow"), 2, "'nowhere' is no stream"),
+        (("http://127.0.0.1:9/none", "--draw", "folder"), 2, "A stream is shown in a browser"),
+        (("a.png", "--draw", "http://localhost:8090"), 2, "A stream is shown in a browser"),
+        (("http://127.0.0.1:9/none", "--draw", "http://localhost"), 2, "is no address to show frames at"),
+        (("http://127.0.0.1:9/none", "--draw", "https://localhost:1"), 2, "is no address to show frames at"),
+        (("http://127.0.0.1:9/none", "--draw", "http://192.0.2.1:8090"), 2, "Cannot show frames at"),
         (("http://127.0.0.1:9/none", "a.png"), 2, "One command reads one stream"),
         (("a.png", "--max-frames", "3"), 2, "end a stream"),
     ],

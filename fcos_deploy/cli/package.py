@@ -22,7 +22,7 @@ def package_command(
     serving: Annotated[
         str,
         cli.option(
-            "What it is for: triton, ovms, deepstream, kserve, trtexec, cpp, oci. Default: none, pack a .tar.",
+            "Its use: triton, ovms, deepstream, dlstreamer, kserve, trtexec, cpp, oci. Default: none, pack a .tar.",
             "--for",
             metavar="NAME",
         ),

@@ -67,7 +67,7 @@ REFUSED: tuple[tuple[str, tuple[int, str]], ...] = (
     (r" verify \S+ --server ", (1, "The server at host:8000 does not answer")),
     (r" doctor --target jetson-", (1, "This machine is not a 'jetson-orin-nano'")),
     # Needs an nms tail: flow/test_deploy.py makes such a bundle and packages it.
-    (r" --for deepstream$", (2, "make the bundle with 'fcos-deploy deploy --tail nms'")),
+    (r" --for (deepstream|dlstreamer)$", (2, "make the bundle with 'fcos-deploy deploy --tail nms'")),
 )
 # What needs a camera, or runs until it is stopped: flow/test_cameras.py runs it with a server and with folders.
 ELSEWHERE = (" rtsp://", " /dev/video0 ", " --follow")

@@ -1,4 +1,4 @@
-"""Packages for serving engines: Triton, OpenVINO Model Server, DeepStream.
+"""Packages for serving engines: Triton, OpenVINO Model Server, DeepStream, DL Streamer.
 
 DeepStream itself is not here. Its parser is compiled against the few declarations of its headers that it uses, written
 down below by their public documentation, and called through ctypes.
@@ -13,19 +13,23 @@ import importlib.util
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fcos_deploy import Detector
 from fcos_deploy.bundle import Artifact, StepRecord, open_bundle
-from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.detections import pairwise_iou
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype
 from fcos_deploy.serving import ServingOptions, package_bundle
 from fcos_deploy.serving.deepstream import PACKAGER
+from fcos_deploy.serving.dlstreamer import PACKAGER as DLSTREAMER
 from fcos_deploy.serving.package import ServedModel
 from fcos_deploy.serving.triton import config_text
 
@@ -174,26 +178,24 @@ extern "C" bool sizes(float* rows, unsigned batch) {
 """
 
 
-def _write(contract: ModelContract, folder: Path, options: ServingOptions | None = None) -> Path:
-    (folder / "src.onnx").write_bytes(b"x")
+def _served(contract: ModelContract, path: Path, options: ServingOptions | None = None) -> ServedModel:
     artifact = Artifact(
-        path="src.onnx",
+        path=path.name,
         kind=ArtifactKind.ONNX,
         precision=Precision.FP16,
         sha256="0" * 64,
         size=1,
         step=StepRecord(name="export"),
     )
-    model = ServedModel(
-        name="m",
-        path=folder / "src.onnx",
-        companions=(),
-        artifact=artifact,
-        contract=contract,
-        options=options or ServingOptions(),
+    return ServedModel(
+        name="m", path=path, companions=(), artifact=artifact, contract=contract, options=options or ServingOptions()
     )
+
+
+def _write(contract: ModelContract, folder: Path, options: ServingOptions | None = None) -> Path:
+    (folder / "src.onnx").write_bytes(b"x")
     (folder / "out").mkdir()
-    PACKAGER.write(model, folder / "out")
+    PACKAGER.write(_served(contract, folder / "src.onnx", options), folder / "out")
     return folder / "out"
 
 
@@ -329,3 +331,114 @@ def test_the_second_input_is_filled_with_the_canvas(parser: ctypes.CDLL) -> None
     parser.sizes.restype = ctypes.c_bool
     assert parser.sizes(rows.ctypes.data_as(ctypes.c_void_p), 2)
     np.testing.assert_array_equal(rows, [[128, 160, 128, 160]] * 2)
+
+
+# What DL Streamer requires of model-proc 2.2.0 (src/gst/bins/model_proc/model_proc_schema.h), restated.
+_MODEL_PROC = {
+    "type": "object",
+    "required": ["json_schema_version", "input_preproc", "output_postproc"],
+    "properties": {
+        "json_schema_version": {"type": "string", "pattern": r"^\d{1,10}\.\d{1,10}\.\d{1,10}$"},
+        "input_preproc": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "layer_name": {"type": "string"},
+                    "format": {"type": "string"},
+                    "params": {"type": "object"},
+                },
+            },
+        },
+        "output_postproc": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "layer_name": {"type": "string"},
+                    "attribute_name": {"type": "string"},
+                    "labels": {"type": ["array", "string"], "items": {"type": ["string", "object"]}},
+                },
+            },
+        },
+    },
+}
+
+
+def _gvadetect(boxes: np.ndarray, labels: np.ndarray, *, threshold: float, iou_threshold: float) -> list[tuple]:
+    """The converter 'boxes_labels', by its source: filter by the threshold, then suppress over all classes."""
+    rows = [(row[:4], row[4], labels.view(np.uint32)[i]) for i, row in enumerate(boxes[0]) if row[4] >= threshold]
+    rows.sort(key=lambda row: -row[1])
+    kept: list[tuple] = []
+    for box, score, label in rows:
+        if all(float(pairwise_iou(box[None], other[0][None])[0, 0]) <= iou_threshold for other in kept):
+            kept.append((box, score, label))
+    return kept
+
+
+def test_gvadetect_gets_the_detections_of_the_model(
+    tiny_export: Callable[..., Path], smooth_images: Path, tmp_path: Path
+) -> None:
+    """The model as it is converted, run by OpenVINO and read by the converter's rules, gives what the host decodes."""
+    ov = pytest.importorskip("openvino")
+    jsonschema = pytest.importorskip("jsonschema")
+    path = tiny_export(tail=Tail.NMS)
+    contract = read_contract(path)
+    DLSTREAMER.write(_served(contract, path), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("gvadetect.txt", "labels.txt", "model.bin", "model.xml", "model_proc.json")
+    ]
+    settings = json.loads((tmp_path / "model_proc.json").read_text())
+    jsonschema.validate(settings, _MODEL_PROC)
+    (post,) = settings["output_postproc"]
+    assert (post["converter"], post["labels"]) == ("boxes_labels", list(contract.channel_names))
+    element = dict(part.split("=", 1) for part in (tmp_path / "gvadetect.txt").read_text().split()[1:])
+    assert float(element["threshold"]) == contract.decode.score_threshold
+    compiled = ov.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert {name for output in compiled.outputs for name in output.names} == {"boxes", "labels"}
+    assert compiled.output("boxes").shape == ov.Shape([1, contract.decode.max_detections, 5])
+    assert compiled.output("labels").shape == ov.Shape([contract.decode.max_detections])
+    found = 0
+    with Detector.open(path, backend="openvino") as detector:
+        for path in sorted(smooth_images.rglob("*.png"))[:4]:
+            image = detector.read(path)[:64, :80]  # of the input's aspect ratio, so that nothing is padded
+            feeds, letterboxes = detector.prepare([image])
+            outputs = compiled([feeds["images"]])
+            assert outputs["labels"].min() >= 0
+            objects = _gvadetect(
+                outputs["boxes"],
+                outputs["labels"],
+                threshold=float(element["threshold"]),
+                iou_threshold=post["iou_threshold"],
+            )
+            expected = detector.detect(image)
+            assert len(objects) == len(expected)
+            boxes = letterboxes[0].to_image(np.float32([box for box, *_ in objects]).reshape(-1, 4))
+            np.testing.assert_allclose(boxes, expected.boxes, atol=0.01)
+            assert [int(label) for *_, label in objects] == expected.labels.tolist()
+            found += len(objects)
+    assert found > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({}, {"tail": Tail.RAW}, "it needs the nms tail"),
+        ({"max_batch": 4}, {}, "the labels of one image"),
+        ({"gpus": (0,)}, {}, "no CUDA GPUs"),
+        ({}, {"input_dtype": InputDtype.FLOAT32}, "of uint8 input"),
+    ],
+)
+def test_what_gvadetect_cannot_do_is_refused(
+    nms_contract: ModelContract,
+    options: dict[str, object],
+    changes: dict[str, object],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    preprocess = {name: value for name, value in changes.items() if name != "tail"}
+    contract = replace(nms_contract, preprocess=replace(nms_contract.preprocess, **preprocess))
+    if "tail" in changes:
+        contract = replace(contract, tail=changes["tail"])
+    with pytest.raises(ConfigError, match=message):
+        DLSTREAMER.write(_served(contract, tmp_path / "model.onnx", ServingOptions(**options)), tmp_path)

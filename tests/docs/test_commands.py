@@ -55,7 +55,7 @@ _NO_TENSORRT = (3, "pip install 'fcos-deploy[tensorrt]'")
 # What does not end with 0 here: its exit code, and what it says.
 REFUSED: tuple[tuple[str, tuple[int, str]], ...] = (
     (r" deploy model\.pth .*--max-map-drop", _NOT_ENOUGH),
-    (r" evaluate model\.int8\..*--max-map-drop", _NOT_ENOUGH),
+    (r" evaluate model\.int8\..*--max-(map|recall)-drop", _NOT_ENOUGH),
     (r" quantize .* --annotations ", _NOT_ENOUGH),
     (r" rollback models/cells", (1, "has no earlier version to go back to")),
     (r" report BUNDLE$", (4, "the images could not decide a limit")),

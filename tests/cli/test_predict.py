@@ -82,7 +82,7 @@ def test_backends_agree(tiny_checkpoint: Path, tiny_onnx: Path, folder: Path) ->
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.weights", "m.pth.tar", "m.onnx", "m"])
 def test_a_checkpoint_is_known_by_its_content(name: str, tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
-    from fcos_deploy.benchmark.cold_start import ColdStartTask, measure_cold_start
+    from fcos_deploy.benchmark.cold_start import measure_cold_start
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.inspect import inspect_file
 
@@ -93,7 +93,7 @@ def test_a_checkpoint_is_known_by_its_content(name: str, tiny_checkpoint: Path, 
     assert json.loads(done.stdout)[0]["detections"] == json.loads(expected.stdout)[0]["detections"]
     assert inspect_file(model).kind == "checkpoint"
     if name == "m":  # the process of its own that deploy and benchmark start
-        assert measure_cold_start(ColdStartTask.of(DetectorSpec(model=model), folder / "b.png")).opened > 0
+        assert measure_cold_start(DetectorSpec(model=model), folder / "b.png").opened > 0
 
 
 @pytest.fixture

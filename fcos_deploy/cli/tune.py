@@ -205,7 +205,8 @@ def _show(tuning: Tuning, output: Path, *, as_json: bool, allow_inconclusive: bo
         note(f"wrote {write_tuning_report(tuning.data, output / 'tune.html')[0]}")
     except MissingDependencyError as error:
         note(f"no page with the plot: {error.message} {error.hint}")
-    verdicts = tuning.verdicts + (tuning.deployment.evaluations.verdicts if tuning.deployment else ())
+    # The same artifact in bf16, which comes behind it, is in the bundle's report and was not chosen.
+    verdicts = tuning.verdicts + (tuning.deployment.evaluations.candidates[0].verdicts if tuning.deployment else ())
     for verdict in verdicts:
         note(verdict_line(verdict))
     if tuning.deployment is not None:

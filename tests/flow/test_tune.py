@@ -17,7 +17,8 @@ from fcos_deploy.benchmark.measure import PowerMeter, PowerReading
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.gate import Outcome
+from fcos_deploy.core.errors import BudgetError
+from fcos_deploy.core.gate import Judge, Outcome
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.detector import Detector
 from fcos_deploy.pipeline.tune import TuneRequest, open_search
@@ -109,6 +110,57 @@ def test_memory_and_power_limit_the_choice_where_they_can_be_read(
         assert [(v.name, v.outcome, v.message) for v in found.verdicts] == [
             ("max_watts", Outcome.INCONCLUSIVE, "no sensor")
         ]
+
+
+def annotate(checkpoint: Path, images: Path, path: Path) -> Path:
+    """COCO annotations of what the model detects."""
+    content: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+    with Detector.open(checkpoint) as detector:
+        content["categories"] = [{"id": k, "name": name} for k, name in enumerate(detector.names)]
+        for number, file in enumerate(sorted(images.rglob("*.png"))):
+            name = file.relative_to(images).as_posix()
+            content["images"].append({"id": number, "file_name": name, "height": 80, "width": 96})
+            found = detector.detect(file).above(0.4)
+            for (x, y, right, bottom), label in zip(found.boxes.tolist(), found.labels.tolist(), strict=True):
+                box = [x, y, right - x, bottom - y]
+                number_of = len(content["annotations"])
+                content["annotations"].append(
+                    {"id": number_of, "image_id": number, "category_id": label, "bbox": box, "area": box[2] * box[3]}
+                )
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_an_ap_is_reached_by_the_whole_interval_or_is_inconclusive(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    def outcome(min_ap: float, judge: Judge = Judge.INTERVAL) -> tuple[Outcome, float]:
+        request = TuneRequest(
+            model=tiny_checkpoint,
+            output=tmp_path / "tuned",
+            images=smooth_images,
+            annotations=annotations,
+            backends=("onnxruntime",),
+            sizes=(InputSize(128, 160),),
+            threads=(1,),
+            min_ap=min_ap,
+            judge=judge,
+        )
+        with open_search(request) as (search, answer):
+            search.run()
+            answer.race()
+            answer.choose()
+            (verdict,) = answer.verdicts
+        assert verdict.value is not None
+        return verdict.outcome, verdict.value
+
+    annotations = annotate(tiny_checkpoint, smooth_images, tmp_path / "annotations.json")
+    passed, ap = outcome(0.05)
+    assert passed is Outcome.PASSED
+    assert outcome(ap - 0.0001)[0] is Outcome.INCONCLUSIVE
+    with pytest.raises(BudgetError, match=r"The nearest is 128x160 .*, AP 0\.") as error:
+        outcome(1.0, Judge.POINT)
+    assert error.value.exit_code == 4
 
 
 def test_int8_of_all_sizes_is_calibrated_once_and_the_front_has_no_bundle(

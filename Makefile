@@ -21,7 +21,7 @@ LOWEST ?= .venv-lowest
 LOWEST_PYTHON ?= python3.10
 LOWEST_STAMP = $(LOWEST)/.installed
 
-.PHONY: install server-env old-openvino-env model-signing-env ray-env lowest-env demo test test-fast test-lowest check schemas docs dist fix
+.PHONY: install server-env old-openvino-env model-signing-env ray-env lowest-env demo test test-fast test-lowest matrix check schemas docs dist fix
 
 install: $(STAMP)
 
@@ -89,6 +89,21 @@ test-fast: $(STAMP)
 # Old libraries warn of what newer ones drop; that is no error here.
 test-lowest: $(LOWEST_STAMP)
 	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -W default -m 'not slow' -q tests/unit tests/contract tests/cli
+
+# What a device runs, without torch, on every Python that is named and found; each in an environment of its own.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+MATRIX ?= .venv-matrix
+MATRIX_TESTS = $(addprefix tests/unit/test_,preprocess.py decode.py nms.py postprocess.py matching.py gate.py serialize.py \
+	detections.py files.py image_io.py checkpoint_options.py) tests/cli/test_settings.py
+
+matrix:
+	for python in $(PYTHONS); do \
+		$$python -c '' || { echo "$$python: not here"; continue; }; \
+		$$python -m venv --clear $(MATRIX) && \
+		$(MATRIX)/bin/pip install --quiet '.[onnxruntime,eval,sign]' pytest pytest-timeout hypothesis jsonschema filelock && \
+		echo "$$python: $$($(MATRIX)/bin/python --version)" && \
+		$(MATRIX)/bin/python -m pytest -q -W default -m 'not slow' $(MATRIX_TESTS) || exit 1; \
+	done
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -404,7 +404,8 @@ def ap_interval(samples: ApSamples, *, confidence: float = 0.95) -> ApInterval:
     Raises:
         ConfigError: the data has no object.
     """
-    return _interval(samples.values, images=samples.positives.shape[1], confidence=confidence)
+    interval = _interval(samples.values, images=samples.positives.shape[1], confidence=confidence)
+    return replace(interval, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
 def paired_ap_drop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.machine import kernel_text
+from fcos_deploy.core.machine import kernel_text, usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import Detector
 
@@ -222,7 +223,7 @@ _BEYOND = 2  # times beyond a percentile that make it one
 # Spread of the rounds' ratios, as largest quartile over smallest, from which on a single number is no summary.
 _MAX_SPREAD = 1.3
 
-_BATCH = 16  # images of one call when throughput is measured
+_BATCH = 16  # the most images of one call when throughput is measured; fewer where the network is slow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,7 +345,7 @@ class Timing:
         return LatencyStats.of(np.array(self.whole))
 
     def stage_medians(self) -> StageMedians:
-        """Of the stages, which were timed in detections of their own."""
+        """Of the stages of the same detections."""
         preprocess, infer, decode = (float(v) for v in np.median(np.array(self.stages), axis=0))
         return StageMedians(preprocess=preprocess, infer=infer, decode=decode)
 
@@ -378,26 +379,22 @@ def _time_block(detector: Detector, image: NDArray[np.uint8], *, block: int, tim
     detector.detect(image)
     for _ in range(block - 1):
         started = time.perf_counter()
-        detector.detect(image)
+        _, stages = detector.detect_timed(image)
         timing.whole.append(1000 * (time.perf_counter() - started))
+        preprocess, infer, decode = (1000 * seconds for seconds in stages)
+        timing.stages.append((preprocess, infer, decode))
     timing.rounds.append(min(timing.whole[-(block - 1) :]))
-    marks = [time.perf_counter()]
-    feeds, letterboxes = detector.prepare([image])
-    marks.append(time.perf_counter())
-    outputs = detector.session.borrow(feeds)
-    marks.append(time.perf_counter())
-    detector.finish(outputs, letterboxes)
-    marks.append(time.perf_counter())
-    preprocess, infer, decode = (1000 * float(seconds) for seconds in np.diff(marks))
-    timing.stages.append((preprocess, infer, decode))
 
 
 def measure_throughput(detector: Detector, image: NDArray[np.uint8], *, seconds: float) -> float:
     """Images a second with as many requests at a time as the runtime takes, measured for at least ``seconds``."""
-    images = [image] * _BATCH
-    detector.detect_batch(images)
+    streams = min(usable_cpus(), _BATCH)  # a runtime on processors opens no more by itself
+    opened = time.perf_counter()
+    detector.detect_batch([image] * streams)
+    fitting = math.ceil(seconds * streams / (time.perf_counter() - opened))
+    images = [image] * min(_BATCH, max(2 * streams, fitting))
     done, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
         detector.detect_batch(images)
-        done += _BATCH
+        done += len(images)
     return done / spent

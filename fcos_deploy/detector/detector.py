@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -255,10 +256,23 @@ class Detector:
             ImageError: the file or array is not a usable image.
             BackendError: the detector is closed, or the runtime failed.
         """
+        return self.detect_timed(image)[0]
+
+    def detect_timed(self, image: Image) -> tuple[Detections, tuple[float, float, float]]:
+        """As ``detect``, and the seconds that preprocessing, the network and decoding took.
+
+        Raises:
+            ImageError, BackendError: as ``detect``.
+        """
         self.session.check_process()  # before the lock, which another thread may have held at the fork
+        started = time.perf_counter()
         feeds, letterboxes = self._feeds.make([self.read(image)], reuse=True)
         with self._turn:
-            return self.finish(self.session.borrow(feeds), letterboxes)[0]
+            prepared = time.perf_counter()
+            outputs = self.session.borrow(feeds)
+            ran = time.perf_counter()
+            (detections,) = self.finish(outputs, letterboxes)
+        return detections, (prepared - started, ran - prepared, time.perf_counter() - ran)
 
     def detect_batch(self, images: Sequence[Image]) -> list[Detections]:
         """Detections of each image, in their order, with as many in a request and at a time as the model takes.

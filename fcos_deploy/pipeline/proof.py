@@ -63,7 +63,7 @@ __all__ = [
 # A float32 artifact computes what PyTorch computes: a drop that shows in the third decimal, or without annotations one
 # detection of 200 that has no partner, is a fault, not rounding.
 _FP32_MAP_DROP, _FP32_MATCH_RATE = 0.0005, 0.995
-_TIMING = TimingOptions(rounds=6, throughput_seconds=1.0)
+_TIMING = TimingOptions(rounds=6, warmup=2, throughput_seconds=1.0)
 
 
 def with_bf16(variants: list[Variant]) -> list[Variant]:

@@ -186,7 +186,7 @@ class DeployRequest:
         if self.annotations is None and any(limit is not None for limit in needs_annotations):
             raise ConfigError(
                 "A loss of AP, precision or recall cannot be limited without annotations.",
-                hint="give --annotations FILE, or --min-match-rate",
+                hint="give --annotations FILE, or --min-match-rate in place of these limits",
             )
         _ = self.gate  # which refuses limits that are no share of 1
 

@@ -204,7 +204,8 @@ class Measured:
 class Tuning:
     """A finished search: ``data`` is what its page shows; ``deployment`` the bundle of the chosen one, if there is one.
 
-    ``verdicts``: on ``min_ap`` of the chosen one. ``failure``: why there is no bundle although there is a limit.
+    ``verdicts``: on ``min_ap`` of the chosen one, and on its time in the bundle. ``failure``: why there is no bundle
+    although there is a limit.
     """
 
     data: TuningData
@@ -486,15 +487,16 @@ def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
         answer.race()
         deployment, failure = _deploy_best(answer, search.models, request.output / "bundle", progress=progress)
     shutil.rmtree(request.output / "trials" / "work", ignore_errors=True)  # What it holds is in the cache of steps.
-    data = answer.data()
+    data, verdicts = answer.data(), answer.verdicts
     if deployment is not None:
         data = replace(data, notes=(*data.notes, _load_sentence(deployment)))
+        verdicts += _time_as_deployed(request, deployment)
     write_text(request.output / "tune.json", json.dumps(to_json(data), indent=1) + "\n")
     return Tuning(
         data=data,
         chosen=next((point for point in data.points if point.status is PointStatus.CHOSEN), None),
         deployment=deployment,
-        verdicts=answer.verdicts,
+        verdicts=verdicts,
         seconds=time.perf_counter() - started,
         failure=failure,
     )
@@ -531,6 +533,26 @@ def _load_sentence(deployment: Deployment) -> str:
     else:
         parts.append(f"{power.watts:.1f} W at full load ({power.source})")
     return f"The chosen one: {' and '.join(parts)}."
+
+
+def _time_as_deployed(request: TuneRequest, deployment: Deployment) -> tuple[Verdict, ...]:
+    """The limit on time, held to what the bundle's own artifact takes: layers may have gone back to float in it."""
+    if request.max_ms is None:
+        return ()
+    benchmark = deployment.benchmark
+    result = benchmark.results[1]  # behind the reference
+    measured = Measured(
+        latency=result.latency, throughput=result.throughput_fps if request.measures_throughput else None
+    )
+    ms, doubt = measured.ms(request.percentile), benchmark.contention.problem
+    message = f"{ms:.1f} ms an image as deployed, at most {request.max_ms:g} asked for"
+    outcome = Outcome.PASSED
+    if ms > request.max_ms:
+        outcome = Outcome.INCONCLUSIVE if doubt else Outcome.FAILED
+        message += f"; {doubt}" if doubt else ""
+    name = "min_throughput" if request.min_throughput else "max_latency_ms"
+    subject = f"{result.backend} {result.precision}"
+    return (Verdict(name=name, subject=subject, outcome=outcome, value=ms, limit=request.max_ms, message=message),)
 
 
 def _deploy_best(

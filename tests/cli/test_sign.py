@@ -75,6 +75,7 @@ def _command(name: str, model: Path, home: Path) -> list[object]:
         "setup": ["setup", model, "--backend", "onnxruntime"],
         "install": ["install", model, home / "installed" / model.name],
         "rollback": ["rollback", _installed_twice(model, home)],
+        "tune": ["tune", model, "--images", images, "--threads", 1, "-o", home / f"tuned-{model.name}"],
         "verify": ["verify", model, "--log", home / "log"],
         "inspect": ["inspect", model],
         "build": ["build", model, "--backend", "onnxruntime", "-o", home / f"{model.name}.onnx"],

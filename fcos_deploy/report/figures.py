@@ -241,7 +241,7 @@ def _precision_recall(data: ReportData) -> Chart | None:
     figure.supxlabel("recall", fontsize=10)
     figure.supylabel("precision", fontsize=10)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)))
     text = (
         "Precision: share of the detections that are right. Recall: share of the objects that are found. At IoU 0.5, "
         "COCO's interpolation. Points: at the score threshold of the class, with 95 % intervals."

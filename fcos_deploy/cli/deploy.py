@@ -88,10 +88,8 @@ def deploy_command(
     ] = None,
     judge: cli.JudgeBy = Judge.INTERVAL,
     allow_inconclusive: cli.AllowInconclusive = False,
-    calibration_count: Annotated[
-        int | None, cli.option("Number of calibration images to choose. Default: up to 128.")
-    ] = None,
-    seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
+    calibration_count: cli.CalibrationCount = None,
+    seed: cli.Seed = 0,
     opset: cli.Opset = None,
     cache: Annotated[
         Path | None,
@@ -111,10 +109,7 @@ def deploy_command(
             "--fast",
         ),
     ] = False,
-    run_code: Annotated[
-        bool,
-        cli.option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code"),
-    ] = False,
+    run_code: cli.RunCode = False,
     dry_run: Annotated[
         bool,
         cli.option(

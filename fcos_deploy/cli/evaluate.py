@@ -15,11 +15,10 @@ from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
-from fcos_deploy.core.gate import Judge
+from fcos_deploy.core.gate import Gate
 
 if TYPE_CHECKING:
     from fcos_deploy.accuracy.gate import Verdict
-    from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
 
 __all__ = ["compare_command", "evaluate_command", "parity_command"]
@@ -28,6 +27,7 @@ __all__ = ["compare_command", "evaluate_command", "parity_command"]
 @cli.with_common_checkpoint_options
 @cli.with_session_options("device", "compute", "threads", "allow_engine_code")
 @cli.with_server_options
+@cli.with_gate_options("max_map_drop", "max_precision_drop", "max_recall_drop", "min_ap", "min_match_rate")
 def evaluate_command(
     model: cli.Model,
     *,
@@ -45,14 +45,7 @@ def evaluate_command(
     ] = None,
     at_precision: cli.AtPrecision = None,
     at_recall: cli.AtRecall = None,
-    max_map_drop: cli.MaxMapDrop = None,
-    max_precision_drop: cli.MaxPrecisionDrop = None,
-    max_recall_drop: cli.MaxRecallDrop = None,
-    min_ap: Annotated[
-        float | None, cli.option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP", panel=cli.GATE)
-    ] = None,
-    min_match_rate: cli.MinMatchRate = None,
-    judge: cli.JudgeBy = Judge.INTERVAL,
+    gate: Gate,
     allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backends = None,
     precision: cli.BundlePrecisions = None,
@@ -77,7 +70,6 @@ def evaluate_command(
     )
     from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
     from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, OperatingGoal, operating_rows
-    from fcos_deploy.core.gate import Gate
     from fcos_deploy.core.serialize import to_json
     from fcos_deploy.detector import DetectorSpec
 
@@ -89,14 +81,7 @@ def evaluate_command(
         reference=DetectorSpec(model=reference, options=cli.reference_options(sessions[reference]))
         if reference
         else None,
-        gate=Gate(
-            max_map_drop=max_map_drop,
-            min_ap=min_ap,
-            max_precision_drop=max_precision_drop,
-            max_recall_drop=max_recall_drop,
-            min_match_rate=min_match_rate,
-            judge=judge,
-        ),
+        gate=gate,
         resamples=resamples,
         limit=limit,
         predictions=predictions,
@@ -128,6 +113,7 @@ def evaluate_command(
 @cli.with_common_checkpoint_options
 @cli.with_session_options("threads")
 @cli.with_server_options
+@cli.with_gate_options("max_map_drop", "max_precision_drop", "max_recall_drop", "min_match_rate")
 def compare_command(
     first: Annotated[
         Path, typer.Argument(metavar="FIRST", help="Model to compare with: checkpoint, ONNX file, engine or bundle.")
@@ -144,11 +130,7 @@ def compare_command(
     rounds: cli.Rounds = 10,
     at_precision: cli.AtPrecision = None,
     at_recall: cli.AtRecall = None,
-    max_map_drop: cli.MaxMapDrop = None,
-    max_precision_drop: cli.MaxPrecisionDrop = None,
-    max_recall_drop: cli.MaxRecallDrop = None,
-    min_match_rate: cli.MinMatchRate = None,
-    judge: cli.JudgeBy = Judge.INTERVAL,
+    gate: Gate,
     allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backend = "",
     second_backend: Annotated[
@@ -175,7 +157,6 @@ def compare_command(
     from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
-    from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
@@ -187,13 +168,6 @@ def compare_command(
         backend=second_backend or backend,
         precision=second_precision or precision,
         options=sessions[second],
-    )
-    gate = Gate(
-        max_map_drop=max_map_drop,
-        max_precision_drop=max_precision_drop,
-        max_recall_drop=max_recall_drop,
-        min_match_rate=min_match_rate,
-        judge=judge,
     )
     if images is None:
         if annotations is not None or report is not None:

@@ -23,7 +23,7 @@ from fcos_deploy.core.checkpoint_options import (
 )
 from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision
 from fcos_deploy.core.file_kinds import is_checkpoint
-from fcos_deploy.core.gate import Judge
+from fcos_deploy.core.gate import Gate, Judge
 from fcos_deploy.core.trust import Trust
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "Bundle",
     "BundlePrecision",
     "BundlePrecisions",
+    "CalibrationCount",
     "Checkpoint",
     "Compute",
     "Device",
@@ -61,15 +62,15 @@ __all__ = [
     "JudgeBy",
     "Junit",
     "Limit",
-    "MaxMapDrop",
     "MaxPrecisionDrop",
     "MaxRecallDrop",
-    "MinMatchRate",
     "Model",
     "Opset",
     "Reference",
     "RequireSignature",
     "Rounds",
+    "RunCode",
+    "Seed",
     "Server",
     "Target",
     "Threads",
@@ -83,6 +84,7 @@ __all__ = [
     "session_options",
     "with_all_checkpoint_options",
     "with_common_checkpoint_options",
+    "with_gate_options",
     "with_parameters",
     "with_required_signature",
     "with_server_options",
@@ -159,6 +161,12 @@ AllowOverlap = Annotated[
     bool,
     option("Evaluation images that are calibration images too are accepted, and reported.", "--allow-overlap"),
 ]
+CalibrationCount = Annotated[int | None, option("Number of calibration images to choose. Default: up to 128.")]
+Seed = Annotated[int, option("Random seed for choosing calibration images.")]
+RunCode = Annotated[
+    bool,
+    option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code"),
+]
 Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
 Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
 _AT = "{} for which each class's score threshold is chosen. Default: the bundle's thresholds, elsewhere best F1."
@@ -202,7 +210,7 @@ Server = Annotated[
     ),
 ]
 
-MaxMapDrop = Annotated[
+_MaxMapDrop = Annotated[
     float | None,
     option(
         "Largest loss of AP against the reference, such as 0.01 for one point; exit code 4 beyond it. "
@@ -214,7 +222,10 @@ MaxMapDrop = Annotated[
 _DROP = "Largest loss of {} at the score thresholds, mean over the classes; needs annotations. Default: no limit."
 MaxPrecisionDrop = Annotated[float | None, option(_DROP.format("precision"), metavar="SHARE", panel=GATE)]
 MaxRecallDrop = Annotated[float | None, option(_DROP.format("recall"), metavar="SHARE", panel=GATE)]
-MinMatchRate = Annotated[
+_MinAp = Annotated[
+    float | None, option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP", panel=GATE)
+]
+_MinMatchRate = Annotated[
     float | None,
     option(
         "Smallest share of the reference's detections that must match (0 to 1); exit code 4 below it. "
@@ -421,6 +432,32 @@ def _with_trust(command: Callable[..., None], options: Mapping[str, Any]) -> Cal
         for name, kind in options.items()
     ]
     return with_parameters(with_trust, command, added, hidden="trust")
+
+
+def with_gate_options(*limits: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these limits and what judges them; it receives them as ``gate``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def with_gate(*, judge: Judge, **arguments: Any) -> None:  # Any: each parameter's own type
+            chosen = {name: arguments.pop(name) for name in limits}
+            command(**arguments, gate=Gate(**chosen, judge=judge))
+
+        added = [_optional(name, _LIMITS[name]) for name in limits]
+        judged_by = inspect.Parameter(
+            "judge", inspect.Parameter.KEYWORD_ONLY, default=Judge.INTERVAL, annotation=JudgeBy
+        )
+        return with_parameters(with_gate, command, [*added, judged_by], hidden="gate")
+
+    return decorate
+
+
+_LIMITS: dict[str, Any] = {  # Any: type forms
+    "max_map_drop": _MaxMapDrop,
+    "max_precision_drop": MaxPrecisionDrop,
+    "max_recall_drop": MaxRecallDrop,
+    "min_ap": _MinAp,
+    "min_match_rate": _MinMatchRate,
+}
 
 
 def with_session_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar, table
-from fcos_deploy.core.gate import Gate, Judge
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.serialize import to_json
 
 __all__ = ["calibrate_command", "quantize_command"]
@@ -28,7 +28,7 @@ def calibrate_command(
         ),
     ] = None,
     count: Annotated[int | None, cli.option("Number of images to choose. Default: up to 128.", min=1)] = None,
-    seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
+    seed: cli.Seed = 0,
     evaluation_images: Annotated[
         Path | None, cli.option("Images that accuracy will be measured on; an overlap is refused.", metavar="PATH")
     ] = None,
@@ -89,6 +89,7 @@ def calibrate_command(
         print_json(to_json(report))
 
 
+@cli.with_gate_options("max_map_drop", "min_match_rate")
 def quantize_command(
     model: cli.Graph,
     *,
@@ -122,9 +123,7 @@ def quantize_command(
         ),
     ] = None,
     annotations: cli.Annotations = None,
-    max_map_drop: cli.MaxMapDrop = None,
-    min_match_rate: cli.MinMatchRate = None,
-    judge: cli.JudgeBy = Judge.INTERVAL,
+    gate: Gate,
     allow_inconclusive: cli.AllowInconclusive = False,
     evaluations: Annotated[
         int,
@@ -158,7 +157,7 @@ def quantize_command(
         ignored_layers=tuple(ignore_layer or ()),
     )
     goal = accuracy_goal(
-        Gate(max_map_drop=max_map_drop, min_match_rate=min_match_rate, judge=judge),
+        gate,
         images=images,
         annotations=annotations,
         placement=request.placement,

@@ -13,7 +13,7 @@ from fcos_deploy.cli.output import note, progress_bar, table
 from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.gate import Judge
+from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.trust import Trust
 
 __all__ = ["report_command"]
@@ -22,6 +22,7 @@ __all__ = ["report_command"]
 @cli.with_common_checkpoint_options
 @cli.with_trust_options
 @cli.with_server_options
+@cli.with_gate_options("max_map_drop", "max_precision_drop", "max_recall_drop")
 def report_command(
     models: Annotated[
         list[Path],
@@ -55,10 +56,7 @@ def report_command(
     rounds: cli.Rounds = 20,
     at_precision: cli.AtPrecision = None,
     at_recall: cli.AtRecall = None,
-    max_map_drop: cli.MaxMapDrop = None,
-    max_precision_drop: cli.MaxPrecisionDrop = None,
-    max_recall_drop: cli.MaxRecallDrop = None,
-    judge: cli.JudgeBy = Judge.INTERVAL,
+    gate: Gate,
     allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backends = None,
     precision: cli.BundlePrecisions = None,
@@ -87,15 +85,13 @@ def report_command(
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.bundle.store import is_bundle
     from fcos_deploy.core.backend import SessionOptions
-    from fcos_deploy.core.gate import Gate
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
-    limits = (max_map_drop, max_precision_drop, max_recall_drop)
     if compare:
         of_both = (reference, images, records, annotations, also, limit, backend, precision, threads)
-        measured = any(value is not None for value in (*of_both, *limits, at_precision, at_recall))
+        measured = gate.has_limits or any(value is not None for value in (*of_both, at_precision, at_recall))
         _side_by_side(models, measured=measured, trust=trust, output=output, title=title)
         return
     model = models[0]
@@ -105,7 +101,7 @@ def report_command(
             hint="--compare puts bundles side by side; --also adds a model that is measured against --reference",
         )
     if records:
-        if any(limit is not None for limit in limits) or images or annotations or reference or also:
+        if gate.has_limits or images or annotations or reference or also:
             raise ConfigError(
                 "Records are judged by the bundle's own gates, and are compared with nothing else.",
                 hint="leave out limits, --reference, --images, --annotations and --also with --records",
@@ -115,7 +111,7 @@ def report_command(
         _sign_off(model, records, trust=asked, keys=trust.public_keys, output=output, inconclusive=allow_inconclusive)
         return
     asked_for_more = (reference, images, annotations, also, limit, at_precision, at_recall, backend, precision, title)
-    if not any((*asked_for_more, *limits)) and is_bundle(model):
+    if not (gate.has_limits or any(asked_for_more)) and is_bundle(model):
         _recorded(model, trust=trust, output=output, inconclusive=allow_inconclusive)
         return
     if reference is None or images is None:
@@ -131,12 +127,7 @@ def report_command(
         candidates=cli.detector_specs({path: sessions[path] for path in models}, backend, precision),
         images=images,
         annotations=annotations,
-        gate=Gate(
-            max_map_drop=max_map_drop,
-            max_precision_drop=max_precision_drop,
-            max_recall_drop=max_recall_drop,
-            judge=judge,
-        ),
+        gate=gate,
         timing=TimingOptions(rounds=rounds),
         limit=limit,
         operating_goal=OperatingGoal.asked(precision=at_precision, recall=at_recall),

@@ -127,9 +127,7 @@ def tune_command(
     judge: cli.JudgeBy = Judge.INTERVAL,
     allow_inconclusive: cli.AllowInconclusive = False,
     allow_overlap: cli.AllowOverlap = False,
-    calibration_count: Annotated[
-        int | None, cli.option("Number of calibration images to choose. Default: up to 128.")
-    ] = None,
+    calibration_count: cli.CalibrationCount = None,
     own_ranges: Annotated[
         bool,
         cli.option(
@@ -137,11 +135,8 @@ def tune_command(
             "--own-ranges",
         ),
     ] = False,
-    seed: Annotated[int, cli.option("Random seed for choosing calibration images.")] = 0,
-    run_code: Annotated[
-        bool,
-        cli.option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code"),
-    ] = False,
+    seed: cli.Seed = 0,
+    run_code: cli.RunCode = False,
     trust: Trust,
     as_json: cli.Json = False,
     options: CheckpointOptions,

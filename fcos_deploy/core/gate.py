@@ -86,6 +86,11 @@ class Gate:
         if self.max_box_delta_px is not None and not self.max_box_delta_px >= 0:
             raise ConfigError(f"max_box_delta_px must not be negative, got {self.max_box_delta_px}.")
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether anything is judged."""
+        return self != Gate(judge=self.judge)
+
 
 class Severity(StrEnum):
     """``warning``: to be known. ``inconclusive``: no verdict on these images can be passed. ``refused``: no run."""

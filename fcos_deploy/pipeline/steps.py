@@ -45,7 +45,8 @@ from fcos_deploy.targets.profiles import load_profile
 
 if TYPE_CHECKING:
     from calibration.dataset import CalibrationSet, SampleOptions
-    from calibration.placement import ConvGraph
+    from calibration.placement import ConvGraph, Placement
+    from calibration.quantizers import QuantizeResult
     from fcos_deploy.model.wrap import WrappedModule
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "build",
     "calibrate",
     "export",
+    "int8_draft",
+    "int8_inputs",
     "make_for_device",
     "open_image_sets",
     "plan_targets",
@@ -470,27 +473,38 @@ def quantize(
             runnable=lambda model: context.engine(model, backend=consumer) if consumer == goal_backend else model,
             progress=context.progress,
         ).result
-        draft = ArtifactDraft(
-            path=name,
-            kind=ArtifactKind.ONNX,
-            precision=Precision.INT8,
-            parent=source.artifact.sha256,
-            placement=policy.name,
-            config=dict(quantized.record),
-            tools=library_versions("onnx"),
-        )
-        return StepOutput(artifacts=(draft,))
+        return StepOutput(artifacts=(int8_draft(name, source, policy, quantized),))
 
     inputs = {
-        "graph": source.artifact.sha256,
-        "calibration": sha256_file(calibrated.path),
-        "placement": json.dumps(to_json(policy), sort_keys=True),
+        **int8_inputs(source, calibrated.path, policy),
         "goal": f"{request.gate} {request.operating_goal} {context.images.evaluation_key} {request.sample}",
     }
     step = context.model_step(
         f"quantize-{policy.name}-{source.tail}", stage=f"quantize {policy.name}", inputs=inputs, make=make
     )
     return Graph(step.artifacts[0], context.writer.path(name), source.tail)
+
+
+def int8_draft(name: str, source: Graph, policy: Placement, quantized: QuantizeResult) -> ArtifactDraft:
+    """What a manifest says of the INT8 graph of ``source``."""
+    return ArtifactDraft(
+        path=name,
+        kind=ArtifactKind.ONNX,
+        precision=Precision.INT8,
+        parent=source.artifact.sha256,
+        placement=policy.name,
+        config=dict(quantized.record),
+        tools=library_versions("onnx"),
+    )
+
+
+def int8_inputs(source: Graph, calibration: Path, policy: Placement) -> dict[str, str]:
+    """What an INT8 graph depends on, apart from an accuracy goal."""
+    return {
+        "graph": source.artifact.sha256,
+        "calibration": sha256_file(calibration),
+        "placement": json.dumps(to_json(policy), sort_keys=True),
+    }
 
 
 def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildOptions | None = None) -> Variant:

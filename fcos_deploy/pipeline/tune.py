@@ -35,7 +35,6 @@ from fcos_deploy.accuracy.predictions import collect_detections
 from fcos_deploy.accuracy.race import Contender, RaceRules, Standing, race
 from fcos_deploy.benchmark.cold_start import measure_cold_start
 from fcos_deploy.benchmark.measure import (
-    Contention,
     ContentionMeter,
     LatencyStats,
     PowerMeter,
@@ -69,7 +68,7 @@ from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.deploy import Deployment, backends_to_measure, deploy
 from fcos_deploy.pipeline.source import source_contract
 from fcos_deploy.pipeline.steps import DeployRequest, open_image_sets
-from fcos_deploy.pipeline.tune_models import CheckpointModels, Configuration, InputSize, TuneModels
+from fcos_deploy.pipeline.tune_models import Configuration, InputSize, TuneModels
 from fcos_deploy.report.tuning import PointStatus, TunedPoint, TuningData, front_of
 
 if TYPE_CHECKING:
@@ -188,10 +187,14 @@ class TuneRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """The time of a configuration; ``throughput`` in images a second where that was measured."""
+    """The time of a configuration; ``throughput`` in images a second where that was measured.
+
+    ``problem``: who disturbed the measurement; empty when nobody is known to have.
+    """
 
     latency: LatencyStats
     throughput: float | None = None
+    problem: str = ""
 
     def ms(self, percentile: int) -> float:
         """What the limit is held to."""
@@ -272,7 +275,6 @@ class Search:
         self.sizes = sorted(models.sizes, key=lambda size: size.pixels(height, width))
         self.measured: dict[Configuration, Measured] = {}
         self.pruned: dict[Configuration, str] = {}
-        self.contention: list[Contention] = []
         self.power_problem = ""  # why the limit on power cannot be judged
         self._lines: list[Configuration] = list(self._all_lines())
         self._screened: set[tuple[str, Precision]] = set()
@@ -342,9 +344,9 @@ class Search:
             throughput: list[float | None] = [None] * len(opened)
             if self.request.measures_throughput:
                 throughput = [measure_throughput(d, self._image, seconds=_THROUGHPUT_SECONDS) for d in detectors]
-            self.contention.append(meter.stop())
+            problem = meter.stop().problem
         for (configuration, _, path), timing, rate in zip(opened, timings, throughput, strict=True):
-            measured = Measured(latency=timing.latency(), throughput=rate)
+            measured = Measured(latency=timing.latency(), throughput=rate, problem=problem)
             write_text(path, json.dumps(to_json(measured)) + "\n")
             self.measured[configuration] = measured
 
@@ -613,7 +615,7 @@ def _open_models(
         sample=SampleOptions(count=request.calibration_count, seed=request.seed),
         allow_overlap=deployment.allow_overlap,
     )
-    return CheckpointModels(
+    return TuneModels(
         deployment,
         images,
         folder=folder,
@@ -771,7 +773,7 @@ class Answer:
             for p in points
         )
         machine = read_machine()
-        problem = next((c.problem for c in search.contention if c.problem), "")
+        problem = next((m.problem for m in search.measured.values() if m.problem), "")
         notes = [n for n in (search.models.note, problem and f"Times are doubtful: {problem}.") if n]
         if not self._dataset.annotated:
             notes.append("No annotations: AP is agreement with the model's own detections at its own size.")

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fcos_deploy.bundle import Artifact, ArtifactDraft, BundleWriter, StepCache, StepOutput
+from fcos_deploy.bundle import BundleWriter, StepCache, StepOutput
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, override_options
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision
+from fcos_deploy.core.enums import PerformanceHint, Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.file_kinds import graph_file, is_checkpoint
-from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.preprocess import PreprocessSpec, SizeRule
 from fcos_deploy.core.progress import ProgressFn
-from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.quantize import quantize_model
 from fcos_deploy.pipeline.source import open_source
-from fcos_deploy.pipeline.steps import DeployContext, DeployRequest, Graph, ImageSets, Variant, build, calibrate, export
+from fcos_deploy.pipeline.steps import (
+    DeployContext,
+    DeployRequest,
+    Graph,
+    ImageSets,
+    Variant,
+    build,
+    calibrate,
+    export,
+    int8_draft,
+    int8_inputs,
+)
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["CheckpointModels", "Configuration", "InputSize", "TuneModels", "size_of", "sizes_around"]
+__all__ = ["Configuration", "InputSize", "TuneModels", "size_of", "sizes_around"]
 
 _SCALES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25)  # of the model's own size
 
@@ -152,37 +153,11 @@ class Configuration:
         return SessionOptions(threads=self.threads, streams=self.streams, hint=self.hint)
 
 
-class TuneModels(ABC):
-    """The artifacts of a search. ``contract`` is the model's own, ``note`` what has to be said of them."""
+class TuneModels:
+    """The artifacts of a search, exported, quantized and built by the steps of a deployment.
 
-    contract: ModelContract
-    sizes: tuple[InputSize, ...]
-    backends: tuple[str, ...]
-    precisions: tuple[Precision, ...]
-    note: str = ""
-
-    @abstractmethod
-    def open_as(self, configuration: Configuration) -> DetectorSpec:
-        """What runs; it is made if it is not there.
-
-        Raises:
-            FcosDeployError: it cannot be made.
-        """
-
-    @abstractmethod
-    def reference(self) -> DetectorSpec:
-        """The model as it came, at its own size."""
-
-    @abstractmethod
-    def deploy_request(self, configuration: Configuration, output: Path) -> DeployRequest:
-        """What makes the bundle of the one that was chosen."""
-
-    def close(self) -> None:  # noqa: B027  (not all hold something)
-        """Release what only the search needed."""
-
-
-class CheckpointModels(TuneModels):
-    """Exported, quantized and built by the steps of a deployment, which takes from ``cache`` what was made here.
+    A deployment takes from ``cache`` what was made here. ``contract`` is the model's own, ``note`` what has to be said
+    of it.
 
     INT8 ranges are those of the model's own size, which serve all sizes (docs/tune.md says how well), or with
     ``own_ranges`` those of each.
@@ -223,11 +198,15 @@ class CheckpointModels(TuneModels):
         return onnx_interface(path).inputs[0].shape[2:] == (None, None)
 
     def reference(self) -> DetectorSpec:
-        """PyTorch, or the graph that was given."""
+        """The model as it came, at its own size: PyTorch, or the graph that was given."""
         return self._own.reference()
 
     def open_as(self, configuration: Configuration) -> DetectorSpec:
-        """By the steps that a deployment has too."""
+        """What runs; it is made if it is not there.
+
+        Raises:
+            FcosDeployError: it cannot be made.
+        """
         context = self._context(configuration.size)
         precision = configuration.precision
         quantized = precision is Precision.INT8
@@ -295,25 +274,11 @@ class CheckpointModels(TuneModels):
                 seed=self._request.seed,
             )
             quantized = quantize_model(request, progress=self._progress).result
-            draft = ArtifactDraft(
-                path=name,
-                kind=ArtifactKind.ONNX,
-                precision=Precision.INT8,
-                parent=source.artifact.sha256,
-                placement=policy.name,
-                config=dict(quantized.record),
-                tools=library_versions("onnx"),
-            )
-            return StepOutput(artifacts=(draft,))
+            return StepOutput(artifacts=(int8_draft(name, source, policy, quantized),))
 
-        inputs = {
-            "graph": source.artifact.sha256,
-            "calibration": sha256_file(path),
-            "placement": json.dumps(to_json(policy), sort_keys=True),
-        }
+        inputs = int8_inputs(source, path, policy)
         step = context.model_step(f"int8-{policy.name}", stage="quantize", inputs=inputs, make=make)
-        artifact: Artifact = step.artifacts[0]
-        return Graph(artifact, context.writer.path(name), source.tail)
+        return Graph(step.artifacts[0], context.writer.path(name), source.tail)
 
     def _ranges(self, context: DeployContext, source: Graph, *, backend: str) -> Path:
         """Those of the model's own size, or, where the graph of this size has other tensors, its own."""
@@ -328,7 +293,7 @@ class CheckpointModels(TuneModels):
         return calibrate(context, source).path
 
     def deploy_request(self, configuration: Configuration, output: Path) -> DeployRequest:
-        """Of one size, backend and precision; what was made for the search is taken from its cache."""
+        """What makes the bundle of the one that was chosen; what was made for the search is taken from its cache."""
         return replace(
             self._sized(configuration.size, output),
             backends=(configuration.backend,),

@@ -50,8 +50,7 @@ class TunedPoint:
     """A configuration, with what is known of it: None was not measured.
 
     Times in milliseconds of one image, ``ap_low`` to ``ap_high`` the 95 % interval over ``images``. ``reason``: why it
-    was pruned, or what its artifact's AP was not measured for. ``watts`` and ``memory_mib``: under load; ``problem``:
-    why one of them is not known.
+    was pruned, or what its artifact's AP was not measured for.
     """
 
     size: str
@@ -69,9 +68,6 @@ class TunedPoint:
     ap_low: float | None = None
     ap_high: float | None = None
     images: int = 0
-    watts: float | None = None
-    memory_mib: float | None = None
-    problem: str = ""
 
     @property
     def label(self) -> str:

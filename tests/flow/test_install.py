@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -99,6 +100,29 @@ def test_versions_are_switched_kept_pruned_and_gone_back_to(
     assert third not in versions(), "what was gone back from is no version to go back to"
     assert _run("rollback", link).exit_code == 0
     assert _name(link) == "two"
+
+
+def test_after_every_step_of_a_switch_the_link_leads_to_a_version(
+    bundles: dict[str, Path], link: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _run("install", bundles["one"], link).exit_code == 0
+    seen: list[str] = []
+
+    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+        def take(*arguments: Any, **options: Any) -> Any:
+            result = step(*arguments, **options)
+            seen.append(_name(link))
+            return result
+
+        return take
+
+    with open_bundle(bundles["two"]) as opened, InstalledVersions(link) as versions:
+        version = versions.publish(versions.stage(opened))
+        for step in ("replace", "rename", "unlink", "symlink_to"):
+            monkeypatch.setattr(Path, step, watched(getattr(Path, step)))
+        versions.switch(version)
+        monkeypatch.undo()
+    assert list(dict.fromkeys(seen)) == ["one", "two"]
 
 
 @pytest.mark.parametrize("form", ["folder", "archive"])

@@ -305,6 +305,13 @@ def test_few_images_widen_the_interval_as_students_t_does() -> None:
         assert 2.1 * error < reach < 2.6 * error
 
 
+def test_an_interval_of_an_ap_stays_between_0_and_1() -> None:
+    for value in (0.02, 0.98):
+        drawn = np.random.default_rng(4).normal(value, 0.1, 500)
+        interval = ap_interval(ApSamples(np.concatenate([[value], drawn]), np.ones((1, 10), np.int64), 0, np.zeros(1)))
+        assert 0 <= interval.low < value < interval.high <= 1
+
+
 def test_pairing_makes_the_interval_narrower() -> None:
     data, good = random_data(3, images=40, noise=2.0)
     _, worse = random_data(3, images=40, noise=2.4)

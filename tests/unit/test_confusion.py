@@ -57,3 +57,10 @@ def test_what_is_taken_for_what() -> None:
     assert {"object": "cell", "detected": "dust", "count": 1} in content["confusion"]
     assert {"object": "dust", "detected": None, "count": 1} in content["confusion"]
     assert content["worst_images"] == [{"image_id": 1, "missed": 2, "extra": 3}]
+
+
+def test_of_equal_overlaps_the_last_object_is_taken_as_coco_does() -> None:
+    left, middle, right = ((x, 0.0, x + 8.0, 8.0) for x in (0.0, 1.0, 2.0))
+    dataset = Dataset((EvaluationImage(1, Path("1.png")),), {1: objects((left, 0), (right, 0))}, NAMES, "by hand")
+    result = confusion(dataset, {1: detected((middle, 0.9, 0))}, Thresholds(scores=(0.5,) * 3, origin="test"))
+    assert result.worst[0].missed.boxes.tolist() == [list(left)]

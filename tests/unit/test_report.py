@@ -313,6 +313,16 @@ def test_same_data_same_file(report: ReportData, tmp_path: Path, page: str) -> N
     assert html.read_text(encoding="utf-8") == page
 
 
+def test_an_interval_that_ends_short_of_its_figure_is_drawn(report: ReportData, tmp_path: Path) -> None:
+    """As rounding leaves it where a share is 0 or 1."""
+    reference, variant = report.variants
+    (point,) = variant.evaluation.operating_points
+    assert point.recall is not None
+    point = replace(point, recall=replace(point.recall, high=point.recall.value - 1e-9))
+    variant = replace(variant, evaluation=replace(variant.evaluation, operating_points=(point,)))
+    write_report(replace(report, variants=(reference, variant)), tmp_path / "report.html")
+
+
 def test_labels_must_differ(report: ReportData) -> None:
     with pytest.raises(ConfigError, match="different labels"):
         replace(report, variants=(report.variants[1], report.variants[1]))

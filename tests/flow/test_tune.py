@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fcos_deploy.benchmark.measure import PowerMeter, PowerReading
+from fcos_deploy.benchmark.measure import Contention, ContentionMeter, PowerMeter, PowerReading
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
@@ -47,7 +47,7 @@ def times(output: Path) -> dict[str, int]:
 
 
 def test_a_killed_search_goes_on_where_it_was_and_within_a_budget_the_highest_ap_is_deployed(
-    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "tuned"
     words = arguments(tiny_checkpoint, smooth_images, output)
@@ -59,7 +59,9 @@ def test_a_killed_search_goes_on_where_it_was_and_within_a_budget_the_highest_ap
         process.send_signal(signal.SIGKILL)
     before = times(output)
     assert before
-    content = answer([*words, "--size", "64x96", "--max-latency-ms", "60000", "--allow-inconclusive"])
+    with monkeypatch.context() as patch:
+        patch.setattr(ContentionMeter, "stop", lambda _: Contention(others=0.5))
+        content = answer([*words, "--size", "64x96", "--max-latency-ms", "60000", "--allow-inconclusive"])
     assert before.items() <= times(output).items(), "what was timed is not timed again"
     by_size = {p["size"]: p for p in content["points"]}
     assert "cannot be made" in by_size["64x96"]["reason"], "its top level would have a single location"
@@ -79,13 +81,13 @@ def test_a_killed_search_goes_on_where_it_was_and_within_a_budget_the_highest_ap
 
     # Times that do not hold when the bundle is made, as those of an idle machine on a busy one.
     for path in (output / "trials" / "times").glob("time-*.json"):
-        kept = json.loads(re.sub(r"\d+\.\d+", "0.002", path.read_text()))
-        path.write_text(json.dumps({**kept, "problem": "other programs used 50% of the processors"}))
+        path.write_text(re.sub(r"\d+\.\d+", "0.002", path.read_text()))
     content = answer([*words, "--max-latency-ms", "0.003", "--judge", "point"], exit_code=4)
     (late,) = (v for v in content["verdicts"] if v["name"] == "max_latency_ms")
     assert late["value"] > late["limit"] == 0.003
     assert "as deployed" in content["said"]
-    assert "Times are doubtful: other programs used 50%" in content["said"], "the doubt is kept with the times"
+    assert any("used 50% of the processors" in path.read_text() for path in (output / "trials" / "times").iterdir())
+    assert "Times are doubtful: other programs used" in content["said"], "the doubt is kept with the times"
 
 
 def test_nothing_within_the_budget_names_the_nearest_and_what_it_costs(

@@ -37,31 +37,31 @@ _LOG = logging.getLogger(__name__)
 # Panels of the help; in each its commands in the order of use, with the module here that defines ``<name>_command``.
 COMMANDS: dict[str, dict[str, str]] = {
     "From a checkpoint to a bundle": {
-        "init": "init",
+        "init": "deploy",
         "deploy": "deploy",
         "tune": "tune",
         "demo": "deploy",
         "inspect": "inspect",
         "doctor": "inspect",
     },
-    "On the device": {"setup": "verify", "install": "install", "rollback": "install"},
+    "On the device": {"setup": "device", "install": "device", "rollback": "device"},
     "Single steps": {
-        "export": "export",
-        "simplify": "export",
-        "calibrate": "quantize",
-        "quantize": "quantize",
-        "build": "build",
-        "package": "package",
+        "export": "steps",
+        "simplify": "steps",
+        "calibrate": "steps",
+        "quantize": "steps",
+        "build": "steps",
+        "package": "bundle",
     },
     "Accuracy": {
-        "verify": "verify",
+        "verify": "device",
         "evaluate": "evaluate",
         "parity": "evaluate",
         "compare": "evaluate",
         "report": "report",
     },
     "Running a model": {"predict": "predict", "benchmark": "benchmark", "soak": "benchmark"},
-    "Signatures": {"sign": "sign", "verify-signature": "sign"},
+    "Signatures": {"sign": "bundle", "verify-signature": "bundle"},
 }
 
 _VERBOSE = typer.Option(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.torch_onnx import _deform_conv
-from fcos_deploy.model.deformable import DeformConv2d
+from fcos_deploy.model.fcos import DeformConv2d
 
 CHANNELS, HEIGHT, WIDTH, ROUNDS = 64, 40, 52, 30
 

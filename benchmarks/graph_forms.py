@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters.simplify import simplified
+from exporters.rewrite import simplified
 from exporters.step_check import compare, onnx_runner, provoking_feed
 from exporters.torch_onnx import Axes, trace
 from fcos_deploy.core.contract import ModelContract

@@ -25,7 +25,7 @@ from scaling_plots import Curves, draw
 
 from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate
 from calibration.dataset import SampleOptions
-from exporters.simplify import simplify_onnx
+from exporters.rewrite import simplify_onnx
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.benchmark.cold_start import peak_memory_mib
 from fcos_deploy.core.backend import PerformanceHint, SessionOptions

@@ -24,7 +24,7 @@ from calibration.calibrate import collect_ranges
 from calibration.dataset import SampleOptions, collect_images
 from calibration.placement import open_graph, placement_for
 from calibration.qdq import quantize_qdq
-from exporters.fp16 import convert_to_fp16
+from exporters.rewrite import convert_to_fp16
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract

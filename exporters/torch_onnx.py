@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from exporters.fp16 import half_precision
-from exporters.simplify import (
+from exporters.rewrite import (
+    half_precision,
     merge_batch_norm_into_deform_conv,
     name_weights_after_convolutions,
     put_weights_aside,
@@ -41,7 +41,7 @@ ir = lazy_import("onnx_ir", extra="export")
 ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
 onnxscript = lazy_import("onnxscript", extra="export")
 tails = lazy_import("fcos_deploy.model.tails", extra="export")  # imports torch
-deformable = lazy_import("fcos_deploy.model.deformable", extra="export")  # imports torch
+fcos = lazy_import("fcos_deploy.model.fcos", extra="export")  # imports torch
 
 DEFAULT_OPSET = 17  # docs/export.md has the measurements
 _DEFORM_CONV = 19  # the first opset that has DeformConv
@@ -209,7 +209,7 @@ def _opset_for(network: Any, options: ExportOptions) -> int:
     Raises:
         ConfigError: an opset without DeformConv was asked for as well.
     """
-    layers = [layer for layer in network.modules() if isinstance(layer, deformable.DeformConv2d)]
+    layers = [layer for layer in network.modules() if isinstance(layer, fcos.DeformConv2d)]
     as_operator = bool(layers) and options.deform_form is DeformForm.OPERATOR
     for layer in layers:
         layer.as_operator = as_operator
@@ -464,8 +464,7 @@ def _shorten_dimensions(model: Any) -> None:
 
 def _translations(*, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """How operators are written in ONNX: ours, and those of torch that its exporter would decompose first."""
-    for module in ("tails", "deformable"):
-        require(f"fcos_deploy.model.{module}", extra="export")  # registers ours
+    require("fcos_deploy.model.tails", extra="export")  # registers ours, as does the network it imports
     own, aten = torch.ops.fcos_deploy, torch.ops.aten
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         own.nms_keep.default: _nms_keep,

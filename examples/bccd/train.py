@@ -20,6 +20,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from losses import Targets, assign_targets, fcos_losses  # beside this file
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
@@ -27,9 +28,7 @@ from torch import Tensor, nn
 
 from fcos_deploy.core.decode import CenterMode, location_centers, location_strides
 from fcos_deploy.core.network import BackboneType, DeformableLayer, FcosConfig, resnet_config
-from fcos_deploy.model.deformable import DeformConv2d
-from fcos_deploy.model.fcos import Fcos, flatten_levels
-from fcos_deploy.model.losses import Targets, assign_targets, fcos_losses
+from fcos_deploy.model.fcos import DeformConv2d, Fcos, flatten_levels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Of the demo's network: the last stage but for its first convolution, and the last layer of both towers.

@@ -78,7 +78,7 @@ def simplify_command(
     model: cli.Graph, *, output: Annotated[Path, cli.output("ONNX file to write.")], as_json: cli.Json = False
 ) -> None:
     """Simplify an ONNX graph and check that its outputs stay the same; dynamic axes stay dynamic."""
-    from exporters.simplify import simplify_onnx
+    from exporters.rewrite import simplify_onnx
 
     with progress_bar() as progress:
         result = simplify_onnx(model, output, progress=progress)

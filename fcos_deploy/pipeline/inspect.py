@@ -32,7 +32,7 @@ from fcos_deploy.core.preprocess import SizeRule
 from fcos_deploy.core.serialize import parse_json, to_json
 from fcos_deploy.core.text import brief
 from fcos_deploy.core.trust import Trust
-from fcos_deploy.targets.accelerators import DLA, NPU, fallback_note, operators_of
+from fcos_deploy.targets.profiles import DLA, NPU, fallback_note, operators_of
 
 __all__ = ["Inspection", "inspect_annotations", "inspect_bundle", "inspect_file", "is_annotations"]
 

@@ -24,7 +24,7 @@ from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.detector import Detector, DetectorSpec
-from fcos_deploy.targets.accelerators import operators_of
+from fcos_deploy.targets.profiles import operators_of
 
 if TYPE_CHECKING:
     from exporters.torch_onnx import HasModel
@@ -92,7 +92,7 @@ class _Network(DeploySource):
     """A PyTorch network with its contract. ``file`` holds its weights, and its size stands for the network's."""
 
     def __init__(self, loaded: HasModel, *, name: str, file: Path, options: CheckpointOptions) -> None:
-        from fcos_deploy.model.deformable import DeformConv2d
+        from fcos_deploy.model.fcos import DeformConv2d
 
         self.name, self.contract, self.sha256 = name, loaded.contract, loaded.contract.source_sha256
         self.size = sum(part.stat().st_size for part in files_of(file))
@@ -179,7 +179,7 @@ class _Graph(DeploySource):
             )
         config = {"opset": str(onnx_interface(self._path).opset)}
         if form.precision is Precision.FP16:
-            from exporters.fp16 import convert_to_fp16
+            from exporters.rewrite import convert_to_fp16
 
             check = convert_to_fp16(self._path, output, progress=progress).check
             return WrittenGraph({**config, check.step: str(check)}, library_versions("onnx"))
@@ -245,7 +245,7 @@ def source_operators(source: Path | WrappedModule, *, options: CheckpointOptions
         return operators_of(describe_checkpoint(source, options=options).config)
     from torch.nn import GroupNorm
 
-    from fcos_deploy.model.deformable import DeformConv2d
+    from fcos_deploy.model.fcos import DeformConv2d
 
     kinds = {"GridSample": DeformConv2d, "GroupNormalization": GroupNorm}
     modules = list(source.model.modules())

@@ -14,8 +14,7 @@ from fcos_deploy.core.exporter import BuildOptions, SizeRange
 from fcos_deploy.core.file_kinds import engine_file, graph_file
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.registry import get_backend, get_exporter
-from fcos_deploy.targets.accelerators import DLA, NPU, fallback_note
-from fcos_deploy.targets.profiles import DeviceProfile
+from fcos_deploy.targets.profiles import DLA, NPU, DeviceProfile, fallback_note
 
 __all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "TrtexecRequest", "plan", "trtexec_command"]
 

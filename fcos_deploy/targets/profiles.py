@@ -1,7 +1,14 @@
-"""Device profiles: what is known of a device without being on it, as TOML files in ``fcos_deploy/targets/devices``."""
+"""What is known of a device without being on it: profiles, and which layers of an FCOS leave its accelerator.
+
+Profiles are TOML files in ``fcos_deploy/targets/devices``. Sources of the layers: TensorRT, "DLA Supported Layers and
+Restrictions" (no GridSample, no normalisation, no TopK, of activations ReLU, sigmoid, tanh and clipped ReLU, of unary
+operations no Exp); openvinotoolkit/npu_compiler (GridSample and MVN are fp16 software kernels of the vector
+processors).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +16,23 @@ from fcos_deploy.core.enums import Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, unknown_name
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
 from fcos_deploy.core.libraries import parse_version
+from fcos_deploy.core.network import BackboneType, BoxActivation, FcosConfig, TowerNorm
 from fcos_deploy.core.serialize import from_json, parse_toml
 from fcos_deploy.core.text import decoded_text
 
-__all__ = ["DeviceFamily", "DeviceProfile", "IntelFacts", "NvidiaFacts", "load_profile", "profile_names"]
+__all__ = [
+    "DLA",
+    "NPU",
+    "Accelerator",
+    "DeviceFamily",
+    "DeviceProfile",
+    "IntelFacts",
+    "NvidiaFacts",
+    "fallback_note",
+    "load_profile",
+    "operators_of",
+    "profile_names",
+]
 
 _FOLDER = Path(__file__).parent / "devices"
 _OLDEST_PYTHON = (3, 10)
@@ -112,3 +132,61 @@ def load_profile(name: str) -> DeviceProfile:
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the device profile '{path}': {error}.") from error
     return from_json(DeviceProfile, content, where=path.name)
+
+
+# ---- accelerators of fixed functions: NVIDIA's DLA, Intel's NPU ----
+
+_SAMPLING = "the sampling of deformable convolutions"
+_NORMS = "GroupNorm"
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """``lacks``: the layers that an ONNX operator computes, by the operators that the accelerator does not execute."""
+
+    name: str
+    fallback: str
+    lacks: Mapping[str, str]
+
+
+DLA = Accelerator(
+    name="a DLA",
+    fallback="the GPU",
+    lacks={
+        "GridSample": _SAMPLING,
+        "DeformConv": "deformable convolutions",
+        "InstanceNormalization": _NORMS,
+        "GroupNormalization": _NORMS,
+        "HardSigmoid": "VoVNet's gates",
+        "Exp": "the exponential of the distances",
+        "TopK": "the top-k of the tail",
+        "NonMaxSuppression": "NMS",
+    },
+)
+NPU = Accelerator(
+    name="an NPU",
+    fallback="its vector processors, in fp16 also where the graph is INT8",
+    lacks={"GridSample": _SAMPLING, "InstanceNormalization": _NORMS, "GroupNormalization": _NORMS},
+)
+
+
+def operators_of(config: FcosConfig) -> frozenset[str]:
+    """ONNX operators of the exported network that some accelerator lacks, without exporting it."""
+    present = {
+        "GridSample": bool(config.deformable),
+        "GroupNormalization": config.tower_norm is TowerNorm.GROUP,
+        "HardSigmoid": config.backbone is BackboneType.VOVNET,
+        "Exp": config.box_activation is BoxActivation.EXP,
+    }
+    return frozenset(operator for operator, there in present.items() if there)
+
+
+def fallback_note(accelerator: Accelerator, operators: Collection[str], *, tail: Tail | None = None) -> str:
+    """The sentence that names the layers which fall back; '' when there are none. ``tail`` adds what it ends in."""
+    computed = set(operators) | ({"TopK"} if tail in (Tail.CANDIDATES, Tail.NMS) else set())
+    layers = dict.fromkeys(layer for operator, layer in accelerator.lacks.items() if operator in computed)
+    if not layers:
+        return ""
+    *first, last = layers
+    listed = f"{', '.join(first)} and {last}" if first else last
+    return f"On {accelerator.name} these layers fall back to {accelerator.fallback}: {listed}."

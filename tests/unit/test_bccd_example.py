@@ -21,6 +21,7 @@ def test_a_size_that_cannot_be_deployed_is_not_trained(
     output = tmp_path / "m.safetensors"
     arguments = ["train.py", "--data", str(tmp_path), "-o", str(output), "--size", *size]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code == 2

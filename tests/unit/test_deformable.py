@@ -30,7 +30,7 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("openvino")
 
-from fcos_deploy.model.deformable import DeformConv2d, make_deformable  # noqa: E402  # imports torch
+from fcos_deploy.model.fcos import DeformConv2d, make_deformable  # noqa: E402  # imports torch
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ onnx = pytest.importorskip("onnx")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from exporters.fp16 import convert_to_fp16  # noqa: E402
+from exporters.rewrite import convert_to_fp16  # noqa: E402
 from exporters.step_check import onnx_runner, provoking_feed  # noqa: E402
 from fcos_deploy.core.contract import read_contract  # noqa: E402
 from fcos_deploy.core.enums import Precision  # noqa: E402

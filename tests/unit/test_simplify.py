@@ -14,8 +14,8 @@ pytest.importorskip("onnxsim")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from exporters import simplify  # noqa: E402
-from exporters.simplify import (  # noqa: E402  # noqa: E402
+from exporters import rewrite  # noqa: E402
+from exporters.rewrite import (  # noqa: E402  # noqa: E402
     LARGE,
     PASSES,
     merge_duplicate_tensors,
@@ -174,7 +174,7 @@ def test_a_pass_that_breaks_the_graph_is_caught(
         weight.const_value = ir.tensor(np.where(array > 0, array, array * np.float32(0.5)), name=weight.name)
         return 0
 
-    monkeypatch.setattr(simplify, "PASSES", (*PASSES, halve_a_weight))
+    monkeypatch.setattr(rewrite, "PASSES", (*PASSES, halve_a_weight))
     with pytest.raises(StepCheckError, match="'simplify' differs from its source"):
         simplify_onnx(tiny_onnx, tmp_path / "s.onnx")
     assert not (tmp_path / "s.onnx").exists()
@@ -217,7 +217,7 @@ def test_what_would_grow_is_not_used(tiny_onnx: Path, monkeypatch: pytest.Monkey
         larger.doc_string = "x" * 100_000
         return larger
 
-    monkeypatch.setattr(simplify, "_with_onnxsim", grow)
+    monkeypatch.setattr(rewrite, "_with_onnxsim", grow)
     feed = {"images": np.zeros((1, 3, 128, 160), np.uint8)}
     result, _ = simplified(model, [feed])
     assert result.ByteSize() <= model.ByteSize()

@@ -16,7 +16,7 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from exporters import simplify, step_check, torch_onnx  # noqa: E402
+from exporters import rewrite, step_check, torch_onnx  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
 from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, trace  # noqa: E402
 from fcos_deploy import Detector  # noqa: E402
@@ -263,7 +263,7 @@ def test_weights_stay_in_a_file_while_steps_work_on_the_graph(
     """Each copy of the graph would be a copy of gigabytes of weights otherwise (benchmarks/export_memory.py)."""
     options = ExportOptions(precision=Precision.FP16)
     whole = export(precision=Precision.FP16)  # 36 KB a weight: smaller than what is put aside
-    monkeypatch.setattr(simplify, "LARGE", 1024)
+    monkeypatch.setattr(rewrite, "LARGE", 1024)
     sizes: list[int] = []
 
     def open_and_measure(model: Path, **options: Any) -> object:

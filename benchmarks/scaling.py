@@ -27,7 +27,7 @@ from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibra
 from calibration.dataset import SampleOptions
 from exporters.rewrite import simplify_onnx
 from exporters.torch_onnx import ExportOptions, export_onnx
-from fcos_deploy.benchmark.cold_start import peak_memory_mib
+from fcos_deploy.benchmark.measure import peak_memory_mib
 from fcos_deploy.core.backend import PerformanceHint, SessionOptions
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.image import list_images, read_image

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fcos_deploy.benchmark.cold_start import ColdStart, measure_cold_start
+from fcos_deploy.benchmark.measure import ColdStart, measure_cold_start
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import FcosDeployError
 from fcos_deploy.core.image import list_images

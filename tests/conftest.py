@@ -195,8 +195,7 @@ def private_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 def short_measurements() -> Iterator[None]:
     """Speed is measured briefly and without new processes, for the tests of a module that look at no time."""
     from fcos_deploy.benchmark import run
-    from fcos_deploy.benchmark.cold_start import ColdStart
-    from fcos_deploy.benchmark.measure import TimingOptions
+    from fcos_deploy.benchmark.measure import ColdStart, TimingOptions
 
     in_turns, brief = run.time_in_turns, TimingOptions(rounds=3, block=2, warmup=1)
     cold_start = ColdStart(imported=0.1, opened=0.2, first_detection=0.3, peak_memory_mib=100.0)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.benchmark.cold_start import ColdStart, measure_cold_start
 from fcos_deploy.benchmark.measure import (
     ClockReading,
+    ColdStart,
     Contention,
     ContentionMeter,
     LatencyStats,
@@ -24,6 +24,7 @@ from fcos_deploy.benchmark.measure import (
     Speedup,
     StageMedians,
     TimingOptions,
+    measure_cold_start,
     measure_throughput,
     read_clock,
     time_in_turns,

@@ -33,12 +33,12 @@ from fcos_deploy.accuracy.dataset import (
 from fcos_deploy.accuracy.gate import Verdict, judge_ap
 from fcos_deploy.accuracy.predictions import collect_detections
 from fcos_deploy.accuracy.race import Contender, RaceRules, Standing, race
-from fcos_deploy.benchmark.cold_start import measure_cold_start
 from fcos_deploy.benchmark.measure import (
     ContentionMeter,
     LatencyStats,
     PowerMeter,
     TimingOptions,
+    measure_cold_start,
     measure_throughput,
     time_in_turns,
 )

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fcos_deploy import SessionOptions
-from fcos_deploy.benchmark.cold_start import measure_cold_start
+from fcos_deploy.benchmark.measure import measure_cold_start
 from fcos_deploy.benchmark.run import demo_image
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.detector import DetectorSpec

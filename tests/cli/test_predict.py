@@ -82,7 +82,7 @@ def test_backends_agree(tiny_checkpoint: Path, tiny_onnx: Path, folder: Path) ->
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.weights", "m.pth.tar", "m.onnx", "m"])
 def test_a_checkpoint_is_known_by_its_content(name: str, tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
-    from fcos_deploy.benchmark.cold_start import measure_cold_start
+    from fcos_deploy.benchmark.measure import measure_cold_start
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.inspect import inspect_file
 

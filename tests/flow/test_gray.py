@@ -18,7 +18,7 @@ from fcos_deploy.checkpoints.load import CheckpointOptions, load_checkpoint
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.preprocess import ChannelOrder
-from fcos_deploy.serving.deepstream import preprocess_config
+from fcos_deploy.serving.gstreamer import preprocess_config
 from fcos_deploy.serving.package import ServedModel, ServingOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_measurements")]

@@ -27,7 +27,7 @@ import fcos_deploy
 from calibration.dataset import SampleOptions, find_images
 from fcos_deploy.accuracy.dataset import load_coco
 from fcos_deploy.accuracy.predictions import PredictionStore
-from fcos_deploy.benchmark.cold_start import module_command
+from fcos_deploy.benchmark.measure import module_command
 from fcos_deploy.bundle import BundleWriter, StepOutput, open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
@@ -257,7 +257,7 @@ def test_the_installed_script_does_not_either(hostile_folder: Path, tiny_onnx: P
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 11)])
 def test_a_module_is_run_without_the_working_directory(version: tuple[int, int], hostile_folder: Path) -> None:
-    command = module_command("fcos_deploy.benchmark.cold_start", version=version)
+    command = module_command("fcos_deploy.benchmark.measure", version=version)
     done = subprocess.run(command, cwd=hostile_folder, input="{}", capture_output=True, text=True, check=False)
     assert "KeyError: 'spec'" in done.stderr, "the module ran"
     assert not (hostile_folder.parent / "marker").exists()

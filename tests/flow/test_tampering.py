@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.benchmark.cold_start import peak_memory_mib
+from fcos_deploy.benchmark.measure import peak_memory_mib
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.bundle.log import append_log, read_log
 from fcos_deploy.bundle.signature import generate_key

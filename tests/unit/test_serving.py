@@ -28,10 +28,11 @@ from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype
 from fcos_deploy.serving import ServingOptions, package_bundle
-from fcos_deploy.serving.deepstream import PACKAGER
-from fcos_deploy.serving.dlstreamer import PACKAGER as DLSTREAMER
+from fcos_deploy.serving.gstreamer import PACKAGER
 from fcos_deploy.serving.package import ServedModel
-from fcos_deploy.serving.triton import config_text
+from fcos_deploy.serving.servers import config_text
+
+DEEPSTREAM, DLSTREAMER = PACKAGER
 
 
 def _config(bundle: Path, output: Path, options: ServingOptions | None = None) -> str:
@@ -195,7 +196,7 @@ def _served(contract: ModelContract, path: Path, options: ServingOptions | None 
 def _write(contract: ModelContract, folder: Path, options: ServingOptions | None = None) -> Path:
     (folder / "src.onnx").write_bytes(b"x")
     (folder / "out").mkdir()
-    PACKAGER.write(_served(contract, folder / "src.onnx", options), folder / "out")
+    DEEPSTREAM.write(_served(contract, folder / "src.onnx", options), folder / "out")
     return folder / "out"
 
 

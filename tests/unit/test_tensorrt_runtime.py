@@ -27,12 +27,19 @@ from fcos_deploy.core.trust import KeptModel
 from runtimes import _cuda as cuda_module
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
 from runtimes._tensorrt_library import install_hint, load_tensorrt
-from runtimes._tensorrt_session import EngineTensor, Lane, TensorrtSession, _require_trust, build_record, choose_device
-from runtimes.tensorrt import BACKEND as TENSORRT
-from runtimes.tensorrt_rtx import BACKEND as RTX
-from runtimes.tensorrt_rtx import _RuntimeCache
+from runtimes.tensorrt import (
+    BACKEND,
+    EngineTensor,
+    Lane,
+    TensorrtSession,
+    _require_trust,
+    _RuntimeCache,
+    build_record,
+    choose_device,
+)
 
-BOTH = pytest.mark.parametrize("backend", [TENSORRT, RTX], ids=lambda backend: backend.name)
+TENSORRT, RTX = BACKEND
+BOTH = pytest.mark.parametrize("backend", BACKEND, ids=lambda backend: backend.name)
 ORIN = CudaDevice(index=0, name="Orin", capability=(8, 7), integrated=True)
 
 

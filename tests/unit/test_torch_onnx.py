@@ -34,7 +34,7 @@ from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec, SizeRule  # n
 from fcos_deploy.model.tails import ExportableFcos  # noqa: E402
 from fcos_deploy.model.wrap import wrap_module  # noqa: E402
 from fcos_deploy.serving.package import ServedModel, ServingOptions  # noqa: E402
-from fcos_deploy.serving.triton import config_text  # noqa: E402
+from fcos_deploy.serving.servers import config_text  # noqa: E402
 from runtimes.onnxruntime import open_model  # noqa: E402
 
 SIZE = (128, 160)

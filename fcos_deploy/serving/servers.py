@@ -1,4 +1,4 @@
-"""A model repository for NVIDIA Triton Inference Server."""
+"""Model repositories for NVIDIA Triton and OpenVINO Model Server, the description of a served model, an OCI layout."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from fcos_deploy.bundle.oci import write_layout
 from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions
+from runtimes.kserve import RemoteModel, write_remote_model
 
-__all__ = ["PACKAGER", "config_text"]
+__all__ = ["PACKAGER", "config_text", "server_config"]
+
 
 # Triton's backend and the file name that it looks for.
 _BACKENDS: dict[ArtifactKind, tuple[str, str]] = {
@@ -35,9 +38,6 @@ class _Triton(Packager):
         model.copy_to(home / str(model.options.version), suffix=_BACKENDS[model.artifact.kind][1])
         (home / "labels.txt").write_text(model.label_text, encoding="utf-8")
         (home / "config.pbtxt").write_text(config_text(model), encoding="utf-8")
-
-
-PACKAGER = _Triton()
 
 
 def config_text(model: ServedModel) -> str:
@@ -102,3 +102,67 @@ def _tensors(kind: str, specs: Iterable[TensorSpec], options: ServingOptions) ->
         label = ', label_filename: "labels.txt"' if kind == "output" and spec.name in _LABELLED else ""
         dims = _dims(spec, options)
         yield f"{kind} {{ name: {_quoted(spec.name)}, data_type: {_TYPES[spec.dtype]}, dims: {dims}{label} }}"
+
+
+_MOUNT = "/models"  # where its container expects the repository
+
+
+class _Ovms(Packager):
+    name = "ovms"
+    readers: ClassVar[Mapping[ArtifactKind, str]] = {
+        ArtifactKind.OPENVINO_IR: "openvino",
+        ArtifactKind.ONNX: "openvino",
+    }
+
+    def write(self, model: ServedModel, folder: Path) -> None:
+        if model.options.max_batch or model.options.gpus:
+            raise ConfigError(
+                "OpenVINO Model Server joins no requests to batches and knows no CUDA GPUs.",
+                hint="leave --max-batch and --gpu out; its requests run side by side, see --instances",
+            )
+        _ = model.inputs  # refuses a model without a fixed input size
+        home = folder / model.name
+        model.copy_to(home / str(model.options.version))
+        (home / "labels.txt").write_text(model.label_text, encoding="utf-8")
+        (home / "contract.json").write_text(contract_to_text(model.contract) + "\n", encoding="utf-8")
+        text = json.dumps(server_config(model.name, model.options), indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def server_config(name: str, options: ServingOptions) -> dict[str, object]:
+    """What ``ovms --config_path`` reads. ``f32``: bfloat16, the default on new CPUs, is not what was certified."""
+    config = {
+        "name": name,
+        "base_path": f"{_MOUNT}/{name}",
+        "target_device": "CPU",
+        "nireq": options.instances,
+        "plugin_config": {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": str(options.instances)},
+    }
+    return {"model_config_list": [{"config": config}]}
+
+
+class _KServe(Packager):
+    """Only the artifact's contract is used: the server may serve any file that keeps it."""
+
+    name = "kserve"
+    readers: ClassVar[Mapping[ArtifactKind, str]] = {}
+
+    def write(self, model: ServedModel, folder: Path) -> None:
+        if not model.options.url:
+            raise ConfigError("A remote model needs its address.", hint="--server http://HOST:8000/v2/models/NAME")
+        write_remote_model(folder / f"{model.name}.kserve", RemoteModel(url=model.options.url, contract=model.contract))
+
+
+class _Oci(Packager):
+    """All files of the bundle, so that the proof and the signature travel along; the tag is the version."""
+
+    name = "oci"
+    readers: ClassVar[Mapping[ArtifactKind, str]] = {}
+
+    def write(self, model: ServedModel, folder: Path) -> None:
+        if model.bundle is None:
+            raise ConfigError("An OCI layout is made of a bundle.")
+        write_layout(model.bundle, folder, tag=str(model.options.version))
+
+
+PACKAGER = (_Triton(), _Ovms(), _KServe(), _Oci())

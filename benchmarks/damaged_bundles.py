@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from fcos_deploy.accuracy.golden import make_golden
 from fcos_deploy.bundle import (
     ArtifactDraft,
     BundleWriter,
@@ -36,14 +37,12 @@ from fcos_deploy.bundle import (
     Provenance,
     RunDefaults,
     StepOutput,
-    make_golden,
     open_bundle,
     pack,
 )
-from fcos_deploy.bundle.golden import GoldenImage
-from fcos_deploy.bundle.log import append_log, read_log
+from fcos_deploy.bundle.manifest import GoldenImage
 from fcos_deploy.bundle.signature import generate_ec_key, generate_key
-from fcos_deploy.bundle.store import sign
+from fcos_deploy.bundle.store import append_log, read_log, sign
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.detections import Detections

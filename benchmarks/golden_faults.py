@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fcos_deploy import Detector, SessionOptions
-from fcos_deploy.accuracy.golden_check import check_golden
+from fcos_deploy.accuracy.golden import check_golden
 from fcos_deploy.bundle import DEFAULT_GATES
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections

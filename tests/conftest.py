@@ -20,6 +20,7 @@ from filelock import FileLock
 from hypothesis import settings
 from numpy.typing import NDArray
 
+from fcos_deploy.accuracy.golden import make_golden
 from fcos_deploy.bundle import (
     DEFAULT_GATES,
     Artifact,
@@ -30,7 +31,6 @@ from fcos_deploy.bundle import (
     Provenance,
     RunDefaults,
     StepOutput,
-    make_golden,
 )
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec

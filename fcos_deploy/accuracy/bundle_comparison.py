@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.coco import ApInterval
 from fcos_deploy.accuracy.diagnosis import contract_causes
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_drop
-from fcos_deploy.bundle.golden import read_golden_image
+from fcos_deploy.accuracy.golden import read_golden_image
 from fcos_deploy.bundle.manifest import AccuracyFigure, BenchmarkFigure, Manifest
 from fcos_deploy.bundle.selection import select_with_layers
 from fcos_deploy.bundle.store import is_bundle, open_trusted

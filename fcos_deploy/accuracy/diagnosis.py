@@ -1,4 +1,4 @@
-"""Why a stage diverges: what differs in the contracts, and which known mistake reproduces the candidate's numbers.
+"""Why a stage diverges, and at which layer: differing contracts, and the known mistake that reproduces the numbers.
 
 Each trial makes one mistake in the reference on purpose. A mistake is named when the reference with it comes (nearly)
 as close to the candidate as rounding allows; nothing is blamed that does not reproduce the numbers.
@@ -8,58 +8,68 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.stages import SeenImage, level_slices, network_input, split_levels
+from fcos_deploy.accuracy.parity import (
+    Cause,
+    LayerFinding,
+    ParityReport,
+    SeenImage,
+    TensorDifference,
+    Tolerance,
+    level_slices,
+    measure_difference,
+    network_input,
+    split_levels,
+)
 from fcos_deploy.core.backend import ComputeType, SessionOptions, Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import location_strides
+from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.matching import MatchOptions, compare_detections
 from fcos_deploy.core.preprocess import InputDtype, ResizeFilter, ResizeOrder, preprocess
+from fcos_deploy.core.progress import ProgressFn, no_progress
+from fcos_deploy.core.registry import get_backend
 from fcos_deploy.detector import Detector
 
 if TYPE_CHECKING:
     from fcos_deploy.model.fcos import Fcos
 
 __all__ = [
-    "Cause",
-    "Evidence",
+    "Layer",
+    "OnnxLayers",
     "activation_causes",
     "class_causes",
     "contract_causes",
+    "explain",
     "explained",
-    "find_causes",
+    "first_diverging_layer",
+    "layer_causes",
     "level_causes",
     "padding_causes",
     "pixel_causes",
     "shifted",
 ]
 
+onnx = lazy_import("onnx", extra="export")
+
 _CONVINCING = 0.9  # share of the squared difference that a mistake must explain
 _LIKELY = 0.5  # the same for pixels, where interpolation and padding leave a rest
 _BORDER = 4  # pixels at the edges, where a shifted image has no content to compare
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cause:
-    """A mistake by name, in a sentence, and how much of the squared difference it explains (1 is all of it).
-
-    Rounding cannot be repeated number by number: there ``explained`` is the ratio of its power to what is expected.
-    """
-
-    name: str
-    sentence: str
-    explained: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Evidence:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Evidence:
     """The image that diverges most, and both detectors, to try mistakes on.
 
     ``network``: the reference's PyTorch network, where there is one; with it mistakes inside the network can be tried.
@@ -78,11 +88,16 @@ def explained(reference: NDArray[Any], candidate: NDArray[Any], trial: NDArray[A
     return 1.0 - after / before if before else 0.0
 
 
-def find_causes(stage: str, evidence: Evidence) -> list[Cause]:
-    """What explains that ``stage`` is the first to diverge, the most likely first; empty when nothing known does."""
+def explain(
+    report: ParityReport, reference: Detector, candidate: Detector, *, network: Fcos | None = None
+) -> ParityReport:
+    """``report`` on the two detectors with what explains its first divergence; with nothing when nothing known does."""
+    if report.first is None:
+        return report
+    stage, evidence = report.first.stage, _Evidence(report.worst, reference, candidate, network)
     finders = {"preprocess": _preprocess_causes, "decode": _decode_causes, "nms": _decode_causes}
     causes = finders.get(stage, _suppression_causes if stage == "detections" else _head_causes)(evidence)
-    return sorted(causes, key=lambda cause: -cause.explained)
+    return replace(report, causes=tuple(sorted(causes, key=lambda cause: -cause.explained)))
 
 
 def _best(causes: Sequence[Cause], *, above: float) -> list[Cause]:
@@ -107,21 +122,21 @@ def contract_causes(reference: ModelContract, candidate: ModelContract, *, part:
 
 
 def _differing_fields(reference: Any, candidate: Any) -> Iterator[tuple[str, Any, Any]]:  # Any: dataclasses of one type
-    for field in dataclasses.fields(reference):
-        first, second = getattr(reference, field.name), getattr(candidate, field.name)
+    for part in dataclasses.fields(reference):
+        first, second = getattr(reference, part.name), getattr(candidate, part.name)
         if dataclasses.is_dataclass(first):
             for name, a, b in _differing_fields(first, second):
                 if name != "name":
-                    yield f"{field.name}.{name}", a, b
+                    yield f"{part.name}.{name}", a, b
         elif first != second:
-            yield field.name, first, second
+            yield part.name, first, second
 
 
 def _value(value: Any) -> str:  # Any: whatever a contract's field holds
     return str(value.value).upper() if isinstance(value, Enum) and len(value.value) == 3 else str(value)
 
 
-def _decode_causes(evidence: Evidence) -> list[Cause]:
+def _decode_causes(evidence: _Evidence) -> list[Cause]:
     reference, candidate = evidence.reference.contract, evidence.candidate.contract
     causes = contract_causes(reference, candidate, part="decode")
     if reference.class_names != candidate.class_names:
@@ -133,7 +148,7 @@ def _decode_causes(evidence: Evidence) -> list[Cause]:
 # The input tensor.
 
 
-def _preprocess_causes(evidence: Evidence) -> list[Cause]:
+def _preprocess_causes(evidence: _Evidence) -> list[Cause]:
     image, spec = evidence.image, evidence.reference.contract.preprocess
     causes = contract_causes(evidence.reference.contract, evidence.candidate.contract, part="preprocess")
     reference = network_input(image.reference_feeds["images"], spec)[0]
@@ -229,7 +244,7 @@ def padding_causes(
 # The head's outputs.
 
 
-def _head_causes(evidence: Evidence) -> list[Cause]:
+def _head_causes(evidence: _Evidence) -> list[Cause]:
     reference, candidate = evidence.image.reference_outputs, evidence.image.candidate_outputs
     causes = []
     computed, used = (d.session.description.get("compute", "") for d in (evidence.reference, evidence.candidate))
@@ -320,7 +335,7 @@ def activation_causes(reference: NDArray[Any], candidate: NDArray[Any], strides:
     return _best(causes, above=_CONVINCING)
 
 
-def _input_mistakes(evidence: Evidence) -> Iterator[tuple[str, str, Tensors]]:
+def _input_mistakes(evidence: _Evidence) -> Iterator[tuple[str, str, Tensors]]:
     """Mistakes in the first layers of the graph, made on the input: name, sentence, and the head's outputs."""
     images = evidence.image.reference_feeds["images"]
     swapped = np.ascontiguousarray(images[:, ::-1])
@@ -349,7 +364,7 @@ _NORMALISATIONS: dict[str, tuple[float, tuple[float, float, float], tuple[float,
 }
 
 
-def _network_mistakes(evidence: Evidence) -> Iterator[tuple[str, str, Tensors]]:
+def _network_mistakes(evidence: _Evidence) -> Iterator[tuple[str, str, Tensors]]:
     """Other normalisations in the graph, and another place of the stride: the same weights fit, silently wrong."""
     network, contract, feeds = evidence.network, evidence.reference.contract, evidence.image.reference_feeds
     if network is None:
@@ -375,7 +390,7 @@ def _network_mistakes(evidence: Evidence) -> Iterator[tuple[str, str, Tensors]]:
         yield "stride-placement", text, detector.infer(feeds)
 
 
-def _options(evidence: Evidence) -> SessionOptions:
+def _options(evidence: _Evidence) -> SessionOptions:
     threads = evidence.reference.session.description.get("threads", "")
     return SessionOptions(threads=int(threads) if threads.isdigit() else None)
 
@@ -384,7 +399,7 @@ def _options(evidence: Evidence) -> SessionOptions:
 _SAME_NOISE, _SIMILAR_NOISE = 0.5, 0.1
 
 
-def _rounding_causes(evidence: Evidence) -> list[Cause]:
+def _rounding_causes(evidence: _Evidence) -> list[Cause]:
     """Whether the differences are as large, in every level and output, as those of a smaller float type."""
     if evidence.network is None:
         return []
@@ -406,7 +421,7 @@ def _rounding_causes(evidence: Evidence) -> list[Cause]:
     return causes
 
 
-def _noise(evidence: Evidence, outputs: Tensors) -> NDArray[np.float64]:
+def _noise(evidence: _Evidence, outputs: Tensors) -> NDArray[np.float64]:
     """Power of the difference over that of the reference, of each level and output."""
     reference = evidence.image.reference_outputs
     levels = level_slices(evidence.image.input_size, evidence.reference.contract.decode.strides)
@@ -420,7 +435,7 @@ def _noise(evidence: Evidence, outputs: Tensors) -> NDArray[np.float64]:
 # The final detections.
 
 
-def _suppression_causes(evidence: Evidence) -> list[Cause]:
+def _suppression_causes(evidence: _Evidence) -> list[Cause]:
     """Whether another overlap threshold of the suppression reproduces the candidate's detections."""
     contract, image = evidence.reference.contract, evidence.image
     options = MatchOptions(iou_threshold=0.9, min_score=0.0)
@@ -439,3 +454,164 @@ def _suppression_causes(evidence: Evidence) -> list[Cause]:
             )
             causes.append(Cause(name="decode.iou_threshold", sentence=text, explained=share))
     return causes + _decode_causes(evidence)
+
+
+# The first layer at which two ONNX graphs diverge: intermediate outputs are exposed as further outputs of the graph, a
+# group of layers at a time, so that only one group is in memory. That also takes them out of the runtime's fusions:
+# what is compared was really computed.
+
+_GROUP = 16  # layers whose outputs are in memory at a time
+_SAME_CONSTANT = 1e-6  # relative RMS: the same numbers, folded in another order
+_SPELLED_OUT = 4  # constants of so few values are shown
+_MANTISSA_BITS = ((7.0, 10.5, "bf16"), (10.5, 15.0, "f16 or tf32"))  # effective bits after one layer
+_WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_SHAPE_OPS = frozenset(
+    {"Constant", "ConstantOfShape", "Shape", "Identity", "Cast", "DequantizeLinear", "QuantizeLinear"}
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """What a layer is: its operator, its settings as text, and its constants by what they are ("weights", "bias").
+
+    A constant is None where the graph computes it, as quantized weights are.
+    """
+
+    name: str
+    kind: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, NDArray[Any] | None] = field(default_factory=dict)
+
+
+class OnnxLayers:
+    """An ONNX graph on a backend that reads ONNX files; a layer is named after its first output.
+
+    ``names``: the nodes with a float output, in the order in which they are computed.
+    """
+
+    def __init__(self, path: Path, *, backend: str = "onnxruntime", options: SessionOptions | None = None) -> None:
+        self._model = onnx.load(str(path))
+        self._backend = backend
+        self._options = options or SessionOptions()
+        self._weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        self._nodes = {node.output[0]: node for node in self._model.graph.node if node.op_type not in _SHAPE_OPS}
+        inferred = onnx.shape_inference.infer_shapes(self._model).graph
+        types = {info.name: info.type.tensor_type.elem_type for info in (*inferred.value_info, *inferred.output)}
+        floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
+        self._types = {name: types[name] for name in self._nodes if types.get(name) in floats}
+        self.names = list(self._types)
+
+    def outputs(self, names: list[str], feeds: Tensors) -> Tensors:
+        """The float32 outputs of some layers, by one run of a copy of the graph that has them as outputs."""
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self._model)
+        exposed = {output.name for output in copy.graph.output}
+        copy.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, self._types[name], None) for name in names if name not in exposed
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "exposed.onnx"
+            onnx.save(copy, str(path))
+            with get_backend(self._backend).open(path, self._options) as session:
+                outputs = session.run({spec.name: feeds[spec.name] for spec in session.inputs})
+        return {name: outputs[name].astype(np.float32) for name in names}
+
+    def layer(self, name: str) -> Layer:
+        """Operator, attributes and constants: weights and bias of a convolution, or just "constant"."""
+        node = self._nodes[name]
+        settings = {a.name: str(onnx.helper.get_attribute_value(a)) for a in node.attribute}
+        parts = ("input", "weights", "bias") if node.op_type in _WEIGHTED_OPS else ("input", "constant", "constant 2")
+        constants = {
+            part: onnx.numpy_helper.to_array(self._weights[source]) if source in self._weights else None
+            for part, source in zip(parts, node.input, strict=False)  # a bias is optional
+            if source
+        }
+        return Layer(name, node.op_type, settings, constants)
+
+
+_OTHER_SHAPE = TensorDifference(
+    max_abs=math.inf, mean_abs=math.inf, relative=math.inf, cosine=0.0, sqnr_db=-math.inf, where=(), image=""
+)
+
+
+def first_diverging_layer(
+    reference: OnnxLayers,
+    candidate: OnnxLayers,
+    feeds: Tensors,
+    *,
+    tolerance: Tolerance,
+    progress: ProgressFn = no_progress,
+) -> LayerFinding | None:
+    """Compare the layers that both graphs have, in order, on the same ``feeds``; None when none diverges.
+
+    Raises:
+        ConfigError: the two have no layer in common.
+    """
+    known = set(candidate.names)
+    common = [name for name in reference.names if name in known]
+    if not common:
+        raise ConfigError(
+            "The two networks have no layer of the same name.", hint="compare graphs that come from one export"
+        )
+    for start in range(0, len(common), _GROUP):
+        group = common[start : start + _GROUP]
+        expected, actual = reference.outputs(group, feeds), candidate.outputs(group, feeds)
+        for position, name in enumerate(group, start=start):
+            difference = _OTHER_SHAPE
+            if expected[name].shape == actual[name].shape:
+                difference = measure_difference(expected[name], actual[name])
+            if not tolerance.holds(difference):
+                layer = candidate.layer(name)
+                causes = layer_causes(reference.layer(name), layer, difference)
+                return LayerFinding(
+                    layer=name, kind=layer.kind, difference=difference, compared=position, causes=tuple(causes)
+                )
+        progress("layers", start + len(group), len(common))
+    return None
+
+
+def layer_causes(reference: Layer, candidate: Layer, difference: TensorDifference) -> list[Cause]:
+    """Why the first diverging layer diverges: its operator, its settings, its weights, or else its arithmetic."""
+
+    def cause(name: str, text: str) -> Cause:
+        return Cause(name=name, sentence=f"{candidate.name}: {text}", explained=1.0)
+
+    if reference.kind != candidate.kind:
+        return [cause("operator", f"the operator is {candidate.kind} in place of {reference.kind}")]
+    causes = [
+        cause(f"layer.{key}", f"{key} is {candidate.settings.get(key)} in place of {value}")
+        for key, value in reference.settings.items()
+        if candidate.settings.get(key) != value
+    ]
+    for part in dict.fromkeys([*reference.constants, *candidate.constants]):
+        change = _constant_change(reference, candidate, part)
+        if change:
+            causes.append(cause(part, f"the {part} {change}"))
+    if causes:
+        return causes
+    bits = difference.bits
+    for low, high, kind in _MANTISSA_BITS:
+        if low <= bits < high:
+            return [cause("compute-type", f"same settings and weights, about {bits:.0f} bits of mantissa ({kind})")]
+    return [cause("arithmetic", f"same settings and weights, another result (SQNR {difference.sqnr_db or 0:.0f} dB)")]
+
+
+def _constant_change(reference: Layer, candidate: Layer, part: str) -> str:
+    """How a constant differs, as the end of a sentence; empty when it is the same or nothing can be said."""
+    if part not in candidate.constants:
+        return "of the reference is missing"
+    if part not in reference.constants:
+        return "is one that the reference does not have"
+    expected, actual = reference.constants[part], candidate.constants[part]
+    if expected is None or actual is None:
+        return ""
+    if expected.size != actual.size:
+        return f"has {actual.size} values in place of {expected.size}"
+    a, b = expected.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
+    change = float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(a)), 1e-30)
+    if change <= _SAME_CONSTANT:
+        return ""
+    if a.size <= _SPELLED_OUT:
+        new, old = (", ".join(f"{value:.4g}" for value in values) for values in (b, a))
+        return f"is {new} in place of {old}"
+    return f"differ{'' if expected.ndim > 1 else 's'} from the reference's by {change:.2%} (RMS)"

@@ -23,7 +23,6 @@ from fcos_deploy.accuracy.coco import (
     selection_factor,
     widened_for_selection,
 )
-from fcos_deploy.accuracy.confusion import Confusion, confusion, confusion_json
 from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
@@ -35,6 +34,7 @@ from fcos_deploy.accuracy.dataset import (
 )
 from fcos_deploy.accuracy.gate import Verdict, judge_agreement, judge_ap, judge_drop, judge_operating_drop
 from fcos_deploy.accuracy.operating_point import (
+    Confusion,
     OperatingCounts,
     OperatingDrop,
     OperatingGoal,
@@ -42,6 +42,8 @@ from fcos_deploy.accuracy.operating_point import (
     Thresholds,
     carried_thresholds,
     chosen_thresholds,
+    confusion,
+    confusion_json,
     equivalent_thresholds,
     operating_counts,
     operating_drops,

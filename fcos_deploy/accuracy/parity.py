@@ -1,60 +1,354 @@
-"""Parity of two detectors: the first stage, or layer, at which one diverges from the reference, how far, and why."""
+"""Parity of two detectors: the first stage at which one diverges from the reference, and how far it is at each."""
 
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.diagnosis import Cause, Evidence, find_causes
-from fcos_deploy.accuracy.stages import (
-    SeenImage,
-    StageResult,
-    TensorDifference,
-    Tolerance,
-    detections_stage,
-    head_stages,
-    host_stages,
-    measure_difference,
-    preprocess_stage,
-    tolerance_for,
-)
-from fcos_deploy.core.backend import ComputeType, SessionOptions, Tensors
+from fcos_deploy.core.backend import ComputeType, Tensors
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.decode import Candidates, DecodeSpec, HeadOutputs, decode, level_sizes
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.matching import DetectionAgreement, agreement_json, compare_detections
 from fcos_deploy.core.postprocess import postprocess
-from fcos_deploy.core.preprocess import Letterbox, padded_size
+from fcos_deploy.core.preprocess import InputDtype, Letterbox, PreprocessSpec, padded_size
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import get_backend
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import Detector
 
-if TYPE_CHECKING:
-    from fcos_deploy.model.fcos import Fcos
-
 __all__ = [
-    "Layer",
+    "Cause",
     "LayerFinding",
-    "OnnxLayers",
     "ParityImage",
     "ParityReport",
+    "SeenImage",
+    "StageResult",
+    "TensorDifference",
+    "Tolerance",
     "compare_stages",
-    "first_diverging_layer",
-    "layer_causes",
+    "level_slices",
+    "measure_difference",
+    "network_input",
     "parity_json",
+    "split_levels",
+    "tolerance_for",
 ]
 
 
-onnx = lazy_import("onnx", extra="export")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDifference:
+    """``max_abs`` and ``mean_abs`` in the tensor's own unit; ``relative`` is ``max_abs`` over the reference's RMS.
+
+    ``sqnr_db``: signal to difference in decibels, None (infinite) when equal. ``where``: index of the largest
+    difference; ``image``: the image that it is on.
+    """
+
+    max_abs: float
+    mean_abs: float
+    relative: float
+    cosine: float
+    sqnr_db: float | None
+    where: tuple[int, ...]
+    image: str
+
+    @property
+    def bits(self) -> float:
+        """Mantissa bits that a rounding of this size leaves: log2 of the signal over the difference (both RMS)."""
+        return math.inf if self.sqnr_db is None else self.sqnr_db / (20 * math.log10(2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """What rounding alone may do to a tensor, and to the detections.
+
+    ``relative``: largest difference over RMS. ``min_sqnr_db``: lowest ratio of signal to difference.
+    ``min_match_rate``: lowest share of detections that agree, in 0..1.
+    """
+
+    relative: float
+    min_sqnr_db: float
+    min_match_rate: float = 0.98
+
+    def holds(self, difference: TensorDifference) -> bool:
+        """Whether the difference can be rounding."""
+        enough = difference.sqnr_db is None or difference.sqnr_db >= self.min_sqnr_db
+        return enough and difference.relative <= self.relative
+
+
+# Rounding to k mantissa bits leaves about 6.02 k + 5 dB; a network of fifty layers loses some 10 dB of it.
+_BY_COMPUTE: dict[ComputeType, Tolerance] = {
+    ComputeType.F32: Tolerance(relative=1e-3, min_sqnr_db=80.0),
+    ComputeType.F16: Tolerance(relative=0.1, min_sqnr_db=40.0, min_match_rate=0.97),
+    ComputeType.BF16: Tolerance(relative=0.5, min_sqnr_db=22.0, min_match_rate=0.95),
+}
+_BY_PRECISION: dict[Precision, Tolerance] = {
+    Precision.FP32: Tolerance(relative=0.0, min_sqnr_db=math.inf, min_match_rate=1.0),
+    Precision.FP16: _BY_COMPUTE[ComputeType.F16],
+    Precision.INT8: Tolerance(relative=4.0, min_sqnr_db=10.0, min_match_rate=0.9),
+}
+
+
+def tolerance_for(precision: Precision, compute: ComputeType) -> Tolerance:
+    """The wider of what the weights' format and the arithmetic allow."""
+    by_precision, by_compute = _BY_PRECISION[precision], _BY_COMPUTE[compute]
+    return Tolerance(
+        relative=max(by_precision.relative, by_compute.relative),
+        min_sqnr_db=min(by_precision.min_sqnr_db, by_compute.min_sqnr_db),
+        min_match_rate=min(by_precision.min_match_rate, by_compute.min_match_rate),
+    )
+
+
+def measure_difference(
+    reference: NDArray[Any], candidate: NDArray[Any], *, image: str = "", min_rms: float = 0.0
+) -> TensorDifference:
+    """Compare two tensors of one shape; what is not finite in only one of them counts as infinitely far.
+
+    ``min_rms``: the smallest scale that ``relative`` and ``sqnr_db`` use, for tensors that are (nearly) all zero.
+    """
+    a, b = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
+    finite = np.isfinite(a) & np.isfinite(b)
+    same = a == b  # before the values that are not finite are replaced: inf equals inf
+    a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+    delta = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
+    worst = int(delta.argmax()) if delta.size else 0
+    signal, noise = float((a * a).sum()), float((delta * delta).sum())
+    norms = math.sqrt(signal) * math.sqrt(float((b * b).sum()))
+    largest = float(delta[worst]) if delta.size else 0.0
+    power = max(signal, min_rms**2 * a.size)
+    sqnr_db = None
+    if noise:
+        sqnr_db = -math.inf if power == 0 or math.isinf(noise) else 10 * math.log10(power / noise)
+    return TensorDifference(
+        max_abs=largest,
+        mean_abs=float(delta.mean()) if delta.size else 0.0,
+        relative=largest / max(math.sqrt(signal / max(1, a.size)), min_rms, 1e-30),
+        cosine=float(a @ b) / norms if norms else float(noise == 0),
+        sqnr_db=sqnr_db,
+        where=tuple(int(i) for i in np.unravel_index(worst, reference.shape)) if delta.size else (),
+        image=image,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """One stage on all images: whether it holds, its largest difference, and a sentence."""
+
+    stage: str
+    passed: bool
+    detail: str
+    difference: TensorDifference | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SeenImage:
+    """One image through both detectors. ``pixels``: (h, w, 3) uint8 RGB.
+
+    ``candidate_outputs`` come from the reference's input tensor, ``candidate_detections`` from the candidate's own.
+    """
+
+    name: str
+    pixels: NDArray[np.uint8]
+    reference_feeds: Tensors
+    candidate_feeds: Tensors
+    reference_outputs: Tensors
+    candidate_outputs: Tensors
+    letterbox: Letterbox
+    reference_detections: Detections
+    candidate_detections: Detections
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Padded (H, W)."""
+        height, width = self.reference_feeds["images"].shape[2:]
+        return int(height), int(width)
+
+    def finish(self, contract: ModelContract) -> Detections:
+        """The detections that ``contract`` makes of the reference's outputs."""
+        outputs, size = self.reference_outputs, self.input_size
+        return postprocess(outputs, contract, index=0, input_size=size, letterbox=self.letterbox)
+
+
+def network_input(tensor: NDArray[Any], spec: PreprocessSpec) -> NDArray[np.float32]:
+    """What the first convolution sees of an input tensor (n, 3, H, W): normalised float32, whichever side does it."""
+    if spec.input_dtype is InputDtype.FLOAT32:
+        return tensor.astype(np.float32, copy=False)
+    mean, std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (spec.mean, spec.std))
+    normalized: NDArray[np.float32] = (tensor.astype(np.float32) / np.float32(spec.pixel_scale) - mean) / std
+    return normalized
+
+
+def level_slices(input_size: tuple[int, int], strides: tuple[int, ...]) -> dict[str, slice]:
+    """Where each pyramid level lies among the L locations of a padded input (H, W); ``P3`` has stride 8."""
+    ends = np.cumsum([0, *(rows * columns for rows, columns in level_sizes(*input_size, strides=strides))]).tolist()
+    return {f"P{s.bit_length() - 1}": slice(a, b) for s, a, b in zip(strides, ends[:-1], ends[1:], strict=True)}
+
+
+# Outputs of the raw tail: how people call each one, and its unit.
+_HEAD_OUTPUTS = {
+    "cls_logits": ("class", "logits"),
+    "distances": ("box", "pixels"),
+    "centerness": ("centerness", "logits"),
+}
+
+
+def split_levels(outputs: Tensors, levels: dict[str, slice]) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """("P3 class", output name, (n, l, channels)) ... of the raw tail, in the order of computation."""
+    for level, where in levels.items():
+        for name, (kind, _) in _HEAD_OUTPUTS.items():
+            yield f"{level} {kind}", name, outputs[name][:, where]
+
+
+# Float arithmetic in another order moves a normalised pixel by a few units in the last place (1e-6), far below this.
+_PREPROCESS_TOLERANCE = Tolerance(relative=1e-4, min_sqnr_db=90.0)
+
+
+def _preprocess_stage(seen: Sequence[SeenImage], reference: ModelContract, candidate: ModelContract) -> StageResult:
+    """Whether both prepare the same input, as the first convolution sees it."""
+    differences = []
+    for image in seen:
+        expected = network_input(image.reference_feeds["images"], reference.preprocess)
+        tensor = network_input(image.candidate_feeds["images"], candidate.preprocess)
+        if expected.shape != tensor.shape:
+            shapes = f"is {_by(tensor.shape)}, the reference's {_by(expected.shape)}"
+            return StageResult(stage="preprocess", passed=False, detail=f"the input tensor of '{image.name}' {shapes}")
+        differences.append(measure_difference(expected, tensor, image=image.name))
+    return _tensor_stage("preprocess", differences, tolerance=_PREPROCESS_TOLERANCE, unit="standard deviations")
+
+
+def _head_stages(seen: Sequence[SeenImage], contract: ModelContract, *, tolerance: Tolerance) -> list[StageResult]:
+    """Each level's class, box and centerness output, given the reference's input; ``contract`` is the reference's."""
+    differences: dict[str, list[TensorDifference]] = {}
+    units: dict[str, str] = {}
+    for image in seen:
+        if image.reference_outputs["cls_logits"].shape != image.candidate_outputs["cls_logits"].shape:
+            shapes = [_by(o["cls_logits"].shape) for o in (image.candidate_outputs, image.reference_outputs)]
+            detail = f"class logits of '{image.name}' are {shapes[0]}, the reference's {shapes[1]}"
+            return [StageResult(stage="head", passed=False, detail=detail)]
+        levels = level_slices(image.input_size, contract.decode.strides)
+        candidate = split_levels(image.candidate_outputs, levels)
+        for (stage, name, expected), (*_, values) in zip(
+            split_levels(image.reference_outputs, levels), candidate, strict=True
+        ):
+            whole = image.reference_outputs[name].astype(np.float64)
+            # A level without any activity must not turn rounding into a large relative difference.
+            floor = 0.1 * float(np.sqrt((whole * whole).mean()))
+            difference = measure_difference(expected, values, image=image.name, min_rms=floor)
+            differences.setdefault(stage, []).append(difference)
+            units[stage] = _HEAD_OUTPUTS[name][1]
+    return [_tensor_stage(stage, d, tolerance=tolerance, unit=units[stage]) for stage, d in differences.items()]
+
+
+def _tensor_stage(
+    stage: str, differences: Sequence[TensorDifference], *, tolerance: Tolerance, unit: str
+) -> StageResult:
+    worst = max(differences, key=lambda d: (not tolerance.holds(d), d.relative))
+    sqnr = "equal" if worst.sqnr_db is None else f"SQNR {worst.sqnr_db:.1f} dB"
+    detail = (
+        f"max {worst.max_abs:.3g} {unit} ({worst.relative:.2g} of the RMS) at {list(worst.where)} of '{worst.image}', "
+        f"mean {worst.mean_abs:.3g}, cosine {worst.cosine:.6f}, {sqnr}"
+    )
+    return StageResult(stage=stage, passed=tolerance.holds(worst), detail=detail, difference=worst)
+
+
+def _host_stages(seen: Sequence[SeenImage], reference: ModelContract, candidate: ModelContract) -> list[StageResult]:
+    """Decoding and suppression by the candidate's contract, on the reference's outputs."""
+    # What two contracts say of the outputs and no number shows.
+    stated = {
+        "strides of the levels": (reference.decode.strides, candidate.decode.strides),
+        "labels of the class channels": (reference.decode.label_map, candidate.decode.label_map),
+        "class names": (reference.class_names, candidate.class_names),
+    }
+    differing = next((what for what, (expected, actual) in stated.items() if expected != actual), "")
+    spec = replace(candidate.decode, strides=reference.decode.strides)
+    decoded = [
+        image.name
+        for image in seen
+        if not _same(_decode(image, reference.decode), _decode(image, spec), "channels", "scores", "boxes")
+    ]
+    changed = replace(reference, decode=_suppression_of(candidate.decode, onto=reference.decode))
+    finished = [i.name for i in seen if not _same(i.finish(reference), i.finish(changed), "boxes", "labels")]
+    return [
+        StageResult(stage="decode", passed=False, detail=f"the {differing} differ")
+        if differing
+        else _host_result("decode", decoded, count=len(seen)),
+        _host_result("nms", finished, count=len(seen)),
+    ]
+
+
+def _decode(image: SeenImage, spec: DecodeSpec) -> Candidates:
+    head = HeadOutputs(*(image.reference_outputs[name][0] for name in _HEAD_OUTPUTS))
+    return decode(head, spec, input_size=image.input_size)
+
+
+def _same(first: object, second: object, *arrays: str) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in arrays)
+
+
+def _suppression_of(spec: DecodeSpec, *, onto: DecodeSpec) -> DecodeSpec:
+    """``onto`` with everything from ``spec`` that acts after decoding: clipping, overlap, limits."""
+    after = ("clip", "nms_space", "box_filter", "iou_offset", "keep_ties", "sort_by_score")
+    profile = replace(onto.profile, **{name: getattr(spec.profile, name) for name in after})
+    return replace(
+        onto,
+        profile=profile,
+        iou_threshold=spec.iou_threshold,
+        max_detections=spec.max_detections,
+        class_agnostic=spec.class_agnostic,
+        min_box_size=spec.min_box_size,
+    )
+
+
+def _host_result(stage: str, different: Sequence[str], *, count: int) -> StageResult:
+    if different:
+        detail = f"differs on {len(different)} of {count} images, first on '{different[0]}'"
+    else:
+        detail = f"the same on {count} images, given the reference's outputs"
+    return StageResult(stage=stage, passed=not different, detail=detail)
+
+
+def _detections_stage(agreement: DetectionAgreement, *, tolerance: Tolerance) -> StageResult:
+    """The final detections of the two, each from its own input."""
+    share = "neither detects anything" if agreement.empty else f"{agreement.match_rate:.1%} agree"
+    detail = (
+        f"{share} ({agreement.missed} missed, {agreement.extra} extra of "
+        f"{agreement.reference}), boxes within {agreement.box_delta_px.max_abs:.3g} pixels, "
+        f"scores within {agreement.score_delta.max_abs:.3g}"
+    )
+    return StageResult(stage="detections", passed=agreement.match_rate >= tolerance.min_match_rate, detail=detail)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """A mistake by name, in a sentence, and how much of the squared difference it explains (1 is all of it).
+
+    Rounding cannot be repeated number by number: there ``explained`` is the ratio of its power to what is expected.
+    """
+
+    name: str
+    sentence: str
+    explained: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFinding:
+    """The first layer whose output diverges, and how far; ``compared`` layers before it held."""
+
+    layer: str
+    kind: str
+    difference: TensorDifference
+    compared: int
+    causes: tuple[Cause, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,10 +361,14 @@ class ParityImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
-    """All stages in order. ``causes``: what explains the first divergence, the most likely first."""
+    """All stages in order. ``worst``: the image that diverges most at the first stage that diverges.
+
+    ``causes``: what explains that divergence, the most likely first (``diagnosis.explain``).
+    """
 
     stages: tuple[StageResult, ...]
     agreement: DetectionAgreement
+    worst: SeenImage
     causes: tuple[Cause, ...] = ()
 
     @property
@@ -90,15 +388,13 @@ def compare_stages(
     images: Sequence[ParityImage],
     *,
     tolerance: Tolerance | None = None,
-    network: Fcos | None = None,
     progress: ProgressFn = no_progress,
 ) -> ParityReport:
     """Compare two detectors on some images; the reference must have the raw tail.
 
     Both should take the same input size and dtype: the candidate's network is given the reference's tensor, so that
     what its own preprocessing does wrong shows in that stage alone. ``tolerance``: None is what the candidate's
-    precision and arithmetic allow. With ``network``, the reference's own, mistakes inside the network are tried as
-    explanations too.
+    precision and arithmetic allow.
 
     Raises:
         ConfigError: no images, or a reference of another tail.
@@ -115,22 +411,19 @@ def compare_stages(
     for done, image in enumerate(images, start=1):
         seen.append(_run(reference, candidate, image))
         progress("parity", done, len(images))
-    stages = [preprocess_stage(seen, reference.contract, candidate.contract)]
+    stages = [_preprocess_stage(seen, reference.contract, candidate.contract)]
     if candidate.contract.tail is Tail.RAW:  # The other tails hide the head's outputs.
-        stages += head_stages(seen, reference.contract, tolerance=tolerance)
-    stages += host_stages(seen, reference.contract, candidate.contract)
+        stages += _head_stages(seen, reference.contract, tolerance=tolerance)
+    stages += _host_stages(seen, reference.contract, candidate.contract)
     agreement = compare_detections(
         {i: image.reference_detections for i, image in enumerate(seen)},
         {i: image.candidate_detections for i, image in enumerate(seen)},
     )
-    stages.append(detections_stage(agreement, tolerance=tolerance))
-    report = ParityReport(stages=tuple(stages), agreement=agreement)
-    if report.first is None:
-        return report
-    difference = report.first.difference
+    stages.append(_detections_stage(agreement, tolerance=tolerance))
+    report = ParityReport(stages=tuple(stages), agreement=agreement, worst=seen[0])
+    difference = report.first and report.first.difference
     worst = next((image for image in seen if difference and image.name == difference.image), seen[0])
-    evidence = Evidence(image=worst, reference=reference, candidate=candidate, network=network)
-    return replace(report, causes=tuple(find_causes(report.first.stage, evidence)))
+    return replace(report, worst=worst)
 
 
 def _run(reference: Detector, candidate: Detector, image: ParityImage) -> SeenImage:
@@ -183,175 +476,3 @@ def _finite(value: Any) -> Any:  # Any: JSON, which has no infinity
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# The first layer at which two ONNX graphs diverge: intermediate outputs are exposed as further outputs of the graph, a
-# group of layers at a time, so that only one group is in memory. That also takes them out of the runtime's fusions:
-# what is compared was really computed.
-
-_GROUP = 16  # layers whose outputs are in memory at a time
-_SAME_CONSTANT = 1e-6  # relative RMS: the same numbers, folded in another order
-_SPELLED_OUT = 4  # constants of so few values are shown
-_MANTISSA_BITS = ((7.0, 10.5, "bf16"), (10.5, 15.0, "f16 or tf32"))  # effective bits after one layer
-_WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_SHAPE_OPS = frozenset(
-    {"Constant", "ConstantOfShape", "Shape", "Identity", "Cast", "DequantizeLinear", "QuantizeLinear"}
-)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layer:
-    """What a layer is: its operator, its settings as text, and its constants by what they are ("weights", "bias").
-
-    A constant is None where the graph computes it, as quantized weights are.
-    """
-
-    name: str
-    kind: str
-    settings: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, NDArray[Any] | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerFinding:
-    """The first layer whose output diverges, and how far; ``compared`` layers before it held."""
-
-    layer: str
-    kind: str
-    difference: TensorDifference
-    compared: int
-    causes: tuple[Cause, ...]
-
-
-class OnnxLayers:
-    """An ONNX graph on a backend that reads ONNX files; a layer is named after its first output.
-
-    ``names``: the nodes with a float output, in the order in which they are computed.
-    """
-
-    def __init__(self, path: Path, *, backend: str = "onnxruntime", options: SessionOptions | None = None) -> None:
-        self._model = onnx.load(str(path))
-        self._backend = backend
-        self._options = options or SessionOptions()
-        self._weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
-        self._nodes = {node.output[0]: node for node in self._model.graph.node if node.op_type not in _SHAPE_OPS}
-        inferred = onnx.shape_inference.infer_shapes(self._model).graph
-        types = {info.name: info.type.tensor_type.elem_type for info in (*inferred.value_info, *inferred.output)}
-        floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
-        self._types = {name: types[name] for name in self._nodes if types.get(name) in floats}
-        self.names = list(self._types)
-
-    def outputs(self, names: list[str], feeds: Tensors) -> Tensors:
-        """The float32 outputs of some layers, by one run of a copy of the graph that has them as outputs."""
-        copy = onnx.ModelProto()
-        copy.CopyFrom(self._model)
-        exposed = {output.name for output in copy.graph.output}
-        copy.graph.output.extend(
-            onnx.helper.make_tensor_value_info(name, self._types[name], None) for name in names if name not in exposed
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "exposed.onnx"
-            onnx.save(copy, str(path))
-            with get_backend(self._backend).open(path, self._options) as session:
-                outputs = session.run({spec.name: feeds[spec.name] for spec in session.inputs})
-        return {name: outputs[name].astype(np.float32) for name in names}
-
-    def layer(self, name: str) -> Layer:
-        """Operator, attributes and constants: weights and bias of a convolution, or just "constant"."""
-        node = self._nodes[name]
-        settings = {a.name: str(onnx.helper.get_attribute_value(a)) for a in node.attribute}
-        parts = ("input", "weights", "bias") if node.op_type in _WEIGHTED_OPS else ("input", "constant", "constant 2")
-        constants = {
-            part: onnx.numpy_helper.to_array(self._weights[source]) if source in self._weights else None
-            for part, source in zip(parts, node.input, strict=False)  # a bias is optional
-            if source
-        }
-        return Layer(name, node.op_type, settings, constants)
-
-
-_OTHER_SHAPE = TensorDifference(
-    max_abs=math.inf, mean_abs=math.inf, relative=math.inf, cosine=0.0, sqnr_db=-math.inf, where=(), image=""
-)
-
-
-def first_diverging_layer(
-    reference: OnnxLayers,
-    candidate: OnnxLayers,
-    feeds: Tensors,
-    *,
-    tolerance: Tolerance,
-    progress: ProgressFn = no_progress,
-) -> LayerFinding | None:
-    """Compare the layers that both graphs have, in order, on the same ``feeds``; None when none diverges.
-
-    Raises:
-        ConfigError: the two have no layer in common.
-    """
-    known = set(candidate.names)
-    common = [name for name in reference.names if name in known]
-    if not common:
-        raise ConfigError(
-            "The two networks have no layer of the same name.", hint="compare graphs that come from one export"
-        )
-    for start in range(0, len(common), _GROUP):
-        group = common[start : start + _GROUP]
-        expected, actual = reference.outputs(group, feeds), candidate.outputs(group, feeds)
-        for position, name in enumerate(group, start=start):
-            difference = _OTHER_SHAPE
-            if expected[name].shape == actual[name].shape:
-                difference = measure_difference(expected[name], actual[name])
-            if not tolerance.holds(difference):
-                layer = candidate.layer(name)
-                causes = layer_causes(reference.layer(name), layer, difference)
-                return LayerFinding(
-                    layer=name, kind=layer.kind, difference=difference, compared=position, causes=tuple(causes)
-                )
-        progress("layers", start + len(group), len(common))
-    return None
-
-
-def layer_causes(reference: Layer, candidate: Layer, difference: TensorDifference) -> list[Cause]:
-    """Why the first diverging layer diverges: its operator, its settings, its weights, or else its arithmetic."""
-
-    def cause(name: str, text: str) -> Cause:
-        return Cause(name=name, sentence=f"{candidate.name}: {text}", explained=1.0)
-
-    if reference.kind != candidate.kind:
-        return [cause("operator", f"the operator is {candidate.kind} in place of {reference.kind}")]
-    causes = [
-        cause(f"layer.{key}", f"{key} is {candidate.settings.get(key)} in place of {value}")
-        for key, value in reference.settings.items()
-        if candidate.settings.get(key) != value
-    ]
-    for part in dict.fromkeys([*reference.constants, *candidate.constants]):
-        change = _constant_change(reference, candidate, part)
-        if change:
-            causes.append(cause(part, f"the {part} {change}"))
-    if causes:
-        return causes
-    bits = difference.bits
-    for low, high, kind in _MANTISSA_BITS:
-        if low <= bits < high:
-            return [cause("compute-type", f"same settings and weights, about {bits:.0f} bits of mantissa ({kind})")]
-    return [cause("arithmetic", f"same settings and weights, another result (SQNR {difference.sqnr_db or 0:.0f} dB)")]
-
-
-def _constant_change(reference: Layer, candidate: Layer, part: str) -> str:
-    """How a constant differs, as the end of a sentence; empty when it is the same or nothing can be said."""
-    if part not in candidate.constants:
-        return "of the reference is missing"
-    if part not in reference.constants:
-        return "is one that the reference does not have"
-    expected, actual = reference.constants[part], candidate.constants[part]
-    if expected is None or actual is None:
-        return ""
-    if expected.size != actual.size:
-        return f"has {actual.size} values in place of {expected.size}"
-    a, b = expected.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
-    change = float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(a)), 1e-30)
-    if change <= _SAME_CONSTANT:
-        return ""
-    if a.size <= _SPELLED_OUT:
-        new, old = (", ".join(f"{value:.4g}" for value in values) for values in (b, a))
-        return f"is {new} in place of {old}"
-    return f"differ{'' if expected.ndim > 1 else 's'} from the reference's by {change:.2%} (RMS)"

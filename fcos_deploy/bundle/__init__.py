@@ -1,6 +1,5 @@
 """The bundle: a detector, the contract around it and the proof, in one folder that can be trusted."""
 
-from fcos_deploy.bundle.golden import GoldenDetections, GoldenImage, GoldenRun, make_golden
 from fcos_deploy.bundle.manifest import (
     DEFAULT_GATES,
     AccuracyFigure,
@@ -8,6 +7,9 @@ from fcos_deploy.bundle.manifest import (
     BenchmarkFigure,
     CalibrationRecord,
     FileRecord,
+    GoldenDetections,
+    GoldenImage,
+    GoldenRun,
     Manifest,
     Provenance,
     Requirements,
@@ -44,7 +46,6 @@ __all__ = [
     "StepResult",
     "VersionRule",
     "is_bundle",
-    "make_golden",
     "open_bundle",
     "open_trusted",
     "pack",

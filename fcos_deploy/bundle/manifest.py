@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from fcos_deploy.bundle.golden import GoldenImage, GoldenRun
+import numpy as np
+
 from fcos_deploy.core.contract import Decision, ModelContract
+from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
 from fcos_deploy.core.gate import Finding, Gate, Outcome
@@ -40,11 +42,15 @@ __all__ = [
     "BenchmarkFigure",
     "CalibrationRecord",
     "FileRecord",
+    "GoldenDetections",
+    "GoldenImage",
+    "GoldenRun",
     "Manifest",
     "Provenance",
     "Requirements",
     "RunDefaults",
     "StepRecord",
+    "TensorFingerprint",
     "VersionRule",
     "bill_of_materials",
     "check_relative_path",
@@ -63,6 +69,7 @@ LAYERS_FOLDER = "device"  # what was built on a device, with manifests of its ow
 MAX_MANIFEST_BYTES = 32 << 20
 
 _SCHEMA_VERSION = 1
+_MAX_PIXELS = 50_000_000  # of a golden image
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_PATH = 240  # bytes; leaves room for a prefix within the 255 of common file systems
 
@@ -158,6 +165,83 @@ DEFAULT_GATES: dict[Precision, Gate] = {
     Precision.FP16: Gate(max_map_drop=0.005, min_iou=0.95, max_score_delta=0.02, min_match_rate=0.97),
     Precision.INT8: Gate(max_map_drop=0.01, min_iou=0.75, max_score_delta=0.15, min_match_rate=0.9),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFingerprint:
+    """One preprocessed tensor: SHA-256 of its bytes, and the means of a grid of cells, which tolerate rounding.
+
+    ``shape`` is (c, H, W); ``cells`` are c * 8 * 8 means, channel by channel and row by row, in the tensor's own unit.
+    """
+
+    sha256: str
+    dtype: str
+    shape: tuple[int, ...]
+    cells: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenDetections:
+    """The reference's detections as plain numbers: boxes xyxy in image pixels."""
+
+    boxes: tuple[tuple[float, float, float, float], ...]
+    scores: tuple[float, ...]
+    labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.boxes) == len(self.scores) == len(self.labels):
+            raise BundleError("A golden image must have as many boxes as scores and labels.")
+
+    @classmethod
+    def from_detections(cls, detections: Detections) -> GoldenDetections:
+        """From a detector's result."""
+        return cls(
+            boxes=tuple((float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in detections.boxes),
+            scores=tuple(float(score) for score in detections.scores),
+            labels=tuple(int(label) for label in detections.labels),
+        )
+
+    def to_detections(self) -> Detections:
+        """As arrays."""
+        return Detections(
+            np.asarray(self.boxes, np.float32).reshape(-1, 4),
+            np.asarray(self.scores, np.float32),
+            np.asarray(self.labels, np.int64),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenImage:
+    """An image file of the bundle, what preprocessing makes of it, and what the reference detects in it.
+
+    ``path`` is relative to the bundle, whose manifest lists it among its files.
+    """
+
+    path: str
+    height: int
+    width: int
+    fingerprint: TensorFingerprint
+    detections: GoldenDetections
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1 or self.height * self.width > _MAX_PIXELS:
+            raise BundleError(f"Golden image '{self.path[:80]}' cannot be {self.height}x{self.width}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenRun:
+    """What one artifact detects in the golden images, in their order, on the machine that made the bundle.
+
+    ``artifact`` is its path in the bundle. ``errors`` summarise how far that is from the reference's detections:
+    ``edge_px_p50``, ``edge_px_p90`` (largest edge error of a box, image pixels), ``score_p50``, ``score_p90``.
+    """
+
+    artifact: str
+    backend: str
+    precision: Precision
+    compute: ComputeType
+    detections: tuple[GoldenDetections, ...]
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,40 +1,36 @@
-"""Opens a bundle, a folder, a .tar or an OCI layout: every file is checked against the manifest before it is parsed."""
+"""Opens a bundle, whose files are checked against its manifest before they are parsed, and keeps its log."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import hashlib
-import io
+import json
 import os
 import re
 import shutil
 import stat
-import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any
 
+from fcos_deploy.bundle.archive import is_archive, is_layout, pack_files, unpack
 from fcos_deploy.bundle.manifest import (
     DIGEST_NAME,
     LAYERS_FOLDER,
     LOG_NAME,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
-    MODEL_SIGNATURE_NAME,
     SIGNATURE_NAME,
     UNLISTED,
     Artifact,
     FileRecord,
     Manifest,
-    check_relative_path,
     parse_manifest,
 )
-from fcos_deploy.bundle.oci import LAYOUT_NAME, PackedFile, is_layout, layout_files, layout_members
 from fcos_deploy.bundle.signature import (
     Envelope,
     check_envelope,
@@ -49,180 +45,32 @@ from fcos_deploy.core.errors import (
     BundleReplacedError,
     ChecksumError,
     ConfigError,
-    FcosDeployError,
     SignatureError,
 )
-from fcos_deploy.core.file_kinds import is_checkpoint
-from fcos_deploy.core.files import PrivateFiles, atomic_file, checked_bytes, open_regular, read_file, sha256_file
+from fcos_deploy.core.files import (
+    PrivateFiles,
+    checked_bytes,
+    lock_file,
+    read_file,
+    sha256_file,
+)
 from fcos_deploy.core.onnx_file import external_locations
 from fcos_deploy.core.trust import Trust
 
 __all__ = [
     "Bundle",
+    "append_log",
     "check_external_data",
     "check_files",
     "digest_line",
-    "is_archive",
     "is_bundle",
     "open_bundle",
     "open_trusted",
     "pack",
-    "pack_files",
+    "read_log",
     "read_manifest",
     "sign",
-    "unpack",
 ]
-
-_MAX_MEMBERS = 20_000
-_MAX_BYTES = 64 << 30
-_MAX_NAME = 1024
-_MAX_HEADER = 1 << 16  # bytes of an extended header: names of 1024 characters and times
-_FIRST = (MANIFEST_NAME, DIGEST_NAME, SIGNATURE_NAME)
-_BLOCK = 1 << 20
-
-
-def is_archive(path: Path) -> bool:
-    """Whether ``path`` is a file named ``*.tar`` that is not a checkpoint, as ``model.pth.tar`` is."""
-    return path.suffix == ".tar" and path.is_file() and not is_checkpoint(path)
-
-
-class _Hashing(io.RawIOBase):
-    """A file that is hashed while it is read."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        super().__init__()
-        self._stream = stream
-        self.digest = hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._stream.read(size)
-        self.digest.update(block)
-        return block
-
-
-def pack_files(root: Path, *, files: Mapping[str, str], output: Path) -> None:
-    """Write ``files`` of ``root``, by their names with the SHA-256 of each or '', to the uncompressed ``output``.
-
-    The archive is the same byte for byte for the same contents: sorted names, no times, no owners.
-
-    Raises:
-        ChecksumError: a file has another hash.
-    """
-    with atomic_file(output) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
-        for name, sha256 in sorted(files.items()):
-            member = tarfile.TarInfo(name)
-            member.mode = 0o644
-            with open_regular(root / name, follow_links=False) as stream:
-                member.size = os.fstat(stream.fileno()).st_size
-                hashing = _Hashing(stream)
-                archive.addfile(member, hashing)
-            if sha256 and hashing.digest.hexdigest() != sha256:
-                raise ChecksumError(f"'{root / name}' was changed while it was packed.", hint="pack it again")
-
-
-class _TarMember(tarfile.TarInfo):
-    """A member whose extended header, which tarfile reads whole, is bounded."""
-
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and self.size > _MAX_HEADER:
-            raise tarfile.ReadError(f"an extended header of {self.size} bytes")
-        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]  # documented as to be overridden
-        return member
-
-
-def unpack(path: Path, folder: Path, *, sizes: Callable[[], Mapping[str, int]] | None = None) -> None:
-    """Extract a bundle's archive, or the folder or archive of its OCI layout, into the empty ``folder``.
-
-    Only plain files and folders with plain relative names are accepted; nothing is written beyond the archive's own
-    size, so that neither sparse members nor compression can fill a disk. ``sizes`` is called when manifest and
-    signature are extracted, before anything else is, for what the manifest lists: other files and other sizes are
-    refused.
-
-    Raises:
-        BundleError: the archive is damaged, contains anything else, or does not fit the disk.
-    """
-    try:
-        if path.is_dir():
-            _extract(layout_members(layout_files(path)), folder, sizes)
-            return
-        with tarfile.open(path, "r:", encoding="utf-8", errors="strict", tarinfo=_TarMember) as archive:
-            limit = min(path.stat().st_size, _MAX_BYTES, shutil.disk_usage(folder).free)
-            members = {
-                name: PackedFile(name=member.name, size=member.size, open=partial(archive.extractfile, member))
-                for name, member in _members(archive, limit=limit).items()
-            }
-            _extract(layout_members(members) if LAYOUT_NAME in members else members, folder, sizes)
-    except FcosDeployError:
-        raise
-    except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        raise BundleError(f"'{path}' is not a bundle's archive: {error}.", hint="copy it again") from error
-    except OSError as error:
-        raise BundleError(f"Cannot unpack '{path}': {error.strerror or error}.") from error
-
-
-def _extract(members: Mapping[str, PackedFile], folder: Path, sizes: Callable[[], Mapping[str, int]] | None) -> None:
-    for name in (name for name in members if name in _FIRST):
-        if members[name].size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"Member '{name}' of the archive is larger than any manifest.")
-        _write(members[name], folder / name)
-    listed = sizes() if sizes else None
-    for name, member in members.items():
-        # Layers are of a device, and no part of an archive; 'tar' takes them along.
-        if name in _FIRST or (listed is not None and name.startswith(f"{LAYERS_FOLDER}/")):
-            continue
-        unlisted = name == LOG_NAME or (name == MODEL_SIGNATURE_NAME and member.size <= MAX_MANIFEST_BYTES)
-        if listed is not None and not unlisted and listed.get(name) != member.size:
-            raise ChecksumError(f"Member '{name}' of the archive is not what its manifest lists.")
-        _write(member, folder.joinpath(*PurePosixPath(name).parts))
-
-
-def _members(archive: tarfile.TarFile, *, limit: int) -> dict[str, tarfile.TarInfo]:
-    """The plain files by their names in the bundle, from their headers alone.
-
-    ``tar cf cells.tar cells/`` puts the folder's name before all of them, ``tar cf cells.tar -C cells .`` a dot.
-    ``limit`` bounds the bytes of all members together: an uncompressed archive cannot hold more than its size.
-    """
-    remaining, seen = limit, dict[str, tarfile.TarInfo]()
-    for count, member in enumerate(archive, 1):
-        if count > _MAX_MEMBERS:
-            raise BundleError(f"The archive has more than {_MAX_MEMBERS} members.")
-        name = member.name.removeprefix("./")
-        if len(name) > _MAX_NAME:
-            raise BundleError("The archive has a member whose name is too long.")
-        if member.isdir() and name == ".":
-            continue
-        check_relative_path(name)
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse() or name in seen:
-            raise BundleError(f"Member '{name}' of the archive is not a plain file, or occurs twice.")
-        seen[name] = member
-        remaining -= member.size
-        if member.size < 0 or remaining < 0:
-            raise BundleError(f"Member '{name}' of the archive is larger than the archive or than the free space.")
-    prefix = next(iter(seen), "").partition("/")[0] + "/"
-    if MANIFEST_NAME not in seen and prefix + MANIFEST_NAME in seen and all(name.startswith(prefix) for name in seen):
-        return {name.removeprefix(prefix): member for name, member in seen.items()}
-    return seen
-
-
-def _write(member: PackedFile, target: Path) -> None:
-    source, digest = member.open(), hashlib.sha256()
-    if source is None:
-        raise BundleError(f"Member '{member.name}' of the archive cannot be read.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    left = member.size
-    with source, target.open("xb") as stream:
-        while left > 0:
-            block = source.read(min(_BLOCK, left))
-            if not block:
-                raise BundleError(f"Member '{member.name}' of the archive is truncated.")
-            stream.write(block)
-            digest.update(block)
-            left -= len(block)
-    if member.sha256 and digest.hexdigest() != member.sha256:
-        raise ChecksumError(f"Blob '{member.name}' was changed: it has another SHA-256.", hint="copy it again")
-
 
 _MAX_FILES = 10_000
 # What a killed 'sign' leaves (``atomic_file``), never read.
@@ -669,3 +517,93 @@ def check_external_data(root: Path, name: str, *, allowed: frozenset[str]) -> No
     for location in sorted(locations):
         if (folder / location).as_posix() not in allowed or ".." in PurePosixPath(location).parts:
             raise BundleError(f"'{path}' refers to the data file {location[:80]!r}, which is not in the bundle.")
+
+
+# The verification log: one JSON record a line, each bound to the one before by a hash.
+
+_MAX_LOG_BYTES = 256 << 20
+_FIRST_HASH = "0" * 64
+
+
+def append_log(path: Path, record: dict[str, Any]) -> None:
+    """Add ``record``, with the hash that binds it to the log so far, and flush it to the disk.
+
+    Raises:
+        OSError: the file cannot be written; the log is then as it was.
+        ChecksumError: the log so far was changed.
+    """
+    with path.open("a+b") as stream:
+        lock_file(stream.fileno())
+        stream.seek(0)
+        lines, complete = _complete_lines(stream.read(_MAX_LOG_BYTES + 1), path)
+        text = json.dumps({**record, "previous": _check_chain(lines, path)}, sort_keys=True, allow_nan=False)
+        line = json.dumps({**json.loads(text), "sha256": _line_hash(text)}, sort_keys=True) + "\n"
+        stream.truncate(complete)  # drops what a power cut left of the last append
+        try:
+            stream.write(line.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(stream.fileno(), complete)
+            raise
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All records, oldest first, without what an interrupted append left behind them.
+
+    Raises:
+        BundleError: the file is too large, or no plain file.
+        ChecksumError: a line was changed, inserted or removed.
+    """
+    try:
+        content = read_file(path, limit=_MAX_LOG_BYTES, follow_links=False)
+    except OSError as error:
+        raise BundleError(f"Cannot read '{path}': {error.strerror}.", hint="move it away") from error
+    lines, _ = _complete_lines(content, path)
+    _check_chain(lines, path)
+    return [json.loads(line) for line in lines]
+
+
+def _complete_lines(content: bytes, path: Path) -> tuple[list[bytes], int]:
+    """Complete lines, and how many bytes they take.
+
+    What a power cut leaves of the last append is not among them: a line without its end, in any state, and one that
+    has bytes of zero, which JSON never has: a block of the file that was allocated and not written.
+    """
+    if len(content) > _MAX_LOG_BYTES:
+        raise BundleError(f"'{path}' is larger than {_MAX_LOG_BYTES >> 20} MiB.", hint="move it away")
+    *lines, rest = content.split(b"\n")
+    complete = len(content) - len(rest)
+    if lines and b"\0" in lines[-1]:
+        complete -= len(lines.pop()) + 1
+    return lines, complete
+
+
+def _check_chain(lines: list[bytes], path: Path) -> str:
+    """The hash of the last line, after checking that every line holds the hash of the one before and its own."""
+    previous = _FIRST_HASH
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            claimed = record.pop("sha256")
+            text = json.dumps(record, sort_keys=True, allow_nan=False)
+            intact = record["previous"] == previous and claimed == _line_hash(text)
+            # Another spelling of the same JSON (spaces, escapes) is a change as well.
+            exact = json.dumps({**record, "sha256": claimed}, sort_keys=True).encode() == line
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise _changed_line(path, number) from error
+        if not (intact and exact):
+            raise _changed_line(path, number)
+        previous = claimed
+    return previous
+
+
+def _line_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _changed_line(path: Path, number: int) -> ChecksumError:
+    return ChecksumError(
+        f"Line {number} of '{path}' is not what was written.", hint="move the log away to start a new one"
+    )

@@ -27,7 +27,7 @@ def setup_command(
     The certified files stay as they are. An interrupted run goes on where it stopped. Exit code 4: what was built is
     not the certified detector, or the golden images cannot decide it.
     """
-    from fcos_deploy.accuracy.device_record import export_record
+    from fcos_deploy.accuracy.verify import export_record
     from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.serialize import to_json
     from fcos_deploy.pipeline.setup import SetupRequest, set_up
@@ -87,9 +87,7 @@ def verify_command(
     Exit code 4: it does not, or the golden images cannot decide it.
     """
     from fcos_deploy.accuracy import verify
-    from fcos_deploy.accuracy.device_record import export_record
     from fcos_deploy.accuracy.gate import write_junit
-    from fcos_deploy.accuracy.verify import read_recorded_run
     from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.core.serialize import to_json
@@ -97,7 +95,7 @@ def verify_command(
     options = verify.VerifyOptions(
         backend=backend,
         server=server,
-        recorded=read_recorded_run(trtexec_record) if trtexec_record else None,
+        recorded=verify.read_recorded_run(trtexec_record) if trtexec_record else None,
         precision=precision,
         allow_fallback=allow_fallback,
         session=SessionOptions(device=device, allow_engine_code=allow_engine_code or bool(trust.public_keys)),
@@ -106,7 +104,7 @@ def verify_command(
         record = verify.verify_bundle(opened, options=options, progress=progress)
         written = verify.write_record(record, bundle=opened, log=log)
         if export is not None:
-            export_record(export, record, bundle=opened)
+            verify.export_record(export, record, bundle=opened)
     if as_json or written is None:
         print_json(to_json(record))
     if junit is not None:

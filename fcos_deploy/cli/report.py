@@ -210,7 +210,7 @@ def _sign_off(
     inconclusive: bool,
 ) -> None:
     """The page of a bundle's device records; with ``keys`` one of them must have signed each record."""
-    from fcos_deploy.accuracy.device_record import read_records
+    from fcos_deploy.accuracy.verify import read_records
     from fcos_deploy.bundle import open_trusted
     from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
     from fcos_deploy.core.gate import Outcome

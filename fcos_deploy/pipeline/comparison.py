@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 
 from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.accuracy.dataset import folder_images
+from fcos_deploy.accuracy.diagnosis import OnnxLayers, explain, first_diverging_layer
 from fcos_deploy.accuracy.evaluate import Evaluation, EvaluationRequest, Evaluations, evaluate
 from fcos_deploy.accuracy.operating_point import OperatingGoal
 from fcos_deploy.accuracy.parity import (
     LayerFinding,
-    OnnxLayers,
     ParityImage,
     ParityReport,
+    Tolerance,
     compare_stages,
-    first_diverging_layer,
+    tolerance_for,
 )
-from fcos_deploy.accuracy.stages import Tolerance, tolerance_for
 from fcos_deploy.benchmark.measure import Contention, TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, run_benchmark
 from fcos_deploy.checkpoints.rules import UNKNOWN_CLASS_NAMES
@@ -189,14 +189,9 @@ def check_parity(request: ParityRequest, *, progress: ProgressFn = no_progress) 
     with request.candidate.open() as candidate:
         loaded = _load_like(request, candidate.contract)
         with Detector.of_network(loaded.model, loaded.contract, options=options) as reference:
-            return compare_stages(
-                reference,
-                candidate,
-                _images(request, reference),
-                tolerance=request.tolerance,
-                network=loaded.model,
-                progress=progress,
-            )
+            images = _images(request, reference)
+            report = compare_stages(reference, candidate, images, tolerance=request.tolerance, progress=progress)
+            return explain(report, reference, candidate, network=loaded.model)
 
 
 def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) -> LayerFinding | None:

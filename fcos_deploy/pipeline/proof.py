@@ -19,7 +19,7 @@ from fcos_deploy.accuracy.evaluate import (
     judge_evaluation,
     widened_evaluation,
 )
-from fcos_deploy.accuracy.golden_check import choose_golden, detection_errors, image_scale
+from fcos_deploy.accuracy.golden import choose_golden, detection_errors, image_scale, make_golden, read_golden_image
 from fcos_deploy.accuracy.predictions import DetectionRun
 from fcos_deploy.accuracy.verify import VerifyOptions, require_verified, verify_bundle
 from fcos_deploy.benchmark.measure import TimingOptions
@@ -32,10 +32,8 @@ from fcos_deploy.bundle import (
     GoldenImage,
     GoldenRun,
     StepOutput,
-    make_golden,
     open_bundle,
 )
-from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.core.backend import ComputeType, SessionOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, Precision

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fcos_deploy.accuracy.golden import read_golden_image
 from fcos_deploy.accuracy.verify import VerificationRecord, VerifyOptions, verify_bundle, write_record
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
 from fcos_deploy.bundle.device_layer import (
@@ -15,7 +16,6 @@ from fcos_deploy.bundle.device_layer import (
     usable_layers,
     write_layer,
 )
-from fcos_deploy.bundle.golden import read_golden_image
 from fcos_deploy.bundle.selection import Selection, select_runnable
 from fcos_deploy.bundle.store import Bundle, open_trusted
 from fcos_deploy.core.enums import ArtifactKind, Precision

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.dataset import SampleOptions
-from fcos_deploy.accuracy.coco import widened_for_selection
+from fcos_deploy.accuracy.coco import Contender, RaceRules, Standing, race, widened_for_selection
 from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
@@ -32,7 +32,6 @@ from fcos_deploy.accuracy.dataset import (
 )
 from fcos_deploy.accuracy.gate import Verdict, judge_ap
 from fcos_deploy.accuracy.predictions import collect_detections
-from fcos_deploy.accuracy.race import Contender, RaceRules, Standing, race
 from fcos_deploy.benchmark.measure import (
     ContentionMeter,
     LatencyStats,

@@ -13,10 +13,9 @@ import numpy as np
 
 from calibration.mixed_precision import TradeOffs
 from fcos_deploy.accuracy.bundle_comparison import BundleTable
-from fcos_deploy.accuracy.confusion import Confusion
-from fcos_deploy.accuracy.device_record import ReadRecord
 from fcos_deploy.accuracy.evaluate import evaluation_drift, size_cell
-from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, operating_rows
+from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, Confusion, operating_rows
+from fcos_deploy.accuracy.verify import ReadRecord
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Outcome, overall_outcome

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.bundle.golden import read_golden_image
+from fcos_deploy.accuracy.golden import read_golden_image
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError, StepCheckError
 from fcos_deploy.core.libraries import lazy_import

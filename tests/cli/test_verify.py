@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fcos_deploy import Detector, SessionOptions
-from fcos_deploy.bundle.log import read_log
+from fcos_deploy.bundle.store import read_log
 from fcos_deploy.cli.app import build_app
 
 pytest.importorskip("onnxruntime")

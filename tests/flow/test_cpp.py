@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fcos_deploy.accuracy.golden_check import check_golden
+from fcos_deploy.accuracy.golden import check_golden
 from fcos_deploy.accuracy.verify import golden_standard
 from fcos_deploy.bundle import GoldenDetections, open_bundle
 from fcos_deploy.cli.app import build_app

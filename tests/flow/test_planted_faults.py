@@ -18,13 +18,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from exporters.torch_onnx import export_onnx  # noqa: E402
-from fcos_deploy.accuracy.parity import (  # noqa: E402
-    LayerFinding,
-    OnnxLayers,
-    ParityReport,
-    first_diverging_layer,
-)
-from fcos_deploy.accuracy.stages import tolerance_for  # noqa: E402
+from fcos_deploy.accuracy.diagnosis import OnnxLayers, first_diverging_layer  # noqa: E402
+from fcos_deploy.accuracy.parity import LayerFinding, ParityReport, tolerance_for  # noqa: E402
 from fcos_deploy.checkpoints.load import load_checkpoint  # noqa: E402
 from fcos_deploy.cli.app import build_app  # noqa: E402
 from fcos_deploy.core.backend import ComputeType, SessionOptions  # noqa: E402

@@ -18,7 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fcos_deploy.bundle import open_bundle
-from fcos_deploy.bundle.log import read_log
+from fcos_deploy.bundle.store import read_log
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.files import sha256_file

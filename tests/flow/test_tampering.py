@@ -12,9 +12,8 @@ import pytest
 
 from fcos_deploy.benchmark.measure import peak_memory_mib
 from fcos_deploy.bundle import open_bundle
-from fcos_deploy.bundle.log import append_log, read_log
 from fcos_deploy.bundle.signature import generate_key
-from fcos_deploy.bundle.store import sign
+from fcos_deploy.bundle.store import append_log, read_log, sign
 from fcos_deploy.core.errors import BundleError
 
 FLIPS = 1000

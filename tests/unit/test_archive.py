@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fcos_deploy.bundle import open_bundle, pack, select_artifact
-from fcos_deploy.bundle.store import unpack
+from fcos_deploy.bundle.archive import unpack
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError
 
 MakeBundle = Callable[[Path], Path]

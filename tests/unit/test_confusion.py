@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fcos_deploy.accuracy.confusion import confusion, confusion_json
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
-from fcos_deploy.accuracy.operating_point import Thresholds
+from fcos_deploy.accuracy.operating_point import Thresholds, confusion, confusion_json
 from fcos_deploy.core.detections import Detections
 
 NAMES = ("cell", "dust", "fibre")

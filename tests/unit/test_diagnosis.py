@@ -13,9 +13,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fcos_deploy.accuracy.diagnosis import shifted  # noqa: E402
-from fcos_deploy.accuracy.parity import ParityImage, ParityReport, compare_stages  # noqa: E402
-from fcos_deploy.accuracy.stages import tolerance_for  # noqa: E402
+from fcos_deploy.accuracy.diagnosis import explain, shifted  # noqa: E402
+from fcos_deploy.accuracy.parity import (  # noqa: E402
+    ParityImage,
+    ParityReport,
+    compare_stages,
+    tolerance_for,
+)
 from fcos_deploy.core.backend import ComputeType, SessionOptions  # noqa: E402
 from fcos_deploy.core.contract import ModelContract  # noqa: E402
 from fcos_deploy.core.decode import PROFILES, DecodeSpec  # noqa: E402
@@ -79,7 +83,8 @@ def reference() -> Detector:
 
 def parity(reference: Detector, candidate: Detector, images: Sequence[ParityImage], **changes: Any) -> ParityReport:
     with candidate:
-        return compare_stages(reference, candidate, images, network=network(), **changes)
+        report = compare_stages(reference, candidate, images, **changes)
+        return explain(report, reference, candidate, network=network())
 
 
 def named(report: ParityReport, *, stage: str, cause: str) -> str:
@@ -144,7 +149,7 @@ def test_relu_for_exp(images: Sequence[ParityImage]) -> None:
     right = network(box_activation=BoxActivation.EXP)
     mine = Detector.of_network(right, CONTRACT, options=OPTIONS)
     with Detector.of_network(network(), CONTRACT, options=OPTIONS) as candidate:
-        report = compare_stages(mine, candidate, images)
+        report = explain(compare_stages(mine, candidate, images), mine, candidate)
     assert "relu in place of exp" in named(report, stage="P3 box", cause="activation")
 
 

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.golden_check import MIN_EVIDENCE, GoldenCheck, check_golden, choose_golden
-from fcos_deploy.accuracy.verify import compare_golden
-from fcos_deploy.bundle import DEFAULT_GATES
-from fcos_deploy.bundle.golden import (
-    GoldenDetections,
+from fcos_deploy.accuracy.golden import (
+    MIN_EVIDENCE,
+    GoldenCheck,
+    check_golden,
+    choose_golden,
     fingerprint,
     fingerprint_difference,
     make_golden,
     read_golden_image,
 )
+from fcos_deploy.accuracy.verify import compare_golden
+from fcos_deploy.bundle import DEFAULT_GATES
+from fcos_deploy.bundle.manifest import GoldenDetections
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision

@@ -15,7 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fcos_deploy.bundle import open_bundle, open_trusted
-from fcos_deploy.bundle.store import unpack
+from fcos_deploy.bundle.archive import unpack
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.errors import BundleError, FcosDeployError
 from fcos_deploy.core.files import sha256_file

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from fcos_deploy.accuracy.diagnosis import (
+    Layer,
     activation_causes,
     class_causes,
     explained,
+    layer_causes,
     level_causes,
     padding_causes,
     pixel_causes,
     shifted,
 )
-from fcos_deploy.accuracy.parity import Layer, layer_causes
-from fcos_deploy.accuracy.stages import level_slices, measure_difference, tolerance_for
+from fcos_deploy.accuracy.parity import level_slices, measure_difference, tolerance_for
 from fcos_deploy.core.backend import ComputeType
 from fcos_deploy.core.enums import Precision
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.accuracy.coco import match_dataset, weighted_ap
+from fcos_deploy.accuracy.coco import Contender, RaceRules, Standing, match_dataset, race, race_rounds, weighted_ap
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
-from fcos_deploy.accuracy.race import Contender, RaceRules, Standing, race, race_rounds
 from fcos_deploy.core.detections import Detections
 
 IMAGES, OBJECTS = 96, 4

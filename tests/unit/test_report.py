@@ -14,11 +14,10 @@ import pytest
 
 from calibration.mixed_precision import DetectionEffect, LayerSensitivity, TradeOffs, Trial
 from fcos_deploy.accuracy.coco import ApInterval, ClassScores, CocoScores
-from fcos_deploy.accuracy.confusion import confusion
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
 from fcos_deploy.accuracy.evaluate import Evaluation
 from fcos_deploy.accuracy.gate import Outcome, Verdict
-from fcos_deploy.accuracy.operating_point import OperatingPoint, Share, Thresholds
+from fcos_deploy.accuracy.operating_point import OperatingPoint, Share, Thresholds, confusion
 from fcos_deploy.accuracy.predictions import DetectionRun, StageSeconds
 from fcos_deploy.benchmark.measure import ClockReading, LatencyStats, PowerReading, StageMedians
 from fcos_deploy.benchmark.run import BenchmarkResult

@@ -1,6 +1,6 @@
 // golden_check.hpp: whether detections of a bundle's golden images are those that the bundle was certified with.
 //
-// The judgement of `fcos-deploy verify` (fcos_deploy/accuracy/verify.py and golden_check.py), rule by rule, on what
+// The judgement of `fcos-deploy verify` (fcos_deploy/accuracy/verify.py and golden.py), rule by rule, on what
 // `fcos-deploy package --for cpp` wrote beside this file: golden.json, and each golden image as a PPM file.
 
 #pragma once

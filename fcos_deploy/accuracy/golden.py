@@ -1,4 +1,6 @@
-"""Compares golden detections value by value: with the reference's, and with the artifact's own when it was certified.
+"""Golden images: chosen and written where a bundle is made, and their detections compared where it is verified.
+
+Detections are compared value by value: with the reference's, and with the artifact's own when it was certified.
 
 A single box of an INT8 engine may lie a pixel elsewhere and say nothing. A shift that all boxes share says that the
 engine is another one, even if it is a third of a pixel. So every quantity is tested over all pairs of detections, and
@@ -8,21 +10,29 @@ other one, and such a pair differs by tens of pixels.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fcos_deploy.bundle.manifest import GoldenDetections, GoldenImage, TensorFingerprint
 from fcos_deploy.core.coco_file import MEDIUM_AREAS
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import DecodeSpec
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.errors import InconclusiveError
+from fcos_deploy.core.errors import BundleError, ImageError, InconclusiveError
 from fcos_deploy.core.gate import Gate, Outcome, interval_outcome, overall_outcome
+from fcos_deploy.core.image import decode_image
+from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.matching import DetectionMatch, MatchOptions, match_detections
+from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec, preprocess
 
 __all__ = [
     "MIN_EVIDENCE",
@@ -31,9 +41,19 @@ __all__ = [
     "check_golden",
     "choose_golden",
     "detection_errors",
+    "fingerprint",
+    "fingerprint_difference",
     "image_scale",
     "judged_floor",
+    "make_golden",
+    "read_golden_image",
 ]
+
+cv2 = lazy_import("cv2")
+
+_FOLDER = "golden"
+_GRID = 8  # cells per side of a fingerprint
+_PNG_HEADER = struct.Struct(">8sI4sII")  # signature, chunk length, chunk name, width, height
 
 _FEWEST_IMAGES, _MOST_IMAGES = 4, 8  # golden images
 _PER_CELL = 3  # detections of a class and size after which more of them add less than others
@@ -441,3 +461,94 @@ def _scatter(
         beyond = int((now > 2 * typical).sum())
         if math.isfinite(typical) and _chance_of_more(beyond, len(now), _BEYOND) < _CHANCE:
             yield f"{beyond} of {len(now)} {what} are more than {2 * typical:.3g}{unit} from the reference's"
+
+
+# The images, and what preprocessing makes of them.
+
+
+def fingerprint(tensor: NDArray[Any]) -> TensorFingerprint:
+    """Summarise a preprocessed tensor (c, H, W), uint8 or float32; H and W at least 8."""
+    rows = np.array_split(np.arange(tensor.shape[1]), _GRID)
+    columns = np.array_split(np.arange(tensor.shape[2]), _GRID)
+    values = tensor.astype(np.float64)
+    cells = [
+        float(values[channel, r[0] : r[-1] + 1, c[0] : c[-1] + 1].mean())
+        for channel in range(tensor.shape[0])
+        for r in rows
+        for c in columns
+    ]
+    return TensorFingerprint(
+        sha256=hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest(),
+        dtype=tensor.dtype.name,
+        shape=tuple(tensor.shape),
+        cells=tuple(round(cell, 6) for cell in cells),
+    )
+
+
+def fingerprint_difference(actual: TensorFingerprint, expected: TensorFingerprint, *, spec: PreprocessSpec) -> float:
+    """Largest difference of two cells, in levels of an 8-bit image; infinite when dtype or shape differ."""
+    if actual == expected:
+        return 0.0
+    if (actual.dtype, actual.shape, len(actual.cells)) != (expected.dtype, expected.shape, len(expected.cells)):
+        return float("inf")
+    difference = np.abs(np.subtract(actual.cells, expected.cells)).reshape(len(spec.std), -1).max(1)
+    if spec.input_dtype is InputDtype.FLOAT32:
+        # A float tensor is (pixel / pixel_scale - mean) / std: a level of a pixel is 1 / (pixel_scale * std) in it.
+        difference = difference * np.asarray(spec.std) * spec.pixel_scale
+    return float(difference.max())
+
+
+def make_golden(
+    images: Sequence[NDArray[np.uint8]],
+    detections: Sequence[Detections],
+    *,
+    folder: Path,
+    contract: ModelContract,
+) -> tuple[GoldenImage, ...]:
+    """Write ``images`` ((h, w, 3) uint8 RGB) losslessly under ``folder``/golden, with the reference's detections.
+
+    Returned paths are relative to ``folder``.
+
+    Raises:
+        BundleError: the reference detects nothing on any of them.
+        ImageError: an image cannot be written as PNG.
+    """
+    golden = []
+    (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    for index, (image, detected) in enumerate(zip(images, detections, strict=True)):
+        path = f"{_FOLDER}/{index:03d}.png"
+        encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))
+        if not encoded:
+            raise ImageError(f"Cannot write '{folder / path}' as PNG.")
+        (folder / path).write_bytes(content.tobytes())
+        tensor, _ = preprocess(image, contract.preprocess)
+        golden.append(
+            GoldenImage(
+                path=path,
+                height=image.shape[0],
+                width=image.shape[1],
+                fingerprint=fingerprint(tensor),
+                detections=GoldenDetections.from_detections(detected),
+            )
+        )
+    if not any(image.detections.scores for image in golden):
+        raise BundleError(
+            "The reference detects nothing on the golden images, so they would prove nothing.",
+            hint="choose images with objects, or lower the score threshold",
+        )
+    return tuple(golden)
+
+
+def read_golden_image(content: bytes, golden: GoldenImage) -> NDArray[np.uint8]:
+    """(h, w, 3) uint8 RGB of a PNG file; the size in its header must be the manifest's before anything is decoded.
+
+    Raises:
+        ImageError: the file is not a PNG of the recorded size.
+    """
+    path, header = Path(golden.path), content[: _PNG_HEADER.size]
+    if len(header) < _PNG_HEADER.size or not header.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ImageError(f"Golden image '{path}' is not a PNG file.")
+    *_, width, height = _PNG_HEADER.unpack(header)
+    if (height, width) != (golden.height, golden.width):
+        raise ImageError(f"Golden image '{path}' must be {golden.height}x{golden.width}, got {height}x{width}.")
+    return decode_image(content, path=path)

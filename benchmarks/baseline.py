@@ -32,10 +32,10 @@ from contestants import Subject, demo_subject
 from exporters.torch_onnx import export_onnx
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
+from fcos_deploy.core.detections import postprocess
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.machine import read_machine
-from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import Letterbox, preprocess
 from fcos_deploy.detector import Detector
 

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.backend import ComputeType, SessionOptions
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.enums import ComputeType, Precision, Tail
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.preprocess import InputDtype, resized_size

@@ -27,8 +27,8 @@ from fcos_deploy import Detector
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
+from fcos_deploy.core.detections import image_sizes_row, postprocess
 from fcos_deploy.core.image import read_image
-from fcos_deploy.core.postprocess import image_sizes_row, postprocess
 from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec, preprocess
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.serving import ServingOptions, package_bundle

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from exporters.rewrite import simplified
 from exporters.step_check import compare, onnx_runner, provoking_feed
 from exporters.torch_onnx import Axes, trace
+from fcos_deploy.core.artifact import OnnxGraph
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.network import resnet_config
-from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx
+from fcos_deploy.core.onnx_file import save_onnx
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.model.fcos import Fcos, LevelOutput
 from fcos_deploy.model.tails import ExportableFcos

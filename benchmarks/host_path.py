@@ -44,9 +44,9 @@ from fcos_deploy.core.decode import (
     location_centers,
     location_strides,
 )
+from fcos_deploy.core.detections import postprocess
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.native import SWITCH, library_problem
-from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import (
     InputDtype,
     Letterbox,

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fcos_deploy.core.errors import ImageError
-from fcos_deploy.core.file_kinds import file_head, image_format
-from fcos_deploy.core.image import read_image
+from fcos_deploy.core.image import file_head, image_format, read_image
 from fcos_deploy.core.jpeg import decode_jpeg, with_messages
 
 SUFFIXES = frozenset(

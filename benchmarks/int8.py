@@ -26,9 +26,8 @@ from calibration.qdq import quantize_qdq
 from calibration.quantizers import NncfOptions, quantize_nncf
 from calibration.ranges import RangeMethod
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
-from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.onnx_graph import OnnxGraph
-from fcos_deploy.core.registry import get_backend
+from fcos_deploy.core.artifact import OnnxGraph
+from fcos_deploy.core.backend import SessionOptions, get_backend
 from fcos_deploy.detector import DetectorSpec
 
 # Which runtimes a placement is measured on: those that execute it in INT8.

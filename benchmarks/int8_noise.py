@@ -19,8 +19,8 @@ import onnx
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder
 from exporters.step_check import Runner, onnx_runner
+from fcos_deploy.core.artifact import OnnxGraph
 from fcos_deploy.core.backend import Tensors
-from fcos_deploy.core.onnx_graph import OnnxGraph
 
 
 def without_activation_pairs(model: Any) -> Any:

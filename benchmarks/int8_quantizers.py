@@ -25,10 +25,8 @@ import numpy as np
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images
 from calibration.execution import Feeder
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
-from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract import write_sidecar
-from fcos_deploy.core.onnx_graph import OnnxGraph
-from fcos_deploy.core.registry import get_backend
+from fcos_deploy.core.artifact import OnnxGraph, write_sidecar
+from fcos_deploy.core.backend import SessionOptions, get_backend
 from fcos_deploy.detector import DetectorSpec
 
 

@@ -28,7 +28,8 @@ from calibration.dataset import SampleOptions
 from exporters.rewrite import simplify_onnx
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.benchmark.measure import peak_memory_mib
-from fcos_deploy.core.backend import PerformanceHint, SessionOptions
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.enums import PerformanceHint
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.detector import Detector

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.enums import ArtifactKind
-from fcos_deploy.core.exporter import BuildOptions, BuildRequest, SizeRange
-from fcos_deploy.core.registry import get_exporter
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, SizeRange, get_exporter
 
 
 def measure(source: Path, *, backend: str, options: BuildOptions, repeats: int) -> dict[str, Any]:

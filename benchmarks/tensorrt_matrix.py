@@ -29,9 +29,8 @@ from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
-from fcos_deploy.core.exporter import BuildOptions, BuildRequest, SizeRange
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, SizeRange, get_exporter
 from fcos_deploy.core.network import resnet_config
-from fcos_deploy.core.registry import get_exporter
 
 DEMO = Path(__file__).parents[1] / "fcos_deploy/demo_data"
 CAPABILITIES = ("8.6", "8.9", "12.0")

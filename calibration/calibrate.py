@@ -41,11 +41,11 @@ from calibration.ranges import (
     measuring_model,
     read_sample,
 )
+from fcos_deploy.core.artifact import OnnxGraph
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
 from fcos_deploy.core.files import MAX_TEXT_BYTES, atomic_file, read_file, write_text
 from fcos_deploy.core.machine import usable_cpus
-from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.core.progress import ProgressFn, map_ahead, no_progress
 from fcos_deploy.core.serialize import from_json, parse_json, to_json

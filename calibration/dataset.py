@@ -11,17 +11,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import CocoFile, read_coco
+from fcos_deploy.core.annotations import (
+    CocoFile,
+    find_in_layout,
+    find_named_images,
+    is_below,
+    object_stratum,
+    read_coco,
+    stratified,
+)
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Orientation
-from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
-from fcos_deploy.core.files import read_file
+from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError, brief
+from fcos_deploy.core.files import decoded_text, read_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import decode_image, image_content, image_size, list_images, read_image
-from fcos_deploy.core.image_sets import find_in_layout, find_named_images, is_below, object_stratum, stratified
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
-from fcos_deploy.core.text import brief, decoded_text
 
 __all__ = [
     "Box",

@@ -16,7 +16,9 @@ import runtimes.onnxruntime
 import runtimes.openvino
 from calibration.placement import ConvGraph
 from calibration.ranges import in_order_of_release
-from fcos_deploy.core.backend import Session, Tensors
+from fcos_deploy.core.artifact import OnnxGraph
+from fcos_deploy.core.backend import Session, Tensors, get_backend
+from fcos_deploy.core.detections import image_sizes_row
 from fcos_deploy.core.errors import (
     BackendError,
     BackendLoadError,
@@ -26,10 +28,7 @@ from fcos_deploy.core.errors import (
     StepCheckError,
 )
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import OnnxGraph
-from fcos_deploy.core.postprocess import image_sizes_row
 from fcos_deploy.core.preprocess import preprocess
-from fcos_deploy.core.registry import get_backend
 
 __all__ = [
     "ENGINES",

@@ -20,10 +20,9 @@ from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, sha256_file, write_text
-from fcos_deploy.core.gate import Judge
+from fcos_deploy.core.gate import Judge, ScoreDrift
 from fcos_deploy.core.image import list_images, read_image
-from fcos_deploy.core.matching import ScoreDrift
-from fcos_deploy.core.onnx_graph import save_onnx
+from fcos_deploy.core.onnx_file import save_onnx
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
 

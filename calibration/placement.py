@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fcos_deploy.core.artifact import OnnxGraph
 from fcos_deploy.core.enums import Precision, StrEnum
 from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
-from fcos_deploy.core.onnx_graph import OnnxGraph, sampling_nodes
+from fcos_deploy.core.onnx_file import sampling_nodes
 
 __all__ = [
     "PLACEMENTS",

@@ -30,7 +30,7 @@ from calibration.ranges import Range
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import save_onnx, with_contract
+from fcos_deploy.core.onnx_file import save_onnx, with_contract
 
 __all__ = [
     "ActivationScale",

@@ -15,12 +15,11 @@ from calibration.dataset import CalibrationImage, CalibrationSet, SampleOptions,
 from calibration.execution import Feeder
 from calibration.placement import ConvGraph, Placement
 from calibration.qdq import quantize_qdq
-from fcos_deploy.core.contract import write_sidecar
+from fcos_deploy.core.artifact import OnnxGraph, write_sidecar
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
 from fcos_deploy.core.files import atomic_directory
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = [

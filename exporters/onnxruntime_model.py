@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 
 from exporters.step_check import compare, feed_of
-from fcos_deploy.core.contract import find_contract
+from fcos_deploy.core.artifact import OnnxGraph, find_contract
+from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import OnnxGraph
-from fcos_deploy.core.registry import get_backend
 from runtimes.onnxruntime import GraphOptimization, open_model
 
 __all__ = ["EXPORTER"]

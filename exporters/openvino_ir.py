@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.step_check import StepCheck, compare, feed_of
-from fcos_deploy.core.contract import ModelContract, write_sidecar
+from fcos_deploy.core.artifact import OnnxGraph, write_sidecar
+from fcos_deploy.core.backend import backends_for
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BuildError, ConfigError
 from fcos_deploy.core.exporter import BuildRequest, BuildResult, Exporter
 from fcos_deploy.core.files import atomic_file
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.onnx_graph import OnnxGraph
-from fcos_deploy.core.registry import backends_for
 from runtimes.openvino import open_model
 
 __all__ = ["EXPORTER"]

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from exporters.step_check import Runner, StepCheck, compare, feed_of, onnx_runner, recorded
+from fcos_deploy.core.artifact import OnnxGraph
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError
 from fcos_deploy.core.files import require_writable
 from fcos_deploy.core.libraries import lazy_import, require
-from fcos_deploy.core.onnx_graph import (
-    OnnxGraph,
+from fcos_deploy.core.onnx_file import (
     opset_of,
     sampling_nodes,
     save_onnx,

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import SOURCE_OUTPUTS, TAIL_OUTPUTS, ModelContract
 from fcos_deploy.core.decode import HeadOutputs, decode
+from fcos_deploy.core.detections import postprocess
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import StepCheckError
-from fcos_deploy.core.onnx_graph import fits_one_file, save_onnx
-from fcos_deploy.core.postprocess import postprocess
+from fcos_deploy.core.onnx_file import fits_one_file, save_onnx
 from fcos_deploy.core.preprocess import Letterbox
 from runtimes.onnxruntime import GraphOptimization, open_model
 

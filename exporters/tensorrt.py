@@ -23,16 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporters._tensorrt_options import Generation, ProfileShapes, generation_of, profile_shapes
-from fcos_deploy.core.backend import Session, SessionOptions
-from fcos_deploy.core.contract import read_contract, write_sidecar
+from fcos_deploy.core.artifact import OnnxGraph, read_contract, write_sidecar
+from fcos_deploy.core.backend import Session, SessionOptions, backends_for
 from fcos_deploy.core.decode import MAX_TOP_K
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BuildError, ConfigError, DeviceError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, Exporter
 from fcos_deploy.core.files import atomic_file, require_writable, sha256_file
-from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.progress import ProgressFn
-from fcos_deploy.core.registry import backends_for
 from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, ExportError
 from fcos_deploy.core.files import require_writable, scratch_directory
 from fcos_deploy.core.libraries import lazy_import, require
-from fcos_deploy.core.onnx_graph import opset_of, save_onnx, with_contract
+from fcos_deploy.core.onnx_file import opset_of, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = ["DEFAULT_OPSET", "Axes", "ExportOptions", "OnnxExport", "export_onnx", "trace"]

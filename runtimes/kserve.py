@@ -26,14 +26,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.backend import Backend, BackendProbe, Session, SessionOptions, Tensors
+from fcos_deploy.core.contract import ModelContract, TensorSpec
+from fcos_deploy.core.enums import ArtifactKind, ComputeType
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError
 from fcos_deploy.core.files import read_file, write_text
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
-from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = ["BACKEND", "RemoteModel", "write_remote_model"]
 

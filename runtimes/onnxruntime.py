@@ -12,20 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.core.backend import (
-    Backend,
-    BackendProbe,
-    ComputeType,
-    PerformanceHint,
-    Session,
-    SessionOptions,
-    Tensors,
-)
-from fcos_deploy.core.enums import ArtifactKind, DeformForm, StrEnum
+from fcos_deploy.core.backend import Backend, BackendProbe, Session, SessionOptions, Tensors
+from fcos_deploy.core.contract import TensorSpec
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, DeformForm, PerformanceHint, StrEnum
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, missing_device
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.machine import usable_cpus
-from fcos_deploy.core.tensor_spec import TensorSpec
 
 __all__ = ["BACKEND", "GraphOptimization", "NodeOrder", "executed_kernels", "open_model"]
 

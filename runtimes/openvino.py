@@ -17,21 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.backend import (
-    Backend,
-    BackendProbe,
-    ComputeType,
-    PerformanceHint,
-    PerThread,
-    Session,
-    SessionOptions,
-    Tensors,
-)
-from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.backend import Backend, BackendProbe, PerThread, Session, SessionOptions, Tensors
+from fcos_deploy.core.contract import TensorSpec
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
 from fcos_deploy.core.errors import BackendError, BackendLoadError, DeviceError, missing_device
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.core.trust import KeptModel
 
 __all__ = ["BACKEND", "executed_primitives", "open_model"]

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fcos_deploy.core.backend import Backend, BackendProbe, ComputeType, Session, SessionOptions, Tensors
-from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.backend import Backend, BackendProbe, Session, SessionOptions, Tensors
+from fcos_deploy.core.contract import ModelContract, TensorSpec
+from fcos_deploy.core.enums import ArtifactKind, ComputeType
 from fcos_deploy.core.errors import BackendError, missing_device
 from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.machine import read_machine
-from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

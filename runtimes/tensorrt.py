@@ -22,17 +22,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.backend import (
-    Backend,
-    BackendProbe,
-    ComputeType,
-    PerformanceHint,
-    Session,
-    SessionOptions,
-    Tensors,
-)
-from fcos_deploy.core.contract import sidecar_path
-from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.artifact import sidecar_path
+from fcos_deploy.core.backend import Backend, BackendProbe, Session, SessionOptions, Tensors
+from fcos_deploy.core.contract import TensorSpec
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
 from fcos_deploy.core.errors import (
     BackendError,
     BackendLoadError,
@@ -42,7 +35,6 @@ from fcos_deploy.core.errors import (
     TensorMismatchError,
 )
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.core.trust import KeptModel
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
 from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple

@@ -337,7 +337,7 @@ def demo_onnx(make_once: MakeOnce) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[np.uint8]], make_once: MakeOnce) -> Path:
     """A bundle of ``tiny_onnx`` whose golden detections PyTorch made; read-only by agreement, copy it to change it."""
-    from fcos_deploy.core.contract import read_contract
+    from fcos_deploy.core.artifact import read_contract
     from fcos_deploy.core.files import sha256_file
     from fcos_deploy.detector import Detector
 
@@ -408,10 +408,10 @@ def tiny_ir_bundle(tiny_checkpoint: Path, tiny_onnx: Path, blobs: list[NDArray[n
     """A bundle for OpenVINO: ``tiny_onnx``, its IR in fp32 and fp16, golden detections; read-only by agreement."""
     pytest.importorskip("openvino")
     from exporters.openvino_ir import EXPORTER
-    from fcos_deploy.core.contract import read_contract
+    from fcos_deploy.core.artifact import read_contract
+    from fcos_deploy.core.backend import get_backend
     from fcos_deploy.core.exporter import BuildOptions, BuildRequest
     from fcos_deploy.core.files import sha256_file
-    from fcos_deploy.core.registry import get_backend
     from fcos_deploy.detector import Detector
     from fcos_deploy.pipeline.build import engine_requirements
 

@@ -26,7 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcos_deploy.core.decode import CenterMode, location_centers, location_strides
+from fcos_deploy.core.decode import location_centers, location_strides
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.network import BackboneType, DeformableLayer, FcosConfig, resnet_config
 from fcos_deploy.model.fcos import DeformConv2d, Fcos, flatten_levels
 

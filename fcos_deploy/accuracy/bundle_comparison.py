@@ -20,8 +20,7 @@ from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.gate import Gate, Judge
-from fcos_deploy.core.matching import DetectionAgreement, agreement_json, compare_detections
+from fcos_deploy.core.gate import DetectionAgreement, Gate, Judge, agreement_json, compare_detections
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.trust import Trust

@@ -13,14 +13,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.coco_file import MEDIUM_AREAS, CocoFile, CocoObject, read_coco
+from fcos_deploy.core.annotations import (
+    MEDIUM_AREAS,
+    CocoFile,
+    CocoObject,
+    NamedImages,
+    find_named_images,
+    object_stratum,
+    read_coco,
+    stratified,
+)
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import image_size, list_images
-from fcos_deploy.core.image_sets import NamedImages, find_named_images, object_stratum, stratified
 
 __all__ = [
     "AnnotationSummary",

@@ -31,15 +31,15 @@ from fcos_deploy.accuracy.parity import (
     network_input,
     split_levels,
 )
-from fcos_deploy.core.backend import ComputeType, SessionOptions, Tensors
+from fcos_deploy.core.backend import SessionOptions, Tensors, get_backend
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import location_strides
+from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import MatchOptions, compare_detections
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.matching import MatchOptions, compare_detections
 from fcos_deploy.core.preprocess import InputDtype, ResizeFilter, ResizeOrder, preprocess
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import get_backend
 from fcos_deploy.detector import Detector
 
 if TYPE_CHECKING:

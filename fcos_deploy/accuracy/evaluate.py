@@ -54,14 +54,16 @@ from fcos_deploy.accuracy.predictions import DetectionRun, collect_detections
 from fcos_deploy.bundle.manifest import AccuracyFigure
 from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.gate import Gate, Judge, undecided_because
-from fcos_deploy.core.matching import (
+from fcos_deploy.core.gate import (
     DetectionAgreement,
+    Gate,
+    Judge,
     MatchOptions,
     ScoreDrift,
     agreement_json,
     compare_detections,
     score_drift,
+    undecided_because,
 )
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json

@@ -12,8 +12,7 @@ from fcos_deploy.accuracy.coco import ApInterval
 from fcos_deploy.accuracy.operating_point import OperatingDrop
 from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
 from fcos_deploy.core.files import write_text
-from fcos_deploy.core.gate import Gate, Judge, Outcome, interval_outcome, overall_outcome
-from fcos_deploy.core.matching import DetectionAgreement
+from fcos_deploy.core.gate import DetectionAgreement, Gate, Judge, Outcome, interval_outcome, overall_outcome
 
 __all__ = [
     "Outcome",

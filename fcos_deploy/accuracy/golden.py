@@ -23,15 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.bundle.manifest import GoldenDetections, GoldenImage, TensorFingerprint
-from fcos_deploy.core.coco_file import MEDIUM_AREAS
+from fcos_deploy.core.annotations import MEDIUM_AREAS
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import DecodeSpec
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import BundleError, ImageError, InconclusiveError
-from fcos_deploy.core.gate import Gate, Outcome, interval_outcome, overall_outcome
+from fcos_deploy.core.gate import (
+    DetectionMatch,
+    Gate,
+    MatchOptions,
+    Outcome,
+    interval_outcome,
+    match_detections,
+    overall_outcome,
+)
 from fcos_deploy.core.image import decode_image
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.matching import DetectionMatch, MatchOptions, match_detections
 from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec, preprocess
 
 __all__ = [

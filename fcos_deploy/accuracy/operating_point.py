@@ -13,7 +13,7 @@ from fcos_deploy.accuracy.coco import ApInterval, ClassMatches, drop_interval, r
 from fcos_deploy.accuracy.dataset import Dataset, GroundTruth
 from fcos_deploy.core.detections import Detections, pairwise_iou
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.matching import equivalent_threshold, share_interval
+from fcos_deploy.core.gate import equivalent_threshold, share_interval
 
 __all__ = [
     "OPERATING_COLUMNS",

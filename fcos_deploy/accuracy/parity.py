@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.backend import ComputeType, Tensors
+from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import Candidates, DecodeSpec, HeadOutputs, decode, level_sizes
-from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.detections import Detections, postprocess
+from fcos_deploy.core.enums import ComputeType, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.matching import DetectionAgreement, agreement_json, compare_detections
-from fcos_deploy.core.postprocess import postprocess
+from fcos_deploy.core.gate import DetectionAgreement, agreement_json, compare_detections
 from fcos_deploy.core.preprocess import InputDtype, Letterbox, PreprocessSpec, padded_size
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.dataset import EvaluationImage, check_frame
+from fcos_deploy.core.artifact import files_of
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import contract_to_text
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.file_kinds import files_of
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.preprocess import Letterbox
 from fcos_deploy.core.progress import ProgressFn, map_ahead, no_progress

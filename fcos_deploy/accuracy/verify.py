@@ -40,8 +40,9 @@ from fcos_deploy.bundle.signature import (
     sign_with_device_key,
 )
 from fcos_deploy.bundle.store import Bundle, append_log
-from fcos_deploy.core.backend import Session, SessionOptions, Tensors
-from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.artifact import read_contract
+from fcos_deploy.core.backend import Session, SessionOptions, Tensors, all_backends
+from fcos_deploy.core.contract import ModelContract, TensorSpec
 from fcos_deploy.core.decode import DecodeSpec
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ComputeType, Precision
@@ -55,15 +56,12 @@ from fcos_deploy.core.errors import (
     SignatureError,
 )
 from fcos_deploy.core.files import read_file, write_text
-from fcos_deploy.core.gate import Gate, Outcome, overall_outcome
+from fcos_deploy.core.gate import Gate, MatchOptions, Outcome, match_detections, overall_outcome
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.machine import MachineFacts, read_machine
-from fcos_deploy.core.matching import MatchOptions, match_detections
 from fcos_deploy.core.preprocess import ChannelOrder, PreprocessSpec, preprocess
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import all_backends
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
-from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.detector import Detector
 from runtimes.kserve import RemoteModel, write_remote_model
 

@@ -29,9 +29,9 @@ from fcos_deploy.benchmark.measure import (
     read_clock,
     time_in_turns,
 )
-from fcos_deploy.core.backend import PerformanceHint
+from fcos_deploy.core.artifact import files_of
+from fcos_deploy.core.enums import PerformanceHint
 from fcos_deploy.core.errors import ConfigError, SlowdownError
-from fcos_deploy.core.file_kinds import files_of
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
 from fcos_deploy.core.machine import MachineFacts, read_machine, usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress

@@ -31,8 +31,8 @@ from fcos_deploy.bundle.manifest import (
     UNLISTED,
     check_relative_path,
 )
+from fcos_deploy.core.artifact import is_checkpoint
 from fcos_deploy.core.errors import BundleError, ChecksumError, FcosDeployError
-from fcos_deploy.core.file_kinds import is_checkpoint
 from fcos_deploy.core.files import atomic_file, copy_file, open_regular, sha256_file
 from fcos_deploy.core.serialize import parse_json
 

@@ -29,11 +29,11 @@ from fcos_deploy.bundle.manifest import LAYERS_FOLDER, SIGNATURE_NAME, Artifact,
 from fcos_deploy.bundle.signature import check_bytes, check_envelope, device_public_key, sign_with_device_key
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.bundle.writer import ArtifactDraft, lock_folder, record_files
+from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError, SignatureError
 from fcos_deploy.core.files import copy_file, read_file, replace_folder, sha256_file, sync_folder
 from fcos_deploy.core.machine import MachineFacts, read_machine
-from fcos_deploy.core.registry import get_backend
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
 from fcos_deploy.core.trust import authenticate, is_own, own_folder, state_folder, write_own_file
 

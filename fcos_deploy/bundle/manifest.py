@@ -21,8 +21,7 @@ from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
-from fcos_deploy.core.gate import Finding, Gate, Outcome
-from fcos_deploy.core.matching import ScoreDrift
+from fcos_deploy.core.gate import Finding, Gate, Outcome, ScoreDrift
 from fcos_deploy.core.progress import StageRecord
 from fcos_deploy.core.serialize import from_json, to_json, unique_keys
 

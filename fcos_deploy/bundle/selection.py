@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from fcos_deploy.bundle.device_layer import chosen_precision, renew_command, usable_layers
 from fcos_deploy.bundle.manifest import Artifact, Requirements, VersionRule
 from fcos_deploy.bundle.store import Bundle
-from fcos_deploy.core.backend import BackendProbe
-from fcos_deploy.core.contract import find_contract
+from fcos_deploy.core.artifact import find_contract
+from fcos_deploy.core.backend import BackendProbe, get_backend
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError
+from fcos_deploy.core.exporter import all_exporters
 from fcos_deploy.core.machine import MachineFacts, read_machine
-from fcos_deploy.core.registry import all_exporters, get_backend
 
 __all__ = [
     "Difference",

@@ -17,10 +17,9 @@ from fcos_deploy.checkpoints.rules import level_strides
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, option_flag
 from fcos_deploy.core.decode import BoxClip
 from fcos_deploy.core.enums import StrEnum
-from fcos_deploy.core.errors import CheckpointError, ConfigError
+from fcos_deploy.core.errors import CheckpointError, ConfigError, brief
 from fcos_deploy.core.network import BlockType, BoxActivation, ExtraSource, FcosConfig, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
-from fcos_deploy.core.text import brief
 
 __all__ = [
     "CONFIG_KEYS",

@@ -17,8 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.errors import CheckpointError
-from fcos_deploy.core.text import brief
+from fcos_deploy.core.errors import CheckpointError, brief
 
 __all__ = ["MAX_AXES", "Inert", "PickleHooks", "PickledArray", "UnsafeGlobalError", "read_pickle"]
 

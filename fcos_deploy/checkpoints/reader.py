@@ -24,12 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.checkpoints.pickle_reader import MAX_AXES, Inert, PickledArray, PickleHooks, read_pickle
+from fcos_deploy.core.artifact import CheckpointFormat, checkpoint_format
 from fcos_deploy.core.checkpoint_options import OPTION
-from fcos_deploy.core.errors import CheckpointError, ConfigError
-from fcos_deploy.core.file_kinds import CheckpointFormat, checkpoint_format
+from fcos_deploy.core.errors import CheckpointError, ConfigError, brief
 from fcos_deploy.core.files import open_regular
 from fcos_deploy.core.serialize import unique_keys
-from fcos_deploy.core.text import brief
 
 __all__ = [
     "ITEM_SIZES",

@@ -18,11 +18,10 @@ from typing import Any
 
 from fcos_deploy.checkpoints.rules import Evidence
 from fcos_deploy.core.checkpoint_options import option_flag
-from fcos_deploy.core.errors import CheckpointError, ConfigError
+from fcos_deploy.core.errors import CheckpointError, ConfigError, brief
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.network import BackboneType, BlockType, BoxActivation
 from fcos_deploy.core.preprocess import ChannelOrder
-from fcos_deploy.core.text import brief
 
 __all__ = ["CONFIG_KEYS", "StatedKey", "parse_yaml", "read_training_config"]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fcos_deploy.core.artifact import is_checkpoint
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import (
     CheckpointOptions,
@@ -22,7 +23,6 @@ from fcos_deploy.core.checkpoint_options import (
     read_checkpoint_options,
 )
 from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision
-from fcos_deploy.core.file_kinds import is_checkpoint
 from fcos_deploy.core.gate import Gate, Judge
 from fcos_deploy.core.trust import Trust
 
@@ -125,7 +125,7 @@ def output(help: str, *, metavar: str = "FILE") -> Any:  # noqa: A002  # as in t
 
 def complete_backend(incomplete: str) -> list[str]:
     """Backends whose names begin so, for shells."""
-    from fcos_deploy.core.registry import all_backends
+    from fcos_deploy.core.backend import all_backends
 
     return [name for name in all_backends() if name.startswith(incomplete)]
 

@@ -27,9 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, printable
 from fcos_deploy.core.progress import ProgressFn
-from fcos_deploy.core.text import printable
 
 __all__ = [
     "note",
@@ -103,7 +102,7 @@ def note(text: str) -> None:
 
 def note_placements(descriptions: Iterable[Mapping[str, str]]) -> None:
     """What to say of INT8 graphs, by the descriptions of their sessions, that run where they were not meant to run."""
-    from fcos_deploy.core.registry import get_backend
+    from fcos_deploy.core.backend import get_backend
 
     ran = dict.fromkeys((d["backend"], d["placement"]) for d in descriptions if "placement" in d)
     for backend, placement in ran:

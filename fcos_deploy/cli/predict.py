@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.draw import DrawOptions
     from fcos_deploy.detector.prediction import Prediction
-    from fcos_deploy.detector.sources import StreamOptions
-    from fcos_deploy.detector.view import StreamView
+    from fcos_deploy.detector.sources import StreamOptions, StreamView
 
 __all__ = ["predict_command"]
 
@@ -111,8 +110,7 @@ def predict_command(
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.draw import DrawOptions
     from fcos_deploy.detector.prediction import write_coco, write_csv, write_yolo
-    from fcos_deploy.detector.sources import StreamOptions, is_stream
-    from fcos_deploy.detector.view import StreamView
+    from fcos_deploy.detector.sources import StreamOptions, StreamView, is_stream
 
     streamed = follow or any(map(is_stream, images))
     written = ((coco, write_coco), (as_csv, write_csv), (yolo, write_yolo))
@@ -153,7 +151,7 @@ def _require_fitting(streamed: bool, *, several: bool, kept: bool, ends: bool, d
     Raises:
         ConfigError: naming what does not fit.
     """
-    from fcos_deploy.detector.view import is_view_address
+    from fcos_deploy.detector.sources import is_view_address
 
     if streamed and (several or kept):
         raise ConfigError(

@@ -20,9 +20,8 @@ import typer
 
 from fcos_deploy.cli.output import print_json
 from fcos_deploy.core.checkpoint_options import read_options_file, replaced_fields
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, brief
 from fcos_deploy.core.serialize import toml_value
-from fcos_deploy.core.text import brief
 
 __all__ = [
     "PROJECT_FILE",

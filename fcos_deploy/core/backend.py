@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -14,8 +15,9 @@ from typing import Any, Generic, TypeVar
 
 from numpy.typing import NDArray
 
+from fcos_deploy.core.artifact import find_contract
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.contract import ModelContract, find_contract
+from fcos_deploy.core.contract import ModelContract, TensorSpec
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, DeformForm, PerformanceHint
 from fcos_deploy.core.errors import (
     BackendError,
@@ -24,21 +26,23 @@ from fcos_deploy.core.errors import (
     MissingDependencyError,
     TensorMismatchError,
 )
+from fcos_deploy.core.libraries import discover, get_plugin
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.progress import INFERENCES
-from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.core.trust import Trust
 
 __all__ = [
     "Backend",
     "BackendProbe",
-    "ComputeType",
     "PerThread",
-    "PerformanceHint",
     "Session",
     "SessionOptions",
     "Tensors",
+    "all_backends",
+    "backends_for",
+    "get_backend",
 ]
+
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -374,3 +378,19 @@ class PerThread(Generic[T]):
         except AttributeError:
             value = self._local.value = self._make()
         return value
+
+
+@functools.cache
+def all_backends() -> dict[str, Backend]:
+    """All runtimes by name, installed libraries or not."""
+    return discover("runtimes", marker="BACKEND", kind=Backend)  # type: ignore[type-abstract]  # for isinstance only
+
+
+def backends_for(kind: ArtifactKind) -> list[Backend]:
+    """The runtimes that open this kind, by name."""
+    return [backend for backend in all_backends().values() if kind in backend.accepts]
+
+
+def get_backend(name: str) -> Backend:
+    """One runtime; ConfigError names those that exist."""
+    return get_plugin(all_backends(), name, role="backend")

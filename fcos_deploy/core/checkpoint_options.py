@@ -12,12 +12,11 @@ from typing import Any
 
 from fcos_deploy.core.decode import BoxClip
 from fcos_deploy.core.enums import CenterMode, Orientation
-from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.files import open_regular
+from fcos_deploy.core.errors import ConfigError, brief
+from fcos_deploy.core.files import decoded_text, open_regular
 from fcos_deploy.core.network import BoxActivation, ExtraSource, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, SizeRule
 from fcos_deploy.core.serialize import from_json, parse_toml, to_json, toml_value
-from fcos_deploy.core.text import brief, decoded_text
 
 __all__ = [
     "AUTO",

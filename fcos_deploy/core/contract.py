@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fcos_deploy.core.decode import BoxClip, DecodeSpec, NmsSpace, level_sizes
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
-from fcos_deploy.core.errors import BackendLoadError, ConfigError
-from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, write_text
-from fcos_deploy.core.onnx_file import onnx_interface, onnx_metadata
+from fcos_deploy.core.errors import ConfigError, TensorMismatchError
 from fcos_deploy.core.preprocess import PreprocessSpec
-from fcos_deploy.core.serialize import from_json, to_json
-from fcos_deploy.core.tensor_spec import TensorSpec
+from fcos_deploy.core.serialize import to_json
 
 __all__ = [
     "METADATA_KEY",
@@ -21,12 +21,39 @@ __all__ = [
     "TAIL_OUTPUTS",
     "Decision",
     "ModelContract",
+    "TensorSpec",
     "contract_to_text",
-    "find_contract",
-    "read_contract",
-    "sidecar_path",
-    "write_sidecar",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """``dtype`` is NumPy's name; ``None`` in ``shape`` is a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("A tensor needs a name.")
+        try:
+            np.dtype(self.dtype)
+        except TypeError as error:
+            raise ConfigError(f"Tensor '{self.name}' has the unknown dtype '{self.dtype}'.") from error
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
+
+    def check(self, array: NDArray[Any]) -> None:
+        """Raise TensorMismatchError unless ``array`` has this dtype and shape."""
+        fits = len(array.shape) == len(self.shape) and all(
+            n is None or n == m for n, m in zip(self.shape, array.shape, strict=True)
+        )
+        if array.dtype != np.dtype(self.dtype) or not fits:
+            got = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
+            raise TensorMismatchError(f"Tensor '{self.name}' must be {self}, got {got}.")
+
 
 _LONGEST_CLASS_NAME = 256
 
@@ -169,65 +196,3 @@ METADATA_KEY = "fcos_deploy.contract"
 def contract_to_text(contract: ModelContract) -> str:
     """One line of JSON."""
     return json.dumps(to_json(contract), separators=(",", ":"), sort_keys=True)
-
-
-def sidecar_path(path: Path) -> Path:
-    """The json file that belongs to an engine or IR: ``model.int8.xml`` -> ``model.int8.json``."""
-    return path.with_suffix(".json")
-
-
-def write_sidecar(path: Path, contract: ModelContract, record: dict[str, str] | None = None) -> Path:
-    """Write the contract, and the record of the build, beside an artifact."""
-    content = {"contract": to_json(contract), "record": record or {}}
-    write_text(sidecar_path(path), json.dumps(content, indent=1, sort_keys=True) + "\n")
-    return sidecar_path(path)
-
-
-def read_contract(path: Path) -> ModelContract:
-    """The contract of an ONNX file, engine or IR.
-
-    Raises:
-        BackendLoadError: when the file is missing or damaged, or has no contract.
-    """
-    contract = find_contract(path)
-    if contract is not None:
-        return contract
-    if path.suffix.lower() == ".onnx":
-        raise BackendLoadError(f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'")
-    raise BackendLoadError(f"'{path}' has no '{sidecar_path(path).name}' beside it.", hint="copy both files together")
-
-
-def find_contract(path: Path) -> ModelContract | None:
-    """As ``read_contract``, but None for an artifact of another tool, which carries none.
-
-    Raises:
-        BackendLoadError: when the file is missing or damaged.
-    """
-    if not path.is_file():
-        raise BackendLoadError(f"'{path}' is not there.")
-    try:
-        stored = onnx_metadata(path).get(METADATA_KEY) if path.suffix.lower() == ".onnx" else _sidecar_contract(path)
-        if stored is None:
-            return None
-        contract = from_json(ModelContract, json.loads(stored), where="contract")
-    except ConfigError as error:
-        raise BackendLoadError(f"Cannot read the contract of '{path}': {error.message}", hint=error.hint) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise BackendLoadError(f"Cannot read the contract of '{path}': {error}.") from error
-    # Another tool may quantize the graph and keep its metadata: the operators are what runs.
-    quantized = (
-        path.suffix.lower() == ".onnx"
-        and contract.precision is not Precision.INT8
-        and onnx_interface(path).is_quantized
-    )
-    return replace(contract, precision=Precision.INT8) if quantized else contract
-
-
-def _sidecar_contract(path: Path) -> str | None:
-    sidecar = sidecar_path(path)
-    if not sidecar.is_file():
-        return None
-    content = json.loads(read_file(sidecar, limit=MAX_TEXT_BYTES))
-    if not isinstance(content, dict) or "contract" not in content:
-        raise BackendLoadError(f"'{sidecar}' holds no fcos-deploy contract.", hint="copy the one of this artifact")
-    return json.dumps(content["contract"])

@@ -1,18 +1,43 @@
-"""Boxes, scores and labels of one image, and how much boxes overlap."""
+"""Detections of one image: how much boxes overlap, which ones suppress others, and how outputs become them."""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.errors import ConfigError, MissingDependencyError
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.decode import (
+    BoxClip,
+    BoxFilter,
+    Candidates,
+    DecodeSpec,
+    HeadOutputs,
+    NmsSpace,
+    best_first,
+    decode,
+)
+from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.errors import BackendError, ConfigError, MissingDependencyError, TensorMismatchError
+from fcos_deploy.core.native import native
+from fcos_deploy.core.preprocess import Letterbox
 
-__all__ = ["Detections", "box_iou", "label_name", "pairwise_iou"]
+__all__ = [
+    "Detections",
+    "Suppression",
+    "box_iou",
+    "image_sizes_row",
+    "label_name",
+    "pairwise_iou",
+    "postprocess",
+    "suppress",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,3 +132,268 @@ def pairwise_iou(
 ) -> NDArray[np.float64]:
     """As ``box_iou``, of every pair: (n, 4) and (m, 4) -> (n, m) float64; ``crowd`` (m,)."""
     return box_iou(first[:, None], second[None], offset=offset, crowd=crowd)
+
+
+_BLOCK = 128  # candidates that are compared at a time; all pairs of a block fit into the level-2 cache
+# Below one pair of the same class in this many, listing the pairs is cheaper than the float32 overlap of all of them.
+_DENSE = 8
+_MARGIN = 1e-5  # relative; see _may_overlap
+_SMALL, _HUGE = np.float32(1e-37), np.float32(1e36)  # near the ends of float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suppression:
+    """``iou_offset`` is added to widths and heights in the overlap (1 in tianzhi's FCOS).
+
+    At most ``limit`` boxes stay, and with ``keep_ties`` also those whose score equals that of the last one.
+    """
+
+    iou_threshold: float
+    limit: int
+    iou_offset: float = 0.0
+    keep_ties: bool = False
+
+
+def suppress(
+    boxes: NDArray[np.float32], scores: NDArray[np.float32], *, labels: NDArray[Any], rule: Suppression
+) -> NDArray[np.intp]:
+    """Indices of the boxes that stay, best score first, earlier ones first among equal scores.
+
+    A box goes when a box of its class that stays, and comes before it in that order, overlaps it by
+    IoU > ``iou_threshold`` (strictly). boxes: (n, 4) float32 xyxy. scores: (n,) float32 >= 0. labels: (n,) integers.
+    """
+    library = native()
+    if library is not None:
+        return library.suppress(
+            boxes,
+            scores,
+            labels=labels,
+            iou_threshold=rule.iou_threshold,
+            iou_offset=rule.iou_offset,
+            limit=rule.limit,
+            keep_ties=rule.keep_ties,
+        )
+    order, labels = best_first(scores), labels.astype(np.int32)
+    kept = order[:0]
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        if len(kept) >= rule.limit:
+            # Not less, rather than at least: NaN, which sorts before all numbers, is neither.
+            block = block[~(scores[block] < scores[kept[rule.limit - 1]])] if rule.keep_ties else block[:0]
+            if len(block) == 0:
+                break
+        pool = np.concatenate((kept, block))
+        kept = pool[_survivors(boxes[pool], labels[pool], settled=len(kept), rule=rule)]
+    if len(kept) > rule.limit:
+        return kept[~(scores[kept] < scores[kept[rule.limit - 1]])] if rule.keep_ties else kept[: rule.limit]
+    return kept
+
+
+def _survivors(
+    boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
+) -> NDArray[np.bool_]:
+    """(m,) bool: which of boxes (m, 4), best first, stay; the first ``settled`` are known to."""
+    winner, loser = _overlapping_pairs(boxes, labels, settled=settled, rule=rule)
+    stays = np.ones(len(boxes), np.bool_)
+    while True:
+        # A box stays if every box that overlaps it, and comes before it, goes. By induction round r is right for boxes
+        # at the end of a chain of at most r such dependencies, so that the fixed point is the greedy result.
+        previous, stays = stays, np.ones(len(boxes), np.bool_)
+        stays[loser[previous[winner]]] = False
+        if np.array_equal(stays, previous):
+            return stays
+
+
+def _overlapping_pairs(
+    boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Indices (winner, loser) of all pairs of one class with IoU > threshold, winner < loser, loser >= ``settled``.
+
+    In float64; where more than one pair in ``_DENSE`` is of one class, after a float32 pass over all pairs.
+    """
+    near = labels[:, None] == labels[settled:]
+    if _DENSE * np.count_nonzero(near) > near.size:
+        near &= _may_overlap(boxes, settled=settled, rule=rule)
+    winner, loser = np.divmod(np.flatnonzero(near), near.shape[1])
+    loser += settled
+    before = winner < loser
+    winner, loser = winner[before], loser[before]
+    corners = boxes.T.astype(np.float64)  # (4, m): each row contiguous
+    iou = box_iou(corners.take(winner, axis=1).T, corners.take(loser, axis=1).T, offset=rule.iou_offset)
+    over = iou > rule.iou_threshold
+    return winner[over], loser[over]
+
+
+def _may_overlap(boxes: NDArray[np.float32], *, settled: int, rule: Suppression) -> NDArray[np.bool_]:
+    """(m, m - settled) bool: False only for pairs with IoU <= threshold; in float32.
+
+    The coordinates are exact, so that each difference, product and sum adds a relative error of at most 2^-24. There
+    are fewer than 16 of them, 1e-6 together, and ``_MARGIN`` is ten times that. Underflow adds less than ``_SMALL``;
+    what might overflow may overlap.
+    """
+    x1, y1, x2, y2 = np.ascontiguousarray(boxes.T)
+    offset = np.float32(rule.iou_offset)
+    late = slice(settled, None)
+    inter = _common(x1, x2, late=late, offset=offset)
+    np.maximum(inter, 0, out=inter)  # One side clamped is enough: the product is then not positive.
+    inter *= _common(y1, y2, late=late, offset=offset)
+    # inter / (a + b - inter) > t  <=>  inter > (a + b) * t / (1 + t): without a division for each pair.
+    share = np.float32(rule.iou_threshold / (1 + rule.iou_threshold) * (1 - _MARGIN))
+    areas = (x2 - x1 + offset) * (y2 - y1 + offset) * share - _SMALL
+    areas[areas > _HUGE] = -np.inf
+    may_overlap: NDArray[np.bool_] = inter >= areas[:, None] + areas[late]
+    return may_overlap
+
+
+def _common(
+    low: NDArray[np.float32], high: NDArray[np.float32], *, late: slice, offset: np.float32
+) -> NDArray[np.float32]:
+    """(m, m - settled): length that intervals have in common with the late ones; negative for a gap."""
+    common = np.minimum(high[:, None], high[late])
+    common -= np.maximum(low[:, None], low[late])
+    if offset:
+        common += offset
+    return common
+
+
+_LOG = logging.getLogger(__name__)
+
+Outputs = Mapping[str, NDArray[Any]]
+
+
+def image_sizes_row(letterbox: Letterbox) -> NDArray[np.float32]:
+    """(4,) float32 resized height, resized width, original height, original width: a row of ``image_sizes``."""
+    sizes = (letterbox.resized_height, letterbox.resized_width, letterbox.image_height, letterbox.image_width)
+    return np.array(sizes, np.float32)
+
+
+def postprocess(
+    outputs: Outputs, contract: ModelContract, *, index: int, input_size: tuple[int, int], letterbox: Letterbox
+) -> Detections:
+    """Detections of image ``index`` of a batch, in image pixels, with ``label_map`` applied.
+
+    ``outputs`` are those of ``contract.tail``; nothing in the result shares memory with them. ``input_size`` is the
+    padded (H, W) of the batch.
+
+    Raises:
+        TensorMismatchError: an output is missing or its shape does not fit.
+        BackendError: an output is not finite. A NaN passes no threshold, so that it would look like an empty image.
+    """
+    missing = sorted(set(contract.outputs) - set(outputs))
+    if missing:
+        raise TensorMismatchError(f"The outputs must be {sorted(contract.outputs)}, {missing} are missing.")
+    of_image: Outputs = {name: outputs[name][index] for name in contract.outputs}
+    if contract.tail is Tail.NMS:  # Rows beyond the count are not written by every runtime.
+        of_image = _used_rows(of_image)
+    for name, array in of_image.items():
+        _check_finite(name, array, index=index)
+    with np.errstate(over="ignore"):  # The sum of two finite halves may not be one.
+        candidates = _candidates(of_image, contract, input_size)
+        if contract.tail is not Tail.NMS:
+            candidates = _suppressed(candidates, contract.decode, input_size, letterbox)
+        return _finish(candidates, contract.decode, letterbox)
+
+
+def _check_finite(name: str, array: NDArray[Any], *, index: int) -> None:
+    if array.dtype == np.float16:
+        # NumPy tests halves one by one in software; infinity and NaN are those whose exponent bits are all set.
+        finite = int((array.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0)) < 0x7C00
+    else:
+        finite = array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    if finite:
+        return
+    place = np.argwhere(~np.isfinite(array))[0].tolist()
+    count, value = int((~np.isfinite(array)).sum()), array[tuple(place)]
+    raise BackendError(
+        f"Output '{name}' of image {index} is not finite: {count} of {array.size} values, "
+        f"the first is {value} at {place}.",
+        hint="the model is damaged, or overflows in this precision; 'fcos-deploy parity' finds where it begins",
+    )
+
+
+def _used_rows(outputs: Outputs) -> Outputs:
+    """The nms tail's outputs without the padding after the last detection.
+
+    Raises:
+        TensorMismatchError: the count does not fit.
+    """
+    count, rows = int(outputs["num_detections"].reshape(-1)[0]), len(outputs["scores"])
+    if not 0 <= count <= rows:
+        raise TensorMismatchError(f"Output 'num_detections' must be in 0..{rows}, got {count}.")
+    whole = ("num_detections", "settled")
+    return {name: array if name in whole else array[:count] for name, array in outputs.items()}
+
+
+def _candidates(outputs: Outputs, contract: ModelContract, input_size: tuple[int, int]) -> Candidates:
+    """What the graph's tail gives of an image, in network-input pixels; of the nms tail, what is left."""
+    if contract.tail is Tail.RAW:
+        head = HeadOutputs(outputs["cls_logits"], outputs["distances"], outputs["centerness"])
+        return decode(head, contract.decode, input_size=input_size)
+    boxes, scores, labels = outputs["boxes"], outputs["scores"], outputs["labels"]
+    if boxes.shape != (len(scores), 4) or scores.ndim != 1 or labels.shape != scores.shape:
+        got = {"boxes": boxes.shape, "scores": scores.shape, "labels": labels.shape}
+        raise TensorMismatchError(f"Outputs of an image must be boxes (K, 4), scores (K,) and labels (K,), got {got}.")
+    candidates = Candidates(boxes.astype(np.float32, copy=False), scores.astype(np.float32, copy=False), labels)
+    if "settled" in outputs and not outputs["settled"].reshape(-1)[0]:
+        _LOG.warning(
+            "The static NMS did not settle on this image: its detections may differ from those of greedy suppression. "
+            "Export with --nms-form onnx, or with more --nms-boxes."
+        )
+    # A copy of all rows of the nms tail: the runtime overwrites its buffers.
+    used = candidates.scores >= 0 if contract.tail is Tail.CANDIDATES else np.arange(len(candidates.scores))
+    return candidates.take(used)
+
+
+def _suppressed(
+    candidates: Candidates, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox
+) -> Candidates:
+    """Survivors in the profile's order, boxes clipped as it says, in network-input pixels."""
+    profile = spec.profile
+    boxes = _CLIPS[profile.clip](candidates.boxes, input_size, letterbox)
+    candidates = Candidates(boxes, candidates.scores, candidates.channels)
+    measured = letterbox.to_image(boxes) if profile.nms_space is NmsSpace.ORIGINAL else boxes
+    if profile.box_filter is BoxFilter.BEFORE_NMS:
+        x1, y1, x2, y2 = measured.T
+        large = (x2 - x1 > spec.min_box_size) & (y2 - y1 > spec.min_box_size)
+        candidates, measured = candidates.take(large), measured[large]
+    rule = Suppression(
+        iou_threshold=spec.iou_threshold,
+        limit=spec.max_detections,
+        iou_offset=profile.iou_offset,
+        keep_ties=profile.keep_ties,
+    )
+    labels = np.zeros_like(candidates.channels) if spec.class_agnostic else candidates.channels
+    kept = suppress(measured, candidates.scores, labels=labels, rule=rule)
+    return candidates.take(kept if profile.sort_by_score else np.sort(kept))
+
+
+def _clip_to(boxes: NDArray[np.float32], width: float, height: float) -> NDArray[np.float32]:
+    # In two steps, which NumPy does faster than one np.clip.
+    clipped: NDArray[np.float32] = np.maximum(boxes, np.float32(0))
+    np.minimum(clipped, np.array([width, height, width, height], np.float32), out=clipped)
+    return clipped
+
+
+_CLIPS: dict[BoxClip, Callable[[NDArray[np.float32], tuple[int, int], Letterbox], NDArray[np.float32]]] = {
+    BoxClip.NONE: lambda boxes, _size, _box: boxes,
+    BoxClip.INPUT: lambda boxes, size, _box: _clip_to(boxes, size[1], size[0]),
+    BoxClip.IMAGE: lambda boxes, _size, box: _clip_to(boxes, box.resized_width, box.resized_height),
+    BoxClip.IMAGE_MINUS_ONE: lambda boxes, _size, box: _clip_to(boxes, box.resized_width - 1, box.resized_height - 1),
+}
+
+
+def _finish(candidates: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Detections:
+    """To image pixels, with the final clip and filter where the profile has them, and labels for channels."""
+    boxes = letterbox.to_image(candidates.boxes)
+    if spec.profile.box_filter is BoxFilter.AFTER_FINAL_CLIP:
+        boxes = _clip_to(boxes, letterbox.image_width, letterbox.image_height)
+        solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        candidates, boxes = candidates.take(solid), boxes[solid]
+    channels = candidates.channels
+    labels = _label_array(spec.label_map)[channels] if spec.label_map else channels.astype(np.int64)
+    return Detections(boxes, candidates.scores, labels)
+
+
+@functools.lru_cache(maxsize=16)
+def _label_array(label_map: tuple[int, ...]) -> NDArray[np.int64]:
+    return np.array(label_map, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,9 +11,10 @@ from typing import NamedTuple
 
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.libraries import discover, get_plugin
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["BuildOptions", "BuildRequest", "BuildResult", "Exporter", "SizeRange"]
+__all__ = ["BuildOptions", "BuildRequest", "BuildResult", "Exporter", "SizeRange", "all_exporters", "get_exporter"]
 
 
 class SizeRange(NamedTuple):
@@ -112,3 +114,14 @@ class Exporter(ABC):
             MissingDependencyError: the builder is not installed.
             BuildError: the builder failed; the message ends with the last lines of its log.
         """
+
+
+@functools.cache
+def all_exporters() -> dict[str, Exporter]:
+    """All makers of artifacts by name."""
+    return discover("exporters", marker="EXPORTER", kind=Exporter)  # type: ignore[type-abstract]  # for isinstance only
+
+
+def get_exporter(name: str) -> Exporter:
+    """One maker of artifacts; ConfigError names those that exist."""
+    return get_plugin(all_exporters(), name, role="exporter")

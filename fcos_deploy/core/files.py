@@ -5,6 +5,7 @@ What only POSIX systems have (flags of ``open``, folders that can be synced, ``f
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import errno
@@ -30,6 +31,7 @@ __all__ = [
     "atomic_file",
     "checked_bytes",
     "copy_file",
+    "decoded_text",
     "lock_file",
     "open_flags",
     "open_regular",
@@ -44,6 +46,7 @@ __all__ = [
     "sync_tree",
     "write_text",
 ]
+
 
 MAX_TEXT_BYTES = 64 << 20  # of a sidecar, a calibration or another file of ours that is read whole
 _LOCKED_BYTE = 1 << 40  # beyond the end of any file that is locked, so that Windows lets others read the file meanwhile
@@ -460,3 +463,25 @@ def _remove(folder: Path, descriptors: list[int]) -> None:
         with contextlib.suppress(OSError):
             os.close(descriptor)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+# UTF-32 first: its mark begins as that of UTF-16 does.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def decoded_text(content: bytes) -> str:
+    """The text of a file in UTF-8, with or without byte order mark, or in UTF-16 or UTF-32 with one.
+
+    Raises:
+        ValueError: it is in none of them.
+    """
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text in UTF-8 (byte {error.start})") from error

@@ -1,18 +1,20 @@
-"""Optional libraries: imported when they are first used, and their version numbers."""
+"""What is installed: optional libraries, imported when they are first used, their versions; and plug-ins."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import os
+import pkgutil
 import re
 import sys
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from fcos_deploy.core.errors import ConfigError, MissingDependencyError
+from fcos_deploy.core.errors import ConfigError, MissingDependencyError, unknown_name
 
-__all__ = ["lazy_import", "library_versions", "parse_version", "require"]
+__all__ = ["discover", "get_plugin", "lazy_import", "library_versions", "parse_version", "require"]
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -82,3 +84,52 @@ def lazy_import(module: str, *, extra: str = "") -> Any:  # Any: stands for the 
     Written once near the top of a file: ``ov = lazy_import("openvino", extra="openvino")``.
     """
     return _LazyModule(module, extra)
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+PluginT = TypeVar("PluginT", bound=_Named)
+
+
+def discover(package: str, *, marker: str, kind: type[PluginT]) -> dict[str, PluginT]:
+    """Plug-ins by name, sorted: what public modules of ``package`` call ``marker``, and what entry points load.
+
+    A module that defines several has a tuple of them.
+
+    The group of the entry points is ``fcos_deploy.`` and the last word of ``package``: ``fcos_deploy.runtimes``.
+
+    Raises:
+        ConfigError: two plug-ins of one name, or one that is not a ``kind``.
+    """
+    plugins: dict[str, PluginT] = {}
+
+    def add(plugin: object, origin: str) -> None:
+        if not isinstance(plugin, kind):
+            raise ConfigError(f"{origin} is not a {kind.__name__}.")
+        if plugin.name in plugins:
+            raise ConfigError(f"Two plug-ins are named '{plugin.name}'.")
+        plugins[plugin.name] = plugin
+
+    for module_info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if not module_info.name.startswith("_"):
+            module = importlib.import_module(f"{package}.{module_info.name}")
+            plugin = getattr(module, marker, ())
+            for each in plugin if isinstance(plugin, tuple) else (plugin,):
+                add(each, f"'{marker}' of '{module.__name__}'")
+    for entry in importlib.metadata.entry_points(group=f"fcos_deploy.{package.rpartition('.')[2]}"):
+        add(entry.load(), f"Entry point '{entry.name}' of '{entry.value}'")
+    return dict(sorted(plugins.items()))
+
+
+def get_plugin(plugins: Mapping[str, PluginT], name: str, *, role: str) -> PluginT:
+    """The plug-in of this name; ``role`` is what messages call it, such as "backend".
+
+    Raises:
+        ConfigError: naming the ones that exist.
+    """
+    if name not in plugins:
+        raise unknown_name(role, name, sorted(plugins))
+    return plugins[name]

@@ -1,4 +1,4 @@
-"""The loops of the host path in C (``c/host.c``), where it was compiled; ``decode`` and ``nms`` have them in NumPy.
+"""The loops of the host path in C (``c/host.c``), where it was compiled; NumPy's are in ``decode`` and ``detections``.
 
 Both give the same results to the bit (``tests/unit/test_native.py``). The library has a plain C interface, so that one
 file serves every Python; its loops run without the interpreter's lock.
@@ -207,7 +207,7 @@ class Native:
         limit: int,
         keep_ties: bool,
     ) -> NDArray[np.int64]:
-        """Indices of the boxes that stay, best score first, as ``nms.suppress`` says."""
+        """Indices of the boxes that stay, best score first, as ``detections.suppress`` says."""
         boxes, scores = np.ascontiguousarray(boxes, np.float32), np.ascontiguousarray(scores, np.float32)
         labels = np.ascontiguousarray(labels, np.int64)
         kept = np.empty(len(scores), np.int64)

@@ -17,8 +17,7 @@ from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.text import brief
+from fcos_deploy.core.errors import ConfigError, brief
 
 __all__ = ["from_json", "json_schema", "parse_json", "parse_toml", "to_json", "toml_value", "unique_keys"]
 

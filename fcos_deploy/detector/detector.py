@@ -17,10 +17,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.core.backend import Backend, PerThread, Session, SessionOptions, Tensors
+from fcos_deploy.core.artifact import files_of, is_checkpoint, kinds_of, read_contract
+from fcos_deploy.core.backend import Backend, PerThread, Session, SessionOptions, Tensors, backends_for, get_backend
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.contract import ModelContract, read_contract
-from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.contract import ModelContract, TensorSpec
+from fcos_deploy.core.detections import Detections, image_sizes_row, postprocess
 from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision, Tail
 from fcos_deploy.core.errors import (
     BackendError,
@@ -31,13 +32,9 @@ from fcos_deploy.core.errors import (
     FcosDeployError,
     SignatureError,
 )
-from fcos_deploy.core.file_kinds import files_of, is_checkpoint, kinds_of
 from fcos_deploy.core.image import image_pixels, windows
 from fcos_deploy.core.machine import usable_cpus
-from fcos_deploy.core.postprocess import image_sizes_row, postprocess
 from fcos_deploy.core.preprocess import Letterbox, padded_size, preprocess
-from fcos_deploy.core.registry import backends_for, get_backend
-from fcos_deploy.core.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import asyncio

@@ -1,7 +1,9 @@
-"""Frames of videos, read and written with OpenCV; and streams that do not wait: cameras, servers, folders that grow.
+"""Streams that do not wait: cameras, servers, folders that grow; and a look at them in a browser on this machine.
 
 A stream's newest frame wins: a thread of its own reads every frame as it comes and keeps the last one alone, so that a
-slow detector sees the present and what it missed is counted.
+slow detector sees the present and what it missed is counted. A viewer gets what is newest when it is ready for it:
+frames with their boxes as MJPEG over HTTP. Drawing, encoding and sending are done in the viewers' threads, a few times
+a second, once for all of them, so that nobody who looks slowly, or not at all, holds up the detector.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +29,9 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
-from fcos_deploy.core.file_kinds import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    describe_content,
-    file_head,
-    image_format,
-    is_video,
-)
-from fcos_deploy.core.files import atomic_file
+from fcos_deploy.core.image import IMAGE_SUFFIXES
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.detector.draw import DrawOptions, draw_detections
 
 if TYPE_CHECKING:
     from fcos_deploy.detector.detector import Detector
@@ -42,134 +40,17 @@ __all__ = [
     "DetectionStream",
     "StreamOptions",
     "StreamStatistics",
+    "StreamView",
     "StreamedDetections",
-    "VideoWriter",
-    "frame_count",
     "is_stream",
-    "is_video_file",
-    "read_frames",
+    "is_view_address",
     "shown_source",
 ]
+
 
 _LOG = logging.getLogger(__name__)
 
 cv2 = lazy_import("cv2")
-
-# Containers that store the number of frames; for the others OpenCV computes it from the duration that they state.
-_COUNTED = re.compile(rb"RIFF|....(?:ftyp|moov|mdat|wide|free|skip)", re.DOTALL)
-_UNREADABLE = 2  # frames that a decoder may leave out at the ends of a sound file
-_SHARE = 0.9  # of the stated duration that the frames of a sound file last at least, less half a second
-
-_DEFAULT_RATE = 25.0  # frames a second, for files that do not say their rate
-
-
-def is_video_file(path: Path) -> bool:
-    """Whether a file is a video by its content; where that is unknown, by its suffix."""
-    head = file_head(path)
-    if is_video(head):
-        return True
-    return not image_format(head) and not describe_content(head) and path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def frame_count(path: Path) -> int:
-    """Frames as the file's header has them; 0 if it does not say.
-
-    Raises:
-        ImageError: the file is missing or not a video.
-    """
-    with _opened(path) as capture:
-        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-
-
-def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
-    """Frames (h, w, 3) uint8 RGB.
-
-    Raises:
-        ImageError: the file is missing, not a video, has no frame, or, after its last frame, ends early.
-    """
-    frames, seconds = 0, 0.0
-    with _opened(path) as capture:
-        announced = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-        rate = capture.get(cv2.CAP_PROP_FPS)
-        while True:
-            read, frame = capture.read()
-            if not read:
-                break
-            frames += 1
-            seconds = max(seconds, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-    if not frames:
-        raise ImageError(f"Video '{path}' has no frame that can be read.")
-    if _COUNTED.match(file_head(path)):
-        if frames < announced - _UNREADABLE:
-            raise ImageError(
-                f"Video '{path}' is damaged: {frames} of the {announced} frames of its header can be read."
-            )
-    elif rate > 0 and seconds + 1 / rate < _SHARE * announced / rate - 0.5:
-        raise ImageError(
-            f"Video '{path}' is damaged: {seconds:.1f} of the {announced / rate:.1f} seconds of its header can be read."
-        )
-
-
-class VideoWriter:
-    """Writes an .mp4 under its final name once it is complete; writes nothing where ``path`` is None.
-
-    ``like`` is the video whose frame rate it takes.
-    """
-
-    def __init__(self, path: Path | None, *, like: Path) -> None:
-        self._path = path
-        self._like = like
-        self._stack = contextlib.ExitStack()
-        self._temporary: Path | None = None
-        self._writer: Any = None
-        self._size = (0, 0)  # width, height
-
-    def __enter__(self) -> VideoWriter:
-        if self._path is not None:
-            self._temporary = self._stack.enter_context(atomic_file(self._path))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            self._writer.release()
-        self._stack.__exit__(kind, error, trace)
-
-    def write(self, image: NDArray[np.uint8]) -> None:
-        """Append a frame (h, w, 3) uint8 RGB; one of another size than the first is scaled to it.
-
-        Raises:
-            ConfigError: this OpenCV cannot write .mp4.
-        """
-        if self._writer is None:
-            self._size = image.shape[1], image.shape[0]
-            self._writer = self._open(*self._size)
-        if self._size != (image.shape[1], image.shape[0]):  # OpenCV would leave it out.
-            image = cv2.resize(image, self._size)
-        self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-
-    def _open(self, width: int, height: int) -> Any:
-        with _opened(self._like) as capture:
-            rate = capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_RATE
-        code = cv2.VideoWriter_fourcc(*"mp4v")
-        writer = cv2.VideoWriter(str(self._temporary), code, rate, (width, height))
-        if not writer.isOpened():
-            raise ConfigError(f"OpenCV cannot write '{self._path}'.", hint="use an OpenCV that was built with FFmpeg")
-        return writer
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    capture = cv2.VideoCapture(str(path)) if path.is_file() else None
-    if capture is None or not capture.isOpened():
-        raise ImageError(f"Cannot read video '{path}'.", hint="is it there, whole, and a video that OpenCV knows?")
-    try:
-        yield capture
-    finally:
-        capture.release()
-
 
 _PROTOCOLS = ("rtsp", "rtsps", "http", "https", "rtmp", "rtp", "udp", "tcp", "srt")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
@@ -471,3 +352,154 @@ def _entries(folder: Path) -> dict[str, tuple[int, int]]:
                 with contextlib.suppress(OSError):  # removed in between
                     entries[entry.name] = (entry.stat().st_mtime_ns, entry.stat().st_size)
     return entries
+
+
+_ADDRESS = re.compile(r"http://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):(\d{1,5})/?", re.ASCII)
+_LOCAL = ("localhost", "127.0.0.1", "[::1]")
+_RATE = 10.0  # frames a second
+_VIEWERS = 4
+_PATIENCE = 5.0  # seconds in which a viewer must take a frame
+_QUALITY = 80  # of the JPEG
+_LARGEST = 1280  # pixels of the longer side; larger frames are shown smaller
+
+
+def is_view_address(text: str) -> bool:
+    """Whether a place to draw to is an address, and not a folder."""
+    return text.startswith(("http:", "https:"))
+
+
+class StreamView:
+    """Serves the newest frame that ``show`` was given; a context manager that closes the server."""
+
+    def __init__(self, address: str, *, names: Sequence[str] = (), options: DrawOptions | None = None) -> None:
+        """Listen at ``address``, such as ``http://localhost:8090``; another host must be named to be heard there.
+
+        Raises:
+            ConfigError: it is no such address, or cannot be listened at.
+        """
+        match = _ADDRESS.fullmatch(address)
+        if match is None or int(match[2]) > 65535:
+            raise ConfigError(
+                f"'{address}' is no address to show frames at.", hint="--draw http://localhost:8090, or 127.0.0.1"
+            )
+        self.is_local = match[1] in _LOCAL
+        host = "127.0.0.1" if match[1] == "localhost" else match[1].strip("[]")
+        self._names, self._options = names, options
+        self._changed = threading.Condition()
+        self._newest: tuple[int, NDArray[np.uint8], Detections] | None = None
+        self._encoded = 0, b""
+        self._encoding = threading.Lock()
+        self._viewers = threading.BoundedSemaphore(_VIEWERS)
+        self._closed = False
+        try:
+            kind = _ServerV6 if ":" in host else _Server
+            self._server = kind((host, int(match[2])), self._handler())
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot show frames at '{address}': {error.strerror or error}.", hint="name another port with --draw"
+            ) from error
+        self.url = f"http://{match[1]}:{self._server.server_address[1]}/"
+        threading.Thread(target=self._server.serve_forever, name="view", daemon=True).start()
+
+    def __enter__(self) -> StreamView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening, and send nothing more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def show(self, pixels: NDArray[np.uint8], detections: Detections) -> None:
+        """Make this the frame that viewers get; ``pixels`` (h, w, 3) uint8 RGB, which are not changed afterwards."""
+        with self._changed:
+            number = self._newest[0] + 1 if self._newest else 1
+            self._newest = number, pixels, detections
+            self._changed.notify_all()
+
+    def _jpeg_after(self, seen: int) -> tuple[int, bytes] | None:
+        """The number and JPEG of a frame newer than ``seen``, once there is one; None when the server closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or (self._newest is not None and self._newest[0] > seen))
+            if self._closed or self._newest is None:
+                return None
+        with self._encoding:  # one viewer draws, the others take the result
+            with self._changed:
+                number, pixels, detections = self._newest
+            if self._encoded[0] < number:
+                self._encoded = number, self._draw(pixels, detections)
+            return self._encoded
+
+    def _draw(self, pixels: NDArray[np.uint8], detections: Detections) -> bytes:
+        drawn = draw_detections(pixels, detections, self._names, options=self._options)
+        scale = _LARGEST / max(drawn.shape[:2])
+        if scale < 1:
+            drawn = cv2.resize(drawn, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        _, jpeg = cv2.imencode(".jpg", drawn[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+        content: bytes = jpeg.tobytes()
+        return content
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        view = self
+
+        class Viewer(BaseHTTPRequestHandler):
+            timeout = _PATIENCE
+
+            def do_GET(self) -> None:
+                host = self.headers.get("Host", "").rpartition(":")[0]
+                if view.is_local and host not in _LOCAL:  # a page of somebody whose name now means this machine
+                    self.send_error(403)
+                elif self.path != "/":
+                    self.send_error(404)
+                elif not view._viewers.acquire(blocking=False):
+                    self.send_error(503, f"{_VIEWERS} are looking already")
+                else:
+                    try:
+                        self._stream()
+                    except OSError:  # gone, or too slow
+                        self.close_connection = True
+                    finally:
+                        view._viewers.release()
+
+            def _stream(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+                self.send_header("Cache-Control", "no-store")
+                self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+                self.end_headers()
+                seen = 0
+                while item := view._jpeg_after(seen):
+                    seen, jpeg = item
+                    head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+                    self.wfile.write(head.encode() + jpeg + b"\r\n")
+                    time.sleep(1 / _RATE)
+
+            def log_message(self, *_: object) -> None:
+                return
+
+        return Viewer
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each connection; one that breaks is no news."""
+
+    daemon_threads = True
+    request_queue_size = 2 * _VIEWERS
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's own asks the network for the name of the host
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def handle_error(self, *_: object) -> None:
+        return
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6

@@ -2,7 +2,7 @@
 
 ``raw`` concatenates the levels. ``candidates`` adds the gate, the top-k of every level and the decoded boxes. ``nms``
 adds clipping, suppression and padding. No shape depends on the values of a tensor, so that every runtime can plan its
-memory ahead. ``fcos_deploy.core.postprocess`` does on the host what a tail leaves out, with the same results.
+memory ahead. ``fcos_deploy.core.detections`` does on the host what a tail leaves out, with the same results.
 """
 
 from __future__ import annotations

@@ -21,14 +21,14 @@ from fcos_deploy.bundle import (
     select_artifact,
 )
 from fcos_deploy.bundle.device_layer import write_layer
-from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.artifact import engine_file, read_contract
+from fcos_deploy.core.backend import get_backend
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
-from fcos_deploy.core.file_kinds import engine_file
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, get_exporter
 from fcos_deploy.core.onnx_file import OnnxInterface, onnx_interface
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.trust import Trust
 from fcos_deploy.targets.plan import PlanRequest, TrtexecRequest, plan, trtexec_command
 from fcos_deploy.targets.profiles import DeviceProfile, load_profile

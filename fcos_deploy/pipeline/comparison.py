@@ -25,12 +25,12 @@ from fcos_deploy.accuracy.parity import (
 from fcos_deploy.benchmark.measure import Contention, TimingOptions
 from fcos_deploy.benchmark.run import Benchmark, BenchmarkRequest, model_bytes, run_benchmark
 from fcos_deploy.checkpoints.rules import UNKNOWN_CLASS_NAMES
-from fcos_deploy.core.backend import ComputeType, SessionOptions
+from fcos_deploy.core.artifact import kinds_of
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import Precision, Tail
+from fcos_deploy.core.enums import ComputeType, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.file_kinds import kinds_of
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate
 from fcos_deploy.core.libraries import library_versions, require

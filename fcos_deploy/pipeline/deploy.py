@@ -29,12 +29,13 @@ from fcos_deploy.bundle import (
     StepOutput,
 )
 from fcos_deploy.bundle.manifest import BOM_NAME, bill_of_materials
+from fcos_deploy.core.backend import all_backends, get_backend
 from fcos_deploy.core.enums import NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
+from fcos_deploy.core.exporter import all_exporters
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Outcome, Severity, overall_outcome
 from fcos_deploy.core.progress import ProgressFn, StageClock, StageRecord, no_progress
-from fcos_deploy.core.registry import all_backends, all_exporters, get_backend
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.pipeline import proof
 from fcos_deploy.pipeline.source import open_source, source_contract

@@ -16,21 +16,19 @@ from fcos_deploy.bundle.device_layer import describe_layers
 from fcos_deploy.bundle.store import open_trusted
 from fcos_deploy.checkpoints.describe import CheckpointDescription, decided_options, describe_checkpoint
 from fcos_deploy.checkpoints.reader import count_of
+from fcos_deploy.core.annotations import find_named_images, read_coco
+from fcos_deploy.core.artifact import KINDS_BY_SUFFIX, is_checkpoint, kinds_of, read_contract, sidecar_path
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.coco_file import read_coco
-from fcos_deploy.core.contract import Decision, ModelContract, read_contract, sidecar_path
+from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.enums import ArtifactKind, Orientation, Precision
-from fcos_deploy.core.errors import BackendLoadError, CheckpointError
-from fcos_deploy.core.file_kinds import KINDS_BY_SUFFIX, is_checkpoint, kinds_of
+from fcos_deploy.core.errors import BackendLoadError, CheckpointError, brief
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import list_images
-from fcos_deploy.core.image_sets import find_named_images
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, TowerNorm
 from fcos_deploy.core.preprocess import SizeRule
 from fcos_deploy.core.serialize import parse_json, to_json
-from fcos_deploy.core.text import brief
 from fcos_deploy.core.trust import Trust
 from fcos_deploy.targets.profiles import DLA, NPU, fallback_note, operators_of
 

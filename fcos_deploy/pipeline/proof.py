@@ -34,15 +34,14 @@ from fcos_deploy.bundle import (
     StepOutput,
     open_bundle,
 )
-from fcos_deploy.core.backend import ComputeType, SessionOptions
+from fcos_deploy.core.backend import SessionOptions, all_backends, get_backend
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision
 from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate, overall_outcome, undecided_because
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.progress import ProgressFn
-from fcos_deploy.core.registry import all_backends, get_backend
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.pipeline.steps import DeployContext, DeployRequest, Variant
 

@@ -40,16 +40,22 @@ from fcos_deploy.accuracy.evaluate import (
 from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.operating_point import OperatingGoal
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
-from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.artifact import files_of
+from fcos_deploy.core.backend import SessionOptions, all_backends
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.file_kinds import files_of
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.gate import Gate, Outcome, undecided_because
+from fcos_deploy.core.gate import (
+    Gate,
+    MatchOptions,
+    Outcome,
+    ScoreDrift,
+    compare_detections,
+    score_drift,
+    undecided_because,
+)
 from fcos_deploy.core.image import list_images
-from fcos_deploy.core.matching import MatchOptions, ScoreDrift, compare_detections, score_drift
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import all_backends
 from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = ["Quantized", "Scored", "accuracy_goal", "quantize_model"]

@@ -18,6 +18,7 @@ from fcos_deploy.bundle.device_layer import (
 )
 from fcos_deploy.bundle.selection import Selection, select_runnable
 from fcos_deploy.bundle.store import Bundle, open_trusted
+from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import (
     AccuracyGateError,
@@ -30,7 +31,6 @@ from fcos_deploy.core.errors import (
 from fcos_deploy.core.gate import Outcome
 from fcos_deploy.core.machine import MachineFacts, kernel_text, read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import get_backend
 from fcos_deploy.core.trust import Trust
 from fcos_deploy.detector import Detector
 from fcos_deploy.pipeline.build import ArtifactRequest, build_artifact

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fcos_deploy.checkpoints.describe import describe_checkpoint
-from fcos_deploy.core.backend import PerformanceHint, SessionOptions
+from fcos_deploy.core.artifact import OnnxGraph, files_of, is_checkpoint, read_contract
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.contract import Decision, ModelContract, read_contract
-from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, Tail
+from fcos_deploy.core.contract import Decision, ModelContract
+from fcos_deploy.core.enums import DeformForm, NmsForm, PerformanceHint, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.file_kinds import files_of, is_checkpoint
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.libraries import library_versions
-from fcos_deploy.core.onnx_file import onnx_interface
-from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx, with_contract
+from fcos_deploy.core.onnx_file import onnx_interface, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.detector import Detector, DetectorSpec
 from fcos_deploy.targets.profiles import operators_of

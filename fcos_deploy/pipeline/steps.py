@@ -22,18 +22,17 @@ from fcos_deploy.bundle import (
     StepOutput,
     StepResult,
 )
-from fcos_deploy.core.backend import ComputeType, SessionOptions
+from fcos_deploy.core.artifact import engine_file, files_of, graph_file
+from fcos_deploy.core.backend import SessionOptions, get_backend
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, contract_to_text
-from fcos_deploy.core.enums import ArtifactKind, DeformForm, NmsForm, Precision, Tail
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult
-from fcos_deploy.core.file_kinds import engine_file, files_of, graph_file
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, get_exporter
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Gate, Judge, Severity
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.progress import ProgressFn, StageClock
-from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.build import engine_requirements

@@ -43,6 +43,8 @@ from fcos_deploy.benchmark.measure import (
 )
 from fcos_deploy.bundle.selection import select_artifact
 from fcos_deploy.bundle.store import is_bundle, open_trusted
+from fcos_deploy.core.artifact import files_of
+from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision
@@ -54,13 +56,11 @@ from fcos_deploy.core.errors import (
     FcosDeployError,
     InconclusiveError,
 )
-from fcos_deploy.core.file_kinds import files_of
 from fcos_deploy.core.files import sha256_file, write_text
 from fcos_deploy.core.gate import Gate, Judge, Outcome
 from fcos_deploy.core.libraries import library_versions
 from fcos_deploy.core.machine import MachineFacts, read_machine, usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress
-from fcos_deploy.core.registry import get_backend
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
 from fcos_deploy.core.trust import Trust, own_folder
 from fcos_deploy.detector import DetectorSpec

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fcos_deploy.bundle import BundleWriter, StepCache, StepOutput
+from fcos_deploy.core.artifact import graph_file, is_checkpoint
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, override_options
 from fcos_deploy.core.enums import PerformanceHint, Precision
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.file_kinds import graph_file, is_checkpoint
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.preprocess import PreprocessSpec, SizeRule
@@ -243,7 +243,8 @@ class TuneModels:
 
     def _sized_graph(self, graph: Path, size: InputSize) -> Path:
         """The same graph, with the contract of another size."""
-        from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx, with_contract
+        from fcos_deploy.core.artifact import OnnxGraph
+        from fcos_deploy.core.onnx_file import save_onnx, with_contract
 
         path = self._folder / "graphs" / f"{self._own.sha256[:16]}-{str(size).replace(':', '-')}.onnx"
         if not path.exists():

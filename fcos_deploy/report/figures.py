@@ -16,9 +16,9 @@ from calibration.mixed_precision import TradeOffs, Trial
 from fcos_deploy.accuracy.predictions import DetectionRun
 from fcos_deploy.core.detections import Detections, label_name
 from fcos_deploy.core.errors import ImageError
+from fcos_deploy.core.gate import DetectionMatch, MatchOptions, match_detections
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.core.matching import DetectionMatch, MatchOptions, match_detections
 from fcos_deploy.report.data import ReportData, ReportVariant
 
 __all__ = [

@@ -17,11 +17,11 @@ from fcos_deploy.accuracy.evaluate import evaluation_drift, size_cell
 from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, Confusion, operating_rows
 from fcos_deploy.accuracy.verify import ReadRecord
 from fcos_deploy.bundle.store import Bundle
+from fcos_deploy.core.errors import printable
 from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import to_json
-from fcos_deploy.core.text import printable
 from fcos_deploy.report.data import ReportData, ReportVariant, dataset_sentence, key_figures, report_verdict
 from fcos_deploy.report.figures import fault_panels, image_panels, make_charts
 

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.golden import read_golden_image
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
-from fcos_deploy.core.errors import ConfigError, StepCheckError
+from fcos_deploy.core.errors import ConfigError, StepCheckError, printable
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, SizeRule, preprocess
-from fcos_deploy.core.text import printable
 from fcos_deploy.serving.package import Packager, ServedModel
 
 __all__ = ["PACKAGER", "element_text", "model_proc", "nvinfer_config", "preprocess_config"]

@@ -14,14 +14,13 @@ from typing import ClassVar
 from fcos_deploy.bundle.manifest import Artifact
 from fcos_deploy.bundle.selection import select_artifact
 from fcos_deploy.bundle.store import Bundle
-from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.artifact import read_contract
+from fcos_deploy.core.contract import ModelContract, TensorSpec
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, printable
 from fcos_deploy.core.files import atomic_directory
+from fcos_deploy.core.libraries import discover, get_plugin
 from fcos_deploy.core.onnx_file import onnx_interface
-from fcos_deploy.core.registry import discover, get_plugin
-from fcos_deploy.core.tensor_spec import TensorSpec
-from fcos_deploy.core.text import printable
 
 __all__ = ["Packager", "ServedModel", "ServingOptions", "all_packagers", "package_bundle"]
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from fcos_deploy.bundle.archive import write_layout
-from fcos_deploy.core.contract import contract_to_text
+from fcos_deploy.core.contract import TensorSpec, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.serving.package import Packager, ServedModel, ServingOptions
 from runtimes.kserve import RemoteModel, write_remote_model
 

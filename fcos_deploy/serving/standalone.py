@@ -19,11 +19,11 @@ from fcos_deploy.accuracy.verify import golden_standard
 from fcos_deploy.bundle.manifest import GoldenDetections
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.contract import ModelContract, contract_to_text
+from fcos_deploy.core.detections import image_sizes_row
 from fcos_deploy.core.enums import ArtifactKind, ComputeType
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions
 from fcos_deploy.core.onnx_file import onnx_interface
-from fcos_deploy.core.postprocess import image_sizes_row
 from fcos_deploy.core.preprocess import preprocess
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.serving.package import Packager, ServedModel

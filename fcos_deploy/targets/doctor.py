@@ -9,13 +9,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from fcos_deploy.core.backend import BackendProbe
+from fcos_deploy.core.backend import BackendProbe, all_backends
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.native import SWITCH, library_problem, native
-from fcos_deploy.core.registry import all_backends
 from fcos_deploy.targets.profiles import DeviceFamily, DeviceProfile
 
 __all__ = ["Difference", "Examination", "Finding", "Health", "compare", "difference_lines", "examine", "lines"]

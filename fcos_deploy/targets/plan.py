@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from fcos_deploy.core.artifact import engine_file, graph_file
+from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.decode import MAX_TOP_K
 from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BuildOptions, SizeRange
-from fcos_deploy.core.file_kinds import engine_file, graph_file
+from fcos_deploy.core.exporter import BuildOptions, SizeRange, get_exporter
 from fcos_deploy.core.libraries import parse_version
-from fcos_deploy.core.registry import get_backend, get_exporter
 from fcos_deploy.targets.profiles import DLA, NPU, DeviceProfile, fallback_note
 
 __all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "TrtexecRequest", "plan", "trtexec_command"]

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from fcos_deploy.core.enums import Precision, StrEnum, Tail
 from fcos_deploy.core.errors import ConfigError, unknown_name
-from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file
+from fcos_deploy.core.files import MAX_TEXT_BYTES, decoded_text, read_file
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.network import BackboneType, BoxActivation, FcosConfig, TowerNorm
 from fcos_deploy.core.serialize import from_json, parse_toml
-from fcos_deploy.core.text import decoded_text
 
 __all__ = [
     "DLA",

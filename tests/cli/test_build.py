@@ -19,9 +19,9 @@ from calibration.placement import PLACEMENTS
 from calibration.qdq import quantize_qdq
 from fcos_deploy.bundle import DEFAULT_GATES, ArtifactDraft, BundleWriter, Manifest, Provenance, RunDefaults, StepOutput
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.artifact import OnnxGraph, read_contract
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
-from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx, with_contract
+from fcos_deploy.core.onnx_file import save_onnx, with_contract
 
 RUN = CliRunner()
 

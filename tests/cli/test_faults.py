@@ -24,10 +24,9 @@ from typer.testing import CliRunner, Result
 
 from calibration.calibrate import save_calibration
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.backend import SessionOptions, get_backend
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import BackendError, BackendLoadError
-from fcos_deploy.core.registry import get_backend
 from fcos_deploy.detector import Detector
 
 pytest.importorskip("onnxruntime")

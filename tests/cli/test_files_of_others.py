@@ -38,8 +38,7 @@ from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import CalibrationError, ConfigError, FcosDeployError, ImageError
 from fcos_deploy.core.image import image_size, list_images, read_image
 from fcos_deploy.detector import Detector
-from fcos_deploy.detector.prediction import predict
-from fcos_deploy.detector.sources import is_video_file, read_frames
+from fcos_deploy.detector.prediction import is_video_file, predict, read_frames
 
 Json = dict[str, Any]
 

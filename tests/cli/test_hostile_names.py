@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli import output
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.text import printable
+from fcos_deploy.core.errors import printable
 from fcos_deploy.report.render import _markdown
 from fcos_deploy.serving.package import _served_name
 

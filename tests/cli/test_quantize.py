@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.artifact import read_contract
 from fcos_deploy.core.image import list_images
 
 pytest.importorskip("onnxruntime")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.core.backend import Backend, Session, SessionOptions, Tensors
+from fcos_deploy.core.backend import Backend, Session, SessionOptions, Tensors, all_backends, backends_for, get_backend
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import (
@@ -21,7 +21,6 @@ from fcos_deploy.core.errors import (
     DeviceError,
     TensorMismatchError,
 )
-from fcos_deploy.core.registry import all_backends, backends_for, get_backend
 
 # Engines are tested where there is a GPU, in the tests of their own backends.
 _ARTIFACTS = {

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.artifact import read_contract
+from fcos_deploy.core.backend import SessionOptions, backends_for
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError, FcosDeployError, StepCheckError
-from fcos_deploy.core.exporter import BuildOptions, BuildRequest, Exporter, SizeRange
-from fcos_deploy.core.registry import all_exporters, backends_for, get_exporter
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, Exporter, SizeRange, all_exporters, get_exporter
 
 _SUFFIXES = {ArtifactKind.ONNX: ".onnx", ArtifactKind.OPENVINO_IR: ".xml"}
 _NAMES = [e.name for e in all_exporters().values() if e.produces in _SUFFIXES]  # engines have tests of their own
@@ -117,7 +116,7 @@ def test_a_graph_that_the_runtime_does_not_know_is_a_build_error(
 
 
 def test_a_graph_quantized_for_another_runtime_is_refused(exporter: Exporter, tiny_onnx: Path, tmp_path: Path) -> None:
-    from fcos_deploy.core.onnx_graph import save_onnx, with_contract
+    from fcos_deploy.core.onnx_file import save_onnx, with_contract
 
     onnx = pytest.importorskip("onnx")
     foreign = replace(read_contract(tiny_onnx), precision=Precision.INT8, placement="of-nobody")

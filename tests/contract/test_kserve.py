@@ -36,8 +36,9 @@ from typer.testing import CliRunner, Result
 from fcos_deploy.accuracy.verify import VerifyOptions, verify_bundle
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.artifact import read_contract
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, FcosDeployError
 from fcos_deploy.detector import Detector
 from fcos_deploy.serving import package_bundle

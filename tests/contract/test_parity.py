@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fcos_deploy import Detections, Detector, SessionOptions
-from fcos_deploy.core.registry import get_backend
+from fcos_deploy.core.backend import get_backend
 
 torch = pytest.importorskip("torch")
 

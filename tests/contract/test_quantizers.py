@@ -15,12 +15,12 @@ from calibration.execution import Feeder, expose, open_engine
 from calibration.placement import PLACEMENTS, open_graph, placement_for, plan_pairs
 from calibration.qdq import quantized_model
 from calibration.quantizers import QUANTIZERS, QuantizeRequest, get_quantizer
-from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.artifact import OnnxGraph, read_contract
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, OsaStage
-from fcos_deploy.core.onnx_graph import OnnxGraph
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 

@@ -24,8 +24,8 @@ from exporters.rewrite import convert_to_fp16
 from exporters.tensorrt import TensorrtRtxExporter
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.checkpoints.load import LoadedCheckpoint, load_checkpoint
+from fcos_deploy.core.artifact import read_contract
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.contract import read_contract
 from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import BackendLoadError, BuildError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, SizeRange

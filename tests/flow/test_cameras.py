@@ -29,8 +29,7 @@ from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError, ImageError
 from fcos_deploy.detector.draw import draw_detections
-from fcos_deploy.detector.sources import StreamOptions, is_stream, shown_source
-from fcos_deploy.detector.view import StreamView
+from fcos_deploy.detector.sources import StreamOptions, StreamView, is_stream, shown_source
 
 pytest.importorskip("onnxruntime")
 

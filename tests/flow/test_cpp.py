@@ -24,12 +24,12 @@ from fcos_deploy.accuracy.golden import check_golden
 from fcos_deploy.accuracy.verify import golden_standard
 from fcos_deploy.bundle import GoldenDetections, open_bundle
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract import ModelContract, contract_to_text, read_contract
+from fcos_deploy.core.artifact import read_contract
+from fcos_deploy.core.contract import ModelContract, contract_to_text
 from fcos_deploy.core.decode import PROFILES, DecodeSpec, HeadOutputs, decode, level_sizes, location_strides
-from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.detections import Detections, postprocess
 from fcos_deploy.core.enums import ComputeType, NmsForm, Tail
 from fcos_deploy.core.errors import FcosDeployError
-from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import (
     ChannelOrder,
     InputDtype,

@@ -22,14 +22,13 @@ from fcos_deploy.accuracy.diagnosis import OnnxLayers, first_diverging_layer  # 
 from fcos_deploy.accuracy.parity import LayerFinding, ParityReport, tolerance_for  # noqa: E402
 from fcos_deploy.checkpoints.load import load_checkpoint  # noqa: E402
 from fcos_deploy.cli.app import build_app  # noqa: E402
-from fcos_deploy.core.backend import ComputeType, SessionOptions  # noqa: E402
-from fcos_deploy.core.contract import (  # noqa: E402
-    METADATA_KEY,
-    ModelContract,
-    contract_to_text,
-    read_contract,
+from fcos_deploy.core.artifact import read_contract  # noqa: E402
+from fcos_deploy.core.backend import SessionOptions  # noqa: E402
+from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text  # noqa: E402
+from fcos_deploy.core.enums import (  # noqa: E402
+    ComputeType,
+    Precision,
 )
-from fcos_deploy.core.enums import Precision  # noqa: E402
 from fcos_deploy.core.network import FcosConfig  # noqa: E402
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter  # noqa: E402
 from fcos_deploy.detector import Detector, DetectorSpec  # noqa: E402

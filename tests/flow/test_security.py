@@ -42,7 +42,7 @@ from fcos_deploy.core.errors import (
     ImageError,
 )
 from fcos_deploy.core.preprocess import PreprocessSpec
-from fcos_deploy.detector.sources import read_frames
+from fcos_deploy.detector.prediction import read_frames
 from runtimes.kserve import BACKEND, RemoteModel, write_remote_model
 
 pytestmark = pytest.mark.slow

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from exporters.torch_onnx import export_onnx
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint
-from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.detections import Detections, image_sizes_row, postprocess
 from fcos_deploy.core.enums import Tail
-from fcos_deploy.core.postprocess import image_sizes_row, postprocess
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, preprocess
 from fcos_deploy.detector import Detector
 from fcos_deploy.model.tails import ExportableFcos, StaticNms

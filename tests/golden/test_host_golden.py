@@ -12,8 +12,8 @@ import pytest
 
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, BoxFilter, DecodeSpec, location_strides
+from fcos_deploy.core.detections import postprocess
 from fcos_deploy.core.image import read_image
-from fcos_deploy.core.postprocess import postprocess
 from fcos_deploy.core.preprocess import (
     ChannelOrder,
     InputDtype,

@@ -10,18 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.contract import (
-    METADATA_KEY,
-    ModelContract,
-    contract_to_text,
-    find_contract,
-    read_contract,
-    sidecar_path,
-    write_sidecar,
-)
+from fcos_deploy.core.artifact import find_contract, read_contract, sidecar_path, write_sidecar
+from fcos_deploy.core.contract import METADATA_KEY, ModelContract, TensorSpec, contract_to_text
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, TensorMismatchError
 from fcos_deploy.core.onnx_file import onnx_metadata
-from fcos_deploy.core.tensor_spec import TensorSpec
 
 
 def varint(value: int) -> bytes:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from fcos_deploy.core.decode import (
     PROFILES,
     Candidates,
-    CenterMode,
     DecodeSpec,
     HeadOutputs,
     ScoreForm,
@@ -22,6 +21,7 @@ from fcos_deploy.core.decode import (
     location_centers,
     location_strides,
 )
+from fcos_deploy.core.enums import CenterMode
 from fcos_deploy.core.errors import TensorMismatchError
 
 pytestmark = pytest.mark.usefixtures("host_path")

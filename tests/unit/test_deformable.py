@@ -17,13 +17,12 @@ from calibration.placement import open_graph, placement_for
 from calibration.qdq import quantize_qdq
 from exporters.openvino_ir import EXPORTER
 from exporters.torch_onnx import ExportOptions, export_onnx
-from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.backend import SessionOptions, get_backend
 from fcos_deploy.core.enums import DeformForm, Precision
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.exporter import BuildRequest
 from fcos_deploy.core.network import DeformableLayer
-from fcos_deploy.core.onnx_graph import sampling_nodes
-from fcos_deploy.core.registry import get_backend
+from fcos_deploy.core.onnx_file import sampling_nodes
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 
 torch = pytest.importorskip("torch")

@@ -16,12 +16,12 @@ import pytest
 from numpy.typing import NDArray
 
 from fcos_deploy import ComputeType, Detections, Detector, Precision, SessionOptions, Tail
+from fcos_deploy.core.artifact import read_contract
 from fcos_deploy.core.backend import Session, Tensors
-from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.contract import TensorSpec
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, ImageError
 from fcos_deploy.core.preprocess import InputDtype, PreprocessSpec, SizeRule
-from fcos_deploy.core.tensor_spec import TensorSpec
 
 pytest.importorskip("onnxruntime")
 

@@ -11,14 +11,13 @@ import pytest
 
 from fcos_deploy.bundle import Artifact, Requirements, StepRecord, VersionRule
 from fcos_deploy.bundle.selection import preflight
+from fcos_deploy.core.artifact import graph_file
 from fcos_deploy.core.backend import BackendProbe
 from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.exporter import BuildOptions, SizeRange
-from fcos_deploy.core.file_kinds import graph_file
+from fcos_deploy.core.exporter import BuildOptions, SizeRange, all_exporters
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.machine import MachineFacts
-from fcos_deploy.core.registry import all_exporters
 from fcos_deploy.pipeline.steps import plan_targets
 from fcos_deploy.targets.plan import RULES, PlanRequest, TrtexecRequest, plan, trtexec_command
 from fcos_deploy.targets.profiles import DeviceFamily, load_profile, profile_names

@@ -20,10 +20,14 @@ from fcos_deploy.accuracy.parity import (  # noqa: E402
     compare_stages,
     tolerance_for,
 )
-from fcos_deploy.core.backend import ComputeType, SessionOptions  # noqa: E402
+from fcos_deploy.core.backend import SessionOptions  # noqa: E402
 from fcos_deploy.core.contract import ModelContract  # noqa: E402
 from fcos_deploy.core.decode import PROFILES, DecodeSpec  # noqa: E402
-from fcos_deploy.core.enums import Precision, Tail  # noqa: E402
+from fcos_deploy.core.enums import (  # noqa: E402
+    ComputeType,
+    Precision,
+    Tail,
+)
 from fcos_deploy.core.image import read_image  # noqa: E402
 from fcos_deploy.core.network import BoxActivation, FcosConfig  # noqa: E402
 from fcos_deploy.core.preprocess import PreprocessSpec  # noqa: E402

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fcos_deploy.core.backend import BackendProbe
+from fcos_deploy.core.backend import BackendProbe, all_backends
 from fcos_deploy.core.machine import MachineFacts, read_machine
-from fcos_deploy.core.registry import all_backends
 from fcos_deploy.targets.doctor import Examination, Health, compare, difference_lines, examine, lines
 from fcos_deploy.targets.profiles import load_profile
 
@@ -161,7 +160,7 @@ def test_the_doctor_does_not_import_torch() -> None:
     if read_machine().nvidia_driver and not version.endswith("+cpu"):
         pytest.skip("with a GPU, torch itself is asked")
     code = (
-        "import sys, json; from fcos_deploy.core.registry import get_backend; p = get_backend('pytorch').probe();"
+        "import sys, json; from fcos_deploy.core.backend import get_backend; p = get_backend('pytorch').probe();"
         "print(json.dumps([p.available, p.version, p.devices, 'torch' in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -173,7 +172,7 @@ def test_torch_that_cannot_be_imported_is_not_said_to_work(tmp_path: Path) -> No
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('libtorch.so is missing')\n")
     code = (
-        "from fcos_deploy.core.registry import get_backend; p = get_backend('pytorch').probe();"
+        "from fcos_deploy.core.backend import get_backend; p = get_backend('pytorch').probe();"
         "print(p.available, p.problem)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -15,8 +15,7 @@ from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeight
 from fcos_deploy.checkpoints.ecosystems import all_ecosystems
 from fcos_deploy.checkpoints.load import CheckpointOptions, build_network
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
-from fcos_deploy.core.decode import CenterMode
-from fcos_deploy.core.enums import Orientation
+from fcos_deploy.core.enums import CenterMode, Orientation
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType, BoxActivation, DeformableLayer, TowerNorm
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule

@@ -17,7 +17,7 @@ from fcos_deploy import Detector, SessionOptions, open_bundle
 from fcos_deploy.bundle import ArtifactDraft, BundleWriter, Manifest, Provenance, RunDefaults, StepOutput
 from fcos_deploy.bundle.manifest import MANIFEST_NAME
 from fcos_deploy.core import files as atomic
-from fcos_deploy.core.backend import Backend, Session
+from fcos_deploy.core.backend import Backend, Session, get_backend
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ChecksumError, ConfigError
@@ -29,7 +29,6 @@ from fcos_deploy.core.files import (
     sha256_file,
     write_text,
 )
-from fcos_deploy.core.registry import get_backend
 
 
 def _write_half(path: Path) -> None:

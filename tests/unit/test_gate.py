@@ -20,8 +20,7 @@ from fcos_deploy.accuracy.gate import (
     write_junit,
 )
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError, InconclusiveError
-from fcos_deploy.core.gate import Gate, Judge, overall_outcome
-from fcos_deploy.core.matching import DetectionAgreement, Distribution
+from fcos_deploy.core.gate import DetectionAgreement, Distribution, Gate, Judge, overall_outcome
 
 POINT = Judge.POINT
 

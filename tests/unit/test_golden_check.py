@@ -26,8 +26,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ImageError, InconclusiveError
-from fcos_deploy.core.gate import Gate, Outcome
-from fcos_deploy.core.matching import MatchOptions
+from fcos_deploy.core.gate import Gate, MatchOptions, Outcome
 from fcos_deploy.core.preprocess import InputDtype, preprocess
 
 Images = list[Detections]

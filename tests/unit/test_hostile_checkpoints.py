@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.core.text import brief
+from fcos_deploy.core.errors import brief
 
 MEMORY = 2 << 30  # bytes of address space, of which an idle process with its libraries takes a quarter
 SECONDS = 20

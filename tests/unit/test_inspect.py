@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.contract import ModelContract, write_sidecar
+from fcos_deploy.core.artifact import write_sidecar
+from fcos_deploy.core.contract import ModelContract, TensorSpec
 from fcos_deploy.core.errors import BackendLoadError, CheckpointError, ChecksumError
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.serialize import to_json
-from fcos_deploy.core.tensor_spec import TensorSpec
 from fcos_deploy.pipeline.inspect import inspect_bundle, inspect_file
 
 MMDET = "mmdet_fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco"

@@ -17,10 +17,14 @@ pytest.importorskip("torch")
 from fcos_deploy.accuracy.diagnosis import class_causes  # noqa: E402
 from fcos_deploy.bundle import open_bundle  # noqa: E402
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91  # noqa: E402
-from fcos_deploy.core.contract import ModelContract, read_contract  # noqa: E402
+from fcos_deploy.core.artifact import read_contract  # noqa: E402
+from fcos_deploy.core.contract import ModelContract  # noqa: E402
 from fcos_deploy.core.decode import PROFILES  # noqa: E402
-from fcos_deploy.core.onnx_file import onnx_metadata  # noqa: E402
-from fcos_deploy.core.onnx_graph import NAMES_KEY, with_contract  # noqa: E402
+from fcos_deploy.core.onnx_file import (  # noqa: E402
+    NAMES_KEY,
+    onnx_metadata,
+    with_contract,
+)
 from fcos_deploy.serving import package_bundle  # noqa: E402
 
 # Class names by label and the label of each of three channels, as each ecosystem's rules decide them.

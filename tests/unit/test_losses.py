@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fcos_deploy.core.decode import CenterMode, location_centers, location_strides
+from fcos_deploy.core.decode import location_centers, location_strides
+from fcos_deploy.core.enums import CenterMode
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "bccd" / "losses.py"
 losses = runpy.run_path(str(SCRIPT))

@@ -7,7 +7,7 @@ import pytest
 
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.matching import (
+from fcos_deploy.core.gate import (
     Distribution,
     MatchOptions,
     compare_detections,

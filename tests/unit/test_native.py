@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, DecodeSpec, HeadOutputs, decode, level_sizes
+from fcos_deploy.core.detections import Suppression, suppress
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.native import SWITCH, library_problem, native
-from fcos_deploy.core.nms import Suppression, suppress
 
 ROOT = Path(__file__).parents[2]
 SIZE, STRIDES = (96, 128), (8, 16, 32, 64, 128)

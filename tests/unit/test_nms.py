@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.nms import Suppression, best_first, best_of_groups, suppress
+from fcos_deploy.core.decode import best_first, best_of_groups
+from fcos_deploy.core.detections import Suppression, suppress
 
 pytestmark = pytest.mark.usefixtures("host_path")
 

@@ -13,10 +13,13 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from exporters.rewrite import convert_to_fp16  # noqa: E402
 from exporters.step_check import onnx_runner, provoking_feed  # noqa: E402
-from fcos_deploy.core.contract import read_contract  # noqa: E402
+from fcos_deploy.core.artifact import (  # noqa: E402
+    OnnxGraph,
+    read_contract,
+)
 from fcos_deploy.core.enums import Precision  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
-from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx  # noqa: E402
+from fcos_deploy.core.onnx_file import save_onnx  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fcos_deploy.bundle.store import check_external_data
-from fcos_deploy.core.contract import find_contract
+from fcos_deploy.core.artifact import find_contract
 from fcos_deploy.core.errors import BackendLoadError, FcosDeployError
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.detector import Detector

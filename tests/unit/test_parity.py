@@ -19,8 +19,7 @@ from fcos_deploy.accuracy.diagnosis import (
     shifted,
 )
 from fcos_deploy.accuracy.parity import level_slices, measure_difference, tolerance_for
-from fcos_deploy.core.backend import ComputeType
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import ComputeType, Precision
 
 
 def test_difference_of_known_tensors() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from calibration.placement import PLACEMENTS, ConvGraph, WeightRange, open_graph, placement_for, plan_pairs
+from fcos_deploy.core.backend import all_backends
 from fcos_deploy.core.errors import BackendLoadError, ConfigError
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.registry import all_backends
 
 onnx = pytest.importorskip("onnx")
 

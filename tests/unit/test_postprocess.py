@@ -10,11 +10,9 @@ import pytest
 
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec, HeadOutputs, PostprocessProfile, decode, level_sizes
-from fcos_deploy.core.detections import Detections
+from fcos_deploy.core.detections import Detections, Suppression, image_sizes_row, postprocess, suppress
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import BackendError, TensorMismatchError
-from fcos_deploy.core.nms import Suppression, suppress
-from fcos_deploy.core.postprocess import image_sizes_row, postprocess
 from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec
 
 SIZE = (64, 96)

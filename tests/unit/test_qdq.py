@@ -23,7 +23,7 @@ from calibration.qdq import (
     quantize_weight,
 )
 from calibration.ranges import Range
-from fcos_deploy.core.contract import read_contract
+from fcos_deploy.core.artifact import read_contract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 

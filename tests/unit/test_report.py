@@ -24,8 +24,8 @@ from fcos_deploy.benchmark.run import BenchmarkResult
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import ScoreDrift, compare_detections
 from fcos_deploy.core.machine import MachineFacts
-from fcos_deploy.core.matching import ScoreDrift, compare_detections
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant, write_report
 from fcos_deploy.report.data import report_verdict
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.core.backend import ComputeType, PerformanceHint, SessionOptions
+from fcos_deploy.core.backend import SessionOptions, get_backend
+from fcos_deploy.core.enums import ComputeType, PerformanceHint
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
-from fcos_deploy.core.registry import get_backend
 from runtimes.onnxruntime import GraphOptimization, _create, _settings, executed_kernels, open_model
 
 onnxruntime = pytest.importorskip("onnxruntime")

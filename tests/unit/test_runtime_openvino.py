@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_deploy.core.backend import ComputeType, PerformanceHint, Session, SessionOptions, Tensors
-from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.backend import Session, SessionOptions, Tensors, get_backend
+from fcos_deploy.core.enums import ComputeType, PerformanceHint, Tail
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
-from fcos_deploy.core.registry import get_backend
 from runtimes.openvino import executed_primitives, open_model
 
 openvino = pytest.importorskip("openvino")

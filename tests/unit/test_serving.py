@@ -22,7 +22,8 @@ import pytest
 
 from fcos_deploy import Detector
 from fcos_deploy.bundle import Artifact, StepRecord, open_bundle
-from fcos_deploy.core.contract import ModelContract, read_contract
+from fcos_deploy.core.artifact import read_contract
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import pairwise_iou
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError

@@ -29,9 +29,12 @@ from exporters.rewrite import (  # noqa: E402  # noqa: E402
     with_weights_aside,
 )
 from exporters.step_check import onnx_runner  # noqa: E402
-from fcos_deploy.core.contract import read_contract  # noqa: E402
+from fcos_deploy.core.artifact import (  # noqa: E402
+    OnnxGraph,
+    read_contract,
+)
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, StepCheckError  # noqa: E402
-from fcos_deploy.core.onnx_graph import OnnxGraph, save_onnx  # noqa: E402
+from fcos_deploy.core.onnx_file import save_onnx  # noqa: E402
 
 
 def _model(nodes: list[object], *, constants: dict[str, np.ndarray], batch: object = "batch") -> object:

@@ -11,11 +11,17 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fcos_deploy.core.contract import ModelContract  # noqa: E402
-from fcos_deploy.core.decode import PROFILES, CenterMode, DecodeSpec, level_sizes, location_centers  # noqa: E402
-from fcos_deploy.core.detections import Detections  # noqa: E402
-from fcos_deploy.core.enums import Tail  # noqa: E402
+from fcos_deploy.core.decode import PROFILES, DecodeSpec, level_sizes, location_centers  # noqa: E402
+from fcos_deploy.core.detections import (  # noqa: E402
+    Detections,
+    image_sizes_row,
+    postprocess,
+)
+from fcos_deploy.core.enums import (  # noqa: E402
+    CenterMode,
+    Tail,
+)
 from fcos_deploy.core.errors import ConfigError  # noqa: E402
-from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
 from fcos_deploy.core.preprocess import (  # noqa: E402
     InputDtype,
     Letterbox,

@@ -21,13 +21,13 @@ import pytest
 
 from exporters._tensorrt_options import ProfileShapes, check_calibration_cache, profile_shapes
 from exporters.tensorrt import BuildMonitor, EngineLayer, convolution_inputs, parse_layer_list, timing_cache_file
-from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text, read_contract
+from fcos_deploy.core.artifact import read_contract
+from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BackendLoadError, BuildError, ConfigError, DeviceError, FcosDeployError
-from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, SizeRange
+from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, SizeRange, get_exporter
 from fcos_deploy.core.preprocess import PreprocessSpec
-from fcos_deploy.core.registry import get_exporter
 
 
 def test_layer_list_is_read() -> None:
@@ -317,7 +317,7 @@ OUT_OF_DISK = """
 import resource, sys
 from pathlib import Path
 from fcos_deploy.core.exporter import BuildRequest
-from fcos_deploy.core.registry import get_exporter
+from fcos_deploy.core.exporter import get_exporter
 from fcos_deploy.core.errors import ConfigError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

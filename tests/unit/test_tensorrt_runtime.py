@@ -20,8 +20,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from fcos_deploy.core.backend import Backend, ComputeType, SessionOptions
-from fcos_deploy.core.contract import ModelContract, write_sidecar
+from fcos_deploy.core.artifact import write_sidecar
+from fcos_deploy.core.backend import Backend, SessionOptions
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
 from fcos_deploy.core.trust import KeptModel
 from runtimes import _cuda as cuda_module

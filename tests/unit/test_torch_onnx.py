@@ -22,14 +22,16 @@ from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, t
 from fcos_deploy import Detector  # noqa: E402
 from fcos_deploy.bundle import Artifact, StepRecord  # noqa: E402
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
-from fcos_deploy.core import onnx_graph  # noqa: E402
-from fcos_deploy.core.contract import read_contract  # noqa: E402
+from fcos_deploy.core import onnx_file  # noqa: E402
+from fcos_deploy.core.artifact import (  # noqa: E402
+    OnnxGraph,
+    read_contract,
+)
 from fcos_deploy.core.decode import PROFILES, DecodeSpec  # noqa: E402
+from fcos_deploy.core.detections import image_sizes_row, postprocess  # noqa: E402
 from fcos_deploy.core.enums import ArtifactKind, NmsForm, Precision, Tail  # noqa: E402
 from fcos_deploy.core.errors import ConfigError, ExportError, StepCheckError  # noqa: E402
-from fcos_deploy.core.onnx_file import external_locations, onnx_interface, onnx_metadata  # noqa: E402
-from fcos_deploy.core.onnx_graph import NAMES_KEY, OnnxGraph, opset_of  # noqa: E402
-from fcos_deploy.core.postprocess import image_sizes_row, postprocess  # noqa: E402
+from fcos_deploy.core.onnx_file import NAMES_KEY, external_locations, onnx_interface, onnx_metadata, opset_of  # noqa: E402  # noqa: E402
 from fcos_deploy.core.preprocess import Letterbox, PreprocessSpec, SizeRule  # noqa: E402
 from fcos_deploy.model.tails import ExportableFcos  # noqa: E402
 from fcos_deploy.model.wrap import wrap_module  # noqa: E402
@@ -245,7 +247,7 @@ def test_graph_contract_and_triton_have_the_same_shapes(profile: str, form: NmsF
 def test_weights_that_do_not_fit_one_file_lie_beside_it(
     tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_graph, "_LARGEST_FILE", 100_000)
+    monkeypatch.setattr(onnx_file, "_LARGEST_FILE", 100_000)
     exported = export_onnx(load_checkpoint(tiny_checkpoint), tmp_path / "large.onnx")
     assert external_locations(exported.path) == {"large.onnx.data"}
     assert exported.path.stat().st_size < 200_000 < (tmp_path / "large.onnx.data").stat().st_size

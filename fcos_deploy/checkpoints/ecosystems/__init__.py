@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from fcos_deploy.checkpoints.rules import Ecosystem
 from fcos_deploy.core.errors import CheckpointError
-from fcos_deploy.core.registry import discover, get_plugin
+from fcos_deploy.core.libraries import discover, get_plugin
 
 __all__ = ["all_ecosystems", "detect_ecosystem", "get_ecosystem"]
 

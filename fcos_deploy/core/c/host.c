@@ -156,7 +156,7 @@ EXPORT void host_largest(const void *logits, int half, int64_t locations, int32_
 
 /* ---- the best of each level ---- */
 
-/* A score >= 0 as a key: the best has the smallest. NaN comes before all numbers, as in core/nms.py. */
+/* A score >= 0 as a key: the best has the smallest. NaN comes before all numbers, as in core/decode.py. */
 static uint32_t best_first_key(float score) {
     uint32_t bits;
     memcpy(&bits, &score, 4);
@@ -310,7 +310,7 @@ static double box_iou(const float a[4], const float b[4], double offset) {
     return inter / greater(area_a + area_b - inter, 1e-300);
 }
 
-/* Indices of the boxes that stay, best score first; how many, or NO_MEMORY. What suppress() in core/nms.py says.
+/* Indices of the boxes that stay, best score first; how many, or NO_MEMORY. What suppress() in core/detections.py says.
 
    boxes: (n, 4) xyxy. kept: n places. keep_ties: those that tie with the last one allowed stay. */
 EXPORT int64_t host_suppress(const float *boxes, const float *scores, const int64_t *labels, int64_t count,

@@ -17,18 +17,20 @@ import pytest
 
 from fcos_deploy.checkpoints.ecosystems import all_ecosystems, get_ecosystem
 from fcos_deploy.checkpoints.rules import Ecosystem
-from fcos_deploy.core import registry
+from fcos_deploy.core import libraries
 from fcos_deploy.core.backend import (
     Backend,
     BackendProbe,
-    ComputeType,
-    PerformanceHint,
     PerThread,
     Session,
     SessionOptions,
+    all_backends,
+    backends_for,
+    get_backend,
 )
-from fcos_deploy.core.enums import ArtifactKind
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint
 from fcos_deploy.core.errors import ConfigError, MissingDependencyError
+from fcos_deploy.core.exporter import all_exporters, get_exporter
 from fcos_deploy.core.libraries import lazy_import, library_versions, parse_version, require
 from fcos_deploy.serving.package import Packager, ServedModel, all_packagers
 
@@ -55,7 +57,7 @@ class _Server(Packager):
 
 PLUGIN, NOT_A_PLUGIN, PACKAGER = _ThirdParty(), object(), _Server()
 ECOSYSTEM = Ecosystem(name="third-party", signature=("x",), renames=(), rules=get_ecosystem("torchvision").rules)
-_CACHED = (registry.all_backends, registry.all_exporters, all_ecosystems, all_packagers)
+_CACHED = (all_backends, all_exporters, all_ecosystems, all_packagers)
 
 
 @pytest.fixture(autouse=True)
@@ -81,47 +83,47 @@ def install(monkeypatch: pytest.MonkeyPatch):
         def entry_points(*, group: str) -> list[importlib.metadata.EntryPoint]:
             return [p for p in points if p.group == group]
 
-        monkeypatch.setattr(registry.importlib.metadata, "entry_points", entry_points)
+        monkeypatch.setattr(libraries.importlib.metadata, "entry_points", entry_points)
         monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: globals()[self.attr])
 
     return visible
 
 
 def test_our_own_modules_are_found_by_name() -> None:
-    found = registry.all_backends()
+    found = all_backends()
     assert {"pytorch", "onnxruntime", "openvino"} <= set(found)
     assert list(found) == sorted(found)
     assert all(name == backend.name for name, backend in found.items())
-    assert registry.get_backend("onnxruntime") is found["onnxruntime"]
+    assert get_backend("onnxruntime") is found["onnxruntime"]
 
 
 def test_every_public_module_of_the_runtimes_registers_something() -> None:
     import runtimes
 
-    backends = {type(backend).__module__ for backend in registry.all_backends().values()}
+    backends = {type(backend).__module__ for backend in all_backends().values()}
     assert backends == {f"runtimes.{m.name}" for m in pkgutil.iter_modules(runtimes.__path__) if m.name[0] != "_"}
-    assert registry.all_exporters()
+    assert all_exporters()
 
 
 def test_backends_are_found_by_what_they_open() -> None:
-    names = [backend.name for backend in registry.backends_for(ArtifactKind.ONNX)]
+    names = [backend.name for backend in backends_for(ArtifactKind.ONNX)]
     assert "onnxruntime" in names
     assert names == sorted(names)
-    assert all(ArtifactKind.OPENVINO_IR in b.accepts for b in registry.backends_for(ArtifactKind.OPENVINO_IR))
+    assert all(ArtifactKind.OPENVINO_IR in b.accepts for b in backends_for(ArtifactKind.OPENVINO_IR))
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no backend 'tensorflow'") as caught:
-        registry.get_backend("tensorflow")
+        get_backend("tensorflow")
     assert "onnxruntime" in caught.value.hint
     with pytest.raises(ConfigError, match="no exporter 'tflite'") as caught:
-        registry.get_exporter("tflite")
+        get_exporter("tflite")
     assert "openvino" in caught.value.hint
 
 
 def test_entry_points_of_third_parties_are_found(install) -> None:
     install("PLUGIN")
-    assert registry.get_backend("third-party") is PLUGIN
+    assert get_backend("third-party") is PLUGIN
     install("PACKAGER", group="serving")
     assert all_packagers()["third-party"] is PACKAGER
     install("ECOSYSTEM", group="ecosystems")
@@ -131,13 +133,13 @@ def test_entry_points_of_third_parties_are_found(install) -> None:
 def test_two_plug_ins_of_one_name_are_an_error(install) -> None:
     install("PLUGIN", "PLUGIN")
     with pytest.raises(ConfigError, match="Two plug-ins are named 'third-party'"):
-        registry.all_backends()
+        all_backends()
 
 
 def test_entry_point_of_another_kind_is_an_error(install) -> None:
     install("NOT_A_PLUGIN")
     with pytest.raises(ConfigError, match="is not a Backend"):
-        registry.all_backends()
+        all_backends()
 
 
 class _Value:

@@ -513,7 +513,6 @@ class StoredWeights:
     tensors: Mapping[str, TensorFacts]
     metadata: dict[str, Any]  # Any: whatever a training script stored
     container: str
-    has_both: bool  # averaged and plain weights
     source: str = ""
     left_out: tuple[str, ...] = ()
 
@@ -560,6 +559,7 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
             value.check()
         except CheckpointError as error:
             raise CheckpointError(f"Tensor '{name}': {error.message}", hint=error.hint) from error
+    _refuse_multiples(chosen.tensors.values())
     metadata: dict[str, Any] = {
         name: chosen.tensors[name] for name in ("pixel_mean", "pixel_std") if name in chosen.tensors
     }
@@ -569,8 +569,7 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
         for key, value in content.items()
         if key not in containers and not isinstance(value, (StoredTensor, PickledArray))
     }
-    both = any(item.is_averaged for item in sets) and not all(item.is_averaged for item in sets)
-    return StoredWeights(chosen.tensors, metadata, chosen.name, both, source, chosen.left_out)
+    return StoredWeights(chosen.tensors, metadata, chosen.name, source, chosen.left_out)
 
 
 def _refuse_multiples(tensors: Iterable[StoredTensor | PickledArray]) -> None:

@@ -1,46 +1,72 @@
 """What the tensors of a checkpoint do not tell: an ecosystem's ``Rules``, and the contract that they make.
 
 ``Ecosystem`` is what a file in ``checkpoints/ecosystems`` declares; docs/fcos.md has the facts behind them as tables.
+Its rules are overridden by the configuration that a trainer stored beside the weights, and both by the user's options.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
+from fcos_deploy.checkpoints.reader import TensorFacts, flat_values
 from fcos_deploy.core.checkpoint_options import OPTION, CheckpointOptions, option_flag
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, BoxClip, DecodeSpec
 from fcos_deploy.core.enums import CenterMode, Orientation
-from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError, unknown_name
-from fcos_deploy.core.network import BackboneType, BoxActivation, ExtraSource, FcosConfig, TowerNorm, Upsampling
+from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError, brief, unknown_name
+from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.network import (
+    BackboneType,
+    BlockType,
+    BoxActivation,
+    ExtraSource,
+    FcosConfig,
+    TowerNorm,
+    Upsampling,
+)
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, PreprocessSpec, ResizeFilter, ResizeOrder, SizeRule
 
 __all__ = [
+    "CHANNEL_ORDER",
+    "CLASSES",
     "CLS_HEAD",
     "COCO_80",
     "COCO_91",
     "COCO_IDS",
+    "LEVEL_STRIDES",
     "REG_HEAD",
     "SHARED_TOWER",
+    "TEST_SIZES",
     "UNKNOWN_CLASS_NAMES",
+    "ConfigKey",
     "Ecosystem",
     "Evidence",
     "Rename",
     "Rules",
-    "canonical",
+    "Values",
+    "checked",
+    "count",
     "decode_spec",
     "final_rules",
+    "fixed",
+    "flag",
+    "is_number",
     "level_strides",
     "moved",
     "network_config",
+    "number",
+    "numbers",
+    "parse_yaml",
     "preprocess_spec",
-    "refuse_unsupported",
+    "read_training_config",
+    "word",
 ]
 
 # Parts of canonical names, which are those of torchvision's fcos_resnet50_fpn.
@@ -184,11 +210,6 @@ class Evidence:
     metadata: Mapping[str, Any]  # Any: whatever a training script stored
     options: CheckpointOptions = field(default_factory=CheckpointOptions)
 
-    @property
-    def variant(self) -> str:
-        """What the user said, or ''."""
-        return self.options.variant
-
     def merged_batch_norm(self) -> bool:
         """Whether the backbone's statistics are 0 and 1, as converted Caffe (MSRA) backbones have them."""
         # 2e-5: detectron2 stores variances of 1 - 1e-5 (layers/batch_norm.py).
@@ -221,131 +242,238 @@ class Ecosystem:
     coco_names: tuple[str, ...] = COCO_80
     reads_config: bool = False
 
-    def matches(self, names: frozenset[str]) -> bool:
-        """Whether every part of the signature occurs in some name."""
-        return all(any(part in name for name in names) for part in self.signature)
-
-    def refuse_others(self, names: Iterable[str]) -> None:
-        """Stop where the names of a checkpoint are not this ecosystem's: its rules would make another detector.
-
-        Raises:
-            CheckpointError: naming a part that no name has.
-        """
+    def missing(self, names: Iterable[str]) -> str:
+        """The first part of the signature that no name of a checkpoint has; '' for a checkpoint of this ecosystem."""
         present = frozenset(names)
-        missing = [part for part in self.signature if not any(part in name for name in present)]
-        if missing:
-            raise CheckpointError(
-                f"This is not a checkpoint of {self.name}: no tensor's name has '{missing[0]}' in it.",
-                hint="leave --ecosystem out to have the ecosystem recognised",
-            )
+        return next((part for part in self.signature if not any(part in name for name in present)), "")
 
 
-_DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
-_HELD = re.compile(r"(.+)\.conv\.(weight|bias)")
-_SCALE = re.compile(re.escape(REG_HEAD) + r"\.scales\.(\d+)")
-_PYRAMID_BLOCK = re.compile(r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.0\.(.+)")
-_TOWERS = "|".join(map(re.escape, (CLS_HEAD, REG_HEAD, SHARED_TOWER)))
-_TOWER_LAYER = re.compile(rf"({_TOWERS})\.conv\.(\d+)\.(.+)")
+# ---- configurations that trainers store beside the weights ----
+
+Values = dict[str, Any]  # Any: configurations are untyped
+
+yaml = lazy_import("yaml", extra="export")
+
+_CONTAINERS = ("cfg", "config", "args", "hyper_parameters", "hparams")
+_DEEPEST = 6  # mappings within mappings
+_LONGEST_TEXT = 400_000  # characters
+_MOST_VALUES = 100_000  # mappings that are shared unfold to more than the file holds
+_LARGEST_NUMBER = 1 << 31
+# Text that holds a configuration, in blocks, in braces or as JSON.
+_YAML = re.compile(r"""(?:^|[{,])\s*["']?(?:MODEL|INPUT|model)["']?\s*:""", re.MULTILINE)
 
 
-def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -> dict[str, TensorFacts]:
-    """The tensors that inference needs, under canonical names; each level's scale is a tensor of its own.
+@dataclass(frozen=True, slots=True)
+class ConfigKey:
+    """A key of a configuration, what is expected there, and what its value decides by the names of ``Rules``.
+
+    A value for which ``read`` gives None is not understood, which stops the command unless one of ``options``, fields
+    of ``CheckpointOptions``, answers instead. ``strides`` and ``num_classes`` are compared with the tensors'.
+    """
+
+    expected: str
+    read: Callable[[Any], Values | None]  # Any: the value may be anything
+    options: tuple[str, ...] = ()
+
+    def refusal(self, said: str, path: str) -> CheckpointError:
+        """The error of a value that is not understood; ``said`` ends in the value."""
+        answers = " or ".join(option_flag(name) for name in self.options)
+        return CheckpointError(
+            f"{said}, expected {self.expected}.",
+            hint=f"{f'{answers} answers instead; ' if answers else ''}--ignore-config {path} leaves the key out",
+        )
+
+    def answered(self, options: CheckpointOptions) -> bool:
+        """Whether the user gave one of the options that answer instead."""
+        return any(getattr(options, name) not in {None, ""} for name in self.options)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number that a configuration may hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER
+
+
+def checked(expected: str, understands: Callable[[Any], bool], *options: str) -> ConfigKey:
+    """A key whose value decides nothing by itself."""
+    return ConfigKey(expected, lambda value: {} if understands(value) else None, options)
+
+
+def fixed(*known: object, options: tuple[str, ...] = ()) -> ConfigKey:
+    """Only the values that stand for what this network does; True is not 1."""
+
+    def is_known(value: object) -> bool:
+        return any(value == k and (type(value) is type(k) or (is_number(value) and is_number(k))) for k in known)
+
+    return checked(" or ".join(map(repr, known)), is_known, *options)
+
+
+def number(name: str) -> ConfigKey:
+    """A number that decides ``name``."""
+    return ConfigKey("a number", lambda value: {name: float(value)} if is_number(value) else None, (name,))
+
+
+def count(name: str, *options: str) -> ConfigKey:
+    """A whole number above 0 that decides ``name``."""
+
+    def read(value: Any) -> Values | None:
+        return {name: value} if isinstance(value, int) and is_number(value) and value > 0 else None
+
+    return ConfigKey("a whole number above 0", read, (name, *options))
+
+
+def numbers(name: str) -> ConfigKey:
+    """A number for each of three channels, or for one of gray images."""
+
+    def read(value: Any) -> Values | None:
+        sound = isinstance(value, (list, tuple)) and len(value) in {1, 3} and all(map(is_number, value))
+        return {name: tuple(map(float, value))} if sound else None
+
+    return ConfigKey("three numbers, or one", read, (name,))
+
+
+def word(name: str, meanings: Mapping[Any, Any]) -> ConfigKey:
+    """One of some words or flags, and what each stands for."""
+
+    def read(value: Any) -> Values | None:
+        return {name: meanings[value]} if isinstance(value, (str, bool)) and value in meanings else None
+
+    return ConfigKey(" or ".join(map(repr, meanings)), read, (name,))
+
+
+def flag(name: str) -> ConfigKey:
+    """True or false, which decides ``name``."""
+    return word(name, {True: True, False: False})
+
+
+def fact(expected: str, name: str, understands: Callable[[Any], bool]) -> ConfigKey:
+    """What the tensors tell as well, and must agree with."""
+    return ConfigKey(expected, lambda value: {name: value} if understands(value) else None)
+
+
+# Keys that detectron2's configurations, AdelaiDet's and those of tianzhi0549/FCOS share.
+LEVEL_STRIDES = fact("a list of strides", "strides", lambda value: isinstance(value, (list, tuple)))
+CLASSES = fact("a number", "num_classes", is_number)
+CHANNEL_ORDER = word("channel_order", {"BGR": ChannelOrder.BGR, "RGB": ChannelOrder.RGB, "L": ChannelOrder.GRAY})
+TEST_SIZES = {
+    "INPUT.MIN_SIZE_TEST": count("shortest", "input_size"),
+    "INPUT.MAX_SIZE_TEST": count("longest", "input_size"),
+}
+
+
+def read_training_config(known: Mapping[str, ConfigKey], evidence: Evidence) -> Values:
+    """What is stored beside the weights says, by the names of ``Rules``; keys in ``--ignore-config`` count as absent.
+
+    That is a ``CfgNode`` of detectron2 or maskrcnn-benchmark, or its YAML text, the hyper-parameters of a Lightning
+    module, or the arguments of a script. The keys in ``known``, by their dotted paths, are used where they are
+    understood, and stop the command otherwise; all others belong to the training or to other models.
 
     Raises:
-        CheckpointError: when two names become one, or the levels' scales do not fit each other.
+        CheckpointError: naming a key whose value is not understood, and the options that answer instead.
+        ConfigError: an ignored key that is not there.
     """
-    renamed: dict[str, TensorFacts] = {}
-    sources: dict[str, str] = {}
-    names = {
-        name: _with_plain_offset(next((new for rename in renames if (new := rename.apply(name)) is not None), name))
-        for name in tensors
-        if not _DROPPED.fullmatch(name)
-    }
-    # detectron2's and tianzhi's DFConv2d holds the convolution and its offsets side by side.
-    wrapped = {m[1] for name in names.values() if (m := re.fullmatch(r"(.+)\.offset\.weight", name))}
-    for name, renamed_name in names.items():
-        tensor, held = tensors[name], _HELD.fullmatch(renamed_name)
-        target = f"{held[1]}.{held[2]}" if held and held[1] in wrapped else renamed_name
-        if target in sources:
-            raise CheckpointError(f"Tensors '{sources[target]}' and '{name}' are both '{target}'.")
-        sources[target], renamed[target] = name, tensor
-    renamed = _with_numbered_towers(_with_numbered_levels(renamed))
-    scales = {int(m.group(1)): t for n, t in renamed.items() if (m := _SCALE.fullmatch(n))}
-    if sorted(scales) != list(range(len(scales))) or any(count_of(t) != 1 for t in scales.values()):
-        raise CheckpointError(f"Expected one scale for each level, got levels {sorted(scales)}.")
-    return renamed
+    ignored = set(evidence.options.ignore_config)
+    values: Values = {}
+    for place, path, value in _stated(evidence.metadata, ignored):
+        key = known.get(path)
+        if key is None:
+            continue
+        if path in ignored or f"{place}.{path}" in ignored:
+            ignored -= {path, f"{place}.{path}"}
+            continue
+        decided = key.read(value)
+        contradiction = _contradiction(decided or {}, evidence)
+        if (decided is None or contradiction) and not key.answered(evidence.options):
+            key = dataclasses.replace(key, expected=contradiction or key.expected)
+            raise key.refusal(f"'{place}' in the file says {path} = {brief(value)}", path)
+        values |= decided or {}
+    if ignored:
+        raise ConfigError(f"The file has no '{min(ignored)}' to ignore.", hint="leave --ignore-config out")
+    network = evidence.network
+    if network.backbone is not BackboneType.RESNET or network.block is not BlockType.BOTTLENECK:
+        values.pop("stride_in_1x1", None)
+    values = {name: value for name, value in values.items() if name not in {"strides", "num_classes"}}
+    if ("shortest" in values) != ("longest" in values):  # Half of a size decides nothing without the other.
+        values = {name: value for name, value in values.items() if name not in {"shortest", "longest"}}
+    return values
 
 
-def _with_numbered_levels(tensors: Mapping[str, TensorFacts]) -> dict[str, TensorFacts]:
-    """The pyramid's blocks counted from 0 on; output convolutions beyond the lateral ones are P6 and P7.
-
-    detectron2 and tianzhi number them after the backbone's stages, and mmdetection goes on counting.
-    """
-    blocks = {name: match for name in tensors if (match := _PYRAMID_BLOCK.fullmatch(name))}
-    laterals = sorted({int(match[2]) for match in blocks.values() if match[1] == "inner"})
-    first = laterals[0] if laterals else 0
-    numbered = {}
-    for name, tensor in tensors.items():
-        match = blocks.get(name)
-        target = name
-        if match is not None:
-            index = int(match[2]) - first
-            beyond = match[1] == "layer" and index >= len(laterals)
-            place = f"extra_blocks.p{6 + index - len(laterals)}" if beyond else f"{match[1]}_blocks.{index}.0"
-            target = f"backbone.fpn.{place}.{match[3]}"
-        if target in numbered:
-            raise CheckpointError(f"Two tensors are '{target}': the pyramid's levels are numbered in two ways.")
-        numbered[target] = tensor
-    return numbered
+def _contradiction(decided: Values, evidence: Evidence) -> str:
+    """What the tensors show in place of a stated fact; '' where both agree."""
+    network = evidence.network
+    strides = decided.get("strides", list(network.strides))
+    if strides != list(network.strides):
+        return f"the strides of the network's levels, {list(network.strides)}"
+    if decided.get("num_classes", network.num_classes) not in {network.num_classes, network.num_classes + 1}:
+        return f"the {network.num_classes} channels of the tensors"
+    return ""
 
 
-def _with_numbered_towers(tensors: Mapping[str, TensorFacts]) -> dict[str, TensorFacts]:
-    """The towers' layers counted with a norm behind each convolution, which libraries leave out where there is none."""
-    layers: dict[str, dict[int, bool]] = {}  # of each tower: whether a layer is a convolution
-    for name, tensor in tensors.items():
-        match = _TOWER_LAYER.fullmatch(name)
-        if match is not None:
-            known = layers.setdefault(match[1], {})
-            known[int(match[2])] = known.get(int(match[2]), False) or (match[3] == "weight" and len(tensor.shape) == 4)
-    numbers: dict[tuple[str, int], int] = {}
-    for tower, kinds in layers.items():
-        convolutions = 0
-        for index in sorted(kinds):
-            convolutions += kinds[index]
-            numbers[tower, index] = 3 * (convolutions - 1) + (not kinds[index])
-    numbered = {}
-    for name, tensor in tensors.items():
-        match = _TOWER_LAYER.fullmatch(name)
-        numbered[f"{match[1]}.conv.{numbers[match[1], int(match[2])]}.{match[3]}" if match else name] = tensor
-    return numbered
+def _stated(metadata: Mapping[str, Any], ignored: set[str]) -> Iterator[tuple[str, str, Any]]:
+    """(container, dotted path, value) of every value in the containers; one that is ignored as a whole is left out."""
+    for place in _CONTAINERS:
+        stored = metadata.get(place)
+        content = getattr(stored, "state", stored)
+        if place in ignored:
+            ignored.discard(place)
+            continue
+        if isinstance(content, str) and _YAML.search(content):
+            content = parse_yaml(content)
+            if content is None:
+                raise CheckpointError(
+                    f"'{place}' in the file cannot be read: it is not the YAML that detectron2 writes.",
+                    hint=f"--ignore-config {place} leaves it out, and options say what the tensors do not",
+                )
+        if isinstance(content, Mapping):
+            values = list(islice(_flattened(content), _MOST_VALUES + 1))
+            if len(values) > _MOST_VALUES:
+                raise CheckpointError(
+                    f"'{place}' in the file has more than {_MOST_VALUES} values, which no configuration has.",
+                    hint=f"--ignore-config {place} leaves it out, and options say what the tensors do not",
+                )
+            yield from ((place, path, value) for path, value in values)
 
 
-def _with_plain_offset(name: str) -> str:
-    """``conv2.conv_offset.weight`` (mmcv) and ``conv2_offset.weight`` (detectron2) -> ``conv2.offset.weight``."""
-    return re.sub(r"(?:\.conv|(?<=\.conv\d))_offset\.(weight|bias)$", r".offset.\1", name)
+def _flattened(content: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Dotted paths and values; an empty mapping is a value, so that every mapping that is entered yields one."""
+    for name, stored in content.items():
+        value, path = getattr(stored, "state", stored), f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and depth < _DEEPEST:
+            yield from _flattened(value, f"{path}.", depth + 1)
+        else:
+            yield path, value
 
 
-# What this network does not have, by parts of names; each with what to call it.
-_UNSUPPORTED = (
-    (re.compile(r"(backbone\.bottom_up\.stage\d+\..*OSA\w+/(?:dw|pw)_conv)\w+\..*"), "depthwise VoVNet layer"),
-    (re.compile(r"(backbone\.stage\d\.\d+\.fuse_layers)\..*"), "HRNet fusion"),
-)
+def parse_yaml(text: str) -> Values | None:
+    """The mapping that the text holds; None where it is no YAML, or has more than the dump of a configuration."""
+    if len(text) > _LONGEST_TEXT:
+        return None
+    try:
+        content = yaml.load(text, Loader=_loader())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
-def refuse_unsupported(names: Iterable[str]) -> None:
-    """Stop at layers that FCOS variants have and this network does not.
+@functools.cache
+def _loader() -> Any:  # Any: yaml.SafeLoader, untyped
+    """The safe loader, which runs nothing; it takes what a tag of Python's marks as the list, mapping or word it is."""
 
-    Raises:
-        CheckpointError: naming the kind and the first layer.
-    """
-    for pattern, kind in _UNSUPPORTED:
-        layers = sorted({m[1] or m[m.lastindex or 1] for m in map(pattern.fullmatch, names) if m})
-        if layers:
-            raise CheckpointError(
-                f"Layer '{layers[0]}' is a {kind}, which is not supported ({len(layers)} such layers).",
-                hint="retrain without it: ONNX backends do not agree on these operators",
-            )
+    def plain(loader: Any, node: Any) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return loader.construct_mapping(node, deep=True)
+        return loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else node.value
 
+    def refuse_merges(_loader: Any, node: Any) -> None:
+        """No dump has merges, which could unfold to gigabytes."""
+        if any(key.tag.endswith(":merge") for key, _ in node.value):
+            raise yaml.YAMLError("a merge")
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"flatten_mapping": refuse_merges})
+    loader.add_constructor(None, plain)
+    return loader
+
+
+# ---- the contract that the rules make ----
 
 UNKNOWN_CLASS_NAMES = "unknown: give the names with --classes"  # the source of numbered class names
 
@@ -488,16 +616,8 @@ def _with_input_type(rules: Rules) -> Rules:
 
 def network_config(rules: Rules, network: FcosConfig) -> FcosConfig:
     """What shapes tell of the network, completed by the rules."""
-    decided = {
-        name: getattr(rules, name)
-        for name in (
-            *("stride_in_1x1", "box_activation", "centerness_on_reg", "norm_eps", "norm_groups", "tower_norm_eps"),
-            "fpn_norm_eps",
-            *("stage_strides", "stage_dilations", "upsampling", "extra_source", "extra_relu", "anchor_sizes"),
-            "pooled_levels",
-        )
-        if getattr(rules, name) is not None
-    }
+    names = {item.name for item in dataclasses.fields(FcosConfig)} & {item.name for item in dataclasses.fields(Rules)}
+    decided = {name: value for name in sorted(names) if (value := getattr(rules, name)) is not None}
     levels = network.laterals + network.extra_convs + decided.get("pooled_levels", network.pooled_levels)
     strides = level_strides(rules.stage_strides or network.stage_strides, levels, laterals=network.laterals)
     return dataclasses.replace(network, strides=strides, **decided)
@@ -520,25 +640,12 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
     """
     _check_units(rules)
     height, width = rules.input_size or (None, None)
+    pixel = rules.pad_pixel  # One number stands for all channels.
+    padded = pixel * len(rules.mean) if pixel is not None and len(pixel) == 1 else pixel
+    decided = {item.name: getattr(rules, item.name, None) for item in dataclasses.fields(PreprocessSpec)}
+    decided |= {"height": height, "width": width, "pad_pixel": padded}
     try:
-        return PreprocessSpec(
-            mean=rules.mean,
-            std=rules.std,
-            pixel_scale=rules.pixel_scale,
-            channel_order=rules.channel_order,
-            height=height,
-            width=width,
-            shortest=rules.shortest,
-            longest=rules.longest,
-            size_rule=rules.size_rule,
-            resize_filter=rules.resize_filter,
-            resize_order=rules.resize_order,
-            orientation=rules.orientation,
-            input_dtype=rules.input_dtype or InputDtype.UINT8,
-            size_divisor=rules.size_divisor or 32,
-            content=rules.content,
-            pad_pixel=_for_all_channels(rules.pad_pixel, rules),
-        )
+        return PreprocessSpec(**{name: value for name, value in decided.items() if value is not None})
     except InputSizeError as error:
         source = rules.sources.get("input_size", OPTION)
         if source == OPTION:
@@ -546,11 +653,6 @@ def preprocess_spec(rules: Rules) -> PreprocessSpec:
         raise InputSizeError(
             f"{error.message} The size comes from {source}.", hint=f"{error.hint}; --input-size HxW overrides it"
         ) from error
-
-
-def _for_all_channels(pixel: tuple[float, ...] | None, rules: Rules) -> tuple[float, ...] | None:
-    """One number stands for all channels."""
-    return pixel * len(rules.mean) if pixel is not None and len(pixel) == 1 else pixel
 
 
 def _check_units(rules: Rules) -> None:

@@ -7,16 +7,18 @@ load as they are. docs/fcos.md says how the variants that ``FcosConfig`` describ
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BackboneType, BoxActivation, DeformableLayer, ExtraSource, FcosConfig, TowerNorm
 from fcos_deploy.model.backbones import Dla34Backbone, MobileNetV2Backbone, ResNetBackbone, VovnetBackbone
 
-__all__ = ["DeformConv2d", "Fcos", "LevelOutput", "deform_conv", "flatten_levels", "make_deformable"]
+__all__ = ["DeformConv2d", "Fcos", "LevelOutput", "build_network", "deform_conv", "flatten_levels", "make_deformable"]
 
 _Pair = tuple[int, int]
 
@@ -217,6 +219,93 @@ def flatten_levels(levels: list[LevelOutput]) -> tuple[Tensor, Tensor, Tensor]:
         torch.cat([level_map.flatten(2) for level_map in maps], 2).transpose(1, 2) for maps in zip(*levels, strict=True)
     )
     return cls_logits, distances, centerness
+
+
+# ---- weights ----
+
+
+def build_network(config: FcosConfig, tensors: Mapping[str, Tensor]) -> Fcos:
+    """The network in evaluation mode, float32, over exactly these tensors (canonical names).
+
+    Raises:
+        CheckpointError: naming tensors that are missing, left over, damaged, or of another shape.
+    """
+    weights = _assembled(_with_merged_norms(tensors, eps=config.fpn_norm_eps))
+    with torch.device("meta"):
+        model = Fcos(config)
+    expected = model.state_dict()
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in expected if name.endswith(".num_batches_tracked")}
+    for verb, names in (
+        ("lacks", expected.keys() - weights.keys() - counters.keys()),
+        ("has unknown", weights.keys() - expected.keys()),
+    ):
+        if names:
+            shown = ", ".join(f"'{name}'" for name in sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
+            raise CheckpointError(
+                f"The checkpoint {verb} {len(names)} tensors: {shown}.",
+                hint="is it another architecture, or incomplete? For a network of your own see docs/your-own-fcos.md",
+            )
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"Tensor '{name}' must have shape {list(expected[name].shape)}, got {list(tensor.shape)}."
+            )
+    converted = {name: tensor.to(torch.float32).contiguous() for name, tensor in weights.items()}
+    model.load_state_dict({**converted, **counters}, strict=True, assign=True)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+_TOWER_CONV = re.compile(r"(head\.(?:classification_head|regression_head|shared_tower)\.conv\.\d+)\.weight")
+_LEVEL_NORM = re.compile(r"(head\..+\.conv\.\d+)\.(\d+)\.running_mean")
+_FPN_NORM = re.compile(r"(backbone\.fpn\..+)\.norm\.running_mean")
+_SCALE_NAMES = "head.regression_head.scales"
+
+
+def _with_merged_norms(tensors: Mapping[str, Tensor], *, eps: float) -> dict[str, Tensor]:
+    """The pyramid's convolutions with the batch norm behind them merged in, for files that have one.
+
+    gamma (w x - mean) / sqrt(var + eps) + beta is a convolution again, to the rounding of its weights.
+
+    Raises:
+        CheckpointError: naming a tensor of the norm that is missing or has another shape.
+    """
+    merged = dict(tensors)
+    for name in tensors:
+        match = _FPN_NORM.fullmatch(name)
+        if match is None:
+            continue
+        conv, norm = match[1], {}
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            value = merged.pop(f"{conv}.norm.{part}", None)
+            if value is None or f"{conv}.weight" not in merged or value.shape != merged[f"{conv}.weight"].shape[:1]:
+                raise CheckpointError(f"The batch norm after '{conv}' lacks '{part}', or has another width than it.")
+            norm[part] = value.double()
+        factor = norm["weight"] / torch.sqrt(norm["running_var"] + eps)
+        bias = merged.get(f"{conv}.bias", torch.zeros_like(factor)).double()
+        merged[f"{conv}.weight"] = (merged[f"{conv}.weight"].double() * factor.view(-1, 1, 1, 1)).float()
+        merged[f"{conv}.bias"] = (norm["bias"] + (bias - norm["running_mean"]) * factor).float()
+    return merged
+
+
+def _assembled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scales gathered into one vector, norms with a weight for each level, a bias of zeros for convolutions without."""
+    assembled = {name: tensor for name, tensor in tensors.items() if not name.startswith(_SCALE_NAMES + ".")}
+    levels = len(tensors) - len(assembled)  # the scales that were left out
+    if levels:
+        assembled[_SCALE_NAMES] = torch.cat([tensors[f"{_SCALE_NAMES}.{level}"].reshape(1) for level in range(levels)])
+    for name in list(assembled):
+        match = _LEVEL_NORM.fullmatch(name)
+        # detectron2's CycleBatchNormList: statistics of each level, one weight and bias for all.
+        for part in ("weight", "bias") if match else ():
+            if match and f"{match[1]}.{part}" in tensors:
+                assembled.pop(f"{match[1]}.{part}", None)
+                assembled[f"{match[1]}.{match[2]}.{part}"] = tensors[f"{match[1]}.{part}"]
+    for name in list(assembled):
+        match = _TOWER_CONV.fullmatch(name)
+        # mmdetection's plain head has no bias; adding zeros is exact, and all networks have the same names.
+        if match and assembled[name].ndim == 4:
+            assembled.setdefault(f"{match.group(1)}.bias", torch.zeros(assembled[name].shape[0]))
+    return assembled
 
 
 # ---- deformable convolution (Dai et al., ICCV 2017), also modulated (version 2: Zhu et al., CVPR 2019) ----

@@ -14,7 +14,7 @@ from fcos_deploy.accuracy.dataset import (
 )
 from fcos_deploy.bundle.device_layer import describe_layers
 from fcos_deploy.bundle.store import open_trusted
-from fcos_deploy.checkpoints.describe import CheckpointDescription, decided_options, describe_checkpoint
+from fcos_deploy.checkpoints.load import CheckpointDescription, decided_options, describe_checkpoint
 from fcos_deploy.checkpoints.reader import count_of
 from fcos_deploy.core.annotations import find_named_images, read_coco
 from fcos_deploy.core.artifact import KINDS_BY_SUFFIX, is_checkpoint, kinds_of, read_contract, sidecar_path

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fcos_deploy.checkpoints.describe import describe_checkpoint
+from fcos_deploy.checkpoints.load import describe_checkpoint
 from fcos_deploy.core.artifact import OnnxGraph, files_of, is_checkpoint, read_contract
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions

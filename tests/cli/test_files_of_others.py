@@ -29,8 +29,7 @@ from typer.testing import CliRunner
 from calibration.dataset import SampleOptions, collect_images
 from fcos_deploy.accuracy.coco import coco_scores
 from fcos_deploy.accuracy.dataset import label_index, load_coco
-from fcos_deploy.checkpoints.describe import describe_checkpoint
-from fcos_deploy.checkpoints.load import load_checkpoint
+from fcos_deploy.checkpoints.load import describe_checkpoint, load_checkpoint
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core import image as image_module
 from fcos_deploy.core.checkpoint_options import CheckpointOptions

@@ -89,13 +89,13 @@ def test_reference_thresholds_are_what_the_rules_say(name: str, tmp_path: Path) 
     test = reference.get("FCOS") or reference.get("test_cfg") or reference
     if name.startswith("torchvision"):
         pytest.skip("this model was built with thresholds of its own")
-    from fcos_deploy.checkpoints.describe import StoredWeights, describe_weights
+    from fcos_deploy.checkpoints.load import StoredWeights, describe_weights
 
     weights = {
         n: torch.zeros(s) if "running" in n or n.endswith("scale") else torch.empty(s, device="meta")
         for n, s in reference["state_dict"].items()
     }
-    stored = StoredWeights(weights, {"meta": reference.get("meta")}, container="", has_both=False)
+    stored = StoredWeights(weights, {"meta": reference.get("meta")}, container="")
     described = describe_weights(stored, file_name=f"{name}.pth", stated={}, options=CheckpointOptions())
     decode = described.contract.decode
     assert decode.score_threshold == test.get("INFERENCE_TH_TEST", test.get("score_thr", test.get("test_score_thresh")))

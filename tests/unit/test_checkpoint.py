@@ -16,8 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcos_deploy.checkpoints.describe import decided_options, describe_checkpoint, find_weights
-from fcos_deploy.checkpoints.load import CheckpointOptions, load_checkpoint, to_tensors
+from fcos_deploy.checkpoints.load import (
+    CheckpointOptions,
+    decided_options,
+    describe_checkpoint,
+    find_weights,
+    load_checkpoint,
+    to_tensors,
+)
 from fcos_deploy.checkpoints.reader import open_checkpoint
 from fcos_deploy.core.errors import CheckpointError, ConfigError, InputSizeError
 from fcos_deploy.core.network import resnet_config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, decided_options, describe_weights
+from fcos_deploy.checkpoints.load import CheckpointDescription, StoredWeights, decided_options, describe_weights
 from fcos_deploy.core.checkpoint_options import (
     CheckpointOptions,
     format_checkpoint_options,
@@ -57,7 +57,7 @@ def _describe(
         return torch.ones(shape) if key.endswith(".scale") else torch.empty(shape, device="meta")
 
     shapes = json.loads((folder / f"{name}.json").read_text())
-    stored = StoredWeights({key: tensor(key, shape) for key, shape in shapes.items()}, {}, container="", has_both=False)
+    stored = StoredWeights({key: tensor(key, shape) for key, shape in shapes.items()}, {}, container="")
     return describe_weights(stored, file_name=file_name, stated={}, options=options)
 
 

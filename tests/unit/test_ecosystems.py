@@ -11,14 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, decided_options, describe_weights
 from fcos_deploy.checkpoints.ecosystems import all_ecosystems
-from fcos_deploy.checkpoints.load import CheckpointOptions, build_network
+from fcos_deploy.checkpoints.load import (
+    CheckpointDescription,
+    CheckpointOptions,
+    StoredWeights,
+    decided_options,
+    describe_weights,
+)
 from fcos_deploy.checkpoints.rules import COCO_80, COCO_91, COCO_IDS
 from fcos_deploy.core.enums import CenterMode, Orientation
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType, BoxActivation, DeformableLayer, TowerNorm
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, ResizeOrder, SizeRule
+from fcos_deploy.model.fcos import build_network
 
 KEYS = Path(__file__).parents[1] / "data" / "state_dict_keys"
 ALL = sorted(path.stem for path in KEYS.glob("*.json"))
@@ -43,7 +49,7 @@ def _state_dict(name: str) -> dict[str, Tensor]:
 
 
 def _weights(tensors: dict[str, Tensor], **metadata: object) -> StoredWeights:
-    return StoredWeights(tensors, metadata, container="", has_both=False)
+    return StoredWeights(tensors, metadata, container="")
 
 
 def _describe(name: str, *, options: CheckpointOptions | None = None, **metadata: object) -> CheckpointDescription:

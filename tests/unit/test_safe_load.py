@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fcos_deploy.checkpoints.describe import find_weights
-from fcos_deploy.checkpoints.load import to_tensors
+from fcos_deploy.checkpoints.load import find_weights, to_tensors
 from fcos_deploy.checkpoints.pickle_reader import PickledArray, UnsafeGlobalError, read_pickle
 from fcos_deploy.checkpoints.reader import ITEM_SIZES, open_checkpoint
 from fcos_deploy.core.errors import CheckpointError
@@ -185,6 +184,21 @@ def test_tensors_that_claim_more_than_is_stored(
     _zip_of(pickled, tmp_path / "m.pth", **{"0": struct.pack("<4f", 1, 2, 3, 4)})
     with pytest.raises(CheckpointError):
         find_weights(open_checkpoint(tmp_path / "m.pth").content)
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_tensors_that_share_a_storage_more_often_than_modules_share_weights_are_refused(
+    count: int, tmp_path: Path
+) -> None:
+    shared = torch.zeros(1000)
+    torch.save({f"backbone.layer{index}.weight": shared for index in range(count)}, tmp_path / "model.pth")
+    content = open_checkpoint(tmp_path / "model.pth").content
+    with (
+        contextlib.nullcontext()
+        if count == 8
+        else pytest.raises(CheckpointError, match="more than 8 times the numbers")
+    ):
+        find_weights(content)
 
 
 def test_strided_and_offset_tensors_are_read_from_the_mapped_file(tmp_path: Path) -> None:

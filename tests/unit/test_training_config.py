@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from fcos_deploy.checkpoints.describe import CheckpointDescription, StoredWeights, describe_weights
 from fcos_deploy.checkpoints.ecosystems import all_ecosystems
+from fcos_deploy.checkpoints.load import CheckpointDescription, StoredWeights, describe_weights
 from fcos_deploy.checkpoints.pickle_reader import Inert
-from fcos_deploy.checkpoints.training_config import CONFIG_KEYS, parse_yaml
+from fcos_deploy.checkpoints.rules import parse_yaml
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BoxActivation
@@ -81,7 +81,7 @@ def _describe(
 ) -> CheckpointDescription:
     shapes = json.loads((KEYS / f"{FILES[ecosystem]}.json").read_text())
     tensors = {name: _tensor(name, shape, mean=0.1 if own_statistics else 0.0) for name, shape in shapes.items()}
-    weights = StoredWeights(tensors, metadata, container="model", has_both=False)
+    weights = StoredWeights(tensors, metadata, container="model")
     return describe_weights(weights, file_name="x.pth", stated={}, options=CheckpointOptions(**options))
 
 
@@ -186,6 +186,5 @@ def test_keys_to_ignore_and_texts_must_be_there_and_readable() -> None:
     assert _describe("adelaidet", {"config": "the second training", "cfg": None}).contract.decode.iou_threshold == 0.6
 
 
-def test_every_ecosystem_but_mmdetection_which_has_its_own_reads_stored_configurations() -> None:
-    assert CONFIG_KEYS.keys() | {"mmdetection"} == all_ecosystems().keys()
+def test_every_ecosystem_reads_stored_configurations() -> None:
     assert all(ecosystem.reads_config for ecosystem in all_ecosystems().values())

@@ -30,7 +30,7 @@ def detect_ecosystem(names: Iterable[str]) -> Ecosystem:
         CheckpointError: when none or several fit, with names that were found.
     """
     present = frozenset(names)
-    fitting = [item for item in all_ecosystems().values() if item.matches(present)]
+    fitting = [item for item in all_ecosystems().values() if not item.missing(present)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:

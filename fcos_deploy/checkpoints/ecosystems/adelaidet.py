@@ -8,13 +8,53 @@ from __future__ import annotations
 import re
 
 from fcos_deploy.checkpoints.ecosystems.detectron2 import BACKBONE_RENAMES, caffe_rules, with_stored_facts
-from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, SHARED_TOWER, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.checkpoints.training_config import read_training_config
+from fcos_deploy.checkpoints.rules import (
+    CHANNEL_ORDER,
+    CLASSES,
+    CLS_HEAD,
+    LEVEL_STRIDES,
+    REG_HEAD,
+    SHARED_TOWER,
+    TEST_SIZES,
+    Ecosystem,
+    Evidence,
+    Rename,
+    Rules,
+    count,
+    fixed,
+    flag,
+    moved,
+    number,
+    numbers,
+    read_training_config,
+)
 
-__all__ = ["ECOSYSTEM"]
+__all__ = ["CONFIG_KEYS", "ECOSYSTEM"]
 
 _HEAD = "proposal_generator.fcos_head"
 _X101_32X8D_STD = (57.375, 57.12, 58.395)  # BGR; the one AdelaiDet backbone that divides by a std
+
+
+# Keys of adet/config/defaults.py that decide about the detections.
+CONFIG_KEYS = {
+    **TEST_SIZES,
+    "INPUT.FORMAT": CHANNEL_ORDER,
+    "MODEL.PIXEL_MEAN": numbers("mean"),
+    "MODEL.PIXEL_STD": numbers("std"),
+    "MODEL.META_ARCHITECTURE": fixed("OneStageDetector"),
+    "MODEL.RESNETS.STRIDE_IN_1X1": flag("stride_in_1x1"),
+    "MODEL.RESNETS.RES5_DILATION": fixed(1, options=("stage_dilations",)),
+    "MODEL.FPN.FUSE_TYPE": fixed("sum"),
+    "MODEL.FCOS.NUM_CLASSES": CLASSES,
+    "MODEL.FCOS.FPN_STRIDES": LEVEL_STRIDES,
+    "MODEL.FCOS.INFERENCE_TH_TEST": number("score_threshold"),
+    "MODEL.FCOS.NMS_TH": number("iou_threshold"),
+    "MODEL.FCOS.PRE_NMS_TOPK_TEST": count("pre_nms_top_k"),
+    "MODEL.FCOS.POST_NMS_TOPK_TEST": count("max_detections"),
+    "MODEL.FCOS.BOX_QUALITY": fixed("ctrness"),
+    "MODEL.FCOS.THRESH_WITH_CTR": fixed(False),
+    "MODEL.FCOS.USE_RELU": fixed(True),
+}
 
 
 def _rules(evidence: Evidence) -> Rules:
@@ -23,7 +63,7 @@ def _rules(evidence: Evidence) -> Rules:
         rules = rules.decide("rule of AdelaiDet for X101-32x8d", std=_X101_32X8D_STD)
     if evidence.network.num_levels == 3:
         rules = rules.decide("rule of FCOS-RT: three levels", shortest=512, longest=736)
-    return with_stored_facts(rules, evidence, config=read_training_config("adelaidet", evidence))
+    return with_stored_facts(rules, evidence, config=read_training_config(CONFIG_KEYS, evidence))
 
 
 ECOSYSTEM = Ecosystem(

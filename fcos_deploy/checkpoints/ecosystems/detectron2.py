@@ -10,14 +10,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from fcos_deploy.checkpoints.reader import TensorFacts, count_of, flat_values
-from fcos_deploy.checkpoints.rules import CLS_HEAD, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.checkpoints.training_config import read_training_config
+from fcos_deploy.checkpoints.rules import (
+    CHANNEL_ORDER,
+    CLASSES,
+    CLS_HEAD,
+    REG_HEAD,
+    TEST_SIZES,
+    Ecosystem,
+    Evidence,
+    Rename,
+    Rules,
+    count,
+    flag,
+    moved,
+    number,
+    numbers,
+    read_training_config,
+)
 from fcos_deploy.core.errors import CheckpointError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
 __all__ = [
     "BACKBONE_RENAMES",
+    "CONFIG_KEYS",
     "ECOSYSTEM",
     "MSRA_MEAN",
     "UNIT_STD",
@@ -161,6 +177,22 @@ def ask_what_the_backbone_leaves_open(
         )
 
 
+# Keys of configs/common/models/fcos.py that decide about the detections.
+CONFIG_KEYS = {
+    **TEST_SIZES,
+    "INPUT.FORMAT": CHANNEL_ORDER,
+    "model.input_format": CHANNEL_ORDER,
+    "model.pixel_mean": numbers("mean"),
+    "model.pixel_std": numbers("std"),
+    "model.num_classes": CLASSES,
+    "model.backbone.bottom_up.stages.stride_in_1x1": flag("stride_in_1x1"),
+    "model.test_score_thresh": number("score_threshold"),
+    "model.test_nms_thresh": number("iou_threshold"),
+    "model.test_topk_candidates": count("pre_nms_top_k"),
+    "model.max_detections_per_image": count("max_detections"),
+}
+
+
 def _rules(evidence: Evidence) -> Rules:
     if not evidence.network.extra_convs and evidence.options.pooled_levels is None:
         raise ConfigError(
@@ -169,7 +201,7 @@ def _rules(evidence: Evidence) -> Rules:
             hint="--pooled-levels 1, or --pooled-levels 0",
         )
     rules = caffe_rules(evidence, profile="detectron2", score_threshold=0.2)
-    return with_stored_facts(rules, evidence, config=read_training_config("detectron2", evidence))
+    return with_stored_facts(rules, evidence, config=read_training_config(CONFIG_KEYS, evidence))
 
 
 ECOSYSTEM = Ecosystem(

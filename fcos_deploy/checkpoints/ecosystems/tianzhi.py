@@ -6,16 +6,53 @@ Source: tianzhi0549/FCOS, ``fcos_core/modeling/rpn/fcos/``, ``configs/fcos/`` (d
 from __future__ import annotations
 
 from fcos_deploy.checkpoints.ecosystems.detectron2 import UNIT_STD, ask_what_the_backbone_leaves_open, caffe_stride
-from fcos_deploy.checkpoints.rules import CLS_HEAD, COCO_80, REG_HEAD, Ecosystem, Evidence, Rename, Rules, moved
-from fcos_deploy.checkpoints.training_config import read_training_config
+from fcos_deploy.checkpoints.rules import (
+    CLS_HEAD,
+    COCO_80,
+    LEVEL_STRIDES,
+    REG_HEAD,
+    TEST_SIZES,
+    Ecosystem,
+    Evidence,
+    Rename,
+    Rules,
+    count,
+    fixed,
+    flag,
+    moved,
+    number,
+    numbers,
+    read_training_config,
+    word,
+)
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.network import BackboneType, BoxActivation
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
-__all__ = ["CAFFE_MEAN", "ECOSYSTEM"]
+__all__ = ["CAFFE_MEAN", "CONFIG_KEYS", "ECOSYSTEM"]
 
 CAFFE_MEAN = (102.9801, 115.9465, 122.7717)  # BGR, 0..255
+
+
+# Keys of fcos_core/config/defaults.py that decide about the detections.
+CONFIG_KEYS = {
+    **TEST_SIZES,
+    "INPUT.PIXEL_MEAN": numbers("mean"),
+    "INPUT.PIXEL_STD": numbers("std"),
+    "INPUT.TO_BGR255": fixed(True),
+    "MODEL.RPN_ONLY": fixed(True),
+    "MODEL.RESNETS.STRIDE_IN_1X1": flag("stride_in_1x1"),
+    "MODEL.RESNETS.RES5_DILATION": fixed(1, options=("stage_dilations",)),
+    "MODEL.FCOS.FPN_STRIDES": LEVEL_STRIDES,
+    "MODEL.FCOS.INFERENCE_TH": number("score_threshold"),
+    "MODEL.FCOS.NMS_TH": number("iou_threshold"),
+    "MODEL.FCOS.PRE_NMS_TOP_N": count("pre_nms_top_k"),
+    "MODEL.FCOS.NORM_REG_TARGETS": word("box_activation", {True: BoxActivation.RELU, False: BoxActivation.EXP}),
+    "MODEL.FCOS.CENTERNESS_ON_REG": flag("centerness_on_reg"),
+    "TEST.DETECTIONS_PER_IMG": count("max_detections"),
+    "TEST.BBOX_AUG.ENABLED": fixed(False),
+}
 
 
 def _rules(evidence: Evidence) -> Rules:
@@ -34,9 +71,9 @@ def _rules(evidence: Evidence) -> Rules:
     )
     if evidence.network.backbone is not BackboneType.MOBILENET_V2:
         rules = rules.decide("rule of tianzhi: FrozenBatchNorm adds nothing to the variance", norm_eps=0.0)
-    config = read_training_config("tianzhi", evidence)
+    config = read_training_config(CONFIG_KEYS, evidence)
     ask_what_the_backbone_leaves_open(evidence, rules, stored=frozenset(config))
-    variant, source = evidence.variant, "option --variant"
+    variant, source = evidence.options.variant, "option --variant"
     if not variant and "imprv" in evidence.file_name.lower():
         variant, source = "imprv", "the file's name"
     stated = "the configuration in the file"

@@ -5,13 +5,47 @@ Source: torchvision, ``models/detection/fcos.py``, ``transform.py``, ``anchor_ut
 
 from __future__ import annotations
 
-from fcos_deploy.checkpoints.rules import COCO_91, Ecosystem, Evidence, Rename, Rules
-from fcos_deploy.checkpoints.training_config import read_training_config
+from dataclasses import replace
+
+from fcos_deploy.checkpoints.rules import (
+    COCO_91,
+    Ecosystem,
+    Evidence,
+    Rename,
+    Rules,
+    count,
+    fixed,
+    number,
+    numbers,
+    read_training_config,
+)
 from fcos_deploy.core.enums import CenterMode, Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, ResizeOrder, SizeRule
 
-__all__ = ["ECOSYSTEM"]
+__all__ = ["CONFIG_KEYS", "ECOSYSTEM"]
+
+
+_SHORTEST = count("shortest", "input_size")
+
+
+def _of_test(sizes: object) -> object:
+    """Of several sizes, which training chooses from, the last one is the test's."""
+    return sizes[-1] if isinstance(sizes, (list, tuple)) and sizes else sizes
+
+
+# Arguments of ``FCOS`` in models/detection/fcos.py that decide about the detections.
+CONFIG_KEYS = {
+    "min_size": replace(_SHORTEST, read=lambda sizes: _SHORTEST.read(_of_test(sizes))),
+    "max_size": count("longest", "input_size"),
+    "fixed_size": fixed(None, options=("input_size",)),
+    "image_mean": numbers("mean"),
+    "image_std": numbers("std"),
+    "score_thresh": number("score_threshold"),
+    "nms_thresh": number("iou_threshold"),
+    "detections_per_img": count("max_detections"),
+    "topk_candidates": count("pre_nms_top_k"),
+}
 
 
 def _rules(evidence: Evidence) -> Rules:
@@ -29,9 +63,7 @@ def _rules(evidence: Evidence) -> Rules:
         size_rule=SizeRule.TORCHVISION,
         orientation=Orientation.STORED,
     )
-    rules = rules.decide(
-        "the arguments or hyper-parameters in the file", **read_training_config("torchvision", evidence)
-    )
+    rules = rules.decide("the arguments or hyper-parameters in the file", **read_training_config(CONFIG_KEYS, evidence))
     network, options = evidence.network, evidence.options
     if not network.extra_convs:
         # BackboneWithFPN (models/detection/backbone_utils.py) pools a level where it gets no extra blocks.

@@ -559,6 +559,9 @@ _SCORE_BITS = np.uint32(0x7FFFFFFF)  # without the sign, so that NaN of either s
 
 def best_first(scores: NDArray[np.float32], *, limit: int | None = None) -> NDArray[np.intp]:
     """Indices of the ``limit`` best of (n,) float32 scores >= 0, best first; the earlier index first among equals."""
+    library = native()
+    if library is not None and limit is not None:
+        return library.best_first(scores, limit=limit)
     # The bits of non-negative floats sort as the floats do. With the index below them keys are unique, so that NumPy's
     # vectorised sort, which is not stable, gives the stable order; it is several times faster than the stable one.
     keys = (~np.ascontiguousarray(scores, np.float32).view(np.uint32) & _SCORE_BITS).astype(np.uint64)

@@ -25,7 +25,7 @@ from fcos_deploy.core.decode import (
 )
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import BackendError, ConfigError, MissingDependencyError, TensorMismatchError
-from fcos_deploy.core.native import native
+from fcos_deploy.core.native import NATIVE_TYPES, native
 from fcos_deploy.core.preprocess import Letterbox
 
 __all__ = [
@@ -38,6 +38,9 @@ __all__ = [
     "postprocess",
     "suppress",
 ]
+
+
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float32), np.dtype(np.int64))  # of boxes, scores and labels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +58,7 @@ class Detections:
     def __post_init__(self) -> None:
         count = len(self.scores)
         fits = self.boxes.shape == (count, 4) and self.scores.shape == (count,) and self.labels.shape == (count,)
-        typed = [a.dtype.name for a in (self.boxes, self.scores, self.labels)] == ["float32", "float32", "int64"]
+        typed = (self.boxes.dtype, self.scores.dtype, self.labels.dtype) == _DTYPES
         if not (fits and typed):
             got = ", ".join(f"{a.dtype}{list(a.shape)}" for a in (self.boxes, self.scores, self.labels))
             raise ConfigError(f"Detections must be float32[n, 4], float32[n] and int64[n], got {got}.")
@@ -295,7 +298,10 @@ def postprocess(
 
 
 def _check_finite(name: str, array: NDArray[Any], *, index: int) -> None:
-    if array.dtype == np.float16:
+    library = native()
+    if library is not None and array.dtype in NATIVE_TYPES and array.flags.c_contiguous:
+        finite = library.all_finite(array)
+    elif array.dtype == np.float16:
         # NumPy tests halves one by one in software; infinity and NaN are those whose exponent bits are all set.
         finite = int((array.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0)) < 0x7C00
     else:
@@ -355,7 +361,8 @@ def _suppressed(
     if profile.box_filter is BoxFilter.BEFORE_NMS:
         x1, y1, x2, y2 = measured.T
         large = (x2 - x1 > spec.min_box_size) & (y2 - y1 > spec.min_box_size)
-        candidates, measured = candidates.take(large), measured[large]
+        if not large.all():
+            candidates, measured = candidates.take(large), measured[large]
     rule = Suppression(
         iou_threshold=spec.iou_threshold,
         limit=spec.max_detections,

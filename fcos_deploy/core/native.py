@@ -23,7 +23,7 @@ __all__ = ["NATIVE_TYPES", "SWITCH", "Native", "Scan", "library_problem", "nativ
 
 SWITCH = "FCOS_DEPLOY_NATIVE"  # 0: NumPy. 1: the library, or an error. Otherwise: the library if it is there.
 _FILE = Path(__file__).with_name("c") / "host.so"
-_INTERFACE = 1  # INTERFACE in host.c
+_INTERFACE = 2  # INTERFACE in host.c
 NATIVE_TYPES = (np.float32, np.float16)  # of the arrays that the library takes
 _BLOCK = 64  # BLOCK in host.c
 _KEPT = 100_000  # pairs: 1.2 MB a thread
@@ -36,6 +36,8 @@ _ARGUMENTS: dict[str, tuple[type[Any], ...]] = {  # Any: ctypes' simple types
         *(_POINTER, _NUMBER, _POINTER, _COUNT, _COUNT),  # bounds, ends of levels, capacity
         *(_POINTER, _POINTER, _POINTER),  # flat, values, counts
     ),
+    "host_finite": (_POINTER, _NUMBER, _COUNT),  # values, halves, how many
+    "host_best": (_POINTER, _COUNT, _COUNT, _POINTER),  # scores, limit, best
     "host_largest": (_POINTER, _NUMBER, _COUNT, _NUMBER, _POINTER),  # logits, locations, classes, largest
     "host_select": (
         *(_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _NUMBER),  # flat, p, q, counts, levels, classes
@@ -155,6 +157,17 @@ class Native:
         )
         count = count if count <= capacity else 0
         return Scan(flat[:count], values[: 2 * count].reshape(2, count), counts)
+
+    def all_finite(self, values: NDArray[Any]) -> bool:
+        """Whether no float32 or float16 of a contiguous array is infinite or NaN."""
+        return bool(self._library.host_finite(_address(values), values.dtype == np.float16, values.size))
+
+    def best_first(self, scores: NDArray[np.float32], *, limit: int) -> NDArray[np.intp]:
+        """As ``decode.best_first``."""
+        scores = np.ascontiguousarray(scores, np.float32)
+        best = np.empty(min(len(scores), limit), np.int64)
+        _require_memory(self._library.host_best(_address(scores), len(scores), limit, _address(best)))
+        return best
 
     def largest(self, logits: NDArray[Any]) -> NDArray[np.float32]:
         """(L,): the largest logit of each location; logits: (L, C) float32 or float16."""

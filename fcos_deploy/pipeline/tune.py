@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import platform
 import shutil
 import time
@@ -188,12 +189,14 @@ class TuneRequest:
 class Measured:
     """The time of a configuration; ``throughput`` in images a second where that was measured.
 
-    ``problem``: who disturbed the measurement; empty when nobody is known to have.
+    ``problem``: who disturbed the measurement; empty when nobody is known to have. ``deployed``: of its bundle, in
+    which layers may have gone back to float, and not of what the search made.
     """
 
     latency: LatencyStats
     throughput: float | None = None
     problem: str = ""
+    deployed: bool = False
 
     def ms(self, percentile: int) -> float:
         """What the limit is held to."""
@@ -246,6 +249,11 @@ class _Trials:
         return self._folder / f"time-{key[:32]}.json"
 
     @staticmethod
+    def keep(measured: Measured, path: Path) -> None:
+        """Write it."""
+        write_text(path, json.dumps(to_json(measured)) + "\n")
+
+    @staticmethod
     def load(path: Path) -> Measured | None:
         """None where there is none, or a damaged one."""
         try:
@@ -274,8 +282,10 @@ class Search:
         self.sizes = sorted(models.sizes, key=lambda size: size.pixels(height, width))
         self.measured: dict[Configuration, Measured] = {}
         self.pruned: dict[Configuration, str] = {}
+        self.refused: dict[str, str] = {}  # engines whose bundle could not be made, and why
+        self._loads: dict[Configuration, str] = {}  # what is too much of memory or power, '' for nothing
         self.power_problem = ""  # why the limit on power cannot be judged
-        self._lines: list[Configuration] = list(self._all_lines())
+        self._lines: list[Configuration] = []
         self._screened: set[tuple[str, Precision]] = set()
 
     def _all_lines(self) -> Iterable[Configuration]:
@@ -318,7 +328,7 @@ class Search:
                 self._prune(configuration.line, [index], f"cannot be made: {error.message}")
                 continue
             path = self._trials.path(spec, throughput=self.request.measures_throughput)
-            known = self._trials.load(path)
+            known = self._trials.load(self._deployed_path(path)) or self._trials.load(path)
             if known is not None:
                 self.measured[configuration] = known
             else:
@@ -328,6 +338,12 @@ class Search:
         self._screen_threads(size)
 
     def _time(self, opened: Sequence[tuple[Configuration, DetectorSpec, Path]]) -> None:
+        for (configuration, _, path), measured in zip(opened, self._measure(opened), strict=True):
+            self._trials.keep(measured, path)
+            self.measured[configuration] = measured
+
+    def _measure(self, opened: Sequence[tuple[Configuration, DetectorSpec, Path]]) -> list[Measured]:
+        """In turns, with nothing else in this process."""
         meter = ContentionMeter()
         with contextlib.ExitStack() as stack:
             detectors = [stack.enter_context(spec.open()) for _, spec, _ in opened]
@@ -344,10 +360,30 @@ class Search:
             if self.request.measures_throughput:
                 throughput = [measure_throughput(d, self._image, seconds=_THROUGHPUT_SECONDS) for d in detectors]
             problem = meter.stop().problem
-        for (configuration, _, path), timing, rate in zip(opened, timings, throughput, strict=True):
-            measured = Measured(latency=timing.latency(), throughput=rate, problem=problem)
-            write_text(path, json.dumps(to_json(measured)) + "\n")
+        return [
+            Measured(latency=timing.latency(), throughput=rate, problem=problem)
+            for timing, rate in zip(timings, throughput, strict=True)
+        ]
+
+    def time_bundle(self, configuration: Configuration, bundle: Path) -> Measured:
+        """What the bundle's own artifact takes, opened as ``configuration`` says.
+
+        A time beyond the limit takes the place of the search's own: ``run`` then looks at what that one had pruned. It
+        is kept unless other programs may be the reason for it.
+        """
+        trial = self.models.open_as(configuration)
+        spec = replace(trial, model=bundle)
+        (measured,) = self._measure([(configuration, spec, bundle)])
+        measured = replace(measured, deployed=True)
+        if measured.ms(self.request.percentile) > (self.request.max_ms or math.inf) and not measured.problem:
+            path = self._trials.path(trial, throughput=self.request.measures_throughput)
+            self._trials.keep(measured, self._deployed_path(path))
             self.measured[configuration] = measured
+        return measured
+
+    def _deployed_path(self, path: Path) -> Path:
+        """Where the time of the bundle is kept: other limits on its accuracy may leave other layers in float."""
+        return path.with_name(f"{path.stem}-deployed-{self.models.gate_key}.json")
 
     def _screen_threads(self, size: InputSize) -> None:
         """Drop the thread and stream counts that are slow at the first size that a backend and precision run at."""
@@ -375,9 +411,14 @@ class Search:
     def run(self) -> None:
         """Time what the goal needs: every size without a limit on time, otherwise a bisection along each line.
 
+        What is measured is not measured again.
+
         Raises:
             ConfigError: no configuration could be made.
         """
+        self.pruned.clear()
+        self._screened.clear()
+        self._lines = list(self._all_lines())
         if self.request.max_ms is None:
             for index in range(len(self.sizes)):
                 self.probe(index, self._lines)
@@ -437,25 +478,33 @@ class Search:
         """Of all that are evaluated alike and keep the limit, the fastest; the slower ones are pruned."""
         fastest: dict[str, Configuration] = {}
         for configuration in sorted(self.measured, key=self.ms):
-            if configuration.artifact not in fastest and self.fits(configuration) and self._affordable(configuration):
+            if configuration.artifact in fastest or configuration.engine in self.refused:
+                continue
+            if self.fits(configuration) and self._affordable(configuration):
                 fastest[configuration.artifact] = configuration
         for index, size in enumerate(self.sizes):
             at_size = [c for c in fastest.values() if c.size == size]
             for c in at_size:
                 exact = [e for e in at_size if _FIDELITY.index(e.precision) < _FIDELITY.index(c.precision)]
                 if any(self.ms(e) <= self.ms(c) for e in exact):
-                    self.reject(c, f"not faster than fp32 at {self.sizes[index]}")
+                    self.pruned.setdefault(c, f"not faster than fp32 at {self.sizes[index]}")
                     del fastest[c.artifact]
         return fastest
 
     def _affordable(self, configuration: Configuration) -> bool:
         """Whether it keeps the limits on memory and power; what the system does not tell is left open."""
+        if configuration not in self._loads:
+            self._loads[configuration] = self._excess(configuration)
+        if self._loads[configuration]:
+            self.pruned.setdefault(configuration, self._loads[configuration])
+        return not self._loads[configuration]
+
+    def _excess(self, configuration: Configuration) -> str:
         request = self.request
         if request.max_memory_mib is not None:
             memory = measure_cold_start(self.models.open_as(configuration), self._path).peak_memory_mib
             if memory > request.max_memory_mib:
-                self.reject(configuration, f"{memory:.0f} MiB of memory")
-                return False
+                return f"{memory:.0f} MiB of memory"
         if request.max_watts is not None and not self.power_problem:
             meter = PowerMeter()
             with self.models.open_as(configuration).open() as detector:
@@ -464,13 +513,8 @@ class Search:
                 power = meter.stop()
             self.power_problem = power.problem if power.watts is None else ""
             if power.watts is not None and power.watts > request.max_watts:
-                self.reject(configuration, f"{power.watts:.1f} W at full load")
-                return False
-        return True
-
-    def reject(self, configuration: Configuration, reason: str) -> None:
-        """Keep why a measured configuration is out."""
-        self.pruned.setdefault(configuration, reason)
+                return f"{power.watts:.1f} W at full load"
+        return ""
 
 
 def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
@@ -486,18 +530,17 @@ def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
     with open_search(request, progress=progress) as (search, answer):
         search.run()
         answer.race()
-        deployment, failure = _deploy_best(answer, search.models, request.output / "bundle", progress=progress)
+        deployment, on_time, failure = _deploy_best(search, answer, request.output / "bundle", progress=progress)
     shutil.rmtree(request.output / "trials" / "work", ignore_errors=True)  # What it holds is in the cache of steps.
-    data, verdicts = answer.data(), answer.verdicts
+    data = answer.data()
     if deployment is not None:
         data = replace(data, notes=(*data.notes, _load_sentence(deployment)))
-        verdicts += _time_as_deployed(request, deployment)
     write_text(request.output / "tune.json", json.dumps(to_json(data), indent=1) + "\n")
     return Tuning(
         data=data,
         chosen=next((point for point in data.points if point.status is PointStatus.CHOSEN), None),
         deployment=deployment,
-        verdicts=verdicts,
+        verdicts=answer.verdicts + on_time,
         seconds=time.perf_counter() - started,
         failure=failure,
     )
@@ -536,43 +579,51 @@ def _load_sentence(deployment: Deployment) -> str:
     return f"The chosen one: {' and '.join(parts)}."
 
 
-def _time_as_deployed(request: TuneRequest, deployment: Deployment) -> tuple[Verdict, ...]:
-    """The limit on time, held to what the bundle's own artifact takes: layers may have gone back to float in it."""
-    if request.max_ms is None:
-        return ()
-    benchmark = deployment.benchmark
-    result = benchmark.results[1]  # behind the reference
-    measured = Measured(
-        latency=result.latency, throughput=result.throughput_fps if request.measures_throughput else None
-    )
-    ms, doubt = measured.ms(request.percentile), benchmark.contention.problem
-    message = f"{ms:.1f} ms an image as deployed, at most {request.max_ms:g} asked for"
+def _time_verdict(request: TuneRequest, chosen: Configuration, measured: Measured, *, limit: float) -> Verdict:
+    """The limit on time, held to what the bundle takes: layers may have gone back to float in it."""
+    ms = measured.ms(request.percentile)
+    message = f"{ms:.1f} ms an image as deployed, at most {limit:g} asked for"
     outcome = Outcome.PASSED
-    if ms > request.max_ms:
-        outcome = Outcome.INCONCLUSIVE if doubt else Outcome.FAILED
-        message += f"; {doubt}" if doubt else ""
+    if ms > limit:
+        outcome = Outcome.INCONCLUSIVE if measured.problem else Outcome.FAILED
+        message += f"; {measured.problem}" if measured.problem else ""
     name = "min_throughput" if request.min_throughput else "max_latency_ms"
-    subject = f"{result.backend} {result.precision}"
-    return (Verdict(name=name, subject=subject, outcome=outcome, value=ms, limit=request.max_ms, message=message),)
+    subject = f"{chosen.backend} {chosen.precision}"
+    return Verdict(name=name, subject=subject, outcome=outcome, value=ms, limit=limit, message=message)
 
 
 def _deploy_best(
-    answer: Answer, models: TuneModels, output: Path, *, progress: ProgressFn
-) -> tuple[Deployment | None, FcosDeployError | None]:
-    """The bundle of the best that can be deployed, or why there is none."""
+    search: Search, answer: Answer, output: Path, *, progress: ProgressFn
+) -> tuple[Deployment | None, tuple[Verdict, ...], FcosDeployError | None]:
+    """The bundle of the best that can be deployed, verdicts on its time; or why there is none.
+
+    After one that cannot be deployed, or is too slow as it was, the search goes on: what was pruned for it may be the
+    best now.
+    """
     while True:
         try:
             chosen = answer.choose()
         except BudgetError as error:
-            return None, error
+            return None, (), error
         if chosen is None:
-            return None, None
+            return None, (), None
         try:
-            return deploy(models.deploy_request(chosen, output), progress=progress), None
+            deployment = deploy(search.models.deploy_request(chosen, output), progress=progress)
         except InconclusiveError as error:
-            return None, error
+            return None, (), error
         except AccuracyGateError as error:
-            answer.refuse(chosen, error.message)
+            search.refused[chosen.engine] = error.message
+        else:
+            limit = search.request.max_ms
+            if limit is None:
+                return deployment, (), None
+            measured = search.time_bundle(chosen, deployment.bundle)
+            verdict = _time_verdict(search.request, chosen, measured, limit=limit)
+            if verdict.outcome is not Outcome.FAILED:
+                return deployment, (verdict,), None
+            shutil.rmtree(deployment.bundle)
+        search.run()
+        answer.race()
 
 
 def _open_models(
@@ -643,7 +694,7 @@ class Answer:
         self._search, self._dataset, self._folder, self._progress = search, dataset, folder, progress
         self._request = search.request
         self.standings: dict[Configuration, Standing] = {}
-        self._refused: dict[Configuration, str] = {}
+        self._racing: list[Configuration] = []
         self._chosen: Configuration | None = None
         self._nearest: Configuration | None = None
         self.verdicts: tuple[Verdict, ...] = ()
@@ -651,7 +702,8 @@ class Answer:
     def race(self) -> None:
         """Evaluate what the times leave, or, where they leave nothing, the nearest."""
         candidates = list(self._search.fastest_by_artifact().values())
-        if not candidates:
+        self._nearest = None
+        if not candidates and not self._search.refused:
             self._nearest = min(self._search.measured, key=self._search.ms)
             candidates = [self._nearest]
         contenders = [
@@ -664,7 +716,8 @@ class Answer:
             judge=self._request.judge,
         )
         standings = race(contenders, self._dataset, rules=rules)
-        self.standings = dict(zip(candidates, standings, strict=True))
+        self.standings |= zip(candidates, standings, strict=True)
+        self._racing = candidates
 
     def _detect(self, configuration: Configuration, images: Sequence[EvaluationImage]) -> Mapping[int, Detections]:
         """What it detects; kept by content, so that what an earlier search has run is not run again."""
@@ -679,7 +732,7 @@ class Answer:
     @property
     def _ranked(self) -> list[Configuration]:
         """Those that ran on all images, the best for the goal first."""
-        finished = [c for c, s in self.standings.items() if not s.reason and c not in self._refused]
+        finished = [c for c in self._racing if not self.standings[c].reason]
         if self._request.wants_fastest:
             order = (Outcome.PASSED, Outcome.INCONCLUSIVE, Outcome.FAILED)
             return sorted(
@@ -745,16 +798,12 @@ class Answer:
     def _nearest_sentence(self) -> str:
         nearest = self._nearest
         if nearest is None:
-            left = [f"{c}: {reason}" for c, reason in self._refused.items()]
+            left = [f"{engine}: {reason}" for engine, reason in self._search.refused.items()]
             return "; ".join(left) or "Nothing could be measured."
         standing = self.standings.get(nearest)
         ap = f", AP {standing.interval.value:.3f}" if standing and standing.interval else ""
-        beyond = self._search.pruned.get(nearest, "")
+        beyond = "as deployed" if self._search.measured[nearest].deployed else self._search.pruned.get(nearest, "")
         return f"The nearest is {nearest}: {self._search.ms(nearest):.1f} ms{ap}{beyond and f', {beyond}'}."
-
-    def refuse(self, configuration: Configuration, reason: str) -> None:
-        """Take one out that could not be deployed."""
-        self._refused[configuration] = reason
 
     def data(self) -> TuningData:
         """Everything that the page shows."""
@@ -836,20 +885,23 @@ class Answer:
         )
 
     def _status(self, configuration: Configuration) -> tuple[PointStatus, str]:
+        search, measured = self._search, self._search.measured.get(configuration)
+        standing = self.standings.get(configuration)
         if configuration == self._chosen:
             return PointStatus.CHOSEN, ""
-        if configuration in self._refused:
-            return PointStatus.PRUNED, f"refused when it was deployed: {self._refused[configuration]}"
-        standing = self.standings.get(configuration)
+        if configuration.engine in search.refused:
+            return PointStatus.PRUNED, f"refused when it was deployed: {search.refused[configuration.engine]}"
+        if measured is not None and measured.deployed and not search.fits(configuration):
+            return PointStatus.PRUNED, f"{search.ms(configuration):.1f} ms in its bundle, beyond the limit"
         if standing is not None and standing.reason:
             return PointStatus.PRUNED, standing.reason
-        if standing is not None:
+        if configuration in self._racing:
             following = [c for c in self._ranked if c != self._chosen][:_NEXT]
             is_next = self._chosen is not None and configuration in following
             status = PointStatus.NEXT if is_next else PointStatus.MEASURED
-            return status, self._search.pruned.get(configuration, "")
-        if configuration in self._search.pruned:
-            return PointStatus.PRUNED, self._search.pruned[configuration]
-        if not self._search.fits(configuration):
-            return PointStatus.PRUNED, f"{self._search.ms(configuration):.1f} ms, beyond the limit"
+            return status, search.pruned.get(configuration, "")
+        if configuration in search.pruned:
+            return PointStatus.PRUNED, search.pruned[configuration]
+        if not search.fits(configuration):
+            return PointStatus.PRUNED, f"{search.ms(configuration):.1f} ms, beyond the limit"
         return PointStatus.PRUNED, "another runtime or thread count is faster with the same detections"

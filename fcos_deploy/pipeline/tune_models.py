@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,6 +133,11 @@ class Configuration:
         return f"{self.size} {runtime}{self.precision}"
 
     @property
+    def engine(self) -> str:
+        """What is deployed; threads and streams are how it is opened."""
+        return f"{self.size} {self.backend} {self.precision}"
+
+    @property
     def line(self) -> Configuration:
         """The same at no particular size: along such a line the time grows with the size."""
         return replace(self, size=InputSize(0, 0))
@@ -196,6 +202,12 @@ class TuneModels:
         if not isinstance(path, Path) or is_checkpoint(path):
             return True
         return onnx_interface(path).inputs[0].shape[2:] == (None, None)
+
+    @property
+    def gate_key(self) -> str:
+        """What the layers of a bundle depend on that those of a trial do not: the limits, and on which images."""
+        facts = f"{self._request.gate} {self._images.evaluation_key}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def reference(self) -> DetectorSpec:
         """The model as it came, at its own size: PyTorch, or the graph that was given."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fcos_deploy.benchmark.measure import Contention, ContentionMeter, PowerMeter, PowerReading
+from fcos_deploy.benchmark.measure import (
+    Contention,
+    ContentionMeter,
+    PowerMeter,
+    PowerReading,
+    Timing,
+    time_in_turns,
+)
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import Precision
@@ -79,15 +85,46 @@ def test_a_killed_search_goes_on_where_it_was_and_within_a_budget_the_highest_ap
     with Detector.open(output / "bundle") as detector:
         assert detector.session.description["threads"] == ("all cores" if usable_cpus() == 1 else "1")
 
-    # Times that do not hold when the bundle is made, as those of an idle machine on a busy one.
-    for path in (output / "trials" / "times").glob("time-*.json"):
-        path.write_text(re.sub(r"\d+\.\d+", "0.002", path.read_text()))
-    content = answer([*words, "--max-latency-ms", "0.003", "--judge", "point"], exit_code=4)
-    (late,) = (v for v in content["verdicts"] if v["name"] == "max_latency_ms")
-    assert late["value"] > late["limit"] == 0.003
-    assert "as deployed" in content["said"]
     assert any("used 50% of the processors" in path.read_text() for path in (output / "trials" / "times").iterdir())
-    assert "Times are doubtful: other programs used" in content["said"], "the doubt is kept with the times"
+    assert "Times are doubtful: other programs used" in content["said"]
+
+
+def slow_bundles(monkeypatch: pytest.MonkeyPatch, *slow: tuple[int, int]) -> None:
+    """Bundles of these sizes take a minute an image, and nothing disturbs a measurement."""
+
+    def timed(detectors: list[Detector], image: Any, **options: Any) -> list[Timing]:
+        timings = time_in_turns(detectors, image, **options)
+        for detector, timing in zip(detectors, timings, strict=True):
+            if "artifact" in detector.session.description and detector.contract.preprocess.canvas in slow:
+                timing.whole = [60000.0 + ms for ms in timing.whole]
+        return timings
+
+    monkeypatch.setattr("fcos_deploy.pipeline.tune.time_in_turns", timed)
+    monkeypatch.setattr(ContentionMeter, "stop", lambda _: Contention())
+
+
+def test_a_bundle_slower_than_its_limit_gives_way_to_the_next_best(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "tuned"
+    slow_bundles(monkeypatch, (160, 224))
+    words = ["tune", str(tiny_checkpoint), "--images", str(smooth_images), "-o", str(output), "--threads", "1"]
+    words += ["--backend", "onnxruntime", "--max-latency-ms", "50000", "--allow-inconclusive", "--size", "160x224"]
+    content = answer(words, exit_code=4)
+    assert "The nearest is 160x224 onnxruntime fp32, 1 thread: 600" in content["said"]
+    assert "as deployed" in content["said"]
+    assert content["bundle"] is None
+    assert not (output / "bundle").exists()
+
+    # The trial is kept: what was too slow is not deployed again when the search is widened.
+    content = answer([*words, "--size", "128x160", "--size", "160x192"])
+    by_size = {p["size"]: p for p in content["points"]}
+    assert "ms in its bundle, beyond the limit" in by_size["160x224"]["reason"]
+    assert by_size["128x160"]["status"] == "chosen"
+    assert by_size["160x192"]["status"] == "next best"
+    (on_time,) = (v for v in content["verdicts"] if v["name"] == "max_latency_ms")
+    assert on_time["outcome"] == "passed"
+    assert 0 < on_time["value"] < 50000 == on_time["limit"]
 
 
 def test_nothing_within_the_budget_names_the_nearest_and_what_it_costs(

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, DecodeSpec, HeadOutputs, decode, level_sizes
+from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, DecodeSpec, HeadOutputs, best_first, decode, level_sizes
 from fcos_deploy.core.detections import Suppression, suppress
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.native import SWITCH, library_problem, native
@@ -166,6 +166,32 @@ def test_suppression_keeps_the_same_boxes(
     labels = rng.integers(-1, classes - 1, count)
     kept = both(lambda: suppress(boxes.astype(np.float32), scores.astype(np.float32), labels=labels, rule=rule))
     assert kept[0].tolist() == kept[1].tolist()
+
+
+@compiled
+@pytest.mark.parametrize("count", [0, 1, 40, 3000])
+@pytest.mark.parametrize("limit", [1, 63, 1000, 5000])
+def test_the_best_scores_are_the_same_ones_in_the_same_order(count: int, limit: int) -> None:
+    rng = np.random.default_rng(count + limit)
+    scores = rng.integers(0, 300, count).astype(np.float32) / 300
+    scores[::97] = np.nan
+    assert_same_bits(*both(lambda: best_first(scores, limit=limit)))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_seen_wherever_it_stands(value: float, dtype: type[np.floating[Any]]) -> None:
+    library = native()
+    assert library is not None
+    values = np.full(131, np.finfo(dtype).max, dtype)
+    values[::2] = np.finfo(dtype).min
+    values[5] = np.finfo(dtype).smallest_subnormal
+    assert library.all_finite(values)
+    for index in (0, 17, 128, 130):
+        spoilt = values.copy()
+        spoilt[index] = value
+        assert not library.all_finite(spoilt)
 
 
 @compiled

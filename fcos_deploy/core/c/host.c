@@ -11,8 +11,15 @@
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
+#if defined(__x86_64__) && defined(__GLIBC__) && (!defined(__clang__) || __clang_major__ >= 14)
+/* Compiled twice; the loader takes what the processor has. Wider registers round no operation differently. */
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+#define INLINE static inline __attribute__((always_inline)) /* into both */
 
-enum { INTERFACE = 1 }; /* raised with every change of what goes in or out; core/native.py has the same number */
+enum { INTERFACE = 2 }; /* raised with every change of what goes in or out; core/native.py has the same number */
 enum { NO_MEMORY = -1 };
 enum { BLOCK = 64 };  /* logits that are compared before a branch: almost all blocks have none that passes */
 enum { LANES = 16 };  /* logits of a block in which one passes, or boxes, that are compared before a branch */
@@ -30,20 +37,17 @@ typedef struct {
 } Hits;
 
 /* Halves compare as integers once the bits of negative ones are flipped. */
-static int16_t half_order(uint16_t bits) { return (int16_t)(bits & 0x8000 ? bits ^ 0x7FFF : bits); }
+INLINE int16_t half_order(uint16_t bits) { return (int16_t)(bits & 0x8000 ? bits ^ 0x7FFF : bits); }
 
-/* The same loops for both types. NAME_any: whether one of `size` values, a multiple of LANES, is above the bound; lane by
-   lane, which compilers turn into vector instructions. NAME: append begin <= i < end with x[i] above the bound; beyond
-   the capacity only count. */
+/* The same loops for both types. NAME_any: whether one of `size` values is above the bound, which compilers turn into
+   vector instructions. NAME: append begin <= i < end with x[i] above the bound; beyond the capacity only count. */
 #define DEFINE_SCAN(NAME, TYPE, BOUND, ORDER)                                                                          \
-    static inline int NAME##_any(const TYPE *x, int size, BOUND bound) {                                              \
-        int32_t above[LANES] = {0}, any = 0;                                                                          \
-        for (int first = 0; first < size; first += LANES)                                                             \
-            for (int i = 0; i < LANES; i++) above[i] |= -(ORDER(x[first + i]) > bound);                               \
-        for (int i = 0; i < LANES; i++) any |= above[i];                                                              \
+    INLINE int NAME##_any(const TYPE *x, int size, BOUND bound) {                                              \
+        int32_t any = 0;                                                                                              \
+        for (int i = 0; i < size; i++) any |= ORDER(x[i]) > bound;                                                    \
         return any;                                                                                                   \
     }                                                                                                                 \
-    static void NAME(const TYPE *x, int64_t begin, int64_t end, BOUND bound, Hits *hits) {                            \
+    INLINE void NAME(const TYPE *x, int64_t begin, int64_t end, BOUND bound, Hits *hits) {                            \
         for (int64_t block = begin; block < end; block += BLOCK) {                                                    \
             int64_t stop = end - block < BLOCK ? end : block + BLOCK;                                                 \
             if (stop - block == BLOCK && !NAME##_any(x + block, BLOCK, bound)) continue;                              \
@@ -65,7 +69,7 @@ static int16_t half_order(uint16_t bits) { return (int16_t)(bits & 0x8000 ? bits
 DEFINE_SCAN(scan_floats, float, float, SAME)
 DEFINE_SCAN(scan_halves, uint16_t, int16_t, half_order)
 
-static float half_value(uint16_t bits) {
+INLINE float half_value(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023, word;
     if (exponent == 0) { /* zero or subnormal: a multiple of 2^-24, exact in float32 */
         float value = (float)fraction * 0x1p-24f;
@@ -77,7 +81,7 @@ static float half_value(uint16_t bits) {
     return value;
 }
 
-static float value_at(const void *array, int half, int64_t index) {
+INLINE float value_at(const void *array, int half, int64_t index) {
     return half ? half_value(((const uint16_t *)array)[index]) : ((const float *)array)[index];
 }
 
@@ -86,7 +90,7 @@ static float value_at(const void *array, int half, int64_t index) {
    bounds: one for all, or one for each location (per_location); float32, or int16 in half_order for halves.
    ends: where levels end, as locations. flat: capacity + 64 places. values: if all fit, the n logits, and the n
    centernesses of their locations; 2 * capacity places. */
-EXPORT int64_t host_scan(const void *logits, int half, const void *centerness, int half_centerness, int32_t classes,
+EXPORT WIDE int64_t host_scan(const void *logits, int half, const void *centerness, int half_centerness, int32_t classes,
                          const void *bounds, int per_location, const int64_t *ends, int64_t levels, int64_t capacity,
                          int32_t *flat, float *values, int64_t *counts) {
     Hits hits = {flat, 0, capacity};
@@ -112,43 +116,49 @@ EXPORT int64_t host_scan(const void *logits, int half, const void *centerness, i
     return count;
 }
 
-#define DEFINE_LARGEST(NAME, TYPE, BOUND, ORDER, LEAST, IS_NAN)                                                       \
-    static BOUND NAME(const TYPE *x, int32_t size, int32_t *nan) {                                                    \
-        BOUND lanes[LANES], best = LEAST;                                                                             \
-        int32_t nans[LANES] = {0}, i = 0;                                                                             \
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] = LEAST;                                                 \
-        for (; i + LANES <= size; i += LANES)                                                                         \
-            for (int lane = 0; lane < LANES; lane++) {                                                                \
-                BOUND value = ORDER(x[i + lane]);                                                                     \
-                lanes[lane] = value > lanes[lane] ? value : lanes[lane];                                              \
-                nans[lane] |= -(IS_NAN(x[i + lane]));                                                                 \
-            }                                                                                                         \
-        *nan = 0;                                                                                                     \
-        for (int lane = 0; lane < LANES; lane++) {                                                                    \
-            best = lanes[lane] > best ? lanes[lane] : best;                                                           \
-            *nan |= nans[lane];                                                                                       \
+/* Whether all of n floats, or halves, are finite: infinity and NaN have all exponent bits set. */
+EXPORT WIDE int64_t host_finite(const void *values, int half, int64_t count) {
+    const uint32_t *words = values;
+    const uint16_t *halves = values;
+    uint32_t any = 0;
+    if (half)
+        for (int64_t i = 0; i < count; i++) any |= (halves[i] & 0x7C00) == 0x7C00;
+    else
+        for (int64_t i = 0; i < count; i++) any |= (words[i] & 0x7F800000u) == 0x7F800000u;
+    return !any;
+}
+
+/* Floats compare as integers in the same way. */
+INLINE int32_t float_order(uint32_t bits) { return (int32_t)(bits & 0x80000000u ? bits ^ 0x7FFFFFFFu : bits); }
+
+/* The largest of a row, in its order: an integer, whose maximum compilers turn into vector instructions. NaN is beyond
+   either infinity. */
+#define DEFINE_LARGEST(NAME, TYPE, ORDER_TYPE, ORDER, INFINITE)                                                       \
+    INLINE ORDER_TYPE NAME(const TYPE *x, int32_t size, int *nan) {                                                   \
+        ORDER_TYPE most = ~(INFINITE), least = INFINITE;                                                              \
+        for (int32_t i = 0; i < size; i++) {                                                                          \
+            ORDER_TYPE value = ORDER(x[i]);                                                                           \
+            most = value > most ? value : most;                                                                       \
+            least = value < least ? value : least;                                                                    \
         }                                                                                                             \
-        for (; i < size; i++) {                                                                                       \
-            best = ORDER(x[i]) > best ? ORDER(x[i]) : best;                                                           \
-            *nan |= IS_NAN(x[i]);                                                                                     \
-        }                                                                                                             \
-        return best;                                                                                                  \
+        *nan = most > INFINITE || least < ~(INFINITE);                                                                \
+        return most;                                                                                                  \
     }
 
-#define FLOAT_IS_NAN(value) ((value) != (value))
-#define HALF_IS_NAN(bits) (((bits) & 0x7FFF) > 0x7C00)
-DEFINE_LARGEST(largest_float, float, float, SAME, -INFINITY, FLOAT_IS_NAN)
-DEFINE_LARGEST(largest_half, uint16_t, int16_t, half_order, INT16_MIN, HALF_IS_NAN)
+DEFINE_LARGEST(largest_float, uint32_t, int32_t, float_order, 0x7F800000)
+DEFINE_LARGEST(largest_half, uint16_t, int16_t, half_order, 0x7C00)
 
 /* The largest logit of each location, NaN where one is: (locations,) float32. */
-EXPORT void host_largest(const void *logits, int half, int64_t locations, int32_t classes, float *largest) {
+EXPORT WIDE void host_largest(const void *logits, int half, int64_t locations, int32_t classes, float *largest) {
     for (int64_t row = 0; row < locations; row++) {
-        int32_t nan;
+        int nan;
         if (half) {
             int16_t order = largest_half((const uint16_t *)logits + row * classes, classes, &nan);
             largest[row] = half_value((uint16_t)(order < 0 ? order ^ 0x7FFF : order));
         } else {
-            largest[row] = largest_float((const float *)logits + row * classes, classes, &nan);
+            int32_t order = largest_float((const uint32_t *)logits + row * classes, classes, &nan);
+            order = order < 0 ? order ^ 0x7FFFFFFF : order;
+            memcpy(largest + row, &order, 4);
         }
         if (nan) largest[row] = NAN;
     }
@@ -222,6 +232,19 @@ static int64_t near_best(Ranked *items, int64_t count, int64_t limit) {
     return left;
 }
 
+/* Indices of the limit best of n scores >= 0, best first, the earlier one first among equals; how many, or NO_MEMORY. */
+EXPORT int64_t host_best(const float *scores, int64_t count, int64_t limit, int64_t *best) {
+    Ranked *items = malloc(((size_t)count + 1) * 2 * sizeof *items);
+    if (!items) return NO_MEMORY;
+    for (int64_t i = 0; i < count; i++) items[i] = (Ranked){best_first_key(scores[i]), (uint32_t)i};
+    int64_t left = limit < count ? near_best(items, count, limit) : count;
+    sort_ranked(items, items + count, left);
+    if (left > limit) left = limit;
+    for (int64_t i = 0; i < left; i++) best[i] = items[i].index;
+    free(items);
+    return left;
+}
+
 /* Candidates of all levels; how many, or NO_MEMORY. What decode() in core/decode.py does after the probabilities.
 
    p, q: (n,) of each flat index, levels one after the other, counts[level] of each. limit: of a level; sorted: best
@@ -284,7 +307,7 @@ typedef struct {
 
    inter / (a + b - inter) > t  <=>  inter > (a + b) * t / (1 + t). A share is an area times t / (1 + t), less a margin
    of 1e-5 for rounding and 1e-37 for underflow; -inf for areas that might overflow, which are always compared. */
-static int may_overlap(const Group *group, const float box[4], float share, int32_t label, float offset) {
+INLINE int may_overlap(const Group *group, const float box[4], float share, int32_t label, float offset) {
     int any = 0;
     for (int i = 0; i < LANES; i++) {
         float right = box[2] < group->x2[i] ? box[2] : group->x2[i], left = box[0] > group->x1[i] ? box[0] : group->x1[i];
@@ -313,7 +336,7 @@ static double box_iou(const float a[4], const float b[4], double offset) {
 /* Indices of the boxes that stay, best score first; how many, or NO_MEMORY. What suppress() in core/detections.py says.
 
    boxes: (n, 4) xyxy. kept: n places. keep_ties: those that tie with the last one allowed stay. */
-EXPORT int64_t host_suppress(const float *boxes, const float *scores, const int64_t *labels, int64_t count,
+EXPORT WIDE int64_t host_suppress(const float *boxes, const float *scores, const int64_t *labels, int64_t count,
                              double iou_threshold, double iou_offset, int64_t limit, int keep_ties, int64_t *kept) {
     int64_t places = keep_ties || limit > count ? count : limit, stay = 0;
     size_t groups = (size_t)places / LANES + 1;

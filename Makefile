@@ -15,13 +15,19 @@ RAY_STAMP = $(RAY)/.installed
 # The verifier of OpenSSF Model Signing, which has to accept a signed bundle.
 MODEL_SIGNING ?= .venv-model-signing
 MODEL_SIGNING_STAMP = $(MODEL_SIGNING)/.installed
+# Of Debian's archive, unpacked and not installed: ONNX Runtime's C headers, which its wheel has not, a client of container
+# registries and a registry. The release is one that has them all; its address is that of this machine's packages.
+DEBIAN ?= .debian
+DEBIAN_RELEASE ?= trixie
+DEBIAN_PACKAGES = libonnxruntime-dev oras docker-registry
+DEBIAN_STAMP = $(DEBIAN)/.unpacked
 
 # Every library in the lowest version that pyproject.toml promises, on the lowest Python.
 LOWEST ?= .venv-lowest
 LOWEST_PYTHON ?= python3.10
 LOWEST_STAMP = $(LOWEST)/.installed
 
-.PHONY: install server-env old-openvino-env model-signing-env ray-env lowest-env demo test test-fast test-lowest matrix check schemas docs dist fix
+.PHONY: install server-env old-openvino-env model-signing-env ray-env debian-tools lowest-env demo test test-fast test-lowest matrix check schemas docs dist fix
 
 install: $(STAMP)
 
@@ -64,6 +70,23 @@ $(RAY_STAMP): $(STAMP) Makefile
 		> $$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/fcos-deploy.pth
 	touch $@
 
+debian-tools: $(DEBIAN_STAMP)
+
+APT = apt-get -qq -o Dir::Etc::SourceList=$(abspath $(DEBIAN))/sources.list -o Dir::Etc::SourceParts=/dev/null \
+	-o Dir::State::Lists=$(abspath $(DEBIAN))/lists -o Dir::Cache=$(abspath $(DEBIAN))/cache -o APT::Sandbox::User=root
+
+$(DEBIAN_STAMP): Makefile
+	rm -rf $(DEBIAN)
+	mkdir -p $(DEBIAN)/lists/partial $(DEBIAN)/cache/archives/partial
+	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]" \
+		"$$(apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' 'Component: main' | head -n 1)" \
+		"$(DEBIAN_RELEASE) main" > $(DEBIAN)/sources.list
+	$(APT) update
+	cd $(DEBIAN) && $(APT) download $(DEBIAN_PACKAGES)
+	for package in $(DEBIAN)/*.deb; do dpkg-deb -x $$package $(DEBIAN) || exit 1; done
+	rm -rf $(DEBIAN)/lists $(DEBIAN)/cache $(DEBIAN)/*.deb
+	touch $@
+
 lowest-env: $(LOWEST_STAMP)
 
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
@@ -80,6 +103,7 @@ test: $(STAMP)
 	FCOS_DEPLOY_TRITON_PYTHON=$(wildcard $(abspath $(SERVER))/bin/python) \
 	FCOS_DEPLOY_MODEL_SIGNING_PYTHON=$(wildcard $(abspath $(MODEL_SIGNING))/bin/python) \
 	FCOS_DEPLOY_RAY_PYTHON=$(wildcard $(abspath $(RAY))/bin/python) \
+	FCOS_DEPLOY_DEBIAN_TOOLS=$(wildcard $(abspath $(DEBIAN))/usr) \
 	FCOS_DEPLOY_OLD_OPENVINO_PYTHON=$(wildcard $(abspath $(OLD_OPENVINO))/bin/python) \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -1,7 +1,8 @@
 """``package --for cpp``: the headers compute what Python computes, and ``verify`` in C++ comes to the same verdict.
 
 One build of everything: ``verify`` and the example with OpenVINO, ONNX Runtime and a stub of TensorRT, and a harness
-with the address and undefined-behaviour sanitizers, which reads hostile files.
+with the address and undefined-behaviour sanitizers, which reads hostile files. ONNX Runtime's own headers are used
+where ``make debian-tools`` brought them, and declarations of the functions that the adapter calls elsewhere.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -47,6 +49,10 @@ TESTS = Path(__file__).parents[1]
 SOURCES = TESTS.parent / "fcos_deploy" / "serving" / "cpp_sources"
 EXAMPLE = TESTS.parent / "examples" / "cpp"
 DATA = TESTS / "data" / "cpp"
+DEBIAN_TOOLS = os.environ.get("FCOS_DEPLOY_DEBIAN_TOOLS", "")
+ONNXRUNTIME_HEADERS = Path(DEBIAN_TOOLS) / "include" / "onnxruntime" if DEBIAN_TOOLS else DATA / "onnxruntime"
+# Folders with TensorRT's and CUDA's own headers, as in PATH: nothing that a test can install has those of TensorRT.
+TENSORRT_HEADERS = os.environ.get("FCOS_DEPLOY_TENSORRT_INCLUDE", "")
 SIZE, CLASSES = (192, 256), 6
 BOX = Letterbox(image_height=371, image_width=500, resized_height=190, resized_width=256)
 
@@ -90,11 +96,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     settings = {
         "PACKAGE": SOURCES,
         "EXAMPLE": EXAMPLE,
-        "CMAKE_BUILD_TYPE": "Debug",
-        "CMAKE_CXX_FLAGS_DEBUG": "-O0",
+        "CMAKE_BUILD_TYPE": "None",
         "FCOS_DEPLOY_RUNTIMES": "openvino;onnxruntime;tensorrt",
         "OpenVINO_DIR": Path(openvino.__file__).parent / "cmake",
-        "ONNXRUNTIME_INCLUDE_DIR": DATA / "onnxruntime",
+        "ONNXRUNTIME_INCLUDE_DIR": ONNXRUNTIME_HEADERS,
         "ONNXRUNTIME_LIBRARY": runtime,
         "TENSORRT_INCLUDE_DIR": DATA / "tensorrt",
         "CUDA_INCLUDE_DIR": DATA / "tensorrt",
@@ -113,6 +118,41 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return Programs(folder / "build")
+
+
+def _layout_of_onnxruntime(headers: Path, folder: Path) -> list[str]:
+    """The place in ``OrtApi`` of each function, and the value of each constant, that the own declarations have."""
+    declared = (DATA / "onnxruntime" / "onnxruntime_c_api.h").read_text().partition("struct OrtApiBase")[0]
+    functions, values = re.findall(r"\(\*(\w+)\)", declared), re.findall(r"(\w+) = \d+", declared)
+    lines = [f'std::printf("{name} %zu\\n", offsetof(OrtApi, {name}));' for name in functions]
+    lines += [f'std::printf("{name} %d\\n", int{{{name}}});' for name in values]
+    includes = "".join(f"#include <{name}>\n" for name in ("cstddef", "cstdio", "onnxruntime_c_api.h"))
+    (folder / "layout.cpp").write_text(f"{includes}int main() {{ {' '.join(lines)} }}")
+    command = ["g++", "-std=c++17", f"-I{headers}", folder / "layout.cpp", "-o", folder / "layout"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([folder / "layout"], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == len(functions) + len(values) == 31
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not DEBIAN_TOOLS, reason="FCOS_DEPLOY_DEBIAN_TOOLS names no headers: make debian-tools")
+def test_the_declarations_of_onnxruntime_have_the_layout_of_its_own_header(tmp_path: Path) -> None:
+    own = _layout_of_onnxruntime(DATA / "onnxruntime", tmp_path)
+    assert own == _layout_of_onnxruntime(ONNXRUNTIME_HEADERS, tmp_path)
+
+
+@pytest.mark.skipif(not TENSORRT_HEADERS, reason="FCOS_DEPLOY_TENSORRT_INCLUDE names no headers")
+def test_the_adapter_of_tensorrt_compiles_with_its_own_headers(tmp_path: Path) -> None:
+    program = tmp_path / "open.cpp"
+    program.write_text(
+        '#include "tensorrt_session.hpp"\n'
+        "int main(int n, char** v) { return fcos_deploy::TensorRtSession(v[n - 1], {}, {}).description().empty(); }"
+    )
+    headers = [word for folder in TENSORRT_HEADERS.split(os.pathsep) for word in ("-isystem", folder)]
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
+    command = ["g++", "-std=c++17", "-fsyntax-only", *warnings, f"-I{SOURCES}", *headers, program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # Decoding and suppression

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
 import tarfile
-from collections.abc import Callable
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +32,8 @@ DIGEST = re.compile(r"sha256:[a-f0-9]{64}")
 REFERENCE = re.compile(r"[A-Za-z0-9]+([-._:@+]|--)?[A-Za-z0-9]*(/[A-Za-z0-9]+)*")
 # modelpack/model-spec, docs/spec.md: what a layer of one plain file may be.
 LAYER = re.compile(r"application/vnd\.cncf\.model\.(weight|weight\.config|doc|code|dataset)\.v1\.raw")
+
+DEBIAN_TOOLS = Path(os.environ.get("FCOS_DEPLOY_DEBIAN_TOOLS", "nowhere"))
 
 
 def _run(*arguments: object) -> Result:
@@ -109,6 +116,66 @@ def test_the_layout_is_by_the_specification_and_a_signed_bundle_again(
         done = _run("install", form, link, "--public-key", public, "--require-signature")
         assert done.exit_code == 0, done.stderr
         assert {name: (link / name).read_bytes() for name in files} == files
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[str]:
+    """The address of a registry of Docker's distribution on this machine."""
+    program = DEBIAN_TOOLS / "bin" / "docker-registry"
+    if not program.is_file():
+        pytest.skip("FCOS_DEPLOY_DEBIAN_TOOLS names no registry: make debian-tools")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = {
+        "version": "0.1",
+        "storage": {"filesystem": {"rootdirectory": str(tmp_path / "registry")}},
+        "http": {"addr": address},
+    }
+    (tmp_path / "registry.json").write_text(json.dumps(settings))  # YAML is a superset of JSON
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([program, "serve", tmp_path / "registry.json"], **quiet) as process:
+        try:
+            for _ in range(300):
+                assert process.poll() is None, "the registry ended"
+                try:
+                    urllib.request.urlopen(f"http://{address}/v2/").close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield address
+        finally:
+            process.terminate()
+
+
+def test_oras_takes_the_model_through_a_registry_to_a_device(
+    registry: str, signed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The digest and the signature are those of before, and what is pulled is the bundle's folder."""
+    bundle, public = signed
+    layout, pulled, copied = tmp_path / "layout", tmp_path / "pulled", tmp_path / "copied"
+    assert _run("package", bundle, "-o", layout, "--for", "oci", "--version", 3).exit_code == 0
+
+    def oras(*arguments: object) -> str:
+        command = [DEBIAN_TOOLS / "bin" / "oras", *arguments]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    address = f"{registry}/cells:3"
+    oras("cp", "--from-oci-layout", "--to-plain-http", f"{layout}:3", address)
+    (reference,) = json.loads((layout / "index.json").read_text())["manifests"]
+    assert (
+        json.loads(oras("manifest", "fetch", "--descriptor", "--plain-http", address))["digest"] == reference["digest"]
+    )
+    oras("pull", "--plain-http", address, "-o", pulled)
+    assert {path.relative_to(pulled): path.read_bytes() for path in pulled.rglob("*") if path.is_file()} == {
+        path.relative_to(bundle): path.read_bytes() for path in bundle.rglob("*") if path.is_file()
+    }
+    oras("cp", "--from-plain-http", "--to-oci-layout", address, f"{copied}:3")
+    for form, link in ((pulled, tmp_path / "installed"), (copied, tmp_path / "installed-copy")):
+        done = _run("install", form, link, "--public-key", public, "--require-signature")
+        assert done.exit_code == 0, done.stderr
 
 
 def _edit_index(edit: Callable[[dict], object]) -> Callable[[Path], None]:

@@ -1,7 +1,8 @@
 """Packages for serving engines: Triton, OpenVINO Model Server, DeepStream, DL Streamer.
 
-DeepStream itself is not here. Its parser is compiled against the few declarations of its headers that it uses, written
-down below by their public documentation, and called through ctypes.
+DeepStream itself is not here. Its parser is compiled and called through ctypes: against NVIDIA's headers where
+``FCOS_DEPLOY_DEEPSTREAM_INCLUDE`` names their folders, as in PATH, and elsewhere against the few declarations that it
+uses, written down below by their public documentation.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -285,12 +287,14 @@ def parser(nms_contract: ModelContract, tmp_path: Path) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("g++ is not installed")
     folder = _write(nms_contract, tmp_path)
+    headers = os.environ.get("FCOS_DEPLOY_DEEPSTREAM_INCLUDE", str(tmp_path)).split(os.pathsep)
     (tmp_path / "nvdsinfer_custom_impl.h").write_text(HEADER)
     source = folder / "nvdsinfer_fcos.cpp"
     source.write_text(source.read_text() + CALLER)
     library = tmp_path / "parser.so"
     command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fPIC", "-shared"]
-    subprocess.run([*command, f"-I{tmp_path}", "-o", str(library), str(source)], check=True)
+    includes = [word for header in headers for word in ("-isystem", header)]
+    subprocess.run([*command, *includes, "-o", str(library), str(source)], check=True)
     return ctypes.CDLL(str(library))
 
 

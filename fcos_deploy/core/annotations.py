@@ -6,6 +6,7 @@ refused by its place in the file.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -96,25 +97,14 @@ def read_coco(path: Path) -> CocoFile:
     problems: list[str] = []
     images = _converted(content, "images", _image, problems)
     categories = _converted(content, "categories", _category, problems)
-    objects = _converted(content, "annotations", _object, problems)
+    numbers, places = _numbered([key for key, *_ in images]), {c.key: place for place, c in enumerate(categories)}
+    objects = _converted(content, "annotations", lambda entry: _object(entry, numbers, places), problems)
     if not categories and not problems:
         raise ConfigError(f"The categories of '{path}' must be at least one.")
-    copies = Counter(image.key for image in images)
+    copies = Counter(key for key, *_ in images)
     problems += [f"'images': {count} have the same id {brief(key)}" for key, count in copies.items() if count > 1]
-    names: dict[_Id, set[str]] = {}
-    for category in categories:
-        names.setdefault(category.key, set()).add(_plain(category.name))
-    problems += [f"'categories': id {brief(k)} has {len(n)} names" for k, n in names.items() if len(n) > 1]
-    image_keys = {image.key for image in images}
-    for item in objects:
-        problems += [
-            f"{item.place}: '{name}' is {brief(key)}, and there is no such {kind}"
-            for name, key, kind, known in (
-                ("image_id", item.image, "image", image_keys),
-                ("category_id", item.category, "category", names),
-            )
-            if key not in known
-        ]
+    names = Counter(key for key, _ in {(category.key, _plain(category.name)) for category in categories})
+    problems += [f"'categories': id {brief(key)} has {count} names" for key, count in names.items() if count > 1]
     if problems:
         more = [f"... and {len(problems) - _LISTED} more."] if len(problems) > _LISTED else []
         raise ConfigError(
@@ -123,7 +113,14 @@ def read_coco(path: Path) -> CocoFile:
         )
     if not images:
         raise ConfigError(f"'{path}' has no images.")
-    return _assembled(path, images, categories, objects)
+    listed = [CocoImage(numbers[key], name, size) for key, name, size in images]
+    classes, joined, findings = _classes(path, categories, used={categories[o.category_id].key for o in objects})
+    return CocoFile(
+        tuple(sorted(listed, key=lambda image: image.image_id)),
+        tuple(dataclasses.replace(o, category_id=joined[categories[o.category_id].key]) for o in objects),
+        classes,
+        findings,
+    )
 
 
 # What is kept of each object of the file, since outlines of objects take most of its space: what COCO's boxes need, and
@@ -177,7 +174,7 @@ def _content(path: Path) -> _Json:
     return content
 
 
-def _converted(content: _Json, name: str, convert: Callable[[_Json, str], T], problems: list[str]) -> list[T]:
+def _converted(content: _Json, name: str, convert: Callable[[_Json], T], problems: list[str]) -> list[T]:
     """The entries of a list of the file; what is wrong with one of them is added to ``problems``."""
     entries = content.get(name)
     if not isinstance(entries, list):
@@ -195,17 +192,10 @@ def _converted(content: _Json, name: str, convert: Callable[[_Json, str], T], pr
         if "id" in entry:
             place += f" (id {brief(entry['id'])})"
         try:
-            converted.append(convert(entry, place))
+            converted.append(convert(entry))
         except (ValueError, OverflowError) as error:
             problems.append(f"{place}: {error}")
     return converted
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    key: _Id
-    name: str
-    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,24 +205,14 @@ class _Category:
     group: str  # its 'supercategory'
 
 
-@dataclass(frozen=True, slots=True)
-class _Object:
-    place: str
-    image: _Id
-    category: _Id
-    box: tuple[float, float, float, float]
-    area: float
-    crowd: bool
-
-
-def _image(entry: _Json, _place: str) -> _Image:
+def _image(entry: _Json) -> tuple[_Id, str, tuple[int, int] | None]:
     name = entry.get("file_name")
     if name in (None, ""):
         name = entry.get("coco_url")  # LVIS gives this alone
     if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
         raise ValueError(f"'file_name' must be text, got {brief(name)}")
     height, width = (_length(entry.get(side), side) for side in ("height", "width"))
-    return _Image(_key(entry, "id"), str(name), (height, width) if height and width else None)
+    return _key(entry, "id"), str(name), (height, width) if height and width else None
 
 
 def _length(value: object, name: str) -> int | None:
@@ -245,14 +225,15 @@ def _length(value: object, name: str) -> int | None:
     return int(number) or None
 
 
-def _category(entry: _Json, _place: str) -> _Category:
+def _category(entry: _Json) -> _Category:
     name, group = entry.get("name"), entry.get("supercategory")
     if not isinstance(name, (str, int, float)) or isinstance(name, bool) or not str(name).strip():
         raise ValueError(f"'name' must be text, got {brief(name)}")
     return _Category(_key(entry, "id"), str(name), group if isinstance(group, str) else "")
 
 
-def _object(entry: _Json, place: str) -> _Object:
+def _object(entry: _Json, images: Mapping[_Id, int], categories: Mapping[_Id, int]) -> CocoObject:
+    """``category_id`` is the place of the category in the file, until all of them are known."""
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4:
         given = f"a list of {len(box)}" if isinstance(box, list) else brief(box)
@@ -265,8 +246,12 @@ def _object(entry: _Json, place: str) -> _Object:
     area = width * height if area in (None, "") else _number(area, "area")
     if area < 0 or not math.isfinite(area):
         raise ValueError(f"'area' must not be negative, got {brief(entry.get('area'))}")
+    image, category = _key(entry, "image_id"), _key(entry, "category_id")
+    for key, kind, known in ((image, "image", images), (category, "category", categories)):
+        if key not in known:
+            raise ValueError(f"'{kind}_id' is {brief(key)}, and there is no such {kind}")
     crowd = _flag(entry.get("iscrowd"), "iscrowd")
-    return _Object(place, _key(entry, "image_id"), _key(entry, "category_id"), (x, y, width, height), area, crowd)
+    return CocoObject(images[image], categories[category], (x, y, width, height), area, crowd)
 
 
 _NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", re.ASCII)
@@ -314,8 +299,10 @@ def _plain(name: str) -> str:
     return name.strip().casefold()
 
 
-def _assembled(path: Path, images: list[_Image], categories: list[_Category], objects: list[_Object]) -> CocoFile:
-    used = {item.category for item in objects}
+def _classes(
+    path: Path, categories: list[_Category], *, used: set[_Id]
+) -> tuple[dict[int, str], dict[_Id, int], tuple[Finding, ...]]:
+    """Names by number, the numbers of the file's ids, and what was left out or joined."""
     groups = {_plain(category.group) for category in categories if _plain(category.name) != _plain(category.group)}
     findings = []
     # Roboflow writes the name of the data set as a category above the others, other tools a background.
@@ -343,17 +330,7 @@ def _assembled(path: Path, images: list[_Image], categories: list[_Category], ob
             message = f"the category '{category.name}' is in '{path.name}' more than once: taken for one class"
             findings.append(Finding(kind="category-joined", severity=Severity.WARNING, message=message))
         joined[category.key] = numbers[category.key] if first is None else first
-    image_numbers = _numbered([image.key for image in images])
-    listed = [CocoImage(image_numbers[image.key], image.name, image.size) for image in images]
-    return CocoFile(
-        tuple(sorted(listed, key=lambda image: image.image_id)),
-        tuple(
-            CocoObject(image_numbers[item.image], joined[item.category], item.box, item.area, item.crowd)
-            for item in objects
-        ),
-        names,
-        tuple(dict.fromkeys(findings)),
-    )
+    return names, joined, tuple(dict.fromkeys(findings))
 
 
 def _numbered(keys: list[_Id]) -> Mapping[_Id, int]:

@@ -59,7 +59,15 @@ def _option(default: Any, help: str, *, panel: str = "Checkpoint", **info: Any) 
     return dataclasses.field(default=default, metadata={"option": OptionInfo(help=help, panel=panel, **info)})
 
 
-def _size(text: str) -> tuple[int, int]:
+def _preprocessing(default: Any, help: str, **info: Any) -> Any:  # noqa: A002
+    return _option(default, help, panel="Preprocessing", **info)
+
+
+def _detection(default: Any, help: str, **info: Any) -> Any:  # noqa: A002
+    return _option(default, help, panel="Detection", **info)
+
+
+def _size(text: str) -> tuple[int, ...]:
     match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
     if match is None:
         square = f"{text.strip()}x{text.strip()}" if text.strip().isdecimal() else "640x800"
@@ -77,17 +85,17 @@ def _channels(text: str) -> tuple[float, ...]:
     return values
 
 
-def _four(text: str) -> tuple[int, int, int, int]:
-    match = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3}),(\d{1,3})", text.replace(" ", ""))
-    if match is None:
-        raise ConfigError(f"Expected four whole numbers separated by commas such as 1,2,2,2, got '{text}'.")
-    return int(match[1]), int(match[2]), int(match[3]), int(match[4])
+def _whole_numbers(example: str, *, count: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """Reads ``count`` numbers, or any, that are separated by commas."""
 
+    def parse(text: str) -> tuple[int, ...]:
+        parts = text.replace(" ", "").split(",")
+        if any(re.fullmatch(r"\d{1,5}", part) is None for part in parts) or count not in (None, len(parts)):
+            number = {None: "", 4: "four "}[count]
+            raise ConfigError(f"Expected {number}whole numbers separated by commas such as {example}, got '{text}'.")
+        return tuple(map(int, parts))
 
-def _sizes(text: str) -> tuple[int, ...]:
-    if re.fullmatch(r"\d{1,5}(,\d{1,5})*", text.replace(" ", "")) is None:
-        raise ConfigError(f"Expected whole numbers separated by commas such as 8,16,32,64,128, got '{text}'.")
-    return tuple(int(part) for part in text.split(","))
+    return parse
 
 
 def _keys(text: str) -> tuple[str, ...]:
@@ -186,19 +194,19 @@ class CheckpointOptions:
         (),
         "Sizes of torchvision's AnchorGenerator, one a level: the unit of the distances. Default: 8,16,32,64,128.",
         metavar="A,B,...",
-        parse=_sizes,
+        parse=_whole_numbers("8,16,32,64,128"),
     )
     stage_strides: tuple[int, int, int, int] | None = _option(
         None,
         "Strides of the four stages of a ResNet. Default: the configuration's, or 1,2,2,2.",
         metavar="A,B,C,D",
-        parse=_four,
+        parse=_whole_numbers("1,2,2,2", count=4),
     )
     stage_dilations: tuple[int, int, int, int] | None = _option(
         None,
         "Dilations of the four stages of a ResNet. Default: the configuration's, or 1,1,1,1.",
         metavar="A,B,C,D",
-        parse=_four,
+        parse=_whole_numbers("1,2,2,2", count=4),
     )
     upsampling: Upsampling | None = _option(
         None, "Interpolation between the pyramid's levels. Default: the configuration's, or nearest."
@@ -226,136 +234,107 @@ class CheckpointOptions:
         metavar="KEYS",
         parse=_keys,
     )
-    input_size: tuple[int, int] | None = _option(
+    input_size: tuple[int, int] | None = _preprocessing(
         None,
         "Fixed input size, height x width, such as 640x640 (other tools' --imgsz 640). The image keeps its aspect "
         "ratio; the rest is padded. Default: the ecosystem's test size.",
-        panel="Preprocessing",
         metavar="HxW",
         parse=_size,
         common=True,
     )
-    shortest: int | None = _option(
-        None,
-        "Length of the image's shorter side after resizing; needs --longest.",
-        panel="Preprocessing",
-        metavar="PIXELS",
+    shortest: int | None = _preprocessing(
+        None, "Length of the image's shorter side after resizing; needs --longest.", metavar="PIXELS"
     )
-    longest: int | None = _option(
-        None, "Limit of the longer side after resizing; needs --shortest.", panel="Preprocessing", metavar="PIXELS"
+    longest: int | None = _preprocessing(
+        None, "Limit of the longer side after resizing; needs --shortest.", metavar="PIXELS"
     )
-    input_dtype: InputDtype | None = _option(
+    input_dtype: InputDtype | None = _preprocessing(
         None,
         "Type of the network input. uint8: pixels, normalised inside the graph; float32: normalised before it. "
         "Default: uint8 with --input-size, float32 otherwise.",
-        panel="Preprocessing",
     )
-    channel_order: ChannelOrder | None = _option(
-        None, "Order of the colour channels. Default: the ecosystem's.", panel="Preprocessing"
-    )
-    mean: tuple[float, ...] | None = _option(
+    channel_order: ChannelOrder | None = _preprocessing(None, "Order of the colour channels. Default: the ecosystem's.")
+    mean: tuple[float, ...] | None = _preprocessing(
         None,
         "Mean that is subtracted, in the order of the channels and the unit of the pixels: 0 to 1 for torchvision, "
         "0 to 255 for the others. One number for gray images. Default: the ecosystem's.",
-        panel="Preprocessing",
         metavar="A,B,C",
         parse=_channels,
     )
-    std: tuple[float, ...] | None = _option(
+    std: tuple[float, ...] | None = _preprocessing(
         None,
         "Standard deviation to divide by, in the order of the channels and the unit of the mean. "
         "Default: the ecosystem's.",
-        panel="Preprocessing",
         metavar="A,B,C",
         parse=_channels,
     )
-    resize_filter: ResizeFilter | None = _option(
-        None, "Library whose bilinear interpolation is reproduced. Default: the ecosystem's.", panel="Preprocessing"
+    resize_filter: ResizeFilter | None = _preprocessing(
+        None, "Library whose bilinear interpolation is reproduced. Default: the ecosystem's."
     )
-    size_rule: SizeRule | None = _option(
+    size_rule: SizeRule | None = _preprocessing(
         None,
         "Arithmetic of the resized size: letterbox or stretch with --input-size, a library's with --shortest. "
         "Default: letterbox with --input-size, otherwise the ecosystem's.",
-        panel="Preprocessing",
     )
-    content: tuple[int, int] | None = _option(
+    content: tuple[int, int] | None = _preprocessing(
         None,
         "Height x width in the upper left of --input-size that the image is resized to. Default: all of it.",
         flags="--content-size",
-        panel="Preprocessing",
         metavar="HxW",
         parse=_size,
     )
-    size_divisor: int | None = _option(
+    size_divisor: int | None = _preprocessing(
         None,
         "Number that the height and width of the network input are padded to a multiple of. "
         "Default: the configuration's, or 32.",
-        panel="Preprocessing",
         metavar="PIXELS",
     )
-    pad_pixel: tuple[float, ...] | None = _option(
+    pad_pixel: tuple[float, ...] | None = _preprocessing(
         None,
         "Pixel of the padding, in the order of the channels, or one number for all of them. Default: the mean.",
         flags="--pad-pixel",
-        panel="Preprocessing",
         metavar="A,B,C",
         parse=_channels,
     )
-    orientation: Orientation | None = _option(
-        None,
-        "Whether image files are turned as their EXIF orientation says. Default: as the ecosystem does.",
-        panel="Preprocessing",
+    orientation: Orientation | None = _preprocessing(
+        None, "Whether image files are turned as their EXIF orientation says. Default: as the ecosystem does."
     )
-    score_threshold: float | None = _option(
-        None,
-        "Minimum score of a detection. Default: the checkpoint's.",
-        panel="Detection",
-        metavar="SCORE",
-        common=True,
+    score_threshold: float | None = _detection(
+        None, "Minimum score of a detection. Default: the checkpoint's.", metavar="SCORE", common=True
     )
-    iou_threshold: float | None = _option(
-        None,
-        "IoU above which NMS drops the lower-scored box. Default: the checkpoint's.",
-        panel="Detection",
-        metavar="IOU",
+    iou_threshold: float | None = _detection(
+        None, "IoU above which NMS drops the lower-scored box. Default: the checkpoint's.", metavar="IOU"
     )
-    max_detections: int | None = _option(
-        None, "Maximum number of detections in an image. Default: the checkpoint's.", panel="Detection", metavar="N"
+    max_detections: int | None = _detection(
+        None, "Maximum number of detections in an image. Default: the checkpoint's.", metavar="N"
     )
-    pre_nms_top_k: int | None = _option(
-        None,
-        "Maximum number of candidates a level before NMS; 0: all. Default: the checkpoint's.",
-        panel="Detection",
-        metavar="N",
+    pre_nms_top_k: int | None = _detection(
+        None, "Maximum number of candidates a level before NMS; 0: all. Default: the checkpoint's.", metavar="N"
     )
-    class_agnostic: bool | None = _option(
+    class_agnostic: bool | None = _detection(
         None,
         "Whether NMS compares boxes of all classes, or those of the same class. Default: the checkpoint's.",
         flags="--class-agnostic-nms/--per-class-nms",
-        panel="Detection",
     )
-    min_box_size: float | None = _option(
+    min_box_size: float | None = _detection(
         None,
         "Length in image pixels that both sides of a box must exceed, for profiles that drop boxes by their size. "
         "Default: the checkpoint's.",
-        panel="Detection",
         metavar="PIXELS",
     )
-    clip: BoxClip | None = _option(
+    clip: BoxClip | None = _detection(
         None,
         "What boxes are clipped to before NMS: nothing (none), the padded input, the image in it, or one pixel less "
         "(image-1). Default: the profile's.",
-        panel="Detection",
     )
-    centers: CenterMode | None = _option(
-        None, "Position of a level's locations in the image. Default: the profile's.", panel="Detection"
+    centers: CenterMode | None = _detection(
+        None, "Position of a level's locations in the image. Default: the profile's."
     )
-    profile: str | None = _option(
+    profile: str | None = _detection(
         None,
         "Post-processing of this library: torchvision, mmdetection, mmdetection2 (2.17 and older), adelaidet, "
         "detectron2 or tianzhi. "
         "Default: the ecosystem's.",
-        panel="Detection",
         metavar="NAME",
     )
     origins: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)

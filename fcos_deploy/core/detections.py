@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -138,10 +139,6 @@ def pairwise_iou(
 
 
 _BLOCK = 128  # candidates that are compared at a time; all pairs of a block fit into the level-2 cache
-# Below one pair of the same class in this many, listing the pairs is cheaper than the float32 overlap of all of them.
-_DENSE = 8
-_MARGIN = 1e-5  # relative; see _may_overlap
-_SMALL, _HUGE = np.float32(1e-37), np.float32(1e36)  # near the ends of float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +164,7 @@ def suppress(
     """
     library = native()
     if library is not None:
-        return library.suppress(
-            boxes,
-            scores,
-            labels=labels,
-            iou_threshold=rule.iou_threshold,
-            iou_offset=rule.iou_offset,
-            limit=rule.limit,
-            keep_ties=rule.keep_ties,
-        )
+        return library.suppress(boxes, scores, labels=labels, **dataclasses.asdict(rule))
     order, labels = best_first(scores), labels.astype(np.int32)
     kept = order[:0]
     for start in range(0, len(order), _BLOCK):
@@ -196,7 +185,10 @@ def _survivors(
     boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
 ) -> NDArray[np.bool_]:
     """(m,) bool: which of boxes (m, 4), best first, stay; the first ``settled`` are known to."""
-    winner, loser = _overlapping_pairs(boxes, labels, settled=settled, rule=rule)
+    over = pairwise_iou(boxes, boxes[settled:], offset=rule.iou_offset) > rule.iou_threshold
+    over &= labels[:, None] == labels[settled:]
+    winner, loser = np.nonzero(np.triu(over, 1 - settled))  # of each pair the one that comes before the other
+    loser += settled
     stays = np.ones(len(boxes), np.bool_)
     while True:
         # A box stays if every box that overlaps it, and comes before it, goes. By induction round r is right for boxes
@@ -205,58 +197,6 @@ def _survivors(
         stays[loser[previous[winner]]] = False
         if np.array_equal(stays, previous):
             return stays
-
-
-def _overlapping_pairs(
-    boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Indices (winner, loser) of all pairs of one class with IoU > threshold, winner < loser, loser >= ``settled``.
-
-    In float64; where more than one pair in ``_DENSE`` is of one class, after a float32 pass over all pairs.
-    """
-    near = labels[:, None] == labels[settled:]
-    if _DENSE * np.count_nonzero(near) > near.size:
-        near &= _may_overlap(boxes, settled=settled, rule=rule)
-    winner, loser = np.divmod(np.flatnonzero(near), near.shape[1])
-    loser += settled
-    before = winner < loser
-    winner, loser = winner[before], loser[before]
-    corners = boxes.T.astype(np.float64)  # (4, m): each row contiguous
-    iou = box_iou(corners.take(winner, axis=1).T, corners.take(loser, axis=1).T, offset=rule.iou_offset)
-    over = iou > rule.iou_threshold
-    return winner[over], loser[over]
-
-
-def _may_overlap(boxes: NDArray[np.float32], *, settled: int, rule: Suppression) -> NDArray[np.bool_]:
-    """(m, m - settled) bool: False only for pairs with IoU <= threshold; in float32.
-
-    The coordinates are exact, so that each difference, product and sum adds a relative error of at most 2^-24. There
-    are fewer than 16 of them, 1e-6 together, and ``_MARGIN`` is ten times that. Underflow adds less than ``_SMALL``;
-    what might overflow may overlap.
-    """
-    x1, y1, x2, y2 = np.ascontiguousarray(boxes.T)
-    offset = np.float32(rule.iou_offset)
-    late = slice(settled, None)
-    inter = _common(x1, x2, late=late, offset=offset)
-    np.maximum(inter, 0, out=inter)  # One side clamped is enough: the product is then not positive.
-    inter *= _common(y1, y2, late=late, offset=offset)
-    # inter / (a + b - inter) > t  <=>  inter > (a + b) * t / (1 + t): without a division for each pair.
-    share = np.float32(rule.iou_threshold / (1 + rule.iou_threshold) * (1 - _MARGIN))
-    areas = (x2 - x1 + offset) * (y2 - y1 + offset) * share - _SMALL
-    areas[areas > _HUGE] = -np.inf
-    may_overlap: NDArray[np.bool_] = inter >= areas[:, None] + areas[late]
-    return may_overlap
-
-
-def _common(
-    low: NDArray[np.float32], high: NDArray[np.float32], *, late: slice, offset: np.float32
-) -> NDArray[np.float32]:
-    """(m, m - settled): length that intervals have in common with the late ones; negative for a gap."""
-    common = np.minimum(high[:, None], high[late])
-    common -= np.maximum(low[:, None], low[late])
-    if offset:
-        common += offset
-    return common
 
 
 _LOG = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.decode import best_first, best_of_groups
+from fcos_deploy.core.decode import best_first
 from fcos_deploy.core.detections import Suppression, suppress
 
 pytestmark = pytest.mark.usefixtures("host_path")
@@ -137,16 +137,3 @@ def test_best_first_is_stable(limit: int | None) -> None:
     scores = np.random.default_rng(0).integers(0, 20, 500).astype(np.float32) / 7
     expected = np.argsort(-scores, kind="stable")[:limit]
     assert best_first(scores, limit=limit).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("limit", [None, 1, 10, 100, 500])
-@pytest.mark.parametrize("ends", [[500], [0, 0, 500], [100, 100, 350, 499, 500], [1, 2, 3, 4, 5, 6, 7, 500]])
-def test_best_of_groups_is_best_first_of_each(limit: int | None, ends: list[int]) -> None:
-    scores = np.random.default_rng(1).integers(0, 20, 500).astype(np.float32) / 19
-    starts = [0, *ends[:-1]]
-    expected = [i + a for a, b in zip(starts, ends, strict=True) for i in best_first(scores[a:b], limit=limit).tolist()]
-    assert best_of_groups(scores, ends, limit=limit).tolist() == expected
-
-
-def test_nothing_is_in_order() -> None:
-    assert best_of_groups(np.empty(0, np.float32), [0, 0, 0], limit=10).tolist() == []

@@ -98,10 +98,6 @@ def _whole_numbers(example: str, *, count: int | None = None) -> Callable[[str],
     return parse
 
 
-def _keys(text: str) -> tuple[str, ...]:
-    return tuple(key.strip() for key in text.split(",") if key.strip())
-
-
 def _class_names(path: Path) -> tuple[str, ...]:
     names = tuple(line.strip() for line in _read_text(path).rstrip().splitlines())
     if not names or not all(names):
@@ -232,7 +228,7 @@ class CheckpointOptions:
         "Keys of the configuration in an mmdetection file to leave out, as the error that names them writes them, "
         "separated by commas; cfg leaves out all of it. Default: none.",
         metavar="KEYS",
-        parse=_keys,
+        parse=lambda text: tuple(key.strip() for key in text.split(",") if key.strip()),
     )
     input_size: tuple[int, int] | None = _preprocessing(
         None,

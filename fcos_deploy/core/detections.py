@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -138,7 +137,7 @@ def pairwise_iou(
     return box_iou(first[:, None], second[None], offset=offset, crowd=crowd)
 
 
-_BLOCK = 128  # candidates that are compared at a time; all pairs of a block fit into the level-2 cache
+_BLOCK = 64  # candidates that are compared at a time; all pairs of a block fit into the level-2 cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,10 +184,12 @@ def _survivors(
     boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
 ) -> NDArray[np.bool_]:
     """(m,) bool: which of boxes (m, 4), best first, stay; the first ``settled`` are known to."""
-    over = pairwise_iou(boxes, boxes[settled:], offset=rule.iou_offset) > rule.iou_threshold
-    over &= labels[:, None] == labels[settled:]
-    winner, loser = np.nonzero(np.triu(over, 1 - settled))  # of each pair the one that comes before the other
+    # All pairs of one class, of each the one that comes first, and the other, which is not settled.
+    winner, loser = np.nonzero(np.triu(labels[:, None] == labels[settled:], 1 - settled))
     loser += settled
+    corners = boxes.T.astype(np.float64)  # (4, m): each row contiguous
+    over = box_iou(corners[:, winner].T, corners[:, loser].T, offset=rule.iou_offset) > rule.iou_threshold
+    winner, loser = winner[over], loser[over]
     stays = np.ones(len(boxes), np.bool_)
     while True:
         # A box stays if every box that overlaps it, and comes before it, goes. By induction round r is right for boxes
@@ -337,10 +338,5 @@ def _finish(candidates: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> D
         solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         candidates, boxes = candidates.take(solid), boxes[solid]
     channels = candidates.channels
-    labels = _label_array(spec.label_map)[channels] if spec.label_map else channels.astype(np.int64)
+    labels = np.array(spec.label_map, np.int64)[channels] if spec.label_map else channels.astype(np.int64)
     return Detections(boxes, candidates.scores, labels)
-
-
-@functools.lru_cache(maxsize=16)
-def _label_array(label_map: tuple[int, ...]) -> NDArray[np.int64]:
-    return np.array(label_map, np.int64)

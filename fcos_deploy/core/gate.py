@@ -28,7 +28,6 @@ __all__ = [
     "Severity",
     "agreement_json",
     "compare_detections",
-    "detection_iou",
     "equivalent_threshold",
     "interval_outcome",
     "match_detections",
@@ -204,12 +203,7 @@ class Distribution:
             return Distribution(count=0, mean=0.0, p5=0.0, p50=0.0, p95=0.0, max_abs=0.0)
         p5, p50, p95 = (float(v) for v in np.percentile(values, [5, 50, 95]))
         return Distribution(
-            count=len(values),
-            mean=float(values.mean()),
-            p5=p5,
-            p50=p50,
-            p95=p95,
-            max_abs=float(np.abs(values).max()),
+            count=len(values), mean=float(values.mean()), p5=p5, p50=p50, p95=p95, max_abs=float(np.abs(values).max())
         )
 
 
@@ -248,12 +242,6 @@ class DetectionAgreement:
         return paired and self.score_delta.max_abs <= _SAME_SCORE and self.box_delta_px.max_abs <= _SAME_EDGE
 
 
-def detection_iou(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
-    """As ``pairwise_iou``, (n, 4) and (m, 4) -> (n, m) float64; but 1 where all four edges agree within 0.1 pixels."""
-    edges = np.abs(first[:, None] - second[None]).max(2, initial=0.0)
-    return np.where(edges <= _SAME_EDGE, 1.0, pairwise_iou(first, second))
-
-
 def match_detections(
     reference: Detections, candidate: Detections, *, options: MatchOptions | None = None
 ) -> DetectionMatch:
@@ -262,7 +250,8 @@ def match_detections(
     Each detection of the candidate, best score first, takes the free detection of the reference that it overlaps most.
     """
     options = options or MatchOptions()
-    iou = detection_iou(reference.boxes, candidate.boxes)
+    edges = np.abs(reference.boxes[:, None] - candidate.boxes[None]).max(2, initial=0.0)
+    iou = np.where(edges <= _SAME_EDGE, 1.0, pairwise_iou(reference.boxes, candidate.boxes))
     alike = reference.labels[:, None] == candidate.labels[None]
     alike &= np.abs(reference.scores[:, None] - candidate.scores[None]) <= options.max_score_delta
     free = np.where(alike & (iou >= options.iou_threshold), iou, -1.0)

@@ -376,7 +376,11 @@ def _pillow_pixels(what: str, image: Any, *, orientation: Orientation) -> NDArra
     try:
         deep = ";16" in str([tile[3] for tile in getattr(image, "tile", ())]) or image.mode.startswith("I")
         if image.mode == "F" or (image.mode == "I" and image.format in ("TIFF", None)):
-            raise _no_white(what, "floating-point pixels" if image.mode == "F" else "integer pixels of 32 bits")
+            pixels = "floating-point pixels" if image.mode == "F" else "integer pixels of 32 bits"
+            raise ImageError(
+                f"{what} has {pixels}, and nothing in it says which value is white.",
+                hint="convert it to 8 or 16 bits, with 255 or 65535 for white",
+            )
         if orientation is Orientation.EXIF:
             image = require("PIL.ImageOps").exif_transpose(image)
         if image.mode.startswith("I"):
@@ -409,10 +413,3 @@ def _check_range(what: str, largest: int) -> None:
             "as nearly black.",
             hint="scale it to 65535 for white, or convert it to 8 bits",
         )
-
-
-def _no_white(what: str, pixels: str) -> ImageError:
-    return ImageError(
-        f"{what} has {pixels}, and nothing in it says which value is white.",
-        hint="convert it to 8 or 16 bits, with 255 or 65535 for white",
-    )

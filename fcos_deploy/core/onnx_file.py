@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, TensorSpec, contract_to_text
 from fcos_deploy.core.enums import NmsForm
@@ -313,31 +313,24 @@ def _serialized(model: Any, folder: Path | None) -> Iterator[bytes]:
     graph = shell.graph.SerializeToString(deterministic=True)
     shell.ClearField("graph")
     heads = [_initializer_head(tensor, folder) for tensor in model.graph.initializer]
-    inside = [0 if head.is_whole else tensor_bytes(t) for head, t in zip(heads, model.graph.initializer, strict=True)]
-    length = len(graph) + sum(len(head.content) for head in heads) + sum(inside)
+    length = len(graph) + sum(len(head) + size for head, size in heads)
     yield shell.SerializeToString(deterministic=True) + _GRAPH + _varint(length) + graph
-    for head, tensor in zip(heads, model.graph.initializer, strict=True):
-        yield head.content
-        if not head.is_whole:
+    for (head, size), tensor in zip(heads, model.graph.initializer, strict=True):
+        yield head
+        if size:
             yield from _pieces(tensor, folder)
 
 
-class _InitializerHead(NamedTuple):
-    """The field of an initializer up to its raw numbers, or all of it where they are stored otherwise."""
-
-    content: bytes
-    is_whole: bool
-
-
-def _initializer_head(tensor: Any, folder: Path | None) -> _InitializerHead:
+def _initializer_head(tensor: Any, folder: Path | None) -> tuple[bytes, int]:
+    """The field of an initializer up to its raw numbers, and their bytes; all of it, and 0, where it has none."""
     outside = folder is not None and bool(tensor.external_data)
     if not outside and not tensor.raw_data:
         whole = tensor.SerializeToString(deterministic=True)
-        return _InitializerHead(_INITIALIZER + _varint(len(whole)) + whole, is_whole=True)
+        return _INITIALIZER + _varint(len(whole)) + whole, 0
     facts = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
     size = tensor_bytes(tensor)
     head = facts.SerializeToString(deterministic=True) + _RAW_DATA + _varint(size)
-    return _InitializerHead(_INITIALIZER + _varint(len(head) + size) + head, is_whole=False)
+    return _INITIALIZER + _varint(len(head) + size) + head, size
 
 
 def _varint(number: int) -> bytes:

@@ -65,10 +65,7 @@ class StageClock:
             yield
         finally:
             seconds, before = self._stages.get(name, (0.0, 0))
-            self._stages[name] = (
-                seconds + time.perf_counter() - started,
-                before + INFERENCES.count - inferences,
-            )
+            self._stages[name] = (seconds + time.perf_counter() - started, before + INFERENCES.count - inferences)
 
     @property
     def records(self) -> tuple[StageRecord, ...]:

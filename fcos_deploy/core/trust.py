@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.files import open_flags
+from fcos_deploy.core.files import open_flags, open_regular
 
 __all__ = [
     "CACHE_VARIABLE",
@@ -136,14 +136,11 @@ def own_file_bytes(path: Path, *, private: bool = False) -> bytes | None:
     ``private``: nor read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | open_flags("O_NOFOLLOW", "O_NONBLOCK"))
+        with open_regular(path, follow_links=False) as stream:
+            others = 0o077 if private else 0o022
+            return stream.read() if is_own(os.fstat(stream.fileno()), others=others) else None
     except OSError:
         return None
-    with os.fdopen(descriptor, "rb") as stream:
-        facts = os.fstat(stream.fileno())
-        if not stat.S_ISREG(facts.st_mode) or not is_own(facts, others=0o077 if private else 0o022):
-            return None
-        return stream.read()
 
 
 def write_own_file(path: Path, content: bytes, *, replace: bool = True) -> bool:

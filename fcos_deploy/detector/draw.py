@@ -48,11 +48,7 @@ def class_color(label: int) -> Color:
 
 
 def draw_detections(
-    image: NDArray[np.uint8],
-    detections: Detections,
-    names: Sequence[str] = (),
-    *,
-    options: DrawOptions | None = None,
+    image: NDArray[np.uint8], detections: Detections, names: Sequence[str] = (), *, options: DrawOptions | None = None
 ) -> NDArray[np.uint8]:
     """A copy of ``image`` (h, w, 3) uint8 RGB with boxes and labels; boxes are in its pixels, the best on top.
 

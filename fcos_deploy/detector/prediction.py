@@ -9,11 +9,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,6 @@ from fcos_deploy.detector.draw import DrawOptions, draw_detections
 __all__ = [
     "TABLE_COLUMNS",
     "Prediction",
-    "VideoWriter",
     "frame_count",
     "is_video_file",
     "predict",
@@ -49,6 +47,7 @@ __all__ = [
     "read_frames",
     "write_coco",
     "write_csv",
+    "write_video",
     "write_yolo",
 ]
 
@@ -111,53 +110,35 @@ def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
         )
 
 
-class VideoWriter:
-    """Writes an .mp4 under its final name once it is complete; writes nothing where ``path`` is None.
+@contextlib.contextmanager
+def write_video(path: Path, *, like: Path) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
+    """Write an .mp4 under its final name once it is complete, with the frame rate of the video ``like``.
 
-    ``like`` is the video whose frame rate it takes.
+    Yields what appends a frame (h, w, 3) uint8 RGB; one of another size than the first is scaled to it.
+
+    Raises:
+        ConfigError: this OpenCV cannot write .mp4.
     """
+    with _opened(like) as capture:
+        rate = capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_RATE
+    writer, size = cv2.VideoWriter(), (0, 0)
 
-    def __init__(self, path: Path | None, *, like: Path) -> None:
-        self._path = path
-        self._like = like
-        self._stack = contextlib.ExitStack()
-        self._temporary: Path | None = None
-        self._writer: Any = None
-        self._size = (0, 0)  # width, height
+    with atomic_file(path) as temporary:
 
-    def __enter__(self) -> VideoWriter:
-        if self._path is not None:
-            self._temporary = self._stack.enter_context(atomic_file(self._path))
-        return self
+        def write(image: NDArray[np.uint8]) -> None:
+            nonlocal size
+            if not writer.isOpened():
+                size = image.shape[1], image.shape[0]
+                if not writer.open(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size):
+                    raise ConfigError(f"OpenCV cannot write '{path}'.", hint="use an OpenCV that was built with FFmpeg")
+            if size != (image.shape[1], image.shape[0]):  # OpenCV would leave it out.
+                image = cv2.resize(image, size)
+            writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            self._writer.release()
-        self._stack.__exit__(kind, error, trace)
-
-    def write(self, image: NDArray[np.uint8]) -> None:
-        """Append a frame (h, w, 3) uint8 RGB; one of another size than the first is scaled to it.
-
-        Raises:
-            ConfigError: this OpenCV cannot write .mp4.
-        """
-        if self._writer is None:
-            self._size = image.shape[1], image.shape[0]
-            self._writer = self._open(*self._size)
-        if self._size != (image.shape[1], image.shape[0]):  # OpenCV would leave it out.
-            image = cv2.resize(image, self._size)
-        self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-
-    def _open(self, width: int, height: int) -> Any:
-        with _opened(self._like) as capture:
-            rate = capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_RATE
-        code = cv2.VideoWriter_fourcc(*"mp4v")
-        writer = cv2.VideoWriter(str(self._temporary), code, rate, (width, height))
-        if not writer.isOpened():
-            raise ConfigError(f"OpenCV cannot write '{self._path}'.", hint="use an OpenCV that was built with FFmpeg")
-        return writer
+        try:
+            yield write
+        finally:
+            writer.release()
 
 
 @contextlib.contextmanager
@@ -360,12 +341,7 @@ class _Copies:
 
 
 def _predict_images(
-    detector: Detector,
-    paths: Sequence[Path],
-    *,
-    copies: _Copies,
-    unread: list[ImageError],
-    progress: ProgressFn,
+    detector: Detector, paths: Sequence[Path], *, copies: _Copies, unread: list[ImageError], progress: ProgressFn
 ) -> Iterator[Prediction]:
     """In batches; the errors of images that cannot be read are put into ``unread``."""
 
@@ -400,11 +376,11 @@ def _predict_video(
     with contextlib.ExitStack() as stack:
         try:
             copy, announced = copies.path(video), frame_count(video)
-            writer = stack.enter_context(VideoWriter(copy, like=video))
+            write = stack.enter_context(write_video(copy, like=video)) if copy else None
             for index, frame in enumerate(read_frames(video)):
                 detections = detector.detect(frame)
-                if copy is not None:
-                    writer.write(copies.draw(frame, detections))
+                if write:
+                    write(copies.draw(frame, detections))
                 yield Prediction(
                     source=video,
                     frame=index,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -305,9 +305,8 @@ def _connection(source: str, *, read: Callable[[Path], NDArray[np.uint8]]) -> Ca
 
 
 def _captured(source: str | int, backend: int) -> Iterator[_Frame]:
-    limits = [] if backend != cv2.CAP_FFMPEG else [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _TIMEOUT_MS]
-    limits += [] if backend != cv2.CAP_FFMPEG else [cv2.CAP_PROP_READ_TIMEOUT_MSEC, _TIMEOUT_MS]
-    capture = cv2.VideoCapture(source, backend, limits)
+    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, _TIMEOUT_MS]
+    capture = cv2.VideoCapture(source, backend, limits if backend == cv2.CAP_FFMPEG else [])
     try:
         if not capture.isOpened():
             raise ImageError("it cannot be opened")
@@ -315,14 +314,9 @@ def _captured(source: str | int, backend: int) -> Iterator[_Frame]:
             read, frame = capture.read()
             if not read:
                 return
-            yield lambda frame=frame: _rgb(frame)  # type: ignore[misc]  # binds this frame
+            yield lambda frame=frame: cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)  # type: ignore[misc]  # binds this frame
     finally:
         capture.release()
-
-
-def _rgb(frame: Any) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-    return pixels
 
 
 def _arriving(folder: Path, read: Callable[[Path], NDArray[np.uint8]]) -> Iterator[_Frame]:

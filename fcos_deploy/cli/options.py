@@ -29,88 +29,11 @@ from fcos_deploy.core.trust import Trust
 if TYPE_CHECKING:
     from fcos_deploy.detector import DetectorSpec
 
-__all__ = [
-    "GATE",
-    "OUTPUT",
-    "RUNTIME",
-    "SERVING",
-    "SHAPES",
-    "STREAM",
-    "TENSORRT",
-    "TRUST",
-    "AllowEngineCode",
-    "AllowFallback",
-    "AllowInconclusive",
-    "Also",
-    "Annotations",
-    "AtPrecision",
-    "AtRecall",
-    "Backend",
-    "Backends",
-    "Bundle",
-    "BundlePrecision",
-    "BundlePrecisions",
-    "CalibrationCount",
-    "Checkpoint",
-    "Compute",
-    "Device",
-    "DeviceRecord",
-    "Graph",
-    "Images",
-    "InstalledLink",
-    "Json",
-    "JudgeBy",
-    "Junit",
-    "Limit",
-    "MaxPrecisionDrop",
-    "MaxRecallDrop",
-    "Model",
-    "Opset",
-    "Reference",
-    "RequireSignature",
-    "Rounds",
-    "RunCode",
-    "Seed",
-    "Server",
-    "Target",
-    "Threads",
-    "checkpoint_options_of",
-    "complete_backend",
-    "complete_target",
-    "detector_specs",
-    "option",
-    "output",
-    "reference_options",
-    "session_options",
-    "with_all_checkpoint_options",
-    "with_common_checkpoint_options",
-    "with_gate_options",
-    "with_parameters",
-    "with_required_signature",
-    "with_server_options",
-    "with_session_options",
-    "with_signature_options",
-    "with_trust_options",
-]
-
 # Titles of the panels in the help of a command, and their order; options without a panel come before them.
-GATE, RUNTIME, SERVING, SHAPES, STREAM, TENSORRT, TRUST, OUTPUT = (
-    *("Gate", "Runtime", "Serving", "Shapes", "Stream", "TensorRT", "Trust", "Output"),
-)
-_PANELS = (
-    None,
-    GATE,
-    RUNTIME,
-    SERVING,
-    SHAPES,
-    STREAM,
-    TENSORRT,
-    "Checkpoint",
-    "Preprocessing",
-    "Detection",
-    TRUST,
-    OUTPUT,
-)
+_OF_A_RUN, _OF_ANY = ("Gate", "Runtime", "Serving", "Shapes", "Stream", "TensorRT"), ("Trust", "Output")
+GATE, RUNTIME, SERVING, SHAPES, STREAM, TENSORRT = _OF_A_RUN
+TRUST, OUTPUT = _OF_ANY
+_PANELS = (None, *_OF_A_RUN, "Checkpoint", "Preprocessing", "Detection", *_OF_ANY)
 
 
 def option(help: str, *flags: str, panel: str | None = None, **more: Any) -> Any:  # noqa: A002  # as in typer.Option
@@ -280,12 +203,6 @@ _MinVersion = Annotated[
 RequireSignature = Annotated[
     bool, option("Restriction to bundles that are signed with a --public-key.", "--require-signature", panel=TRUST)
 ]
-_TrustLocalBuilds = Annotated[
-    bool,
-    option(
-        "Trust in what this user built on this device, beside a signed bundle.", "--trust-local-builds", panel=TRUST
-    ),
-]
 AllowEngineCode = Annotated[
     bool,
     option(
@@ -341,35 +258,85 @@ def _panel(parameter: inspect.Parameter) -> int:
     return _PANELS.index(metadata[0].rich_help_panel) if metadata else 0
 
 
+def _gathering(
+    command: Callable[..., None], options: Mapping[str, tuple[Any, Any]], *, into: str, make: Callable[..., Any]
+) -> Callable[..., None]:
+    """``command`` with these options, by name a type form and a default; it receives what ``make`` makes as ``into``.
+
+    One that the command declares itself it receives as well. Any: each option's own type.
+    """
+    own = inspect.signature(command).parameters
+
+    def gathered(**arguments: Any) -> None:
+        made = make(**{name: arguments[name] for name in options})
+        command(
+            **{name: value for name, value in arguments.items() if name in own or name not in options}, **{into: made}
+        )
+
+    added = [_parameter(name, kind, default) for name, (kind, default) in options.items()]
+    return with_parameters(gathered, command, added, hidden=into)
+
+
+def _parameter(name: str, kind: Any, default: Any = None) -> inspect.Parameter:  # Any: a type form, and a value of it
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+_LOCAL_BUILDS = option(
+    "Trust in what this user built on this device, beside a signed bundle.", "--trust-local-builds", panel=TRUST
+)
+_KEY_OPTIONS: dict[str, tuple[Any, Any]] = {  # Any: type forms and defaults, as below
+    "public_key": (_PublicKeys, None),
+    "expect_name": (_ExpectName, ""),
+    "min_version": (_MinVersion, 0),
+}
+_SIGNATURE_OPTIONS = {"require_signature": (RequireSignature, False), **_KEY_OPTIONS}
+_TRUST_OPTIONS = {**_SIGNATURE_OPTIONS, "trust_local_builds": (Annotated[bool, _LOCAL_BUILDS], False)}
+
+
 def with_trust_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command that opens bundles every option of whom and what to trust; it receives them as ``trust``."""
-    return _with_trust(command, {**_SIGNATURE_OPTIONS, "trust_local_builds": _TrustLocalBuilds})
+    return _gathering(command, _TRUST_OPTIONS, into="trust", make=_trust)
 
 
 def with_signature_options(command: Callable[..., None]) -> Callable[..., None]:
     """The same where local builds have no say, or a say in any case."""
-    return _with_trust(command, _SIGNATURE_OPTIONS)
+    return _gathering(command, _SIGNATURE_OPTIONS, into="trust", make=_trust)
 
 
 def with_required_signature(command: Callable[..., None]) -> Callable[..., None]:
     """The same for a command that does nothing without a key."""
-    options = {name: kind for name, kind in _SIGNATURE_OPTIONS.items() if name != "require_signature"}
-    return _with_trust(command, options)
+    return _gathering(command, _KEY_OPTIONS, into="trust", make=_trust)
 
 
+def _trust(
+    *,
+    public_key: list[str] | None,
+    expect_name: str,
+    min_version: int,
+    require_signature: bool = True,
+    trust_local_builds: bool = False,
+) -> Trust:
+    """What these options ask of a bundle.
+
+    Raises:
+        ConfigError: a signature is required, and there is no key to check it with.
+    """
+    keys: tuple[str, ...] = ()
+    if public_key or require_signature:
+        from fcos_deploy.bundle import required_keys  # which plain files do without
+
+        keys = tuple(str(key) for key in required_keys(tuple(public_key or ()), required=require_signature))
+    return Trust(public_keys=keys, local_builds=trust_local_builds, name=expect_name, min_version=min_version)
+
+
+_PEM = {"metavar": "PEM", "panel": SERVING}
 _SERVER_OPTIONS: dict[str, Any] = {  # Any: type forms; each stands in for FCOS_DEPLOY_ and its name
-    "server_token_file": Annotated[
-        Path | None,
-        option("File with the bearer token for a served model. Default: none.", metavar="FILE", panel=SERVING),
-    ],
-    "server_ca": Annotated[
-        Path | None,
-        option("Authorities of a server's certificate. Default: the system's.", metavar="PEM", panel=SERVING),
-    ],
-    "server_cert": Annotated[
-        Path | None, option("Client certificate for a served model. Default: none.", metavar="PEM", panel=SERVING)
-    ],
-    "server_key": Annotated[Path | None, option("Key of --server-cert. Default: none.", metavar="PEM", panel=SERVING)],
+    "server_token_file": option(
+        "File with the bearer token for a served model. Default: none.", metavar="FILE", panel=SERVING
+    ),
+    "server_ca": option("Authorities of a server's certificate. Default: the system's.", **_PEM),
+    "server_cert": option("Client certificate for a served model. Default: none.", **_PEM),
+    "server_key": option("Key of --server-cert. Default: none.", **_PEM),
 }
 
 
@@ -382,73 +349,17 @@ def with_server_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_server(**arguments: Any) -> None:  # Any: the command's own parameters
         given = {name: arguments.pop(name) for name in _SERVER_OPTIONS}
         variables = {f"FCOS_DEPLOY_{name.upper()}": str(path) for name, path in given.items() if path is not None}
-        before = {name: os.environ.get(name) for name in variables}
+        before = {name: os.environ[name] for name in variables if name in os.environ}
         os.environ.update(variables)
         try:
             command(**arguments)
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            for name in variables:
+                del os.environ[name]
+            os.environ.update(before)
 
-    return with_parameters(with_server, command, [_optional(name, kind) for name, kind in _SERVER_OPTIONS.items()])
-
-
-_SIGNATURE_OPTIONS: dict[str, Any] = {  # Any: type forms
-    "require_signature": RequireSignature,
-    "public_key": _PublicKeys,
-    "expect_name": _ExpectName,
-    "min_version": _MinVersion,
-}
-_NOT_GIVEN: dict[str, Any] = {"public_key": None, "expect_name": "", "min_version": 0}  # Any: each option's own type
-
-
-def _with_trust(command: Callable[..., None], options: Mapping[str, Any]) -> Callable[..., None]:
-    own = inspect.signature(command).parameters
-
-    def with_trust(
-        *,
-        public_key: list[str] | None,
-        expect_name: str,
-        min_version: int,
-        require_signature: bool = True,
-        trust_local_builds: bool = False,
-        **arguments: Any,  # Any: the command's own parameters
-    ) -> None:
-        if "require_signature" in own:
-            arguments["require_signature"] = require_signature
-        trust = Trust(
-            public_keys=_trusted_keys(public_key, required=require_signature),
-            local_builds=trust_local_builds,
-            name=expect_name,
-            min_version=min_version,
-        )
-        command(**arguments, trust=trust)
-
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_NOT_GIVEN.get(name, False), annotation=kind)
-        for name, kind in options.items()
-    ]
-    return with_parameters(with_trust, command, added, hidden="trust")
-
-
-def with_gate_options(*limits: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command these limits and what judges them; it receives them as ``gate``."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def with_gate(*, judge: Judge, **arguments: Any) -> None:  # Any: each parameter's own type
-            chosen = {name: arguments.pop(name) for name in limits}
-            command(**arguments, gate=Gate(**chosen, judge=judge))
-
-        added = [_optional(name, _LIMITS[name]) for name in limits]
-        judged_by = inspect.Parameter(
-            "judge", inspect.Parameter.KEYWORD_ONLY, default=Judge.INTERVAL, annotation=JudgeBy
-        )
-        return with_parameters(with_gate, command, [*added, judged_by], hidden="gate")
-
-    return decorate
+    added = [_parameter(name, Annotated[Path | None, info]) for name, info in _SERVER_OPTIONS.items()]
+    return with_parameters(with_server, command, added)
 
 
 _LIMITS: dict[str, Any] = {  # Any: type forms
@@ -460,24 +371,10 @@ _LIMITS: dict[str, Any] = {  # Any: type forms
 }
 
 
-def with_session_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command these options of a runtime, and those of trust; it receives them as ``session``."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def with_session(*, trust: Trust, **arguments: Any) -> None:  # Any: each parameter's own type
-            chosen = {name: arguments.pop(name) for name in names}
-            command(**arguments, session=SessionOptions(**chosen).trusting(trust))
-
-        default = SessionOptions()
-        added = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=getattr(default, name), annotation=_SESSION_OPTIONS[name]
-            )
-            for name in names
-        ]
-        return with_trust_options(with_parameters(with_session, command, added, hidden="session"))
-
-    return decorate
+def with_gate_options(*limits: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these limits and what judges them; it receives them as ``gate``."""
+    options = {**{name: (_LIMITS[name], None) for name in limits}, "judge": (JudgeBy, Judge.INTERVAL)}
+    return functools.partial(_gathering, options=options, into="gate", make=Gate)
 
 
 _SESSION_OPTIONS: dict[str, Any] = {  # Any: type forms
@@ -488,6 +385,18 @@ _SESSION_OPTIONS: dict[str, Any] = {  # Any: type forms
     "allow_fallback": AllowFallback,
     "allow_engine_code": AllowEngineCode,
 }
+
+
+def with_session_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these options of a runtime, and those of trust; it receives them as ``session``."""
+    default = SessionOptions()
+    own = {name: (_SESSION_OPTIONS[name], getattr(default, name)) for name in names}
+
+    def session(**values: Any) -> SessionOptions:  # Any: each option's own type
+        trust = _trust(**{name: values.pop(name) for name in _TRUST_OPTIONS})
+        return SessionOptions(**values).trusting(trust)
+
+    return functools.partial(_gathering, options={**own, **_TRUST_OPTIONS}, into="session", make=session)
 
 
 def with_all_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -501,23 +410,31 @@ def with_common_checkpoint_options(command: Callable[..., None]) -> Callable[...
 
 
 def _with_checkpoint_options(command: Callable[..., None], infos: Mapping[str, OptionInfo]) -> Callable[..., None]:
-    # An option that the command declares itself keeps the command's meaning.
-    infos = {name: info for name, info in infos.items() if name not in inspect.signature(command).parameters}
     types = typing.get_type_hints(CheckpointOptions)
-    parameters = [_parameter(name, info, types[name]) for name, info in infos.items()]
+    options: dict[str, tuple[Any, Any]] = {}  # Any: type forms and defaults
+    for name, info in infos.items():
+        if name in inspect.signature(command).parameters:
+            continue  # What the command declares itself keeps the command's meaning.
+        flags = [info.flags] if info.flags else []
+        kind = types[name]
+        if info.parse is not None or kind is str:
+            kind = Path | None if info.is_file else str | None
+        shown = typer.Option(*flags, metavar=info.metavar or None, help=info.help, rich_help_panel=info.panel)
+        options[name] = (Annotated[kind, shown], None)
     file = typer.Option(
         metavar="FILE",
         help="TOML file of checkpoint options, as 'fcos-deploy inspect --write-options' writes it; "
         "options of the command line override it.",
         rich_help_panel="Checkpoint",
     )
-    parameters.append(_optional("checkpoint_options", Annotated[Path | None, file]))
+    options["checkpoint_options"] = (Annotated[Path | None, file], None)
 
-    def with_options(*, checkpoint_options: Path | None, **arguments: Any) -> None:  # Any: each option's own type
-        texts = {name: arguments.pop(name) for name in infos}
-        command(**arguments, options=checkpoint_options_of(texts, file=checkpoint_options))
+    def checkpoint(
+        *, checkpoint_options: Path | None, **texts: Any
+    ) -> CheckpointOptions:  # Any: each option's own type
+        return checkpoint_options_of(texts, file=checkpoint_options)
 
-    return with_parameters(with_options, command, parameters, hidden="options")
+    return _gathering(command, options, into="options", make=checkpoint)
 
 
 def checkpoint_options_of(texts: Mapping[str, Any], *, file: Path | None) -> CheckpointOptions:
@@ -534,18 +451,6 @@ def checkpoint_options_of(texts: Mapping[str, Any], *, file: Path | None) -> Che
     }
     stated = read_checkpoint_options(file) if file else CheckpointOptions()
     return override_options(stated, given)
-
-
-def _parameter(name: str, info: OptionInfo, kind: Any) -> inspect.Parameter:  # Any: a type form such as ``int | None``
-    flags = [info.flags] if info.flags else []
-    option = typer.Option(*flags, metavar=info.metavar or None, help=info.help, rich_help_panel=info.panel)
-    if info.parse is not None or kind is str:
-        kind = Path | None if info.is_file else str | None
-    return _optional(name, Annotated[kind, option])
-
-
-def _optional(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def session_options(
@@ -575,19 +480,6 @@ def detector_specs(
         for backend in backends or [""]
         for precision in chosen
     )
-
-
-def _trusted_keys(public_key: list[str] | None, *, required: bool) -> tuple[str, ...]:
-    """The keys of which one must have signed a bundle; none when none is given.
-
-    Raises:
-        ConfigError: a signature is required, and there is no key to check it with.
-    """
-    if not public_key and not required:
-        return ()  # Before the bundle package is imported, which plain files do without.
-    from fcos_deploy.bundle import required_keys
-
-    return tuple(str(key) for key in required_keys(tuple(public_key or ()), required=required))
 
 
 def reference_options(session: SessionOptions) -> SessionOptions:

@@ -30,17 +30,6 @@ from rich.text import Text
 from fcos_deploy.core.errors import ConfigError, printable
 from fcos_deploy.core.progress import ProgressFn
 
-__all__ = [
-    "note",
-    "note_placements",
-    "print_json",
-    "print_json_line",
-    "progress_bar",
-    "show_error",
-    "table",
-    "verbosity",
-]
-
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
 _SHORT = 1.0  # seconds of a stage that leaves no line in a log

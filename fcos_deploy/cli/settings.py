@@ -23,21 +23,6 @@ from fcos_deploy.core.checkpoint_options import read_options_file, replaced_fiel
 from fcos_deploy.core.errors import ConfigError, brief
 from fcos_deploy.core.serialize import toml_value
 
-__all__ = [
-    "PROJECT_FILE",
-    "Setting",
-    "command_line",
-    "option_name",
-    "origins",
-    "project_text",
-    "read_settings",
-    "refuse_mistyped_variables",
-    "settings_in_force",
-    "show_settings",
-    "typed_name",
-    "variable_names",
-]
-
 PROJECT_FILE = "fcos-deploy.toml"
 _PREFIX = "FCOS_DEPLOY_"
 _OWN_VARIABLES = frozenset({"CACHE", "STATE"})  # these name folders of the product, whatever the command

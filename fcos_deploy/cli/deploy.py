@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.output import conclude, note, print_json, progress_bar, table
 from fcos_deploy.cli.settings import PROJECT_FILE, command_line, option_name, project_text, typed_name
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, option_infos
 from fcos_deploy.core.enums import Precision, Tail
@@ -209,8 +209,6 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
     Raises:
         InconclusiveError: the bundle was made, but its images cannot decide a limit, and that was not allowed.
     """
-    from fcos_deploy.accuracy.gate import require_all, verdict_line
-
     verdicts = deployment.evaluations.verdicts
     rows = [_row(deployment, index) for index in range(len(deployment.rows))]
     annotated = deployment.evaluations.dataset.annotated
@@ -240,8 +238,6 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
         note("No annotations: AP is agreement with the reference's own detections, and what agrees has the limit.")
     for finding in deployment.findings:
         note(finding.line)
-    for verdict in verdicts:
-        note(verdict_line(verdict))
     if as_json:
         content = {
             "bundle": str(deployment.bundle),
@@ -253,7 +249,7 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
         print_json(
             {**content, "variants": rows, "verdicts": to_json(verdicts), "findings": to_json(deployment.findings)}
         )
-    require_all(verdicts, allow_inconclusive=allow_inconclusive)
+    conclude(verdicts, allow_inconclusive=allow_inconclusive)
 
 
 def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a number or None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, note_placements, print_json, progress_bar, table
+from fcos_deploy.cli.output import conclude, note, note_placements, print_json, progress_bar, show_accuracy, table
 from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
@@ -18,7 +17,6 @@ from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.gate import Gate
 
 if TYPE_CHECKING:
-    from fcos_deploy.accuracy.gate import Verdict
     from fcos_deploy.detector import DetectorSpec
 
 __all__ = ["compare_command", "evaluate_command", "parity_command"]
@@ -61,14 +59,11 @@ def evaluate_command(
     """
     from fcos_deploy.accuracy.evaluate import (
         CURVE_COLUMNS,
-        TABLE_COLUMNS,
         EvaluationRequest,
         curve_rows,
         evaluate,
         evaluation_json,
-        evaluation_row,
     )
-    from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
     from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, OperatingGoal, operating_rows
     from fcos_deploy.core.serialize import to_json
     from fcos_deploy.detector import DetectorSpec
@@ -92,7 +87,7 @@ def evaluate_command(
     shown = [*([result.reference] if result.reference else []), *result.candidates]
     for finding in result.dataset.findings:
         note(finding.line)
-    table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in shown])
+    show_accuracy(shown)
     note_placements(evaluation.run.description for evaluation in shown)
     for evaluation in shown:
         if evaluation.operating_points:
@@ -103,11 +98,7 @@ def evaluate_command(
         findings = to_json(result.dataset.findings)
         documents = [{**evaluation_json(evaluation), "findings": findings} for evaluation in result.candidates]
         print_json(documents[0] if len(documents) == 1 else documents)
-    if junit is not None:
-        write_junit(junit, result.verdicts, suite="fcos-deploy evaluate", allow_inconclusive=allow_inconclusive)
-    for verdict in result.verdicts:
-        note(verdict_line(verdict))
-    require_all(result.verdicts, allow_inconclusive=allow_inconclusive)
+    conclude(result.verdicts, allow_inconclusive=allow_inconclusive, junit=junit, command="evaluate")
 
 
 @cli.with_common_checkpoint_options
@@ -153,7 +144,7 @@ def compare_command(
     Checkpoint options apply to the models that are checkpoints. Exit code 4: a limit does not hold, or the
     data cannot decide it.
     """
-    from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_json, evaluation_row
+    from fcos_deploy.accuracy.evaluate import evaluation_json
     from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
@@ -172,8 +163,7 @@ def compare_command(
     if images is None:
         if annotations is not None or report is not None:
             raise ConfigError("--annotations and --report need images.", hint="give --images DIR")
-        verdicts = _compare_bundles(reference, candidate, gate=gate, as_json=as_json)
-        _conclude(verdicts, allow_inconclusive=allow_inconclusive)
+        _compare_bundles(reference, candidate, gate=gate, as_json=as_json, allow_inconclusive=allow_inconclusive)
         return
     request = ComparisonRequest(
         reference=reference,
@@ -187,7 +177,7 @@ def compare_command(
     )
     with progress_bar() as progress:
         comparison = compare_models(request, progress=progress)
-    table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in comparison.all])
+    show_accuracy(comparison.all)
     if comparison.benchmark is not None:
         table("Speed", run.TABLE_COLUMNS, [run.result_row(measured) for measured in comparison.benchmark.results])
     if as_json:
@@ -197,18 +187,12 @@ def compare_command(
         title = f"{second.name} against {first.name}"
         write_report(comparison_report(comparison, title=title, command=command_line()), report)
         note(f"wrote {report}")
-    _conclude(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
+    conclude(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
 
 
-def _conclude(verdicts: Sequence[Verdict], *, allow_inconclusive: bool) -> None:
-    from fcos_deploy.accuracy.gate import require_all, verdict_line
-
-    for verdict in verdicts:
-        note(verdict_line(verdict))
-    require_all(verdicts, allow_inconclusive=allow_inconclusive)
-
-
-def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_json: bool) -> tuple[Verdict, ...]:
+def _compare_bundles(
+    first: DetectorSpec, second: DetectorSpec, *, gate: Gate, as_json: bool, allow_inconclusive: bool
+) -> None:
     from fcos_deploy.accuracy import bundle_comparison as bundles
 
     with progress_bar() as progress:
@@ -225,7 +209,7 @@ def _compare_bundles(first: DetectorSpec, second: DetectorSpec, *, gate: Gate, a
     )
     if as_json:
         print_json(bundles.bundles_json(comparison))
-    return comparison.verdicts
+    conclude(comparison.verdicts, allow_inconclusive=allow_inconclusive)
 
 
 @cli.with_common_checkpoint_options

@@ -268,10 +268,9 @@ def _gathering(
     own = inspect.signature(command).parameters
 
     def gathered(**arguments: Any) -> None:
-        made = make(**{name: arguments[name] for name in options})
-        command(
-            **{name: value for name, value in arguments.items() if name in own or name not in options}, **{into: made}
-        )
+        value = make(**{name: arguments[name] for name in options})
+        rest = {name: argument for name, argument in arguments.items() if name in own or name not in options}
+        command(**rest, **{into: value})
 
     added = [_parameter(name, kind, default) for name, (kind, default) in options.items()]
     return with_parameters(gathered, command, added, hidden=into)

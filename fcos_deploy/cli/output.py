@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -29,6 +30,10 @@ from rich.text import Text
 
 from fcos_deploy.core.errors import ConfigError, printable
 from fcos_deploy.core.progress import ProgressFn
+
+if TYPE_CHECKING:
+    from fcos_deploy.accuracy.evaluate import Evaluation
+    from fcos_deploy.accuracy.gate import Verdict
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
@@ -97,6 +102,30 @@ def note_placements(descriptions: Iterable[Mapping[str, str]]) -> None:
     for backend, placement in ran:
         if advice := get_backend(backend).placement_advice(placement):
             note(advice)
+
+
+def show_accuracy(evaluations: Sequence[Evaluation]) -> None:
+    """A table with a row for each model that was evaluated."""
+    from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_row
+
+    table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in evaluations])
+
+
+def conclude(
+    verdicts: Sequence[Verdict], *, allow_inconclusive: bool, junit: Path | None = None, command: str = ""
+) -> None:
+    """A line for each verdict, and with ``junit`` a file of what ``command`` came to; then what did not pass is raised.
+
+    Raises:
+        AccuracyGateError, InconclusiveError: as ``require_all``.
+    """
+    from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
+
+    if junit is not None:
+        write_junit(junit, verdicts, suite=f"fcos-deploy {command}", allow_inconclusive=allow_inconclusive)
+    for verdict in verdicts:
+        note(verdict_line(verdict))
+    require_all(verdicts, allow_inconclusive=allow_inconclusive)
 
 
 def show_error(message: str, *, hint: str, origin: str = "") -> None:
@@ -178,13 +207,8 @@ def progress_bar() -> Iterator[ProgressFn]:
         def report(label: str, done: int, total: int) -> None:
             stage = stages.get(label)
             if stage is None or done < stage.done:  # A stage that begins anew, such as a model's second evaluation.
-                bar = (
-                    progress.add_task(printable(label), total=total or None, completed=done)
-                    if stage is None
-                    else stage.bar
-                )
-                if stage is not None:
-                    progress.reset(bar, total=total or None, completed=done)
+                bar = stage.bar if stage else progress.add_task(printable(label))
+                progress.reset(bar, total=total or None, completed=done)
                 stage = stages[label] = _Stage(bar, time.monotonic(), done, done)
                 _LOG.info("%s", label)
             stage.done = done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,12 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, progress_bar, table
+from fcos_deploy.cli.output import conclude, note, progress_bar, show_accuracy, table
 from fcos_deploy.cli.settings import command_line
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.errors import AccuracyGateError, BundleError, ConfigError, InconclusiveError
+from fcos_deploy.core.gate import Gate, Outcome, overall_outcome
 from fcos_deploy.core.trust import Trust
 
 __all__ = ["report_command"]
@@ -79,12 +81,9 @@ def report_command(
     Checkpoint options apply to the models that are checkpoints. The report is written in any case; exit code 4: a limit
     does not hold, or the data cannot decide it.
     """
-    from fcos_deploy.accuracy.evaluate import TABLE_COLUMNS, evaluation_row
-    from fcos_deploy.accuracy.gate import require_all, verdict_line
     from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.bundle.store import is_bundle
-    from fcos_deploy.core.backend import SessionOptions
     from fcos_deploy.detector import DetectorSpec
     from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
@@ -134,13 +133,11 @@ def report_command(
     )
     with progress_bar() as progress:
         comparison = compare_models(request, progress=progress)
-    table("Accuracy", TABLE_COLUMNS, [evaluation_row(evaluation) for evaluation in comparison.all])
+    show_accuracy(comparison.all)
     title = title or f"{model.name} against {reference.name}"
     for path in write_report(comparison_report(comparison, title=title, command=command_line()), output):
         note(f"wrote {path}")
-    for verdict in comparison.evaluations.verdicts:
-        note(verdict_line(verdict))
-    require_all(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
+    conclude(comparison.evaluations.verdicts, allow_inconclusive=allow_inconclusive)
 
 
 def _side_by_side(bundles: list[Path], *, measured: bool, trust: Trust, output: Path, title: str) -> None:
@@ -167,9 +164,7 @@ def _recorded(bundle: Path, *, trust: Trust, output: Path, inconclusive: bool) -
     """The report that the bundle holds, after the bundle was checked, and its verdicts."""
     from fcos_deploy.accuracy.evaluate import size_cell
     from fcos_deploy.bundle import open_trusted
-    from fcos_deploy.core.errors import AccuracyGateError, BundleError, InconclusiveError
     from fcos_deploy.core.files import write_text
-    from fcos_deploy.core.gate import Outcome
 
     with open_trusted(bundle, trust) as opened:
         figures = opened.manifest.accuracy
@@ -191,13 +186,21 @@ def _recorded(bundle: Path, *, trust: Trust, output: Path, inconclusive: bool) -
     for suffix, text in texts.items():
         write_text(output.with_suffix(suffix), text)
         note(f"wrote {output.with_suffix(suffix)}")
-    outcomes = {figure.outcome for figure in figures}
-    if Outcome.FAILED in outcomes:
-        raise AccuracyGateError("A limit did not hold where the bundle was made.", hint=f"see '{output}'")
-    if Outcome.INCONCLUSIVE in outcomes and not inconclusive:
-        raise InconclusiveError(
-            "Where the bundle was made the images could not decide a limit.", hint=f"see '{output}'"
-        )
+    problems = {
+        Outcome.FAILED: "A limit did not hold where the bundle was made.",
+        Outcome.INCONCLUSIVE: "Where the bundle was made the images could not decide a limit.",
+    }
+    outcome = overall_outcome(figure.outcome for figure in figures if figure.outcome)
+    _require_passed(outcome, problems, output=output, inconclusive=inconclusive)
+
+
+def _require_passed(
+    outcome: Outcome | None, problems: Mapping[Outcome, str], *, output: Path, inconclusive: bool
+) -> None:
+    if outcome is Outcome.FAILED:
+        raise AccuracyGateError(problems[outcome], hint=f"see '{output}'")
+    if outcome is Outcome.INCONCLUSIVE and not inconclusive:
+        raise InconclusiveError(problems[outcome], hint=f"see '{output}'")
 
 
 def _sign_off(
@@ -212,15 +215,14 @@ def _sign_off(
     """The page of a bundle's device records; with ``keys`` one of them must have signed each record."""
     from fcos_deploy.accuracy.verify import read_records
     from fcos_deploy.bundle import open_trusted
-    from fcos_deploy.core.errors import AccuracyGateError, InconclusiveError
-    from fcos_deploy.core.gate import Outcome
     from fcos_deploy.report.render import write_sign_off
 
     with open_trusted(bundle, trust) as opened:
         paths, outcome = write_sign_off(opened, read_records(records, bundle=opened, public_keys=keys), output)
     for path in paths:
         note(f"wrote {path}")
-    if outcome is Outcome.FAILED:
-        raise AccuracyGateError("A device does not give the certified detections.", hint=f"see '{output}'")
-    if outcome is Outcome.INCONCLUSIVE and not inconclusive:
-        raise InconclusiveError("A device's golden images cannot decide it.", hint=f"see '{output}'")
+    problems = {
+        Outcome.FAILED: "A device does not give the certified detections.",
+        Outcome.INCONCLUSIVE: "A device's golden images cannot decide it.",
+    }
+    _require_passed(outcome, problems, output=output, inconclusive=inconclusive)

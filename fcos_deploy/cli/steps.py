@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.output import conclude, note, print_json, progress_bar, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
@@ -216,8 +216,6 @@ def quantize_command(
     from calibration.placement import open_graph, placement_for
     from calibration.quantizers import QuantizeRequest
     from calibration.ranges import range_method
-    from fcos_deploy.accuracy.gate import require_all, verdict_line, write_junit
-    from fcos_deploy.core.serialize import to_json
     from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
 
     ranges = load_calibration(calibration) if calibration else None
@@ -251,11 +249,7 @@ def quantize_command(
     if as_json:
         files = [str(file) for file in result.files]
         print_json({"files": files, "record": dict(result.record), "verdicts": to_json(verdicts)})
-    if junit is not None:
-        write_junit(junit, verdicts, suite="fcos-deploy quantize", allow_inconclusive=allow_inconclusive)
-    for verdict in verdicts:
-        note(verdict_line(verdict))
-    require_all(verdicts, allow_inconclusive=allow_inconclusive)
+    conclude(verdicts, allow_inconclusive=allow_inconclusive, junit=junit, command="quantize")
 
 
 @cli.with_signature_options

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fcos_deploy.cli import options as cli
-from fcos_deploy.cli.output import note, print_json, progress_bar, table
+from fcos_deploy.cli.output import conclude, note, print_json, progress_bar, table
 from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
@@ -190,7 +190,6 @@ def _show(tuning: Tuning, output: Path, *, as_json: bool, allow_inconclusive: bo
         BudgetError: nothing keeps the limits.
         InconclusiveError: the images cannot decide a limit, and that was not allowed.
     """
-    from fcos_deploy.accuracy.gate import require_all, verdict_line
     from fcos_deploy.report.tuning import tuning_rows, write_tuning_report
 
     table(tuning.data.title, *tuning_rows(tuning.data))
@@ -202,8 +201,6 @@ def _show(tuning: Tuning, output: Path, *, as_json: bool, allow_inconclusive: bo
         note(f"no page with the plot: {error.message} {error.hint}")
     # The same artifact in bf16, which comes behind it, is in the bundle's report and was not chosen.
     verdicts = tuning.verdicts + (tuning.deployment.evaluations.candidates[0].verdicts if tuning.deployment else ())
-    for verdict in verdicts:
-        note(verdict_line(verdict))
     if tuning.deployment is not None:
         note(f"bundle: {tuning.deployment.bundle} ({tuning.seconds:.0f} s in all)")
     if as_json:
@@ -217,4 +214,4 @@ def _show(tuning: Tuning, output: Path, *, as_json: bool, allow_inconclusive: bo
         )
     if tuning.failure is not None:
         raise tuning.failure
-    require_all(verdicts, allow_inconclusive=allow_inconclusive)
+    conclude(verdicts, allow_inconclusive=allow_inconclusive)

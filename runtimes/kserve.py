@@ -18,7 +18,7 @@ import socket
 import ssl
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,27 +39,17 @@ __all__ = ["BACKEND", "RemoteModel", "write_remote_model"]
 grpc = lazy_import("tritonclient.grpc", extra="serving")
 grpc_utils = lazy_import("tritonclient.utils", extra="serving")
 
-
 # The protocol's names and NumPy's.
+_INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 DATATYPES: dict[str, str] = {
-    "BOOL": "bool",
-    "UINT8": "uint8",
-    "UINT16": "uint16",
-    "UINT32": "uint32",
-    "UINT64": "uint64",
-    "INT8": "int8",
-    "INT16": "int16",
-    "INT32": "int32",
-    "INT64": "int64",
-    "FP16": "float16",
-    "FP32": "float32",
-    "FP64": "float64",
+    **{name.upper(): name for name in _INTEGERS},
+    **{f"FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 _PATH = re.compile(r"(?:/v2/models)?/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/?")
 _PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}
 _TLS = frozenset({"https", "grpcs"})
-_MAX_DESCRIPTION = 4 << 20  # bytes of an answer about a server or a model
+_MAX_DESCRIPTION = 4 << 20  # bytes of what describes a server or a model
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _BINARY = "binary_tensor_data"  # the protocol extension, as servers announce it
 _MAX_ANSWER = 256 << 20  # bytes: raw outputs of 33 images of 800x1333 with 80 classes
@@ -180,20 +170,20 @@ class ModelMetadata:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @staticmethod
+    def of_answers(server: dict[str, Any], model: dict[str, Any]) -> ModelMetadata:  # Any: whatever the server sent
+        """From the server's answers about itself and about a model.
 
-def model_metadata(server: dict[str, Any], model: dict[str, Any]) -> ModelMetadata:
-    """From the server's answers about itself and about a model.
-
-    Raises:
-        BackendLoadError: the tensors are not described as the protocol says.
-    """
-    return ModelMetadata(
-        server=f"{server.get('name', '?')} {server.get('version', '')}".strip(),
-        platform=str(model.get("platform", "")),
-        versions=tuple(map(str, model.get("versions") or ())),
-        inputs=_tensor_specs(model.get("inputs"), where="inputs"),
-        outputs=_tensor_specs(model.get("outputs"), where="outputs"),
-    )
+        Raises:
+            BackendLoadError: the tensors are not described as the protocol says.
+        """
+        return ModelMetadata(
+            server=f"{server.get('name', '?')} {server.get('version', '')}".strip(),
+            platform=str(model.get("platform", "")),
+            versions=tuple(map(str, model.get("versions") or ())),
+            inputs=_tensor_specs(model.get("inputs"), where="inputs"),
+            outputs=_tensor_specs(model.get("outputs"), where="outputs"),
+        )
 
 
 def _tensor_specs(tensors: Any, *, where: str) -> tuple[TensorSpec, ...]:  # Any: whatever the server sent
@@ -217,6 +207,11 @@ def _tensor_specs(tensors: Any, *, where: str) -> tuple[TensorSpec, ...]:  # Any
 class Client(ABC):
     """A connection to one model; ``infer`` may be called from several threads at a time."""
 
+    def __init__(self, address: ModelAddress, *, timeout: float) -> None:
+        self._address = address
+        self._timeout = timeout
+        self._credentials = Credentials.of_environment(address)
+
     @abstractmethod
     def metadata(self) -> ModelMetadata:
         """Ask the server for the model.
@@ -238,30 +233,33 @@ class Client(ABC):
     def close(self) -> None:
         """Close the connections."""
 
+    def _no_answer(self, reason: str) -> DeviceError:
+        place = f"{self._address.host}:{self._address.port}"
+        return DeviceError(f"The server at {place} does not answer: {reason}.", hint="start it, or correct the address")
 
-def _no_answer(address: ModelAddress, reason: str) -> DeviceError:
-    return DeviceError(
-        f"The server at {address.host}:{address.port} does not answer: {reason}.",
-        hint="start it, or correct the address",
-    )
+    def _not_served(self, reason: str) -> BackendLoadError:
+        address = self._address
+        return BackendLoadError(
+            f"The server at {address.host}:{address.port} does not serve '{address.model}': {reason}.",
+            hint="look at the names of its models, and at its log",
+        )
 
+    def _too_slow(self) -> BackendError:
+        return BackendError(
+            f"The server did not answer within {self._timeout:g} s.", hint="is it overloaded? raise timeout_s"
+        )
 
-def _not_served(address: ModelAddress, reason: str) -> BackendLoadError:
-    return BackendLoadError(
-        f"The server at {address.host}:{address.port} does not serve '{address.model}': {reason}.",
-        hint="look at the names of its models, and at its log",
-    )
+    def _connection_lost(self, reason: str) -> BackendError:
+        return BackendError(
+            f"The connection to {self._address} was lost: {reason}.",
+            hint="the next request connects again; check that the server runs",
+        )
 
+    def _refused(self, reason: str, *, status: str) -> BackendError:
+        return BackendError(f"The server refused the request: {reason} ({status}).")
 
-def _too_slow(seconds: float) -> BackendError:
-    return BackendError(f"The server did not answer within {seconds:g} s.", hint="is it overloaded? raise timeout_s")
-
-
-def _connection_lost(address: ModelAddress, reason: str) -> BackendError:
-    return BackendError(
-        f"The connection to {address} was lost: {reason}.",
-        hint="the next request connects again; check that the server runs",
-    )
+    def _not_understood(self, reason: object) -> BackendError:
+        return BackendError(f"The answer of {self._address} is not understood: {reason}.")
 
 
 class _Answer(Exception):  # noqa: N818  (an HTTP status, raised where it is found and translated by the caller)
@@ -288,10 +286,8 @@ class HttpClient(Client):
     """Keeps one connection a thread; one that the server closed meanwhile is opened again."""
 
     def __init__(self, address: ModelAddress, *, timeout: float) -> None:
-        self._address = address
-        self._credentials = Credentials.of_environment(address)
+        super().__init__(address, timeout=timeout)
         self._context = self._credentials.context() if address.scheme in _TLS else None
-        self._timeout = timeout
         self._local = threading.local()
         self._all: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
@@ -305,30 +301,28 @@ class HttpClient(Client):
             model = self._get(self._path)
             self._get(f"{self._path}/ready")
         except _Answer as answer:
-            raise _not_served(self._address, f"{answer} (HTTP {answer.status})") from answer
+            raise self._not_served(f"{answer} (HTTP {answer.status})") from answer
         except (OSError, http.client.HTTPException) as error:
-            raise _no_answer(self._address, _reason(error)) from error
+            raise self._no_answer(_reason(error)) from error
         extensions = server.get("extensions")
         self._binary = isinstance(extensions, list) and _BINARY in extensions
-        return model_metadata(server, model)
+        return ModelMetadata.of_answers(server, model)
 
     def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
         payload, headers = self._request(feeds, outputs)
         limit = _answer_limit(outputs, batch=len(next(iter(feeds.values()))), binary=self._binary)
         try:
-            content, received = self._exchange(
-                "POST", f"{self._path}/infer", payload=payload, headers=headers, limit=limit
-            )
+            content, received = self._exchange(f"{self._path}/infer", payload=payload, headers=headers, limit=limit)
         except _Answer as answer:
-            raise BackendError(f"The server refused the request: {answer} (HTTP {answer.status}).") from answer
+            raise self._refused(str(answer), status=f"HTTP {answer.status}") from answer
         except TimeoutError as error:
-            raise _too_slow(self._timeout) from error
+            raise self._too_slow() from error
         except (OSError, http.client.HTTPException) as error:
-            raise _connection_lost(self._address, _reason(error)) from error
+            raise self._connection_lost(_reason(error)) from error
         try:
             return _read_outputs(content, received, outputs)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise BackendError(f"The answer of {self._address} is not understood: {error!r}.") from error
+            raise self._not_understood(repr(error)) from error
 
     def _request(self, feeds: Tensors, outputs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, str]]:
         """Payload and headers: JSON, and behind it the tensors' bytes where the server takes them."""
@@ -351,7 +345,7 @@ class HttpClient(Client):
 
     def _get(self, path: str) -> dict[str, Any]:
         """The JSON object at ``path``; empty where the answer is no object."""
-        content, _ = self._exchange("GET", path)
+        content, _ = self._exchange(path)
         try:
             value = parse_json(content or b"{}")
         except ValueError as error:
@@ -360,40 +354,29 @@ class HttpClient(Client):
 
     def _exchange(
         self,
-        method: str,
         path: str,
         *,
         payload: bytes = b"",
         headers: Mapping[str, str] | None = None,
         limit: int = _MAX_DESCRIPTION,
     ) -> tuple[bytes, Mapping[str, str]]:
-        connection, fresh = self._connection()
-        try:
-            return self._send(connection, method, path, payload=payload, headers=headers or {}, limit=limit)
-        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-            connection.close()
-            if fresh:
-                raise
-            # The server closed a kept-alive connection. Inference has no side effects, so ask once more.
-            return self._send(connection, method, path, payload=payload, headers=headers or {}, limit=limit)
-        except (OSError, http.client.HTTPException):
-            connection.close()
-            raise
-
-    def _send(
-        self,
-        connection: http.client.HTTPConnection,
-        method: str,
-        path: str,
-        *,
-        payload: bytes,
-        headers: Mapping[str, str],
-        limit: int,
-    ) -> tuple[bytes, Mapping[str, str]]:
-        with self._deadline(connection):
-            connection.request(method, path, body=payload or None, headers={**headers, **self._credentials.headers})
-            response = connection.getresponse()
-            content = response.read(limit + 1)
+        """Contents and headers of an answer of at most ``limit`` bytes; with a ``payload``, to POST."""
+        connection = self._connection()
+        kept_alive = connection.sock is not None
+        while True:
+            try:
+                with self._deadline(connection):
+                    sent = {**headers, **self._credentials.headers}
+                    connection.request("POST" if payload else "GET", path, body=payload or None, headers=sent)
+                    response = connection.getresponse()
+                    content = response.read(limit + 1)
+                break
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                # The server closes idle connections. Inference has no side effects, so ask once more.
+                if not kept_alive or not isinstance(error, ConnectionError):
+                    raise
+                kept_alive = False
         if len(content) > limit:
             connection.close()
             raise _Answer(response.status, f"the answer is larger than {limit} bytes")
@@ -427,8 +410,8 @@ class HttpClient(Client):
         if expired.is_set():
             raise TimeoutError
 
-    def _connection(self) -> tuple[http.client.HTTPConnection, bool]:
-        """The calling thread's connection, and whether it is not open yet."""
+    def _connection(self) -> http.client.HTTPConnection:
+        """The calling thread's connection, which may not be open yet."""
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
         if connection is None:
             host, port = self._address.host, self._address.port
@@ -439,7 +422,7 @@ class HttpClient(Client):
             self._local.connection = connection
             with self._lock:
                 self._all.append(connection)
-        return connection, connection.sock is None
+        return connection
 
     def close(self) -> None:
         with self._lock:
@@ -495,14 +478,13 @@ class GrpcClient(Client):
     """One channel for all threads; gRPC connects again by itself."""
 
     def __init__(self, address: ModelAddress, *, timeout: float) -> None:
+        super().__init__(address, timeout=timeout)
         self._failure = grpc_utils.InferenceServerException
-        self._address = address
-        self._timeout = timeout
-        credentials = Credentials.of_environment(address)
-        self._headers = {key.lower(): value for key, value in credentials.headers.items()} or None
+        headers = {key.lower(): value for key, value in self._credentials.headers.items()} or None
+        self._options = {"client_timeout": timeout, "headers": headers}  # of every call
         secure = address.scheme in _TLS
         try:
-            files = credentials.files() if secure else {}
+            files = self._credentials.files() if secure else {}
             self._client = grpc.InferenceServerClient(
                 f"{address.host}:{address.port}", ssl=secure, channel_args=_GRPC_OPTIONS, **files
             )
@@ -510,17 +492,15 @@ class GrpcClient(Client):
             raise ConfigError(f"The certificates for the server cannot be used: {error}.") from error
 
     def metadata(self) -> ModelMetadata:
-        address = self._address
+        name, version = self._address.model, self._address.version
         try:
-            server = self._client.get_server_metadata(as_json=True, client_timeout=self._timeout, headers=self._headers)
-            model = self._client.get_model_metadata(
-                address.model, address.version, as_json=True, client_timeout=self._timeout, headers=self._headers
-            )
+            server = self._client.get_server_metadata(as_json=True, **self._options)
+            model = self._client.get_model_metadata(name, version, as_json=True, **self._options)
         except self._failure as error:
             if any(word in str(error.status()) for word in ("UNAVAILABLE", "DEADLINE_EXCEEDED")):
-                raise _no_answer(address, error.message()) from error
-            raise _not_served(address, error.message()) from error
-        return model_metadata(server, model)
+                raise self._no_answer(error.message()) from error
+            raise self._not_served(error.message()) from error
+        return ModelMetadata.of_answers(server, model)
 
     def infer(self, feeds: Tensors, *, outputs: Sequence[TensorSpec]) -> Tensors:
         inputs = []
@@ -529,26 +509,20 @@ class GrpcClient(Client):
             tensor.set_data_from_numpy(array)
             inputs.append(tensor)
         requested = [grpc.InferRequestedOutput(spec.name) for spec in outputs]
+        name, version = self._address.model, self._address.version
         try:
-            answer = self._client.infer(
-                self._address.model,
-                inputs,
-                model_version=self._address.version,
-                outputs=requested,
-                client_timeout=self._timeout,
-                headers=self._headers,
-            )
+            answer = self._client.infer(name, inputs, model_version=version, outputs=requested, **self._options)
         except self._failure as error:
             status = str(error.status())
             if "DEADLINE_EXCEEDED" in status:
-                raise _too_slow(self._timeout) from error
+                raise self._too_slow() from error
             if "UNAVAILABLE" in status:
-                raise _connection_lost(self._address, error.message()) from error
-            raise BackendError(f"The server refused the request: {error.message()} ({status}).") from error
+                raise self._connection_lost(error.message()) from error
+            raise self._refused(error.message(), status=status) from error
         try:
             tensors = {spec.name: answer.as_numpy(spec.name) for spec in outputs}
         except ValueError as error:
-            raise BackendError(f"The answer of {self._address} is not understood: {error}.") from error
+            raise self._not_understood(error) from error
         missing = sorted(name for name, array in tensors.items() if array is None)
         if missing:
             raise BackendError(f"The answer of {self._address} lacks {missing}.")
@@ -558,8 +532,7 @@ class GrpcClient(Client):
         self._client.close()
 
 
-_MAX_BYTES = 4 << 20  # of a description
-_CLIENTS: dict[str, Callable[..., Client]] = {
+_CLIENTS: dict[str, type[Client]] = {
     "http": HttpClient,
     "https": HttpClient,
     "grpc": GrpcClient,
@@ -623,20 +596,21 @@ class _RemoteSession(Session):
 
 def _require_contract(model: RemoteModel, metadata: ModelMetadata) -> None:
     """Raise BackendLoadError when the server's tensors are not those of the contract, a free batch aside."""
-    contract = model.contract
+    hint = "serve the artifact that the description was made from"
+    missing = sorted(set(model.contract.outputs) - {spec.name for spec in metadata.outputs})
+    if missing:
+        outputs = [spec.name for spec in metadata.outputs]
+        raise BackendLoadError(f"The model at {model.url} lacks the outputs {missing}, it has {outputs}.", hint=hint)
     served = {spec.name: spec for spec in (*metadata.inputs, *metadata.outputs)}
-    for expected in (*contract.input_specs, *contract.output_specs):
-        given = served.get(expected.name)
-        if given is None:
-            continue  # outputs that are missing have a sentence of their own
-        pairs = zip(given.shape[1:], expected.shape[1:], strict=False)
+    for expected in (*model.contract.input_specs, *model.contract.output_specs):
+        given = served.get(expected.name, expected)
         sizes_fit = len(given.shape) == len(expected.shape) and all(
-            None in pair or pair[0] == pair[1] for pair in pairs
+            None in pair or pair[0] == pair[1] for pair in zip(given.shape[1:], expected.shape[1:], strict=True)
         )
         if not sizes_fit or given.dtype != expected.dtype:
             raise BackendLoadError(
                 f"Tensor '{expected.name}' of the model at {model.url} is {given}, the contract says {expected}.",
-                hint="serve the artifact that the description was made from",
+                hint=hint,
             )
 
 
@@ -665,20 +639,13 @@ class _KServe(Backend):
         if refused:
             raise ConfigError(f"A remote model cannot be told {', '.join(refused)}.", hint="set it on the server")
         try:
-            model = from_json(RemoteModel, parse_json(read_file(path, limit=_MAX_BYTES)), where=path.name)
+            model = from_json(RemoteModel, parse_json(read_file(path, limit=_MAX_DESCRIPTION)), where=path.name)
         except (OSError, ValueError, RecursionError) as error:
             raise BackendLoadError(f"Cannot read '{path}': {error}.") from error
         address = parse_address(model.url)
         client = _CLIENTS[address.scheme](address, timeout=model.timeout_s)
         try:
             metadata = client.metadata()
-            missing = sorted(set(model.contract.outputs) - {spec.name for spec in metadata.outputs})
-            if missing:
-                raise BackendLoadError(
-                    f"The model at {model.url} lacks the outputs {missing}, it has "
-                    f"{[spec.name for spec in metadata.outputs]}.",
-                    hint="serve the artifact that the description was made from",
-                )
             _require_contract(model, metadata)
             return _RemoteSession(client, metadata, model=model)
         except BaseException:

@@ -36,7 +36,7 @@ def test_every_module_with_a_command_is_listed_once() -> None:
     modules = [
         importlib.import_module(f"fcos_deploy.cli.{m.name}") for m in pkgutil.iter_modules(fcos_deploy.cli.__path__)
     ]
-    defined = [name for module in modules for name in module.__all__ if name.endswith("_command")]
+    defined = [name for module in modules for name in getattr(module, "__all__", ()) if name.endswith("_command")]
     assert sorted(f"{name.replace('-', '_')}_command" for name in NAMES) == sorted(defined)
     listed = _run("--help")
     assert listed.exit_code == 0

@@ -110,7 +110,7 @@ def test_a_driver_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     """A file that is no library in the place of the driver's, as an interrupted installation leaves it."""
     pytest.importorskip("tensorrt_rtx")
     (tmp_path / "libcuda.so.1").write_bytes(b"not a library")
-    code = "from runtimes.tensorrt_rtx import BACKEND; p = BACKEND.probe(); print(p.available, p.problem)"
+    code = "from runtimes.tensorrt import BACKEND; p = BACKEND[1].probe(); print(p.available, p.problem)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"LD_LIBRARY_PATH": str(tmp_path), "PATH": "/usr/bin:/bin"},

@@ -366,7 +366,7 @@ class HttpClient(Client):
         while True:
             try:
                 with self._deadline(connection):
-                    sent = {**headers, **self._credentials.headers}
+                    sent = {**(headers or {}), **self._credentials.headers}
                     connection.request("POST" if payload else "GET", path, body=payload or None, headers=sent)
                     response = connection.getresponse()
                     content = response.read(limit + 1)

@@ -476,19 +476,6 @@ def module_command(module: str, *, version: tuple[int, int] = sys.version_info[:
     return [sys.executable, "-c", _WITHOUT_CURRENT_FOLDER, module]
 
 
-def _start_cold(asked: dict[str, Any]) -> dict[str, float]:  # Any: JSON values
-    marks: dict[str, float] = {"imported": time.monotonic_ns()}
-    with from_json(DetectorSpec, asked["spec"]).open() as detector:
-        marks["opened"] = time.monotonic_ns()
-        image = detector.read(Path(asked["image"]))
-        detector.detect(image)
-        marks["first_detection"] = time.monotonic_ns()
-        for _ in range(_COLD_REPEATS):
-            detector.detect(image)
-    marks["peak_memory_mib"] = peak_memory_mib()
-    return marks
-
-
 def peak_memory_mib() -> float:
     """Largest resident memory of this process, in 1024 ** 2 bytes.
 
@@ -501,6 +488,19 @@ def peak_memory_mib() -> float:
                 return int(line.split()[1]) / 1024
     resource = importlib.import_module("resource")
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
+
+
+def _start_cold(asked: dict[str, Any]) -> dict[str, float]:  # Any: JSON values
+    marks: dict[str, float] = {"imported": time.monotonic_ns()}
+    with from_json(DetectorSpec, asked["spec"]).open() as detector:
+        marks["opened"] = time.monotonic_ns()
+        image = detector.read(Path(asked["image"]))
+        detector.detect(image)
+        marks["first_detection"] = time.monotonic_ns()
+        for _ in range(_COLD_REPEATS):
+            detector.detect(image)
+    marks["peak_memory_mib"] = peak_memory_mib()
+    return marks
 
 
 if __name__ == "__main__":

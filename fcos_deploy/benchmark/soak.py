@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import mmap
 import os
 import threading
@@ -21,7 +20,7 @@ from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import Detector
 
-__all__ = ["SoakReport", "require_sound", "soak", "soak_images", "soak_json"]
+__all__ = ["SoakReport", "require_sound", "soak", "soak_images"]
 
 _WARM_UP = 0.1  # of the inferences: until allocators and thread pools have their final size
 _MIB = 1 << 20
@@ -82,19 +81,13 @@ def soak_images(folder: Path | None, *, orientation: Orientation = Orientation.E
     return [np.repeat(np.repeat(c, 8, axis=0), 8, axis=1) for c in coarse]
 
 
-def soak_json(report: SoakReport) -> dict[str, float]:
-    """The report's figures by name."""
-    return {**dataclasses.asdict(report), "memory_growth": report.memory_growth}
-
-
 def require_sound(report: SoakReport, *, max_memory_growth: float) -> None:
-    """Raise BackendError when the run found something.
+    """Refuse what is not.
 
     Raises:
-        BackendError: with all that was found.
+        BackendError: with all that the run showed.
     """
-    problems = report.problems(max_memory_growth=max_memory_growth)
-    if problems:
+    if problems := report.problems(max_memory_growth=max_memory_growth):
         raise BackendError(" ".join(problems))
 
 

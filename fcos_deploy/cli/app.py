@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import inspect
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-from fcos_deploy.cli.options import OUTPUT, with_parameters
+from fcos_deploy.cli.options import OUTPUT, keyword, with_parameters
 from fcos_deploy.cli.output import show_error, verbosity
 from fcos_deploy.cli.settings import (
     Setting,
@@ -176,6 +175,8 @@ def _group(
 
 
 def _guard(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of every command, its errors on one screen, and their exit codes."""
+
     def guarded(  # ``show_config`` ended the command while it was parsed
         *,
         verbose: int,
@@ -184,8 +185,8 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
         **arguments: Any,  # Any: the command's own parameters
     ) -> None:
         try:
-            with verbosity(verbose=verbose, quiet=quiet):
-                _call(command, arguments)
+            with verbosity(verbose=verbose, quiet=quiet), _failures_as_errors():
+                command(**arguments)
         except FcosDeployError as error:
             origin = origins(f"{error.message} {error.hint}", of_options=isinstance(error, ConfigError))
             show_error(error.message, hint=error.hint, origin=origin)
@@ -197,31 +198,30 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
             _silence_stdout()
             raise typer.Exit(0) from None
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
     added = [
-        inspect.Parameter("verbose", keyword, default=0, annotation=Annotated[int, _VERBOSE]),
-        inspect.Parameter("quiet", keyword, default=False, annotation=Annotated[bool, _QUIET]),
-        inspect.Parameter("show_config", keyword, default=False, annotation=Annotated[bool, _SHOW_CONFIG]),
+        keyword("verbose", Annotated[int, _VERBOSE], 0),
+        keyword("quiet", Annotated[bool, _QUIET], False),
+        keyword("show_config", Annotated[bool, _SHOW_CONFIG], False),
     ]
     return with_parameters(guarded, command, added)
 
 
-def _call(command: Callable[..., None], arguments: dict[str, Any]) -> None:
-    """Call it, with a disk, device or permission that fails in the middle as an error with a hint.
+@contextlib.contextmanager
+def _failures_as_errors() -> Iterator[None]:
+    """A disk, device or permission that fails in the middle is an error with a hint; what led to it is logged.
 
     Raises:
         FcosDeployError: the command's own, or such a failure.
     """
     try:
-        command(**arguments)
-    except BrokenPipeError:
-        raise
-    except FcosDeployError as error:
+        yield
+    except (FcosDeployError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         _LOG.debug("%s", error, exc_info=True)
-        raise
-    except OSError as error:
+        if isinstance(error, FcosDeployError):
+            raise
         _silence_stdout()
-        _LOG.debug("%s", error, exc_info=True)
         raise FcosDeployError(f"{error}.", hint="check the free space, the permissions and the device") from error
 
 

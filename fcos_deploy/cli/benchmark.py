@@ -13,6 +13,7 @@ from fcos_deploy.cli.output import note, note_placements, print_json, progress_b
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.serialize import to_json
 
 __all__ = ["benchmark_command", "soak_command"]
 
@@ -128,7 +129,7 @@ def soak_command(
 
     Exit code 1: a result differs, or memory or the number of open files grew.
     """
-    from fcos_deploy.benchmark.soak import require_sound, soak, soak_images, soak_json
+    from fcos_deploy.benchmark.soak import require_sound, soak, soak_images
     from fcos_deploy.detector import Detector
 
     session = replace(session, checkpoint=options)
@@ -137,6 +138,7 @@ def soak_command(
         frames = soak_images(images, orientation=detector.contract.preprocess.orientation)
         result = soak(detector, frames, inferences=inferences, threads=concurrency, progress=progress)
     if as_json:
-        print_json({**detector.session.description, **soak_json(result)})
+        growth = {"memory_growth": result.memory_growth}
+        print_json({**detector.session.description, **to_json(result), **growth})
     note(str(result))
     require_sound(result, max_memory_growth=max_memory_growth)

@@ -272,11 +272,12 @@ def _gathering(
         rest = {name: argument for name, argument in arguments.items() if name in own or name not in options}
         command(**rest, **{into: value})
 
-    added = [_parameter(name, kind, default) for name, (kind, default) in options.items()]
+    added = [keyword(name, kind, default) for name, (kind, default) in options.items()]
     return with_parameters(gathered, command, added, hidden=into)
 
 
-def _parameter(name: str, kind: Any, default: Any = None) -> inspect.Parameter:  # Any: a type form, and a value of it
+def keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:  # Any: a type form, a value of it
+    """A keyword parameter of a command."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
@@ -357,7 +358,7 @@ def with_server_options(command: Callable[..., None]) -> Callable[..., None]:
                 del os.environ[name]
             os.environ.update(before)
 
-    added = [_parameter(name, Annotated[Path | None, info]) for name, info in _SERVER_OPTIONS.items()]
+    added = [keyword(name, Annotated[Path | None, info]) for name, info in _SERVER_OPTIONS.items()]
     return with_parameters(with_server, command, added)
 
 

@@ -18,7 +18,6 @@ from fcos_deploy.core.gate import Outcome, overall_outcome
 from fcos_deploy.core.machine import MachineFacts
 
 __all__ = [
-    "KeyFigure",
     "ReportData",
     "ReportFile",
     "ReportVariant",
@@ -124,14 +123,6 @@ class ReportVerdict:
     details: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KeyFigure:
-    """A number with its unit, and what it is."""
-
-    value: str
-    meaning: str
-
-
 def report_verdict(data: ReportData) -> ReportVerdict:
     """Of all candidates together; where not all passed, the headline and the details are about those that did not."""
     verdicts = [verdict for variant in data.candidates for verdict in variant.evaluation.verdicts]
@@ -175,40 +166,38 @@ def _match_rates(data: ReportData) -> list[tuple[float, str]]:
     return [(agreement.match_rate, label) for agreement, label in agreements if agreement and not agreement.empty]
 
 
-def key_figures(data: ReportData) -> list[KeyFigure]:
-    """Largest loss of accuracy, gain in speed and size, smallest share in INT8: those that were measured."""
+def key_figures(data: ReportData) -> list[tuple[str, str]]:
+    """Numbers with their units, and what each is: accuracy lost, speed and size gained, share in INT8."""
     figures = []
     drops = [(v.evaluation.drop, v.label) for v in data.candidates if v.evaluation.drop is not None]
     rates = _match_rates(data)
     if rates and not data.dataset.annotated:
         rate, label = min(rates)
-        figures.append(KeyFigure(f"{100 * rate:.1f} %", f"of the detections agree with the reference's ({label})"))
+        figures.append((f"{100 * rate:.1f} %", f"of the detections agree with the reference's ({label})"))
     elif drops:
         drop, label = max(drops, key=lambda item: item[0].value)
         reach = f"; the interval reaches {100 * drop.high:.1f}" if drop.resamples else ""
-        figures.append(
-            KeyFigure(f"{100 * max(drop.value, 0.0):.1f}", f"points of AP lost as measured ({label}){reach}")
-        )
+        figures.append((f"{100 * max(drop.value, 0.0):.1f}", f"points of AP lost as measured ({label}){reach}"))
     reference = data.reference
     timed = [(speedup, v) for v in data.candidates if (speedup := data.speedup(v)) is not None]
     if reference and timed:
         speedup, variant = max(timed, key=lambda item: item[0].ratio)
         meaning = f"as fast as {reference.label}: {variant.p50_ms:.1f} ms an image ({variant.label})"
         if speedup.problem:
-            figures.append(KeyFigure("no speed-up", f"that could be quoted: {speedup.problem}"))
+            figures.append(("no speed-up", f"that could be quoted: {speedup.problem}"))
         else:
-            figures.append(KeyFigure(f"{speedup.ratio:.1f} times", meaning))
+            figures.append((f"{speedup.ratio:.1f} times", meaning))
     sizes = [(v.result.file_bytes, v.label) for v in data.candidates if v.result and v.result.file_bytes]
     if reference and reference.result and reference.result.file_bytes and sizes:
         size, label = min(sizes)
         checkpoint = f"{reference.result.file_bytes / 2**20:.1f} MiB"
         meaning = f"smallest model ({label}); the checkpoint has {checkpoint}"
-        figures.append(KeyFigure(f"{size / 2**20:.1f} MiB", meaning))
+        figures.append((f"{size / 2**20:.1f} MiB", meaning))
     shares = [(v.int8_share, v.label) for v in data.candidates if v.int8_share is not None]
     if shares:
         share, label = min(shares)
         meaning = f"of the multiply-accumulates run in INT8 at least ({label})"
-        figures.append(KeyFigure(f"{100 * share:.1f} %", meaning))
+        figures.append((f"{100 * share:.1f} %", meaning))
     return figures
 
 

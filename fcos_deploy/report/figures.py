@@ -21,17 +21,7 @@ from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.report.data import ReportData, ReportVariant
 
-__all__ = [
-    "CHART_SETTINGS",
-    "Chart",
-    "EmbeddedImage",
-    "FaultPanel",
-    "ImagePanel",
-    "PanelBox",
-    "fault_panels",
-    "image_panels",
-    "make_charts",
-]
+__all__ = ["CHART_SETTINGS", "Chart", "fault_panels", "image_panels", "make_charts", "new_figure", "svg_of"]
 
 matplotlib = lazy_import("matplotlib", extra="report")
 matplotlib_figure = lazy_import("matplotlib.figure", extra="report")
@@ -42,18 +32,18 @@ _WIDTH = 8.6  # inches, of a chart over the whole width
 _MAX_LAYERS = 24  # bars of the sensitivity chart
 _MAX_CLASSES = 6  # panels of precision-recall curves
 
-_INK, _MUTED, _GRID = "#1b2430", "#5b6675", "#e3e7ec"
-_GREEN, _RED = "#1a7f4b", "#b3261e"
-_LIGHT_BLUE, _BLUE, _SAND = "#8fb8de", "#24507a", "#e0a458"  # parts of a stacked bar: also told apart by lightness
+INK, MUTED, _GRID = "#1b2430", "#5b6675", "#e3e7ec"
+GREEN, RED = "#1a7f4b", "#b3261e"
+_LIGHT_BLUE, BLUE, _SAND = "#8fb8de", "#24507a", "#e0a458"  # parts of a stacked bar: also told apart by lightness
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color), which people with any colour vision can tell apart.
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
 _DASHED = (0, (4, 3))
 
 CHART_SETTINGS: dict[str, Any] = {  # Any: matplotlib's rcParams have values of several types
     "axes.axisbelow": True,
-    "axes.edgecolor": _MUTED,
+    "axes.edgecolor": MUTED,
     "axes.grid": True,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.labelsize": 10,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -68,9 +58,9 @@ CHART_SETTINGS: dict[str, Any] = {  # Any: matplotlib's rcParams have values of 
     "lines.linewidth": 1.6,
     "svg.fonttype": "path",  # looks the same where the font is missing
     "svg.hashsalt": "fcos-deploy",  # the same identifiers for the same chart
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
 }
 
 
@@ -85,6 +75,11 @@ class Chart:
     title: str
     text: str
     svg: str
+
+    @property
+    def source(self) -> str:
+        """The document in base64."""
+        return base64.b64encode(self.svg.encode()).decode("ascii")
 
 
 def make_charts(data: ReportData) -> list[Chart]:
@@ -106,15 +101,15 @@ def make_charts(data: ReportData) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _figure(height: float, **layout: Any) -> Any:  # Any: matplotlib has no types here
+def new_figure(height: float, **layout: Any) -> Any:  # Any: matplotlib has no types here
     """A figure of ``height`` inches, and its axes as ``Figure.subplots(**layout)`` arranges them."""
     figure = matplotlib_figure.Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots(**layout)
 
 
-def _svg(figure: Any) -> str:  # Any: as above
+def svg_of(figure: Any) -> str:  # Any: as above
+    """The figure as a document, the same for the same data."""
     buffer = io.StringIO()
-    # Without the date, so that the same data gives the same file.
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
@@ -122,7 +117,7 @@ def _svg(figure: Any) -> str:  # Any: as above
 def _colors(data: ReportData) -> dict[str, str]:
     """A colour for each variant's label; the reference is ink."""
     colors = {variant.label: _LINES[i % len(_LINES)] for i, variant in enumerate(data.candidates)}
-    return {variant.label: colors.get(variant.label, _INK) for variant in data.variants}
+    return {variant.label: colors.get(variant.label, INK) for variant in data.variants}
 
 
 def _accuracy_against_latency(data: ReportData) -> Chart | None:
@@ -133,11 +128,11 @@ def _accuracy_against_latency(data: ReportData) -> Chart | None:
     ]
     if len(points) < 2:
         return None
-    figure, axes = _figure(3.2)
+    figure, axes = new_figure(3.2)
     colors = _colors(data)
     reference_ap = next((ap for variant, ap, _ in points if variant.reference), None)
     if reference_ap is not None:
-        axes.axhline(reference_ap, color=_MUTED, linewidth=0.9, linestyle=_DASHED)
+        axes.axhline(reference_ap, color=MUTED, linewidth=0.9, linestyle=_DASHED)
     for variant, ap, p50 in points:
         low, high = _ap_range(variant, ap, reference_ap)
         style = {"fmt": "o", "ms": 7, "capsize": 3, "color": colors[variant.label]}
@@ -149,7 +144,7 @@ def _accuracy_against_latency(data: ReportData) -> Chart | None:
         "Up and to the left is better. Bars: where 95 % of the resampled differences from the reference lie; "
         "the dashed line is the reference."
     )
-    return Chart(section="speed", title="Accuracy against latency", text=text, svg=_svg(figure))
+    return Chart(section="speed", title="Accuracy against latency", text=text, svg=svg_of(figure))
 
 
 def _ap_range(variant: ReportVariant, ap: float, reference_ap: float | None) -> tuple[float, float]:
@@ -164,20 +159,20 @@ def _stages(data: ReportData) -> Chart | None:
     timed = [(variant.label, variant.result.stages) for variant in data.variants if variant.result is not None]
     if not timed:
         return None
-    figure, axes = _figure(0.9 + 0.38 * len(timed))
+    figure, axes = new_figure(0.9 + 0.38 * len(timed))
     parts = {
         "preprocess": [stages.preprocess for _, stages in timed],
         "network": [stages.infer for _, stages in timed],
         "decode": [stages.decode for _, stages in timed],
     }
-    colors = (_LIGHT_BLUE, _BLUE, _SAND)
+    colors = (_LIGHT_BLUE, BLUE, _SAND)
     for index, total in enumerate(_stacked_bars(axes, [label for label, _ in timed], parts, colors=colors)):
-        axes.text(total, index, f"  {total:.1f}", va="center", color=_INK)
+        axes.text(total, index, f"  {total:.1f}", va="center", color=INK)
     axes.set(xlabel="median time of one image (ms)")
     axes.margins(x=0.12)
     axes.legend(loc="lower right", ncols=3, bbox_to_anchor=(1.0, 1.0))
     text = "Medians of each stage, one image after another."
-    return Chart(section="speed", title="Where the time goes", text=text, svg=_svg(figure))
+    return Chart(section="speed", title="Where the time goes", text=text, svg=svg_of(figure))
 
 
 def _stacked_bars(
@@ -202,7 +197,7 @@ def _latency_histogram(data: ReportData) -> Chart | None:
     timed = [(v.label, v.result.samples_ms) for v in data.variants if v.result and len(v.result.samples_ms) > 1]
     if not timed:
         return None
-    figure, panels = _figure(0.7 + 0.62 * len(timed), nrows=len(timed), squeeze=False, sharex=True)
+    figure, panels = new_figure(0.7 + 0.62 * len(timed), nrows=len(timed), squeeze=False, sharex=True)
     colors = _colors(data)
     # The last hundredth of the times would squeeze the rest into a corner; it is in the table as p99.
     limit = float(np.percentile(np.concatenate([samples for _, samples in timed]), 99))
@@ -216,7 +211,7 @@ def _latency_histogram(data: ReportData) -> Chart | None:
     text = (
         "How often each latency occurred (height: share of the samples of that row), up to the 99th percentile of all."
     )
-    return Chart(section="speed", title="Latency distribution", text=text, svg=_svg(figure))
+    return Chart(section="speed", title="Latency distribution", text=text, svg=svg_of(figure))
 
 
 def _precision_recall(data: ReportData) -> Chart | None:
@@ -228,7 +223,7 @@ def _precision_recall(data: ReportData) -> Chart | None:
     shown = curves[:_MAX_CLASSES]
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure, panels = _figure(0.5 + 2.5 * rows, nrows=rows, ncols=columns, squeeze=False, sharex=True, sharey=True)
+    figure, panels = new_figure(0.5 + 2.5 * rows, nrows=rows, ncols=columns, squeeze=False, sharex=True, sharey=True)
     colors = _colors(data)
     for axes, scores in zip(panels.flat, shown, strict=False):
         for variant, score in zip(data.variants, scores, strict=True):
@@ -248,7 +243,7 @@ def _precision_recall(data: ReportData) -> Chart | None:
     )
     if len(curves) > len(shown):
         text += f" The first {len(shown)} of {len(curves)} classes."
-    return Chart(section="accuracy", title="Precision and recall", text=text, svg=_svg(figure))
+    return Chart(section="accuracy", title="Precision and recall", text=text, svg=svg_of(figure))
 
 
 def _draw_operating_point(axes: Any, variant: ReportVariant, name: str, *, color: str) -> None:
@@ -273,10 +268,10 @@ def _score_drift(data: ReportData) -> Chart | None:
     columns = min(4, len(scatters))
     rows = -(-len(scatters) // columns)
     height = 0.5 + (8.2 / columns if columns > 2 else 3.2) * rows
-    figure, panels = _figure(height, nrows=rows, ncols=columns, squeeze=False, sharex=True, sharey=True)
+    figure, panels = new_figure(height, nrows=rows, ncols=columns, squeeze=False, sharex=True, sharey=True)
     colors = _colors(data)
     for axes, (label, scores) in zip(panels.flat, scatters, strict=False):
-        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=0.8)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8)
         axes.scatter(*scores.T, s=9, alpha=0.4, linewidths=0, zorder=3, color=colors[label])
         shift = round(float(np.mean(scores[:, 1] - scores[:, 0])), 4) + 0.0  # + 0.0 turns -0.0 into 0.0
         axes.set(title=label, xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -288,7 +283,7 @@ def _score_drift(data: ReportData) -> Chart | None:
         "One point for each detection that both have. Points off the diagonal mean that a threshold tuned on the "
         "reference no longer fits."
     )
-    return Chart(section="scores", title="Score drift", text=text, svg=_svg(figure))
+    return Chart(section="scores", title="Score drift", text=text, svg=svg_of(figure))
 
 
 def _hide_unused(panels: Any, used: int) -> None:  # Any: matplotlib has no types here
@@ -299,7 +294,7 @@ def _hide_unused(panels: Any, used: int) -> None:  # Any: matplotlib has no type
 def _trade_offs(search: TradeOffs) -> Chart | None:
     if len(search.trials) < 2:
         return None
-    figure, (left, right) = _figure(3.5, ncols=2, sharey=True)
+    figure, (left, right) = new_figure(3.5, ncols=2, sharey=True)
     by_share = [(100 * trial.int8_share, trial) for trial in search.trials]
     by_latency = [(trial.p50_ms, trial) for trial in search.trials if trial.p50_ms is not None]
     _draw_trials(left, search, by_share, float_at=0.0)
@@ -316,7 +311,7 @@ def _trade_offs(search: TradeOffs) -> Chart | None:
         f"Every mixture of INT8 and float layers that the search for {search.placement} measured on {search.backend}; "
         "the line joins those that no other beats in share and AP, and only these were timed."
     )
-    return Chart(section=search.placement, title="AP against INT8 share and latency", text=text, svg=_svg(figure))
+    return Chart(section=search.placement, title="AP against INT8 share and latency", text=text, svg=svg_of(figure))
 
 
 def _draw_trials(
@@ -327,19 +322,19 @@ def _draw_trials(
     float_at: float | None,
 ) -> None:
     """Draw each trial at its place on the x axis, the float model at ``float_at``, and the gate."""
-    axes.axhline(search.float_score - search.max_loss, color=_RED, linewidth=1.1, linestyle=_DASHED, label="gate")
+    axes.axhline(search.float_score - search.max_loss, color=RED, linewidth=1.1, linestyle=_DASHED, label="gate")
     if float_at is not None:
-        axes.plot([float_at], [search.float_score], "D", color=_MUTED, ms=6, label="all in float", zorder=4)
-    axes.plot([x for x, _ in trials], [trial.score for _, trial in trials], "o", color=_BLUE, ms=5, label="candidate")
+        axes.plot([float_at], [search.float_score], "D", color=MUTED, ms=6, label="all in float", zorder=4)
+    axes.plot([x for x, _ in trials], [trial.score for _, trial in trials], "o", color=BLUE, ms=5, label="candidate")
     chosen = [(x, trial.score) for x, trial in trials if trial.ignored_layers == search.ignored_layers]
-    axes.plot(*np.array(chosen).reshape(-1, 2).T, "o", ms=12, mfc="none", mec=_GREEN, mew=2, label="chosen")
+    axes.plot(*np.array(chosen).reshape(-1, 2).T, "o", ms=12, mfc="none", mec=GREEN, mew=2, label="chosen")
 
 
 def _sensitivity(search: TradeOffs) -> Chart | None:
     if not search.ranking:
         return None
     layers = search.ranking[:_MAX_LAYERS]
-    figure, axes = _figure(0.9 + 0.21 * len(layers))
+    figure, axes = new_figure(0.9 + 0.21 * len(layers))
     parts = {
         "classes": [100 * layer.effect.classes for layer in layers],
         "boxes": [100 * layer.effect.boxes for layer in layers],
@@ -347,18 +342,18 @@ def _sensitivity(search: TradeOffs) -> Chart | None:
     }
     names = [layer.layer.removesuffix(".weight") for layer in layers]
     shown = [name if len(name) <= 48 else "…" + name[-47:] for name in names]
-    _stacked_bars(axes, shown, parts, colors=(_BLUE, _LIGHT_BLUE, _SAND))
+    _stacked_bars(axes, shown, parts, colors=(BLUE, _LIGHT_BLUE, _SAND))
     axes.set(xlabel="error with this layer alone in INT8 (% of probability, % of box size)")
     axes.tick_params(axis="y", labelsize=8)
     for label, layer in zip(axes.get_yticklabels(), layers, strict=True):
         if layer.layer in search.ignored_layers:
-            label.set(color=_GREEN, fontweight="bold")
+            label.set(color=GREEN, fontweight="bold")
     axes.legend(loc="lower right")
     text = (
         f"The {len(layers)} most sensitive of {len(search.ranking)} layers, worst first; "
         "names in bold green are those that stay in float."
     )
-    return Chart(section=search.placement, title="Sensitivity to quantization", text=text, svg=_svg(figure))
+    return Chart(section=search.placement, title="Sensitivity to quantization", text=text, svg=svg_of(figure))
 
 
 _MATCHING = MatchOptions(min_score=0.4)  # also what is drawn: boxes of lower scores would cover the image
@@ -367,7 +362,7 @@ _MAX_SIDE_SMALL = 260  # of one in a fifth of the page
 _JPEG_QUALITY = 82
 _MAX_LABELS = 10  # boxes whose names still leave the image to be seen
 _MOVED = 0.03  # change of a score from which it is shown
-_BLUE, _GREEN, _RED, _ORANGE, _VIOLET, _WHITE = "#0b5fbd", "#1a7f4b", "#b3261e", "#b26a00", "#6d28d9", "#ffffff"
+_BOX_BLUE, _ORANGE, _VIOLET, _WHITE = "#0b5fbd", "#b26a00", "#6d28d9", "#ffffff"  # of boxes, beside GREEN and RED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -396,27 +391,17 @@ class EmbeddedImage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FaultPanel:
-    """One of a variant's worst images, by the annotations: boxes of what is ``missed``, ``extra`` and right."""
-
-    image: EmbeddedImage
-    name: str
-    missed: int
-    extra: int
-    boxes: tuple[PanelBox, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePanel:
-    """An image with three layers of boxes.
+    """An image with layers of boxes, by their titles.
 
-    ``missed``: the number of the reference's detections that the variant lacks; ``extra``: of those it has alone.
+    ``missed``: the number of objects, or of the reference's detections, that the variant lacks; ``extra``: of those it
+    has alone.
     """
 
     image: EmbeddedImage
     name: str
     variant: str
-    note: str
+    note: str = ""
     layers: tuple[tuple[str, tuple[PanelBox, ...]], ...]
     missed: int
     extra: int
@@ -448,7 +433,7 @@ def image_panels(data: ReportData, *, count: int = 4) -> list[ImagePanel]:
     ]
 
 
-def fault_panels(data: ReportData) -> dict[str, list[FaultPanel]]:
+def fault_panels(data: ReportData) -> dict[str, list[ImagePanel]]:
     """Of each variant that was evaluated with annotations, the images with most faults, worst first.
 
     An image of several variants is embedded once.
@@ -458,7 +443,7 @@ def fault_panels(data: ReportData) -> dict[str, list[FaultPanel]]:
     """
     paths = {image.image_id: image.path for image in data.dataset.images}
     embedded: dict[int, EmbeddedImage] = {}
-    panels: dict[str, list[FaultPanel]] = {}
+    panels: dict[str, list[ImagePanel]] = {}
     for variant in data.variants:
         confused = variant.evaluation.confusion
         for fault in confused.worst if confused else ():
@@ -467,20 +452,19 @@ def fault_panels(data: ReportData) -> dict[str, list[FaultPanel]]:
                 identifier = f"image-fault-{len(embedded)}"
                 embedded[fault.image_id] = _embed(pixels, identifier=identifier, max_side=_MAX_SIDE_SMALL)
             image = embedded[fault.image_id]
-            panel = FaultPanel(
+            kinds = ((fault.correct, _WHITE, "2 3"), (fault.missed, RED, ""), (fault.extra, _ORANGE, ""))
+            boxes = [
+                _box(box, scale=image.scale, color=color, dash=dash)
+                for detections, color, dash in kinds
+                for box in detections.boxes
+            ]
+            panel = ImagePanel(
                 image=image,
                 name=paths[fault.image_id].name,
+                variant=variant.label,
+                layers=(("faults", tuple(boxes)),),
                 missed=len(fault.missed.boxes),
                 extra=len(fault.extra),
-                boxes=tuple(
-                    _box(box, scale=image.scale, color=color, dash=dash)
-                    for boxes, color, dash in (
-                        (fault.correct.boxes, _WHITE, "2 3"),
-                        (fault.missed.boxes, _RED, ""),
-                        (fault.extra.boxes, _ORANGE, ""),
-                    )
-                    for box in boxes
-                ),
             )
             panels.setdefault(variant.label, []).append(panel)
     return panels
@@ -562,11 +546,11 @@ def _layers(
             unchanged.append(_box(candidate.boxes[i], scale=scale, color=_WHITE, dash="2 3"))
         else:
             moved.append(_box(candidate.boxes[i], scale=scale, color=_VIOLET, label=f"{change:+.2f}"))
-    missed = [named(reference, i, _RED) for i in match.missed]
+    missed = [named(reference, i, RED) for i in match.missed]
     extra = [named(candidate, i, _ORANGE) for i in match.extra]
     return (
-        ("reference", all_boxes(reference, _BLUE)),
-        (comparison.variant, all_boxes(candidate, _GREEN)),
+        ("reference", all_boxes(reference, _BOX_BLUE)),
+        (comparison.variant, all_boxes(candidate, GREEN)),
         ("difference", (*unchanged, *moved, *missed, *extra)),
     )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.resources
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from fcos_deploy.core.serialize import to_json
 from fcos_deploy.report.data import ReportData, ReportVariant, dataset_sentence, key_figures, report_verdict
 from fcos_deploy.report.figures import fault_panels, image_panels, make_charts
 
-__all__ = ["fill_template", "read_template", "write_bundle_table", "write_report", "write_sign_off"]
+__all__ = ["write_bundle_table", "write_pages", "write_report", "write_sign_off"]
 
 
 jinja2 = lazy_import("jinja2", extra="report")
@@ -77,31 +75,31 @@ def write_report(data: ReportData, path: Path) -> tuple[Path, Path]:
         "machine": _machine_cells(data),
         "versions": sorted(data.versions.items()),
     }
-    charts = [
-        {
-            "section": chart.section,
-            "title": chart.title,
-            "text": chart.text,
-            "source": base64.b64encode(chart.svg.encode()).decode("ascii"),
-        }
-        for chart in make_charts(data)
-    ]
-    css = read_template("report.css")
     panels, faults = image_panels(data), fault_panels(data)
     shown = [*(panel.image for panel in panels), *(panel.image for worst in faults.values() for panel in worst)]
     images = {image.identifier: image for image in shown}.values()
-    html = fill_template(
-        "report.html.j2", charts=charts, panels=panels, faults=faults, images=images, css=css, **values
-    )
+    return write_pages("report", path, values, charts=make_charts(data), panels=panels, faults=faults, images=images)
+
+
+def write_pages(name: str, path: Path, values: Mapping[str, Any], **of_html: Any) -> tuple[Path, Path]:
+    """Write ``path`` (HTML) and the same in Markdown beside it, from the templates of this name; Any: their values.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+        ConfigError: the folder cannot be written.
+    """
+    html = _fill_template(f"{name}.html.j2", **values, **of_html)
     markdown = path.with_suffix(".md")
+    text = _fill_template(f"{name}.md.j2", **values)
     write_text(path, html)
-    write_text(markdown, fill_template("report.md.j2", **values))
+    write_text(markdown, text)
     return path, markdown
 
 
-def fill_template(name: str, /, **values: Any) -> str:  # Any: what a template is given
+def _fill_template(name: str, /, **values: Any) -> str:  # Any: what a template is given
     """One of this package's templates, filled; HTML is escaped."""
     environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fcos_deploy.report", "templates"),
         autoescape=name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         finalize=_plain if name.endswith(".html.j2") else _markdown,
@@ -109,7 +107,7 @@ def fill_template(name: str, /, **values: Any) -> str:  # Any: what a template i
         lstrip_blocks=True,
     )
     environment.filters.update(typeset=_typeset, mebibytes=_mebibytes)
-    text: str = environment.from_string(read_template(name)).render(**values)
+    text: str = environment.get_template(name).render(**values)
     return text
 
 
@@ -120,11 +118,6 @@ def _plain(value: Any) -> Any:  # Any: what a template shows; HTML of our own is
 def _markdown(value: Any) -> Any:  # Any: as above
     """Names of files and classes as text: what opens a cell, a link, code or HTML is escaped."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(value)) if type(value) is str else value
-
-
-def read_template(name: str) -> str:
-    """A file of this package's templates."""
-    return (importlib.resources.files("fcos_deploy.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _variant_cells(variant: ReportVariant) -> dict[str, str]:
@@ -264,12 +257,7 @@ def _typeset(text: str) -> str:
 
 
 def write_sign_off(bundle: Bundle, records: Sequence[ReadRecord], path: Path) -> tuple[tuple[Path, Path], Outcome]:
-    """Write ``path`` (HTML) and the same in Markdown beside it; the files, and what all records come to.
-
-    Raises:
-        MissingDependencyError: jinja2 is not installed.
-        ConfigError: the folder cannot be written.
-    """
+    """Write ``path`` and the same in Markdown as ``write_pages``; the files, and what all records come to."""
     outcome = overall_outcome(item.record.verification.outcome for item in records) or Outcome.INCONCLUSIVE
     manifest = bundle.manifest
     values = {
@@ -294,10 +282,7 @@ def write_sign_off(bundle: Bundle, records: Sequence[ReadRecord], path: Path) ->
         ],
         "devices": [_device_cells(item) for item in records],
     }
-    write_text(path, fill_template("sign_off.html.j2", css=read_template("report.css"), **values))
-    markdown = path.with_suffix(".md")
-    write_text(markdown, fill_template("sign_off.md.j2", **values))
-    return (path, markdown), outcome
+    return write_pages("sign_off", path, values), outcome
 
 
 def _device_cells(item: ReadRecord) -> dict[str, str]:
@@ -324,13 +309,5 @@ def _device_cells(item: ReadRecord) -> dict[str, str]:
 
 
 def write_bundle_table(bundles: BundleTable, path: Path, *, title: str, command: str) -> tuple[Path, Path]:
-    """Write ``path`` (HTML) and the same in Markdown beside it.
-
-    Raises:
-        MissingDependencyError: jinja2 is not installed.
-        ConfigError: the folder cannot be written.
-    """
-    values = {**to_json(bundles), "title": title, "command": command}
-    write_text(path, fill_template("bundles.html.j2", css=read_template("report.css"), **values))
-    write_text(path.with_suffix(".md"), fill_template("bundles.md.j2", **values))
-    return path, path.with_suffix(".md")
+    """The table of the bundles, as ``write_pages`` writes it."""
+    return write_pages("bundles", path, {**to_json(bundles), "title": title, "command": command})

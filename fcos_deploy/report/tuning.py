@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fcos_deploy.core.enums import Precision, StrEnum
-from fcos_deploy.core.files import write_text
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.report.figures import CHART_SETTINGS
-from fcos_deploy.report.render import fill_template, read_template
+from fcos_deploy.report.figures import BLUE, CHART_SETTINGS, GREEN, MUTED, RED, new_figure, svg_of
+from fcos_deploy.report.render import write_pages
 
 __all__ = [
     "TUNING_COLUMNS",
@@ -27,11 +25,9 @@ __all__ = [
 ]
 
 matplotlib = lazy_import("matplotlib", extra="report")
-matplotlib_figure = lazy_import("matplotlib.figure", extra="report")
 
 TUNING_COLUMNS = ("size", "runtime", "p50 ms", "p90 ms", "images/s", "AP", "95% interval", "images", "status")
 
-_INK, _MUTED, _GREEN, _RED, _BLUE = "#1b2430", "#5b6675", "#1a7f4b", "#b3261e", "#24507a"
 _MARKS: dict[Precision, str] = {Precision.FP32: "o", Precision.FP16: "D", Precision.INT8: "s"}
 
 
@@ -148,8 +144,7 @@ def tuning_chart(data: TuningData) -> str:
         MissingDependencyError: matplotlib is not installed.
     """
     with matplotlib.rc_context(CHART_SETTINGS):
-        figure = matplotlib_figure.Figure(figsize=(8.6, 4.4), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = new_figure(4.4)
         _draw_limits(axes, data)
         _draw_points(axes, data)
         _draw_untested(axes, data)
@@ -157,16 +152,13 @@ def tuning_chart(data: TuningData) -> str:
         axes.set(xlabel=f"{unit}: median, line to the 90th percentile", ylabel="AP (IoU 0.50 to 0.95)")
         axes.set_xlim(left=0)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        buffer = io.StringIO()
-        # Without the date, so that the same data gives the same file.
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        return buffer.getvalue()
+        return svg_of(figure)
 
 
 def _draw_limits(axes: Any, data: TuningData) -> None:  # Any: matplotlib has no types here
     for limit, draw, name in ((data.max_ms, axes.axvline, "longest time"), (data.min_ap, axes.axhline, "lowest AP")):
         if limit is not None:
-            draw(limit, color=_RED, linewidth=1.1, linestyle=(0, (4, 3)), label=name)
+            draw(limit, color=RED, linewidth=1.1, linestyle=(0, (4, 3)), label=name)
 
 
 def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
@@ -179,7 +171,7 @@ def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
         if point.ap is None or point.cost_ms is None:
             continue
         complete = point.images == all_images
-        color = _BLUE if complete else _MUTED
+        color = BLUE if complete else MUTED
         name = f"{point.precision}" if complete else f"{point.precision}, left early"
         low = point.ap if point.ap_low is None else min(point.ap, point.ap_low)
         high = point.ap if point.ap_high is None else max(point.ap, point.ap_high)
@@ -199,7 +191,7 @@ def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
         )
         named.add(name)
         if point.status is PointStatus.CHOSEN:
-            axes.plot([point.cost_ms], [point.ap], "o", ms=14, mfc="none", mec=_GREEN, mew=2, label="chosen")
+            axes.plot([point.cost_ms], [point.ap], "o", ms=14, mfc="none", mec=GREEN, mew=2, label="chosen")
         if complete:
             axes.annotate(point.size, (point.cost_ms, point.ap), xytext=(6, -11), textcoords="offset points", size=7.5)
 
@@ -209,7 +201,7 @@ def _draw_untested(axes: Any, data: TuningData) -> None:  # Any: as above
     times = [p.cost_ms for p in data.points if p.ap is None and p.cost_ms is not None]
     if times:
         place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(times, [0.02] * len(times), "|", color=_MUTED, ms=9, label="pruned by its time", **place)
+        axes.plot(times, [0.02] * len(times), "|", color=MUTED, ms=9, label="pruned by its time", **place)
 
 
 def write_tuning_report(data: TuningData, path: Path) -> tuple[Path, Path]:
@@ -222,7 +214,4 @@ def write_tuning_report(data: TuningData, path: Path) -> tuple[Path, Path]:
     columns, rows = tuning_rows(data)
     chart = base64.b64encode(tuning_chart(data).encode()).decode("ascii")
     values = {"data": data, "columns": columns, "rows": rows, "facts": sorted(data.facts.items())}
-    write_text(path, fill_template("tuning.html.j2", css=read_template("report.css"), chart=chart, **values))
-    markdown = path.with_suffix(".md")
-    write_text(markdown, fill_template("tuning.md.j2", **values))
-    return path, markdown
+    return write_pages("tuning", path, values, chart=chart)

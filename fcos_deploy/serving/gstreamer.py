@@ -44,11 +44,7 @@ class _DeepStream(Packager):
     tail = Tail.NMS
 
     def write(self, model: ServedModel, folder: Path) -> None:
-        if model.contract.tail is not Tail.NMS:
-            raise ConfigError(
-                f"DeepStream needs the nms tail, '{model.artifact.path}' has '{model.contract.tail}'.",
-                hint="make the bundle with 'fcos-deploy deploy --tail nms'",
-            )
+        model.require_nms_tail("DeepStream")
         model.copy_to(folder)
         (folder / "labels.txt").write_text(model.label_text, encoding="utf-8")
         (folder / "config_infer.txt").write_text(nvinfer_config(model), encoding="utf-8")
@@ -229,12 +225,8 @@ def _require_readable(model: ServedModel) -> None:
     Raises:
         ConfigError: naming it, and the export that it can.
     """
-    contract, spec, options = model.contract, model.contract.preprocess, model.options
-    if contract.tail is not Tail.NMS:
-        raise ConfigError(
-            f"gvadetect decodes no FCOS outputs: it needs the nms tail, '{model.artifact.path}' has '{contract.tail}'.",
-            hint="make the bundle with 'fcos-deploy deploy --tail nms'",
-        )
+    spec, options = model.contract.preprocess, model.options
+    model.require_nms_tail("gvadetect")
     if spec.input_dtype is InputDtype.FLOAT32 or spec.content is not None:
         raise ConfigError(
             "The package is for models of uint8 input, all of which the image is resized to.",

@@ -88,6 +88,19 @@ class ServedModel:
         """Class names, one a line, by class channel, as the graph's ``cls_logits`` and ``labels`` count."""
         return "".join(f"{printable(name)}\n" for name in self.contract.channel_names)
 
+    def require_nms_tail(self, reader: str) -> None:
+        """Refuse a model whose outputs ``reader`` would have to decode.
+
+        Raises:
+            ConfigError: with the deployment that it reads.
+        """
+        if self.contract.tail is not Tail.NMS:
+            raise ConfigError(
+                f"{reader} decodes no FCOS outputs: it needs the nms tail, '{self.artifact.path}' has "
+                f"'{self.contract.tail}'.",
+                hint="make the bundle with 'fcos-deploy deploy --tail nms'",
+            )
+
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs with a dynamic batch as first axis.
@@ -123,7 +136,7 @@ class Packager(ABC):
     """
 
     name: str
-    readers: ClassVar[Mapping[ArtifactKind, str]]
+    readers: ClassVar[Mapping[ArtifactKind, str]] = {}
     tail: Tail | None = None
 
     @abstractmethod

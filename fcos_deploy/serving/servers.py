@@ -144,7 +144,6 @@ class _KServe(Packager):
     """Only the artifact's contract is used: the server may serve any file that keeps it."""
 
     name = "kserve"
-    readers: ClassVar[Mapping[ArtifactKind, str]] = {}
 
     def write(self, model: ServedModel, folder: Path) -> None:
         if not model.options.url:
@@ -156,7 +155,6 @@ class _Oci(Packager):
     """All files of the bundle, so that the proof and the signature travel along; the tag is the version."""
 
     name = "oci"
-    readers: ClassVar[Mapping[ArtifactKind, str]] = {}
 
     def write(self, model: ServedModel, folder: Path) -> None:
         if model.bundle is None:

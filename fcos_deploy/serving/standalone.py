@@ -6,9 +6,8 @@ import importlib.resources
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +38,6 @@ _ADAPTER = "{}_session.hpp"
 
 class _Cpp(Packager):
     name = "cpp"
-    readers: ClassVar[Mapping[ArtifactKind, str]] = {}
 
     def write(self, model: ServedModel, folder: Path) -> None:
         if model.bundle is None:
@@ -118,15 +116,6 @@ def _write_ppm(path: Path, image: NDArray[np.uint8]) -> None:
 _ONNX, _ENGINE, _SCRIPT = "model.onnx", "model.engine", "run_trtexec.py"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _GoldenRun:
-    """A golden image: its name, the file of its tensor, and trtexec's arguments."""
-
-    name: str
-    images: str
-    run: tuple[str, ...]
-
-
 class _Trtexec(Packager):
     name = "trtexec"
     readers: ClassVar[Mapping[ArtifactKind, str]] = {ArtifactKind.ONNX: "tensorrt"}
@@ -163,10 +152,10 @@ class _Trtexec(Packager):
             "onnx_sha256": model.artifact.sha256,
             "engine": _ENGINE,
             "build": build[1:],
-            "golden": to_json(golden),
+            "golden": golden,
         }
         (folder / "task.json").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")
-        lines = [build, *(["trtexec", *item.run, f"--exportOutput={item.name}.outputs.json"] for item in golden)]
+        lines = [build, *(["trtexec", *item["run"], f"--exportOutput={item['name']}.outputs.json"] for item in golden)]
         commands = "".join(shlex.join(line) + "\n" for line in lines)
         header = f"# For TensorRT {device.tensorrt} ({model.options.target}), in this folder.\n"
         (folder / "commands.sh").write_text(header + commands, encoding="utf-8")
@@ -175,8 +164,8 @@ class _Trtexec(Packager):
 
     def _write_golden(
         self, bundle: Bundle, contract: ModelContract, folder: Path, *, inputs: tuple[str, ...], shapes: str
-    ) -> list[_GoldenRun]:
-        """The preprocessed tensor of each golden image as trtexec loads it, and the arguments that run it."""
+    ) -> list[dict[str, Any]]:  # Any: text, and the words of a command
+        """The preprocessed tensors of the golden images, as trtexec loads them; their files, and its arguments."""
         runs = []
         (folder / "golden").mkdir()
         for index, golden in enumerate(bundle.manifest.golden):
@@ -188,7 +177,7 @@ class _Trtexec(Packager):
                 (folder / f"{name}.{tensor_name}.bin").write_bytes(tensors[tensor_name].tobytes())
             loaded = ",".join(f"{tensor_name}:{name}.{tensor_name}.bin" for tensor_name in inputs)
             run = [f"--loadEngine={_ENGINE}", f"--loadInputs={loaded}", *([f"--shapes={shapes}"] if shapes else [])]
-            runs.append(_GoldenRun(name=name, images=f"{name}.images.bin", run=tuple(run)))
+            runs.append({"name": name, "images": f"{name}.images.bin", "run": run})
         return runs
 
 

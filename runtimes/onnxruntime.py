@@ -26,15 +26,10 @@ ort = lazy_import("onnxruntime", extra="onnxruntime")
 _SUFFIX = "ExecutionProvider"
 _CPU = "CPUExecutionProvider"
 _FATAL_ONLY = 4  # log severity; whatever fails is raised, with its text
+_INTEGERS = ("uint8", "int8", "int32", "int64", "bool")
 _DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(double)": "float64",
-    "tensor(uint8)": "uint8",
-    "tensor(int8)": "int8",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
+    **{"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"},
+    **{f"tensor({name})": name for name in _INTEGERS},
 }
 
 

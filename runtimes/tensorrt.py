@@ -37,7 +37,7 @@ from fcos_deploy.core.errors import (
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.trust import KeptModel
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
-from runtimes._tensorrt_library import LibraryLog, TensorRT, library_log, load_tensorrt, shape_tuple
+from runtimes._tensorrt_library import TensorRT, library_log, load_tensorrt, shape_tuple
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -48,13 +48,8 @@ __all__ = ["BACKEND"]
 Shapes = dict[str, tuple[int, ...]]
 
 _DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
+    **{"FLOAT": "float32", "HALF": "float16"},
+    **{name: name.lower() for name in ("INT8", "UINT8", "INT32", "INT64", "BOOL")},
 }
 _THROUGHPUT_LANES = 2  # the second one's copies overlap with the first one's computation
 _CLOSE_NOTICED_SECONDS = 0.2
@@ -115,38 +110,7 @@ class TensorrtFamily(Backend):
         brings_code = "version_compatible" in record.get("options", "")
         if brings_code:
             _require_trust(path, options)
-        engine = self._engine(library, path, record=record, device=device, host_code=brings_code)
-        session = self._session(library, engine, path=path, options=options, cuda=cuda, device=device)
-        session.contract = contract
-        return session
-
-    def _engine(
-        self, library: TensorRT, path: Path, *, record: Mapping[str, str], device: CudaDevice, host_code: bool
-    ) -> trt.ICudaEngine:
-        with library_log(library) as (logger, log):
-            # An engine that trtexec of TensorRT 8 built may hold plug-ins (InstanceNormalization). The lean runtime has
-            # no function to register them.
-            register_plugins = getattr(library, "init_libnvinfer_plugins", None)
-            if register_plugins is not None:
-                register_plugins(logger, "")
-            runtime = library.Runtime(logger)
-            if host_code:
-                runtime.engine_host_code_allowed = True
-            engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if engine is None:
-            raise _load_error(path, library=library, record=record, device=device, log=log)
-        return engine
-
-    def _session(
-        self,
-        library: TensorRT,
-        engine: trt.ICudaEngine,
-        *,
-        path: Path,
-        options: SessionOptions,
-        cuda: Cuda,
-        device: CudaDevice,
-    ) -> Session:
+        engine = _load_engine(library, path, record=record, device=device, host_code=brings_code)
         tensors = _engine_tensors(library, engine)
         contexts = self._contexts(library, engine, path=path, options=options)
 
@@ -160,22 +124,25 @@ class TensorrtFamily(Backend):
             )
 
         lanes = options.streams or (_THROUGHPUT_LANES if options.hint is PerformanceHint.THROUGHPUT else 1)
-        return TensorrtSession(
+        description = {
+            "backend": self.name,
+            "version": library.__version__,
+            "device": str(device),
+            "contexts": str(lanes),
+            "memory": "unified" if device.integrated else "copied",
+            **contexts.description,
+        }
+        session = TensorrtSession(
             cuda=cuda,
             device=device.index,
             tensors=tensors,
             make_lane=make_lane,
             lanes=lanes,
-            description={
-                "backend": self.name,
-                "version": library.__version__,
-                "device": str(device),
-                "contexts": str(lanes),
-                "memory": "unified" if device.integrated else "copied",
-                **contexts.description,
-            },
+            description=description,
             on_close=contexts.close,
         )
+        session.contract = contract
+        return session
 
     def probe(self) -> BackendProbe:
         """The library's version and the GPUs, or what is missing."""
@@ -220,17 +187,28 @@ def build_record(path: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in record.items()}
 
 
-def _load_error(
-    path: Path, *, library: TensorRT, record: Mapping[str, str], device: CudaDevice, log: LibraryLog
-) -> BackendLoadError:
-    builder = record.get("version", "")
-    reason = ""
+def _load_engine(
+    library: TensorRT, path: Path, *, record: Mapping[str, str], device: CudaDevice, host_code: bool
+) -> trt.ICudaEngine:
+    with library_log(library) as (logger, log):
+        # An engine that trtexec of TensorRT 8 built may hold plug-ins (InstanceNormalization). The lean runtime has
+        # no function to register them.
+        register_plugins = getattr(library, "init_libnvinfer_plugins", None)
+        if register_plugins is not None:
+            register_plugins(logger, "")
+        runtime = library.Runtime(logger)
+        if host_code:
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is not None:
+        return engine
+    builder, reason = record.get("version", ""), ""
     if builder and builder != library.__version__:
         reason = f"It was built by version {builder}, this is {library.__version__}. "
     built_for = record.get("compute_capabilities") or record.get("built_on", "")
     if built_for:
         reason += f"It was built for {built_for}, this is {device}. "
-    return BackendLoadError(
+    raise BackendLoadError(
         f"'{path}' cannot be loaded. {reason}{' | '.join(log.last_lines(2))}",
         hint="build the engine on this machine: 'fcos-deploy build'",
     )

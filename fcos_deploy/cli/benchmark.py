@@ -39,22 +39,18 @@ def benchmark_command(
     ] = True,
     baseline: Annotated[
         Path | None,
-        cli.option(
+        cli.GATE.option(
             "JSON of an earlier run to compare with; exit code 4 when this one is slower. Default: none.",
             metavar="FILE",
-            panel=cli.GATE,
         ),
     ] = None,
     tolerance: Annotated[
-        float,
-        cli.option("Allowed slowdown against --baseline, 0.1 for 10 %.", min=0.0, metavar="SHARE", panel=cli.GATE),
+        float, cli.GATE.option("Allowed slowdown against --baseline, 0.1 for 10 %.", min=0.0, metavar="SHARE")
     ] = 0.1,
     backend: cli.Backends = None,
     precision: cli.BundlePrecisions = None,
     session: SessionOptions,
-    output: Annotated[
-        Path | None, cli.option("JSON file to write.", "-o", "--output", metavar="FILE", panel=cli.OUTPUT)
-    ] = None,
+    output: Annotated[Path | None, cli.OUTPUT.option("JSON file to write.", "-o", "--output", metavar="FILE")] = None,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
@@ -111,13 +107,7 @@ def soak_command(
     inferences: Annotated[int, cli.option("Number of inferences in all.", min=1)] = 20_000,
     concurrency: Annotated[int, cli.option("Number of threads that call the detector at a time.", min=1)] = 8,
     max_memory_growth: Annotated[
-        float,
-        cli.option(
-            "Allowed growth of memory after the warm-up, 0.02 for 2 %.",
-            min=0.0,
-            metavar="SHARE",
-            panel=cli.GATE,
-        ),
+        float, cli.GATE.option("Allowed growth of memory after the warm-up, 0.02 for 2 %.", min=0.0, metavar="SHARE")
     ] = 0.02,
     backend: cli.Backend = "",
     precision: cli.BundlePrecision = None,

@@ -32,18 +32,16 @@ def package_command(
     backend: cli.Backend = "",
     target: cli.Target = "",
     precision: cli.BundlePrecision = None,
-    name: Annotated[
-        str, cli.option("Name of the served model. Default: the bundle's.", metavar="NAME", panel=cli.SERVING)
-    ] = "",
-    version: Annotated[int, cli.option("Version of the served model.", panel=cli.SERVING)] = 1,
+    name: Annotated[str, cli.SERVING.option("Name of the served model. Default: the bundle's.", metavar="NAME")] = "",
+    version: Annotated[int, cli.SERVING.option("Version of the served model.")] = 1,
     server: cli.Server = "",
-    max_batch: Annotated[int, cli.option("Largest batch to join requests into; 0 for none.", panel=cli.SERVING)] = 0,
+    max_batch: Annotated[int, cli.SERVING.option("Largest batch to join requests into; 0 for none.")] = 0,
     queue_delay_us: Annotated[
-        int, cli.option("Longest wait for a batch to fill, in microseconds.", metavar="US", panel=cli.SERVING)
+        int, cli.SERVING.option("Longest wait for a batch to fill, in microseconds.", metavar="US")
     ] = 2000,
-    instances: Annotated[int, cli.option("Instances of the model that run side by side.", panel=cli.SERVING)] = 1,
+    instances: Annotated[int, cli.SERVING.option("Instances of the model that run side by side.")] = 1,
     gpu: Annotated[
-        list[int] | None, cli.option("GPU to serve on, repeatable. Default: the engine's choice.", panel=cli.SERVING)
+        list[int] | None, cli.SERVING.option("GPU to serve on, repeatable. Default: the engine's choice.")
     ] = None,
     trust: Trust,
 ) -> None:
@@ -79,44 +77,39 @@ def sign_command(
         Path | None, typer.Argument(metavar="BUNDLE", help="Bundle: the folder that 'fcos-deploy deploy' wrote.")
     ] = None,
     *,
-    key: Annotated[Path, cli.option("Private key file.", metavar="PEM", panel=cli.TRUST)] = Path("fcos-deploy-key.pem"),
+    key: Annotated[Path, cli.TRUST.option("Private key file.", metavar="PEM")] = Path("fcos-deploy-key.pem"),
     generate_key: Annotated[
         bool,
-        cli.option(
+        cli.TRUST.option(
             "New key pair, written before signing: --key and the same name ending in .pub.pem. With --openssf-key, "
             "whichever of the two pairs is missing.",
             "--generate-key",
-            panel=cli.TRUST,
         ),
     ] = False,
     version: Annotated[
         int,
-        cli.option(
+        cli.TRUST.option(
             "Version of the bundle, signed with it; devices refuse one older than they have opened. 0: no version.",
             min=0,
-            panel=cli.TRUST,
         ),
     ] = 0,
     expires: Annotated[
-        str,
-        cli.option("Last day on which the signature counts. Default: no end.", metavar="YYYY-MM-DD", panel=cli.TRUST),
+        str, cli.TRUST.option("Last day on which the signature counts. Default: no end.", metavar="YYYY-MM-DD")
     ] = "",
     openssf_key: Annotated[
         Path | None,
-        cli.option(
+        cli.TRUST.option(
             "EC private key that signs in the OpenSSF Model Signing format too, as model.sig. Default: none.",
             "--openssf-key",
             metavar="PEM",
-            panel=cli.TRUST,
         ),
     ] = None,
     device: Annotated[
         bool,
-        cli.option(
+        cli.TRUST.option(
             "Signature of what was built on this device, with this user's device key (made on first use), in place of "
             "the bundle's with --key.",
             "--device",
-            panel=cli.TRUST,
         ),
     ] = False,
     as_json: cli.Json = False,
@@ -157,12 +150,7 @@ def sign_command(
 
 
 @cli.with_required_signature
-def verify_signature_command(
-    bundle: cli.Bundle,
-    *,
-    trust: Trust,
-    as_json: cli.Json = False,
-) -> None:
+def verify_signature_command(bundle: cli.Bundle, *, trust: Trust, as_json: cli.Json = False) -> None:
     """Check that a trusted key signed a bundle and that no file was changed since; nothing is run."""
     from fcos_deploy.bundle import open_trusted
 

@@ -36,8 +36,7 @@ def deploy_command(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL",
-            help="Checkpoint, ONNX file with a contract, or package.module:function (with --run-code).",
+            metavar="MODEL", help="Checkpoint, ONNX file with a contract, or package.module:function (with --run-code)."
         ),
     ],
     *,
@@ -60,37 +59,30 @@ def deploy_command(
     ] = None,
     backend: Annotated[
         list[str] | None,
-        cli.option(
+        cli.RUNTIME.option(
             "Backend to build for, repeatable. Default: every backend that runs on this machine.",
             metavar="NAME",
-            panel=cli.RUNTIME,
             autocompletion=cli.complete_backend,
         ),
     ] = None,
     precision: Annotated[
         list[Precision] | None,
-        cli.option(
-            "Precision to build, repeatable. Default: fp32 and int8; of a --target, its profile's.", panel=cli.RUNTIME
-        ),
+        cli.RUNTIME.option("Precision to build, repeatable. Default: fp32 and int8; of a --target, its profile's."),
     ] = None,
     tail: Annotated[
-        Tail | None,
-        cli.option("Where the graphs end. Default: raw; of a --target, its profile's.", panel=cli.RUNTIME),
+        Tail | None, cli.RUNTIME.option("Where the graphs end. Default: raw; of a --target, its profile's.")
     ] = None,
     max_map_drop: Annotated[
         float | None,
-        cli.option(
-            "Largest loss of AP of INT8; needs annotations. Default: 0.01, one point.", metavar="AP", panel=cli.GATE
-        ),
+        cli.GATE.option("Largest loss of AP of INT8; needs annotations. Default: 0.01, one point.", metavar="AP"),
     ] = None,
     max_precision_drop: cli.MaxPrecisionDrop = None,
     max_recall_drop: cli.MaxRecallDrop = None,
     min_match_rate: Annotated[
         float | None,
-        cli.option(
+        cli.GATE.option(
             "Smallest share of INT8's detections that agree with the float model's. Default: 0.97 without annotations.",
             metavar="SHARE",
-            panel=cli.GATE,
         ),
     ] = None,
     judge: cli.JudgeBy = Judge.INTERVAL,
@@ -339,8 +331,7 @@ def init_command(
         PROJECT_FILE
     ),
     yes: Annotated[
-        bool,
-        cli.option("Nothing is asked, as without a terminal: what is open is an error.", "-y", "--yes"),
+        bool, cli.option("Nothing is asked, as without a terminal: what is open is an error.", "-y", "--yes")
     ] = False,
     values: dict[str, Any],  # Any: each option's own type
 ) -> None:

@@ -65,17 +65,16 @@ def verify_command(
     server: cli.Server = "",
     trtexec_record: Annotated[
         Path | None,
-        cli.option(
+        cli.RUNTIME.option(
             "Record that run_trtexec.py of 'package --for trtexec' wrote on a device, in place of a runtime.",
             metavar="FILE",
-            panel=cli.RUNTIME,
         ),
     ] = None,
     allow_fallback: cli.AllowFallback = False,
     trust: Trust,
     allow_engine_code: cli.AllowEngineCode = False,
     log: Annotated[
-        Path | None, cli.option("Log to append the record to. Default: the bundle's.", metavar="FILE", panel=cli.OUTPUT)
+        Path | None, cli.OUTPUT.option("Log to append the record to. Default: the bundle's.", metavar="FILE")
     ] = None,
     export: cli.DeviceRecord = None,
     allow_inconclusive: cli.AllowInconclusive = False,

@@ -57,13 +57,7 @@ def evaluate_command(
     Checkpoint options apply to MODEL and --reference where they are checkpoints. Exit code 4: a limit does not hold, or
     the data cannot decide it.
     """
-    from fcos_deploy.accuracy.evaluate import (
-        CURVE_COLUMNS,
-        EvaluationRequest,
-        curve_rows,
-        evaluate,
-        evaluation_json,
-    )
+    from fcos_deploy.accuracy.evaluate import CURVE_COLUMNS, EvaluationRequest, curve_rows, evaluate, evaluation_json
     from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, OperatingGoal, operating_rows
     from fcos_deploy.core.serialize import to_json
     from fcos_deploy.detector import DetectorSpec
@@ -125,16 +119,14 @@ def compare_command(
     allow_inconclusive: cli.AllowInconclusive = False,
     backend: cli.Backend = "",
     second_backend: Annotated[
-        str, cli.option("Runtime of the second model. Default: that of --backend.", metavar="NAME", panel=cli.RUNTIME)
+        str, cli.RUNTIME.option("Runtime of the second model. Default: that of --backend.", metavar="NAME")
     ] = "",
     precision: cli.BundlePrecision = None,
     second_precision: Annotated[
-        Precision | None, cli.option("Precision of the second bundle. Default: that of --precision.", panel=cli.RUNTIME)
+        Precision | None, cli.RUNTIME.option("Precision of the second bundle. Default: that of --precision.")
     ] = None,
     session: SessionOptions,
-    report: Annotated[
-        Path | None, cli.option("HTML report of the comparison to write.", metavar="FILE", panel=cli.OUTPUT)
-    ] = None,
+    report: Annotated[Path | None, cli.OUTPUT.option("HTML report of the comparison to write.", metavar="FILE")] = None,
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:

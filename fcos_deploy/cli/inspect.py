@@ -35,10 +35,9 @@ def inspect_command(
     ] = None,
     write_options: Annotated[
         Path | None,
-        cli.option(
+        cli.OUTPUT.option(
             "TOML file to write with all options that were decided for a checkpoint, for --checkpoint-options.",
             metavar="FILE",
-            panel=cli.OUTPUT,
         ),
     ] = None,
     as_json: cli.Json = False,

@@ -29,16 +29,26 @@ from fcos_deploy.core.trust import Trust
 if TYPE_CHECKING:
     from fcos_deploy.detector import DetectorSpec
 
-# Titles of the panels in the help of a command, and their order; options without a panel come before them.
-_OF_A_RUN, _OF_ANY = ("Gate", "Runtime", "Serving", "Shapes", "Stream", "TensorRT"), ("Trust", "Output")
-GATE, RUNTIME, SERVING, SHAPES, STREAM, TENSORRT = _OF_A_RUN
-TRUST, OUTPUT = _OF_ANY
-_PANELS = (None, *_OF_A_RUN, "Checkpoint", "Preprocessing", "Detection", *_OF_ANY)
 
-
-def option(help: str, *flags: str, panel: str | None = None, **more: Any) -> Any:  # noqa: A002  # as in typer.Option
+def option(help: str, *flags: str, **more: Any) -> Any:  # noqa: A002  # as in typer.Option
     """``typer.Option`` with its help first; Any: its other arguments, and its result's type."""
-    return typer.Option(*flags, help=help, rich_help_panel=panel, show_default="Default:" not in help, **more)
+    return typer.Option(*flags, help=help, show_default="Default:" not in help, **more)
+
+
+class Panel(str):
+    """The title of a panel in the help of a command."""
+
+    __slots__ = ()
+
+    def option(self, help: str, *flags: str, **more: Any) -> Any:  # noqa: A002  # as in ``option``
+        """An option in this panel."""
+        return option(help, *flags, rich_help_panel=self, **more)
+
+
+_OF_A_RUN = tuple(map(Panel, ("Gate", "Runtime", "Serving", "Shapes", "Stream", "TensorRT")))
+GATE, RUNTIME, SERVING, SHAPES, STREAM, TENSORRT = _OF_A_RUN
+CHECKPOINT, DETECTION, TRUST, OUTPUT = map(Panel, ("Checkpoint", "Detection", "Trust", "Output"))
+_PANELS = (None, *_OF_A_RUN, CHECKPOINT, "Preprocessing", DETECTION, TRUST, OUTPUT)  # in this order
 
 
 def output(help: str, *, metavar: str = "FILE") -> Any:  # noqa: A002  # as in typer.Option
@@ -81,14 +91,12 @@ Annotations = Annotated[
     ),
 ]
 AllowOverlap = Annotated[
-    bool,
-    option("Evaluation images that are calibration images too are accepted, and reported.", "--allow-overlap"),
+    bool, option("Evaluation images that are calibration images too are accepted, and reported.", "--allow-overlap")
 ]
 CalibrationCount = Annotated[int | None, option("Number of calibration images to choose. Default: up to 128.")]
 Seed = Annotated[int, option("Random seed for choosing calibration images.")]
 RunCode = Annotated[
-    bool,
-    option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code"),
+    bool, option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code")
 ]
 Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
 Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
@@ -106,130 +114,109 @@ Target = Annotated[
 ]
 
 _BACKEND = "Runtime to use{}; 'fcos-deploy doctor' lists them. Default: the one that the model is meant for."
-Backend = Annotated[str, option(_BACKEND.format(""), metavar="NAME", panel=RUNTIME, autocompletion=complete_backend)]
+Backend = Annotated[str, RUNTIME.option(_BACKEND.format(""), metavar="NAME", autocompletion=complete_backend)]
 Backends = Annotated[
-    list[str] | None,
-    option(_BACKEND.format(", repeatable"), metavar="NAME", panel=RUNTIME, autocompletion=complete_backend),
+    list[str] | None, RUNTIME.option(_BACKEND.format(", repeatable"), metavar="NAME", autocompletion=complete_backend)
 ]
 _PRECISION = "Precision of the bundle's artifact to use{}. Default: the bundle's choice."
-BundlePrecision = Annotated[Precision | None, option(_PRECISION.format(""), panel=RUNTIME)]
-BundlePrecisions = Annotated[list[Precision] | None, option(_PRECISION.format(", repeatable"), panel=RUNTIME)]
+BundlePrecision = Annotated[Precision | None, RUNTIME.option(_PRECISION.format(""))]
+BundlePrecisions = Annotated[list[Precision] | None, RUNTIME.option(_PRECISION.format(", repeatable"))]
 Device = Annotated[
     str,
-    option(
-        "Device as the runtime names it, such as cpu, GPU.0 or cuda:0. Default: the runtime's choice.",
-        metavar="NAME",
-        panel=RUNTIME,
+    RUNTIME.option(
+        "Device as the runtime names it, such as cpu, GPU.0 or cuda:0. Default: the runtime's choice.", metavar="NAME"
     ),
 ]
-Compute = Annotated[ComputeType, option("Type that the runtime computes float layers in.", panel=RUNTIME)]
-Threads = Annotated[int | None, option("Threads of the runtime. Default: the runtime's choice.", min=1, panel=RUNTIME)]
+Compute = Annotated[ComputeType, RUNTIME.option("Type that the runtime computes float layers in.")]
+Threads = Annotated[int | None, RUNTIME.option("Threads of the runtime. Default: the runtime's choice.", min=1)]
 Server = Annotated[
     str,
-    option(
+    RUNTIME.option(
         "Served model in place of a local runtime, such as http://HOST:8000/v2/models/NAME. Default: none.",
         metavar="URL",
-        panel=RUNTIME,
     ),
 ]
 
 _MaxMapDrop = Annotated[
     float | None,
-    option(
+    GATE.option(
         "Largest loss of AP against the reference, such as 0.01 for one point; exit code 4 beyond it. "
         "Default: no limit.",
         metavar="AP",
-        panel=GATE,
     ),
 ]
 _DROP = "Largest loss of {} at the score thresholds, mean over the classes; needs annotations. Default: no limit."
-MaxPrecisionDrop = Annotated[float | None, option(_DROP.format("precision"), metavar="SHARE", panel=GATE)]
-MaxRecallDrop = Annotated[float | None, option(_DROP.format("recall"), metavar="SHARE", panel=GATE)]
-_MinAp = Annotated[
-    float | None, option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP", panel=GATE)
-]
+MaxPrecisionDrop = Annotated[float | None, GATE.option(_DROP.format("precision"), metavar="SHARE")]
+MaxRecallDrop = Annotated[float | None, GATE.option(_DROP.format("recall"), metavar="SHARE")]
+_MinAp = Annotated[float | None, GATE.option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP")]
 _MinMatchRate = Annotated[
     float | None,
-    option(
+    GATE.option(
         "Smallest share of the reference's detections that must match (0 to 1); exit code 4 below it. "
         "Default: no limit.",
         metavar="RATE",
-        panel=GATE,
     ),
 ]
 
 JudgeBy = Annotated[
     Judge,
-    option(
+    GATE.option(
         "What must be within a limit: the 95 % confidence interval of the figure, or the point estimate alone, which "
         "chance may decide.",
         "--judge",
-        panel=GATE,
     ),
 ]
 AllowInconclusive = Annotated[
     bool,
-    option(
-        "Acceptance of limits that the data cannot decide; without it they are exit code 4.",
-        "--allow-inconclusive",
-        panel=GATE,
+    GATE.option(
+        "Acceptance of limits that the data cannot decide; without it they are exit code 4.", "--allow-inconclusive"
     ),
 ]
 
 _PublicKeys = Annotated[
     list[str] | None,
-    option(
+    TRUST.option(
         "Trusted public key, as a file or its text; repeatable. The bundle must be signed with one of them.",
         "--public-key",
         metavar="PEM",
-        panel=TRUST,
     ),
 ]
 _ExpectName = Annotated[
     str,
-    option(
-        "Name that the bundle must have; it is signed with the bundle. Default: any.",
-        "--expect-name",
-        metavar="NAME",
-        panel=TRUST,
+    TRUST.option(
+        "Name that the bundle must have; it is signed with the bundle. Default: any.", "--expect-name", metavar="NAME"
     ),
 ]
 _MinVersion = Annotated[
-    int,
-    option(
-        "Lowest version that the bundle must be signed as; needs a --public-key.", "--min-version", min=0, panel=TRUST
-    ),
+    int, TRUST.option("Lowest version that the bundle must be signed as; needs a --public-key.", "--min-version", min=0)
 ]
 RequireSignature = Annotated[
-    bool, option("Restriction to bundles that are signed with a --public-key.", "--require-signature", panel=TRUST)
+    bool, TRUST.option("Restriction to bundles that are signed with a --public-key.", "--require-signature")
 ]
 AllowEngineCode = Annotated[
     bool,
-    option(
+    TRUST.option(
         "Permission for a version-compatible engine that is not signed to run the library it contains.",
         "--allow-engine-code",
-        panel=TRUST,
     ),
 ]
 AllowFallback = Annotated[
     bool,
-    option(
+    TRUST.option(
         "Permission to fall back to the next backend that the bundle lists when its first does not fit.",
         "--allow-fallback",
-        panel=TRUST,
     ),
 ]
 
 DeviceRecord = Annotated[
     Path | None,
-    option(
+    OUTPUT.option(
         "Device record to write, for 'fcos-deploy report --records'; signed where there is a device key.",
         metavar="FILE",
-        panel=OUTPUT,
     ),
 ]
-Json = Annotated[bool, option("JSON on stdout.", "--json", panel=OUTPUT)]
-Junit = Annotated[Path | None, option("JUnit XML file of the verdicts to write.", metavar="FILE", panel=OUTPUT)]
+Json = Annotated[bool, OUTPUT.option("JSON on stdout.", "--json")]
+Junit = Annotated[Path | None, OUTPUT.option("JUnit XML file of the verdicts to write.", metavar="FILE")]
 
 
 def with_parameters(
@@ -281,8 +268,8 @@ def keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:  # 
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
-_LOCAL_BUILDS = option(
-    "Trust in what this user built on this device, beside a signed bundle.", "--trust-local-builds", panel=TRUST
+_LOCAL_BUILDS = TRUST.option(
+    "Trust in what this user built on this device, beside a signed bundle.", "--trust-local-builds"
 )
 _KEY_OPTIONS: dict[str, tuple[Any, Any]] = {  # Any: type forms and defaults, as below
     "public_key": (_PublicKeys, None),
@@ -329,14 +316,13 @@ def _trust(
     return Trust(public_keys=keys, local_builds=trust_local_builds, name=expect_name, min_version=min_version)
 
 
-_PEM = {"metavar": "PEM", "panel": SERVING}
 _SERVER_OPTIONS: dict[str, Any] = {  # Any: type forms; each stands in for FCOS_DEPLOY_ and its name
-    "server_token_file": option(
-        "File with the bearer token for a served model. Default: none.", metavar="FILE", panel=SERVING
+    "server_token_file": SERVING.option(
+        "File with the bearer token for a served model. Default: none.", metavar="FILE"
     ),
-    "server_ca": option("Authorities of a server's certificate. Default: the system's.", **_PEM),
-    "server_cert": option("Client certificate for a served model. Default: none.", **_PEM),
-    "server_key": option("Key of --server-cert. Default: none.", **_PEM),
+    "server_ca": SERVING.option("Authorities of a server's certificate. Default: the system's.", metavar="PEM"),
+    "server_cert": SERVING.option("Client certificate for a served model. Default: none.", metavar="PEM"),
+    "server_key": SERVING.option("Key of --server-cert. Default: none.", metavar="PEM"),
 }
 
 
@@ -380,7 +366,7 @@ def with_gate_options(*limits: str) -> Callable[[Callable[..., None]], Callable[
 _SESSION_OPTIONS: dict[str, Any] = {  # Any: type forms
     "device": Device,
     "compute": Compute,
-    "hint": Annotated[PerformanceHint, option("Goal the runtime is tuned for.", panel=RUNTIME)],
+    "hint": Annotated[PerformanceHint, RUNTIME.option("Goal the runtime is tuned for.")],
     "threads": Threads,
     "allow_fallback": AllowFallback,
     "allow_engine_code": AllowEngineCode,
@@ -425,7 +411,7 @@ def _with_checkpoint_options(command: Callable[..., None], infos: Mapping[str, O
         metavar="FILE",
         help="TOML file of checkpoint options, as 'fcos-deploy inspect --write-options' writes it; "
         "options of the command line override it.",
-        rich_help_panel="Checkpoint",
+        rich_help_panel=CHECKPOINT,
     )
     options["checkpoint_options"] = (Annotated[Path | None, file], None)
 

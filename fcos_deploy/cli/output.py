@@ -197,10 +197,7 @@ def progress_bar() -> Iterator[ProgressFn]:
     )
     console, on_terminal = Console(stderr=True), sys.stderr.isatty()
     with Progress(
-        *columns,
-        console=console,
-        disable=_QUIET.get() or not on_terminal,
-        speed_estimate_period=_WHOLE_STAGE,
+        *columns, console=console, disable=_QUIET.get() or not on_terminal, speed_estimate_period=_WHOLE_STAGE
     ) as progress:
         stages: dict[str, _Stage] = {}
 

@@ -46,57 +46,51 @@ def predict_command(
     *,
     score_threshold: Annotated[
         float | None,
-        cli.option(
-            "Minimum score of a detection. Default: the model's.", min=0.0, max=1.0, metavar="SCORE", panel="Detection"
-        ),
+        cli.DETECTION.option("Minimum score of a detection. Default: the model's.", min=0.0, max=1.0, metavar="SCORE"),
     ] = None,
     backend: cli.Backend = "",
     precision: cli.BundlePrecision = None,
     session: SessionOptions,
     cache: Annotated[
-        Path | None,
-        cli.option("Folder for compiled models. Default: ~/.cache/fcos-deploy.", metavar="DIR", panel=cli.RUNTIME),
+        Path | None, cli.RUNTIME.option("Folder for compiled models. Default: ~/.cache/fcos-deploy.", metavar="DIR")
     ] = None,
     draw: Annotated[
         str | None,
-        cli.option(
+        cli.OUTPUT.option(
             "Folder for annotated copies (.jpg, .mp4); of a stream the address to show it at in a browser, such as "
             "http://localhost:8090.",
             metavar="DIR",
-            panel=cli.OUTPUT,
         ),
     ] = None,
     draw_threshold: Annotated[
         float | None,
-        cli.option(
+        cli.OUTPUT.option(
             "Minimum score of a box that is drawn. Default: --score-threshold, or else 0.3.",
             min=0.0,
             max=1.0,
             metavar="SCORE",
-            panel=cli.OUTPUT,
         ),
     ] = None,
     follow: Annotated[
-        bool, cli.option("Detections of images that arrive in a folder from now on.", "--follow", panel=cli.STREAM)
+        bool, cli.STREAM.option("Detections of images that arrive in a folder from now on.", "--follow")
     ] = False,
     max_frames: Annotated[
-        int | None, cli.option("Number of frames to detect on. Default: no end.", min=1, panel=cli.STREAM)
+        int | None, cli.STREAM.option("Number of frames to detect on. Default: no end.", min=1)
     ] = None,
     max_seconds: Annotated[
-        float | None, cli.option("Seconds after which to stop. Default: no end.", metavar="SECONDS", panel=cli.STREAM)
+        float | None, cli.STREAM.option("Seconds after which to stop. Default: no end.", metavar="SECONDS")
     ] = None,
     give_up: Annotated[
-        float, cli.option("Seconds without a frame after which to give up.", metavar="SECONDS", panel=cli.STREAM)
+        float, cli.STREAM.option("Seconds without a frame after which to give up.", metavar="SECONDS")
     ] = 60.0,
     coco: Annotated[
-        Path | None,
-        cli.option("COCO data set of the detections to write, with scores.", metavar="FILE", panel=cli.OUTPUT),
+        Path | None, cli.OUTPUT.option("COCO data set of the detections to write, with scores.", metavar="FILE")
     ] = None,
     as_csv: Annotated[
-        Path | None, cli.option("CSV of the detections to write.", "--csv", metavar="FILE", panel=cli.OUTPUT)
+        Path | None, cli.OUTPUT.option("CSV of the detections to write.", "--csv", metavar="FILE")
     ] = None,
     yolo: Annotated[
-        Path | None, cli.option("Folder for YOLO labels, a .txt for each image.", metavar="DIR", panel=cli.OUTPUT)
+        Path | None, cli.OUTPUT.option("Folder for YOLO labels, a .txt for each image.", metavar="DIR")
     ] = None,
     as_json: cli.Json = False,
     options: CheckpointOptions,

@@ -34,8 +34,7 @@ def report_command(
     ],
     *,
     compare: Annotated[
-        bool,
-        cli.option("Report of what several bundles record, side by side; nothing is measured.", "--compare"),
+        bool, cli.option("Report of what several bundles record, side by side; nothing is measured.", "--compare")
     ] = False,
     reference: Annotated[
         Path | None,
@@ -68,9 +67,7 @@ def report_command(
     output: Annotated[Path, cli.output("HTML file to write; the same in Markdown goes beside it.")] = Path(
         "report.html"
     ),
-    title: Annotated[
-        str, cli.option("Title of the report. Default: the names of the two models.", panel=cli.OUTPUT)
-    ] = "",
+    title: Annotated[str, cli.OUTPUT.option("Title of the report. Default: the names of the two models.")] = "",
     options: CheckpointOptions,
 ) -> None:
     """Report how a model compares with its reference: accuracy, speed and images side by side, as HTML and Markdown.
@@ -204,13 +201,7 @@ def _require_passed(
 
 
 def _sign_off(
-    bundle: Path,
-    records: list[Path],
-    *,
-    trust: Trust,
-    keys: tuple[Path | str, ...],
-    output: Path,
-    inconclusive: bool,
+    bundle: Path, records: list[Path], *, trust: Trust, keys: tuple[Path | str, ...], output: Path, inconclusive: bool
 ) -> None:
     """The page of a bundle's device records; with ``keys`` one of them must have signed each record."""
     from fcos_deploy.accuracy.verify import read_records

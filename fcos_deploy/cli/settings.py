@@ -12,7 +12,6 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import typer
 from fcos_deploy.cli.output import print_json
 from fcos_deploy.core.checkpoint_options import read_options_file, replaced_fields
 from fcos_deploy.core.errors import ConfigError, brief
-from fcos_deploy.core.serialize import toml_value
+from fcos_deploy.core.serialize import to_json, toml_value
 
 PROJECT_FILE = "fcos-deploy.toml"
 _PREFIX = "FCOS_DEPLOY_"
@@ -244,7 +243,7 @@ def show_settings(command: Any, context: Any, typed: Mapping[str, Any], settings
     for parameter in command.params:
         name = parameter.name
         raw, _ = parameter.consume_value(context, typed)
-        values[name] = None if raw is None else _plain(parameter.process_value(context, raw))
+        values[name] = None if raw is None else to_json(parameter.process_value(context, raw))
         typed_here = typed.get(name) is not None
         sources[name] = "command line" if typed_here else settings[name].source if name in settings else "default"
         if parameter.required and raw is None:
@@ -263,18 +262,10 @@ def project_text(parameters: Sequence[Any], values: Mapping[str, Any]) -> str:  
     """A project file with these values by the names of parameters; the other parameters stand there as comments."""
     lines = ["# Options of 'fcos-deploy deploy' in this folder. Variables and the command line override them."]
     for parameter in parameters:
-        lines += ["", f"# {parameter.help}", _assignment(parameter, _plain(values.get(parameter.name)))]
+        lines += ["", f"# {parameter.help}", _assignment(parameter, to_json(values.get(parameter.name)))]
     return "\n".join(lines) + "\n"
 
 
 def _assignment(parameter: Any, value: Any) -> str:
     given = value is not None and value not in ("", [])
     return f"{option_name(parameter)} = {toml_value(value)}" if given else f"# {option_name(parameter)} ="
-
-
-def _plain(value: Any) -> Any:  # Any: what Typer makes of words, and what JSON and TOML have for it
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -128,10 +128,8 @@ def calibrate_command(
     ] = "",
     engine: Annotated[
         str,
-        cli.option(
-            "Runtime that measures: onnxruntime, openvino, or auto for the first that is installed.",
-            metavar="NAME",
-            panel=cli.RUNTIME,
+        cli.RUNTIME.option(
+            "Runtime that measures: onnxruntime, openvino, or auto for the first that is installed.", metavar="NAME"
         ),
     ] = "auto",
     threads: cli.Threads = None,
@@ -199,8 +197,7 @@ def quantize_command(
     gate: Gate,
     allow_inconclusive: cli.AllowInconclusive = False,
     evaluations: Annotated[
-        int,
-        cli.option("Maximum number of candidates to evaluate; with 1 no layer stays in float.", min=1, panel=cli.GATE),
+        int, cli.GATE.option("Maximum number of candidates to evaluate; with 1 no layer stays in float.", min=1)
     ] = 16,
     threads: cli.Threads = None,
     junit: cli.Junit = None,
@@ -258,10 +255,9 @@ def build_command(
     *,
     backend: Annotated[
         str,
-        cli.option(
+        cli.RUNTIME.option(
             "Backend to build for, such as openvino or tensorrt; 'fcos-deploy doctor' lists them.",
             metavar="NAME",
-            panel=cli.RUNTIME,
             autocompletion=cli.complete_backend,
         ),
     ],
@@ -275,90 +271,64 @@ def build_command(
     target: cli.Target = "",
     precision: Annotated[
         Precision | None,
-        cli.option(
+        cli.RUNTIME.option(
             "Precision of the bundle's graph to build from; for openvino also fp16 from fp32. Default: the "
-            "profile's or the bundle's choice.",
-            panel=cli.RUNTIME,
+            "profile's or the bundle's choice."
         ),
     ] = None,
-    batch: Annotated[
-        str, cli.option("Batch size; a range for a dynamic batch.", metavar="N|MIN,OPT,MAX", panel=cli.SHAPES)
-    ] = "1",
+    batch: Annotated[str, cli.SHAPES.option("Batch size; a range for a dynamic batch.", metavar="N|MIN,OPT,MAX")] = "1",
     heights: Annotated[
         str,
-        cli.option(
-            "Range of a dynamic input height. Default: the graph's fixed height.",
-            metavar="MIN,OPT,MAX",
-            panel=cli.SHAPES,
-        ),
+        cli.SHAPES.option("Range of a dynamic input height. Default: the graph's fixed height.", metavar="MIN,OPT,MAX"),
     ] = "",
     widths: Annotated[
         str,
-        cli.option(
-            "Range of a dynamic input width. Default: the graph's fixed width.", metavar="MIN,OPT,MAX", panel=cli.SHAPES
-        ),
+        cli.SHAPES.option("Range of a dynamic input width. Default: the graph's fixed width.", metavar="MIN,OPT,MAX"),
     ] = "",
     workspace_mib: Annotated[
         int | None,
-        cli.option(
-            "Workspace memory of the builder. Default: the profile's or TensorRT's.",
-            min=1,
-            metavar="MIB",
-            panel=cli.TENSORRT,
+        cli.TENSORRT.option(
+            "Workspace memory of the builder. Default: the profile's or TensorRT's.", min=1, metavar="MIB"
         ),
     ] = None,
     optimization_level: Annotated[
         int | None,
-        cli.option(
-            "Builder optimization level; higher searches longer. Default: TensorRT's.",
-            min=0,
-            max=5,
-            metavar="0-5",
-            panel=cli.TENSORRT,
+        cli.TENSORRT.option(
+            "Builder optimization level; higher searches longer. Default: TensorRT's.", min=0, max=5, metavar="0-5"
         ),
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
-        cli.option(
+        cli.TENSORRT.option(
             "Compute capability to build for, such as 8.6; repeatable, TensorRT-RTX only. Default: this GPU's.",
             metavar="X.Y",
-            panel=cli.TENSORRT,
         ),
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        cli.option(
-            "File or folder of the timing cache to read and write. Default: none.", metavar="PATH", panel=cli.TENSORRT
-        ),
+        cli.TENSORRT.option("File or folder of the timing cache to read and write. Default: none.", metavar="PATH"),
     ] = None,
-    builds: Annotated[
-        int, cli.option("Number of builds, of which the fastest is kept.", min=1, panel=cli.TENSORRT)
-    ] = 1,
-    dla_core: Annotated[
-        int | None, cli.option("DLA core to build for. Default: the GPU.", min=0, panel=cli.TENSORRT)
-    ] = None,
+    builds: Annotated[int, cli.TENSORRT.option("Number of builds, of which the fastest is kept.", min=1)] = 1,
+    dla_core: Annotated[int | None, cli.TENSORRT.option("DLA core to build for. Default: the GPU.", min=0)] = None,
     dla_strict: Annotated[
-        bool, cli.option("Refusal of layers that would fall back to the GPU.", "--dla-strict", panel=cli.TENSORRT)
+        bool, cli.TENSORRT.option("Refusal of layers that would fall back to the GPU.", "--dla-strict")
     ] = False,
-    tf32: Annotated[
-        bool, cli.option("Permission for TF32 in fp32 convolutions.", "--tf32", panel=cli.TENSORRT)
-    ] = False,
+    tf32: Annotated[bool, cli.TENSORRT.option("Permission for TF32 in fp32 convolutions.", "--tf32")] = False,
     version_compatible: Annotated[
-        bool, cli.option("Engine that newer TensorRT versions also load.", "--version-compatible", panel=cli.TENSORRT)
+        bool, cli.TENSORRT.option("Engine that newer TensorRT versions also load.", "--version-compatible")
     ] = False,
     hardware_compatible: Annotated[
-        bool, cli.option("Engine that also runs on newer GPUs.", "--hardware-compatible", panel=cli.TENSORRT)
+        bool, cli.TENSORRT.option("Engine that also runs on newer GPUs.", "--hardware-compatible")
     ] = False,
     calibration_cache: Annotated[
         Path | None,
-        cli.option(
+        cli.TENSORRT.option(
             "Calibration cache for INT8 from a float graph, where the builder cannot read Q/DQ. Default: none.",
             metavar="FILE",
-            panel=cli.TENSORRT,
         ),
     ] = None,
     trtexec: Annotated[
-        bool, cli.option("Equivalent trtexec command on stdout; nothing is built.", "--trtexec", panel=cli.TENSORRT)
+        bool, cli.TENSORRT.option("Equivalent trtexec command on stdout; nothing is built.", "--trtexec")
     ] = False,
     trust: Trust,
     as_json: cli.Json = False,

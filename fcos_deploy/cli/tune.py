@@ -89,39 +89,31 @@ def tune_command(
     ] = None,
     backend: Annotated[
         list[str] | None,
-        cli.option(
+        cli.RUNTIME.option(
             "Backend to try, repeatable. Default: every backend that runs on this machine.",
             metavar="NAME",
-            panel=cli.RUNTIME,
             autocompletion=cli.complete_backend,
         ),
     ] = None,
     precision: Annotated[
         list[Precision] | None,
-        cli.option(
-            "Precision to try, repeatable. Default: fp32, and int8 with --calibration-images.", panel=cli.RUNTIME
-        ),
+        cli.RUNTIME.option("Precision to try, repeatable. Default: fp32, and int8 with --calibration-images."),
     ] = None,
     threads: Annotated[
         list[int] | None,
-        cli.option(
-            "Number of threads to try, repeatable. Default: all cores, and half of them.", min=1, panel=cli.RUNTIME
-        ),
+        cli.RUNTIME.option("Number of threads to try, repeatable. Default: all cores, and half of them.", min=1),
     ] = None,
     streams: Annotated[
         list[int] | None,
-        cli.option(
-            "Number of images at a time to try with --throughput, repeatable. Default: 1, half the cores, all.",
-            min=1,
-            panel=cli.RUNTIME,
+        cli.RUNTIME.option(
+            "Number of images at a time to try with --throughput, repeatable. Default: 1, half the cores, all.", min=1
         ),
     ] = None,
     max_map_drop: Annotated[
         float | None,
-        cli.option(
+        cli.GATE.option(
             "Largest loss of AP of the chosen INT8 against the model at that size; needs annotations. Default: 0.01.",
             metavar="AP",
-            panel=cli.GATE,
         ),
     ] = None,
     judge: cli.JudgeBy = Judge.INTERVAL,

@@ -9,6 +9,7 @@ import typer
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json
+from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.trust import Trust
 
 __all__ = ["package_command", "sign_command", "verify_signature_command"]
@@ -120,7 +121,6 @@ def sign_command(
     from fcos_deploy.bundle.signature import device_public_key, generate_ec_key
     from fcos_deploy.bundle.signature import generate_key as write_key_pair
     from fcos_deploy.bundle.store import sign
-    from fcos_deploy.core.errors import ConfigError
 
     if bundle is None and not generate_key:
         raise ConfigError("Nothing to sign.", hint="give a bundle, or --generate-key")

@@ -18,6 +18,7 @@ from fcos_deploy.cli.settings import PROJECT_FILE, command_line, option_name, pr
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, option_infos
 from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import CheckpointError, ConfigError
+from fcos_deploy.core.files import write_text
 from fcos_deploy.core.gate import Judge, overall_outcome
 from fcos_deploy.core.serialize import to_json
 
@@ -339,13 +340,13 @@ def init_command(
 
     Options that are given go into the file, every other option of 'deploy' stands in it as a comment.
     """
-    from fcos_deploy.core.files import write_text
     from fcos_deploy.pipeline.source import names_a_function
 
     if config.exists() or config.is_symlink():
         raise ConfigError(f"'{config}' exists.", hint="edit it, remove it, or write another one with --config FILE")
     ask = not yes and sys.stdin.isatty()
-    given = {name: value for name, value in values.items() if _is_given(context, name)}
+    sources = {name: context.get_parameter_source(name) for name in values}
+    given = {name: values[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
     if ask and "checkpoint" not in given:
         given |= _answer(context, "checkpoint")
     if "checkpoint" in given:
@@ -365,11 +366,6 @@ def init_command(
     write_text(config, text)
     where = "" if config == Path(PROJECT_FILE) else f" --config {shlex.quote(str(config))}"
     note(f"wrote '{config}'\nplan:    fcos-deploy deploy{where} --dry-run\nbundle:  fcos-deploy deploy{where}")
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _settle_checkpoint(context: typer.Context, given: dict[str, Any], *, ask: bool) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, progress_bar
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.trust import Trust
 
 __all__ = ["install_command", "rollback_command", "setup_command", "verify_command"]
@@ -29,7 +31,6 @@ def setup_command(
     """
     from fcos_deploy.accuracy.verify import export_record
     from fcos_deploy.bundle import open_trusted
-    from fcos_deploy.core.serialize import to_json
     from fcos_deploy.pipeline.setup import SetupRequest, set_up
 
     with progress_bar() as progress:
@@ -88,8 +89,6 @@ def verify_command(
     from fcos_deploy.accuracy import verify
     from fcos_deploy.accuracy.gate import write_junit
     from fcos_deploy.bundle import open_trusted
-    from fcos_deploy.core.backend import SessionOptions
-    from fcos_deploy.core.serialize import to_json
 
     options = verify.VerifyOptions(
         backend=backend,
@@ -132,7 +131,6 @@ def install_command(
     LINK leads to a whole, verified bundle at every moment. Exit code 0: the new version is in use. Any other: the old
     one still is; 4: the new one is not the certified detector here, or the golden images cannot decide it.
     """
-    from fcos_deploy.core.serialize import to_json
     from fcos_deploy.pipeline.install import InstallRequest, install
 
     request = InstallRequest(
@@ -164,7 +162,6 @@ def rollback_command(
     Versions that are damaged or no longer verified here are passed over. Exit code 0: an earlier version is in use.
     Any other: LINK is as it was.
     """
-    from fcos_deploy.core.serialize import to_json
     from fcos_deploy.pipeline.install import RollbackRequest, roll_back
 
     request = RollbackRequest(link=link, backend=backend, trust=trust, allow_inconclusive=allow_inconclusive)

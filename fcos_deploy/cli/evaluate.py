@@ -15,6 +15,7 @@ from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.gate import Gate
+from fcos_deploy.core.serialize import to_json
 
 if TYPE_CHECKING:
     from fcos_deploy.detector import DetectorSpec
@@ -59,7 +60,6 @@ def evaluate_command(
     """
     from fcos_deploy.accuracy.evaluate import CURVE_COLUMNS, EvaluationRequest, curve_rows, evaluate, evaluation_json
     from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, OperatingGoal, operating_rows
-    from fcos_deploy.core.serialize import to_json
     from fcos_deploy.detector import DetectorSpec
 
     sessions = cli.session_options(session, [model, *([reference] if reference else [])], checkpoint=options)

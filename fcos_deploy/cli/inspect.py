@@ -10,6 +10,9 @@ import typer
 from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import note, print_json, table
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, format_checkpoint_options
+from fcos_deploy.core.errors import ConfigError, DeviceError
+from fcos_deploy.core.files import write_text
+from fcos_deploy.core.serialize import to_json
 from fcos_deploy.core.trust import Trust
 
 if TYPE_CHECKING:
@@ -48,20 +51,16 @@ def inspect_command(
     Of COCO annotations: images, objects and classes, and what is wrong with them.
     """
     from fcos_deploy.bundle.store import is_bundle
-    from fcos_deploy.core.errors import ConfigError
-    from fcos_deploy.core.files import write_text
     from fcos_deploy.pipeline.inspect import inspect_annotations, inspect_bundle, inspect_file, is_annotations
 
     if is_annotations(model):
-        _show_annotations(inspect_annotations(model, images=images), as_json=as_json)
-        return
-    if images is not None:
+        inspection = inspect_annotations(model, images=images)
+    elif images is not None:
         raise ConfigError(f"'{model}' has no annotations, so that --images has no meaning for it.")
-    inspection = (
-        inspect_bundle(model, trust=trust)
-        if trust != Trust() or is_bundle(model)
-        else inspect_file(model, options=options)
-    )
+    elif trust != Trust() or is_bundle(model):
+        inspection = inspect_bundle(model, trust=trust)
+    else:
+        inspection = inspect_file(model, options=options)
     if write_options is not None:
         if inspection.options is None:
             raise ConfigError(f"'{model}' carries its own contract; only a checkpoint has options.")
@@ -70,23 +69,21 @@ def inspect_command(
         note(f"wrote '{write_options}'")
     if as_json:
         print_json(inspection.to_json())
-        return
+    else:
+        _show(inspection)
+
+
+def _show(inspection: Inspection) -> None:
     table(f"{inspection.path.name}: {inspection.kind}", ("fact", "value"), inspection.facts)
     if inspection.decisions:
         rows = [(decision.name, decision.value, decision.source) for decision in inspection.decisions]
         table("Decisions", ("decision", "value", "decided by"), rows)
-
-
-def _show_annotations(inspection: Inspection, *, as_json: bool) -> None:
-    if as_json:
-        print_json(inspection.to_json())
-        return
-    table(f"{inspection.path.name}: {inspection.kind}", ("fact", "value"), inspection.facts)
-    rows = [(name, str(objects), str(images), box) for name, objects, images, box in inspection.classes]
-    table("Classes", ("class", "objects", "images", "median box"), rows)
+    if inspection.classes:
+        counts = [(name, str(objects), str(images), box) for name, objects, images, box in inspection.classes]
+        table("Classes", ("class", "objects", "images", "median box"), counts)
     for finding in inspection.findings or ():
         note(finding.line)
-    if not inspection.findings:
+    if inspection.findings == ():
         note("nothing speaks against these annotations")
 
 
@@ -95,8 +92,6 @@ def doctor_command(*, target: cli.Target = "", as_json: cli.Json = False) -> Non
 
     With --target the machine is compared with a device profile; exit code 1 when it differs.
     """
-    from fcos_deploy.core.errors import DeviceError
-    from fcos_deploy.core.serialize import to_json
     from fcos_deploy.targets.doctor import compare, difference_lines, examine, lines
     from fcos_deploy.targets.profiles import load_profile
 

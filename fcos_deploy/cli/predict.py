@@ -20,7 +20,6 @@ from fcos_deploy.core.serialize import to_json
 
 if TYPE_CHECKING:
     from fcos_deploy.detector import Detector
-    from fcos_deploy.detector.draw import DrawOptions
     from fcos_deploy.detector.prediction import Prediction
     from fcos_deploy.detector.sources import StreamOptions, StreamView
 
@@ -103,7 +102,7 @@ def predict_command(
     """
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.draw import DrawOptions
-    from fcos_deploy.detector.prediction import write_coco, write_csv, write_yolo
+    from fcos_deploy.detector.prediction import predict, write_coco, write_csv, write_yolo
     from fcos_deploy.detector.sources import StreamOptions, StreamView, is_stream
 
     streamed = follow or any(map(is_stream, images))
@@ -126,7 +125,15 @@ def predict_command(
             with view or contextlib.nullcontext():
                 _stream(detector, images[0], limits, view=view, as_json=as_json)
             return
-        predictions, unread = _predict(detector, images, draw=Path(draw) if draw else None, drawing=drawing)
+        predictions: list[Prediction] = []
+        unread = None
+        with progress_bar() as progress:
+            files, folder = list(map(Path, images)), Path(draw) if draw else None
+            try:
+                for prediction in predict(detector, files, draw=folder, options=drawing, progress=progress):
+                    predictions.append(prediction)
+            except ImageError as error:
+                unread = error
         for path, write in written:
             if path is not None:
                 write(path, predictions, detector.names)
@@ -159,24 +166,6 @@ def _require_fitting(streamed: bool, *, several: bool, kept: bool, ends: bool, d
         )
     if not streamed and ends:
         raise ConfigError("--max-frames and --max-seconds end a stream; these sources end by themselves.")
-
-
-def _predict(
-    detector: Detector, sources: list[str], *, draw: Path | None, drawing: DrawOptions
-) -> tuple[list[Prediction], ImageError | None]:
-    """Detections of files, and the error of those that could not be read."""
-    from fcos_deploy.detector.prediction import predict
-
-    predictions: list[Prediction] = []
-    with progress_bar() as progress:
-        try:
-            for prediction in predict(
-                detector, list(map(Path, sources)), draw=draw, options=drawing, progress=progress
-            ):
-                predictions.append(prediction)
-        except ImageError as error:
-            return predictions, error
-    return predictions, None
 
 
 def _show(predictions: Sequence[Prediction], detector: Detector, *, lowest: float, as_json: bool) -> None:

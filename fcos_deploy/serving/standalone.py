@@ -144,7 +144,7 @@ class _Trtexec(Packager):
         )
         build = shlex.split(trtexec_command(request))
         dynamic = ",".join(f"{n}:{'x'.join(map(str, s.opt))}" for n, s in shapes.items() if None in inputs[n])
-        golden = self._write_golden(model.bundle, model.contract, folder, inputs=tuple(inputs), shapes=dynamic)
+        golden = _write_golden_tensors(model.bundle, model.contract, folder, inputs=tuple(inputs), shapes=dynamic)
         model.copy_to(folder)
         task = {
             "manifest_sha256": model.bundle.manifest_sha256,
@@ -162,23 +162,24 @@ class _Trtexec(Packager):
         script = importlib.resources.files("fcos_deploy.serving").joinpath("_trtexec_script.py")
         (folder / _SCRIPT).write_bytes(script.read_bytes())
 
-    def _write_golden(
-        self, bundle: Bundle, contract: ModelContract, folder: Path, *, inputs: tuple[str, ...], shapes: str
-    ) -> list[dict[str, Any]]:  # Any: text, and the words of a command
-        """The preprocessed tensors of the golden images, as trtexec loads them; their files, and its arguments."""
-        runs = []
-        (folder / "golden").mkdir()
-        for index, golden in enumerate(bundle.manifest.golden):
-            name = f"golden/{index}"
-            image = read_golden_image(bundle.read(golden.path), golden)
-            tensor, letterbox = preprocess(image, contract.preprocess)
-            tensors = {"images": tensor, "image_sizes": np.asarray(image_sizes_row(letterbox), np.float32)}
-            for tensor_name in inputs:
-                (folder / f"{name}.{tensor_name}.bin").write_bytes(tensors[tensor_name].tobytes())
-            loaded = ",".join(f"{tensor_name}:{name}.{tensor_name}.bin" for tensor_name in inputs)
-            run = [f"--loadEngine={_ENGINE}", f"--loadInputs={loaded}", *([f"--shapes={shapes}"] if shapes else [])]
-            runs.append({"name": name, "images": f"{name}.images.bin", "run": run})
-        return runs
+
+def _write_golden_tensors(
+    bundle: Bundle, contract: ModelContract, folder: Path, *, inputs: tuple[str, ...], shapes: str
+) -> list[dict[str, Any]]:  # Any: text, and the words of a command
+    """The preprocessed tensors of the golden images, as trtexec loads them; their files, and its arguments."""
+    runs = []
+    (folder / "golden").mkdir()
+    for index, golden in enumerate(bundle.manifest.golden):
+        name = f"golden/{index}"
+        image = read_golden_image(bundle.read(golden.path), golden)
+        tensor, letterbox = preprocess(image, contract.preprocess)
+        tensors = {"images": tensor, "image_sizes": np.asarray(image_sizes_row(letterbox), np.float32)}
+        for tensor_name in inputs:
+            (folder / f"{name}.{tensor_name}.bin").write_bytes(tensors[tensor_name].tobytes())
+        loaded = ",".join(f"{tensor_name}:{name}.{tensor_name}.bin" for tensor_name in inputs)
+        run = [f"--loadEngine={_ENGINE}", f"--loadInputs={loaded}", *([f"--shapes={shapes}"] if shapes else [])]
+        runs.append({"name": name, "images": f"{name}.images.bin", "run": run})
+    return runs
 
 
 PACKAGER = (_Cpp(), _Trtexec())

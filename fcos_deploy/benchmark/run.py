@@ -58,19 +58,8 @@ __all__ = [
 
 
 TABLE_COLUMNS = (
-    "backend",
-    "precision",
-    "p50 ms",
-    "p90 ms",
-    "p99 ms",
-    "times",
-    "preprocess",
-    "infer",
-    "decode",
-    "images/s",
-    "first s",
-    "peak MiB",
-    "file MiB",
+    *("backend", "precision", "p50 ms", "p90 ms", "p99 ms", "times", "preprocess", "infer", "decode"),
+    *("images/s", "first s", "peak MiB", "file MiB"),
 )
 
 # What a session was asked for, and what makes its times comparable with another's; versions may differ.

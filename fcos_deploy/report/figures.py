@@ -21,7 +21,7 @@ from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.report.data import ReportData, ReportVariant
 
-__all__ = ["CHART_SETTINGS", "Chart", "fault_panels", "image_panels", "make_charts", "new_figure", "svg_of"]
+__all__ = ["CHART_SETTINGS", "Chart", "arms", "fault_panels", "image_panels", "make_charts", "new_figure", "svg_of"]
 
 matplotlib = lazy_import("matplotlib", extra="report")
 matplotlib_figure = lazy_import("matplotlib.figure", extra="report")
@@ -114,6 +114,12 @@ def svg_of(figure: Any) -> str:  # Any: as above
     return buffer.getvalue()
 
 
+def arms(value: float, low: float | None, high: float | None) -> list[list[float]]:
+    """The two arms of an error bar at ``value``; an end that is not known, or on the wrong side of it, has none."""
+    ends = ((value, low), (high, value))
+    return [[0.0 if a is None or b is None else max(0.0, a - b)] for a, b in ends]
+
+
 def _colors(data: ReportData) -> dict[str, str]:
     """A colour for each variant's label; the reference is ink."""
     colors = {variant.label: _LINES[i % len(_LINES)] for i, variant in enumerate(data.candidates)}
@@ -136,7 +142,7 @@ def _accuracy_against_latency(data: ReportData) -> Chart | None:
     for variant, ap, p50 in points:
         low, high = _ap_range(variant, ap, reference_ap)
         style = {"fmt": "o", "ms": 7, "capsize": 3, "color": colors[variant.label]}
-        axes.errorbar([p50], [ap], yerr=[[max(0.0, ap - low)], [max(0.0, high - ap)]], label=variant.label, **style)
+        axes.errorbar([p50], [ap], yerr=arms(ap, low, high), label=variant.label, **style)
     axes.set(xlabel="median latency of one image (ms)", ylabel="AP (IoU 0.50 to 0.95)")
     axes.set_xlim(left=0)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -253,8 +259,8 @@ def _draw_operating_point(axes: Any, variant: ReportVariant, name: str, *, color
         return
     recall, precision = point.recall, point.precision
     reach = {
-        "xerr": [[max(0.0, recall.value - recall.low)], [max(0.0, recall.high - recall.value)]],
-        "yerr": [[max(0.0, precision.value - precision.low)], [max(0.0, precision.high - precision.value)]],
+        "xerr": arms(recall.value, recall.low, recall.high),
+        "yerr": arms(precision.value, precision.low, precision.high),
     }
     style = {"fmt": "o", "ms": 4, "elinewidth": 0.8, "zorder": 4, "color": color}
     axes.errorbar([recall.value], [precision.value], **reach, **style)

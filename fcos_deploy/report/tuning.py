@@ -10,7 +10,7 @@ from typing import Any
 
 from fcos_deploy.core.enums import Precision, StrEnum
 from fcos_deploy.core.libraries import lazy_import
-from fcos_deploy.report.figures import BLUE, CHART_SETTINGS, GREEN, MUTED, RED, new_figure, svg_of
+from fcos_deploy.report.figures import BLUE, CHART_SETTINGS, GREEN, MUTED, RED, arms, new_figure, svg_of
 from fcos_deploy.report.render import write_pages
 
 __all__ = [
@@ -145,9 +145,15 @@ def tuning_chart(data: TuningData) -> str:
     """
     with matplotlib.rc_context(CHART_SETTINGS):
         figure, axes = new_figure(4.4)
-        _draw_limits(axes, data)
+        limit = {"color": RED, "linewidth": 1.1, "linestyle": (0, (4, 3))}
+        if data.max_ms is not None:
+            axes.axvline(data.max_ms, label="longest time", **limit)
+        if data.min_ap is not None:
+            axes.axhline(data.min_ap, label="lowest AP", **limit)
         _draw_points(axes, data)
-        _draw_untested(axes, data)
+        if times := [p.cost_ms for p in data.points if p.ap is None and p.cost_ms is not None]:
+            place = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # at the bottom
+            axes.plot(times, [0.02] * len(times), "|", color=MUTED, ms=9, label="pruned by its time", **place)
         unit = "time between two images at full load (ms)" if data.throughput else "latency of one image (ms)"
         axes.set(xlabel=f"{unit}: median, line to the 90th percentile", ylabel="AP (IoU 0.50 to 0.95)")
         axes.set_xlim(left=0)
@@ -155,13 +161,7 @@ def tuning_chart(data: TuningData) -> str:
         return svg_of(figure)
 
 
-def _draw_limits(axes: Any, data: TuningData) -> None:  # Any: matplotlib has no types here
-    for limit, draw, name in ((data.max_ms, axes.axvline, "longest time"), (data.min_ap, axes.axhline, "lowest AP")):
-        if limit is not None:
-            draw(limit, color=RED, linewidth=1.1, linestyle=(0, (4, 3)), label=name)
-
-
-def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
+def _draw_points(axes: Any, data: TuningData) -> None:  # Any: matplotlib has no types here
     """The configurations with an AP: filled where it is over all images, with the front through them."""
     front = front_of(data.points)
     axes.plot([p.cost_ms for p in front], [p.ap for p in front], color="#9fb6cc", linewidth=1.2, label="front")
@@ -173,15 +173,12 @@ def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
         complete = point.images == all_images
         color = BLUE if complete else MUTED
         name = f"{point.precision}" if complete else f"{point.precision}, left early"
-        low = point.ap if point.ap_low is None else min(point.ap, point.ap_low)
-        high = point.ap if point.ap_high is None else max(point.ap, point.ap_high)
-        errors = [[point.ap - low], [high - point.ap]]
-        tail = max(0.0, (point.p90_ms or point.cost_ms) - point.cost_ms) if not data.throughput else 0.0
+        cost, slow = point.cost_ms, None if data.throughput else point.p90_ms
         axes.errorbar(
-            [point.cost_ms],
+            [cost],
             [point.ap],
-            yerr=errors,
-            xerr=[[0.0], [tail]],
+            yerr=arms(point.ap, point.ap_low, point.ap_high),
+            xerr=arms(cost, None, slow),
             fmt=_MARKS[point.precision],
             ms=6,
             mfc=color if complete else "white",
@@ -191,17 +188,9 @@ def _draw_points(axes: Any, data: TuningData) -> None:  # Any: as above
         )
         named.add(name)
         if point.status is PointStatus.CHOSEN:
-            axes.plot([point.cost_ms], [point.ap], "o", ms=14, mfc="none", mec=GREEN, mew=2, label="chosen")
+            axes.plot([cost], [point.ap], "o", ms=14, mfc="none", mec=GREEN, mew=2, label="chosen")
         if complete:
-            axes.annotate(point.size, (point.cost_ms, point.ap), xytext=(6, -11), textcoords="offset points", size=7.5)
-
-
-def _draw_untested(axes: Any, data: TuningData) -> None:  # Any: as above
-    """The configurations whose time alone was measured, as strokes at the bottom."""
-    times = [p.cost_ms for p in data.points if p.ap is None and p.cost_ms is not None]
-    if times:
-        place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(times, [0.02] * len(times), "|", color=MUTED, ms=9, label="pruned by its time", **place)
+            axes.annotate(point.size, (cost, point.ap), xytext=(6, -11), textcoords="offset points", size=7.5)
 
 
 def write_tuning_report(data: TuningData, path: Path) -> tuple[Path, Path]:

@@ -71,8 +71,10 @@ def load_tensorrt(*import_names: str, extra: str) -> TensorRT:
 
 def install_hint(extra: str, *, root: Path = Path("/")) -> str:
     """How to get the library of an extra. A Jetson has TensorRT from JetPack; the one of PyPI does not run there."""
-    if extra != "tensorrt" or not is_jetson(root):
+    if not is_jetson(root):
         return f"pip install 'fcos-deploy[{extra}]'"
+    if extra != "tensorrt":
+        return "none on a Jetson, whose GPU TensorRT-RTX does not know: take --backend tensorrt"
     environment = "make the environment with 'python3 -m venv --system-site-packages'"
     if (root / "var/lib/dpkg/info/python3-libnvinfer.list").is_file():
         return f"JetPack's TensorRT is installed, and this environment does not see it: {environment}"

@@ -204,7 +204,7 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
     images = dataset.images if dataset else _spread(folder_images(request.images)[: request.limit], request.sample)
 
     def collect(spec: DetectorSpec) -> DetectionRun:
-        return collect_detections(spec, images, folder=request.predictions, progress=progress)
+        return collect_detections(spec, images, dataset=dataset, folder=request.predictions, progress=progress)
 
     reference_run = collect(request.reference) if request.reference else None
     if dataset is None and reference_run is not None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.accuracy.dataset import EvaluationImage, check_frame
+from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, check_frame, label_index
 from fcos_deploy.core.artifact import files_of
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import contract_to_text
@@ -100,10 +100,13 @@ def collect_detections(
     spec: DetectorSpec,
     images: Sequence[EvaluationImage],
     *,
+    dataset: Dataset | None = None,
     folder: Path | None = None,
     progress: ProgressFn = no_progress,
 ) -> DetectionRun:
     """Detect on every image; with ``folder`` each result is kept there at once, and a rerun resumes from it.
+
+    ``dataset``: what the detections are for, whose classes the model must know.
 
     One detector is in memory, and it is closed at the end.
 
@@ -114,6 +117,8 @@ def collect_detections(
     with spec.open() as detector:
         opening = time.perf_counter() - started
         check_frame(images, detector.contract.preprocess.orientation)
+        if dataset is not None:
+            label_index(detector.names, dataset)
         backend = detector.session.description.get("backend", spec.backend)
         precision = str(detector.contract.precision)
         with PredictionStore(folder and kept_predictions(folder, spec, detector=detector, images=images)) as store:

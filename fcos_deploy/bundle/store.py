@@ -282,9 +282,8 @@ def open_trusted(path: Path, trust: Trust) -> Bundle:
         atexit.register(bundle.close)
         return bundle
     if not path.is_dir():
-        raise BundleError(
-            f"There is no bundle '{path}'.", hint="give the folder or .tar that 'fcos-deploy deploy' made"
-        )
+        problem = f"'{path}' is a file, not a bundle." if path.exists() else f"There is no bundle '{path}'."
+        raise BundleError(problem, hint="give the folder or .tar that 'fcos-deploy deploy' made")
     return Bundle(path, _check_unreplaced(path, trust), source=path, trust=trust)
 
 

@@ -7,10 +7,13 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,14 +23,17 @@ from fcos_deploy.cli.options import OUTPUT, keyword, with_parameters
 from fcos_deploy.cli.output import show_error, verbosity
 from fcos_deploy.cli.settings import (
     Setting,
+    option_name,
     origins,
     read_settings,
     refuse_mistyped_variables,
     settings_in_force,
     show_settings,
+    typed_name,
     variable_names,
 )
 from fcos_deploy.core.errors import ConfigError, FcosDeployError
+from fcos_deploy.core.libraries import missing_library
 
 __all__ = ["COMMANDS", "build_app", "main"]
 
@@ -81,6 +87,50 @@ _SHOW_CONFIG = typer.Option(
 )
 _SETTINGS = "fcos_deploy.settings"  # their key in a context
 
+# What other tools call an option or an argument, and what it may be called here; the command decides which it is.
+_INPUTS = ("MODEL", "CHECKPOINT", "BUNDLE", "SOURCE", "MODEL...")
+_OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("imgsz", "img", "img-size", "image-size", "imgsize", "size", "resolution"), ("--input-size",)),
+    **dict.fromkeys(("conf", "conf-thres", "confidence", "score", "score-thr", "threshold"), ("--score-threshold",)),
+    **dict.fromkeys(("iou", "iou-thres", "iou-thr", "nms", "nms-thr", "nms-threshold"), ("--iou-threshold",)),
+    **dict.fromkeys(("max-det", "topk", "max-per-img"), ("--max-detections",)),
+    **dict.fromkeys(("weights", "model", "checkpoint", "ckpt", "onnx", "bundle", "input"), _INPUTS),
+    **dict.fromkeys(("source", "img-path", "image", "video"), ("IMAGES", "--images")),
+    **dict.fromkeys(("data", "ann", "ann-file", "annotation", "labels", "gt"), ("--annotations",)),
+    **dict.fromkeys(("val", "val-images", "img-dir", "img-prefix", "dataset"), ("--images", "IMAGES")),
+    **dict.fromkeys(
+        ("calib", "calib-data", "calibration-data", "calibration-dir"), ("--calibration-images", "--images")
+    ),
+    **dict.fromkeys(("format", "runtime", "engine", "provider"), ("--backend",)),
+    **dict.fromkeys(("half", "fp16", "int8", "dtype", "quantize"), ("--precision",)),
+    **dict.fromkeys(("save", "show", "save-dir", "out-dir", "visualize"), ("--draw",)),
+    **dict.fromkeys(("out", "out-file", "output-file", "output-dir", "project", "name", "dest"), ("--output",)),
+    **dict.fromkeys(("names", "class-names", "labels-file", "nc"), ("--classes",)),
+    **dict.fromkeys(("cfg", "config-file", "cfg-options"), ("--checkpoint-options",)),
+    **dict.fromkeys(("batch-size", "bs"), ("--batch",)),
+    **dict.fromkeys(("workers", "num-threads"), ("--threads",)),
+    **dict.fromkeys(("save-txt", "txt"), ("--yolo",)),
+    "opset-version": ("--opset",),
+    "dynamic": ("--batch",),
+}
+_OTHER_COMMANDS = {
+    **dict.fromkeys(("detect", "infer", "inference", "run"), "predict"),
+    **dict.fromkeys(("val", "validate", "eval", "test", "map"), "evaluate"),
+    **dict.fromkeys(("convert", "onnx"), "export"),
+    **dict.fromkeys(("bench", "perf", "speed", "time", "latency"), "benchmark"),
+    **dict.fromkeys(("info", "show", "summary"), "inspect"),
+    **dict.fromkeys(("check", "checks", "env", "status", "devices"), "doctor"),
+    **dict.fromkeys(("compile", "engine", "trtexec", "openvino", "tensorrt"), "build"),
+    **dict.fromkeys(("ptq", "int8", "quantise"), "quantize"),
+    **dict.fromkeys(("optimize", "optimise", "onnxsim"), "simplify"),
+    **dict.fromkeys(("diff", "accuracy"), "compare"),
+    **dict.fromkeys(("pack", "bundle", "archive"), "package"),
+    **dict.fromkeys(("config", "new"), "init"),
+    "version": "--version",
+    "help": "--help",
+}
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Click's, or Typer's copy of it
+
 
 def _wide_help(self: Any, ctx: Any, formatter: Any) -> None:  # noqa: ARG001  # Any: Click's, or Typer's copy of it
     """Print help in titled panels as wide as the terminal.
@@ -100,9 +150,15 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: Typer's copy of Click's context
         """Give the context the settings as its defaults, and name the source of one that its option refuses."""
-        typed: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
+        try:
+            typed: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
+        except _UsageError as error:
+            if (name := getattr(error, "option_name", "")) and (parameter := _other_option(self, name)):
+                _refuse(ctx, f"No such option: {name}. Here it is {_usage(parameter)}")
+            raise
         if ctx.resilient_parsing or "help" in typed:
             return super().parse_args(ctx, args)
+        _refuse_assignments(self, ctx, args)
         try:
             own = [variable for parameter in self.params for variable in variable_names(str(self.name), parameter)]
             refuse_mistyped_variables(own, _all_variables)
@@ -121,6 +177,8 @@ class _Command(TyperCommand):
             name = error.param.name if error.param else None
             if name in settings and typed.get(name) is None:
                 error.param_hint = f"{settings[name].option} (of {settings[name].source})"
+            elif error.param is not None and not error.message:  # it is missing
+                error.message = f"{_usage(error.param)}"
             raise
 
     def invoke(self, ctx: Any) -> Any:
@@ -137,6 +195,45 @@ def _all_variables() -> list[str]:
 
 class _Group(TyperGroup):
     format_help = _wide_help
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # Any: as in ``_Command``
+        """Say what another tool's command, or a file in place of a command, is here."""
+        word = args[0].partition("=")[0]
+        if self.get_command(ctx, args[0]) is None:
+            if word in _OTHER_COMMANDS:
+                _refuse(ctx, f"No such command '{args[0]}'. Here it is: fcos-deploy {_OTHER_COMMANDS[word]}")
+            if Path(args[0]).exists():
+                path = shlex.quote(args[0])
+                _refuse(ctx, f"'{args[0]}' is a path, not a command. To see what it is: fcos-deploy inspect {path}")
+        return super().resolve_command(ctx, args)
+
+
+def _refuse(ctx: Any, message: str) -> NoReturn:
+    raise _UsageError(message, ctx)
+
+
+def _usage(parameter: Any) -> str:
+    """``--input-size HxW: Fixed input size.``: how a parameter is typed, and the first sentence of its help."""
+    name, metavar = typed_name(parameter), parameter.metavar or ""
+    typed = name if name == metavar or parameter.is_flag else f"{name} {metavar}".rstrip()
+    return f"{typed}: {re.split(r'(?<=[a-z0-9)])[.;] ', f'{parameter.help} ')[0].rstrip('. ')}."
+
+
+def _other_option(command: Any, name: str) -> Any:
+    """The command's own parameter for what other tools call ``name``; None if it has none."""
+    names = _OTHER_OPTIONS.get(name.lstrip("-").replace("_", "-").lower(), ())
+    return next((p for wanted in names for p in command.params if wanted in (*p.opts, typed_name(p))), None)
+
+
+def _refuse_assignments(command: Any, ctx: Any, args: list[str]) -> None:
+    """Refuse ``imgsz=640`` with the option that it is here: as an argument it would be taken for a file's name."""
+    for before, word in zip(["", *args], args, strict=False):
+        name, assigned, value = word.partition("=")
+        if not assigned or name.startswith("-") or before.startswith("-") or Path(word).exists():
+            continue
+        own = next((p for p in command.params if option_name(p) == name.replace("-", "_").lower()), None)
+        if (parameter := own or _other_option(command, name)) is not None:
+            _refuse(ctx, f"'{word}' is not how options are typed here. Give {value!r} as {_usage(parameter)}")
 
 
 def build_app(*, only: str = "") -> typer.Typer:
@@ -223,6 +320,11 @@ def _failures_as_errors() -> Iterator[None]:
             raise
         _silence_stdout()
         raise FcosDeployError(f"{error}.", hint="check the free space, the permissions and the device") from error
+    except ModuleNotFoundError as error:
+        missing = missing_library(error)
+        if missing is None:
+            raise
+        raise missing from error
 
 
 def _open_standard_streams() -> None:

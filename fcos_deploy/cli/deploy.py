@@ -137,7 +137,7 @@ def deploy_command(
     cannot decide it; in the latter case the bundle is kept, and says so.
     """
     from fcos_deploy.accuracy.operating_point import OperatingGoal
-    from fcos_deploy.pipeline.deploy import check_inputs, deploy
+    from fcos_deploy.pipeline.deploy import backends_to_measure, check_inputs, deploy
     from fcos_deploy.pipeline.source import run_user_code, source_operators
     from fcos_deploy.pipeline.steps import DeployRequest, plan_targets
 
@@ -182,6 +182,9 @@ def deploy_command(
             table(plan.profile.title, ("file", "precision", "built", "how"), rows)
             for line in (*plan.commands, *([plan.trtexec] if plan.trtexec else []), *plan.notes):
                 note(f"  {line}")
+        if not plans:
+            kinds, backends = ", ".join(request.precisions), ", ".join(backends_to_measure(request))
+            note(f"Checkpoint, images and annotations can be used. Without --dry-run: {kinds} for {backends}.")
         if as_json:
             print_json(to_json(plans))
         return

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from fcos_deploy.core.errors import ConfigError, MissingDependencyError, unknown_name
 
-__all__ = ["discover", "get_plugin", "lazy_import", "library_versions", "parse_version", "require"]
+__all__ = ["discover", "get_plugin", "lazy_import", "library_versions", "missing_library", "parse_version", "require"]
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -64,6 +64,17 @@ def require(module: str, *, extra: str = "") -> ModuleType:
         raise MissingDependencyError(
             f"This step needs '{error.name}', which is not installed.", hint=f"pip install {package}"
         ) from error
+
+
+def missing_library(error: ModuleNotFoundError) -> MissingDependencyError | None:
+    """The error with the instruction for a library of an extra whose import failed somewhere; None for any other."""
+    name = (error.name or "").partition(".")[0]
+    for requirement in importlib.metadata.requires("fcos-deploy") or ():
+        package, extra = re.match(r"[\w-]+", requirement), re.search(r"extra == ['\"]([\w-]+)", requirement)
+        if name and package and extra and package[0].lower() == name.lower():
+            hint = f"pip install 'fcos-deploy[{extra[1]}]'"
+            return MissingDependencyError(f"This step needs '{name}', which is not installed.", hint=hint)
+    return None
 
 
 class _LazyModule:

@@ -29,6 +29,7 @@ from fcos_deploy.core.errors import (
     ConfigError,
     DeviceError,
     FcosDeployError,
+    MissingDependencyError,
     SignatureError,
 )
 from fcos_deploy.core.image import image_pixels, windows
@@ -480,7 +481,8 @@ def _default_backend(model: Path, kinds: tuple[ArtifactKind, ...]) -> Backend:
     """The backend that prefers the kind; if it is not installed, the only one that is.
 
     Raises:
-        ConfigError: none is installed, or several and none prefers the kind.
+        ConfigError: several are installed and none prefers the kind.
+        MissingDependencyError: none is installed.
         DeviceError: one is installed and cannot run on this machine.
     """
     able = [backend for kind in kinds for backend in backends_for(kind)]
@@ -493,13 +495,15 @@ def _default_backend(model: Path, kinds: tuple[ArtifactKind, ...]) -> Backend:
         if installed:
             names = ", ".join(backend.name for backend in installed)
             raise ConfigError(f"Several backends open '{model.name}'.", hint=f"name one with --backend: {names}")
+    remedies = []
     for backend in able:
         probe = backend.probe()
+        remedies.append(probe.remedy or f"pip install 'fcos-deploy[{backend.extra}]'")
         if probe.version:  # installed, but unable to run: that is what the user wants to know
             raise DeviceError(f"'{model.name}' cannot run here. {backend.name}: {probe.problem}", hint=probe.remedy)
-    raise ConfigError(
+    raise MissingDependencyError(
         f"No backend is installed that opens '{model.name}'.",
-        hint=" or ".join(f"pip install 'fcos-deploy[{backend.extra}]'" for backend in able),
+        hint=" or ".join(dict.fromkeys(remedies)),
     )
 
 

@@ -101,8 +101,8 @@ def open_image_sets(
 
     if images is None and not calibration_images.is_dir():
         raise ConfigError(
-            f"'{calibration_images}' is not a folder, so that the accuracy cannot be measured on it.",
-            hint="give other images with --images DIR",
+            f"The calibration images '{calibration_images}' are not a folder: accuracy cannot be measured on them too.",
+            hint="give --calibration-images DIR, or the images to measure on with --images DIR",
         )
     orientation = contract.preprocess.orientation
     calibration = collect_images(calibration_images, options=sample, orientation=orientation)

@@ -19,8 +19,9 @@ from typer.testing import CliRunner, Result
 
 import fcos_deploy.cli
 from fcos_deploy.cli import output
-from fcos_deploy.cli.app import COMMANDS, build_app
+from fcos_deploy.cli.app import _OTHER_COMMANDS, _OTHER_OPTIONS, COMMANDS, build_app
 from fcos_deploy.cli.output import progress_bar
+from fcos_deploy.cli.settings import typed_name
 from fcos_deploy.core import errors
 
 APP = build_app()
@@ -120,6 +121,48 @@ def test_a_mistyped_word_is_answered_with_the_nearest(words: tuple[str, ...], su
     assert refused.exit_code == 2
     assert any(words in refused.stderr for words in ("Did you mean", "Possible options"))
     assert suggestion in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("export m.pth -o m.onnx --imgsz 640", "--imgsz. Here it is --input-size HxW: Fixed input size"),
+        ("predict m.onnx a.png --conf 0.5", "Here it is --score-threshold SCORE: Minimum score"),
+        ("predict --weights m.onnx --source a.png", "Here it is MODEL: "),
+        ("evaluate m.onnx --images val --data coco.yaml", "Here it is --annotations FILE: "),
+        ("export m.pth -o m.onnx --half", "Here it is --precision fp32|fp16: "),
+        ("export model=m.pth format=onnx imgsz=640", "Give 'm.pth' as CHECKPOINT: "),
+        ("predict m.onnx a.png backend=openvino", "Give 'openvino' as --backend NAME: "),
+        ("detect m.onnx a.png", "Here it is: fcos-deploy predict"),
+        ("val m.onnx", "Here it is: fcos-deploy evaluate"),
+        ("version", "Here it is: fcos-deploy --version"),
+        (f"{Path(__file__).name}", f"To see what it is: fcos-deploy inspect {Path(__file__).name}"),
+        ("export m.pth", "Missing option '-o' / '--output'. --output FILE: ONNX file to write."),
+        ("build m.onnx -o m.xml", "Missing option '--backend'. --backend NAME: Backend to build for"),
+        ("predict m.onnx", "Missing argument 'IMAGES'. IMAGES: Images, folders"),
+    ],
+)
+def test_what_other_tools_taught_is_answered_with_our_word(
+    words: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    refused = _run(*words.split())
+    assert refused.exit_code == 2
+    assert answer in " ".join(refused.stderr.split())
+    assert "Possible options" not in refused.stderr
+
+
+def test_words_of_other_tools_lead_to_what_is_there() -> None:
+    known = {name for c in GROUP.commands.values() for p in c.params for name in (*p.opts, typed_name(p))}
+    assert {name for names in _OTHER_OPTIONS.values() for name in names} <= known
+    assert set(_OTHER_COMMANDS.values()) <= {*NAMES, "--version", "--help"}
+    assert not set(_OTHER_COMMANDS) & set(NAMES)
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model=1.onnx").write_bytes(b"x")
+    assert "not how options are typed" not in _run("inspect", "model=1.onnx").stderr
 
 
 def test_a_mistyped_backend_is_answered_with_the_nearest(tiny_onnx: Path) -> None:

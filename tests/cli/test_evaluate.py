@@ -394,3 +394,16 @@ def test_compare_writes_a_report(demo_onnx: Path, tmp_path: Path) -> None:
     assert "The variant is as accurate as the reference on 4 images, by the 95 % interval." in page
     assert page.count("<svg viewBox") == 20  # 12 samples, and the 4 images of each variant as its worst
     assert report.with_suffix(".md").is_file()
+
+
+def test_classes_that_do_not_fit_are_refused_before_anything_is_run(
+    tiny_onnx: Path, data: Path, tmp_path: Path
+) -> None:
+    content = json.loads((data / "annotations.json").read_text())
+    content["categories"] = [{**category, "name": f"other {category['id']}"} for category in content["categories"]]
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    arguments = ("--images", data, "--annotations", tmp_path / "other.json", "--predictions", tmp_path / "kept")
+    refused = run("evaluate", tiny_onnx, *arguments, "--backend", "onnxruntime")
+    assert refused.exit_code == 2
+    assert "which the model does not know" in refused.stderr
+    assert not (tmp_path / "kept").exists()

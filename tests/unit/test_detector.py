@@ -201,7 +201,7 @@ def test_a_file_without_an_installed_runtime_says_what_to_install(tmp_path: Path
         model = tmp_path / f"model{suffix}"
         model.write_bytes(b"x")
         done = subprocess.run([sys.executable, "-c", blocked, str(model)], capture_output=True, text=True, check=False)
-        assert "No backend is installed that opens" in done.stderr
+        assert "MissingDependencyError: No backend is installed that opens" in done.stderr
         assert f"pip install 'fcos-deploy[{extra}]'" in done.stderr
 
 

@@ -82,9 +82,20 @@ def test_predict_needs_neither_torch_nor_onnx(
     assert len(document["detections"]) > 0
 
 
-def test_a_checkpoint_says_what_to_install(tiny_checkpoint: Path, picture: Path) -> None:
-    done = _run("predict", str(tiny_checkpoint), str(picture), "--backend", "pytorch")
-    assert done.returncode == 3
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict {checkpoint} {picture} --backend pytorch",
+        "export {checkpoint} -o {folder}/m.onnx",
+        "deploy {checkpoint} -o {folder}/b --calibration-images {pictures}",
+        "demo -o {folder}/b",
+    ],
+    ids=lambda words: words.partition(" ")[0],
+)
+def test_a_checkpoint_says_what_to_install(tiny_checkpoint: Path, picture: Path, tmp_path: Path, words: str) -> None:
+    names = {"checkpoint": tiny_checkpoint, "picture": picture, "pictures": picture.parent, "folder": tmp_path}
+    done = _run(*words.format(**names).split())
+    assert done.returncode == 3, done.stderr
     assert "needs 'torch'" in done.stderr
     assert "pip install 'fcos-deploy[export]'" in done.stderr
     assert "Traceback" not in done.stderr

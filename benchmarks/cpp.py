@@ -2,20 +2,23 @@
 
     python benchmarks/cpp.py BUNDLE --backend openvino --backend onnxruntime
 
-Decoding is of the synthetic head outputs of ``host_path.py``, in milliseconds of CPU time of one thread. A whole
-detection is of the bundle's first golden image, in wall-clock time: both programs run in turns, and the lowest median
-of the rounds counts. The programs are built here, by CMake and the system's compiler with -O3.
+Prints the two tables of docs/cpp.md. Decoding is of the synthetic head outputs of ``host_path.py``, in milliseconds of
+CPU time of one thread: C++, then Python with compiled loops and with NumPy's. A whole detection is of the bundle's
+first golden image, in wall-clock time: both programs run in turns, and the lowest median of the rounds counts. The
+programs are built here, by CMake and the system's compiler with -O3.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import host_path
@@ -55,8 +58,9 @@ def time_decoding(folder: Path, *, repeat: int) -> None:
         "crowded": host_path.scene_head(150),
         "adversarial": host_path.adversarial_head(),
     }
-    print("decode + NMS, 640x640, 80 classes | C++ ms | Python ms | Python / C++")
+    print(f"{' / '.join(('C++', *host_path.LOOPS))}\n\n| profile | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
     for profile in PROFILES.values():
+        cells = []
         threshold = host_path.THRESHOLDS.get(profile.name, 0.05)
         spec = DecodeSpec(profile=profile, score_threshold=threshold, iou_threshold=0.6)
         for name, head in heads.items():
@@ -86,12 +90,14 @@ def time_decoding(folder: Path, *, repeat: int) -> None:
             expected = postprocess(outputs, contract, index=0, input_size=(640, 640), letterbox=BOX)
             if len(answer["detections"]) != len(expected):
                 raise SystemExit(f"{profile.name}, {name}: {len(answer['detections'])} and {len(expected)} detections")
-            python, _ = host_path.milliseconds(
-                lambda o=outputs, c=contract: postprocess(o, c, index=0, input_size=(640, 640), letterbox=BOX),
-                rounds=repeat,
-            )
-            cpp = answer["milliseconds"]
-            print(f"{profile.name}, {name} | {cpp:.3f} | {python:.3f} | {python / cpp:.1f}")
+            call = partial(postprocess, outputs, contract, index=0, input_size=(640, 640), letterbox=BOX)
+            python = [
+                host_path.milliseconds(host_path.with_loops(switch, call), rounds=repeat)[0]
+                for switch in host_path.LOOPS.values()
+            ]
+            cells.append(" / ".join(f"{value:.2f}" for value in (answer["milliseconds"], *python)))
+        print(f"| {profile.name} | {' | '.join(cells)} |")
+    os.environ.pop(host_path.SWITCH, None)
 
 
 def build_example(package: Path, folder: Path) -> Path:
@@ -159,12 +165,9 @@ def time_detection(bundle: Path, folder: Path, *, backend: str, repeat: int) -> 
             done = subprocess.run([detect, package, picture, str(repeat)], capture_output=True, text=True, check=True)
             rounds["C++"].append(json.loads(done.stderr))
             rounds["Python"].append(python_parts(path, image, backend=backend, repeat=repeat))
-    title = f"{model.artifact.path} on {backend}, {image.shape[1]}x{image.shape[0]}"
-    print(f"\n{title} | preprocess | network | decode + NMS | sum")
-    for language, runs in rounds.items():
-        least = {part: min(run[part] for run in runs) for part in runs[0]}
-        parts = " | ".join(f"{value:.3f}" for value in least.values())
-        print(f"{language} | {parts} | {sum(least.values()):.3f}")
+    lowest = {language: {part: min(run[part] for run in runs) for part in runs[0]} for language, runs in rounds.items()}
+    cells = [f"{value:.3g} / {lowest['Python'][part]:.3g}" for part, value in lowest["C++"].items()]
+    print(f"| `{model.artifact.path}`, {backend} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -178,6 +181,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if not options.no_decoding:
             time_decoding(Path(name), repeat=options.repeat)
+        if options.bundle:
+            print("\nC++ / Python\n\n| artifact | preprocess | network | decode + NMS |\n|---|---:|---:|---:|")
         for backend in options.backend or ["openvino"] if options.bundle else []:
             time_detection(options.bundle, Path(name), backend=backend, repeat=options.repeat)
 

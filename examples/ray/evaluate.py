@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnschedulableError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fcos_deploy import Detector, SessionOptions, open_bundle
@@ -115,35 +115,47 @@ def run(
     trust: Trust,
     expected: dict[str, str],
 ) -> Iterator[tuple[int, Found]]:
-    """The results of all chunks as they come; one whose worker dies is given to another.
+    """The results of all chunks as they come; one whose worker or node dies is given to another worker.
 
     Raises:
-        RayActorError: all workers are gone, or the workers of a chunk die again and again.
+        RayActorError: the workers of a chunk die again and again.
+        BackendError: no node is left.
     """
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    on_node = [NodeAffinitySchedulingStrategy(node_id=node, soft=False) for node in nodes]
+    on_node = [NodeAffinitySchedulingStrategy(node_id=node, soft=False) for node in living_nodes()]
     bundles = [NodeBundle.options(scheduling_strategy=place).remote(model, trust) for place in on_node]
     opened = ray.get([bundle.opened.remote() for bundle in bundles])
     places = list(zip(on_node, opened, strict=True))
     pool = deque(
-        Worker.options(scheduling_strategy=place).remote(path, backend, options, expected)
+        (Worker.options(scheduling_strategy=place).remote(path, backend, options, expected), place.node_id)
         for place, (path, backend) in itertools.islice(itertools.cycle(places), min(workers, len(chunks)))
     )
     waiting, tries, running = deque(chunks), dict.fromkeys(chunks, 0), {}
     while waiting or running:
         while waiting and pool:
-            worker, chunk = pool.popleft(), waiting.popleft()
-            running[worker.detect.remote(chunk)] = worker, chunk
+            (worker, node), chunk = pool.popleft(), waiting.popleft()
+            running[worker.detect.remote(chunk)] = worker, node, chunk
+        if not running:
+            raise BackendError(
+                f"No node is left, and {len(waiting)} chunks of images are.",
+                hint="start nodes, and the same command: what was detected is kept",
+            )
         (done,), _ = ray.wait(list(running), num_returns=1)
-        worker, chunk = running.pop(done)
+        worker, node, chunk = running.pop(done)
         try:
             yield ray.get(done)
-        except RayActorError:
+        except (RayActorError, ActorUnschedulableError):
+            waiting.append(chunk)
+            if node not in living_nodes():
+                continue  # Ray starts no worker there again
             tries[chunk] += 1
             if tries[chunk] >= TRIES and not running:
                 raise
-            waiting.append(chunk)
-        pool.append(worker)
+        pool.append((worker, node))
+
+
+def living_nodes() -> list[str]:
+    """The nodes of the cluster by their identifiers."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
 
 def main() -> None:

@@ -388,8 +388,10 @@ def _resize_uint8(image: NDArray[np.uint8], spec: PreprocessSpec, size: tuple[in
     height, width = size
     if spec.resize_filter is ResizeFilter.PIL:
         pillow = require("PIL.Image")
-        resized = pillow.fromarray(image).resize((width, height), resample=pillow.Resampling.BILINEAR)
-        return np.asarray(resized)
+        # Along x first, then along y: Pillow does so up to 12, and 13 for some sizes the other way round, where single
+        # pixels are rounded differently.
+        wide = pillow.fromarray(image).resize((width, image.shape[0]), resample=pillow.Resampling.BILINEAR)
+        return np.asarray(wide.resize((width, height), resample=pillow.Resampling.BILINEAR))
     # On uint8 the filters 'cv2' and 'torch' are the same one: half-pixel bilinear, rounded.
     cv2 = require("cv2")
     scratch = _scratch.of_shape((height, width, *image.shape[2:]))

@@ -1,4 +1,4 @@
-"""``examples/ray``: an actor pool that loses a worker gives the AP of a single process, to the last digit."""
+"""``examples/ray``: a pool that loses a worker and then a node gives the AP of a single process, to the last digit."""
 
 from __future__ import annotations
 
@@ -20,27 +20,42 @@ ROOT = Path(__file__).parents[2]
 # Python of an environment with Ray and this project's libraries; see the Makefile.
 RAY_PYTHON = os.environ.get("FCOS_DEPLOY_RAY_PYTHON", "")
 
-# Kills the process of the first result, once; prints how often which process answered.
+# Two nodes with a worker each. Kills the process of the first result, and the second node after the second; prints how
+# often which process answered, and how often the bundle was checked on each node.
 DRIVER = r"""
 import importlib.util, json, os, signal, sys
 from collections import Counter
+from ray.cluster_utils import Cluster
 spec = importlib.util.spec_from_file_location("ray_example", sys.argv[1])
 example = importlib.util.module_from_spec(spec)
 sys.modules["ray_example"] = example
 spec.loader.exec_module(example)
 from pathlib import Path
 bundle, images, annotations, kept = map(Path, sys.argv[2:])
+example.CHUNK = 2
 dataset = example.load_coco(annotations, images=images)
-answers = Counter()
+node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+second = cluster.add_node(**node)
+example.ray.init(address=cluster.address, log_to_driver=False)
+answers, checked = Counter(), Counter()
+place = example.NodeBundle.options
+def options_of_check(**options):
+    checked[options["scheduling_strategy"].node_id] += 1
+    return place(**options)
+example.NodeBundle.options = options_of_check
 def on_result(process, done):
-    if not answers:
-        os.kill(process, signal.SIGKILL)
     answers[process] += 1
+    if sum(answers.values()) == 1:
+        os.kill(process, signal.SIGKILL)
+    if sum(answers.values()) == 2:
+        cluster.remove_node(second, allow_graceful=False)
 options = example.SessionOptions(threads=1)
-example.ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-found, _ = example.collect(bundle, dataset.images, folder=kept, workers=2, options=options, trust=example.Trust(),
-                        on_result=on_result)
-print(json.dumps({"images": len(found), "answers": dict(answers)}))
+detections, _ = example.collect(bundle, dataset.images, folder=kept, workers=2, options=options, trust=example.Trust(),
+                                on_result=on_result)
+example.ray.shutdown()
+cluster.shutdown()
+print(json.dumps({"images": len(detections), "answers": dict(answers), "checked": list(checked.values())}))
 """
 
 
@@ -66,7 +81,7 @@ def annotations(tiny_bundle: Path, smooth_images: Path, tmp_path_factory: pytest
 
 
 @pytest.mark.skipif(not RAY_PYTHON, reason="FCOS_DEPLOY_RAY_PYTHON names no environment with Ray: make ray-env")
-def test_a_pool_that_loses_a_worker_evaluates_as_one_process_does(
+def test_a_pool_that_loses_a_worker_and_a_node_evaluates_as_one_process_does(
     tiny_bundle: Path, smooth_images: Path, annotations: Path, tmp_path: Path
 ) -> None:
     spec = DetectorSpec(model=tiny_bundle, options=SessionOptions(threads=1))
@@ -78,9 +93,10 @@ def test_a_pool_that_loses_a_worker_evaluates_as_one_process_does(
     command = [RAY_PYTHON, "-c", DRIVER, *map(str, (script, tiny_bundle, smooth_images, annotations, kept))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(done.stdout[done.stdout.index('{"images"') :])
     assert report["images"] == 12
-    assert sum(report["answers"].values()) == 3, "each chunk once"
+    assert sum(report["answers"].values()) == 6, "each chunk once"
+    assert report["checked"] == [1, 1], "the bundle is checked once on each node"
     lines = next(kept.iterdir()).read_text().splitlines()
     assert len(lines) == 12
     (single,) = evaluate(EvaluationRequest(**request)).candidates

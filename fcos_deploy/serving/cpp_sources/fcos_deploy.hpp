@@ -165,9 +165,7 @@ void bilinear(Size from, Size to, std::int64_t channels, Weight weight, Across a
     }
 }
 
-// Pillow's antialiased bilinear along one axis of `lines` lines: weights in 22-bit fixed point, result rounded to
-// levels. Rows come first here, as in Pillow up to 12; for some sizes Pillow 13 begins with columns, which rounds
-// single pixels differently by one level.
+// Pillow's antialiased bilinear along one axis of `lines` lines: weights in 22-bit fixed point, result rounded to levels.
 inline void pillow_axis(const std::uint8_t* in, std::uint8_t* out, std::int64_t count, std::int64_t n,
                         std::int64_t lines, std::int64_t step, std::int64_t line_in, std::int64_t line_out,
                         std::int64_t run) {

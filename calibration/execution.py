@@ -244,7 +244,7 @@ def _int8_in_openvino(result: Path, graph: ConvGraph) -> set[str]:
     """Convolutions whose primitive in the compiled model computes in eight bits."""
     names = {label: conv.name for conv in graph.convs for label in (conv.name, conv.output)}
     quantized: set[str] = set()
-    with runtimes.openvino.open_model(result) as session:
+    with runtimes.openvino.open_model(result, keep=result.suffix == ".xml") as session:
         primitives = runtimes.openvino.executed_primitives(session)
     for facts in primitives:
         if facts.get("layerType") == "Convolution" and facts.get("runtimePrecision") in {"i8", "u8", "I8", "U8"}:

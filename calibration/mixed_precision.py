@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.calibrate import Calibration
 from calibration.execution import Feeder, conv_macs, open_engine
-from calibration.placement import ConvGraph, Placement, QdqPlan, plan_pairs
+from calibration.placement import QdqPlan, plan_pairs
 from calibration.qdq import QuantizedOnnx, quantize_qdq, quantized_model
+from calibration.quantizers import COMPARED_IMAGES, QuantizeRequest
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
@@ -186,46 +186,41 @@ class _Saved:
     """What an interrupted search keeps."""
 
     key: str
-    float_score: float | None
     trials: tuple[Trial, ...]
     ranking: tuple[LayerSensitivity, ...]
 
 
 def search_mixed_precision(
-    graph: ConvGraph,
-    calibration: Calibration,
-    output: Path,
+    request: QuantizeRequest,
     *,
-    placement: Placement,
     goal: AccuracyGoal,
+    float_score: float,
     evaluate: Evaluate,
     state: Path | None = None,
     progress: ProgressFn = no_progress,
 ) -> MixedPrecision:
     """Find the INT8 graph that reaches the goal with the fewest layers in float.
 
-    ``evaluate`` scores a model file on the goal's images and compares it with the float graph. An interrupted
-    search resumes from ``state`` if graph, calibration, placement and the goal's images are the same. Refusal and
-    success remove it.
+    ``evaluate`` scores a model file on the goal's images and compares it with the float graph, whose score is
+    ``float_score``. An interrupted search resumes from ``state`` if graph, calibration, placement and the goal's images
+    are the same. Refusal and success remove it.
 
     All layers in INT8 are tried first. If their harm is shown and the goal is not kept for certain, layers return to
     float in the order of their effect on detections, as ``narrow`` says. Where no candidate reaches the goal, the best
     of those for which the images cannot decide it is taken.
 
     Raises:
-        AccuracyGateError: every candidate misses the goal; the message holds the trade-offs. ``output`` is not written.
+        AccuracyGateError: every candidate misses the goal; the message holds the trade-offs. The output is not written.
         ConfigError: the graph does not end in raw outputs.
     """
-    search = _Search(
-        graph, calibration, output, placement=placement, goal=goal, evaluate=evaluate, state=state, progress=progress
-    )
+    search = _Search(request, goal=goal, float_score=float_score, evaluate=evaluate, state=state, progress=progress)
     if not search.reaches_goal(()) and goal.evaluations > 1:
         narrow(search.rank(), accepts=search.reaches_goal, may_try=search.may_evaluate, best=search.float_layers)
     chosen = search.best()
     if chosen is None:
         search.finish()
         message = (
-            f"INT8 misses the goal: {goal.quantity} of the float graph {search.float_score:.4f}, "
+            f"INT8 misses the goal: {goal.quantity} of the float graph {float_score:.4f}, "
             f"{goal.max_loss:.4f} may be lost."
         )
         for name, limit in sorted(goal.further_limits.items()):
@@ -233,18 +228,19 @@ def search_mixed_precision(
         raise AccuracyGateError(
             f"{message}\n{search.table()}",
             hint="allow a larger drop or more evaluations, calibrate on other images, or use the float "
-            f"'{graph.source.path}'",
+            f"'{request.graph.source.path}'",
         )
     result = quantize_qdq(
-        graph, calibration, output, placement=placement, ignored_layers=chosen.ignored_layers, images=search.images
+        request.graph,
+        request.ranges,
+        request.output,
+        placement=request.placement,
+        ignored_layers=chosen.ignored_layers,
+        images=search.images(COMPARED_IMAGES),
     )
     search.finish()
     return MixedPrecision(
-        result=result,
-        float_score=search.float_score,
-        chosen=chosen,
-        trials=search.trials,
-        ranking=search.ranking,
+        result=result, float_score=float_score, chosen=chosen, trials=search.trials, ranking=search.ranking
     )
 
 
@@ -326,36 +322,29 @@ class _Search:
 
     def __init__(
         self,
-        graph: ConvGraph,
-        calibration: Calibration,
-        output: Path,
+        request: QuantizeRequest,
         *,
-        placement: Placement,
         goal: AccuracyGoal,
+        float_score: float,
         evaluate: Evaluate,
         state: Path | None,
         progress: ProgressFn,
     ) -> None:
-        self._graph, self._calibration, self._output, self._placement = graph, calibration, output, placement
-        self._goal, self._evaluate, self._state, self._progress = goal, evaluate, state, progress
-        self._macs = conv_macs(graph)
+        self._request, self._graph, self._goal, self._float_score = request, request.graph, goal, float_score
+        self._evaluate, self._state, self._progress = evaluate, state, progress
+        self._macs = conv_macs(self._graph)
         self._trials: dict[tuple[str, ...], Trial] = {}
         self._sensitivities: dict[str, LayerSensitivity] = {}
-        orientation = graph.source.contract.preprocess.orientation
-        paths = list_images(goal.images)[:_RANKING_IMAGES]
-        self.images = [read_image(path, orientation=orientation) for path in paths]
         self.ranking: tuple[LayerSensitivity, ...] = ()
-        parts = [graph.source.sha256, to_json(calibration), to_json(placement), goal.quantity, goal.fingerprint()]
-        self._key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        self._float_score = self._resume()
-        if self._float_score is None:
-            self._report_evaluation()
-            self._float_score = evaluate(graph.source.path).score
-            self._save()
+        depends_on = [self._graph.source.sha256, to_json(request.ranges), to_json(request.placement)]
+        key = json.dumps([*depends_on, goal.quantity, goal.fingerprint()], sort_keys=True)
+        self._key = hashlib.sha256(key.encode()).hexdigest()
+        self._resume()
 
-    @property
-    def float_score(self) -> float:
-        return self._float_score or 0.0
+    def images(self, count: int) -> list[NDArray[np.uint8]]:
+        """The first of the goal's images, (h, w, 3) uint8 RGB each."""
+        orientation = self._graph.source.contract.preprocess.orientation
+        return [read_image(path, orientation=orientation) for path in list_images(self._goal.images)[:count]]
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -365,13 +354,13 @@ class _Search:
         """Evaluate the candidate that leaves these layers in float, unless it was evaluated before."""
         key = tuple(sorted(ignored_layers))
         if key not in self._trials:
-            self._report_evaluation()
+            self._progress("evaluating candidates", len(self._trials), 0)  # how many it takes is not known
             plan = self._plan(key)
             share = round(sum(self._macs[conv.name] for conv in plan.convs) / sum(self._macs.values()), 6)
-            candidate = self._output.with_name(f".{self._output.stem}.trial.onnx")
+            candidate = self._request.output.with_name(f".{self._request.output.stem}.trial.onnx")
             try:
                 # Its score shows what it computes; the one that is chosen is compared with its source as well.
-                save_onnx(quantized_model(plan, self._calibration), candidate)
+                save_onnx(quantized_model(plan, self._request.ranges), candidate)
                 measured = self._evaluate(candidate)
                 self._trials[key] = Trial(
                     key, share, measured.score, loss_interval=measured.interval, refused=measured.refused
@@ -384,13 +373,13 @@ class _Search:
     def _plan(self, ignored_layers: Collection[str]) -> QdqPlan:
         return plan_pairs(
             self._graph,
-            self._placement,
+            self._request.placement,
             ignored_layers=ignored_layers,
-            zero_tensors=self._calibration.zero_tensors,
+            zero_tensors=self._request.ranges.zero_tensors,
         )
 
     def _within_goal(self, trial: Trial) -> bool:
-        loss, goal = self.float_score - trial.score, self._goal
+        loss, goal = self._float_score - trial.score, self._goal
         return not trial.refused and acceptable(loss, trial.loss_interval, at_most=goal.max_loss, judge=goal.judge)
 
     def rank(self) -> list[str]:
@@ -401,7 +390,7 @@ class _Search:
                 f"Ranking layers needs the raw tail, the graph has '{source.contract.tail}'.", hint="export --tail raw"
             )
         feeder = Feeder(source)
-        feeds = [feeder(image) for image in self.images]
+        feeds = [feeder(image) for image in self.images(_RANKING_IMAGES)]
         with open_engine("onnxruntime", source.model) as session:
             reference = [session.run(feed) for feed in feeds]
         every = self._plan(()).convs
@@ -411,7 +400,7 @@ class _Search:
             if layer in self._sensitivities:
                 continue
             others = set(self._graph.layers) - {layer}
-            with open_engine("onnxruntime", quantized_model(self._plan(others), self._calibration)) as session:
+            with open_engine("onnxruntime", quantized_model(self._plan(others), self._request.ranges)) as session:
                 effect = detection_effect(reference, [session.run(feed) for feed in feeds])
             self._sensitivities[layer] = LayerSensitivity(layer, effect)
             self._save()
@@ -448,38 +437,28 @@ class _Search:
             for t in self.trials
         ]
         return "\n".join(
-            ["    INT8  float  score   95 % of the loss", *rows, f"{0:8.1%}    all  {self.float_score:.4f}"]
+            ["    INT8  float  score   95 % of the loss", *rows, f"{0:8.1%}    all  {self._float_score:.4f}"]
         )
 
     def finish(self) -> None:
         if self._state is not None:
             self._state.unlink(missing_ok=True)
 
-    def _report_evaluation(self) -> None:
-        self._progress("evaluating candidates", len(self._trials), 0)  # how many it takes is not known
-
-    def _resume(self) -> float | None:
-        """Take over what an interrupted search of the same inputs has, and return its float score."""
+    def _resume(self) -> None:
+        """Take over what an interrupted search of the same inputs has."""
         if self._state is None or not self._state.is_file():
-            return None
+            return
         try:
             saved = from_json(_Saved, json.loads(self._state.read_text(encoding="utf-8")))
         except (OSError, ValueError, ConfigError):
-            return None
-        if saved.key != self._key:
-            return None
-        self._trials = {trial.ignored_layers: trial for trial in saved.trials}
-        self._sensitivities = {item.layer: item for item in saved.ranking}
-        return saved.float_score
+            return
+        if saved.key == self._key:
+            self._trials = {trial.ignored_layers: trial for trial in saved.trials}
+            self._sensitivities = {item.layer: item for item in saved.ranking}
 
     def _save(self) -> None:
         if self._state is not None:
-            saved = _Saved(
-                key=self._key,
-                float_score=self._float_score,
-                trials=self.trials,
-                ranking=tuple(self._sensitivities.values()),
-            )
+            saved = _Saved(key=self._key, trials=self.trials, ranking=tuple(self._sensitivities.values()))
             write_text(self._state, json.dumps(to_json(saved)))
 
 

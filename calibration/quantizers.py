@@ -23,6 +23,7 @@ from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = [
+    "COMPARED_IMAGES",
     "QUANTIZERS",
     "NncfOptions",
     "QuantizeRequest",
@@ -36,7 +37,7 @@ __all__ = [
 nncf = lazy_import("nncf", extra="nncf")
 ov = lazy_import("openvino", extra="openvino")
 
-_COMPARED = 4  # images: two inferences each
+COMPARED_IMAGES = 4  # of a result with its source: two inferences each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +218,7 @@ class _Qdq(Quantizer):
 
     def quantize(self, request: QuantizeRequest, *, progress: ProgressFn = no_progress) -> QuantizeResult:
         progress("quantizing", 0, 1)
-        options = SampleOptions(count=_COMPARED, seed=request.seed, minimum=1)
+        options = SampleOptions(count=COMPARED_IMAGES, seed=request.seed, minimum=1)
         orientation = request.graph.source.contract.preprocess.orientation
         images = (
             collect_images(request.images, options=options, orientation=orientation).images if request.images else ()

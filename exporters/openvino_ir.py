@@ -91,7 +91,7 @@ def _convert(request: BuildRequest, *, contract: ModelContract, half: bool) -> t
         written = xml.with_suffix(".bin")
         try:
             ov.save_model(ov.Core().read_model(str(request.source)), str(xml), compress_to_fp16=half)
-            with open_model(request.source) as source, open_model(xml) as converted:
+            with open_model(request.source) as source, open_model(xml, keep=True) as converted:
                 check = compare(
                     source.run,
                     converted.run,

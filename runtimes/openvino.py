@@ -36,17 +36,27 @@ _HINTS = {PerformanceHint.LATENCY: "LATENCY", PerformanceHint.THROUGHPUT: "THROU
 _CAPABILITIES = {ComputeType.F32: "FP32", ComputeType.F16: "FP16", ComputeType.BF16: "BF16"}
 
 
-def open_model(model: bytes | Path | Any, *, threads: int | None = None) -> Session:  # Any: an openvino.Model
-    """Open a graph on the CPU in float32, for a check or a calibration: without a contract, and never from the cache.
+def open_model(
+    model: bytes | Path | Any,  # Any: an openvino.Model
+    *,
+    threads: int | None = None,
+    keep: bool = False,
+) -> Session:
+    """Open a graph on the CPU in float32, for a check or a calibration, without a contract.
 
     model: a serialized ``onnx.ModelProto``, an ONNX or IR file, or an ``openvino.Model``.
-    threads: for one inference; None takes OpenVINO's choice.
+    threads: for one inference; None takes OpenVINO's choice. ``keep``: of a file, take the compiled form that was kept
+    of it, or keep this one: it is soon opened again.
 
     Raises:
         MissingDependencyError: openvino is not installed.
         BackendLoadError: OpenVINO cannot read or compile the graph.
     """
-    compiled = _compile(ov.Core(), model, device="CPU", settings=_settings(SessionOptions(threads=threads)))
+    core, settings = ov.Core(), _settings(SessionOptions(threads=threads))
+    if keep and isinstance(model, Path):
+        compiled, _ = _compile_once(core, model, device="CPU", settings=settings, folder=None)
+    else:
+        compiled = _compile(core, model, device="CPU", settings=settings)
     return _OpenVinoSession(compiled, description={})
 
 
@@ -150,17 +160,10 @@ class _OpenVino(Backend):
         settings = _settings(options)
         # ONNX files come and go while models are searched and compared; an IR was built to be run often.
         keep = options.cache_dir is not None or path.suffix == ".xml"
-        kept = _kept_model(core, path, device=device, settings=settings, folder=options.cache_dir) if keep else None
-        compiled = _import_kept(core, kept, device=device, settings=settings) if kept else None
-        from_cache = compiled is not None
-        if compiled is None:
-            compiled = _compile(core, path, device=device, settings=settings)
-            if kept is not None:
-                try:
-                    content = compiled.export_model()
-                    kept.store(content if isinstance(content, bytes) else content.getvalue())  # bytes, or BytesIO
-                except RuntimeError as error:
-                    _LOG.info("OpenVINO cannot export the compiled model of this device: %s", _reason(error))
+        if keep:
+            compiled, from_cache = _compile_once(core, path, device=device, settings=settings, folder=options.cache_dir)
+        else:
+            compiled, from_cache = _compile(core, path, device=device, settings=settings), False
         description = {
             "backend": self.name,
             "version": ov.__version__,
@@ -259,6 +262,24 @@ def _kept_model(
     }
     kept = KeptModel(BACKEND.name, facts=facts, folder=folder)
     return kept if kept.enabled else None
+
+
+def _compile_once(
+    core: Any, path: Path, *, device: str, settings: Mapping[str, str], folder: Path | None
+) -> tuple[Any, bool]:
+    """The compiled model, and whether it had been kept; what was not is kept from now on."""
+    kept = _kept_model(core, path, device=device, settings=settings, folder=folder)
+    compiled = _import_kept(core, kept, device=device, settings=settings) if kept else None
+    if compiled is not None:
+        return compiled, True
+    compiled = _compile(core, path, device=device, settings=settings)
+    if kept is not None:
+        try:
+            content = compiled.export_model()
+            kept.store(content if isinstance(content, bytes) else content.getvalue())  # bytes, or BytesIO
+        except RuntimeError as error:
+            _LOG.info("OpenVINO cannot export the compiled model of this device: %s", _reason(error))
+    return compiled, False
 
 
 def _import_kept(core: Any, kept: KeptModel, *, device: str, settings: Mapping[str, str]) -> Any:

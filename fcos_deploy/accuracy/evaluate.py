@@ -50,7 +50,7 @@ from fcos_deploy.accuracy.operating_point import (
     operating_points,
     operating_problem,
 )
-from fcos_deploy.accuracy.predictions import DetectionRun, collect_detections
+from fcos_deploy.accuracy.predictions import DetectionRun, DetectionRuns, collect_detections
 from fcos_deploy.bundle.manifest import AccuracyFigure
 from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.errors import ConfigError
@@ -111,7 +111,7 @@ class EvaluationRequest:
     ``limit``: only the first images. ``sample``: that many images, with classes and object sizes as in all of them.
     ``resamples``: number of bootstrap resamples; 0 leaves intervals out. ``predictions``: folder that makes an
     interrupted run resumable. ``operating_goal``: what the score threshold of each class is chosen for; None: the
-    thresholds that a bundle carries, elsewhere the best F1 of the reference.
+    thresholds that a bundle carries, elsewhere the best F1 of the reference. ``runs``: those that exist already.
     """
 
     candidates: tuple[DetectorSpec, ...]
@@ -126,6 +126,7 @@ class EvaluationRequest:
     sample: int | None = None
     predictions: Path | None = None
     operating_goal: OperatingGoal | None = None
+    runs: DetectionRuns | None = None
 
     def __post_init__(self) -> None:
         if not self.candidates:
@@ -204,7 +205,9 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
     images = dataset.images if dataset else _spread(folder_images(request.images)[: request.limit], request.sample)
 
     def collect(spec: DetectorSpec) -> DetectionRun:
-        return collect_detections(spec, images, dataset=dataset, folder=request.predictions, progress=progress)
+        return collect_detections(
+            spec, images, dataset=dataset, folder=request.predictions, runs=request.runs, progress=progress
+        )
 
     reference_run = collect(request.reference) if request.reference else None
     if dataset is None and reference_run is not None:

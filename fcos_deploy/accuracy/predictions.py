@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +33,7 @@ from fcos_deploy.detector import Detector, DetectorSpec
 
 __all__ = [
     "DetectionRun",
+    "DetectionRuns",
     "PredictionStore",
     "StageSeconds",
     "collect_detections",
@@ -96,23 +97,57 @@ class DetectionRun:
         return {number: replace(d, labels=relabel(d.labels)) for number, d in self.detections.items()}
 
 
+class DetectionRuns:
+    """The runs of one command by what ran: a copy of a model that ran on the same images is not opened again."""
+
+    def __init__(self) -> None:
+        self._runs: dict[Hashable, DetectionRun] = {}
+
+    def get(self, spec: DetectorSpec, images: Sequence[EvaluationImage]) -> DetectionRun | None:
+        """The run of a model with these files on these images; None where there is none."""
+        run = self._runs.get(self._key(spec, images))
+        return run and replace(run, model=spec.model.name)
+
+    def add(self, spec: DetectorSpec, images: Sequence[EvaluationImage], run: DetectionRun) -> None:
+        """Keep a run."""
+        self._runs[self._key(spec, images)] = run
+
+    @staticmethod
+    def _key(spec: DetectorSpec, images: Sequence[EvaluationImage]) -> Hashable:
+        files = tuple(map(sha256_file, _hashed_files(spec)))
+        seen = tuple((image.image_id, image.path) for image in images)
+        # The precision chooses among a bundle's files; a file has its own.
+        return spec.backend, spec.precision if spec.model.is_dir() else None, repr(spec.options), files, seen
+
+
 def collect_detections(
     spec: DetectorSpec,
     images: Sequence[EvaluationImage],
     *,
     dataset: Dataset | None = None,
     folder: Path | None = None,
+    runs: DetectionRuns | None = None,
     progress: ProgressFn = no_progress,
 ) -> DetectionRun:
     """Detect on every image; with ``folder`` each result is kept there at once, and a rerun resumes from it.
 
-    ``dataset``: what the detections are for, whose classes the model must know.
-
-    One detector is in memory, and it is closed at the end.
+    ``dataset``: what the detections are for, whose classes the model must know. What is in ``runs`` does not run again,
+    and is added to it. One detector is in memory, and it is closed at the end.
 
     Raises:
         ImageError, BackendError, ConfigError: as opening the model and detecting do.
     """
+    run = None if runs is None else runs.get(spec, images)
+    if run is None:
+        run = _collect(spec, images, folder=folder, progress=progress)
+        if runs is not None:
+            runs.add(spec, images, run)
+    return run
+
+
+def _collect(
+    spec: DetectorSpec, images: Sequence[EvaluationImage], *, folder: Path | None, progress: ProgressFn
+) -> DetectionRun:
     started = time.perf_counter()
     with spec.open() as detector:
         opening = time.perf_counter() - started
@@ -151,16 +186,19 @@ def kept_predictions(
     Its name is a hash of everything that the detections depend on: model, contract, runtime and what the image files
     hold. ``detector``: what ``spec`` opened.
     """
-    # The manifest of a bundle has the hash of every other file.
-    files = [spec.model / "manifest.json"] if spec.model.is_dir() else files_of(spec.model)
     facts: dict[str, Any] = {
-        "files": [sha256_file(path) for path in files],
+        "files": [sha256_file(path) for path in _hashed_files(spec)],
         "contract": contract_to_text(detector.contract),
         "session": sorted(stable_description(detector).items()),
         "images": [(image.image_id, sha256_file(image.path)) for image in images],
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return folder / f"{name}.jsonl"
+
+
+def _hashed_files(spec: DetectorSpec) -> Sequence[Path]:
+    """Those that stand for the model: the manifest of a bundle has the hash of every other file."""
+    return [spec.model / "manifest.json"] if spec.model.is_dir() else files_of(spec.model)
 
 
 def _detect_all(

@@ -235,8 +235,9 @@ def _number(path: Path) -> float | None:
 
 
 _BEYOND = 2  # times beyond a percentile that make it one
-# Spread of the rounds' ratios, as largest quartile over smallest, from which on a single number is no summary.
-_MAX_SPREAD = 1.3
+# Spread of the rounds' ratios, as largest quartile over smallest: from the first on a single number is no summary, and
+# up to the second more rounds would not move it.
+_MAX_SPREAD, _SETTLED_SPREAD = 1.3, 1.1
 
 _BATCH = 16  # the most images of one call when throughput is measured; fewer where the network is slow
 
@@ -332,12 +333,14 @@ class TimingOptions:
 
     Runtimes keep threads spinning and caches warm: in the first detection of a block both still belong to the runtime
     before it. ``warmup`` detections of each detector come before everything.
+    ``settled_after``: rounds from which on no more follow once every ratio to the first detector is settled; None: all.
     """
 
     rounds: int = 20
     block: int = 6
     warmup: int = 5
     throughput_seconds: float = 3.0
+    settled_after: int | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.block < 2:
@@ -387,7 +390,19 @@ def time_in_turns(
             _time_block(detectors[index], image, block=options.block, timing=timings[index])
         between_rounds()
         progress("latency", turn + 1, options.rounds)
+        if options.settled_after is not None and turn + 1 >= options.settled_after and _settled(timings):
+            progress("latency", options.rounds, options.rounds)
+            break
     return timings
+
+
+def _settled(timings: Sequence[Timing]) -> bool:
+    """Whether the quartiles of every ratio to the first lie close together, around the ratio of the fastest rounds.
+
+    How large a ratio is does not stop the rounds, only how far it still spreads, so that stopping favours nobody.
+    """
+    speedups = [Speedup.of(timings[0].rounds, timing.rounds) for timing in timings[1:]]
+    return all(not s.problem and s.high <= _SETTLED_SPREAD * s.low for s in speedups)
 
 
 def _time_block(detector: Detector, image: NDArray[np.uint8], *, block: int, timing: Timing) -> None:

@@ -70,13 +70,15 @@ _SETTINGS = ("device", "compute", "threads")
 class BenchmarkRequest:
     """What to time. ``image``: an image file; None takes one that comes with fcos-deploy.
 
-    ``cold_start``: also start a process for each candidate, for its first detection and its peak memory.
+    ``alone``: those that are also measured alone, all of them by default: for throughput and, with ``cold_start``, in a
+    process of their own for their first detection and their peak memory.
     """
 
     candidates: tuple[DetectorSpec, ...]
     image: Path | None = None
     timing: TimingOptions = field(default_factory=TimingOptions)
     cold_start: bool = True
+    alone: tuple[DetectorSpec, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.candidates:
@@ -88,6 +90,7 @@ class BenchmarkResult:
     """The figures of one candidate. Times in milliseconds, sizes in bytes; energy is per image at full throughput.
 
     ``samples_ms`` has every whole detection that was timed, in order; ``rounds_ms`` the fastest of each round.
+    ``throughput_fps`` and ``cold_start`` are None where they were not measured.
     """
 
     model: str
@@ -95,7 +98,7 @@ class BenchmarkResult:
     precision: str
     latency: LatencyStats
     stages: StageMedians
-    throughput_fps: float
+    throughput_fps: float | None
     power: PowerReading
     joules_per_image: float | None
     cold_start: ColdStart | None
@@ -157,7 +160,7 @@ def demo_image() -> Path:
 
 
 def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progress) -> Benchmark:
-    """Time all candidates in turns, then the throughput and the cold start of each.
+    """Time all candidates in turns, then the throughput and the cold start of each that is measured alone.
 
     Raises:
         FcosDeployError: a model cannot be opened or run.
@@ -176,10 +179,15 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
         opened = [(dict(d.session.description), str(d.contract.precision), d.file_bytes) for d in detectors]
     after = read_clock().throttled
     results = []
-    for candidate, timing, (session, precision, size) in zip(candidates, timings, opened, strict=True):
+    for asked, candidate, timing, (session, precision, size) in zip(
+        request.candidates, candidates, timings, opened, strict=True
+    ):
+        alone = request.alone is None or asked in request.alone
         # A network that only this process has cannot start in another one.
-        cold = request.cold_start and candidate.opens_file
-        throughput, power, clock = _measure_load(candidate, image, seconds=request.timing.throughput_seconds)
+        cold = alone and request.cold_start and candidate.opens_file
+        throughput, power, clock = None, PowerReading(watts=None, problem="not measured"), read_clock()
+        if alone:
+            throughput, power, clock = _measure_load(candidate, image, seconds=request.timing.throughput_seconds)
         results.append(
             BenchmarkResult(
                 model=candidate.model.name,
@@ -189,7 +197,7 @@ def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progre
                 stages=timing.stage_medians(),
                 throughput_fps=throughput,
                 power=power,
-                joules_per_image=power.watts / throughput if power.watts is not None else None,
+                joules_per_image=power.watts / throughput if power.watts is not None and throughput else None,
                 cold_start=measure_cold_start(candidate, path) if cold else None,
                 file_bytes=model_bytes(candidate.model) if size is None else size,
                 clock=clock,
@@ -291,7 +299,7 @@ def result_row(result: BenchmarkResult) -> tuple[str, ...]:
         *("-" if v is None else f"{v:.2f}" for v in (latency.p50, latency.p90, latency.p99)),
         str(latency.count),
         *(f"{v:.2f}" for v in (stages.preprocess, stages.infer, stages.decode)),
-        f"{result.throughput_fps:.1f}",
+        "-" if result.throughput_fps is None else f"{result.throughput_fps:.1f}",
         "-" if cold is None else f"{cold.first_detection:.2f}",
         "-" if cold is None else f"{cold.peak_memory_mib:.0f}",
         f"{result.file_bytes / 2**20:.1f}",

@@ -213,7 +213,7 @@ def quantize_command(
     from calibration.placement import open_graph, placement_for
     from calibration.quantizers import QuantizeRequest
     from calibration.ranges import range_method
-    from fcos_deploy.pipeline.quantize import accuracy_goal, quantize_model
+    from fcos_deploy.pipeline.quantize import Scoring, accuracy_goal, quantize_model
 
     ranges = load_calibration(calibration) if calibration else None
     request = QuantizeRequest(
@@ -233,7 +233,8 @@ def quantize_command(
         evaluations=evaluations,
     )
     with progress_bar() as progress:
-        quantized = quantize_model(request, quantizer=quantizer, goal=goal, progress=progress)
+        scoring = None if goal is None else Scoring(goal=goal, progress=progress)
+        quantized = quantize_model(request, quantizer=quantizer, scoring=scoring, progress=progress)
     result, verdicts = quantized.result, quantized.verdicts
     rows = [(key.replace("_", " "), shorten(value, 90, placeholder=" ...")) for key, value in result.record.items()]
     table(result.files[0].name, ("what", "value"), [row for row in rows if row[1]])

@@ -265,7 +265,9 @@ def _make_artifacts(
                 source = export(context, tail=source.tail, nms_form=nms_form)
                 calibrated = calibrate(context, source)
                 calibrations[calibrated.record.path] = calibrated
-            quantize(context, source, calibrated=calibrated, consumer="portable")
+            floats = [variant for variant in variants if variant.artifact.precision is Precision.FP32]
+            float_variant = max(floats, key=lambda variant: variant.backend == "onnxruntime", default=None)
+            quantize(context, source, calibrated=calibrated, consumer="portable", float_variant=float_variant)
     except AccuracyGateError as error:
         refused.append(error)
     return proof.with_bf16(variants), list(calibrations.values()), refused

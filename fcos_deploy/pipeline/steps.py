@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
+from fcos_deploy.accuracy.evaluate import Evaluations
 from fcos_deploy.accuracy.operating_point import OperatingGoal
+from fcos_deploy.accuracy.predictions import DetectionRuns
 from fcos_deploy.bundle import (
     Artifact,
     ArtifactDraft,
@@ -36,7 +38,7 @@ from fcos_deploy.core.progress import ProgressFn, StageClock
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.build import engine_requirements
-from fcos_deploy.pipeline.quantize import Scored, accuracy_goal, quantize_model
+from fcos_deploy.pipeline.quantize import Scoring, accuracy_goal, quantize_model
 from fcos_deploy.pipeline.source import DeploySource, GraphForm
 from fcos_deploy.targets.plan import Plan, PlanRequest
 from fcos_deploy.targets.plan import plan as make_plan
@@ -245,8 +247,8 @@ def plan_targets(
 class DeployContext:
     """What every step works with. ``contract`` is the one that artifacts carry, with the tail that they have.
 
-    ``scored``: what searches for an accuracy goal have evaluated, by content. ``engines``: what they built for it, by
-    backend and hash of the graph.
+    ``runs``: what detected on the evaluation images so far, and ``evaluations`` what searches for an accuracy goal made
+    of it. ``engines``: what they built for it, by backend and hash of the graph.
     """
 
     request: DeployRequest
@@ -257,7 +259,8 @@ class DeployContext:
     progress: ProgressFn
     cache: StepCache | None = None
     stages: StageClock = field(default_factory=StageClock)
-    scored: Scored = field(default_factory=dict)
+    runs: DetectionRuns = field(default_factory=DetectionRuns)
+    evaluations: dict[tuple[str, str], Evaluations] = field(default_factory=dict)
     engines: dict[tuple[str, str], BuildResult] = field(default_factory=dict)
     _graphs: dict[str, ConvGraph] = field(default_factory=dict)
 
@@ -430,8 +433,8 @@ def quantize(
 ) -> Graph:
     """The INT8 graph in the placement of ``consumer``, a backend or a placement; shared by backends of one placement.
 
-    Layers return to float until the accuracy goal holds, which is measured on the placement's own backend; there
-    ``float_variant`` is what runs of ``source``.
+    Layers return to float until the accuracy goal holds, which is measured on the placement's own backend, against
+    ``float_variant``, what runs of the float graph: on whichever backend, it is held to be the same detector.
 
     Raises:
         AccuracyGateError: the goal cannot be reached.
@@ -447,10 +450,24 @@ def quantize(
         images=request.images or request.calibration_images,
         annotations=request.annotations,
         placement=policy,
+        threads=request.threads,
         sample=request.sample,
     )
-
-    goal_backend = goal.backend if goal else ""
+    runs_engine = goal is not None and consumer == goal.backend
+    scoring = (
+        None
+        if goal is None
+        else Scoring(
+            goal=goal,
+            operating_goal=request.operating_goal,
+            float_model=float_variant,
+            runnable=lambda graph: context.engine(graph, backend=consumer) if runs_engine else graph,
+            predictions=context.predictions,
+            runs=context.runs,
+            evaluations=context.evaluations,
+            progress=context.progress,
+        )
+    )
 
     def make(folder: Path) -> StepOutput:
         quantization = QuantizeRequest(
@@ -461,17 +478,7 @@ def quantize(
             seed=request.seed,
         )
         state = context.writer.scratch / f"{name}.search"
-        quantized = quantize_model(
-            quantization,
-            goal=goal,
-            state=state,
-            predictions=context.predictions,
-            scored=context.scored,
-            float_model=float_variant.model if float_variant else None,
-            operating_goal=request.operating_goal,
-            runnable=lambda model: context.engine(model, backend=consumer) if consumer == goal_backend else model,
-            progress=context.progress,
-        ).result
+        quantized = quantize_model(quantization, scoring=scoring, state=state, progress=context.progress).result
         return StepOutput(artifacts=(int8_draft(name, source, policy, quantized),))
 
     inputs = {

@@ -23,6 +23,7 @@ from calibration.mixed_precision import (
     search_mixed_precision,
 )
 from calibration.placement import PLACEMENTS, ConvGraph, open_graph
+from calibration.quantizers import QuantizeRequest
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.image import list_images, read_image
@@ -80,7 +81,8 @@ def search(
     **options: Any,
 ) -> Any:
     goal = AccuracyGoal(min_match_rate=1.0 - drop, images=folder or score.folder, evaluations=evaluations)
-    return search_mixed_precision(*hard, output, placement=PORTABLE, goal=goal, evaluate=score, **options)
+    request = QuantizeRequest(graph=hard[0], calibration=hard[1], output=output, placement=PORTABLE)
+    return search_mixed_precision(request, goal=goal, float_score=1.0, evaluate=score, **options)
 
 
 def test_goal_is_reached_by_ignoring_the_layer_that_misses_it(
@@ -103,7 +105,7 @@ def test_a_candidate_that_misses_another_limit_does_not_reach_the_goal(
     score = Score(mini_graph, two_images)
 
     def strict(path: Path) -> ScoreLoss:
-        return replace(score(path), refused=score.calls == 2)  # the first is the float graph
+        return replace(score(path), refused=score.calls == 1)
 
     result = search((mini_graph, mini_calibration), strict, tmp_path / "q.onnx", folder=two_images)
     assert len(result.chosen.ignored_layers) >= 1
@@ -122,14 +124,14 @@ def test_unreachable_goal_is_refused_and_the_float_graph_intact(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_easy_model_needs_two_evaluations(
+def test_easy_model_needs_one_evaluation(
     mini_graph: Any, mini_calibration: Any, two_images: Path, tmp_path: Path
 ) -> None:
     score = Score(mini_graph, two_images)
     result = search((mini_graph, mini_calibration), score, tmp_path / "q.onnx")
     assert result.chosen.ignored_layers == ()
     assert result.chosen.int8_share == 1.0
-    assert score.calls == 2
+    assert score.calls == 1
 
 
 def test_interrupted_search_resumes(hard: tuple[ConvGraph, Calibration], score: Score, tmp_path: Path) -> None:

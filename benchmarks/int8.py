@@ -22,8 +22,7 @@ from calibration.calibrate import StatisticsOptions, collect_ranges, load_calibr
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder, executed_share, open_engine
 from calibration.placement import PLACEMENTS, open_graph
-from calibration.qdq import quantize_qdq
-from calibration.quantizers import NncfOptions, quantize_nncf
+from calibration.quantizers import NncfOptions, quantize_nncf, quantize_qdq
 from calibration.ranges import RangeMethod
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.artifact import OnnxGraph

@@ -34,7 +34,7 @@ def ours(model: Path, images: CalibrationSet, output: Path, *, consumer: str, th
     """Statistics, ranges and Q/DQ placement of this project."""
     from calibration.calibrate import StatisticsOptions, collect_ranges
     from calibration.placement import open_graph, placement_for
-    from calibration.qdq import quantize_qdq
+    from calibration.quantizers import quantize_qdq
 
     graph = open_graph(model)
     calibration = collect_ranges(graph, images, options=StatisticsOptions(threads=threads))

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from calibration.execution import Feeder, conv_macs, open_engine
 from calibration.placement import QdqPlan, plan_pairs
-from calibration.qdq import QuantizedOnnx, quantize_qdq, quantized_model
-from calibration.quantizers import COMPARED_IMAGES, QuantizeRequest
+from calibration.quantizers import COMPARED_IMAGES, QuantizedOnnx, QuantizeRequest, quantize_qdq, quantized_model
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError

@@ -139,14 +139,21 @@ def collect_detections(
     """
     run = None if runs is None else runs.get(spec, images)
     if run is None:
-        run = _collect(spec, images, folder=folder, progress=progress)
+        run = _collect(spec, images, dataset=dataset, folder=folder, progress=progress)
         if runs is not None:
             runs.add(spec, images, run)
+    elif dataset is not None:
+        label_index(run.names, dataset)
     return run
 
 
 def _collect(
-    spec: DetectorSpec, images: Sequence[EvaluationImage], *, folder: Path | None, progress: ProgressFn
+    spec: DetectorSpec,
+    images: Sequence[EvaluationImage],
+    *,
+    dataset: Dataset | None,
+    folder: Path | None,
+    progress: ProgressFn,
 ) -> DetectionRun:
     started = time.perf_counter()
     with spec.open() as detector:

@@ -31,7 +31,7 @@ def setup_command(
     """
     from fcos_deploy.accuracy.verify import export_record
     from fcos_deploy.bundle import open_trusted
-    from fcos_deploy.pipeline.setup import SetupRequest, set_up
+    from fcos_deploy.pipeline.device import SetupRequest, set_up
 
     with progress_bar() as progress:
         report = set_up(SetupRequest(bundle=bundle, backend=backend, trust=trust), progress=progress)
@@ -131,7 +131,7 @@ def install_command(
     LINK leads to a whole, verified bundle at every moment. Exit code 0: the new version is in use. Any other: the old
     one still is; 4: the new one is not the certified detector here, or the golden images cannot decide it.
     """
-    from fcos_deploy.pipeline.install import InstallRequest, install
+    from fcos_deploy.pipeline.device import InstallRequest, install
 
     request = InstallRequest(
         bundle=bundle, link=link, backend=backend, trust=trust, keep=keep, allow_inconclusive=allow_inconclusive
@@ -162,7 +162,7 @@ def rollback_command(
     Versions that are damaged or no longer verified here are passed over. Exit code 0: an earlier version is in use.
     Any other: LINK is as it was.
     """
-    from fcos_deploy.pipeline.install import RollbackRequest, roll_back
+    from fcos_deploy.pipeline.device import RollbackRequest, roll_back
 
     request = RollbackRequest(link=link, backend=backend, trust=trust, allow_inconclusive=allow_inconclusive)
     with progress_bar() as progress:

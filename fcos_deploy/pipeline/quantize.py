@@ -22,8 +22,7 @@ from calibration.mixed_precision import (
     write_trade_offs,
 )
 from calibration.placement import Placement
-from calibration.qdq import quantize_qdq
-from calibration.quantizers import QuantizeRequest, QuantizeResult, get_quantizer
+from calibration.quantizers import QuantizeRequest, QuantizeResult, get_quantizer, quantize_qdq
 from fcos_deploy.accuracy.coco import paired_ap_drop
 from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.accuracy.evaluate import (

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from fcos_deploy import SessionOptions
-from fcos_deploy.benchmark.measure import measure_cold_start
-from fcos_deploy.benchmark.run import demo_image
+from fcos_deploy.benchmark import measure
+from fcos_deploy.benchmark.run import BenchmarkRequest, demo_image, result_row, run_benchmark
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.detector import DetectorSpec
 
@@ -60,6 +61,28 @@ def test_models_are_timed_in_turns_and_a_bundle_has_the_size_of_what_ran(tiny_on
     assert (twice.exit_code, "given twice" in twice.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(("second", "rounds"), [([10.0] * 4, 2), ([10.0, 20.0, 10.0, 10.0], 4)])
+def test_rounds_end_when_every_ratio_is_settled_and_only_what_is_asked_for_runs_alone(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, second: list[float], rounds: int
+) -> None:
+    """Of two detectors the second takes as long as the first, or takes twice as long in one round."""
+    specs = [DetectorSpec(model=tiny_onnx, backend="onnxruntime", options=SessionOptions(threads=n)) for n in (1, 2)]
+    times: dict[str, list[float]] = {"1": [10.0] * 4, "2": second}
+
+    def time_block(detector: Any, _: Any, *, block: int, timing: measure.Timing) -> None:
+        timing.rounds.append(times[detector.session.description["threads"]][len(timing.rounds)])
+        timing.whole.append(timing.rounds[-1])
+        timing.stages.append((1.0, block, 1.0))
+
+    monkeypatch.setattr(measure, "_time_block", time_block)
+    timing = measure.TimingOptions(rounds=4, warmup=0, throughput_seconds=0.01, settled_after=2)
+    request = BenchmarkRequest(candidates=tuple(specs), timing=timing, cold_start=False, alone=(specs[1],))
+    results = run_benchmark(request).results
+    assert [len(result.rounds_ms) for result in results] == [rounds, rounds]
+    assert [result.throughput_fps is None for result in results] == [True, False]
+    assert result_row(results[0])[9] == "-"
+
+
 def test_cold_start_is_a_process_of_its_own(tiny_onnx: Path) -> None:
     result = run(tiny_onnx, *FAST, "--backend", "onnxruntime", "--json")
     assert result.exit_code == 0, result.output
@@ -99,7 +122,7 @@ def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
 def test_peak_memory_is_not_that_of_the_process_that_asks(tiny_onnx: Path) -> None:
     ballast = np.ones(150_000_000)  # 1.1 GiB, more than the small model's process needs
     spec = DetectorSpec(model=tiny_onnx, backend="onnxruntime", options=SessionOptions(threads=1))
-    peak = measure_cold_start(spec, demo_image()).peak_memory_mib
+    peak = measure.measure_cold_start(spec, demo_image()).peak_memory_mib
     assert peak < ballast.nbytes / 2**20
 
 

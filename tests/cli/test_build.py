@@ -16,7 +16,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from calibration.placement import PLACEMENTS
-from calibration.qdq import quantize_qdq
+from calibration.quantizers import quantize_qdq
 from fcos_deploy.bundle import DEFAULT_GATES, ArtifactDraft, BundleWriter, Manifest, Provenance, RunDefaults, StepOutput
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.artifact import OnnxGraph, read_contract

@@ -13,8 +13,7 @@ from calibration.calibrate import StatisticsOptions, collect_ranges
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import Feeder, expose, open_engine
 from calibration.placement import PLACEMENTS, open_graph, placement_for, plan_pairs
-from calibration.qdq import quantized_model
-from calibration.quantizers import QUANTIZERS, QuantizeRequest, get_quantizer
+from calibration.quantizers import QUANTIZERS, QuantizeRequest, get_quantizer, quantized_model
 from fcos_deploy.core.artifact import OnnxGraph, read_contract
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec

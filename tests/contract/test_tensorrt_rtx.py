@@ -19,7 +19,7 @@ pytest.importorskip("onnx")
 from calibration.calibrate import collect_ranges
 from calibration.dataset import SampleOptions, collect_images
 from calibration.placement import open_graph, placement_for
-from calibration.qdq import quantize_qdq
+from calibration.quantizers import quantize_qdq
 from exporters.rewrite import convert_to_fp16
 from exporters.tensorrt import TensorrtRtxExporter
 from exporters.torch_onnx import ExportOptions, export_onnx

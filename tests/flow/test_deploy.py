@@ -97,6 +97,7 @@ def test_an_artifact_is_evaluated_once_and_the_stages_say_where_the_time_went(
     # The search for the goal has evaluated both IRs in float32; what is left is the reference, and bf16.
     evaluated = [v for v in content["variants"] if v["backend"] == "pytorch" or v["compute"] == "bf16"]
     assert stages["accuracy"]["inferences"] == 40 * len(evaluated)
+    assert stages["quantize portable"]["inferences"] < 2 * 40, "its float graph was evaluated as OpenVINO's IR"
     assert sum(stage["seconds"] for stage in content["stages"]) == pytest.approx(content["seconds"], rel=0.2)
     with open_bundle(deployed[0]) as bundle:
         recorded = [stage.name for stage in bundle.manifest.stages]

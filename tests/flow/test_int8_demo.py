@@ -10,7 +10,7 @@ import fcos_deploy
 from calibration.calibrate import CalibrationRequest, StatisticsOptions, calibrate, load_calibration
 from calibration.execution import executed_share
 from calibration.placement import open_graph, placement_for
-from calibration.qdq import quantize_qdq
+from calibration.quantizers import quantize_qdq
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.detector import DetectorSpec

@@ -28,7 +28,7 @@ from calibration.calibrate import (
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images
 from calibration.execution import Feeder, expose, open_engine, open_measuring
 from calibration.placement import PLACEMENTS, ConvGraph, open_graph
-from calibration.qdq import quantize_qdq
+from calibration.quantizers import quantize_qdq
 from calibration.ranges import Histogram, RangeMethod, in_order_of_release, measure, measuring_model, read_sample
 from exporters._tensorrt_options import check_calibration_cache
 from fcos_deploy.core.errors import BackendLoadError, CalibrationError, ConfigError

@@ -14,7 +14,7 @@ from calibration.calibrate import collect_ranges
 from calibration.dataset import SampleOptions, collect_images
 from calibration.execution import executed_share
 from calibration.placement import open_graph, placement_for
-from calibration.qdq import quantize_qdq
+from calibration.quantizers import quantize_qdq
 from exporters.openvino_ir import EXPORTER
 from exporters.torch_onnx import ExportOptions, export_onnx
 from fcos_deploy.core.backend import SessionOptions, get_backend

@@ -13,7 +13,7 @@ import pytest
 from calibration.dataset import collect_images
 from calibration.execution import executed_share
 from calibration.placement import PLACEMENTS, ActivationFormat, ConvGraph, WeightRange, open_graph
-from calibration.qdq import (
+from calibration.quantizers import (
     QuantizedOnnx,
     WeightValues,
     activation_scale,

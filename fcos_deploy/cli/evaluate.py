@@ -141,7 +141,7 @@ def compare_command(
     from fcos_deploy.benchmark import run
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.detector import DetectorSpec
-    from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
+    from fcos_deploy.pipeline.proof import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
     sessions = cli.session_options(session, [first, second], checkpoint=options)
@@ -227,7 +227,7 @@ def parity_command(
     """
     from fcos_deploy.accuracy.parity import parity_json
     from fcos_deploy.detector import DetectorSpec
-    from fcos_deploy.pipeline.comparison import ParityRequest, check_parity, find_layer
+    from fcos_deploy.pipeline.proof import ParityRequest, check_parity, find_layer
 
     request = ParityRequest(
         candidate=DetectorSpec(model=model, backend=backend, precision=precision, options=session),

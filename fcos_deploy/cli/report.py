@@ -82,7 +82,7 @@ def report_command(
     from fcos_deploy.benchmark.measure import TimingOptions
     from fcos_deploy.bundle.store import is_bundle
     from fcos_deploy.detector import DetectorSpec
-    from fcos_deploy.pipeline.comparison import ComparisonRequest, compare_models, comparison_report
+    from fcos_deploy.pipeline.proof import ComparisonRequest, compare_models, comparison_report
     from fcos_deploy.report import write_report
 
     if compare:

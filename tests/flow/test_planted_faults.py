@@ -33,7 +33,7 @@ from fcos_deploy.core.network import FcosConfig  # noqa: E402
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter  # noqa: E402
 from fcos_deploy.detector import Detector, DetectorSpec  # noqa: E402
 from fcos_deploy.model.fcos import Fcos  # noqa: E402
-from fcos_deploy.pipeline.comparison import ParityRequest, check_parity  # noqa: E402
+from fcos_deploy.pipeline.proof import ParityRequest, check_parity  # noqa: E402
 
 pytestmark = pytest.mark.slow  # a network is exported
 

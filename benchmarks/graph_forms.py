@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from exporters.rewrite import simplified
 from exporters.step_check import compare, onnx_runner, provoking_feed
-from exporters.torch_onnx import Axes, trace
+from exporters.torch_onnx import trace
 from fcos_deploy.core.artifact import OnnxGraph
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import PROFILES, DecodeSpec
@@ -167,7 +167,7 @@ def _export(module: nn.Module, contract: ModelContract, *, opset: int = 17) -> o
     feeds = [provoking_feed((1, 3, height, width), dtype="uint8", image_sizes=False)]
     exportable = module if hasattr(module, "output_names") else ExportableFcos(module, contract)
     example = (torch.from_numpy(feeds[0]["images"]),)
-    model = trace(exportable.eval(), example, opset=opset, dynamic_batch=False, size=Axes.FIXED)
+    model = trace(exportable.eval(), example, opset=opset, dynamic_batch=False)
     return simplified(model, feeds)[0]
 
 

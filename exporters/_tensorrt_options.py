@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from abc import ABC
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, SizeRange
@@ -27,8 +27,7 @@ _CACHE_HEADER = re.compile(r"TRT-(\d+)-(EntropyCalibration2|MinMaxCalibration)\s
 _CACHE_ENTRY = re.compile(r".+: [0-9a-fA-F]{1,8}\s*")
 
 
-@dataclass(frozen=True, slots=True)
-class ProfileShapes:
+class ProfileShapes(NamedTuple):
     """Min, opt and max shape of one input, as in an optimization profile; all equal where the input is static."""
 
     minimum: Shape
@@ -41,12 +40,7 @@ class ProfileShapes:
         return self.minimum != self.maximum
 
     def __str__(self) -> str:
-        return "/".join("x".join(map(str, shape)) for shape in (self.minimum, self.opt, self.maximum))
-
-    @classmethod
-    def from_text(cls, text: str) -> ProfileShapes:
-        """From what ``str`` gives, ``"1x3x64x64/2x3x64x64/4x3x64x64"``."""
-        return cls(*(tuple(int(size) for size in shape.split("x")) for shape in text.split("/")))
+        return "/".join("x".join(map(str, shape)) for shape in self)
 
 
 def profile_shapes(
@@ -123,6 +117,7 @@ class Generation(ABC):
     """Builder calls that exist in some versions only. ``check`` refuses what this generation cannot honour."""
 
     label: str
+    has_calibrators = False
 
     def __init__(self, library: TensorRT) -> None:
         # Any: each generation has names that the stubs of 10.13 lack; the API table test checks them instead.
@@ -134,6 +129,11 @@ class Generation(ABC):
         Raises:
             ConfigError: naming the option and the reason.
         """
+        if options.calibration_cache is not None and not self.has_calibrators:
+            raise ConfigError(
+                f"{self.label} has no calibrators, INT8 must be in the ONNX file as Q/DQ nodes.",
+                hint="run 'fcos-deploy quantize' and build its ONNX file without a calibration cache",
+            )
         level = options.optimization_level
         if level is not None and level not in _OPTIMIZATION_LEVELS:
             raise ConfigError(f"The optimization level must be 0 to 5, got {level}.")
@@ -165,10 +165,6 @@ class Generation(ABC):
         """Set precision flags where the types do not come from the ONNX file alone."""
         del config, network, options
 
-    def set_monitor(self, config: trt.IBuilderConfig, monitor: Any) -> None:  # Any: 8.6 lacks the class
-        """Report progress, where the version can."""
-        config.progress_monitor = monitor
-
     def set_compatibility(self, config: trt.IBuilderConfig, options: BuildOptions) -> None:
         """Make the engine loadable by other versions or on other GPUs."""
         if options.version_compatible:
@@ -183,21 +179,19 @@ class Generation(ABC):
 
     def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> None:
         """Start from a timing cache (empty: a new one)."""
+        flag = self.trt.BuilderFlag.__members__.get("EDITABLE_TIMING_CACHE")  # timings can be read and pinned: 10.8
+        if flag is not None:
+            config.set_flag(flag)
         cache = config.create_timing_cache(content)
         # False: another device's timings are refused instead of being used as if they were this one's.
         if cache is None or not config.set_timing_cache(cache, False):
             raise ConfigError("The timing cache does not fit this TensorRT and GPU.", hint="delete the file")
 
-    def _refuse_calibration_cache(self, options: BuildOptions) -> None:
-        if options.calibration_cache is not None:
-            raise ConfigError(
-                f"{self.label} has no calibrators, INT8 must be in the ONNX file as Q/DQ nodes.",
-                hint="run 'fcos-deploy quantize' and build its ONNX file without a calibration cache",
-            )
-
 
 class _WeaklyTyped(Generation):
     """Versions with precision flags and calibrators."""
+
+    has_calibrators = True
 
     def _set_precision_flags(
         self, config: trt.IBuilderConfig, network: trt.INetworkDefinition, options: BuildOptions
@@ -276,10 +270,6 @@ class Tensorrt8(_WeaklyTyped):
         # Several contexts on one profile, which is how the runtime serves several threads; always on since 10.
         config.set_preview_feature(self.trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
-    def set_monitor(self, config: trt.IBuilderConfig, monitor: Any) -> None:  # Any: 8.6 lacks the class
-        """8.6 does not report progress."""
-        del config, monitor
-
 
 class Tensorrt10(_WeaklyTyped):
     """TensorRT 10 (JetPack 6.1 to 7): strongly typed, weakly only for a calibration cache or a DLA."""
@@ -295,28 +285,11 @@ class Tensorrt10(_WeaklyTyped):
         if not self.typed(options):
             self._set_precision_flags(config, network, options)
 
-    def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> None:
-        """Editable, so that timings can be read and pinned, where the version has the flag (10.8 and later)."""
-        flag = self.trt.BuilderFlag.__members__.get("EDITABLE_TIMING_CACHE")
-        if flag is not None:
-            config.set_flag(flag)
-        super().set_timing_cache(config, content)
-
 
 class Tensorrt11(Generation):
     """TensorRT 11: strongly typed only, no calibrators, no precision flags."""
 
     label = "TensorRT 11"
-
-    def check(self, options: BuildOptions) -> None:
-        """Refuse calibration caches too."""
-        self._refuse_calibration_cache(options)
-        super().check(options)
-
-    def set_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> None:
-        """Always editable in 11."""
-        config.set_flag(self.trt.BuilderFlag.EDITABLE_TIMING_CACHE)
-        super().set_timing_cache(config, content)
 
 
 class TensorrtRtx(Generation):
@@ -326,7 +299,6 @@ class TensorrtRtx(Generation):
 
     def check(self, options: BuildOptions) -> None:
         """Refuse what TensorRT-RTX does not have, and unknown compute capabilities."""
-        self._refuse_calibration_cache(options)
         lacks = {
             "a DLA": options.dla_core is not None,
             "version-compatible engines": options.version_compatible,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from exporters.step_check import compare, feed_of
+from exporters.step_check import compare_sessions
 from fcos_deploy.core.artifact import OnnxGraph, find_contract
 from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.enums import ArtifactKind, Precision
@@ -62,9 +62,8 @@ class _OnnxRuntimeExporter(Exporter):
                 open_model(request.source, optimization=GraphOptimization.DISABLED) as source,
                 open_model(temporary) as result,
             ):
-                feeds = [feed_of(contract, {spec.name: spec.shape for spec in source.inputs})]
                 tolerance = _TOLERANCES[contract.precision]
-                check = compare(source.run, result.run, feeds, step=_STEP, tolerance=tolerance)
+                check = compare_sessions(source, result, contract, step=_STEP, tolerance=tolerance)
         request.progress(_STEP, 2, 2)
         record = {
             "builder": self.name,

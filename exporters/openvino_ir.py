@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from exporters.step_check import StepCheck, compare, feed_of
+from exporters.step_check import StepCheck, compare_sessions
 from fcos_deploy.core.artifact import OnnxGraph, write_sidecar
 from fcos_deploy.core.backend import backends_for
 from fcos_deploy.core.contract import ModelContract
@@ -92,13 +92,8 @@ def _convert(request: BuildRequest, *, contract: ModelContract, half: bool) -> t
         try:
             ov.save_model(ov.Core().read_model(str(request.source)), str(xml), compress_to_fp16=half)
             with open_model(request.source) as source, open_model(xml, keep=True) as converted:
-                check = compare(
-                    source.run,
-                    converted.run,
-                    [feed_of(contract, {spec.name: spec.shape for spec in source.inputs})],
-                    step=_STEP,
-                    tolerance=_HALF_TOLERANCE if half else _TOLERANCE,
-                )
+                tolerance = _HALF_TOLERANCE if half else _TOLERANCE
+                check = compare_sessions(source, converted, contract, step=_STEP, tolerance=tolerance)
             written.replace(binary)
         except (RuntimeError, UnicodeDecodeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,8 +1,6 @@
 """ONNX to ONNX: a smaller graph, or one in half precision; outputs are compared before anything is returned.
 
-Simplifying is onnxsim, then our own passes. A pass changes an ``onnx_ir.Model`` in place, returns how many changes it
-made, and says what it requires of the graph and what it ensures. The outputs of the graph keep their names, types and
-values.
+Simplifying is onnxsim, then passes of onnx_ir. The outputs of the graph keep their names, types and values.
 """
 
 from __future__ import annotations
@@ -35,22 +33,16 @@ from fcos_deploy.core.progress import ProgressFn, no_progress
 
 __all__ = [
     "LARGE",
-    "PASSES",
     "Simplification",
     "convert_to_fp16",
     "half_precision",
     "merge_batch_norm_into_deform_conv",
-    "merge_duplicate_tensors",
-    "merge_same_computations",
     "model_of",
     "name_weights_after_convolutions",
     "put_weights_aside",
-    "remove_dead_code",
-    "remove_neutral_arithmetic",
     "rewrite_onnx",
     "simplified",
     "simplify_onnx",
-    "simplify_open_reshapes",
     "with_weights_aside",
 ]
 
@@ -59,55 +51,7 @@ ir_passes = lazy_import("onnx_ir.passes.common", extra="export")
 onnx = lazy_import("onnx", extra="export")
 onnxsim = lazy_import("onnxsim", extra="export")
 
-_NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Sub": 0.0, "Add": 0.0}
-_COMMUTATIVE = {"Mul", "Add"}
-_KEEP_BATCH = frozenset({
-    "Add", "BatchNormalization", "Cast", "Clip", "Conv", "Div", "Exp", "GroupNormalization", "InstanceNormalization",
-    "MaxPool", "Mul", "Relu", "Resize", "Sigmoid", "Sqrt", "Sub", "Where",
-})  # fmt: skip
 _ROLES = {1: "weight", 2: "bias"}  # of a convolution's inputs
-
-
-def remove_dead_code(model: Any) -> int:
-    """Remove what no output needs, and Identity nodes.
-
-    Requires: nothing. Ensures: every node and initializer left has a path to an output.
-    """
-    before = len(model.graph) + len(model.graph.initializers)
-    ir_passes.IdentityEliminationPass()(model)
-    ir_passes.RemoveUnusedNodesPass()(model)
-    return before - len(model.graph) - len(model.graph.initializers)
-
-
-def merge_duplicate_tensors(model: Any) -> int:
-    """Store equal initializers once.
-
-    Requires: nothing. Ensures: byte-equal tensors of one type and shape are one initializer.
-    """
-    before = len(model.graph.initializers)
-    ir_passes.DeduplicateInitializersPass()(model)
-    return before - len(model.graph.initializers)
-
-
-def remove_neutral_arithmetic(model: Any) -> int:
-    """Remove Mul and Div by ones, and Add and Sub of zeros.
-
-    Requires: the constant is an initializer of the same type that broadcasts into the other input's known shape.
-    Ensures: every use of a removed node reads the other input, of the same shape and type.
-    """
-    removed = 0
-    for node in list(model.graph):
-        if node.op_type not in _NEUTRAL or node.domain != "" or node.outputs[0].is_graph_output():
-            continue
-        pairs = [tuple(node.inputs)]
-        if node.op_type in _COMMUTATIVE:
-            pairs.append(pairs[0][::-1])
-        source = next((x for x, operand in pairs if _changes_nothing(operand, x, neutral=_NEUTRAL[node.op_type])), None)
-        if source is not None:
-            node.outputs[0].replace_all_uses_with(source)
-            model.graph.remove(node, safe=True)
-            removed += 1
-    return removed
 
 
 def _constant(value: Any) -> Any | None:
@@ -115,110 +59,6 @@ def _constant(value: Any) -> Any | None:
     if value is None or value.const_value is None or not value.is_initializer():
         return None
     return value.const_value.numpy()
-
-
-def _changes_nothing(operand: Any, source: Any, *, neutral: float) -> bool:
-    """Whether ``operand`` is a constant full of ``neutral`` against which ``source`` keeps its shape."""
-    constant = _constant(operand)
-    if constant is None or not np.all(constant == neutral):
-        return False
-    if source.shape is None:
-        return bool(constant.size == 1 and constant.ndim == 0)
-    if constant.ndim > len(source.shape):
-        return False
-    paired = zip(reversed(list(source.shape)), reversed(constant.shape), strict=False)
-    return all(extent in (1, dimension) for dimension, extent in paired)
-
-
-def simplify_open_reshapes(model: Any) -> int:
-    """Give ``Reshape(x, Concat(batch, ..., computed, ...))`` the constant shape ``[0, ..., -1, ...]``.
-
-    Requires: the first size is the batch of a graph input, and the first axis of ``x`` is that batch because every
-    operator on the way keeps it; of the other sizes at most one is not constant.
-    Ensures: the same elements in the same order and shape.
-    """
-    changed = 0
-    for node in list(model.graph):
-        if node.op_type == "Reshape" and node.domain == "":
-            shape = _constant_shape(node.inputs[1].producer())
-            if shape is not None and _has_batch_axis(node.inputs[0]):
-                name = "shape" + "".join(f"_{n}" for n in shape).replace("-", "m")
-                if name not in model.graph.initializers:
-                    value = ir.Value(name=name, const_value=ir.tensor(np.array(shape, np.int64), name=name))
-                    value.shape, value.dtype = ir.Shape((len(shape),)), ir.DataType.INT64
-                    model.graph.initializers[name] = value
-                node.replace_input_with(1, model.graph.initializers[name])
-                node.attributes.pop("allowzero", None)  # With it, 0 would mean no elements.
-                changed += 1
-    return changed
-
-
-def _constant_shape(concat: Any) -> tuple[int, ...] | None:
-    """What the node puts together, 0 for the batch and -1 for one size that is computed; None where that is not so."""
-    if concat is None or concat.op_type != "Concat" or not _is_batch(concat.inputs[0]):
-        return None
-    sizes: list[int] = [0]
-    for part in concat.inputs[1:]:
-        constant = _constant(part)
-        if constant is not None:
-            sizes.extend(int(n) for n in constant)
-        elif part.shape is not None and list(part.shape) == [1]:
-            sizes.append(-1)
-        else:
-            return None
-    fits = sizes.count(-1) <= 1 and 0 not in sizes[1:]
-    return tuple(sizes) if fits else None
-
-
-def _is_batch(size: Any) -> bool:
-    """Whether ``size`` is the (1,) length of the first axis of a graph input."""
-    shape = size.producer()
-    if shape is None or shape.op_type != "Shape" or not shape.inputs[0].is_graph_input():
-        return False
-    start, end = (shape.attributes.get(name) for name in ("start", "end"))
-    return end is not None and end.as_int() == 1 and (start is None or start.as_int() == 0)
-
-
-def _has_batch_axis(value: Any) -> bool:
-    """Whether the first axis of ``value`` is the batch, judged by the operators that lead from the input to it."""
-    while value is not None and not value.is_graph_input():
-        node = value.producer()
-        if node is None:
-            return False
-        if node.op_type in _KEEP_BATCH:
-            # Of several operands, one with a batch axis gives the result one: the others broadcast.
-            operands = [i for i in node.inputs if i is not None and not i.is_initializer()]
-            if len(operands) > 1:
-                return any(_has_batch_axis(i) for i in operands)
-            value = operands[0] if operands else None
-        elif node.op_type == "Reshape":
-            return _reshape_keeps_batch(node) and _has_batch_axis(node.inputs[0])
-        elif node.op_type == "Transpose" and node.attributes["perm"].as_ints()[0] == 0:
-            value = node.inputs[0]
-        else:
-            return False
-    return value is not None
-
-
-def _reshape_keeps_batch(node: Any) -> bool:
-    constant = _constant(node.inputs[1])
-    if constant is not None:
-        return bool(constant[0] == 0)
-    shape = node.inputs[1].producer()
-    if shape is None or shape.op_type != "Shape":
-        return _constant_shape(shape) is not None
-    start = shape.attributes.get("start")
-    return (start is None or start.as_int() == 0) and _has_batch_axis(shape.inputs[0])
-
-
-def merge_same_computations(model: Any) -> int:
-    """Compute once what several nodes compute alike.
-
-    Requires: deterministic operators, which all of ours are. Ensures: the outputs keep their names and values.
-    """
-    before = len(model.graph)
-    ir_passes.CommonSubexpressionEliminationPass()(model)
-    return before - len(model.graph)
 
 
 def merge_batch_norm_into_deform_conv(model: Any) -> int:
@@ -279,13 +119,9 @@ def name_weights_after_convolutions(model: Any) -> int:
     return renamed
 
 
-PASSES: tuple[Callable[[Any], int], ...] = (  # Any: onnx_ir.Model, of an optional dependency
-    remove_neutral_arithmetic,
-    simplify_open_reshapes,
-    merge_same_computations,
-    merge_duplicate_tensors,
-    remove_dead_code,
-    name_weights_after_convolutions,
+_PASSES = (
+    *("CommonSubexpressionEliminationPass", "DeduplicateInitializersPass"),
+    *("IdentityEliminationPass", "RemoveUnusedNodesPass"),
 )
 
 
@@ -393,8 +229,8 @@ def simplified(
     Raises as ``simplify_onnx`` does.
     """
     # onnxsim folds whatever is constant, and a folded Expand or Range may be larger than what computed it.
-    smaller = _with_own_passes(_with_onnxsim(model), folder)
-    result = smaller if smaller.ByteSize() <= model.ByteSize() else _with_own_passes(model, folder)
+    smaller = _with_passes(_with_onnxsim(model), folder)
+    result = smaller if smaller.ByteSize() <= model.ByteSize() else _with_passes(model, folder)
     for value, declared in zip(result.graph.output, model.graph.output, strict=True):
         value.type.CopyFrom(declared.type)  # onnxsim writes the sizes that it inferred over open axes.
     for kind in ("input", "output"):
@@ -421,12 +257,13 @@ def _with_onnxsim(model: Any) -> Any:
         raise ExportError(f"onnxsim cannot simplify this graph: {error}.", hint="--no-simplify") from error
 
 
-def _with_own_passes(model: Any, folder: Path | None) -> Any:
+def _with_passes(model: Any, folder: Path | None) -> Any:
     graph = model_of(model, folder)
     # As onnx.shape_inference does by default, without the weights.
     ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(graph)
-    while sum(run(graph) for run in PASSES):
+    while any(getattr(ir_passes, name)()(graph).modified for name in _PASSES):
         pass  # One pass may make room for another, which is over when none changes anything.
+    name_weights_after_convolutions(graph)
     result = ir.to_proto(graph)
     del result.graph.output[:]
     result.graph.output.extend(model.graph.output)  # Inference names open axes anew ("unk__5").

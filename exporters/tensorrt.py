@@ -1,6 +1,6 @@
 """TensorRT engines, built on the device that runs them, and TensorRT-RTX engines, built on a machine without a GPU.
 
-What differs between the generations of the library is in ``_tensorrt_options``. Of several builds the fastest is kept.
+What differs between the generations of the library is in ``_tensorrt_options``.
 """
 
 from __future__ import annotations
@@ -9,25 +9,21 @@ import json
 import logging
 import platform
 import re
-import statistics
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from exporters._tensorrt_options import Generation, ProfileShapes, generation_of, profile_shapes
-from fcos_deploy.core.artifact import OnnxGraph, read_contract, write_sidecar
-from fcos_deploy.core.backend import Session, SessionOptions, backends_for
+from exporters._tensorrt_options import Generation, generation_of, profile_shapes
+from fcos_deploy.core.artifact import OnnxGraph, write_sidecar
+from fcos_deploy.core.backend import backends_for
 from fcos_deploy.core.decode import MAX_TOP_K
 from fcos_deploy.core.enums import ArtifactKind, Precision
-from fcos_deploy.core.errors import BuildError, ConfigError, DeviceError
+from fcos_deploy.core.errors import BuildError, ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, Exporter
 from fcos_deploy.core.files import atomic_file, require_writable, sha256_file
 from fcos_deploy.core.progress import ProgressFn
@@ -41,7 +37,6 @@ __all__ = ["EXPORTER", "EngineExporter", "TensorrtExporter", "TensorrtRtxExporte
 _LOGGER = logging.getLogger(__name__)
 _MIB = 1 << 20
 _SIGNAL_SECONDS = 0.1  # how long a Ctrl-C may go unnoticed
-_WARM_UP, _REPEATS = 10, 50
 
 
 class EngineExporter(Exporter):
@@ -51,8 +46,39 @@ class EngineExporter(Exporter):
     library: str
 
     def build(self, request: BuildRequest) -> BuildResult:
-        """One build, or the fastest of ``options.builds``."""
-        return build_best(request, exporter=self)
+        """Build one engine; write it as the library made it, without a header, and its sidecar.
+
+        Raises:
+            MissingDependencyError: the library is not installed.
+            BackendLoadError: the ONNX file is damaged, carries no contract, or was quantized for another runtime.
+            ConfigError: an option that this library or graph does not allow.
+            BuildError: with the builder's last lines.
+            KeyboardInterrupt: after the builder has stopped.
+        """
+        source, options = request.source, request.options
+        if source.suffix != ".onnx":
+            raise ConfigError(f"An engine is built from an .onnx file, got '{source.name}'.")
+        graph = OnnxGraph(source)
+        contract = graph.contract
+        for backend in backends_for(self.produces):
+            backend.check_placement(contract)
+            backend.check_operators(source)
+        if options.precision not in (None, contract.precision):
+            raise ConfigError(
+                f"An engine has the precision of its ONNX file: '{source.name}' is {contract.precision}, "
+                f"{options.precision} was asked for.",
+                hint="fp16: export with '--precision fp16'; int8: 'fcos-deploy quantize'",
+            )
+        library = load_tensorrt(self.library, extra=self.extra)
+        generation = generation_of(library, import_name=self.library)
+        generation.check(options)
+        require_writable(request.output)
+        build = _Build(request, graph, generation=generation, library=library, exporter=self)
+        plan = build.run()
+        with atomic_file(request.output) as temporary:
+            temporary.write_bytes(plan)
+        record = {**build.record, "engine_sha256": sha256_file(request.output), "engine_bytes": str(len(plan))}
+        return BuildResult(files=(request.output, write_sidecar(request.output, contract, record)), record=record)
 
 
 class TensorrtExporter(EngineExporter):
@@ -71,91 +97,6 @@ class TensorrtRtxExporter(EngineExporter):
 
 
 EXPORTER = (TensorrtExporter(), TensorrtRtxExporter())
-
-
-def build_best(request: BuildRequest, *, exporter: EngineExporter) -> BuildResult:
-    """One build, or the fastest of ``options.builds``, measured on this machine's GPU.
-
-    Raises:
-        ConfigError: fewer than one build, or several with a timing cache, which makes them all the same.
-        DeviceError: several builds, and no GPU to measure them on.
-        And what ``build_engine`` raises.
-    """
-    options = request.options
-    if options.builds == 1:
-        return build_engine(request, exporter=exporter)
-    if options.builds < 1:
-        raise ConfigError(f"The number of builds must be at least 1, got {options.builds}.")
-    if options.timing_cache is not None:
-        raise ConfigError("Several builds from one timing cache are all the same.", hint="leave one of the two out")
-    backend = backends_for(exporter.produces)[0]
-    probe = backend.probe()
-    if not probe.available:
-        raise DeviceError(f"Several builds are compared by measuring them: {probe.problem}", hint="build once")
-    require_writable(request.output)
-    milliseconds: list[float] = []
-    results: list[BuildResult] = []
-    with tempfile.TemporaryDirectory(prefix=".builds-", dir=request.output.parent) as folder:
-        for index in range(options.builds):
-            output = Path(folder) / f"{index}{request.output.suffix}"
-            single = replace(request, output=output, options=replace(options, builds=1))
-            results.append(build_engine(single, exporter=exporter))
-            with backend.open(output, SessionOptions()) as session:
-                milliseconds.append(_median_milliseconds(session, shapes=json.loads(results[-1].record["shapes"])))
-        best = results[int(np.argmin(milliseconds))]
-        contract = read_contract(best.files[0])
-        best.files[0].replace(request.output)
-    record = {**best.record, "build_milliseconds": json.dumps([round(value, 4) for value in milliseconds])}
-    return BuildResult(files=(request.output, write_sidecar(request.output, contract, record)), record=record)
-
-
-def _median_milliseconds(session: Session, *, shapes: Mapping[str, str]) -> float:
-    """Of one inference at the opt shapes; ``shapes`` are those of the build's record."""
-    feeds = {spec.name: np.zeros(ProfileShapes.from_text(shapes[spec.name]).opt, spec.dtype) for spec in session.inputs}
-    for _ in range(_WARM_UP):  # clocks rise, and the CUDA graph is recorded, in the first runs
-        session.run(feeds)
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        session.run(feeds)
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
-
-
-def build_engine(request: BuildRequest, *, exporter: EngineExporter) -> BuildResult:
-    """Build one engine; write it as the library made it, without a header, and its sidecar.
-
-    Raises:
-        MissingDependencyError: the library is not installed.
-        BackendLoadError: the ONNX file is damaged, carries no contract, or was quantized for another runtime.
-        ConfigError: an option that this library or graph does not allow.
-        BuildError: with the builder's last lines.
-        KeyboardInterrupt: after the builder has stopped.
-    """
-    source, options = request.source, request.options
-    if source.suffix != ".onnx":
-        raise ConfigError(f"An engine is built from an .onnx file, got '{source.name}'.")
-    graph = OnnxGraph(source)
-    contract = graph.contract
-    for backend in backends_for(exporter.produces):
-        backend.check_placement(contract)
-        backend.check_operators(source)
-    if options.precision not in (None, contract.precision):
-        raise ConfigError(
-            f"An engine has the precision of its ONNX file: '{source.name}' is {contract.precision}, "
-            f"{options.precision} was asked for.",
-            hint="fp16: export with '--precision fp16'; int8: 'fcos-deploy quantize'",
-        )
-    library = load_tensorrt(exporter.library, extra=exporter.extra)
-    generation = generation_of(library, import_name=exporter.library)
-    generation.check(options)
-    require_writable(request.output)
-    build = _Build(request, graph, generation=generation, library=library, exporter=exporter)
-    plan = build.run()
-    with atomic_file(request.output) as temporary:
-        temporary.write_bytes(plan)
-    record = {**build.record, "engine_sha256": sha256_file(request.output), "engine_bytes": str(len(plan))}
-    return BuildResult(files=(request.output, write_sidecar(request.output, contract, record)), record=record)
 
 
 class _Build:
@@ -226,8 +167,7 @@ class _Build:
         if any(None in size for size in sizes.values()):
             profile = builder.create_optimization_profile()
             for name, shape in shapes.items():
-                limits = (self._trt.Dims(list(limit)) for limit in (shape.minimum, shape.opt, shape.maximum))
-                profile.set_shape(name, *limits)
+                profile.set_shape(name, *(self._trt.Dims(list(limit)) for limit in shape))
             if config.add_optimization_profile(profile) < 0:
                 raise _build_error(f"{generation.label} refused the optimization profile", log)
         generation.set_types(config, network, options)
@@ -262,7 +202,7 @@ class _Build:
     ) -> bytes:
         """Build in a thread of its own, so that Ctrl-C reaches this one while the builder works."""
         monitor = BuildMonitor(self._request.progress)
-        self._generation.set_monitor(config, monitor.binding(self._trt))
+        monitor.attach(config, self._trt)
         watched = threading.Event()
 
         def serialize() -> trt.IHostMemory | None:
@@ -328,10 +268,10 @@ class BuildMonitor:
             self.failure = error
             self.stop()
 
-    def binding(self, library: Any) -> Any:  # Any: 8.6 does not have the class
-        """The object to hand to ``IBuilderConfig.progress_monitor``; None where the version has none."""
+    def attach(self, config: trt.IBuilderConfig, library: Any) -> None:  # Any: 8.6 does not have the class
+        """Follow a build, where the version reports progress."""
         if not hasattr(library, "IProgressMonitor"):
-            return None
+            return
         monitor = self
 
         class Monitor(library.IProgressMonitor):  # type: ignore[misc]  # its base is known at run time only
@@ -347,7 +287,7 @@ class BuildMonitor:
             def phase_finish(self, phase_name: str) -> None:
                 monitor.phase_finish(phase_name)
 
-        return Monitor()
+        config.progress_monitor = Monitor()
 
 
 def place_on_dla(

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from exporters.rewrite import (
     half_precision,
@@ -26,14 +26,18 @@ from exporters.rewrite import (
 from exporters.step_check import Runner, StepCheck, compare, onnx_runner, provoking_feed, recorded
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import ModelContract
-from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, StrEnum, Tail
+from fcos_deploy.core.enums import DeformForm, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import ConfigError, ExportError
 from fcos_deploy.core.files import require_writable, scratch_directory
 from fcos_deploy.core.libraries import lazy_import, require
 from fcos_deploy.core.onnx_file import opset_of, save_onnx, with_contract
 from fcos_deploy.core.progress import ProgressFn, no_progress
 
-__all__ = ["DEFAULT_OPSET", "Axes", "ExportOptions", "OnnxExport", "export_onnx", "trace"]
+if TYPE_CHECKING:
+    from fcos_deploy.checkpoints.load import LoadedCheckpoint
+    from fcos_deploy.model.wrap import WrappedModule
+
+__all__ = ["DEFAULT_OPSET", "ExportOptions", "OnnxExport", "export_onnx", "trace"]
 
 torch = lazy_import("torch", extra="export")
 onnx = lazy_import("onnx", extra="export")
@@ -50,15 +54,6 @@ _TRACED_OPSET = 18  # the exporter's own; older ones are converted afterwards, n
 _NATIVE_GROUP_NORM = 21  # the first opset whose GroupNormalization has a scale for every channel, as torch's has
 _TOLERANCE = 1e-3  # relative; torch and ONNX Runtime sum convolutions in different orders
 _OPEN_SIZE = (256, 320)  # example height and width where the graph leaves them open
-
-
-class HasModel(Protocol):
-    """What is exported: the network and its contract (``LoadedCheckpoint`` is one)."""
-
-    @property
-    def model(self) -> Any: ...  # Any: torch.nn.Module
-    @property
-    def contract(self) -> ModelContract: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +135,11 @@ def _collector_paused() -> Iterator[None]:
 
 @_collector_paused()
 def export_onnx(
-    loaded: HasModel, output: Path, *, options: ExportOptions | None = None, progress: ProgressFn = no_progress
+    loaded: LoadedCheckpoint | WrappedModule,
+    output: Path,
+    *,
+    options: ExportOptions | None = None,
+    progress: ProgressFn = no_progress,
 ) -> OnnxExport:
     """Write ``loaded`` as an ONNX file that carries its contract; ``loaded`` stays as it is.
 
@@ -169,8 +168,7 @@ def export_onnx(
             tuple(torch.from_numpy(feeds[0][name].copy()) for name in module.input_names),
             opset=opset,
             dynamic_batch=options.batch is None,
-            size=Axes.DYNAMIC if contract.preprocess.canvas is None else Axes.FIXED,
-            divisor=contract.preprocess.size_divisor,
+            size_divisor=contract.preprocess.size_divisor if contract.preprocess.canvas is None else None,
             folder=folder,
         )
         progress(label, 1, steps)
@@ -267,27 +265,19 @@ def _without_extra_outputs(model: Any, contract: ModelContract) -> Any:
     return ir.to_proto(ir_passes.RemoveUnusedNodesPass()(trimmed).model)
 
 
-class Axes(StrEnum):
-    """Whether the graph leaves the height and width of its input open."""
-
-    FIXED = "fixed"
-    DYNAMIC = "dynamic"
-
-
 def trace(
     module: Any,
     example: tuple[Any, ...],
     *,
     opset: int,
     dynamic_batch: bool,
-    size: Axes,
-    divisor: int = 32,
+    size_divisor: int | None = None,
     folder: Path | None = None,
 ) -> Any:
     """The ``onnx.ModelProto`` of ``module``, an ``ExportableFcos`` in eval mode.
 
-    ``divisor``: what an open height and width are multiples of. ``folder``: where the weights are written to, in place
-    of the model, which refers to them.
+    ``size_divisor``: height and width are open, in multiples of it; None: fixed. ``folder``: where the weights are
+    written to, in place of the model, which refers to them.
     Every weight is one initializer, however many levels use it. BatchNorm is folded into convolutions. Names of nodes
     and tensors say which module made them, with the level's number where a module runs once a level.
 
@@ -295,7 +285,7 @@ def trace(
         ExportError: torch cannot trace the model, or the opset cannot express it.
     """
     traced_opset = max(opset, _TRACED_OPSET)
-    graph = _program(module, example, opset=traced_opset, dynamic_batch=dynamic_batch, size=size, divisor=divisor).model
+    graph = _program(module, example, opset=traced_opset, dynamic_batch=dynamic_batch, divisor=size_divisor).model
     _fold(graph)
     _name_after_modules(graph)
     name_weights_after_convolutions(graph)
@@ -327,13 +317,11 @@ def trace(
     return model
 
 
-def _program(
-    module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, size: Axes, divisor: int
-) -> Any:
+def _program(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch: bool, divisor: int | None) -> Any:
     """Torch's ONNXProgram of the module, with operators as ``_translations`` writes them."""
     axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1024)} if dynamic_batch else {}
     other_inputs = [dict(axes) for _ in example[1:]]
-    if size is Axes.DYNAMIC:
+    if divisor is not None:
         # Sizes up to the coarsest stride make a level of one row, which torch traces as a constant unless it can rule
         # them out; multiples of 32 it does not look into.
         minimum, limit = 1 if divisor % 32 == 0 else 128 // divisor + 1, 16384 // divisor
@@ -472,6 +460,7 @@ def _translations(*, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]
         own.deform_conv.default: _deform_conv,
         aten.batch_norm.default: _batch_norm,
         aten.detach_.default: _itself,
+        aten.flatten.using_ints: _flatten,
         aten.to.dtype: _cast,
     }
     if opset < _NATIVE_GROUP_NORM:
@@ -485,6 +474,14 @@ def _itself(tensor: Any) -> Any:
 
 def _cast(tensor: Any, dtype: int, non_blocking: bool = False, copy: bool = False) -> Any:  # noqa: ARG001
     return onnxscript.opset18.Cast(tensor, to=dtype)
+
+
+def _flatten(tensor: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """One Reshape that copies the axes in front, where torch's exporter would compute their sizes of an open batch."""
+    op, rank = onnxscript.opset18, max(len(tensor.shape), 1)
+    sizes = op.Constant(value_ints=[0] * (start_dim % rank) + [-1])
+    after = end_dim % rank + 1
+    return op.Reshape(tensor, sizes if after == rank else op.Concat(sizes, op.Shape(tensor, start=after), axis=0))
 
 
 def _batch_norm(  # noqa: PLR0917  (the operator's own signature)

@@ -40,7 +40,7 @@ from fcos_deploy.checkpoints.rules import (
     network_config,
     preprocess_spec,
 )
-from fcos_deploy.core.checkpoint_options import AUTO, OPTION, CheckpointOptions
+from fcos_deploy.core.checkpoint_options import AUTO, OPTION, CheckpointOptions, option_infos
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.decode import ALL_CANDIDATES
 from fcos_deploy.core.errors import CheckpointError, ConfigError, FcosDeployError
@@ -150,71 +150,43 @@ def describe_weights(
         decode=decode_spec(rules, config),
         ecosystem=ecosystem.name,
         decisions=tuple(
-            _with_origin(decision, options)
+            # An option that a file states names that file.
+            dataclasses.replace(decision, source=f"option in '{options.origins[decision.name]}'")
+            if decision.source == OPTION and decision.name in options.origins
+            else decision
             for decision in (*decisions, *rules.decisions(default_source=f"rule of {ecosystem.name}"))
         ),
     )
     return CheckpointDescription(config, contract, tensors)
 
 
-def _with_origin(decision: Decision, options: CheckpointOptions) -> Decision:
-    """An option that a file states names that file."""
-    file = options.origins.get(decision.name)
-    return (
-        dataclasses.replace(decision, source=f"option in '{file}'") if file and decision.source == OPTION else decision
-    )
-
-
 def decided_options(description: CheckpointDescription) -> CheckpointOptions:
     """All decisions as options: the file, read again with them, has the same configuration and contract."""
-    contract, config = description.contract, description.config
-    preprocess, decode = contract.preprocess, contract.decode
+    contract, decode = description.contract, description.contract.decode
     decided = {decision.name: decision.value for decision in contract.decisions}
-    variant, container = decided.get("variant", ""), decided.get("weights", "")
-    return CheckpointOptions(
-        ecosystem=contract.ecosystem,
-        variant=variant if variant in get_ecosystem(contract.ecosystem).variants else "",
-        weights=container,
-        class_names=contract.class_names,
-        stride_in_1x1=config.stride_in_1x1,
-        box_activation=config.box_activation,
-        centerness_on_reg=config.centerness_on_reg,
-        norm_eps=config.norm_eps,
-        norm_groups=config.norm_groups if config.tower_norm is TowerNorm.GROUP else None,
-        tower_norm_eps=config.tower_norm_eps if config.tower_norm is not TowerNorm.NONE else None,
-        fpn_norm_eps=float(decided["fpn_norm_eps"]) if "fpn_norm_eps" in decided else None,
-        deform_groups=int(decided["deform_groups"]) if "deform_groups" in decided else None,
-        anchor_sizes=config.anchor_sizes,
-        stage_strides=config.stage_strides if config.backbone is BackboneType.RESNET else None,
-        stage_dilations=config.stage_dilations if config.backbone is BackboneType.RESNET else None,
-        upsampling=config.upsampling,
-        pooled_levels=config.pooled_levels if "pooled_levels" in decided else None,
-        extra_source=config.extra_source if config.extra_convs else None,
-        extra_relu=config.extra_relu if config.extra_convs > 1 else None,
-        ignore_config=tuple(decided["ignore_config"].split(", ")) if "ignore_config" in decided else (),
-        size_rule=preprocess.size_rule,
-        content=preprocess.content,
-        size_divisor=preprocess.size_divisor,
-        pad_pixel=preprocess.pad_pixel,
-        input_size=preprocess.canvas,
-        shortest=preprocess.shortest,
-        longest=preprocess.longest,
-        input_dtype=preprocess.input_dtype,
-        channel_order=preprocess.channel_order,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        resize_filter=preprocess.resize_filter,
-        orientation=preprocess.orientation,
-        score_threshold=decode.score_threshold,
-        iou_threshold=decode.iou_threshold,
-        max_detections=decode.max_detections,
-        pre_nms_top_k=0 if decode.pre_nms_top_k == ALL_CANDIDATES else decode.pre_nms_top_k,
-        class_agnostic=decode.class_agnostic,
-        min_box_size=decode.min_box_size,
-        clip=decode.profile.clip,
-        centers=decode.profile.centers,
-        profile=decode.profile.name,
-    )
+    values: dict[str, Any] = {}
+    for part in (decode.profile, decode, contract.preprocess, description.config):
+        values.update({item.name: getattr(part, item.name) for item in dataclasses.fields(part)})
+    values.update(dict.fromkeys(_OF_SOME_NETWORKS - decided.keys()))
+    variants = get_ecosystem(contract.ecosystem).variants
+    values |= {
+        "ecosystem": contract.ecosystem,
+        "variant": decided["variant"] if decided.get("variant") in variants else "",
+        "weights": decided.get("weights", ""),
+        "class_names": contract.class_names,
+        "deform_groups": int(decided["deform_groups"]) if "deform_groups" in decided else None,
+        "ignore_config": tuple(filter(None, decided.get("ignore_config", "").split(", "))),
+        "input_size": contract.preprocess.canvas,
+        "pre_nms_top_k": 0 if decode.pre_nms_top_k == ALL_CANDIDATES else decode.pre_nms_top_k,
+        "profile": decode.profile.name,
+    }
+    return CheckpointOptions(**{name: values[name] for name in option_infos()})
+
+
+# Options about parts that not every network has.
+_OF_SOME_NETWORKS = {"fpn_norm_eps", "norm_groups", "tower_norm_eps", "stage_strides", "stage_dilations"} | {
+    *("pooled_levels", "extra_source", "extra_relu"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,8 +411,8 @@ def refuse_unsupported(names: Iterable[str]) -> None:
 
 # ---- the network that the shapes show ----
 
-_BACKBONE_MARKS = {
-    BackboneType.RESNET: "backbone.body.layer1.0.conv1.weight",
+_STEMS = {
+    BackboneType.RESNET: "backbone.body.conv1.weight",
     BackboneType.DLA34: "backbone.body.base_layer.0.weight",
     BackboneType.MOBILENET_V2: "backbone.body.features.0.0.weight",
     BackboneType.VOVNET: "backbone.body.stem.0.0.weight",
@@ -479,12 +451,12 @@ def _infer_network(tensors: Mapping[str, TensorFacts], *, deform_groups: int | N
         CheckpointError: a tensor that every FCOS has is missing, or the shapes fit no FCOS.
         ConfigError: the shapes of a deformable convolution have two readings.
     """
-    backbone = next((kind for kind, mark in _BACKBONE_MARKS.items() if mark in tensors), None)
+    backbone = next((kind for kind, mark in _STEMS.items() if mark in tensors), None)
     if backbone is None:
         shown = [f"'{name}'" for name in sorted(tensors) if name.startswith("backbone.")][:3]
         starts = [f"'{start}'" for start, _ in Counter(name.partition(".")[0] for name in tensors).most_common(4)]
         raise CheckpointError(
-            f"The backbone is none of {', '.join(_BACKBONE_MARKS)}; the file has "
+            f"The backbone is none of {', '.join(_STEMS)}; the file has "
             + (f"{', '.join(shown)}." if shown else f"no backbone: its tensors begin with {', '.join(starts)}."),
             hint="for a network of your own see docs/your-own-fcos.md",
         )
@@ -545,12 +517,6 @@ def _scale_count(tensors: Mapping[str, TensorFacts]) -> int:
     return sum(n.startswith(f"{name}.") for n in tensors)
 
 
-_STEMS = {
-    BackboneType.RESNET: "backbone.body.conv1.weight",
-    BackboneType.DLA34: "backbone.body.base_layer.0.weight",
-    BackboneType.MOBILENET_V2: "backbone.body.features.0.0.weight",
-    BackboneType.VOVNET: "backbone.body.stem.0.0.weight",
-}
 # The norm is mmdetection's, merged into its convolution when the weights are loaded.
 _PYRAMID = re.compile(
     r"backbone\.fpn\.(?:(?:inner|layer)_blocks\.[0123]\.0|extra_blocks\.p[67])\."
@@ -564,26 +530,25 @@ def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneT
     Raises:
         CheckpointError: naming the part.
     """
-    own = "or see docs/your-own-fcos.md"
+    own = "see docs/your-own-fcos.md"
     colours = _shape(tensors, _STEMS[backbone], 4)[1]
     if colours not in {1, 3}:
         raise CheckpointError(
             f"The stem '{_STEMS[backbone]}' takes images of {colours} channels, expected 3, or 1 for gray images.",
-            hint=f"image files and cameras give no others; {own.removeprefix('or ')}",
+            hint=f"image files and cameras give no others; {own}",
         )
+    problem = ""
     laterals = [index for index in range(5) if f"backbone.fpn.inner_blocks.{index}.0.weight" in tensors]
-    if laterals not in ([0, 1, 2], [0, 1, 2, 3]):
-        raise CheckpointError(
-            f"The pyramid has lateral convolutions {laterals}, expected 0 to 2 (over C3 to C5) or 0 to 3 (C2 to C5).",
-            hint=f"is it another number of levels? {own.removeprefix('or ').capitalize()}",
-        )
     unknown = sorted(n for n in tensors if n.startswith(("backbone.fpn", "neck.")) and not _PYRAMID.fullmatch(n))
-    if unknown:
-        raise CheckpointError(
-            f"The pyramid has {len(unknown)} unknown tensors: '{unknown[0]}'; "
-            "levels up to P5 and two of convolutions more (P6 and P7) are supported.",
-            hint=f"is it another number of levels? {own.removeprefix('or ').capitalize()}",
+    if laterals not in ([0, 1, 2], [0, 1, 2, 3]):
+        problem = f"lateral convolutions {laterals}, expected 0 to 2 (over C3 to C5) or 0 to 3 (C2 to C5)"
+    elif unknown:
+        problem = (
+            f"{len(unknown)} unknown tensors: '{unknown[0]}'; levels up to P5 and two of convolutions more (P6 and P7) "
+            "are supported"
         )
+    if problem:
+        raise CheckpointError(f"The pyramid has {problem}.", hint=f"is it another number of levels? S{own[1:]}")
 
 
 def _infer_resnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any: keyword arguments of FcosConfig

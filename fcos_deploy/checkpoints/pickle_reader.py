@@ -10,8 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import CheckpointError, brief
 
-__all__ = ["MAX_AXES", "Inert", "PickleHooks", "PickledArray", "UnsafeGlobalError", "read_pickle"]
+__all__ = ["MAX_AXES", "Inert", "PickledArray", "UnsafeGlobalError", "read_pickle"]
 
 # Bounds of what is read; real training checkpoints stay far below them.
 _MAX_OPERATIONS = 1_000_000  # they need tens of thousands; each costs up to 250 bytes of memory
@@ -71,11 +70,6 @@ class PickledArray:
         state: Any = self.state  # Any: checked by ``_facts``
         return id(_text(state[4]))
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that were pickled; an array is all of them."""
-        return self.nbytes
-
     def check(self) -> None:
         """Raise CheckpointError when the state is not that of an array of plain numbers."""
         self._facts()
@@ -123,21 +117,20 @@ def _reason(error: Exception) -> str:
     return error.args[0][:200] if error.args and isinstance(error.args[0], str) else type(error).__name__
 
 
-@dataclass(frozen=True, slots=True)
-class PickleHooks:
-    """More known names, and what a reference to data outside of the pickle (a storage of torch) becomes."""
-
-    globals: dict[tuple[str, str], Any]  # Any: stub classes and functions
-    persistent: Callable[[object], object] | None = None
-
-
 class _Source(Protocol):
     def read(self, size: int = ..., /) -> bytes: ...
     def readline(self) -> bytes: ...
 
 
-def read_pickle(source: _Source | bytes, *, hooks: PickleHooks | None = None) -> Any:  # Any: whatever was pickled
+def read_pickle(
+    source: _Source | bytes,
+    *,
+    known: Mapping[tuple[str, str], Any] | None = None,  # Any: stub classes and functions
+    storage: Callable[[object], object] | None = None,
+) -> Any:  # Any: whatever was pickled
     """Read one pickle as data; NumPy arrays come as ``PickledArray``.
+
+    ``known``: more names; ``storage``: what a reference to data outside of the pickle (a storage of torch) becomes.
 
     Raises:
         UnsafeGlobalError: it names something that is not known to be data.
@@ -145,7 +138,7 @@ def read_pickle(source: _Source | bytes, *, hooks: PickleHooks | None = None) ->
     """
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        return _Unpickler(stream, hooks or PickleHooks({})).load()
+        return _Unpickler(stream, known or {}, storage).load()
     except CheckpointError:
         raise
     except Exception as error:  # A damaged pickle can fail in any way; none of them is a bug here.
@@ -256,19 +249,15 @@ _BUILTINS = (
     *("complex", "slice", "bytes", "bytearray", "type", "range", "getattr"),
 )
 _KNOWN_GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _dict,
-    ("collections", "Counter"): _dict,
+    **{("collections", name): _dict for name in ("OrderedDict", "Counter")},
     ("collections", "defaultdict"): _defaultdict,
     ("collections", "deque"): _list,
     ("_codecs", "encode"): _Encoded,
-    ("copyreg", "_reconstructor"): _reconstruct,
-    ("copy_reg", "_reconstructor"): _reconstruct,
-    ("argparse", "Namespace"): Inert,
-    ("datetime", "datetime"): Inert,
-    ("datetime", "timedelta"): Inert,
-    ("pathlib", "PosixPath"): Inert,
-    ("pathlib", "WindowsPath"): Inert,
+    **{(module, "_reconstructor"): _reconstruct for module in ("copyreg", "copy_reg")},
+    **{("datetime", name): Inert for name in ("datetime", "timedelta")},
+    **{("pathlib", name): Inert for name in ("PosixPath", "WindowsPath")},
     ("pathlib._local", "PosixPath"): Inert,
+    ("argparse", "Namespace"): Inert,
     ("types", "SimpleNamespace"): Inert,
     **{(module, name): Inert for module in ("builtins", "__builtin__") for name in _BUILTINS},
     ("numpy", "ndarray"): PickledArray,
@@ -278,17 +267,13 @@ _KNOWN_GLOBALS: dict[tuple[str, str], Any] = {
     **{(f"{core}.numeric", "_frombuffer"): _from_buffer for core in ("numpy.core", "numpy._core")},
     ("mmengine.logging.history_buffer", "HistoryBuffer"): Inert,
     # Configurations of training libraries, all of them subclasses of dict.
-    ("mmengine.config.config", "ConfigDict"): _dict,
-    ("mmengine.config.config", "Config"): _dict,
-    ("mmcv.utils.config", "ConfigDict"): _dict,
-    ("mmcv.utils.config", "Config"): _dict,
+    **{("mmengine.config.config", name): _dict for name in ("Config", "ConfigDict")},
+    **{("mmcv.utils.config", name): _dict for name in ("Config", "ConfigDict")},
     ("addict.addict", "Dict"): _dict,
     ("pytorch_lightning.utilities.parsing", "AttributeDict"): _dict,
     ("lightning.fabric.utilities.data", "AttributeDict"): _dict,
     ("lightning.pytorch.utilities.parsing", "AttributeDict"): _dict,
-    ("yacs.config", "CfgNode"): _dict,
-    ("fvcore.common.config", "CfgNode"): _dict,
-    ("detectron2.config.config", "CfgNode"): _dict,
+    **{(f"{module}.config", "CfgNode"): _dict for module in ("yacs", "fvcore.common", "detectron2.config")},
 }
 
 
@@ -303,10 +288,12 @@ class _Unpickler(pickle._Unpickler):
     for _code in (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER):
         del dispatch[_code[0]]  # no checkpoint needs them
 
-    def __init__(self, source: _Source, hooks: PickleHooks) -> None:
+    def __init__(
+        self, source: _Source, known: Mapping[tuple[str, str], Any], storage: Callable[[object], object] | None
+    ) -> None:
         super().__init__(source, encoding="latin1")
-        self._hooks = hooks
-        self._callable = frozenset(map(id, (*_KNOWN_GLOBALS.values(), *hooks.globals.values())))
+        self._known, self._storage = {**_KNOWN_GLOBALS, **known}, storage
+        self._callable = frozenset(map(id, self._known.values()))
 
     def load(self) -> Any:  # Any: whatever was pickled
         """Read one pickle: the loop of the standard library, with a bound."""
@@ -342,9 +329,8 @@ class _Unpickler(pickle._Unpickler):
         """
         if max(len(module), len(name)) > _MAX_NAME:
             raise UnsafeGlobalError("The file refers to a class whose name is too long for one.")
-        for table in (self._hooks.globals, _KNOWN_GLOBALS):
-            if (module, name) in table:
-                return table[module, name]
+        if (module, name) in self._known:
+            return self._known[module, name]
         if _KNOWN_GLOBALS.get((module, name.partition(".")[0])) is Inert:
             return Inert  # A method of a class that is not imported.
         module = module.replace("__builtin__", "builtins")  # Python 2's name, which old protocols write
@@ -355,9 +341,9 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:  # Any: torch's storage tuples
         """A storage of a torch file."""
-        if self._hooks.persistent is None:
+        if self._storage is None:
             raise UnsafeGlobalError("The pickle refers to data outside of itself.")
-        return self._hooks.persistent(pid)
+        return self._storage(pid)
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_deploy.checkpoints.pickle_reader import MAX_AXES, Inert, PickledArray, PickleHooks, read_pickle
+from fcos_deploy.checkpoints.pickle_reader import MAX_AXES, Inert, PickledArray, read_pickle
 from fcos_deploy.core.artifact import CheckpointFormat, checkpoint_format
 from fcos_deploy.core.checkpoint_options import OPTION
 from fcos_deploy.core.errors import CheckpointError, ConfigError, brief
@@ -153,21 +153,6 @@ class StoredTensor:
     def elements(self) -> int:
         """How many numbers of this tensor's dtype the storage holds."""
         return self.storage.count * ITEM_SIZES[self.storage.dtype] // ITEM_SIZES[self.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its numbers."""
-        return count_of(self) * ITEM_SIZES[self.dtype]
-
-    @property
-    def stored_at(self) -> object:
-        """What identifies the storage."""
-        return self.storage.archive.path, self.start
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the storage."""
-        return self.storage.count * ITEM_SIZES[self.storage.dtype]
 
     def check(self) -> None:
         """Raise CheckpointError when the tensor is impossible, or reaches beyond its storage or the file."""
@@ -347,7 +332,7 @@ def _read_zip(path: Path) -> CheckpointFile:
         pickled = _content(stream.fileno(), entries["data.pkl"], limit=archive.size)
     if order != b"little":
         raise CheckpointError(f"'{path}' was written on a big-endian machine, which is not read.")
-    return CheckpointFile(read_pickle(pickled, hooks=_torch_hooks(archive)), "torch")
+    return CheckpointFile(_read_torch_pickle(pickled, archive), "torch")
 
 
 def _data_offset(descriptor: int, entry: zipfile.ZipInfo) -> int:
@@ -370,7 +355,7 @@ def _read_legacy(path: Path) -> CheckpointFile:
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for _ in range(3):  # magic number, protocol version, sizes of the C types
             read_pickle(data)
-        content = read_pickle(data, hooks=_torch_hooks(archive))
+        content = _read_torch_pickle(data, archive)
         keys = read_pickle(data)
         for key in keys if isinstance(keys, list) else []:
             storage = archive.storages.get(key) if isinstance(key, str) else None
@@ -433,8 +418,8 @@ _TORCH_GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
-def _torch_hooks(archive: _Archive) -> PickleHooks:
-    """What torch's pickles name; each storage that they refer to is entered into ``archive.storages``."""
+def _read_torch_pickle(source: Any, archive: _Archive) -> Any:  # Any: a stream or bytes; whatever was pickled
+    """A pickle of torch; each storage that it refers to is entered into ``archive.storages``."""
 
     def storage(pid: Any) -> _Storage:  # Any: ("storage", type, key, location, count, ...) if the file is sound
         sound = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)
@@ -445,7 +430,7 @@ def _torch_hooks(archive: _Archive) -> PickleHooks:
         archive.storages[pid[2]] = _Storage(archive, pid[2], pid[1].dtype, pid[4])
         return archive.storages[pid[2]]
 
-    return PickleHooks(_TORCH_GLOBALS, storage)
+    return read_pickle(source, known=_TORCH_GLOBALS, storage=storage)
 
 
 # ---- plain pickles ----
@@ -575,12 +560,16 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
 def _refuse_multiples(tensors: Iterable[StoredTensor | PickledArray]) -> None:
     """Raise CheckpointError when many tensors repeat few stored bytes: loaded they would take terabytes."""
     stored: dict[object, int] = {}
-    claimed, file_size = 0, 0
+    claimed, file_size = 0, sys.maxsize
     for tensor in tensors:
-        stored[tensor.stored_at] = tensor.stored_bytes
-        claimed += tensor.nbytes
-        # Entries of a zip file may overlap.
-        file_size = max(file_size, tensor.storage.archive.size if isinstance(tensor, StoredTensor) else sys.maxsize)
+        if isinstance(tensor, StoredTensor):
+            archive, item = tensor.storage.archive, ITEM_SIZES[tensor.storage.dtype]
+            stored[archive.path, tensor.start] = tensor.storage.count * item
+            claimed += count_of(tensor) * ITEM_SIZES[tensor.dtype]
+            file_size = archive.size  # Entries of a zip file may overlap.
+        else:
+            stored[tensor.stored_at] = tensor.nbytes
+            claimed += tensor.nbytes
     if claimed > _MAX_SHARED * min(file_size, sum(stored.values())):
         raise CheckpointError(f"The tensors together have more than {_MAX_SHARED} times the numbers that are stored.")
 

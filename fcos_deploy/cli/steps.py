@@ -309,7 +309,6 @@ def build_command(
         Path | None,
         cli.TENSORRT.option("File or folder of the timing cache to read and write. Default: none.", metavar="PATH"),
     ] = None,
-    builds: Annotated[int, cli.TENSORRT.option("Number of builds, of which the fastest is kept.", min=1)] = 1,
     dla_core: Annotated[int | None, cli.TENSORRT.option("DLA core to build for. Default: the GPU.", min=0)] = None,
     dla_strict: Annotated[
         bool, cli.TENSORRT.option("Refusal of layers that would fall back to the GPU.", "--dla-strict")
@@ -344,7 +343,6 @@ def build_command(
         optimization_level=optimization_level,
         compute_capabilities=tuple(compute_capability or ()),
         timing_cache=timing_cache,
-        builds=builds,
         dla_core=dla_core,
         dla_strict=dla_strict,
         tf32=tf32,

@@ -50,7 +50,6 @@ class BuildOptions:
     optimization_level: int | None = None
     compute_capabilities: tuple[str, ...] = ()  # such as "8.6"; TensorRT-RTX only
     timing_cache: Path | None = None
-    builds: int = 1
     dla_core: int | None = None
     dla_strict: bool = False  # refuse a build with layers that fall back to the GPU
     tf32: bool = False  # let fp32 convolutions round their inputs to 10 bits of mantissa, as TensorRT does by itself

@@ -166,6 +166,7 @@ class _Normalize(nn.Module):
     def __init__(self, spec: PreprocessSpec) -> None:
         super().__init__()
         self._in_graph = spec.input_dtype is InputDtype.UINT8
+        self._is_unit = all(std * spec.pixel_scale == 1 for std in spec.std)
         # (x / s - m) / d = (x - m s) / (d s): one subtraction and one product, rounded once from float64.
         mean = torch.tensor(spec.mean, dtype=torch.float64) * spec.pixel_scale
         inverse_std = 1.0 / (torch.tensor(spec.std, dtype=torch.float64) * spec.pixel_scale)
@@ -176,7 +177,8 @@ class _Normalize(nn.Module):
         """(n, 3, H, W) as the contract has it -> (n, 3, H, W) float32, normalised."""
         if not self._in_graph:
             return images
-        return (images.to(torch.float32) - self.mean) * self.inverse_std
+        centred = images.to(torch.float32) - self.mean
+        return centred if self._is_unit else centred * self.inverse_std
 
 
 # ---- candidates: gate, top-k of a level, box decode ----

@@ -30,7 +30,7 @@ from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, g
 from fcos_deploy.core.onnx_file import OnnxInterface, onnx_interface
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.trust import Trust
-from fcos_deploy.targets.plan import PlanRequest, TrtexecRequest, plan, trtexec_command
+from fcos_deploy.targets.plan import PlanRequest, plan, trtexec_command
 from fcos_deploy.targets.profiles import DeviceProfile, load_profile
 
 __all__ = ["ArtifactRequest", "build_artifact", "engine_requirements", "equivalent_trtexec"]
@@ -162,14 +162,12 @@ def _trtexec_of(source: _Source, request: ArtifactRequest) -> str:
     if source.bundle is not None and source.artifact is not None:
         graph = source.bundle.root / source.artifact.path  # not the copy, which does not outlast this process
     return trtexec_command(
-        TrtexecRequest(
-            onnx=PurePosixPath(graph),
-            engine=PurePosixPath(request.output or "model.engine"),
-            version=version,
-            precision=source.contract.precision,
-            shapes={n: (s.minimum, s.opt, s.maximum) for n, s in shapes.items() if None in inputs[n]},
-            options=source.options,
-        )
+        onnx=PurePosixPath(graph),
+        engine=PurePosixPath(request.output or "model.engine"),
+        version=version,
+        precision=source.contract.precision,
+        shapes={name: shape for name, shape in shapes.items() if None in inputs[name]},
+        options=source.options,
     )
 
 

@@ -26,7 +26,7 @@ from fcos_deploy.detector import Detector, DetectorSpec
 from fcos_deploy.targets.profiles import operators_of
 
 if TYPE_CHECKING:
-    from exporters.torch_onnx import HasModel
+    from fcos_deploy.checkpoints.load import LoadedCheckpoint
     from fcos_deploy.model.wrap import WrappedModule
 
 __all__ = [
@@ -90,7 +90,9 @@ class DeploySource(ABC):
 class _Network(DeploySource):
     """A PyTorch network with its contract. ``file`` holds its weights, and its size stands for the network's."""
 
-    def __init__(self, loaded: HasModel, *, name: str, file: Path, options: CheckpointOptions) -> None:
+    def __init__(
+        self, loaded: LoadedCheckpoint | WrappedModule, *, name: str, file: Path, options: CheckpointOptions
+    ) -> None:
         from fcos_deploy.model.fcos import DeformConv2d
 
         self.name, self.contract, self.sha256 = name, loaded.contract, loaded.contract.source_sha256

@@ -26,7 +26,7 @@ from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.preprocess import preprocess
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.serving.package import Packager, ServedModel
-from fcos_deploy.targets.plan import TrtexecRequest, trtexec_command
+from fcos_deploy.targets.plan import trtexec_command
 from fcos_deploy.targets.profiles import load_profile
 
 __all__ = ["PACKAGER"]
@@ -134,15 +134,15 @@ class _Trtexec(Packager):
         inputs = {spec.name: spec.shape for spec in onnx_interface(model.path).inputs}
         options = BuildOptions(workspace_mib=device.workspace_mib)
         shapes = profile_shapes(inputs, options=options, size_divisor=model.contract.preprocess.size_divisor)
-        request = TrtexecRequest(
+        command = trtexec_command(
             onnx=PurePosixPath(_ONNX),
             engine=PurePosixPath(_ENGINE),
             version=device.tensorrt,
             precision=model.contract.precision,
-            shapes={n: (s.minimum, s.opt, s.maximum) for n, s in shapes.items() if None in inputs[n]},
+            shapes={name: shape for name, shape in shapes.items() if None in inputs[name]},
             options=options,
         )
-        build = shlex.split(trtexec_command(request))
+        build = shlex.split(command)
         dynamic = ",".join(f"{n}:{'x'.join(map(str, s.opt))}" for n, s in shapes.items() if None in inputs[n])
         golden = _write_golden_tensors(model.bundle, model.contract, folder, inputs=tuple(inputs), shapes=dynamic)
         model.copy_to(folder)

@@ -15,7 +15,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.native import SWITCH, library_problem, native
-from fcos_deploy.targets.profiles import DeviceFamily, DeviceProfile
+from fcos_deploy.targets.profiles import DeviceProfile
 
 __all__ = ["Difference", "Examination", "Finding", "Health", "compare", "difference_lines", "examine", "lines"]
 
@@ -190,8 +190,7 @@ def _pairs(probes: dict[str, BackendProbe]) -> Iterator[Finding]:
 
 def compare(examination: Examination, profile: DeviceProfile) -> tuple[Difference, ...]:
     """Where this machine differs from a profile; versions are compared in the parts that the profile names."""
-    family = _intel if profile.family is DeviceFamily.INTEL else _gpu
-    return (*_common(examination, profile), *family(examination, profile))
+    return (*_common(examination, profile), *_gpu(examination, profile), *_intel(examination, profile))
 
 
 def _common(examination: Examination, profile: DeviceProfile) -> Iterator[Difference]:

@@ -16,7 +16,7 @@ from fcos_deploy.core.exporter import BuildOptions, SizeRange, get_exporter
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.targets.profiles import DLA, NPU, DeviceProfile, fallback_note
 
-__all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "TrtexecRequest", "plan", "trtexec_command"]
+__all__ = ["RULES", "Draft", "Plan", "PlanRequest", "PlannedArtifact", "plan", "trtexec_command"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,14 +310,12 @@ def _trtexec(draft: Draft) -> str:
         low, opt, high = draft.batch
         shapes = {name: ((low, *shape), (opt, *shape), (high, *shape)) for name, shape in inputs.items()}
     return trtexec_command(
-        TrtexecRequest(
-            onnx=PurePosixPath(draft.source_file),
-            engine=PurePosixPath(draft.engine_file),
-            version=draft.tensorrt,
-            precision=draft.precision,
-            shapes=shapes,
-            options=_options(draft),
-        )
+        onnx=PurePosixPath(draft.source_file),
+        engine=PurePosixPath(draft.engine_file),
+        version=draft.tensorrt,
+        precision=draft.precision,
+        shapes=shapes,
+        options=_options(draft),
     )
 
 
@@ -333,21 +331,6 @@ def _notes(draft: Draft) -> list[str]:
     if not draft.profile.verified:
         notes.append("This profile has never been run on hardware by the project (docs/hardware.md).")
     return notes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrtexecRequest:
-    """``shapes``: min, opt and max shape of each dynamic input; empty for a static graph.
-
-    ``precision`` is the ONNX file's; with a calibration cache that is fp32 and the engine INT8.
-    """
-
-    onnx: PurePosixPath
-    engine: PurePosixPath
-    version: str
-    precision: Precision
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    options: BuildOptions = field(default_factory=BuildOptions)
 
 
 # Options that not every trtexec has: the first version with it and the first without it again. From the parser of each
@@ -366,14 +349,25 @@ _VERSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
-def trtexec_command(request: TrtexecRequest) -> str:
+def trtexec_command(
+    *,
+    onnx: PurePosixPath,
+    engine: PurePosixPath,
+    version: str,
+    precision: Precision,
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]],
+    options: BuildOptions,
+) -> str:
     """One shell line.
+
+    ``shapes``: min, opt and max shape of each dynamic input; empty for a static graph. ``precision`` is the ONNX
+    file's; with a calibration cache that is fp32 and the engine INT8.
 
     Raises:
         ConfigError: an option that this version's trtexec does not have, or a calibration cache for TensorRT 11, which
             has no calibrators.
     """
-    version, options = parse_version(request.version), request.options
+    release = parse_version(version)
     flags = {
         "--noTF32": not options.tf32,
         f"--memPoolSize=workspace:{options.workspace_mib}": options.workspace_mib is not None,
@@ -384,40 +378,40 @@ def trtexec_command(request: TrtexecRequest) -> str:
         "--versionCompatible": options.version_compatible,
         "--hardwareCompatibilityLevel=ampere+": options.hardware_compatible,
     }
-    shapes = {
-        label: ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in request.shapes.items())
+    limits = {
+        label: ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in shapes.items())
         for index, label in enumerate(("min", "opt", "max"))
     }
     arguments = [
         "trtexec",
-        f"--onnx={request.onnx}",
-        f"--saveEngine={request.engine}",
-        "--buildOnly" if version < (8, 6) else "--skipInference",
-        *_types(request, version),
-        *(f"--{label}Shapes={text}" for label, text in shapes.items() if text),
+        f"--onnx={onnx}",
+        f"--saveEngine={engine}",
+        "--buildOnly" if release < (8, 6) else "--skipInference",
+        *_types(release, precision, options),
+        *(f"--{label}Shapes={text}" for label, text in limits.items() if text),
         *(flag for flag, given in flags.items() if given),
     ]
     for argument in arguments:
         name = argument.partition("=")[0]
         first, end = _VERSIONS.get(name, ((0,), (99,)))
-        if not first <= version < end:
+        if not first <= release < end:
             raise ConfigError(
-                f"trtexec of TensorRT {request.version} has no option '{name}'.",
+                f"trtexec of TensorRT {version} has no option '{name}'.",
                 hint="leave the option out, or build for another device with --target",
             )
     return shlex.join(arguments)
 
 
-def _types(request: TrtexecRequest, version: tuple[int, ...]) -> list[str]:
+def _types(version: tuple[int, ...], precision: Precision, options: BuildOptions) -> list[str]:
     """Strong typing where the version has it (11 knows nothing else), else a flag for each type in the graph."""
-    cache, dla = request.options.calibration_cache, request.options.dla_core is not None
+    cache, dla = options.calibration_cache, options.dla_core is not None
     if version >= (11,):
         if cache is not None:
             raise ConfigError("TensorRT 11 has no calibrators.", hint="build the INT8 ONNX file, without a cache")
         return []
     if version >= (10,) and cache is None and not dla:
         return ["--stronglyTyped"]
-    flags = ["--fp16"] if request.precision is Precision.FP16 or dla else []
-    if request.precision is Precision.INT8 or cache is not None:
+    flags = ["--fp16"] if precision is Precision.FP16 or dla else []
+    if precision is Precision.INT8 or cache is not None:
         flags.append("--int8")
     return [*flags, f"--calib={cache}"] if cache is not None else flags

@@ -19,7 +19,7 @@ from fcos_deploy.core.exporter import BuildOptions, SizeRange, all_exporters
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.machine import MachineFacts
 from fcos_deploy.pipeline.steps import plan_targets
-from fcos_deploy.targets.plan import RULES, PlanRequest, TrtexecRequest, plan, trtexec_command
+from fcos_deploy.targets.plan import RULES, PlanRequest, plan, trtexec_command
 from fcos_deploy.targets.profiles import DeviceFamily, load_profile, profile_names
 
 HARDWARE_PAGE = Path(__file__).parents[2] / "docs/hardware.md"
@@ -204,8 +204,9 @@ def test_every_input_of_the_nms_tail_has_shapes(image_sizes: bool, rows: str) ->
 
 
 def trtexec(version: str, precision: Precision, **options: Any) -> str:
+    options = {"shapes": {}, "options": BuildOptions(), **options}
     files = {"onnx": PurePosixPath("m.onnx"), "engine": PurePosixPath("m.engine")}
-    return trtexec_command(TrtexecRequest(version=version, precision=precision, **files, **options))
+    return trtexec_command(version=version, precision=precision, **files, **options)
 
 
 @pytest.mark.parametrize(

@@ -15,20 +15,13 @@ pytest.importorskip("onnxsim")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from exporters import rewrite  # noqa: E402
-from exporters.rewrite import (  # noqa: E402  # noqa: E402
+from exporters.rewrite import (  # noqa: E402
     LARGE,
-    PASSES,
-    merge_duplicate_tensors,
-    merge_same_computations,
     name_weights_after_convolutions,
-    remove_dead_code,
-    remove_neutral_arithmetic,
     simplified,
     simplify_onnx,
-    simplify_open_reshapes,
     with_weights_aside,
 )
-from exporters.step_check import onnx_runner  # noqa: E402
 from fcos_deploy.core.artifact import (  # noqa: E402
     OnnxGraph,
     read_contract,
@@ -46,104 +39,6 @@ def _model(nodes: list[object], *, constants: dict[str, np.ndarray], batch: obje
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-
-
-def _after(run: object, model: object) -> tuple[int, list[str]]:
-    """(what the pass returned, operators that are left); the outputs must be what they were."""
-    graph = ir.from_proto(onnx.shape_inference.infer_shapes(model))
-    count = run(graph)
-    result = ir.to_proto(graph)
-    feed = {"images": np.random.default_rng(0).standard_normal((2, 3, 4, 6), np.float32)}
-    np.testing.assert_array_equal(onnx_runner(result)(feed)["out"], onnx_runner(model)(feed)["out"])
-    return count, [node.op_type for node in result.graph.node]
-
-
-def test_arithmetic_that_changes_nothing_goes() -> None:
-    constants = {"ones": np.ones((1, 3, 1, 1), np.float32), "zero": np.float32(0), "two": np.float32(2)}
-    nodes = [
-        helper.make_node("Sub", ["images", "zero"], ["a"]),
-        helper.make_node("Mul", ["ones", "a"], ["b"]),
-        helper.make_node("Mul", ["b", "two"], ["out"]),
-    ]
-    assert _after(remove_neutral_arithmetic, _model(nodes, constants=constants)) == (2, ["Mul"])
-
-
-@pytest.mark.parametrize(
-    ("operator", "left", "right", "constant"),
-    [
-        ("Mul", "images", "ones", np.ones((5, 1, 3, 1, 1), np.float32)),  # broadcasts to another shape
-        ("Sub", "zero", "images", np.zeros((), np.float32)),  # a negation
-        ("Div", "one", "images", np.ones((), np.float32)),  # a reciprocal
-        ("Add", "images", "one", np.ones((), np.float32)),
-    ],
-)
-def test_arithmetic_that_does_something_stays(operator: str, left: str, right: str, constant: np.ndarray) -> None:
-    name = right if left == "images" else left
-    model = _model([helper.make_node(operator, [left, right], ["out"])], constants={name: constant})
-    assert _after(remove_neutral_arithmetic, model) == (0, [operator])
-
-
-def _flatten(*, sizes: list[str], axis_source: str = "images") -> object:
-    """Reshape of relu(images) to sizes that are put together at run time: batch, 3, height * width."""
-    constants = {"three": np.array([3], np.int64), "wrong": np.array([0], np.int64)}
-    nodes = [
-        helper.make_node("Relu", ["images"], ["relu"]),
-        helper.make_node("Shape", [axis_source], ["batch"], start=0, end=1),
-        helper.make_node("Shape", ["images"], ["height"], start=2, end=3),
-        helper.make_node("Shape", ["images"], ["width"], start=3, end=4),
-        helper.make_node("Mul", ["height", "width"], ["area"]),
-        helper.make_node("Concat", sizes, ["shape"], axis=0),
-        helper.make_node("Reshape", ["relu", "shape"], ["out"], allowzero=1),
-    ]
-    return _model(nodes, constants=constants)
-
-
-def test_a_computed_shape_becomes_constant() -> None:
-    def run(graph: object) -> int:
-        return simplify_open_reshapes(graph) + 0 * remove_dead_code(graph)
-
-    assert _after(run, _flatten(sizes=["batch", "three", "area"])) == (1, ["Relu", "Reshape"])
-
-
-def test_two_unknown_sizes_stay_computed() -> None:
-    assert _after(simplify_open_reshapes, _flatten(sizes=["batch", "three", "height", "width"]))[0] == 0
-
-
-def test_a_reshape_of_something_without_the_batch_axis_stays() -> None:
-    nodes = [
-        helper.make_node("Transpose", ["images"], ["turned"], perm=[1, 0, 2, 3]),
-        helper.make_node("Shape", ["images"], ["batch"], start=0, end=1),
-        helper.make_node("Shape", ["images"], ["height"], start=2, end=3),
-        helper.make_node("Mul", ["height", "eighteen"], ["rest"]),
-        helper.make_node("Concat", ["batch", "rest"], ["shape"], axis=0),
-        helper.make_node("Reshape", ["turned", "shape"], ["out"]),
-    ]
-    model = _model(nodes, constants={"eighteen": np.array([18], np.int64)})
-    assert _after(simplify_open_reshapes, model)[0] == 0
-
-
-def test_equal_nodes_and_equal_constants_are_merged() -> None:
-    constants = {"a": np.full((1, 3, 1, 1), 2, np.float32), "b": np.full((1, 3, 1, 1), 2, np.float32)}
-    nodes = [
-        helper.make_node("Mul", ["images", "a"], ["left"]),
-        helper.make_node("Mul", ["images", "b"], ["right"]),
-        helper.make_node("Add", ["left", "right"], ["out"]),
-    ]
-
-    def run(graph: object) -> int:
-        return merge_duplicate_tensors(graph) + 10 * merge_same_computations(graph)
-
-    assert _after(run, _model(nodes, constants=constants)) == (11, ["Mul", "Add"])
-
-
-def test_what_no_output_needs_goes() -> None:
-    nodes = [
-        helper.make_node("Identity", ["images"], ["same"]),
-        helper.make_node("Exp", ["same"], ["unused"]),
-        helper.make_node("Relu", ["same"], ["out"]),
-    ]
-    count, operators = _after(remove_dead_code, _model(nodes, constants={"left": np.float32(1)}))
-    assert (count, operators) == (3, ["Relu"])
 
 
 def test_a_simplified_file_has_the_same_interface_and_contract(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -177,7 +72,7 @@ def test_a_pass_that_breaks_the_graph_is_caught(
         weight.const_value = ir.tensor(np.where(array > 0, array, array * np.float32(0.5)), name=weight.name)
         return 0
 
-    monkeypatch.setattr(rewrite, "PASSES", (*PASSES, halve_a_weight))
+    monkeypatch.setattr(rewrite, "name_weights_after_convolutions", halve_a_weight)
     with pytest.raises(StepCheckError, match="'simplify' differs from its source"):
         simplify_onnx(tiny_onnx, tmp_path / "s.onnx")
     assert not (tmp_path / "s.onnx").exists()

@@ -18,7 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from exporters import rewrite, step_check, torch_onnx  # noqa: E402
 from exporters.step_check import onnx_runner  # noqa: E402
-from exporters.torch_onnx import Axes, ExportOptions, OnnxExport, export_onnx, trace  # noqa: E402
+from exporters.torch_onnx import ExportOptions, OnnxExport, export_onnx, trace  # noqa: E402
 from fcos_deploy import Detector  # noqa: E402
 from fcos_deploy.bundle import Artifact, StepRecord  # noqa: E402
 from fcos_deploy.checkpoints.load import CheckpointOptions, LoadedCheckpoint, load_checkpoint  # noqa: E402
@@ -452,7 +452,7 @@ class Small(torch.nn.Module):
 def test_what_has_no_translation_is_decomposed(decomposed: list[object], function: Callable[[Any], Any]) -> None:
     images = torch.linspace(-3, 3, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
     before = len(decomposed)
-    model = trace(Small(function).eval(), (images,), opset=17, dynamic_batch=False, size=Axes.FIXED)
+    model = trace(Small(function).eval(), (images,), opset=17, dynamic_batch=False)
     assert len(decomposed) == before + 1
     decomposed.pop()
     np.testing.assert_array_equal(onnx_runner(model)({"images": images.numpy()})["result"], function(images).numpy())

@@ -79,32 +79,24 @@ def _one_scale(value: Any) -> tuple[int, int] | None:
     return (value[0], value[1]) if _are(2, _is_positive)(value) else None
 
 
-def _number(*options: str) -> ConfigKey:
-    return checked("a number", is_number, *options)
+def _kind(expected: str, understands: Callable[[Any], bool]) -> Callable[..., ConfigKey]:
+    """Keys of one kind, by the options that answer instead."""
+    return lambda *options: checked(expected, understands, *options)
 
 
-def _whole(*options: str) -> ConfigKey:
-    return checked("a number", lambda value: isinstance(value, int) and is_number(value), *options)
-
-
-def _positive(*options: str) -> ConfigKey:
-    return checked("a number above 0", _is_positive, *options)
-
-
-def _flag(*options: str) -> ConfigKey:
-    return checked("True or False", lambda value: isinstance(value, bool), *options)
-
-
-def _or_none(key: ConfigKey) -> ConfigKey:
-    return checked(f"{key.expected} or None", lambda value: value is None or key.read(value) is not None, *key.options)
-
-
+_number = _kind("a number", is_number)
+_whole = _kind("a number", lambda value: isinstance(value, int) and is_number(value))
+_positive = _kind("a number above 0", _is_positive)
+_flag = _kind("True or False", lambda value: isinstance(value, bool))
+_channels = _kind("three numbers, or one", _is_of_channels)
+_channels_or_none = _kind("three numbers, or one", lambda value: value is None or _is_of_channels(value))
+_four = _kind("four numbers above 0", _are(4, _is_positive))
 _SIZE_OPTIONS = ("input_size", "shortest")
 _SCALE = checked("one size in pixels", lambda value: _one_scale(value) is not None, *_SIZE_OPTIONS)
 _NO_SCALE = fixed(None, options=_SIZE_OPTIONS)
-_CHANNELS = checked("three numbers, or one", _is_of_channels)
 _LIST = checked("a list", lambda value: isinstance(value, list))
 _DICT = checked("a dict", lambda value: isinstance(value, dict))
+_DICT_OR_NONE = checked("a dict or None", lambda value: value is None or isinstance(value, dict))
 _TRAINING = _neutral("init_cfg pretrained train_cfg")
 _BATCH_NORM = {"type": fixed("BN", "BN2d", "SyncBN"), **_neutral("requires_grad momentum")}
 _LOAD = {
@@ -135,14 +127,14 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
     "model": {
         "type": fixed("FCOS"),
         **dict.fromkeys(("backbone", "neck", "bbox_head"), _DICT),
-        **dict.fromkeys(("test_cfg", "data_preprocessor"), _or_none(_DICT)),
+        **dict.fromkeys(("test_cfg", "data_preprocessor"), _DICT_OR_NONE),
         **_TRAINING,
     },
     "model.backbone": {
         "type": fixed("ResNet", "ResNeXt"),
         "in_channels": fixed(1, 3),
-        "strides": checked("four strides", _are(4, _is_positive), "stage_strides"),
-        "dilations": checked("four dilations", _are(4, _is_positive), "stage_dilations"),
+        "strides": _four("stage_strides"),
+        "dilations": _four("stage_dilations"),
         "out_indices": _LIST,
         "num_stages": fixed(4),
         "style": fixed("caffe", "pytorch", options=("stride_in_1x1",)),
@@ -150,7 +142,7 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         "conv_cfg": fixed(None),
         "deep_stem": fixed(False),
         "avg_down": fixed(False),
-        "dcn": _or_none(_DICT),
+        "dcn": _DICT_OR_NONE,
         "plugins": fixed(None),
         **_neutral("depth base_channels stem_channels groups base_width"),  # in shapes
         **_neutral("frozen_stages norm_eval with_cp zero_init_residual stage_with_dcn"),
@@ -170,7 +162,7 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         "extra_convs_on_inputs": _flag("extra_source"),
         "relu_before_extra_convs": _flag("extra_relu"),
         "upsample_cfg": _DICT,
-        "norm_cfg": _or_none(_DICT),
+        "norm_cfg": _DICT_OR_NONE,
         "act_cfg": fixed(None),
         "conv_cfg": fixed(None),
         **_neutral("in_channels out_channels no_norm_on_lateral"),  # in names and shapes
@@ -188,12 +180,12 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         "strides": _LIST,
         "norm_on_bbox": _flag("box_activation"),
         "centerness_on_reg": _flag("centerness_on_reg"),
-        "norm_cfg": _or_none(_DICT),
+        "norm_cfg": _DICT_OR_NONE,
         "loss_cls": _DICT,
         "bbox_coder": _DICT,
         "conv_cfg": fixed(None),
         "cls_predictor_cfg": fixed(None),
-        "test_cfg": _or_none(_DICT),  # where the detector has none, which replaces it
+        "test_cfg": _DICT_OR_NONE,  # where the detector has none, which replaces it
         **_neutral("dcn_on_last_conv in_channels feat_channels stacked_convs conv_bias"),  # in names and shapes
         **_neutral("regress_ranges center_sampling center_sample_radius loss_bbox loss_centerness"),
         **_TRAINING,
@@ -233,8 +225,8 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
     },
     "model.data_preprocessor": {
         "type": fixed("DetDataPreprocessor"),
-        "mean": dataclasses.replace(_or_none(_CHANNELS), options=("mean",)),
-        "std": dataclasses.replace(_or_none(_CHANNELS), options=("std",)),
+        "mean": _channels_or_none("mean"),
+        "std": _channels_or_none("std"),
         "bgr_to_rgb": _flag("channel_order"),
         "rgb_to_bgr": _flag("channel_order"),
         "pad_size_divisor": _positive("size_divisor"),
@@ -265,13 +257,13 @@ CONFIG_KEYS: dict[str, dict[str, ConfigKey]] = {
         **_INTERPOLATION,
     },
     "pipeline.Normalize": {
-        "mean": dataclasses.replace(_CHANNELS, options=("mean",)),
-        "std": dataclasses.replace(_CHANNELS, options=("std",)),
+        "mean": _channels("mean"),
+        "std": _channels("std"),
         "to_rgb": _flag("channel_order"),
     },
     "pipeline.Pad": {
-        "size": _or_none(checked("a size", _are(2, _is_positive), *_SIZE_OPTIONS)),
-        "size_divisor": _or_none(_positive("size_divisor")),
+        "size": checked("a size or None", lambda value: value is None or _are(2, _is_positive)(value), *_SIZE_OPTIONS),
+        "size_divisor": checked("a number or None", lambda value: value is None or _is_positive(value), "size_divisor"),
         "pad_to_square": _flag(*_SIZE_OPTIONS),
         "pad_val": checked("a number or three", _is_pad_value, "pad_pixel"),
         "padding_mode": fixed("constant"),
@@ -320,12 +312,11 @@ class _Reader:
         self._ignored = set(options.ignore_config)
 
     def read(self) -> Values:
-        values: Values = {}
-        if "_base_" in self._config:
-            self._refuse("_base_", self._config["_base_"], "a configuration that is complete")
+        self._require("_base_" not in self._config, "_base_", self._config.get("_base_"), "a complete configuration")
         model = self._section("model", self._config.get("model"))
+        values: Values = {}
         if model is not None:
-            values |= self._backbone(model) | self._neck(model) | self._head(model)
+            values = self._backbone(model) | self._neck(model) | self._head(model)
         values |= self._test_cfg(model)
         without_clip = {"clip": BoxClip.NONE} if values.get("clip") is BoxClip.NONE else {}
         values |= self._pixels(model) | without_clip
@@ -339,37 +330,32 @@ class _Reader:
 
     def _section(self, path: str, stored: object, *, keys: str = "") -> Values | None:
         """The dict at ``path`` without what is ignored, every key of it understood; None where there is none."""
-        if path in self._ignored:
+        if path in self._ignored or stored is None:
             self._ignored.discard(path)
             return None
-        if stored is None:
-            return None
         if not isinstance(stored, dict):
-            self._refuse(path, stored, "a dict")
+            self._require(False, path, stored, "a dict")
             return None
         known, section = CONFIG_KEYS[keys or path], {}
         for name, stated in stored.items():
             key, where, value = known.get(name), f"{path}.{name}", _unscoped(stated) if name == "type" else stated
-            if name == "_scope_" or (name == "type" and "type" not in known):
+            if name == "_scope_" or (name == "type" and key is None):
                 continue
             if where in self._ignored:
                 self._ignored.discard(where)
-                continue
-            if key is None:
-                self._refuse(where, value, "a key that is known here")
-            elif key is NEUTRAL or (value is not UNKNOWN and key.read(value) is not None):
+            elif key is not None and (key is NEUTRAL or (value is not UNKNOWN and key.read(value) is not None)):
                 section[name] = value
             else:
-                self._refuse(where, value, key.expected, *key.options)
+                key = key or checked("a key that is known here", lambda _: False)
+                self._require(False, where, value, key.expected, *key.options)
         return section
 
-    def _refuse(self, path: str, value: object, expected: str, *options: str) -> None:
-        """Stop, unless the path is ignored or one of ``options`` (fields of ``CheckpointOptions``) answers instead."""
-        if path in self._options.ignore_config:
+    def _require(self, holds: bool, path: str, value: object, expected: str, *options: str) -> None:
+        """Stop where it does not hold, unless the path is ignored or one of ``options`` answers instead."""
+        key = checked(expected, lambda _: holds, *options)
+        if not holds and path in self._options.ignore_config:
             self._ignored.discard(path)
-            return
-        key = checked(expected, lambda _: False, *options)
-        if not key.answered(self._options):
+        elif not holds and not key.answered(self._options):
             raise key.refusal(f"The configuration in the file says {path} = {_shown(value)}", path)
 
     # ---- the network ----
@@ -381,8 +367,8 @@ class _Reader:
         norm = self._section("model.backbone.norm_cfg", backbone.get("norm_cfg")) or {}
         self._section("model.backbone.dcn", backbone.get("dcn"))
         channels = backbone.get("in_channels", 3)
-        if channels != self._network.image_channels:
-            self._refuse("model.backbone.in_channels", channels, f"the {self._network.image_channels} of the stem")
+        taken = self._network.image_channels
+        self._require(channels == taken, "model.backbone.in_channels", channels, f"the {taken} of the stem")
         bottleneck = self._network.block is BlockType.BOTTLENECK
         strides, dilations = (tuple(backbone[key]) if key in backbone else None for key in ("strides", "dilations"))
         return {
@@ -400,27 +386,25 @@ class _Reader:
         end = neck.get("end_level", -1)
         stages = backbone.get("out_indices", [0, 1, 2, 3])[neck.get("start_level", 0) : None if end == -1 else end + 1]
         expected = [0, 1, 2, 3][-self._network.laterals :]
-        if stages != expected:
-            path = "model.neck.start_level"
-            self._refuse(path, neck.get("start_level", 0), f"a pyramid over stages {expected}, not {stages}")
-        levels = neck.get("num_outs", self._network.num_levels)
-        if levels != self._network.num_levels:
-            self._refuse("model.neck.num_outs", levels, f"the {self._network.num_levels} levels that have tensors")
+        over = f"a pyramid over stages {expected}, not {stages}"
+        self._require(stages == expected, "model.neck.start_level", neck.get("start_level", 0), over)
+        present = self._network.num_levels
+        levels = neck.get("num_outs", present)
+        self._require(levels == present, "model.neck.num_outs", levels, f"the {present} levels that have tensors")
         upsampling = self._section("model.neck.upsample_cfg", neck.get("upsample_cfg")) or {}
         norm = self._section("model.neck.norm_cfg", neck.get("norm_cfg"))
         values: Values = {
             "upsampling": Upsampling(upsampling.get("mode", "nearest")),
             "fpn_norm_eps": None if norm is None else float(norm.get("eps", 1e-5)),
         }
-        extra = neck.get("add_extra_convs", False)
+        extra, path = neck.get("add_extra_convs", False), "model.neck.add_extra_convs"
         if levels <= len(stages):
             return values
         if extra is False:
-            if self._network.extra_convs:
-                self._refuse("model.neck.add_extra_convs", extra, "the convolutions that have tensors", "extra_source")
+            convs = self._network.extra_convs
+            self._require(not convs, path, extra, "the convolutions that have tensors", "extra_source")
             return values
-        if self._network.pooled_levels:
-            self._refuse("model.neck.add_extra_convs", extra, "False, where levels have no tensors")
+        self._require(not self._network.pooled_levels, path, extra, "False, where levels have no tensors")
         if extra is True:  # version 1 and early 2: the older key says which
             extra = "on_input" if neck.get("extra_convs_on_inputs", True) else "on_output"
         source = ExtraSource(extra.removeprefix("on_"))
@@ -432,12 +416,18 @@ class _Reader:
             return {}
         channels = self._network.num_classes
         # Version 1 counts the background. Later ones have a channel more only with softmax, which is refused below.
-        if head.get("num_classes", channels) not in {channels, channels + 1}:
-            self._refuse("model.bbox_head.num_classes", head["num_classes"], f"the {channels} channels of the tensors")
-        loss = self._section("model.bbox_head.loss_cls", head.get("loss_cls"))
-        if loss is not None and "use_sigmoid" not in loss:  # FCOSHead then takes the softmax
-            self._refuse("model.bbox_head.loss_cls.use_sigmoid", None, "True")
-        self._check_strides(model, head.get("strides", [4, 8, 16, 32, 64]))
+        classes, path = head.get("num_classes", channels), "model.bbox_head"
+        fits = classes in {channels, channels + 1}
+        self._require(fits, f"{path}.num_classes", classes, f"the {channels} channels of the tensors")
+        loss = self._section(f"{path}.loss_cls", head.get("loss_cls"))
+        # FCOSHead takes the softmax where a loss does not say.
+        self._require(loss is None or "use_sigmoid" in loss, f"{path}.loss_cls.use_sigmoid", None, "True")
+        stages = self._options.stage_strides or (model.get("backbone") or {}).get("strides", [1, 2, 2, 2])
+        if _are(4, _is_positive)(list(stages)):  # Others are refused or answered already.
+            strides = head.get("strides", [4, 8, 16, 32, 64])
+            expected = level_strides(tuple(stages), self._network.num_levels, laterals=self._network.laterals)
+            text = f"the strides of the network's levels, {list(expected)}"
+            self._require(strides == list(expected), f"{path}.strides", strides, text)
         coder = self._section("model.bbox_head.bbox_coder", head.get("bbox_coder")) or {}
         norm_cfg = head.get("norm_cfg", {"type": "GN", "num_groups": 32})
         norm = self._section("model.bbox_head.norm_cfg", norm_cfg) or {}
@@ -450,14 +440,6 @@ class _Reader:
             "clip": None if coder.get("clip_border", True) else BoxClip.NONE,
         }
 
-    def _check_strides(self, model: Values, stated: list[Any]) -> None:
-        stages = self._options.stage_strides or (model.get("backbone") or {}).get("strides", [1, 2, 2, 2])
-        if not _are(4, _is_positive)(list(stages)):
-            return  # refused or answered already
-        expected = level_strides(tuple(stages), self._network.num_levels, laterals=self._network.laterals)
-        if stated != list(expected):
-            self._refuse("model.bbox_head.strides", stated, f"the strides of the network's levels, {list(expected)}")
-
     def _test_cfg(self, model: Values | None) -> Values:
         stored = (model or {}).get("test_cfg")
         if stored is None:  # until 2.4 beside the model; in version 3 that name holds the test loop
@@ -466,8 +448,7 @@ class _Reader:
         path, head = "model.test_cfg", (model or {}).get("bbox_head")
         if stored is None and isinstance(head, dict) and head.get("test_cfg") is not None:
             path, stored = "model.bbox_head.test_cfg", head["test_cfg"]
-        if stored is None and model is not None:
-            self._refuse(path, None, "the thresholds of the test")
+        self._require(stored is not None or model is None, path, None, "the thresholds of the test")
         test = self._section(path, stored, keys="model.test_cfg")
         if test is None:
             return {}
@@ -492,23 +473,27 @@ class _Reader:
         if steps is None:
             if model is None and before is None:
                 return {}
-            self._refuse("test_pipeline", None, "the steps of the test", *_SIZE_OPTIONS)
+            self._require(False, "test_pipeline", None, "the steps of the test", *_SIZE_OPTIONS)
             steps = {}
         pixels: Values | None = {}
         unchanged = bool(steps) and model is not None and not _is_version_3(self._config)
         if before is not None or "Normalize" in steps or unchanged:
             pixels = _normalization(before, steps.get("Normalize"), channels=self._network.image_channels)
-        elif model is not None:
-            self._refuse("model.data_preprocessor", None, "the normalisation of the pixels", "mean", "std")
-        for name in ("mean", "std"):
-            numbers = (pixels or {}).get(name, ())
-            if numbers and len(numbers) != self._network.image_channels:
-                section = "model.data_preprocessor" if before and before.get(name) else "pipeline.Normalize"
-                expected = f"{self._network.image_channels} numbers for the stem's channels"
-                self._refuse(f"{section}.{name}", list(numbers), expected, name)
+        else:
+            self._require(
+                model is None, "model.data_preprocessor", None, "the normalisation of the pixels", "mean", "std"
+            )
         if pixels is None:
-            self._refuse("model.data_preprocessor", preprocessor, "one normalisation, not a second in the pipeline")
+            self._require(
+                False, "model.data_preprocessor", preprocessor, "one normalisation, not a second in the pipeline"
+            )
             pixels = {}
+        channels = self._network.image_channels
+        for name in ("mean", "std"):
+            levels = list(pixels.get(name, ()))
+            section = "model.data_preprocessor" if before and before.get(name) else "pipeline.Normalize"
+            fits = not levels or len(levels) == channels
+            self._require(fits, f"{section}.{name}", levels, f"{channels} numbers for the stem's channels", name)
         return pixels | self._padding(before, steps, pixels) | self._sizes(before, steps)
 
     def _steps(self) -> Values | None:
@@ -517,7 +502,7 @@ class _Reader:
         if pipeline is None:
             return None
         if not isinstance(pipeline, list):
-            self._refuse("test_pipeline", pipeline, "a list of steps", *_SIZE_OPTIONS)
+            self._require(False, "test_pipeline", pipeline, "a list of steps", *_SIZE_OPTIONS)
             return {}
         steps: Values = {}
         for kind, stored in _flat_steps(pipeline):
@@ -525,14 +510,14 @@ class _Reader:
             if kind in NEUTRAL_STEPS:
                 continue
             if path not in CONFIG_KEYS:
-                self._refuse(path, stored, "a step that is known here")
+                self._require(False, path, stored, "a step that is known here")
                 continue
             step = self._section(path, stored)
             if step is None:
                 continue
             role = "Resize" if kind in _RESIZE_STEPS else "Load" if kind.startswith("Load") else kind
             if role in steps or (role == "Resize" and steps.keys() & {"Normalize", "Pad"}):
-                self._refuse(path, stored, "one step of each kind, with resizing first", *_SIZE_OPTIONS)
+                self._require(False, path, stored, "one step of each kind, with resizing first", *_SIZE_OPTIONS)
             steps[role] = {**step, "type": kind}
         return steps
 
@@ -540,8 +525,8 @@ class _Reader:
         """``size_divisor``, and ``pad_pixel`` where padding is not 0 after normalising."""
         pad = steps.get("Pad", {})
         divisor = (before or {}).get("pad_size_divisor", 1)
-        if pad.get("size_divisor") and pad["size_divisor"] % divisor:
-            self._refuse("model.data_preprocessor.pad_size_divisor", divisor, "a divisor of Pad's", "size_divisor")
+        fits, path = (pad.get("size_divisor") or 0) % divisor == 0, "model.data_preprocessor.pad_size_divisor"
+        self._require(fits, path, divisor, "a divisor of Pad's", "size_divisor")
         order = list(steps)
         normalized = "Normalize" in order and "Pad" not in order[: order.index("Normalize")]
         value = pad.get("pad_val", 0) if pad else (before or {}).get("pad_value", 0)
@@ -565,12 +550,12 @@ class _Reader:
     def _sizes(self, before: Values | None, steps: Values) -> Values:
         load, resize = steps.get("Load", {}), steps.get("Resize")
         gray, color_type = self._network.image_channels == 1, load.get("color_type", "color")
-        if load and gray == (color_type == "color"):
-            expected = "'grayscale' or 'unchanged'" if gray else "'color'"
-            self._refuse(f"pipeline.{load['type']}.color_type", color_type, f"{expected} for the stem's channels")
+        fits, path = not load or gray != (color_type == "color"), f"pipeline.{load.get('type')}.color_type"
+        expected = "'grayscale' or 'unchanged'" if gray else "'color'"
+        self._require(fits, path, color_type, f"{expected} for the stem's channels")
         values: Values = {"resize_filter": ResizeFilter.TORCH if load.get("to_float32") else ResizeFilter.CV2}
         if resize is None:
-            self._refuse("pipeline.Resize", None, "a step that resizes", *_SIZE_OPTIONS)
+            self._require(False, "pipeline.Resize", None, "a step that resizes", *_SIZE_OPTIONS)
             return values
         if resize.get("backend") == "pillow":
             values["resize_filter"] = ResizeFilter.PIL
@@ -581,11 +566,11 @@ class _Reader:
     def _edges(self, resize: Values) -> Values:
         scale = _one_scale(resize.get("scale") or resize.get("img_scale"))
         if scale is None:
-            self._refuse("pipeline.Resize.scale", None, "one size in pixels", *_SIZE_OPTIONS)
+            self._require(False, "pipeline.Resize.scale", None, "one size in pixels", *_SIZE_OPTIONS)
             return {}
         if resize["type"] == "ResizeShortestEdge":
-            if "max_size" not in resize:
-                self._refuse("pipeline.ResizeShortestEdge.max_size", None, "a limit of the longer side", *_SIZE_OPTIONS)
+            path = "pipeline.ResizeShortestEdge.max_size"
+            self._require("max_size" in resize, path, None, "a limit of the longer side", *_SIZE_OPTIONS)
             edges = min(scale), max(resize.get("max_size", 0), min(scale))
             return {"size_rule": SizeRule.DETECTRON2, "shortest": edges[0], "longest": edges[1]}
         rule = SizeRule.MMDETECTION_FIX_SCALE if resize["type"] == "FixScaleResize" else SizeRule.MMDETECTION
@@ -613,7 +598,7 @@ class _Reader:
         if not fits or any(side % divisor for side in canvas) or (keeps and scale[0] != scale[1]):
             path, stated = ("pad_to_square", True) if to_square else ("size", size)
             expected = f"one size that holds every image of scale {scale}"
-            self._refuse(f"pipeline.Pad.{path}", stated, expected, *_SIZE_OPTIONS)
+            self._require(False, f"pipeline.Pad.{path}", stated, expected, *_SIZE_OPTIONS)
         return {
             "size_rule": SizeRule.LETTERBOX if keeps else SizeRule.STRETCH,
             "input_size": canvas,
@@ -795,12 +780,15 @@ def _rules(evidence: Evidence) -> Rules:
 def _by_tensors(evidence: Evidence, config: Mapping[str, Any]) -> Rules:
     """What the tensors show, for files without a configuration."""
     variant, source = evidence.options.variant, "option --variant"
-    decided = {"box_activation", "centerness_on_reg"} <= config.keys()
     if not variant:
         # mmdetection leaves the tower convolutions' bias out unless the config asks for it, which all "tricks" do, or
         # there is no norm.
         biased = any(n.startswith("bbox_head.cls_convs.") and n.endswith(".conv.bias") for n in evidence.source_names)
-        if biased and evidence.network.tower_norm is TowerNorm.NONE and not decided:
+        if (
+            biased
+            and evidence.network.tower_norm is TowerNorm.NONE
+            and not {"box_activation", "centerness_on_reg"} <= config.keys()
+        ):
             raise ConfigError(
                 "The towers of this mmdetection head have no norm, and the file has no configuration that says how "
                 "boxes and centerness are computed.",
@@ -838,21 +826,15 @@ def _by_tensors(evidence: Evidence, config: Mapping[str, Any]) -> Rules:
     return rules.decide(source, stride_in_1x1=True, channel_order=ChannelOrder.BGR, mean=mean, std=UNIT_STD)
 
 
-def _with_class_names(rules: Rules, meta: object) -> Rules:
+def _with_class_names(rules: Rules, meta: Mapping[str, Any]) -> Rules:
     """Those in the file (version 3: ``dataset_meta``, version 2: ``CLASSES``)."""
-    for path in (("dataset_meta", "classes"), ("dataset_meta", "CLASSES"), ("CLASSES",)):
-        stored = _lookup(meta, *path)
+    dataset = meta.get("dataset_meta")
+    places = [dataset, meta] if isinstance(dataset, dict) else [meta]
+    for stored in (place.get(key) for place in places for key in ("classes", "CLASSES")):
         names = (stored,) if isinstance(stored, str) else stored
         if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
             return rules.decide("the class names in the file", class_names=tuple(names))
     return rules
-
-
-def _lookup(config: object, *path: str) -> object:
-    """The value under ``path``, or None where a part is missing."""
-    for part in path:
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
 
 
 def _tower(source: str, head: str) -> tuple[Rename, Rename]:

@@ -94,11 +94,7 @@ class SessionOptions:
     allow_fallback: bool = False
 
     def __post_init__(self) -> None:
-        """Check every value here, where the mistake is, and not in a runtime that would read it its own way.
-
-        Raises:
-            ConfigError: naming the option, what it takes and what came.
-        """
+        """Check every value here, where the mistake is, and not in a runtime that would read it its own way."""
         # A frozen dataclass sets its own fields this way only.
         object.__setattr__(self, "compute", ComputeType.of(self.compute, option="compute"))
         object.__setattr__(self, "hint", PerformanceHint.of(self.hint, option="hint"))
@@ -202,21 +198,13 @@ class Session(ABC):
         return self._run(feeds)
 
     def borrow(self, feeds: Tensors) -> Tensors:
-        """As ``run``, but the outputs may be views that the calling thread's next call overwrites.
-
-        Raises:
-            TensorMismatchError, BackendError: as ``run``.
-        """
+        """As ``run``, with its errors; the outputs may be views that the calling thread's next call overwrites."""
         self._check(feeds)
         INFERENCES.add()
         return self._borrow(feeds)
 
     def run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
-        """One inference for each of ``feeds``, results in their order; at a time as many as the runtime sees fit.
-
-        Raises:
-            TensorMismatchError, BackendError: as ``run``.
-        """
+        """One inference for each of ``feeds``, results in their order; at a time as many as the runtime sees fit."""
         for request in feeds:
             self._check(request)
         INFERENCES.add(len(feeds))
@@ -319,11 +307,7 @@ class Backend(ABC):
         return contract
 
     def check_operators(self, graph: Path) -> None:
-        """Refuse an ONNX file with the operator DeformConv where this runtime does not have it.
-
-        Raises:
-            BackendLoadError: it has, and how to export the other form.
-        """
+        """Refuse, with BackendLoadError, an ONNX file with DeformConv where this runtime does not have it."""
         if self.deform_form is DeformForm.GRID_SAMPLE and "DeformConv" in onnx_interface(graph).operators:
             raise BackendLoadError(
                 f"'{graph}' computes deformable convolutions with the operator DeformConv, unknown to '{self.name}'.",
@@ -331,11 +315,7 @@ class Backend(ABC):
             )
 
     def check_placement(self, contract: ModelContract) -> None:
-        """Refuse an INT8 graph whose Q/DQ nodes this runtime would interpret differently.
-
-        Raises:
-            BackendLoadError: naming the placement and those that fit.
-        """
+        """Refuse, with BackendLoadError, an INT8 graph whose Q/DQ nodes this runtime would interpret differently."""
         if contract.placement and contract.placement not in self.placements:
             raise BackendLoadError(
                 f"The INT8 graph was quantized for '{contract.placement}', which '{self.name}' does not read as meant.",

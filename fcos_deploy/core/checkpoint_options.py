@@ -365,11 +365,7 @@ def option_infos() -> dict[str, OptionInfo]:
 
 
 def override_options(options: CheckpointOptions, values: Mapping[str, Any]) -> CheckpointOptions:
-    """``options`` with ``values`` (by field) in place of its own, and without its own that contradict them.
-
-    Raises:
-        ConfigError: as ``CheckpointOptions`` does.
-    """
+    """``options`` with ``values`` (by field) in place of its own, and without its own that contradict them."""
     dropped = dict.fromkeys(replaced_fields(values))
     origins = {name: file for name, file in options.origins.items() if name not in values}
     return dataclasses.replace(options, **{**dropped, **values, "origins": origins})

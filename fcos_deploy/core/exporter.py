@@ -68,11 +68,7 @@ class BuildOptions:
         return {name: str(value) for name, value in values.items() if value != getattr(default, name)}
 
     def refuse_all_but(self, *honoured: str, builder: str) -> None:
-        """Raise ConfigError when an option other than these was set.
-
-        Raises:
-            ConfigError: naming the first such option.
-        """
+        """Raise ConfigError when an option other than these was set."""
         for name in self.changed:
             if name not in honoured:
                 hint = f"it has: {', '.join(honoured)}" if honoured else "leave it out"

@@ -332,11 +332,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a regular file, which is not a link, to ``target``, whose folders are made.
-
-    Raises:
-        OSError: it cannot be read or written.
-    """
+    """Copy a regular file, which is not a link, to ``target``, whose folders are made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open_regular(source, follow_links=False) as stream, target.open("wb") as copy:
         shutil.copyfileobj(stream, copy, _BLOCK)
@@ -344,10 +340,16 @@ def copy_file(source: Path, target: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's contents, in hexadecimal."""
-    digest = hashlib.sha256()
     with open_regular(path) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+        return _hash(stream)
+
+
+def _hash(stream: BinaryIO, *, copy: BinaryIO | None = None) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(_BLOCK):
+        digest.update(block)
+        if copy is not None:
+            copy.write(block)
     return digest.hexdigest()
 
 
@@ -362,11 +364,7 @@ class PrivateFiles:
     """
 
     def __init__(self) -> None:
-        """Make the folder.
-
-        Raises:
-            ConfigError: there is no place for it.
-        """
+        """Make the folder."""
         self._folder = _private_folder()
         self._descriptors: list[int] = []
         self.close = weakref.finalize(self, _remove, self._folder, self._descriptors)
@@ -398,11 +396,7 @@ class PrivateFiles:
         return target
 
     def add_on_disk(self, name: str, source: Path, *, sha256: str) -> Path:
-        """As ``add``, for what follows no links: the copy itself lies in the folder.
-
-        Raises:
-            ChecksumError, OSError: as ``add``.
-        """
+        """As ``add``, for what follows no links: the copy itself lies in the folder."""
         target = self._place(name)
         if not target.exists():
             with target.open("xb") as stream:
@@ -441,12 +435,8 @@ def checked_bytes(source: Path, *, sha256: str) -> bytes:
 
 
 def _copy(source: Path, target: BinaryIO, *, sha256: str) -> None:
-    digest = hashlib.sha256()
     with open_regular(source, follow_links=False) as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            target.write(block)
-    _require(digest.hexdigest(), sha256, source)
+        _require(_hash(stream, copy=target), sha256, source)
 
 
 def _require(present: str, expected: str, source: Path) -> None:

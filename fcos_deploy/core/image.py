@@ -245,11 +245,7 @@ def image_content(path: Path) -> bytes:
 
 
 def decode_image(content: bytes, *, path: Path, orientation: Orientation = Orientation.EXIF) -> NDArray[np.uint8]:
-    """As ``read_image``, of what was read from ``path``.
-
-    Raises:
-        ImageError: as ``read_image``.
-    """
+    """As ``read_image``, of what was read from ``path``."""
     if not content:
         raise ImageError(f"Image '{path}' is empty.")
     header = _open_header(path, io.BytesIO(content))

@@ -59,11 +59,7 @@ class Trust:
     memory: VersionMemory = VersionMemory.RAISE
 
     def __post_init__(self) -> None:
-        """Refuse a version without a key, since anybody can claim one.
-
-        Raises:
-            ConfigError: there is no key.
-        """
+        """Refuse a version without a key, since anybody can claim one."""
         if self.min_version and not self.public_keys:
             raise ConfigError(
                 "A lowest version needs a key: only a signature says which version a bundle is.",

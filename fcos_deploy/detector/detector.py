@@ -256,11 +256,7 @@ class Detector:
         return self.detect_timed(image)[0]
 
     def detect_timed(self, image: Image) -> tuple[Detections, tuple[float, float, float]]:
-        """As ``detect``, and the seconds that preprocessing, the network and decoding took.
-
-        Raises:
-            ImageError, BackendError: as ``detect``.
-        """
+        """As ``detect``, and the seconds that preprocessing, the network and decoding took."""
         self.session.check_process()  # before the lock, which another thread may have held at the fork
         started = time.perf_counter()
         feeds, letterboxes = self._feeds.make([self.read(image)], reuse=True)
@@ -272,11 +268,7 @@ class Detector:
         return detections, (prepared - started, ran - prepared, time.perf_counter() - ran)
 
     def detect_batch(self, images: Sequence[Image]) -> list[Detections]:
-        """Detections of each image, in their order, with as many in a request and at a time as the model takes.
-
-        Raises:
-            ImageError, BackendError: as ``detect``.
-        """
+        """Detections of each image, in their order, with as many in a request and at a time as the model takes."""
         self.session.check_process()
         detections: list[Detections] = []
         for group in windows(enumerate(map(self.read, images))):
@@ -390,11 +382,7 @@ class DetectorSpec:
 
 
 def _with_threshold(contract: ModelContract, score_threshold: float | None) -> ModelContract:
-    """Lower the gate if a lower score is asked for; a higher one is applied to the final scores.
-
-    Raises:
-        ConfigError: the gate is inside the graph.
-    """
+    """Lower the gate if a lower score is asked for; a higher one is applied to the final scores."""
     built_in = contract.decode.score_threshold
     if score_threshold is None or score_threshold >= built_in:
         return contract
@@ -429,10 +417,7 @@ class _ModelSource:
 
 
 def _find_model(model: Path, *, backend: str, precision: Precision | None, options: SessionOptions) -> _ModelSource:
-    """A checkpoint, ONNX file, IR or engine as it is; of a bundle the artifact for this backend and precision.
-
-    Raises: as ``Detector.open`` before it opens the file.
-    """
+    """A checkpoint, ONNX file, IR or engine as it is; of a bundle the artifact for this backend and precision."""
     if not model.exists():
         raise BackendLoadError(
             f"'{model}' is not there.", hint="give a checkpoint, an ONNX file, an engine or a bundle"
@@ -511,11 +496,7 @@ class _Feeds:
     """Preprocesses images as the contract says, into tensors of the shapes that the session takes."""
 
     def __init__(self, session: Session, contract: ModelContract) -> None:
-        """Check the session's tensors against the contract.
-
-        Raises:
-            BackendLoadError: naming the first that differs.
-        """
+        """Check the session's tensors against the contract."""
         inputs = {spec.name: spec for spec in session.inputs}
         images = contract.input_specs[0]
         if "images" not in inputs or not inputs.keys() <= {"images", "image_sizes"}:

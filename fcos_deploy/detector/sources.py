@@ -140,11 +140,7 @@ class DetectionStream:
     """
 
     def __init__(self, detector: Detector, source: str | Path, *, options: StreamOptions | None = None) -> None:
-        """Start to read ``source``: a URL, a camera's number or device, a GStreamer pipeline, or a folder.
-
-        Raises:
-            ConfigError: it is none of these.
-        """
+        """Start to read ``source``: a URL, a camera's number or device, a GStreamer pipeline, or a folder."""
         self._detector, self._options = detector, options or StreamOptions()
         self._source = str(source)
         self._connect = _connection(self._source, read=detector.read)
@@ -276,11 +272,7 @@ class DetectionStream:
 
 
 def _connection(source: str, *, read: Callable[[Path], NDArray[np.uint8]]) -> Callable[[], Iterator[_Frame]]:
-    """What opens a source and yields its frames until it ends; ``read`` gives the pixels of a file of a folder.
-
-    Raises:
-        ConfigError: it is no source, or OpenCV was built without what it needs.
-    """
+    """What opens a source and yields its frames until it ends; ``read`` gives the pixels of a file of a folder."""
     if " ! " in source:
         if "GStreamer:                   YES" not in cv2.getBuildInformation():
             raise ConfigError(

@@ -20,7 +20,6 @@ __all__ = [
     "ALL_CANDIDATES",
     "MAX_TOP_K",
     "PROFILES",
-    "SCORE_FORMS",
     "BoxClip",
     "BoxFilter",
     "Candidates",
@@ -233,7 +232,7 @@ def location_strides(height: int, width: int, *, strides: tuple[int, ...]) -> ND
 
 Floats = NDArray[np.float32]
 
-SCORE_FORMS: dict[ScoreForm, Callable[[Floats, Floats], Floats]] = {
+_SCORE_FORMS: dict[ScoreForm, Callable[[Floats, Floats], Floats]] = {
     ScoreForm.P: lambda p, _q: p,
     ScoreForm.PQ: lambda p, q: p * q,
     ScoreForm.SQRT_PQ: lambda p, q: np.sqrt(p * q),
@@ -300,9 +299,9 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     bounds = _least_logits(head, ends, spec, largest=lambda: logits.max(axis=1))
     location, channels = np.divmod(np.flatnonzero(logits > bounds[:, None]), classes)
     p, q = sigmoid(logits[location, channels]), quality[location]
-    passed = SCORE_FORMS[profile.gate](p, q) > np.float32(spec.score_threshold)
+    passed = _SCORE_FORMS[profile.gate](p, q) > np.float32(spec.score_threshold)
     location, channels, p, q = location[passed], channels[passed], p[passed], q[passed]
-    rank = SCORE_FORMS[profile.rank](p, q)
+    rank = _SCORE_FORMS[profile.rank](p, q)
     limit = None if profile.rank_per_location else spec.pre_nms_top_k  # locations were chosen before
     edges = [0, *np.searchsorted(location, ends)]  # ``location`` ascends
     best = np.concatenate([a + best_first(rank[a:b], limit=limit) for a, b in itertools.pairwise(edges)])
@@ -311,7 +310,7 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     x, y = _centers(input_size, spec.strides, profile.centers)[:, location]
     left, top, right, bottom = head.distances[location].T
     boxes = np.stack([x - left, y - top, x + right, y + bottom], axis=1, dtype=np.float32, casting="same_kind")
-    return Candidates(boxes, SCORE_FORMS[profile.score](p[best], q[best]), channels)
+    return Candidates(boxes, _SCORE_FORMS[profile.score](p[best], q[best]), channels)
 
 
 def _least_logits(
@@ -328,7 +327,7 @@ def _least_logits(
     bound = np.full(1, math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf, np.float32)
     if not spec.profile.rank_per_location:
         return bound
-    rank = SCORE_FORMS[spec.profile.rank](sigmoid(largest()), sigmoid(head.centerness.reshape(-1)))
+    rank = _SCORE_FORMS[spec.profile.rank](sigmoid(largest()), sigmoid(head.centerness.reshape(-1)))
     bounds = np.full(len(rank), np.inf, np.float32)
     for first, end in itertools.pairwise([0, *ends]):
         bounds[first + best_first(rank[first:end], limit=spec.pre_nms_top_k)] = bound

@@ -26,7 +26,6 @@ from fcos_deploy.core.jpeg import decode_jpeg, with_messages
 from fcos_deploy.core.libraries import require
 
 __all__ = [
-    "HEAD_BYTES",
     "IMAGE_SUFFIXES",
     "MAX_PIXELS_VARIABLE",
     "VIDEO_SUFFIXES",
@@ -39,13 +38,12 @@ __all__ = [
     "image_size",
     "is_video",
     "list_images",
-    "max_image_pixels",
     "read_image",
     "windows",
 ]
 
 
-HEAD_BYTES = 512  # enough for every signature below
+_HEAD_BYTES = 512  # enough for every signature below
 
 # The suffixes by which a folder's files are chosen; a file that is named may have any.
 IMAGE_SUFFIXES = frozenset(
@@ -110,7 +108,7 @@ def file_head(path: Path) -> bytes:
     """The first bytes of a file; none where it is missing or no plain file."""
     try:
         with open_regular(path) as stream:
-            return stream.read(HEAD_BYTES)
+            return stream.read(_HEAD_BYTES)
     except (OSError, ValueError):  # ValueError: a name with a NUL character
         return b""
 
@@ -205,7 +203,7 @@ def _warn_once(message: str) -> None:
     _LOG.warning("%s", message)
 
 
-def max_image_pixels() -> int:
+def _max_image_pixels() -> int:
     """The largest number of pixels that an image may have.
 
     Raises:
@@ -225,9 +223,9 @@ def read_image(path: Path, *, orientation: Orientation = Orientation.EXIF) -> ND
     Grayscale is repeated, 16 bits are cut to the upper 8, transparency is dropped, palettes are looked up.
 
     Raises:
-        ImageError: the file is missing, empty, damaged, not an image, or has more than ``max_image_pixels`` pixels; its
-            pixels are floats or integers of 32 bits, for which nothing says what is white; or it has 16 bits of which
-            the upper two are never used.
+        ImageError: the file is missing, empty, damaged, not an image, or has too many pixels; its pixels are floats or
+            integers of 32 bits, for which nothing says what is white; or it has 16 bits of which the upper two are
+            never used.
     """
     return decode_image(image_content(path), path=path, orientation=orientation)
 
@@ -300,8 +298,8 @@ def image_size(path: Path, *, orientation: Orientation = Orientation.EXIF) -> tu
 
 
 def _open_header(path: Path, content: IO[bytes]) -> Any:  # Any: PIL.Image.Image, imported only when called
-    pillow, limit = require("PIL.Image"), max_image_pixels()
-    head = content.read(HEAD_BYTES)
+    pillow, limit = require("PIL.Image"), _max_image_pixels()
+    head = content.read(_HEAD_BYTES)
     content.seek(0)
     name = image_format(head)
     if not name:

@@ -87,16 +87,21 @@ def state_folder() -> Path:
     Raises:
         ConfigError: it cannot be made, or others own it or can write it.
     """
-    root = os.environ.get(STATE_VARIABLE)
-    if not root:
-        try:
-            base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        except RuntimeError as error:  # a user id that the machine does not know
-            raise ConfigError(
-                "This user has no home folder.", hint=f"name a folder in the variable {STATE_VARIABLE}"
-            ) from error
-        root = str(Path(base, "fcos-deploy"))
-    return own_folder(Path(root))
+    try:
+        return own_folder(_user_folder(STATE_VARIABLE, "XDG_STATE_HOME", ".local/state"))
+    except RuntimeError as error:
+        raise ConfigError(
+            "This user has no home folder.", hint=f"name a folder in the variable {STATE_VARIABLE}"
+        ) from error
+
+
+def _user_folder(variable: str, base: str, default: str) -> Path:
+    """What ``variable`` names, or a folder of ours in the one that ``base`` names or, below the home, ``default``.
+
+    Raises:
+        RuntimeError: there is no home: the machine does not know the user's id.
+    """
+    return Path(os.environ.get(variable) or Path(os.environ.get(base) or Path.home() / default, "fcos-deploy"))
 
 
 def own_folder(path: Path) -> Path:
@@ -265,14 +270,11 @@ class KeptModel:
 
 def _users_place(backend: str) -> Path | None:
     """The folder of this backend in the user's cache; None where that is off, cannot be written or not be trusted."""
-    root = os.environ.get(CACHE_VARIABLE)
+    if os.environ.get(CACHE_VARIABLE) == "":
+        return None
     try:
-        if root is None:
-            root = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fcos-deploy"))
-        if not root:
-            return None
         authenticate(_PURPOSE, b"")
-        return own_folder(own_folder(Path(root)) / backend)
-    except (ConfigError, RuntimeError) as error:  # RuntimeError: a user id that the machine does not know has no home
+        return own_folder(own_folder(_user_folder(CACHE_VARIABLE, "XDG_CACHE_HOME", ".cache")) / backend)
+    except (ConfigError, RuntimeError) as error:
         _LOG.info("compiled models are not kept: %s", error)
         return None

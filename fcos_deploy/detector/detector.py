@@ -66,7 +66,6 @@ class AsyncGate:
         self._executor = ThreadPoolExecutor(workers, "fcos-deploy")
         self._semaphores: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._lock = threading.Lock()
-        self._taken = 0
 
     async def call(self, function: Callable[[], T]) -> T:
         """``function()`` in a thread.
@@ -80,34 +79,22 @@ class AsyncGate:
         with self._lock:
             semaphore = self._semaphores.setdefault(loop, asyncio.Semaphore(self._places))
         await semaphore.acquire()
-        self._count(1)
 
         def free(_: object) -> None:
-            self._count(-1)
             with contextlib.suppress(RuntimeError):  # The loop may have been closed meanwhile.
                 loop.call_soon_threadsafe(semaphore.release)
 
         try:
             future = self._executor.submit(function)
         except RuntimeError as error:
-            self._count(-1)
             semaphore.release()
             raise BackendError("The detector is closed.") from error
         future.add_done_callback(free)
         return await asyncio.wrap_future(future)
 
-    @property
-    def taken(self) -> int:
-        """Calls that run or wait for a thread."""
-        return self._taken
-
     def close(self) -> None:
         """Wait for the calls that run, drop those that wait; may be called twice."""
         self._executor.shutdown(cancel_futures=True)
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self._taken += change
 
 
 _REPLACED_TRIES = 5
@@ -147,9 +134,8 @@ class Detector:
         self._min_score = score_threshold
         self._feeds = _Feeds(session, contract)
         self._turn = contextlib.nullcontext() if session.thread_safe else threading.Lock()
-        self._gate: AsyncGate | None = None
-        self._gate_lock = threading.Lock()
-        self._closing = False
+        # One more than cores, so that one prepares while the others compute; twice as many may wait.
+        self._gate = AsyncGate(workers=usable_cpus() + 1, places=2 * usable_cpus() + 2)
 
     @classmethod
     def open(
@@ -289,13 +275,6 @@ class Detector:
         Cancelling a call that has not begun frees its place; one that runs ends first.
         """
         self.session.check_process()
-        with self._gate_lock:
-            if self._closing:
-                raise BackendError("The detector is closed.")
-            if self._gate is None:
-                # One more than cores, so that one prepares while the others compute; twice as many may wait.
-                workers = usable_cpus() + 1
-                self._gate = AsyncGate(workers=workers, places=2 * workers)
         return await self._gate.call(lambda: self.detect(image))
 
     def stream(self, source: str | Path, *, options: StreamOptions | None = None) -> DetectionStream:
@@ -347,10 +326,7 @@ class Detector:
         """
         if self.session.forked:
             return
-        with self._gate_lock:
-            self._closing = True
-        if self._gate is not None:
-            self._gate.close()
+        self._gate.close()
         with self._turn:
             self.session.close()
 

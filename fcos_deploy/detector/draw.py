@@ -66,16 +66,12 @@ def draw_detections(
         labels = []
         for box, score, label in items:
             name = label_name(label, names)
-            labels.append(_Label(f"{name} {score:.2f}" if options.show_scores else name, box, class_color(label)))
+            labels.append((f"{name} {score:.2f}" if options.show_scores else name, box, class_color(label)))
         _draw_labels(canvas, labels, pen=pen)
     return canvas
 
 
-@dataclass(frozen=True, slots=True)
-class _Label:
-    text: str
-    box: Sequence[float]  # xyxy, image pixels
-    color: Color
+_Label = tuple[str, Sequence[float], Color]  # text; box xyxy, image pixels; colour
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +97,6 @@ class _Pen:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rectangle:
-    """In pixels; right and bottom are outside."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    def overlaps(self, rectangle: _Rectangle) -> bool:
-        beside = self.left >= rectangle.right or rectangle.left >= self.right
-        above_or_below = self.top >= rectangle.bottom or rectangle.top >= self.bottom
-        return not (beside or above_or_below)
-
-
 def _draw_box(canvas: NDArray[np.uint8], box: Sequence[float], *, color: Color, pen: _Pen) -> None:
     if not np.isfinite(box).all():
         return
@@ -130,38 +111,35 @@ def _draw_box(canvas: NDArray[np.uint8], box: Sequence[float], *, color: Color, 
 
 def _draw_labels(canvas: NDArray[np.uint8], labels: Sequence[_Label], *, pen: _Pen) -> None:
     """Write labels, the last one on top and with the first choice of places."""
-    places: list[_Rectangle] = []
-    for label in reversed(labels):
-        (width, height), below = cv2.getTextSize(label.text, cv2.FONT_HERSHEY_SIMPLEX, pen.scale, pen.thickness)
-        size = width + 2 * pen.margin, height + below + pen.margin
-        places.append(_free_place(label.box, size=size, image_size=canvas.shape[:2], taken=places))
-    for label, place in zip(labels, reversed(places), strict=True):
-        canvas[place.top : place.bottom, place.left : place.right] = label.color
-        _, below = cv2.getTextSize(label.text, cv2.FONT_HERSHEY_SIMPLEX, pen.scale, pen.thickness)
-        origin = place.left + pen.margin, place.bottom - below - pen.margin // 2
-        ink = _contrast(label.color)
-        cv2.putText(canvas, label.text, origin, cv2.FONT_HERSHEY_SIMPLEX, pen.scale, ink, pen.thickness, cv2.LINE_AA)
+    taken = np.zeros(canvas.shape[:2], np.bool_)
+    places = []
+    for text, box, _ in reversed(labels):
+        (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, pen.scale, pen.thickness)
+        place = _free_place(box, size=(width + 2 * pen.margin, height + below + pen.margin), taken=taken)
+        taken[place] = True
+        places.append(place)
+    for (text, _, color), (rows, columns) in zip(labels, reversed(places), strict=True):
+        canvas[rows, columns] = color
+        _, below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, pen.scale, pen.thickness)
+        origin = columns.start + pen.margin, rows.stop - below - pen.margin // 2
+        ink = _contrast(color)
+        cv2.putText(canvas, text, origin, cv2.FONT_HERSHEY_SIMPLEX, pen.scale, ink, pen.thickness, cv2.LINE_AA)
 
 
-def _free_place(
-    box: Sequence[float], *, size: tuple[int, int], image_size: tuple[int, ...], taken: list[_Rectangle]
-) -> _Rectangle:
-    """Above the box, inside it at the top, below it, or inside at the bottom; the first if all are taken."""
+def _free_place(box: Sequence[float], *, size: tuple[int, int], taken: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Rows and columns above the box, inside it at the top, below it, or inside at the bottom; else the first of these.
+
+    A place is moved into the image, and cut only where it is larger than the image.
+    """
     left, top, right, bottom = (round(v) if np.isfinite(v) else 0 for v in box)
     width, height = size
-    spots = [
-        _inside(x, y, size=size, image_size=image_size)
-        for y in (top - height, top, bottom, bottom - height)
-        for x in (left, right - width)
-    ]
-    return next((spot for spot in spots if not any(map(spot.overlaps, taken))), spots[0])
-
-
-def _inside(x: int, y: int, *, size: tuple[int, int], image_size: tuple[int, ...]) -> _Rectangle:
-    """A rectangle moved into the image, cut only where it is larger than the image."""
-    left = max(0, min(x, image_size[1] - size[0]))
-    top = max(0, min(y, image_size[0] - size[1]))
-    return _Rectangle(left, top, min(left + size[0], image_size[1]), min(top + size[1], image_size[0]))
+    spots = []
+    for y in (top - height, top, bottom, bottom - height):
+        for x in (left, right - width):
+            row, column = max(0, min(y, taken.shape[0] - height)), max(0, min(x, taken.shape[1] - width))
+            rows = slice(row, min(row + height, taken.shape[0]))
+            spots.append((rows, slice(column, min(column + width, taken.shape[1]))))
+    return next((spot for spot in spots if not taken[spot].any()), spots[0])
 
 
 def _contrast(color: Color) -> Color:

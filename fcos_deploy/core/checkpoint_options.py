@@ -13,7 +13,7 @@ from typing import Any
 from fcos_deploy.core.decode import BoxClip
 from fcos_deploy.core.enums import CenterMode, Orientation
 from fcos_deploy.core.errors import ConfigError, brief
-from fcos_deploy.core.files import decoded_text, open_regular
+from fcos_deploy.core.files import decoded_text, read_file
 from fcos_deploy.core.network import BoxActivation, ExtraSource, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, InputDtype, ResizeFilter, SizeRule
 from fcos_deploy.core.serialize import from_json, parse_toml, to_json, toml_value
@@ -107,16 +107,11 @@ def _class_names(path: Path) -> tuple[str, ...]:
 
 def _read_text(path: Path) -> str:
     try:
-        with open_regular(path) as stream:
-            content = stream.read(_LARGEST_FILE + 1)
-        text = decoded_text(content)
+        return decoded_text(read_file(path, limit=_LARGEST_FILE))
     except OSError as error:
         raise ConfigError(f"Cannot read '{path}': {error.strerror or error}.") from error
     except ValueError as error:
         raise ConfigError(f"Cannot read '{path}': {error}.", hint="save it as UTF-8") from error
-    if len(content) > _LARGEST_FILE:
-        raise ConfigError(f"'{path}' is larger than {_LARGEST_FILE} bytes.")
-    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fcos_deploy import Detector, SessionOptions
-from fcos_deploy.accuracy.golden import check_golden
+from fcos_deploy.accuracy.golden import GoldenStandard, check_golden
 from fcos_deploy.bundle import DEFAULT_GATES
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
@@ -107,17 +107,16 @@ def _outcome(
     baseline, engine, kind = names
     reference = [sets["reference"][i] for i in drawn]
     detected = fault([sets[engine][i] for i in drawn], contract)
-    return check_golden(
-        reference,
-        detected,
-        baseline=None if kind == "reference" else [sets[baseline][i] for i in drawn],
-        same_artifact=kind == "artifact",
+    standard = GoldenStandard(
         gate=DEFAULT_GATES[precision],
-        decode=contract.decode,
-        names=contract.class_names,
+        contract=contract,
+        expected=reference,
+        certified=None if kind == "reference" else [sets[baseline][i] for i in drawn],
+        same_artifact=kind == "artifact",
         paths=[str(i) for i in drawn],
         scales=[1.0] * len(drawn),
-    ).outcome
+    )
+    return check_golden(standard, detected).outcome
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from fcos_deploy.core.files import read_file, write_text
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
 
-__all__ = ["BACKEND", "RemoteModel", "write_remote_model"]
+__all__ = ["BACKEND", "RemoteModel", "open_model", "write_remote_model"]
 
 grpc = lazy_import("tritonclient.grpc", extra="serving")
 grpc_utils = lazy_import("tritonclient.utils", extra="serving")
@@ -614,6 +614,33 @@ def _require_contract(model: RemoteModel, metadata: ModelMetadata) -> None:
             )
 
 
+def open_model(model: RemoteModel, options: SessionOptions) -> Session:
+    """Connect to a model on its server, which must have what the contract says.
+
+    Raises:
+        ConfigError: ``options`` ask for what only the server can set.
+        BackendError, BackendLoadError: it cannot be reached, or is another model.
+    """
+    local = {
+        "device": bool(options.device),
+        "compute": options.compute is not ComputeType.F32,
+        "threads": options.threads is not None,
+        "streams": options.streams is not None,
+    }
+    refused = sorted(name for name, given in local.items() if given)
+    if refused:
+        raise ConfigError(f"A remote model cannot be told {', '.join(refused)}.", hint="set it on the server")
+    address = parse_address(model.url)
+    client = _CLIENTS[address.scheme](address, timeout=model.timeout_s)
+    try:
+        metadata = client.metadata()
+        _require_contract(model, metadata)
+        return _RemoteSession(client, metadata, model=model)
+    except BaseException:
+        client.close()
+        raise
+
+
 class _KServe(Backend):
     """Everything about devices, threads and precision is the server's business, so such options are refused."""
 
@@ -629,28 +656,11 @@ class _KServe(Backend):
         return ""
 
     def open(self, path: Path, options: SessionOptions) -> Session:
-        local = {
-            "device": bool(options.device),
-            "compute": options.compute is not ComputeType.F32,
-            "threads": options.threads is not None,
-            "streams": options.streams is not None,
-        }
-        refused = sorted(name for name, given in local.items() if given)
-        if refused:
-            raise ConfigError(f"A remote model cannot be told {', '.join(refused)}.", hint="set it on the server")
         try:
             model = from_json(RemoteModel, parse_json(read_file(path, limit=_MAX_DESCRIPTION)), where=path.name)
         except (OSError, ValueError, RecursionError) as error:
             raise BackendLoadError(f"Cannot read '{path}': {error}.") from error
-        address = parse_address(model.url)
-        client = _CLIENTS[address.scheme](address, timeout=model.timeout_s)
-        try:
-            metadata = client.metadata()
-            _require_contract(model, metadata)
-            return _RemoteSession(client, metadata, model=model)
-        except BaseException:
-            client.close()
-            raise
+        return open_model(model, options)
 
     def probe(self) -> BackendProbe:
         grpc = importlib.util.find_spec("tritonclient") is not None

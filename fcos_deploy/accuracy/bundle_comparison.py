@@ -30,7 +30,7 @@ __all__ = [
     "FIGURE_COLUMNS",
     "BundleComparison",
     "BundleTable",
-    "ComparedFigure",
+    "RecordedFigure",
     "bundles_json",
     "compare_bundles",
     "figure_rows",
@@ -70,20 +70,35 @@ _DIGITS = {"AP": 4, "ms": 1, "images/s": 1, "MB": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparedFigure:
-    """One figure of both manifests, None where a manifest lacks it. ``unit``: AP (0..1), ms, images/s or MB."""
+class RecordedFigure:
+    """One figure of every bundle, None where a manifest lacks it. ``unit``: AP (0..1), ms, images/s or MB."""
 
     backend: str
     precision: Precision
     name: str
     unit: str
-    first: float | None
-    second: float | None
+    values: tuple[float | None, ...]
 
     @property
     def difference(self) -> float | None:
         """Second minus first."""
-        return None if self.first is None or self.second is None else self.second - self.first
+        first, second = self.values[:2]
+        return None if first is None or second is None else second - first
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Backend, precision, name and unit, and the values."""
+        title = self.name if self.unit == "AP" else f"{self.name}, {self.unit}"
+        texts = ("-" if value is None else f"{value:.{_DIGITS[self.unit]}f}" for value in self.values)
+        return (self.backend, str(self.precision), title, *texts)
+
+    @property
+    def difference_text(self) -> str:
+        """The difference; of times and sizes with their ratio."""
+        if self.difference is None:
+            return "-"
+        text, (first, second) = f"{self.difference:+.{_DIGITS[self.unit]}f}", self.values[:2]
+        return f"{text} (x {second / first:.2f})" if self.unit != "AP" and first and second is not None else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +110,7 @@ class BundleComparison:
 
     facts: tuple[tuple[str, str, str], ...]
     contract: tuple[str, ...]
-    figures: tuple[ComparedFigure, ...]
+    figures: tuple[RecordedFigure, ...]
     agreement: DetectionAgreement
     subjects: tuple[str, str]
     verdicts: tuple[Verdict, ...]
@@ -140,10 +155,7 @@ def tabulate_bundles(bundles: Sequence[Path], trust: Trust) -> BundleTable:
     return BundleTable(
         bundles=tuple(map(str, bundles)),
         facts=tuple((name, *map(get, manifests)) for name, get in _FACTS.items()),
-        figures=tuple(
-            (backend, str(precision), _figure_title(name, unit), *(_figure_text(value, unit) for value in values))
-            for (backend, precision), name, unit, values in _recorded_values(manifests)
-        ),
+        figures=tuple(figure.row for figure in _recorded_figures(manifests)),
         differences=tuple(differences),
     )
 
@@ -193,10 +205,7 @@ def compare_bundles(
     return BundleComparison(
         facts=tuple((name, get(manifests[0]), get(manifests[1])) for name, get in _FACTS.items()),
         contract=tuple(_contract_differences(*manifests)),
-        figures=tuple(
-            ComparedFigure(backend=variant[0], precision=variant[1], name=name, unit=unit, first=first, second=second)
-            for variant, name, unit, (first, second) in _recorded_values(manifests)
-        ),
+        figures=tuple(_recorded_figures(manifests)),
         agreement=agreement,
         subjects=subjects,
         verdicts=tuple(verdicts),
@@ -220,14 +229,14 @@ def _contract_differences(first: Manifest, second: Manifest) -> list[str]:
     return differences
 
 
-def _recorded_values(manifests: Sequence[Manifest]) -> Iterator[tuple[Variant, str, str, list[float | None]]]:
-    """Variant, name, unit and each manifest's value of every figure that any has, in the order of the manifests."""
+def _recorded_figures(manifests: Sequence[Manifest]) -> Iterator[RecordedFigure]:
+    """Every figure that any manifest has."""
     recorded = [_recorded(manifest) for manifest in manifests]
     for variant in dict.fromkeys(variant for figures in recorded for variant in figures):
         for metric, name, unit in _FIGURES:
-            values = [figures.get(variant, {}).get(metric) for figures in recorded]
+            values = tuple(figures.get(variant, {}).get(metric) for figures in recorded)
             if any(value is not None for value in values):
-                yield variant, name, unit, values
+                yield RecordedFigure(backend=variant[0], precision=variant[1], name=name, unit=unit, values=values)
 
 
 def _recorded(manifest: Manifest) -> dict[Variant, dict[str, float]]:
@@ -263,9 +272,7 @@ def _judge_recorded_drop(
             hint="give --images DIR and --annotations FILE to measure it",
         )
     value = reference.metrics["ap"] - candidate.metrics["ap"]
-    drop = ApInterval(
-        value=value, low=value, high=value, standard_error=0.0, confidence=0.0, resamples=0, images=reference.images
-    )
+    drop = ApInterval.point(value, images=reference.images)
     problem = ""
     if gate.judge is Judge.INTERVAL:
         problem = (
@@ -276,32 +283,8 @@ def _judge_recorded_drop(
 
 
 def figure_rows(comparison: BundleComparison) -> list[tuple[str, ...]]:
-    """As ``FIGURE_COLUMNS`` names them; times and sizes with their ratio."""
-    return [
-        (
-            figure.backend,
-            str(figure.precision),
-            _figure_title(figure.name, figure.unit),
-            *(_figure_text(value, figure.unit) for value in (figure.first, figure.second)),
-            _difference(figure),
-        )
-        for figure in comparison.figures
-    ]
-
-
-def _figure_title(name: str, unit: str) -> str:
-    return name if unit == "AP" else f"{name}, {unit}"
-
-
-def _figure_text(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:.{_DIGITS[unit]}f}"
-
-
-def _difference(figure: ComparedFigure) -> str:
-    if figure.difference is None or figure.first is None or figure.second is None:
-        return "-"
-    text = f"{figure.difference:+.{_DIGITS[figure.unit]}f}"
-    return text if figure.unit == "AP" or not figure.first else f"{text} (x {figure.second / figure.first:.2f})"
+    """As ``FIGURE_COLUMNS`` names them."""
+    return [(*figure.row, figure.difference_text) for figure in comparison.figures]
 
 
 def bundles_json(comparison: BundleComparison) -> dict[str, Any]:
@@ -310,7 +293,17 @@ def bundles_json(comparison: BundleComparison) -> dict[str, Any]:
     return {
         "facts": {name: {"first": first, "second": second} for name, first, second in comparison.facts},
         "contract": list(comparison.contract),
-        "figures": [{**to_json(figure), "difference": figure.difference} for figure in comparison.figures],
+        "figures": [
+            {
+                "backend": figure.backend,
+                "precision": figure.precision,
+                "name": figure.name,
+                "unit": figure.unit,
+                **dict(zip(("first", "second"), figure.values, strict=True)),
+                "difference": figure.difference,
+            }
+            for figure in comparison.figures
+        ],
         "golden": {"first": comparison.subjects[0], "second": comparison.subjects[1], **agreement},
         "verdicts": [to_json(verdict) for verdict in comparison.verdicts],
     }

@@ -143,29 +143,17 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 def _ground_truth_json(dataset: Dataset) -> dict[str, Any]:
     """Images are numbered from 1: the evaluator takes neither ids of 17 digits nor negative ones."""
-    annotations: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for number, image in enumerate(dataset.images, start=1):
-        ground_truth = dataset.ground_truth[image.image_id]
-        rows = (
-            _xywh(ground_truth.boxes),
-            ground_truth.classes.tolist(),
-            ground_truth.areas.tolist(),
-            ground_truth.crowd.tolist(),
-        )
-        for box, category, area, crowd in zip(*rows, strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # COCO's matching takes 0 for "no match".
-                    "image_id": number,
-                    "category_id": category + 1,
-                    "bbox": box,
-                    "area": area,
-                    "iscrowd": int(crowd),
-                }
-            )
+        objects = dataset.ground_truth[image.image_id]
+        columns = objects.classes + 1, _xywh(objects.boxes), objects.areas, objects.crowd.astype(int)
+        names = ("category_id", "bbox", "area", "iscrowd")
+        for row in zip(*(np.asarray(column).tolist() for column in columns), strict=True):
+            # COCO's matching takes the id 0 for "no match".
+            rows.append({"id": len(rows) + 1, "image_id": number, **dict(zip(names, row, strict=True))})
     return {
         "images": [{"id": number} for number, _ in enumerate(dataset.images, start=1)],
-        "annotations": annotations,
+        "annotations": rows,
         "categories": [{"id": k + 1, "name": name} for k, name in enumerate(dataset.class_names)],
     }
 
@@ -191,6 +179,7 @@ def _xywh(boxes: NDArray[Any]) -> list[list[float]]:
     return listed
 
 
+_CONFIDENCE = 0.95
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _LONG_ROW = 64  # resamples from which on adding row by row is faster than NumPy's own accumulation
 _CHUNK = 4_000_000  # elements of one float32 array of resamples x detections: 16 MB
@@ -236,6 +225,13 @@ class ApInterval:
     confidence: float
     resamples: int
     images: int
+
+    @staticmethod
+    def point(value: float, *, images: int) -> ApInterval:
+        """A figure without resamples, and so without an interval."""
+        return ApInterval(
+            value=value, low=value, high=value, standard_error=0.0, confidence=0.0, resamples=0, images=images
+        )
 
 
 def match_dataset(dataset: Dataset, detections: Mapping[int, Detections]) -> list[ClassMatches]:
@@ -405,19 +401,17 @@ def _object_share(matches: list[ClassMatches]) -> NDArray[np.float64]:
     return shares
 
 
-def ap_interval(samples: ApSamples, *, confidence: float = 0.95) -> ApInterval:
-    """The AP of one run with its bootstrap interval.
+def ap_interval(samples: ApSamples) -> ApInterval:
+    """The AP of one run with its 95 % bootstrap interval.
 
     Raises:
         ConfigError: the data has no object.
     """
-    interval = _interval(samples.values, images=samples.positives.shape[1], confidence=confidence)
+    interval = _interval(samples.values, images=samples.positives.shape[1])
     return replace(interval, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
-def paired_ap_drop(
-    reference: ApSamples, candidate: ApSamples, *, confidence: float = 0.95, same_outputs: bool = False
-) -> ApInterval:
+def paired_ap_drop(reference: ApSamples, candidate: ApSamples, *, same_outputs: bool = False) -> ApInterval:
     """AP of the reference minus AP of the candidate on the same images: positive when the candidate is worse.
 
     Both are resampled with the same images, so that what is hard about an image cancels. The upper end also allows for
@@ -434,23 +428,21 @@ def paired_ap_drop(
     # A resample draws the same images for both, so each difference is one draw of the difference of two APs.
     drop = reference.values - candidate.values
     object_share = 0.0 if same_outputs else float(reference.object_share.max(initial=0.0))
-    return drop_interval(drop, images=reference.positives.shape[1], object_share=object_share, confidence=confidence)
+    return drop_interval(drop, images=reference.positives.shape[1], object_share=object_share)
 
 
-def drop_interval(
-    values: NDArray[np.float64], *, images: int, object_share: float, confidence: float = 0.95
-) -> ApInterval:
-    """The interval of a drop, (1 + resamples,) as in ``ApSamples``.
+def drop_interval(values: NDArray[np.float64], *, images: int, object_share: float) -> ApInterval:
+    """The 95 % interval of a drop, (1 + resamples,) as in ``ApSamples``.
 
     ``object_share``: what an object costs that is lost and that these images don't show.
 
     Raises:
         ConfigError: the data has no object.
     """
-    interval = _interval(values, images=images, confidence=confidence)
+    interval = _interval(values, images=images)
     # What the images show and what they leave out are independent, so that the squares add up. Without the allowance
     # the upper end was below the true drop in 3 to 28 % of the trials of benchmarks/verdict_simulation.py.
-    unseen = _unseen_events(confidence) * object_share
+    unseen = _unseen_events(_CONFIDENCE) * object_share
     return replace(interval, high=interval.value + math.hypot(interval.high - interval.value, unseen))
 
 
@@ -479,7 +471,7 @@ def widened_for_selection(interval: ApInterval, choices: int) -> ApInterval:
     The upper end grows as the allowance for events that the images do not show, which grows faster than quantiles do.
     """
     factor = selection_factor(choices)
-    unseen = _unseen_events(1 - 0.05 / max(choices, 1)) / _unseen_events(0.95)
+    unseen = _unseen_events(1 - 0.05 / max(choices, 1)) / _unseen_events(_CONFIDENCE)
     return replace(
         interval,
         low=interval.value - factor * (interval.value - interval.low),
@@ -497,25 +489,25 @@ def resample_weights(images: int, *, resamples: int, seed: int) -> NDArray[np.fl
     return np.concatenate([np.ones((1, images)), drawn]).astype(np.float32)
 
 
-def _interval(values: NDArray[np.float64], *, images: int, confidence: float) -> ApInterval:
+def _interval(values: NDArray[np.float64], *, images: int) -> ApInterval:
     # Resamples that drew no object have no AP, and are left out.
     drawn = values[1:][np.isfinite(values[1:])]
     if not np.isfinite(values[0]) or not drawn.size:
         raise ConfigError("AP needs at least one annotated object.")
     value = float(values[0])
-    low, high = _ends(value, drawn, images=images, confidence=confidence)
+    low, high = _ends(value, drawn, images=images)
     return ApInterval(
         value=value,
         low=low,
         high=high,
         standard_error=float(drawn.std(ddof=1)) if drawn.size > 1 else 0.0,
-        confidence=confidence,
+        confidence=_CONFIDENCE,
         resamples=int(drawn.size),
         images=images,
     )
 
 
-def _ends(value: float, drawn: NDArray[np.float64], *, images: int, confidence: float) -> tuple[float, float]:
+def _ends(value: float, drawn: NDArray[np.float64], *, images: int) -> tuple[float, float]:
     """The wider end, to each side, of three bootstrap intervals: percentile, reflected and bias-corrected.
 
     Alone each is too short to one side on few images, because AP of few images is skewed and too high (benchmarks/
@@ -525,7 +517,7 @@ def _ends(value: float, drawn: NDArray[np.float64], *, images: int, confidence: 
     """
     normal = NormalDist()
     degrees = max(1, images - 1)
-    reach = math.sqrt(1 + 1 / degrees) * _student_quantile(normal.inv_cdf((1 + confidence) / 2), degrees=degrees)
+    reach = math.sqrt(1 + 1 / degrees) * _student_quantile(normal.inv_cdf((1 + _CONFIDENCE) / 2), degrees=degrees)
     # The share of the resamples below the value itself: 1/2 without bias (Efron and Tibshirani, An Introduction to the
     # Bootstrap, section 14.3). Kept off 0 and 1, which have no quantile.
     below = float((drawn < value).mean() + (drawn == value).mean() / 2)

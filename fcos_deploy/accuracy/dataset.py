@@ -6,7 +6,7 @@ What is plainly wrong with annotations, boxes of another format, unit or image, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from fcos_deploy.core.annotations import (
 )
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Orientation
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, some_names
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import image_size, list_images
@@ -58,30 +58,25 @@ def check_annotations(coco: CocoFile, paths: Mapping[str, Path]) -> tuple[Findin
     width, height = boxes[:, 2], boxes[:, 3]
     areas = np.array([item.area for item in coco.objects], np.float64)
     findings = list(coco.findings)
-
-    def add(kind: str, count: int, message: str, *, spoils_ap: bool = True) -> None:
-        if count:
-            doubtful = spoils_ap and count > _FEW * len(boxes)
-            severity = Severity.INCONCLUSIVE if doubtful else Severity.WARNING
-            findings.append(Finding(kind=kind, severity=severity, message=message))
-
     copies = Counter((item.image_id, item.category_id, item.box) for item in coco.objects)
-    copied = sum(count - 1 for count in copies.values())
     empty = int((width * height == 0).sum())
-    narrow = int(((width < 1) | (height < 1)).sum()) - empty
     # Rounding aside; boxes without area have their own finding.
     unlike = (areas > 1.05 * width * height + 2) | ((areas == 0) & (width * height > 4))
-    unlike_areas = int((unlike & (width >= 1) & (height >= 1)).sum())
-    add("copies", copied, f"{copied} of {len(boxes)} objects are copies of others (same image, class and box)")
-    add("empty", empty, f"{empty} of {len(boxes)} objects have a width or height of 0, so that none can be detected")
-    add("narrow", narrow, f"{narrow} of {len(boxes)} objects are narrower than a pixel", spoils_ap=False)
-    add(
-        "areas",
-        unlike_areas,
-        f"{unlike_areas} of {len(boxes)} objects have an area that is larger than their box, or 0: AP of small, "
-        "medium and large objects goes by it",
-        spoils_ap=False,
-    )
+    for kind, count, message in (
+        ("copies", sum(copies.values()) - len(copies), "are copies of others (same image, class and box)"),
+        ("empty", empty, "have a width or height of 0, so that none can be detected"),
+        ("narrow", int(((width < 1) | (height < 1)).sum()) - empty, "are narrower than a pixel"),
+        (
+            "areas",
+            int((unlike & (width >= 1) & (height >= 1)).sum()),
+            "have an area that is larger than their box, or 0: AP of small, medium and large objects goes by it",
+        ),
+    ):
+        if count:
+            spoils_ap = kind in ("copies", "empty") and count > _FEW * len(boxes)
+            severity = Severity.INCONCLUSIVE if spoils_ap else Severity.WARNING
+            sentence = f"{count} of {len(boxes)} objects {message}"
+            findings.append(Finding(kind=kind, severity=severity, message=sentence))
     if len(boxes) and all(item.crowd for item in coco.objects):
         message = f"all {len(boxes)} objects are crowds (iscrowd), in which detections are neither right nor wrong"
         findings.append(Finding(kind="crowds", severity=Severity.INCONCLUSIVE, message=message))
@@ -225,9 +220,6 @@ def summarize_annotations(coco: CocoFile) -> AnnotationSummary:
     return AnnotationSummary(tuple(facts), tuple(rows))
 
 
-_SPELLED_OUT = 5  # how many file or class names an error spells out
-
-
 @dataclass(frozen=True, slots=True)
 class EvaluationImage:
     """One image: its id in the annotations, and its file.
@@ -340,8 +332,9 @@ def _require_located(annotations: Path, coco: CocoFile, located: NamedImages, *,
         return
     unclear = next(iter(located.ambiguous.items()), None)
     raise ConfigError(
-        f"{len(missing)} of the {len(coco.images)} images of '{annotations}' are not in '{images}': {_some(missing)}."
-        + (f" '{unclear[0]}' may be {_some(map(str, unclear[1]))}, or another name may." if unclear else ""),
+        f"{len(missing)} of the {len(coco.images)} images of '{annotations}' are not in '{images}': "
+        f"{some_names(missing)}."
+        + (f" '{unclear[0]}' may be {some_names(map(str, unclear[1]))}, or another name may." if unclear else ""),
         hint="give the folder that holds them with --images: names are looked for below it, by their end",
     )
 
@@ -442,8 +435,8 @@ def label_index(model_names: tuple[str, ...], dataset: Dataset) -> NDArray[np.in
     unknown = [dataset.class_names[c] for c in sorted(occurring - set(index.tolist()))]
     if unknown:
         raise ConfigError(
-            f"{dataset.source} has objects of {_some(unknown)}, which the model does not know: "
-            f"its classes are {_some(model_names)}.",
+            f"{dataset.source} has objects of {some_names(unknown)}, which the model does not know: "
+            f"its classes are {some_names(model_names)}.",
             hint="give the model its class names when it is exported (--classes), or the annotations that belong to it",
         )
     return index
@@ -451,9 +444,3 @@ def label_index(model_names: tuple[str, ...], dataset: Dataset) -> NDArray[np.in
 
 def _plain(name: str) -> str:
     return name.strip().casefold()
-
-
-def _some(names: Iterable[str]) -> str:
-    quoted = [f"'{name}'" for name in names]
-    more = f" and {len(quoted) - _SPELLED_OUT} more" if len(quoted) > _SPELLED_OUT else ""
-    return ", ".join(quoted[:_SPELLED_OUT]) + more

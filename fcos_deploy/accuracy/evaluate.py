@@ -53,7 +53,7 @@ from fcos_deploy.accuracy.operating_point import (
 from fcos_deploy.accuracy.predictions import DetectionRun, DetectionRuns, collect_detections
 from fcos_deploy.bundle.manifest import AccuracyFigure
 from fcos_deploy.bundle.store import is_bundle, open_trusted
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, some_names
 from fcos_deploy.core.gate import (
     DetectionAgreement,
     Gate,
@@ -312,11 +312,9 @@ def _score(
         )
     if evaluation.operating is not None:
         thresholds = evaluation.operating.thresholds
-        evaluation = replace(
-            evaluation,
-            operating_points=operating_points(matches, dataset.class_names, thresholds=thresholds),
-            confusion=confusion(dataset, detections, thresholds),
-        )
+        points = operating_points(matches, dataset.class_names, thresholds)
+        confused = confusion(dataset, detections, thresholds)
+        evaluation = replace(evaluation, operating_points=points, confusion=confused)
     return replace(evaluation, verdicts=judge_evaluation(gate, evaluation, dataset=dataset, reference=reference))
 
 
@@ -383,12 +381,10 @@ def judge_operating_point(
     names = dataset.class_names
     if evaluation.operating is not None and reference.operating is not None:
         problem = problem or operating_problem(reference.operating, evaluation.operating, names)
-    shares = {"precision": evaluation.precision_drop, "recall": evaluation.recall_drop}
-    return [
-        verdict
-        for share, loss in shares.items()
-        for verdict in judge_operating_drop(gate, share, loss, class_names=names, subject=subject, problem=problem)
-    ]
+    verdicts = []
+    for share, loss in (("precision", evaluation.precision_drop), ("recall", evaluation.recall_drop)):
+        verdicts += judge_operating_drop(gate, share, loss, class_names=names, subject=subject, problem=problem)
+    return verdicts
 
 
 def _drop(
@@ -398,10 +394,7 @@ def _drop(
         return paired_ap_drop(reference.samples, samples, same_outputs=agreement.same_outputs)
     if reference.scores.ap is None or scores.ap is None:
         return None
-    drop = reference.scores.ap - scores.ap  # without resamples there is no interval
-    return ApInterval(
-        value=drop, low=drop, high=drop, standard_error=0.0, confidence=0.0, resamples=0, images=scores.images
-    )
+    return ApInterval.point(reference.scores.ap - scores.ap, images=scores.images)
 
 
 def widened_evaluation(evaluation: Evaluation, choices: int) -> Evaluation:
@@ -428,29 +421,23 @@ def evaluation_drift(reference: Evaluation, candidate: Evaluation) -> ScoreDrift
     """How far the scores of ``candidate`` are from the reference's on the same images; None: their classes differ."""
     if reference.run.names != candidate.run.names:
         return None
-    image_ids = sorted(reference.run.detections)
-    return score_drift(
-        [reference.run.detections[image_id] for image_id in image_ids],
-        [candidate.run.detections[image_id] for image_id in image_ids],
-        class_names=reference.run.names,
-    )
+    before, after = reference.run.detections, candidate.run.detections
+    image_ids = sorted(before)
+    return score_drift([before[i] for i in image_ids], [after[i] for i in image_ids], class_names=reference.run.names)
 
 
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """The scores under COCO's names (in 0..1, null where the data has no such object), and how they came about."""
-    run, interval, drop = evaluation.run, evaluation.interval, evaluation.drop
+    run = evaluation.run
     return {
         **to_json(evaluation.scores),
         "backend": run.backend,
         "precision": run.precision,
         "model": run.model,
-        "interval": interval and to_json(interval),
-        "drop": drop and to_json(drop),
+        **{name: to_json(getattr(evaluation, name)) for name in ("interval", "drop", "precision_drop", "recall_drop")},
         "agreement": evaluation.agreement and agreement_json(evaluation.agreement),
-        "verdicts": [to_json(verdict) for verdict in evaluation.verdicts],
+        "verdicts": to_json(evaluation.verdicts),
         "operating_points": to_json(evaluation.operating_points),
-        "precision_drop": evaluation.precision_drop and to_json(evaluation.precision_drop),
-        "recall_drop": evaluation.recall_drop and to_json(evaluation.recall_drop),
         **(confusion_json(evaluation.confusion) if evaluation.confusion else {}),
         "seconds": to_json(run.seconds),
         "resumed_images": run.resumed,
@@ -498,7 +485,6 @@ _MIN_REFERENCE_AP = 0.05
 _SURE_SCORE, _SURE_DETECTIONS = 0.3, 10
 # ... and not even this fraction of what their scores promise is right at IoU 0.5.
 _KEPT_PROMISE = 0.25
-_SPELLED_OUT = 5
 
 
 def evidence_problem(dataset: Dataset, *, judge: Judge) -> str:
@@ -514,9 +500,7 @@ def evidence_problem(dataset: Dataset, *, judge: Judge) -> str:
         return problem
     unseen = [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]
     if judge is Judge.INTERVAL and dataset.annotated and unseen:
-        names = ", ".join(f"'{name}'" for name in unseen[:_SPELLED_OUT])
-        more = f" and {len(unseen) - _SPELLED_OUT} more classes" if len(unseen) > _SPELLED_OUT else ""
-        return f"no image shows an object of {names}{more}, so that nothing is known about them"
+        return f"no image shows an object of {some_names(unseen)}, so that nothing is known about them"
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,23 +62,76 @@ class Verdict:
         return self.outcome is Outcome.PASSED
 
 
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """One limit of a gate, and what it is applied to."""
+
+    gate: Gate
+    name: str
+    subject: str
+
+    @property
+    def value(self) -> float:
+        """What must be kept."""
+        value: float = getattr(self.gate, self.name)
+        return value
+
+    def verdict(self, outcome: Outcome, value: float | None, message: str) -> Verdict:
+        """On ``value``."""
+        return Verdict(
+            name=self.name,
+            subject=self.subject,
+            outcome=outcome,
+            value=value,
+            limit=self.value,
+            message=message,
+            judge=self.gate.judge,
+        )
+
+    def undecided(self, problem: str, value: float | None) -> Verdict:
+        """Because of ``problem``."""
+        return self.verdict(
+            Outcome.INCONCLUSIVE, value if value is not None and math.isfinite(value) else None, problem
+        )
+
+    def decided(
+        self, value: float, bounds: tuple[float, float], message: str, *, images: int, at_least: bool
+    ) -> Verdict:
+        """By the interval ``bounds``, with it and, where that leaves it open, how many more images would decide it."""
+        low, high = bounds
+        outcome = (
+            interval_outcome(-high, -low, at_most=-self.value)
+            if at_least
+            else interval_outcome(low, high, at_most=self.value)
+        )
+        verdict = replace(self.verdict(outcome, value, message), low=low, high=high)
+        if outcome is not Outcome.INCONCLUSIVE:
+            return verdict
+        # The interval's width falls with the square root of the number of images, so the side of it that crosses the
+        # limit has to shrink by the ratio of its distance from the value to the limit's.
+        margin = self.value - value
+        reach = high - value if margin > 0 else value - low
+        if reach >= abs(margin) * math.sqrt(_HOPELESS):
+            advice = "the measured figure is too near to the limit for more images to decide"
+            return replace(verdict, message=f"{message}; {advice}")
+        more = max(1, math.ceil(images * ((reach / margin) ** 2 - 1)))
+        return replace(
+            verdict, message=f"{message}; about {more} more images like these would decide it", more_images=more
+        )
+
+
 def judge_ap(
     gate: Gate, ap: float | None, *, subject: str, images: int, interval: ApInterval | None = None, problem: str = ""
 ) -> list[Verdict]:
     """Judge an AP by itself; ``problem`` is why the data cannot decide, if it cannot."""
     if gate.min_ap is None:
         return []
-    limit = gate.min_ap
-    bounds = _bounds(gate, ap, interval)
+    limit, bounds = _Limit(gate, "min_ap", subject), _bounds(gate, ap, interval)
     problem = problem or _missing(ap, bounds)
     if problem or ap is None or bounds is None:
-        return [_undecided("min_ap", gate, subject=subject, limit=limit, problem=problem, value=ap)]
-    outcome = interval_outcome(-bounds[1], -bounds[0], at_most=-limit)
-    message = f"mAP {ap:.3f} ({_by(gate, interval)}; at least {limit:.3f} needed) on {images} images"
-    verdict = Verdict(
-        name="min_ap", subject=subject, outcome=outcome, value=ap, limit=limit, message=message, judge=gate.judge
-    )
-    return [_with_interval(verdict, bounds, images=images)]
+        return [limit.undecided(problem, ap)]
+    message = f"mAP {ap:.3f} ({_by(gate, interval)}; at least {gate.min_ap:.3f} needed) on {images} images"
+    return [limit.decided(ap, bounds, message, images=images, at_least=True)]
 
 
 def judge_drop(
@@ -87,74 +141,41 @@ def judge_drop(
     if gate.max_map_drop is None:
         return []
     loss = None if reference_ap is None else drop
-    verdict = _judge_loss(
-        "max_map_drop",
-        gate,
-        loss,
-        limit=gate.max_map_drop,
-        subject=subject,
-        problem=problem,
-        what="mAP",
-        of=reference_ap,
-    )
-    return [verdict]
+    return [_judge_loss(_Limit(gate, "max_map_drop", subject), loss, problem=problem, what="mAP", of=reference_ap)]
 
 
 def judge_operating_drop(
     gate: Gate, share: str, loss: OperatingDrop | None, *, class_names: Sequence[str], subject: str, problem: str = ""
 ) -> list[Verdict]:
     """Judge how much ``share`` (``precision`` or ``recall``) is lost at the score thresholds of the classes."""
-    name = f"max_{share}_drop"
-    limit: float | None = getattr(gate, name)
-    if limit is None:
+    limit = _Limit(gate, f"max_{share}_drop", subject)
+    if getattr(gate, limit.name) is None:
         return []
-    what = f"{share} at the operating point"
     if loss is None:
-        problem = problem or f"nothing is detected at the operating point, so that there is no {share}"
-        return [_undecided(name, gate, subject=subject, limit=limit, problem=problem, value=None)]
-    verdict = _judge_loss(
-        name, gate, loss.drop, limit=limit, subject=subject, problem=problem, what=what, of=loss.reference
-    )
-    drops = [
-        (drop, class_name) for drop, class_name in zip(loss.by_class, class_names, strict=True) if drop is not None
-    ]
+        return [
+            limit.undecided(problem or f"nothing is detected at the operating point, so that there is no {share}", None)
+        ]
+    what = f"{share} at the operating point"
+    verdict = _judge_loss(limit, loss.drop, problem=problem, what=what, of=loss.reference)
+    drops = [(drop, name) for drop, name in zip(loss.by_class, class_names, strict=True) if drop is not None]
     largest, worst = max(drops)
     if problem or verdict.passed or len(drops) < 2 or largest <= 0:
         return [verdict]
     return [replace(verdict, message=f"{verdict.message}; most of '{worst}' ({largest:+.3f})")]
 
 
-def _judge_loss(
-    name: str,
-    gate: Gate,
-    drop: ApInterval | None,
-    *,
-    limit: float,
-    subject: str,
-    problem: str,
-    what: str,
-    of: float | None,
-) -> Verdict:
+def _judge_loss(limit: _Limit, drop: ApInterval | None, *, problem: str, what: str, of: float | None) -> Verdict:
     """``what`` is lost, of which the reference has ``of``."""
     value = drop.value if drop else None
-    bounds = _bounds(gate, value, drop)
+    bounds = _bounds(limit.gate, value, drop)
     problem = problem or _missing(value, bounds)
     if problem or drop is None or of is None or bounds is None:
-        return _undecided(name, gate, subject=subject, limit=limit, problem=problem, value=value)
+        return limit.undecided(problem, value)
     message = (
-        f"{what} {of:.3f} -> {of - drop.value:.3f} (drop {drop.value:+.3f}, {_by(gate, drop)}; "
-        f"at most {limit:.3f} allowed) on {drop.images} images"
+        f"{what} {of:.3f} -> {of - drop.value:.3f} (drop {drop.value:+.3f}, {_by(limit.gate, drop)}; "
+        f"at most {limit.value:.3f} allowed) on {drop.images} images"
     )
-    verdict = Verdict(
-        name=name,
-        subject=subject,
-        outcome=interval_outcome(*bounds, at_most=limit),
-        value=drop.value,
-        limit=limit,
-        message=message,
-        judge=gate.judge,
-    )
-    return _with_interval(verdict, bounds, images=drop.images)
+    return limit.decided(drop.value, bounds, message, images=drop.images, at_least=False)
 
 
 def _bounds(gate: Gate, value: float | None, interval: ApInterval | None) -> tuple[float, float] | None:
@@ -178,102 +199,55 @@ def _missing(value: float | None, bounds: tuple[float, float] | None) -> str:
     )
 
 
-def _undecided(name: str, gate: Gate, *, subject: str, limit: float, problem: str, value: float | None) -> Verdict:
-    finite = value if value is not None and math.isfinite(value) else None
-    return Verdict(
-        name=name,
-        subject=subject,
-        outcome=Outcome.INCONCLUSIVE,
-        value=finite,
-        limit=limit,
-        message=problem,
-        judge=gate.judge,
-    )
-
-
 def _by(gate: Gate, interval: ApInterval | None) -> str:
-    known = interval is not None and interval.resamples
-    bound = (
-        f"{interval.confidence:.0%} interval {interval.low:+.3f} to {interval.high:+.3f}" if known and interval else ""
-    )
-    if gate.judge is Judge.POINT:
-        return f"judged by the point estimate, {bound}" if bound else "judged by the point estimate"
-    return bound
-
-
-def _with_interval(verdict: Verdict, bounds: tuple[float, float], *, images: int) -> Verdict:
-    """The verdict with its interval and, where that leaves it open, how many more images would decide it."""
-    low, high = bounds
-    verdict = replace(verdict, low=low, high=high)
-    if verdict.outcome is not Outcome.INCONCLUSIVE or verdict.value is None:
-        return verdict
-    # The interval's width falls with the square root of the number of images, so the side of it that crosses the limit
-    # has to shrink by the ratio of its distance from the value to the limit's.
-    margin = verdict.limit - verdict.value
-    reach = high - verdict.value if margin > 0 else verdict.value - low
-    if reach >= abs(margin) * math.sqrt(_HOPELESS):
-        advice = "the measured figure is too near to the limit for more images to decide"
-        return replace(verdict, message=f"{verdict.message}; {advice}")
-    more = max(1, math.ceil(images * ((reach / margin) ** 2 - 1)))
-    advice = f"about {more} more images like these would decide it"
-    return replace(verdict, message=f"{verdict.message}; {advice}", more_images=more)
+    bound = ""
+    if interval is not None and interval.resamples:
+        bound = f"{interval.confidence:.0%} interval {interval.low:+.3f} to {interval.high:+.3f}"
+    point = "judged by the point estimate" if gate.judge is Judge.POINT else ""
+    return ", ".join(filter(None, (point, bound)))
 
 
 def judge_agreement(gate: Gate, agreement: DetectionAgreement, *, subject: str, problem: str = "") -> list[Verdict]:
     """Judge how far single detections agree with the reference's."""
     verdicts = []
     if gate.min_match_rate is not None:
-        verdicts.append(_judge_match_rate(gate, agreement, limit=gate.min_match_rate, subject=subject, problem=problem))
+        verdicts.append(_judge_match_rate(_Limit(gate, "min_match_rate", subject), agreement, problem=problem))
     # Scores differ to both sides, so 5 % may lie below the 5th percentile and 5 % above the 95th: 90 % lie between.
     scores, boxes = agreement.score_delta, agreement.box_delta_px
     spread = max(abs(scores.p5), abs(scores.p95))
-    for name, share, value, unit, limit in (
-        ("max_score_delta", "90 %", spread, "score", gate.max_score_delta),
-        ("max_box_delta_px", "95 %", boxes.p95, "pixels", gate.max_box_delta_px),
+    needed = _PERCENTILE_PAIRS if gate.judge is Judge.INTERVAL else 1
+    if not problem and scores.count < needed:
+        problem = f"{scores.count} matched detections are too few for a percentile ({needed} needed)"
+    for name, share, value, unit in (
+        ("max_score_delta", "90 %", spread, "score"),
+        ("max_box_delta_px", "95 %", boxes.p95, "pixels"),
     ):
-        if limit is None:
+        limit = _Limit(gate, name, subject)
+        if getattr(gate, name) is None:
             continue
-        needed = _PERCENTILE_PAIRS if gate.judge is Judge.INTERVAL else 1
-        sparse = f"{scores.count} matched detections are too few for a percentile ({needed} needed)"
-        if problem or scores.count < needed:
-            verdicts.append(
-                _undecided(name, gate, subject=subject, limit=limit, problem=problem or sparse, value=value)
-            )
+        if problem:
+            verdicts.append(limit.undecided(problem, value))
             continue
-        message = f"{share} of the matched detections differ by at most {value:.4f} {unit} ({limit:.4f} allowed)"
-        outcome = Outcome.PASSED if value <= limit else Outcome.FAILED
-        verdicts.append(
-            Verdict(
-                name=name, subject=subject, outcome=outcome, value=value, limit=limit, message=message, judge=gate.judge
-            )
-        )
+        outcome = Outcome.PASSED if value <= limit.value else Outcome.FAILED
+        message = f"{share} of the matched detections differ by at most {value:.4f} {unit} ({limit.value:.4f} allowed)"
+        verdicts.append(limit.verdict(outcome, value, message))
     return verdicts
 
 
-def _judge_match_rate(
-    gate: Gate, agreement: DetectionAgreement, *, limit: float, subject: str, problem: str
-) -> Verdict:
-    name, rate = "min_match_rate", agreement.match_rate
+def _judge_match_rate(limit: _Limit, agreement: DetectionAgreement, *, problem: str) -> Verdict:
     if not problem and agreement.empty:
         problem = "neither detector finds anything in these images, so that nothing can agree"
     if problem:
-        return _undecided(name, gate, subject=subject, limit=limit, problem=problem, value=None)
-    low, high = (rate, rate) if gate.judge is Judge.POINT else agreement.match_interval
-    bound = "judged by the point estimate" if gate.judge is Judge.POINT else f"95% interval {low:.1%} to {high:.1%}"
+        return limit.undecided(problem, None)
+    rate, bounds, judged_by = agreement.match_rate, agreement.match_interval, ""
+    if limit.gate.judge is Judge.POINT:
+        bounds, judged_by = (rate, rate), "judged by the point estimate"
     message = (
-        f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.extra} extra; {bound}; "
-        f"at least {limit:.1%} needed) on {agreement.images} images"
+        f"{rate:.1%} of the detections agree ({agreement.missed} missed, {agreement.extra} extra; "
+        f"{judged_by or f'95% interval {bounds[0]:.1%} to {bounds[1]:.1%}'}; "
+        f"at least {limit.value:.1%} needed) on {agreement.images} images"
     )
-    verdict = Verdict(
-        name=name,
-        subject=subject,
-        outcome=interval_outcome(-high, -low, at_most=-limit),
-        value=rate,
-        limit=limit,
-        message=message,
-        judge=gate.judge,
-    )
-    return _with_interval(verdict, (low, high), images=agreement.images)
+    return limit.decided(rate, bounds, message, images=agreement.images, at_least=True)
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -314,16 +288,12 @@ def write_junit(path: Path, verdicts: Sequence[Verdict], *, suite: str, allow_in
         Outcome.FAILED: "failure",
         Outcome.INCONCLUSIVE: "skipped" if allow_inconclusive else "error",
     }
-    occurring = [tags[verdict.outcome] for verdict in verdicts]
-    counts = {
-        "tests": str(len(verdicts)),
-        "failures": str(occurring.count("failure")),
-        "errors": str(occurring.count("error")),
-        "skipped": str(occurring.count("skipped")),
-    }
+    occurring = Counter(tags[verdict.outcome] for verdict in verdicts)
+    counts = {"tests": str(len(verdicts)), "failures": str(occurring["failure"]), "errors": str(occurring["error"])}
     root = ElementTree.Element("testsuites")
-    element = ElementTree.SubElement(root, "testsuite", {"name": suite, **counts})
-    for verdict, tag in zip(verdicts, occurring, strict=True):
+    element = ElementTree.SubElement(root, "testsuite", {"name": suite, **counts, "skipped": str(occurring["skipped"])})
+    for verdict in verdicts:
+        tag = tags[verdict.outcome]
         case = ElementTree.SubElement(element, "testcase", {"classname": verdict.subject, "name": verdict.name})
         if tag:
             kind = InconclusiveError if verdict.outcome is Outcome.INCONCLUSIVE else AccuracyGateError

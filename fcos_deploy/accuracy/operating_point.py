@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.coco import ApInterval, ClassMatches, drop_interval, resample_weights
 from fcos_deploy.accuracy.dataset import Dataset, GroundTruth
 from fcos_deploy.core.detections import Detections, pairwise_iou
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.errors import ConfigError, some_names
 from fcos_deploy.core.gate import equivalent_threshold, share_interval
 
 __all__ = [
@@ -159,14 +159,9 @@ def carried_thresholds(scores: Mapping[str, float], class_names: Sequence[str]) 
 
 
 def operating_points(
-    matches: Sequence[ClassMatches],
-    class_names: Sequence[str],
-    *,
-    goal: OperatingGoal | None = None,
-    thresholds: Thresholds | None = None,
+    matches: Sequence[ClassMatches], class_names: Sequence[str], thresholds: Thresholds
 ) -> tuple[OperatingPoint, ...]:
-    """One point for each class, at the thresholds that are given or that the goal asks for."""
-    thresholds = thresholds or chosen_thresholds(matches, goal=goal or OperatingGoal())
+    """One point for each class, at its threshold."""
     classes = zip(matches, class_names, thresholds.scores, strict=True)
     return tuple(_point(match, name, score, origin=thresholds.origin) for match, name, score in classes)
 
@@ -188,20 +183,17 @@ def operating_counts(matches: Sequence[ClassMatches], thresholds: Thresholds) ->
     )
 
 
-def operating_problem(
-    reference: OperatingCounts, candidate: OperatingCounts, class_names: Sequence[str], *, spelled_out: int = 5
-) -> str:
+def operating_problem(reference: OperatingCounts, candidate: OperatingCounts, class_names: Sequence[str]) -> str:
     """Why the two cannot be compared at an operating point, as half a sentence; empty when they can."""
     present = reference.objects.sum(1) > 0
     for counts in (reference, candidate):
         lacking = [
-            f"'{name}'"
+            name
             for name, score, seen in zip(class_names, counts.thresholds.scores, present, strict=True)
             if seen and score is None
         ]
         if lacking:
-            names = ", ".join(lacking[:spelled_out]) + (", ..." if len(lacking) > spelled_out else "")
-            return f"there is no score threshold of {names} ({counts.thresholds.origin})"
+            return f"there is no score threshold of {some_names(lacking)} ({counts.thresholds.origin})"
     return ""
 
 
@@ -242,10 +234,7 @@ def _drop(
         cost = 0.0 if same_outputs else float(1 / due.min() / classes[0])
         drop = drop_interval(values, images=images, object_share=cost)
     else:
-        value = float(values[0])
-        drop = ApInterval(
-            value=value, low=value, high=value, standard_error=0.0, confidence=0.0, resamples=0, images=images
-        )
+        drop = ApInterval.point(float(values[0]), images=images)
     return OperatingDrop(
         reference=float(before[0][defined[0]].mean()),
         drop=drop,

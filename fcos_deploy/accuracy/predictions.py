@@ -8,9 +8,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +26,7 @@ from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import read_file, sha256_file
 from fcos_deploy.core.preprocess import Letterbox
-from fcos_deploy.core.progress import ProgressFn, map_ahead, no_progress
+from fcos_deploy.core.progress import ProgressFn, StageClock, map_ahead, no_progress
 from fcos_deploy.core.serialize import parse_json
 from fcos_deploy.detector import Detector, DetectorSpec
 
@@ -217,27 +216,21 @@ def _detect_all(
     label: str,
 ) -> StageSeconds:
     """The network runs here; one thread reads and prepares images ahead of it, another decodes behind it."""
-    seconds = {"read": 0.0, "preprocess": 0.0, "infer": 0.0, "decode": 0.0}
-
-    @contextmanager
-    def clock(stage: str) -> Iterator[None]:  # A stage is one thread's, so that no two write to its entry.
-        started = time.perf_counter()
-        yield
-        seconds[stage] += time.perf_counter() - started
+    clock = StageClock()  # A stage is one thread's, so that no two write to its entry.
 
     def prepare(image: EvaluationImage) -> tuple[EvaluationImage, Tensors, tuple[Letterbox, ...]]:
-        with clock("read"):
+        with clock.stage("read"):
             pixels = detector.read(image.path)
-        with clock("preprocess"):
+        with clock.stage("preprocess"):
             return image, *detector.prepare([pixels])
 
     def infer(feeds: Tensors) -> Tensors:
-        with clock("infer"):
+        with clock.stage("infer"):
             return detector.infer(feeds)
 
     def finish(work: tuple[EvaluationImage, Sequence[Letterbox], Tensors]) -> tuple[EvaluationImage, Detections]:
         image, letterboxes, outputs = work
-        with clock("decode"):
+        with clock.stage("decode"):
             return image, detector.finish(outputs, letterboxes)[0]
 
     started = time.perf_counter()
@@ -253,7 +246,7 @@ def _detect_all(
             for pool in (before, after):
                 pool.shutdown(cancel_futures=True)
             raise
-    return StageSeconds(**seconds, total=time.perf_counter() - started)
+    return StageSeconds(**{r.name: r.seconds for r in clock.records}, total=time.perf_counter() - started)
 
 
 class PredictionStore:
@@ -294,7 +287,10 @@ class PredictionStore:
         for line in content.split(b"\n")[:-1]:
             try:
                 record = parse_json(line)
-                number, detections = int(record["image_id"]), _detections(record)
+                number = int(record["image_id"])
+                boxes = np.array(record["boxes"], np.float32).reshape(-1, 4)
+                scores, labels = np.array(record["scores"], np.float32), np.array(record["labels"], np.int64)
+                detections = Detections(boxes, scores, labels)
             except (KeyError, TypeError, ValueError, OverflowError) as error:
                 _LOG.warning(
                     "'%s' is damaged after %d images, which is where it goes on: %r", path, len(self.detections), error
@@ -334,11 +330,3 @@ class PredictionStore:
                 f"Cannot keep predictions in '{stream.name}': {error.strerror}.",
                 hint="make room and run the command again: it resumes where it stopped",
             ) from error
-
-
-def _detections(record: Mapping[str, Any]) -> Detections:  # Any: JSON
-    return Detections(
-        np.array(record["boxes"], np.float32).reshape(-1, 4),
-        np.array(record["scores"], np.float32),
-        np.array(record["labels"], np.int64),
-    )

@@ -7,30 +7,29 @@ import datetime
 import hashlib
 import json
 import math
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.golden import (
     MIN_EVIDENCE,
     GoldenCheck,
+    GoldenResult,
+    PreprocessingResult,
     check_golden,
-    fingerprint,
-    fingerprint_difference,
-    image_scale,
-    judged_floor,
+    check_preprocessing,
+    compare_golden,
+    golden_standard,
+    match_rate,
     read_golden_image,
 )
-from fcos_deploy.bundle.device_layer import Layer, device_facts, usable_layers
-from fcos_deploy.bundle.manifest import Artifact, Manifest, TensorFingerprint
+from fcos_deploy.bundle.device_layer import Layer, device_facts, machine_words, usable_layers
+from fcos_deploy.bundle.manifest import Artifact
 from fcos_deploy.bundle.selection import Fallback, Selection, select_artifact, select_runnable
 from fcos_deploy.bundle.signature import (
     Envelope,
@@ -43,9 +42,8 @@ from fcos_deploy.bundle.store import Bundle, append_log
 from fcos_deploy.core.artifact import read_contract
 from fcos_deploy.core.backend import Session, SessionOptions, Tensors, all_backends
 from fcos_deploy.core.contract import ModelContract, TensorSpec
-from fcos_deploy.core.decode import DecodeSpec
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import (
     AccuracyGateError,
     BackendError,
@@ -56,27 +54,22 @@ from fcos_deploy.core.errors import (
     SignatureError,
 )
 from fcos_deploy.core.files import read_file, write_text
-from fcos_deploy.core.gate import Gate, MatchOptions, Outcome, match_detections, overall_outcome
+from fcos_deploy.core.gate import Gate, Outcome, overall_outcome
 from fcos_deploy.core.libraries import library_versions
-from fcos_deploy.core.machine import MachineFacts, read_machine
-from fcos_deploy.core.preprocess import ChannelOrder, PreprocessSpec, preprocess
+from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
 from fcos_deploy.detector import Detector
-from runtimes.kserve import RemoteModel, write_remote_model
+from runtimes import kserve
 
 __all__ = [
     "DeviceRecord",
-    "GoldenResult",
-    "GoldenStandard",
     "ReadRecord",
     "RecordedRun",
     "RecordedSession",
     "VerificationRecord",
     "VerifyOptions",
-    "compare_golden",
     "export_record",
-    "golden_standard",
     "read_recorded_run",
     "read_records",
     "record_verdicts",
@@ -87,7 +80,7 @@ __all__ = [
 
 
 _FORMAT = "fcos-deploy trtexec record, version 1"
-_MAX_BYTES = 1 << 30  # of a record: outputs of several images as text
+_MAX_RUN_BYTES = 1 << 30  # outputs of several images as text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,17 +134,25 @@ def read_recorded_run(path: Path) -> RecordedRun:
     Raises:
         ConfigError: it is none.
     """
-    try:
-        run = from_json(RecordedRun, parse_json(read_file(path, limit=_MAX_BYTES)), where=path.name)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot read the record '{path}': {error.strerror or error}.", hint="run_trtexec.py writes one"
-        ) from error
-    except (ValueError, TypeError, FcosDeployError) as error:
-        raise ConfigError(f"'{path}' is not a record of trtexec: {error}.", hint="run_trtexec.py writes one") from error
+    run = _read_json(
+        RecordedRun, path, limit=_MAX_RUN_BYTES, what="a record of trtexec", hint="run_trtexec.py writes one"
+    )
     if run.format != _FORMAT:
         raise ConfigError(f"'{path}' is not a record of this version.", hint="package the bundle again")
     return run
+
+
+_T = TypeVar("_T")
+
+
+def _read_json(kind: type[_T], path: Path, *, limit: int, what: str, hint: str) -> _T:
+    """The ``kind`` in a JSON file of at most ``limit`` bytes, which is called ``what`` in errors."""
+    try:
+        return from_json(kind, parse_json(read_file(path, limit=limit)), where=path.name)
+    except OSError as error:
+        raise ConfigError(f"Cannot read the record '{path}': {error.strerror or error}.", hint=hint) from error
+    except (ValueError, TypeError, FcosDeployError) as error:
+        raise ConfigError(f"'{path}' is not {what}: {error}.", hint=hint) from error
 
 
 class RecordedSession(Session):
@@ -204,37 +205,6 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreprocessingResult:
-    """Preprocessed tensors against their fingerprints: ``exact`` of ``images`` have the same bytes.
-
-    ``difference``, of the worst image, and ``allowed`` are in levels of an 8-bit image. ``problem`` names the fault.
-    """
-
-    exact: int
-    images: int
-    difference: float
-    passed: bool
-    problem: str = ""
-    allowed: float = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GoldenResult:
-    """One golden image: how many detections were ``expected`` and ``detected``, and how far apart the pairs are.
-
-    Only detections that score high enough to be judged count; see ``judged_floor``.
-    """
-
-    path: str
-    expected: int
-    detected: int
-    missed: int
-    extra: int
-    lowest_iou: float
-    largest_score_difference: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationRecord:
     """What was verified where, and the verdict; one line of a bundle's log. Times are UTC; ``seconds`` wall clock."""
 
@@ -276,7 +246,7 @@ class VerificationRecord:
         rate = (
             f"{self.matched:.1%} of the golden detections match (needed: {needed:.1%}); {missed} missed, {extra} extra"
         )
-        if _match_rate(self.images) is None:
+        if match_rate(self.images) is None:
             rate = "no golden detection is clear of the score threshold"
         # The plainest faults come first; what else follows from them fills no line.
         faults = self.values.problems[:_SHOWN_PROBLEMS] if self.values else ()
@@ -284,11 +254,6 @@ class VerificationRecord:
 
 
 _SHOWN_PROBLEMS = 3
-_FOUND_AGAIN = 0.97  # of what matched where the bundle was made, in other kernels (benchmarks/golden_faults.py)
-
-# In levels of an 8-bit image, over cells of at least 64 pixels: other versions of OpenCV and Pillow round single
-# pixels differently by one level; a wrong channel order, mean or offset moves a cell by several.
-_MAX_CELL_DIFFERENCE = 0.5
 
 
 def verify_bundle(
@@ -306,7 +271,6 @@ def verify_bundle(
     started = time.perf_counter()
     if not bundle.manifest.golden:
         raise BundleError(f"The bundle '{bundle.source}' has no golden images to verify with.")
-    machine = read_machine()
     fallbacks: tuple[Fallback, ...] = ()
     if options.recorded is not None:
         selection = Selection(options.recorded.artifact(bundle), "tensorrt")
@@ -319,42 +283,29 @@ def verify_bundle(
             backend=options.backend,
             precision=options.precision,
             allow_fallback=options.allow_fallback,
-            machine=machine,
         )
     manifest, artifact = bundle.manifest, selection.artifact
     standard = golden_standard(manifest, artifact, backend=selection.backend, compute=options.session.compute)
     images = [read_golden_image(bundle.read(golden.path), golden) for golden in manifest.golden]
-    preprocessing = _check_preprocessing(manifest, images)
-    results: tuple[GoldenResult, ...] = ()
-    values: GoldenCheck | None = None
+    preprocessing = check_preprocessing(manifest, images)
+    detected: list[Detections] = []
     session: dict[str, str] = {}
     if preprocessing.passed:
-        detected = []
-        with _opened(bundle.path(artifact.path), selection.backend, options) as detector:
+        with _open(bundle.path(artifact.path), selection.backend, options) as detector:
             for index, image in enumerate(images, start=1):
                 detected.append(detector.detect(image))
                 progress("verify", index, len(images))
             session = dict(detector.session.description)
-        decode = manifest.contract.decode
-        results = _compare(standard.expected, detected, standard.paths, decode=decode, gate=standard.gate)
-        values = check_golden(
-            standard.expected,
-            detected,
-            baseline=standard.certified,
-            same_artifact=standard.same_artifact,
-            gate=standard.gate,
-            decode=decode,
-            names=manifest.contract.class_names,
-            paths=standard.paths,
-            scales=standard.scales,
-        )
     bundle.require_not_replaced()
-    matched = _match_rate(results)
-    # What preprocessing, the share that matches and the values come to; a share of nothing decides nothing.
-    outcome = Outcome.FAILED
-    if values is not None:
+    results: tuple[GoldenResult, ...] = ()
+    values, matched, outcome = None, None, Outcome.FAILED
+    if preprocessing.passed:
+        results, values = compare_golden(standard, detected), check_golden(standard, detected)
+        matched = match_rate(results)
+        # A share of nothing decides nothing.
         matching = [] if matched is None else [_match_outcome(matched, standard.gate)]
         outcome = overall_outcome([*matching, values.outcome]) or Outcome.INCONCLUSIVE
+    machine = read_machine()
     return VerificationRecord(
         bundle=manifest.name,
         manifest_sha256=bundle.manifest_sha256,
@@ -373,71 +324,11 @@ def verify_bundle(
         else datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
         session=session,
-        machine=options.recorded.machine if options.recorded else _machine_text(machine),
+        machine=options.recorded.machine if options.recorded else {"system": machine.system, **machine_words(machine)},
         versions=library_versions("fcos-deploy", "numpy", "opencv-python-headless", "pillow"),
         fallbacks=fallbacks,
         signed_by=bundle.signed_by,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GoldenStandard:
-    """What an artifact's golden detections are judged by; lists are in the order of the manifest's golden images.
-
-    ``expected``: the reference's detections. ``certified``: those of the same artifact where the bundle was made
-    (``same_artifact``, also for the graph that it was built from), or of its nearest relative; None without one.
-    ``scales``: image pixels per network-input pixel.
-    """
-
-    gate: Gate
-    expected: list[Detections]
-    certified: list[Detections] | None
-    same_artifact: bool
-    paths: list[str]
-    scales: list[float]
-
-
-def golden_standard(manifest: Manifest, artifact: Artifact, *, backend: str, compute: ComputeType) -> GoldenStandard:
-    """What ``verify_bundle`` holds ``artifact`` to, in ``backend`` with this compute type.
-
-    Raises:
-        BundleError: the bundle has no gate for the precision.
-    """
-    paths = [golden.path for golden in manifest.golden]
-    expected = [golden.detections.to_detections() for golden in manifest.golden]
-    run = manifest.golden_run(artifact, backend=backend, compute=compute)
-    certified = None if run is None else [detections.to_detections() for detections in run.detections]
-    gate = manifest.gate(_coarser(artifact.precision, compute))
-    if run is not None and certified is not None and run.artifact == artifact.path:
-        # Whether that accuracy is enough was judged where the bundle was made, by the limits of the deployment; here it
-        # must be the same.
-        rate = _match_rate(_compare(expected, certified, paths, decode=manifest.contract.decode, gate=gate))
-        if rate is not None and rate < (gate.min_match_rate or 0.0):
-            gate = replace(gate, min_match_rate=round(rate * _FOUND_AGAIN, 6))
-    parents = {record.path for record in manifest.artifacts if record.sha256 == artifact.parent}
-    return GoldenStandard(
-        gate=gate,
-        expected=expected,
-        certified=certified,
-        same_artifact=run is not None and run.artifact in {artifact.path, *parents},
-        paths=paths,
-        scales=[image_scale(manifest.contract, (golden.height, golden.width)) for golden in manifest.golden],
-    )
-
-
-def _coarser(own: Precision, compute: ComputeType) -> Precision:
-    """The artifact's precision, or that of the format in which the runtime was asked to compute.
-
-    bf16 has eight bits of mantissa, as many as int8 has in all.
-    """
-    by_compute = {ComputeType.F16: Precision.FP16, ComputeType.BF16: Precision.INT8}
-    return own if own is Precision.INT8 else by_compute.get(compute, own)
-
-
-def _match_rate(results: Sequence[GoldenResult]) -> float | None:
-    """The share of the judged detections that match; None when there are none."""
-    judged = sum(result.expected + result.detected for result in results)
-    return 1.0 - sum(result.missed + result.extra for result in results) / judged if judged else None
 
 
 def _match_outcome(rate: float | None, gate: Gate) -> Outcome:
@@ -446,111 +337,15 @@ def _match_outcome(rate: float | None, gate: Gate) -> Outcome:
     return Outcome.PASSED if rate >= (gate.min_match_rate or 0.0) else Outcome.FAILED
 
 
-def _check_preprocessing(manifest: Manifest, images: Sequence[NDArray[np.uint8]]) -> PreprocessingResult:
-    """Prepare every golden image and compare the tensors with their fingerprints; the largest fault is named."""
-    spec = manifest.contract.preprocess
-    exact, largest, problem = 0, 0.0, ""
-    for golden, image in zip(manifest.golden, images, strict=True):
-        actual = fingerprint(preprocess(image, spec)[0])
-        difference = fingerprint_difference(actual, golden.fingerprint, spec=spec)
-        exact += actual.sha256 == golden.fingerprint.sha256
-        if difference > largest:
-            largest = difference
-            problem = f"'{golden.path}': {_name_fault(image, actual, golden.fingerprint, spec=spec)}"
-    passed = largest <= _MAX_CELL_DIFFERENCE
-    return PreprocessingResult(
-        exact=exact,
-        images=len(images),
-        # JSON has no infinity: another shape or dtype is more than any difference of levels.
-        difference=round(min(largest, 1e9), 4),
-        passed=passed,
-        problem="" if passed else problem,
-        allowed=_MAX_CELL_DIFFERENCE,
-    )
-
-
-def _name_fault(
-    image: NDArray[np.uint8], actual: TensorFingerprint, expected: TensorFingerprint, *, spec: PreprocessSpec
-) -> str:
-    """Say what is wrong with a tensor: its shape or type, swapped colour channels, or else how much differs."""
-    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-        return f"the tensor must be {expected.dtype}{list(expected.shape)}, it is {actual.dtype}{list(actual.shape)}"
-    swapped = {ChannelOrder.RGB: ChannelOrder.BGR, ChannelOrder.BGR: ChannelOrder.RGB}.get(spec.channel_order)
-    tensor, _ = preprocess(image, replace(spec, channel_order=swapped or spec.channel_order))
-    if swapped and fingerprint_difference(fingerprint(tensor), expected, spec=spec) <= _MAX_CELL_DIFFERENCE:
-        return f"the colour channels are swapped: they are {spec.channel_order}, they must be {swapped}"
-    difference = fingerprint_difference(actual, expected, spec=spec)
-    return f"a region differs by {difference:.2f} of 255 levels (allowed: {_MAX_CELL_DIFFERENCE})"
-
-
-@contextmanager
-def _opened(path: Path, backend: str, options: VerifyOptions) -> Iterator[Detector]:
+def _open(path: Path, backend: str, options: VerifyOptions) -> Detector:
     """The artifact in its runtime, on a server, or as outputs that a device recorded."""
+    if options.recorded is None and not options.server:
+        return Detector.open(path, backend=backend, options=options.session)
+    contract = read_contract(path)
     if options.recorded is not None:
-        contract = read_contract(path)
-        with Detector(RecordedSession(options.recorded, contract), contract) as detector:
-            yield detector
-    elif options.server:
-        with tempfile.TemporaryDirectory(prefix="fcos-deploy-") as folder:
-            remote = Path(folder, "server.kserve")
-            write_remote_model(remote, RemoteModel(url=options.server, contract=read_contract(path)))
-            with Detector.open(remote, options=options.session) as detector:
-                yield detector
-    else:
-        with Detector.open(path, backend=backend, options=options.session) as detector:
-            yield detector
-
-
-def _compare(
-    expected: Sequence[Detections],
-    detected: Sequence[Detections],
-    paths: Sequence[str],
-    *,
-    decode: DecodeSpec,
-    gate: Gate,
-) -> tuple[GoldenResult, ...]:
-    """Pair the detections of every golden image with the reference's.
-
-    A detection is judged only where the gate's score difference cannot decide whether it is there at all
-    (``judged_floor``).
-    """
-    rule = MatchOptions.of_gate(gate)
-    results = []
-    for reference, detections, path in zip(expected, detected, paths, strict=True):
-        floor = judged_floor(decode, (reference, detections), margin=rule.max_score_delta)
-        results.append(compare_golden(reference, detections, options=replace(rule, min_score=floor), path=path))
-    return tuple(results)
-
-
-def compare_golden(
-    expected: Detections, detections: Detections, *, options: MatchOptions, path: str = ""
-) -> GoldenResult:
-    """Pair a detector's ``detections`` with the ``expected`` ones, both in image pixels."""
-    match = match_detections(expected, detections, options=options)
-    score = np.abs(expected.scores[match.reference] - detections.scores[match.candidate])
-    judged_expected, judged = expected.scores >= options.min_score, detections.scores >= options.min_score
-    counted = judged_expected[match.reference] | judged[match.candidate]
-    return GoldenResult(
-        path=path,
-        expected=int(judged_expected.sum()),
-        detected=int(judged.sum()),
-        missed=len(match.missed),
-        extra=len(match.extra),
-        lowest_iou=round(float(match.iou[counted].min(initial=1.0)), 6),
-        largest_score_difference=round(float(score[counted].max(initial=0.0)), 6),
-    )
-
-
-def _machine_text(machine: MachineFacts) -> dict[str, str]:
-    texts = {
-        "system": machine.system,
-        "machine": machine.machine,
-        "processor": machine.processor,
-        "gpus": ", ".join(f"{name} ({capability})" for name, capability in machine.gpus),
-        "driver": machine.nvidia_driver,
-        "cuda_driver": machine.cuda_driver,
-    }
-    return {name: text for name, text in texts.items() if text}
+        return Detector(RecordedSession(options.recorded, contract), contract)
+    remote = kserve.RemoteModel(url=options.server, contract=contract)
+    return Detector(kserve.open_model(remote, options.session), contract)
 
 
 def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
@@ -560,32 +355,19 @@ def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:
     not_run = "the golden images were not run: preprocessing differs"
     replay = record.summary if prepared.passed else not_run
     values = record.values
-    rate = None if _match_rate(record.images) is None else record.matched
-    return (
-        Verdict(
-            name="preprocessing",
-            subject=subject,
-            outcome=Outcome.PASSED if prepared.passed else Outcome.FAILED,
-            value=prepared.difference,
-            limit=prepared.allowed,
-            message=prepared.problem or same,
-        ),
-        Verdict(
-            name="min_match_rate",
-            subject=subject,
-            outcome=_match_outcome(rate, record.gate) if prepared.passed else Outcome.FAILED,
-            value=record.matched,
-            limit=record.gate.min_match_rate or 0.0,
-            message=replay,
-        ),
-        Verdict(
-            name="values",
-            subject=subject,
-            outcome=values.outcome if values else Outcome.FAILED,
-            value=values.evidence if values else 0,
-            limit=MIN_EVIDENCE,
-            message=values.summary if values else not_run,
-        ),
+    rate = None if match_rate(record.images) is None else record.matched
+    passed = Outcome.PASSED if prepared.passed else Outcome.FAILED
+    matched = _match_outcome(rate, record.gate) if prepared.passed else Outcome.FAILED
+    verdicts = (
+        ("preprocessing", passed, prepared.difference, prepared.allowed, prepared.problem or same),
+        ("min_match_rate", matched, record.matched, record.gate.min_match_rate or 0.0, replay),
+        ("values", values.outcome, values.evidence, MIN_EVIDENCE, values.summary)
+        if values
+        else ("values", Outcome.FAILED, 0, MIN_EVIDENCE, not_run),
+    )
+    return tuple(
+        Verdict(name=name, subject=subject, outcome=outcome, value=value, limit=limit, message=message)
+        for name, outcome, value, limit, message in verdicts
     )
 
 
@@ -736,12 +518,7 @@ def read_records(
 
 def _read(path: Path, *, bundle: Bundle, public_keys: tuple[Path | str, ...]) -> ReadRecord:
     again = "write it on the device: fcos-deploy verify BUNDLE --export record.json"
-    try:
-        signed = from_json(_Signed, parse_json(read_file(path, limit=_MAX_RECORD_BYTES)), where=path.name)
-    except OSError as error:
-        raise ConfigError(f"Cannot read the record '{path}': {error.strerror or error}.", hint=again) from error
-    except (ValueError, TypeError, FcosDeployError) as error:
-        raise ConfigError(f"'{path}' is not a device record: {error}.", hint=again) from error
+    signed = _read_json(_Signed, path, limit=_MAX_RECORD_BYTES, what="a device record", hint=again)
     record = signed.record
     verification, layer = record.verification, record.layer
     if record.format != _RECORD_FORMAT:

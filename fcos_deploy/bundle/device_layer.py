@@ -15,38 +15,37 @@ import hmac
 import json
 import logging
 import os
-import platform
 import shlex
 import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fcos_deploy.bundle.manifest import LAYERS_FOLDER, SIGNATURE_NAME, Artifact, FileRecord, StepRecord
+from fcos_deploy.bundle.manifest import LAYERS_FOLDER, SIGNATURE_NAME, Artifact, FileRecord
 from fcos_deploy.bundle.signature import check_bytes, check_envelope, device_public_key, sign_with_device_key
 from fcos_deploy.bundle.store import Bundle
-from fcos_deploy.bundle.writer import ArtifactDraft, lock_folder, record_files
+from fcos_deploy.bundle.writer import ArtifactDraft, artifact_of, lock_folder, record_files
 from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError, SignatureError
-from fcos_deploy.core.files import copy_file, read_file, replace_folder, sha256_file, sync_folder
+from fcos_deploy.core.files import copy_file, read_file, replace_folder, sync_folder
 from fcos_deploy.core.machine import MachineFacts, read_machine
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
-from fcos_deploy.core.trust import authenticate, is_own, own_folder, state_folder, write_own_file
+from fcos_deploy.core.trust import Trust, authenticate, is_own, own_folder, state_folder, write_own_file
 
 __all__ = [
     "Choice",
     "Layer",
     "LayerState",
-    "chosen_precision",
     "copy_layers",
     "describe_layers",
     "device_facts",
     "find_layers",
     "layer_room",
+    "machine_words",
     "renew_command",
     "sign_layers",
     "usable_layers",
@@ -105,6 +104,26 @@ class LayerState:
     trusted_by: str = ""
 
     @property
+    def files(self) -> tuple[FileRecord, ...]:
+        """With paths relative to the layer."""
+        return (*self.layer.artifacts, *self.layer.files) if self.layer else ()
+
+    def fault(self) -> str:
+        """Why it may not be used, after its files were hashed; '' when it may."""
+        for record in self.files if not self.problem else ():
+            try:
+                if not record.is_intact(self.folder):
+                    return f"'{record.path}' was changed."
+            except OSError as error:
+                return f"'{record.path}' cannot be read: {error.strerror or error}."
+        return self.problem
+
+    @property
+    def choice(self) -> Choice | None:
+        """What ``setup`` chose on this device, if it did."""
+        return self.layer.choice if self.layer else None
+
+    @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """With paths as the bundle knows them: ``device/NAME/model.engine``."""
         return tuple(
@@ -117,9 +136,8 @@ class LayerState:
         )
 
 
-def device_facts(backend: str, *, machine: MachineFacts | None = None) -> dict[str, str]:
-    """What a build depends on: the device, and the versions of its drivers and of the runtime."""
-    machine = machine or read_machine()
+def machine_words(machine: MachineFacts) -> dict[str, str]:
+    """The device and the versions of its drivers, as far as they are known."""
     facts = {
         "machine": machine.machine,
         "processor": machine.processor,
@@ -129,9 +147,14 @@ def device_facts(backend: str, *, machine: MachineFacts | None = None) -> dict[s
         "jetpack": machine.jetson.jetpack if machine.jetson else "",
         "driver": machine.nvidia_driver,
         "cuda_driver": machine.cuda_driver,
-        "runtime": get_backend(backend).probe().version,
     }
     return {name: text for name, text in facts.items() if text}
+
+
+def device_facts(backend: str) -> dict[str, str]:
+    """What a build depends on: the device, and the versions of its drivers and of the runtime."""
+    version = get_backend(backend).probe().version
+    return machine_words(read_machine()) | ({"runtime": version} if version else {})
 
 
 def renew_command(bundle: Bundle, *, backend: str, precision: Precision) -> str:
@@ -170,7 +193,14 @@ def write_layer(
         temporary.mkdir(mode=0o755)
         temporary.chmod(0o755)  # whatever the umask: a layer that others can write is not used
         try:
-            _fill(temporary, bundle, backend=backend, facts=facts, make=make, choice=choice, label=label)
+            layer = Layer(
+                parent=bundle.manifest_sha256,
+                backend=backend,
+                device=facts,
+                choice=choice,
+                created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            )
+            _fill(temporary, layer, make=make, step=f"build-{backend}-{label}")
             replace_folder(temporary, place / name)
         except OSError as error:
             raise BundleError(
@@ -181,56 +211,18 @@ def write_layer(
             shutil.rmtree(temporary, ignore_errors=True)
     finally:
         os.close(lock)
-    return _state(bundle, place / name, facts_of=lambda _: facts, keys=(), trust_local=True)
+    return _state(bundle, place / name, Trust(local_builds=True))
 
 
-def _fill(
-    folder: Path,
-    bundle: Bundle,
-    *,
-    backend: str,
-    facts: dict[str, str],
-    make: Callable[[Path], ArtifactDraft] | None,
-    choice: Choice | None,
-    label: str,
-) -> None:
+def _fill(folder: Path, layer: Layer, *, make: Callable[[Path], ArtifactDraft] | None, step: str) -> None:
+    """Build what ``layer`` records, as ``step``, and write its record and the code of this user."""
     started = time.perf_counter()
     draft = make(folder) if make else None
-    records = record_files(folder)
-    artifacts: tuple[Artifact, ...] = ()
+    seconds, records = round(time.perf_counter() - started, 3), record_files(folder)
     if draft is not None:
-        main = records.pop(draft.path)
-        step = StepRecord(
-            name=f"build-{backend}-{label}",
-            config=dict(draft.config),
-            tools=dict(draft.tools),
-            seconds=round(time.perf_counter() - started, 3),
-            platform=platform.platform(),
-        )
-        artifacts = (
-            Artifact(
-                path=draft.path,
-                sha256=main.sha256,
-                size=main.size,
-                kind=draft.kind,
-                precision=draft.precision,
-                parent=draft.parent,
-                backend=draft.backend,
-                placement=draft.placement,
-                companions=draft.companions,
-                requires=draft.requires,
-                step=step,
-            ),
-        )
-    layer = Layer(
-        parent=bundle.manifest_sha256,
-        backend=backend,
-        device=facts,
-        artifacts=artifacts,
-        files=tuple(records.values()),
-        choice=choice,
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    )
+        layer = replace(layer, artifacts=(artifact_of(draft, records, step=step, seconds=seconds),))
+        del records[draft.path]
+    layer = replace(layer, files=tuple(records.values()))
     content = (json.dumps(to_json(layer), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
     write_own_file(folder / _LAYER_NAME, content)
     write_own_file(folder / _MAC_NAME, authenticate(_PURPOSE, content).encode())
@@ -273,18 +265,14 @@ def layer_room(bundle: Bundle) -> int:
     return shutil.disk_usage(_writable_place(bundle)).free
 
 
-def find_layers(bundle: Bundle, *, facts_of: Callable[[str], dict[str, str]] = device_facts) -> list[LayerState]:
-    """Every complete layer beside the bundle, with the reason why it is not used, if it is not; files are not hashed.
-
-    ``facts_of`` gives the facts of this device for a backend.
-    """
+def find_layers(bundle: Bundle) -> list[LayerState]:
+    """Every complete layer beside the bundle, with the reason why it is not used, if so; files are not hashed."""
     states = []
     for place in _places(bundle):
         with contextlib.suppress(OSError):
             for folder in sorted(place.iterdir()):
                 if not folder.name.startswith(".") and folder.name != "lock":
-                    keys, trust = bundle.trust.public_keys, bundle.trust.local_builds
-                    states.append(_state(bundle, folder, facts_of=facts_of, keys=keys, trust_local=trust))
+                    states.append(_state(bundle, folder, bundle.trust))
     return states
 
 
@@ -297,23 +285,16 @@ def usable_layers(bundle: Bundle, *, backend: str) -> list[LayerState]:
     for state in find_layers(bundle):
         if state.layer is None or state.layer.backend != backend:
             continue
-        problem = state.problem or _changed_file(state)
+        problem = state.fault()
         if not problem:
-            bundle.adopt(state.name, (*state.layer.artifacts, *state.layer.files), folder=state.folder)
+            bundle.adopt(state.name, state.files, folder=state.folder)
             usable.append(state)
         elif not state.other_device:
             _LOG.warning("The layer '%s' is not used: %s Renew it: %s", state.folder, problem, state.renew)
     return usable
 
 
-def _state(
-    bundle: Bundle,
-    folder: Path,
-    *,
-    facts_of: Callable[[str], dict[str, str]],
-    keys: tuple[Path | str, ...],
-    trust_local: bool,
-) -> LayerState:
+def _state(bundle: Bundle, folder: Path, trust: Trust) -> LayerState:
     name = f"{LAYERS_FOLDER}/{folder.name}"
     try:
         mode = folder.lstat().st_mode
@@ -333,7 +314,7 @@ def _state(
     if any(artifact.parent not in hashes for artifact in layer.artifacts):
         return replace(state, problem="it was not built from a graph of this bundle.")
     try:
-        facts = facts_of(layer.backend)
+        facts = device_facts(layer.backend)
     except ConfigError as error:
         return replace(state, problem=error.message)
     differences = [
@@ -346,12 +327,12 @@ def _state(
     if differences:
         return replace(state, problem=f"it no longer fits this device ({'; '.join(differences)}).")
     try:
-        return replace(state, trusted_by=_trusted_by(folder, content, keys=keys, trust_local=trust_local))
+        return replace(state, trusted_by=_trusted_by(folder, content, trust))
     except FcosDeployError as error:
         return replace(state, problem=error.message)
 
 
-def _trusted_by(folder: Path, content: bytes, *, keys: tuple[Path | str, ...], trust_local: bool) -> str:
+def _trusted_by(folder: Path, content: bytes, trust: Trust) -> str:
     """Whose word a layer has: the id of a trusted device key, or 'this user'.
 
     Raises:
@@ -362,12 +343,11 @@ def _trusted_by(folder: Path, content: bytes, *, keys: tuple[Path | str, ...], t
     if os.path.lexists(signature):
         try:
             own = device_public_key()
-            return check_bytes(
-                _PREFIX + content, check_envelope(signature), public_keys=(*keys, *([own] if own else []))
-            )
+            keys = (*trust.public_keys, *([own] if own else []))
+            return check_bytes(_PREFIX + content, check_envelope(signature), public_keys=keys)
         except FcosDeployError as error:
             problem = error.message
-    if keys and not trust_local:
+    if trust.public_keys and not trust.local_builds:
         raise SignatureError(
             problem
             or "it is not signed by a device key ('fcos-deploy sign --device BUNDLE'), and local builds are not "
@@ -386,21 +366,6 @@ def _trusted_by(folder: Path, content: bytes, *, keys: tuple[Path | str, ...], t
     return "this user"
 
 
-def _changed_file(state: LayerState) -> str:
-    """A sentence about the first file that is not what the layer records, or ''."""
-    if state.layer is None:
-        return "it is not complete."
-    for record in (*state.layer.artifacts, *state.layer.files):
-        path = state.folder / record.path
-        try:
-            plain = stat.S_ISREG(path.lstat().st_mode)
-            if not plain or path.stat().st_size != record.size or sha256_file(path) != record.sha256:
-                return f"'{record.path}' was changed."
-        except OSError as error:
-            return f"'{record.path}' cannot be read: {error.strerror or error}."
-    return ""
-
-
 def copy_layers(bundle: Bundle, folder: Path) -> None:
     """Copy the layers that fit this device to ``folder``, the place of layers beside a copy of the bundle.
 
@@ -413,7 +378,7 @@ def copy_layers(bundle: Bundle, folder: Path) -> None:
         target = folder / state.folder.name
         if state.layer is not None and not state.problem and not target.exists():
             temporary = folder / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-            records = (record.path for record in (*state.layer.artifacts, *state.layer.files))
+            records = (record.path for record in state.files)
             for name in (_LAYER_NAME, _MAC_NAME, SIGNATURE_NAME, *records):
                 if os.path.lexists(state.folder / name):
                     copy_file(state.folder / name, temporary / name)
@@ -430,9 +395,9 @@ def sign_layers(bundle: Bundle) -> list[str]:
     """
     signed = []
     for state in find_layers(bundle):
-        if state.layer is not None and not state.problem and not _changed_file(state):
+        if not state.fault():
             content = read_file(state.folder / _LAYER_NAME, limit=_MAX_BYTES, follow_links=False)
-            _trusted_by(state.folder, content, keys=(), trust_local=True)
+            _trusted_by(state.folder, content, Trust(local_builds=True))
             envelope = sign_with_device_key(_PREFIX + content)
             write_own_file(state.folder / SIGNATURE_NAME, envelope.text().encode())
             (state.folder / SIGNATURE_NAME).chmod(0o644)
@@ -449,12 +414,7 @@ def describe_layers(bundle: Bundle) -> list[tuple[str, str]]:
     """Name and state of every layer, for people."""
     rows = []
     for state in find_layers(bundle):
-        problem = state.problem or _changed_file(state)
+        problem = state.fault()
         text = f"not used: {problem}" if problem else f"used, built by {state.trusted_by}"
         rows.append((state.name, text + (f" Renew it: {state.renew}" if problem and not state.other_device else "")))
     return rows
-
-
-def chosen_precision(layers: Sequence[LayerState]) -> Precision | None:
-    """What ``setup`` chose on this device, if it did."""
-    return next((state.layer.choice.precision for state in layers if state.layer and state.layer.choice), None)

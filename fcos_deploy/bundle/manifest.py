@@ -11,8 +11,9 @@ import math
 import re
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
+from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Gate, Outcome, ScoreDrift
 from fcos_deploy.core.progress import StageRecord
 from fcos_deploy.core.serialize import from_json, to_json, unique_keys
@@ -87,6 +89,12 @@ class FileRecord:
             raise BundleError(f"'{self.path}' has {self.sha256[:80]!r} in place of a SHA-256.")
         if not 0 <= self.size < 1 << 40:
             raise BundleError(f"'{self.path}' cannot have {self.size} bytes.")
+
+    def is_intact(self, folder: Path) -> bool:
+        """Whether the file in ``folder`` is a plain one of this size and these contents."""
+        path = folder / self.path
+        plain = path.is_file() and not path.is_symlink()
+        return plain and path.stat().st_size == self.size and sha256_file(path) == self.sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,12 +393,13 @@ class Manifest:
         any artifact of its precision; always computed in ``compute``.
         """
         parents = {record.path for record in self.artifacts if record.sha256 == artifact.parent}
-        related: list[tuple[int, GoldenRun]] = []
-        for run in self.golden_runs:
-            if run.precision is artifact.precision and run.compute is compute:
-                same, parent = run.artifact == artifact.path, run.artifact in parents
-                related.append((0 if same and run.backend == backend else 1 if same else 2 if parent else 3, run))
-        return min(related, key=lambda ranked: ranked[0])[1] if related else None
+        related = [run for run in self.golden_runs if (run.precision, run.compute) == (artifact.precision, compute)]
+
+        def distance(run: GoldenRun) -> tuple[bool, bool, bool]:
+            same = run.artifact == artifact.path
+            return not same, run.artifact not in parents, not same or run.backend != backend
+
+        return min(related, key=distance, default=None)
 
     def gate(self, precision: Precision) -> Gate:
         """What must hold for artifacts of this precision.
@@ -476,8 +485,6 @@ def _finite(text: str) -> float:
 BOM_NAME = "bom.cdx.json"
 _MODEL, _CHECKPOINT = "model", "checkpoint"  # references within the document; those of files are their paths
 
-_Json = dict[str, Any]  # Any: JSON
-
 
 def bill_of_materials(manifest: Manifest) -> str:
     """What the bundle of ``manifest``, which lists its files, is made of: JSON text, the same for the same manifest."""
@@ -507,14 +514,17 @@ def bill_of_materials(manifest: Manifest) -> str:
             },
         },
         "components": [
-            {
-                "type": "machine-learning-model",
-                "bom-ref": _CHECKPOINT,
-                "name": provenance.checkpoint,
-                "hashes": [{"alg": "SHA-256", "content": provenance.checkpoint_sha256}],
-            },
-            *(_artifact(artifact) for artifact in manifest.artifacts),
-            *(_file(record) for record in manifest.files),
+            _hashed("machine-learning-model", _CHECKPOINT, provenance.checkpoint, provenance.checkpoint_sha256),
+            *(
+                {
+                    **_hashed("file", a.path, a.path, a.sha256),
+                    "properties": _properties(
+                        {"kind": a.kind, "precision": a.precision, "backend": a.backend, "step": a.step.name}
+                    ),
+                }
+                for a in manifest.artifacts
+            ),
+            *(_hashed("file", record.path, record.path, record.sha256) for record in manifest.files),
             *(_library(name, version) for name, version in sorted(libraries)),
         ],
         "dependencies": sorted(dependencies, key=lambda entry: str(entry["ref"])),
@@ -522,9 +532,8 @@ def bill_of_materials(manifest: Manifest) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
-def _model_card(manifest: Manifest) -> _Json:
+def _model_card(manifest: Manifest) -> dict[str, Any]:  # Any: JSON
     contract = manifest.contract
-    inputs = [f"{spec.name} {spec}" for spec in contract.input_specs]
     metrics = [
         {
             "type": name,
@@ -534,45 +543,28 @@ def _model_card(manifest: Manifest) -> _Json:
         for figure in manifest.accuracy
         for name, value in sorted(figure.metrics.items())
     ]
+    decisions = {f"decision:{item.name}": f"{item.value} ({item.source})" for item in contract.decisions}
     return {
         "modelParameters": {
             "task": "object-detection",
             "architectureFamily": "FCOS",
             "modelArchitecture": f"FCOS of {contract.ecosystem}" if contract.ecosystem else "FCOS",
-            "inputs": [{"format": text} for text in inputs],
+            "inputs": [{"format": f"{spec.name} {spec}"} for spec in contract.input_specs],
             "outputs": [{"format": name} for name in contract.outputs],
         },
         "quantitativeAnalysis": {"performanceMetrics": metrics},
-        "properties": [
-            *_properties(classes=", ".join(contract.class_names)),
-            *(_property(f"decision:{item.name}", f"{item.value} ({item.source})") for item in contract.decisions),
-        ],
+        "properties": _properties({"classes": ", ".join(contract.class_names), **decisions}),
     }
 
 
-def _artifact(artifact: Artifact) -> _Json:
-    details = _properties(
-        kind=artifact.kind, precision=artifact.precision, backend=artifact.backend, step=artifact.step.name
-    )
-    return {**_file(artifact), "properties": details}
+def _hashed(kind: str, reference: str, name: str, sha256: str) -> dict[str, Any]:  # Any: JSON
+    hashes = [{"alg": "SHA-256", "content": sha256}]
+    return {"type": kind, "bom-ref": reference, "name": name, "hashes": hashes}
 
 
-def _file(record: FileRecord) -> _Json:
-    return {
-        "type": "file",
-        "bom-ref": record.path,
-        "name": record.path,
-        "hashes": [{"alg": "SHA-256", "content": record.sha256}],
-    }
-
-
-def _library(name: str, version: str) -> _Json:
+def _library(name: str, version: str) -> dict[str, Any]:  # Any: JSON
     return {"type": "library", "bom-ref": f"library:{name}@{version}", "name": name, "version": version}
 
 
-def _properties(**values: str) -> list[_Json]:
-    return [_property(name, str(value)) for name, value in values.items() if value]
-
-
-def _property(name: str, value: str) -> _Json:
-    return {"name": f"fcos-deploy:{name}", "value": value}
+def _properties(values: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"name": f"fcos-deploy:{name}", "value": str(value)} for name, value in values.items() if value]

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fcos_deploy.bundle.device_layer import chosen_precision, renew_command, usable_layers
+from fcos_deploy.bundle.device_layer import renew_command, usable_layers
 from fcos_deploy.bundle.manifest import Artifact, Requirements, VersionRule
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.artifact import find_contract
@@ -18,11 +18,9 @@ from fcos_deploy.core.exporter import all_exporters
 from fcos_deploy.core.machine import MachineFacts, read_machine
 
 __all__ = [
-    "Difference",
     "Fallback",
     "Selection",
     "preflight",
-    "require_fit",
     "select_artifact",
     "select_runnable",
     "select_with_layers",
@@ -120,18 +118,6 @@ def _is_buildable(bundle: Bundle, backend: str) -> bool:
     return backend in all_exporters() and any(a.kind is ArtifactKind.ONNX for a in bundle.manifest.artifacts)
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Something that does not fit: what, what is needed, what is there."""
-
-    what: str
-    needed: str
-    present: str
-
-    def __str__(self) -> str:
-        return f"{self.what} must be {self.needed}, it is {self.present or 'unknown'}"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fallback:
     """A backend that was passed over for the next one of the bundle's chain, and why; for records and logs."""
@@ -142,18 +128,14 @@ class Fallback:
 
 
 def select_with_layers(bundle: Bundle, *, backend: str, precision: Precision | None = None) -> Selection:
-    """As ``select_artifact``, with what was built and chosen on this device.
-
-    Raises:
-        ConfigError: no artifact, or several of the same rank.
-    """
+    """As ``select_artifact``, with what was built and chosen on this device."""
     layers = usable_layers(bundle, backend=backend)
     return select_artifact(
         bundle,
         backend=backend,
         precisions=(precision,) if precision else (),
         layers=[artifact for layer in layers for artifact in layer.artifacts],
-        preferred=chosen_precision(layers),
+        preferred=next((layer.choice.precision for layer in layers if layer.choice), None),
     )
 
 
@@ -163,7 +145,6 @@ def select_runnable(
     backend: str = "",
     precision: Precision | None = None,
     allow_fallback: bool = False,
-    machine: MachineFacts | None = None,
 ) -> tuple[Selection, tuple[Fallback, ...]]:
     """The artifact to run after preflight, and the backends that were passed over on the way to it.
 
@@ -182,7 +163,7 @@ def select_runnable(
         try:
             selection = select_with_layers(bundle, backend=name, precision=precision if name == first else None)
             path = selection.artifact.path
-            require_fit(bundle, selection, machine=machine)
+            _require_fit(bundle, selection)
         except (DeviceError, ConfigError) as error:
             if not allow_fallback:
                 raise
@@ -195,14 +176,10 @@ def select_runnable(
     )
 
 
-def require_fit(bundle: Bundle, selection: Selection, *, machine: MachineFacts | None = None) -> None:
-    """Refuse an artifact that this machine cannot run.
-
-    Raises:
-        DeviceError: naming everything that differs, and the command that rebuilds.
-    """
+def _require_fit(bundle: Bundle, selection: Selection) -> None:
+    """Refuse an artifact that this machine cannot run, naming all that differs, and the command that rebuilds."""
     probe = get_backend(selection.backend).probe()
-    differences = preflight(selection.artifact, probe=probe, machine=machine or read_machine())
+    differences = preflight(selection.artifact, probe=probe, machine=read_machine())
     if not differences:
         return
     # Never a line of the manifest: pasted into a shell it would be a program of whoever wrote it.
@@ -212,24 +189,28 @@ def require_fit(bundle: Bundle, selection: Selection, *, machine: MachineFacts |
     chain = ", then ".join(bundle.manifest.defaults.fallback)
     hint = f"rebuild it here: {rebuild}" + (f"; or --allow-fallback to use {chain}" if chain else "")
     raise DeviceError(
-        f"'{selection.artifact.path}' cannot run here with '{selection.backend}': {'; '.join(map(str, differences))}.",
+        f"'{selection.artifact.path}' cannot run here with '{selection.backend}': {'; '.join(differences)}.",
         hint=hint if probe.available else probe.remedy or hint,
     )
 
 
-def preflight(artifact: Artifact, *, probe: BackendProbe, machine: MachineFacts) -> tuple[Difference, ...]:
-    """Everything that keeps this machine from running ``artifact``; empty when it fits."""
+def preflight(artifact: Artifact, *, probe: BackendProbe, machine: MachineFacts) -> tuple[str, ...]:
+    """Everything that keeps this machine from running ``artifact``, in sentences; empty when it fits."""
     needs = artifact.requires
     if not probe.available:
-        return (Difference("the runtime", "installed", probe.problem or "missing"),)
+        return (_differs("the runtime", "installed", probe.problem or "missing"),)
     return (*_version(needs, probe.version), *_gpu(needs, machine), *_host(needs, machine, probe))
+
+
+def _differs(what: str, needed: str, present: str) -> str:
+    return f"{what} must be {needed}, it is {present or 'unknown'}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
-def _version(needs: Requirements, present: str) -> Iterator[Difference]:
+def _version(needs: Requirements, present: str) -> Iterator[str]:
     needed = needs.backend_version
     fits, words = {
         VersionRule.EXACT: (present == needed, ""),
@@ -241,10 +222,10 @@ def _version(needs: Requirements, present: str) -> Iterator[Difference]:
         ),
     }[needs.version_rule]
     if needed and not fits:
-        yield Difference("the runtime's version", needed + words, present)
+        yield _differs("the runtime's version", needed + words, present)
 
 
-def _gpu(needs: Requirements, machine: MachineFacts) -> Iterator[Difference]:
+def _gpu(needs: Requirements, machine: MachineFacts) -> Iterator[str]:
     capabilities = [capability for _, capability in machine.gpus]
     if needs.hardware_compatible:
         oldest = min(map(_numbers, needs.compute_capabilities), default=())
@@ -254,19 +235,19 @@ def _gpu(needs: Requirements, machine: MachineFacts) -> Iterator[Difference]:
     if needs.compute_capabilities and not fits:
         newer = " or newer" if needs.hardware_compatible else ""
         present = ", ".join(f"{capability} ({name})" for name, capability in machine.gpus) or "no NVIDIA GPU"
-        yield Difference("the GPU's compute capability", " or ".join(needs.compute_capabilities) + newer, present)
+        yield _differs("the GPU's compute capability", " or ".join(needs.compute_capabilities) + newer, present)
     if needs.driver and _numbers(machine.nvidia_driver) < _numbers(needs.driver):
-        yield Difference("the NVIDIA driver", f"{needs.driver} or newer", machine.nvidia_driver)
+        yield _differs("the NVIDIA driver", f"{needs.driver} or newer", machine.nvidia_driver)
 
 
-def _host(needs: Requirements, machine: MachineFacts, probe: BackendProbe) -> Iterator[Difference]:
+def _host(needs: Requirements, machine: MachineFacts, probe: BackendProbe) -> Iterator[str]:
     if needs.machine and needs.machine != machine.machine:
-        yield Difference("the processor's architecture", needs.machine, machine.machine)
+        yield _differs("the processor's architecture", needs.machine, machine.machine)
     missing = sorted(set(needs.cpu_features) - set(machine.cpu_features))
     if missing:
-        yield Difference("the processor", f"one with {', '.join(missing)}", f"{machine.processor}, without")
+        yield _differs("the processor", f"one with {', '.join(missing)}", f"{machine.processor}, without")
     # Backends name devices such as "GPU.1", "cuda:0" or "GPU (NVIDIA ...)": the word before the index is the kind.
     devices = [device.lower() for device in probe.devices]
     needed = needs.device.lower()
     if needed and not any(needed in (device, re.split(r"[.: ]", device)[0]) for device in devices):
-        yield Difference("the device", needs.device, ", ".join(probe.devices) or "none")
+        yield _differs("the device", needs.device, ", ".join(probe.devices) or "none")

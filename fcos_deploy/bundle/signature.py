@@ -26,7 +26,7 @@ from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.core.trust import VersionMemory, own_file_bytes, own_folder, state_folder, write_own_file
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 __all__ = [
@@ -39,15 +39,12 @@ __all__ = [
     "generate_ec_key",
     "generate_key",
     "key_id",
-    "model_statement",
     "public_key_text",
     "remember_version",
     "require_no_rollback",
     "required_keys",
-    "sign_bytes",
     "sign_manifest",
     "sign_with_device_key",
-    "sign_with_ec_key",
     "write_model_signature",
 ]
 
@@ -107,11 +104,7 @@ def generate_key(private: Path, *, public: Path) -> str:
 
 
 def generate_ec_key(private: Path, *, public: Path) -> None:
-    """As ``generate_key``, an EC key on the curve P-256, for signatures in the OpenSSF format.
-
-    Raises:
-        ConfigError: as ``generate_key``.
-    """
+    """As ``generate_key``, an EC key on the curve P-256, for signatures in the OpenSSF format."""
     _write_key_pair(ec.generate_private_key(ec.SECP256R1()), private, public=public)
 
 
@@ -119,10 +112,9 @@ def _write_key_pair(key: Ed25519PrivateKey | EllipticCurvePrivateKey, private: P
     for path in (private, public):
         if path.exists():
             raise ConfigError(f"'{path}' exists and is not overwritten.", hint="choose another name")
-    pem = serialization.Encoding.PEM
-    passphrase = _passphrase()
+    passphrase = os.environ.get(PASSPHRASE_VARIABLE, "").encode()
     encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, encryption)
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     try:
         private.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -134,7 +126,7 @@ def _write_key_pair(key: Ed25519PrivateKey | EllipticCurvePrivateKey, private: P
         stream.write(secret)
         stream.flush()
         os.fsync(stream.fileno())
-    write_text(public, key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo).decode())
+    write_text(public, _public_pem(key.public_key()).decode())
 
 
 def key_id(public: Ed25519PublicKey) -> str:
@@ -160,54 +152,23 @@ def sign_manifest(root: Path, *, manifest: bytes, private_key: Path, version: in
             expires = datetime.date.fromisoformat(expires).isoformat()
         except ValueError as error:
             raise ConfigError(f"'{expires}' is not a date.", hint="for example 2027-12-31") from error
-    envelope = sign_bytes(_message(manifest, version=version, expires=expires), private_key=private_key)
+    envelope = _sign_bytes(_message(manifest, version=version, expires=expires), private_key=private_key)
     envelope = replace(envelope, version=version, expires=expires)
     envelope = replace(envelope, sha256=envelope.digest())
     write_text(root / SIGNATURE_NAME, envelope.text())
     return envelope
 
 
-def sign_bytes(message: bytes, *, private_key: Path) -> Envelope:
-    """The signature of ``message``, which must begin with the line that names its purpose.
-
-    Raises:
-        ConfigError: the key file cannot be used.
-    """
+def _sign_bytes(message: bytes, *, private_key: Path) -> Envelope:
+    """The signature of ``message``, which must begin with the line that names its purpose."""
     key = _private_key(private_key, _ED25519)
     signature = base64.b64encode(key.sign(message)).decode()
     draft = Envelope(algorithm="ed25519", key_id=key_id(key.public_key()), signature=signature, sha256="")
     return replace(draft, sha256=draft.digest())
 
 
-def _passphrase() -> bytes | None:
-    return os.environ.get(PASSPHRASE_VARIABLE, "").encode() or None
-
-
-def sign_with_ec_key(message: bytes, *, private_key: Path) -> tuple[str, bytes]:
-    """ECDSA over ``message``: the SHA-256 of the public key's PEM text, and the signature in DER form.
-
-    The hash is the one that belongs to the curve: SHA-256 for P-256, SHA-384 for P-384, SHA-512 for P-521.
-
-    Raises:
-        ConfigError: the key file cannot be used.
-    """
-    key = _private_key(private_key, _EC)
-    digests = {"secp256r1": hashes.SHA256, "secp384r1": hashes.SHA384, "secp521r1": hashes.SHA512}
-    if key.curve.name not in digests:
-        raise ConfigError(
-            f"'{private_key}' is a key of the curve '{key.curve.name}'.", hint="use P-256, P-384 or P-521"
-        )
-    pem, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    identity = hashlib.sha256(key.public_key().public_bytes(pem, form)).hexdigest()
-    return identity, key.sign(message, ec.ECDSA(digests[key.curve.name]()))
-
-
 def _private_key(path: Path, kind: str) -> Any:
-    """The key in a PEM file that nobody else can read or write, decrypted with FCOS_DEPLOY_KEY_PASSPHRASE if need be.
-
-    Raises:
-        ConfigError: there is no such key, others can read or write it, or the passphrase is missing or wrong.
-    """
+    """The key in a PEM file that nobody else can read or write, decrypted with the passphrase if need be."""
     try:
         with open_regular(path) as stream:
             mode = os.fstat(stream.fileno()).st_mode
@@ -220,10 +181,10 @@ def _private_key(path: Path, kind: str) -> Any:
             f"The private key '{path}' can be read or written by others (its mode is {mode & 0o777:04o}).",
             hint=f"chmod 600 '{path}'; if others had access, make a new key with 'fcos-deploy sign --generate-key'",
         )
-    passphrase = _passphrase()
-    if b"ENCRYPTED" not in content:
-        passphrase = None  # The library refuses a passphrase that is not needed.
-    elif passphrase is None:
+    passphrase = None  # The library refuses one that is not needed.
+    if b"ENCRYPTED" in content:
+        passphrase = os.environ.get(PASSPHRASE_VARIABLE, "").encode()
+    if passphrase == b"":
         raise ConfigError(
             f"The private key '{path}' is encrypted.", hint=f"give its passphrase in the variable {PASSPHRASE_VARIABLE}"
         )
@@ -371,9 +332,11 @@ def device_public_key() -> Path | None:
 
 def public_key_text(path: Path) -> str:
     """A public key in PEM form, after checking that it is one."""
-    pem, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    text: str = _public_key(path).public_bytes(pem, form).decode()
-    return text
+    return _public_pem(_public_key(path)).decode()
+
+
+def _public_pem(key: Ed25519PublicKey | EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def sign_with_device_key(message: bytes) -> Envelope:
@@ -386,7 +349,7 @@ def sign_with_device_key(message: bytes) -> Envelope:
     if device_public_key() is None:
         private.unlink(missing_ok=True)  # without its public half: what a power cut left
         generate_key(private, public=private.with_suffix(".pub.pem"))
-    return sign_bytes(message, private_key=private)
+    return _sign_bytes(message, private_key=private)
 
 
 def _public_key(source: Path | str) -> Ed25519PublicKey:
@@ -411,7 +374,7 @@ _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _IGNORED = (LAYERS_FOLDER, LOG_NAME, MODEL_SIGNATURE_NAME, SIGNATURE_NAME)
 
 
-def model_statement(name: str, files: Mapping[str, str]) -> bytes:
+def _model_statement(name: str, files: Mapping[str, str]) -> bytes:
     """The in-toto statement about the model ``name``; ``files``: the SHA-256 of each, by its path."""
     # Characters beyond ASCII and the order are those of the reference implementation: UTF-8, by name.
     ordered = sorted(files.items())
@@ -436,13 +399,22 @@ def model_statement(name: str, files: Mapping[str, str]) -> bytes:
 def write_model_signature(root: Path, *, name: str, files: Mapping[str, str], private_key: Path) -> None:
     """Write ``model.sig`` into the bundle in ``root``, signed with an EC key; an older one is replaced.
 
+    The hash is the one that belongs to the curve: SHA-256 for P-256, SHA-384 for P-384, SHA-512 for P-521.
+
     Raises:
         ConfigError: the key file cannot be used.
     """
-    payload = model_statement(name, files)
+    key = _private_key(private_key, _EC)
+    digests = {"secp256r1": hashes.SHA256, "secp384r1": hashes.SHA384, "secp521r1": hashes.SHA512}
+    if key.curve.name not in digests:
+        raise ConfigError(
+            f"'{private_key}' is a key of the curve '{key.curve.name}'.", hint="use P-256, P-384 or P-521"
+        )
+    payload = _model_statement(name, files)
     # DSSE signs the payload behind its type and both lengths (PAE, github.com/secure-systems-lab/dsse, protocol.md).
     message = f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(payload)} ".encode() + payload
-    hint, signature = sign_with_ec_key(message, private_key=private_key)
+    signature = key.sign(message, ec.ECDSA(digests[key.curve.name]()))
+    hint = hashlib.sha256(_public_pem(key.public_key())).hexdigest()
     bundle = {
         "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
         "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},

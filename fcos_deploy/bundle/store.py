@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any
 
 from fcos_deploy.bundle.archive import is_archive, is_layout, pack_files, unpack
@@ -46,6 +45,7 @@ from fcos_deploy.core.errors import (
     ChecksumError,
     ConfigError,
     SignatureError,
+    some_names,
 )
 from fcos_deploy.core.files import (
     PrivateFiles,
@@ -61,14 +61,13 @@ __all__ = [
     "Bundle",
     "append_log",
     "check_external_data",
-    "check_files",
+    "check_folder",
     "digest_line",
     "is_bundle",
     "open_bundle",
     "open_trusted",
     "pack",
     "read_log",
-    "read_manifest",
     "sign",
 ]
 
@@ -81,7 +80,7 @@ _REMAKE = "copy the bundle again from where it was made, or make it again with '
 
 
 @dataclass(frozen=True, slots=True)
-class _Checked:
+class CheckedFolder:
     """A manifest whose files were checked: its bytes, and the folder that they were read in."""
 
     content: bytes
@@ -113,16 +112,16 @@ class _Listed:
 class Bundle:
     """A checked bundle. Close it (or use ``with``) to remove what was unpacked from an archive."""
 
-    def __init__(self, root: Path, content: _Checked, *, source: Path, trust: Trust, temporary: bool = False) -> None:
+    def __init__(
+        self, root: Path, content: CheckedFolder, *, source: Path, trust: Trust, temporary: bool = False
+    ) -> None:
         self.root = root
         self.manifest = content.manifest
         self.manifest_bytes = content.content  # those that were checked
         self.manifest_sha256 = content.sha256  # identifies this bundle in records
-        self.signed_by = (
-            content.envelope.key_id if content.envelope else ""
-        )  # id of the key that was checked; '' when none was asked for
-        # As signed; 0 when nothing was claimed, or no key asked for.
-        self.version = content.envelope.version if content.envelope else 0
+        # Id of the key that was checked, and the version that it signed; '' and 0 when no key was asked for.
+        envelope = content.envelope
+        self.signed_by, self.version = (envelope.key_id, envelope.version) if envelope else ("", 0)
         self.source = source
         self.trust = trust
         self.is_archive = temporary
@@ -136,9 +135,7 @@ class Bundle:
     def __enter__(self) -> Bundle:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -196,11 +193,7 @@ class Bundle:
         return path
 
     def read(self, name: str) -> bytes:
-        """The contents of a file that ``path`` would find.
-
-        Raises:
-            BundleError: as ``path``.
-        """
+        """The contents of a file that ``path`` would find."""
         listed = self._listed(name)
         with self._checking():
             return checked_bytes(listed.source, sha256=listed.record.sha256)
@@ -274,7 +267,7 @@ def open_trusted(path: Path, trust: Trust) -> Bundle:
         folder = Path(tempfile.mkdtemp(prefix="fcos-deploy-"))
         try:
             unpack(path, folder, sizes=lambda: _listed_sizes(folder, trust))
-            checked = _check(folder, trust)
+            checked = check_folder(folder, trust)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -287,12 +280,12 @@ def open_trusted(path: Path, trust: Trust) -> Bundle:
     return Bundle(path, _check_unreplaced(path, trust), source=path, trust=trust)
 
 
-def _check_unreplaced(root: Path, trust: Trust) -> _Checked:
-    """As ``_check``, again when another bundle took the place of this one meanwhile."""
+def _check_unreplaced(root: Path, trust: Trust) -> CheckedFolder:
+    """As ``check_folder``, again when another bundle took the place of this one meanwhile."""
     for _ in range(_REPLACED_TRIES):
         before = _inode(root)
         try:
-            checked = _check(root, trust)
+            checked = check_folder(root, trust)
         except BundleError:
             if _inode(root) == before:
                 raise
@@ -319,10 +312,11 @@ def _listed_sizes(root: Path, trust: Trust) -> dict[str, int]:
     return {name: record.size for name, record in _parsed(content, root).all_files.items()}
 
 
-def _check(root: Path, trust: Trust) -> _Checked:
-    """The manifest, and the id of the key that signed it.
+def check_folder(root: Path, trust: Trust) -> CheckedFolder:
+    """Check the bundle in ``root``: manifest, signature, every file, and that it is the one that is meant.
 
     The signature first, since a manifest is parsed; what is parsed are the bytes that the signature was checked on.
+    Errors are those of ``open_bundle``.
     """
     keys = trust.public_keys
     inode = _inode(root)
@@ -330,21 +324,17 @@ def _check(root: Path, trust: Trust) -> _Checked:
         content = _manifest_bytes(root)
         envelope = check_signature(root, manifest=content, public_keys=keys) if keys else None
         manifest = _parsed(content, root)
-        check_files(root, manifest)
+        _check_files(root, manifest)
         _require_identity(root, manifest, envelope, trust)
         if envelope is not None:
             require_no_rollback(manifest.name, envelope, memory=trust.memory)
     except OSError as error:
         raise BundleError(f"Cannot read the bundle '{root}': {error}.", hint="check its permissions") from error
-    return _Checked(content, manifest, envelope, inode)
+    return CheckedFolder(content, manifest, envelope, inode)
 
 
 def _require_identity(root: Path, manifest: Manifest, envelope: Envelope | None, trust: Trust) -> None:
-    """Raise unless this is the bundle that is meant.
-
-    Raises:
-        SignatureError: naming what differs.
-    """
+    """Raise unless this is the bundle that is meant."""
     if trust.name and manifest.name != trust.name:
         raise SignatureError(
             f"The bundle '{root}' is '{manifest.name}', not '{trust.name}'.",
@@ -392,29 +382,15 @@ def sign(
             digest = digest_line(opened.manifest_sha256).encode()
             listed |= {MANIFEST_NAME: opened.manifest_sha256, DIGEST_NAME: hashlib.sha256(digest).hexdigest()}
             write_model_signature(opened.root, name=opened.manifest.name, files=listed, private_key=openssf_key)
-        envelope = sign_manifest(
-            opened.root,
-            manifest=opened.manifest_bytes,
-            private_key=private_key,
-            version=version,
-            expires=expires,
-        )
-        return envelope.key_id
+        manifest = opened.manifest_bytes
+        return sign_manifest(
+            opened.root, manifest=manifest, private_key=private_key, version=version, expires=expires
+        ).key_id
 
 
 def digest_line(manifest_sha256: str) -> str:
     """Contents of manifest.sha256, in the form that ``sha256sum --check`` reads."""
     return f"{manifest_sha256}  {MANIFEST_NAME}\n"
-
-
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of the bundle in ``root`` after comparing it with manifest.sha256.
-
-    Raises:
-        BundleError: it is missing, too large, or not a manifest.
-        ChecksumError: it is not what was written.
-    """
-    return _parsed(_manifest_bytes(root), root)
 
 
 def _manifest_bytes(root: Path) -> bytes:
@@ -442,21 +418,16 @@ def _parsed(content: bytes, root: Path) -> Manifest:
     return parse_manifest(text, where=str(path))
 
 
-def check_files(root: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest: none missing, none extra, no links, sizes first, then hashes.
-
-    Raises:
-        ChecksumError: naming the first file whose size or contents differ.
-        BundleError: for missing and extra files, links, and external data that leaves the bundle.
-    """
+def _check_files(root: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest: none missing, none extra, no links, sizes first, then hashes."""
     present, listed = _present_files(root), manifest.all_files
     extra = sorted(name for name in present - set(listed) - UNLISTED if not _UNFINISHED.fullmatch(name))
     missing = sorted(set(listed) - present)
     if missing:
-        raise BundleError(f"The bundle '{root}' lacks {_some(missing)}.", hint=_REMAKE)
+        raise BundleError(f"The bundle '{root}' lacks {some_names(missing)}.", hint=_REMAKE)
     if extra:
         raise BundleError(
-            f"The bundle '{root}' has files that its manifest does not list: {_some(extra)}.", hint=_REMAKE
+            f"The bundle '{root}' has files that its manifest does not list: {some_names(extra)}.", hint=_REMAKE
         )
     for record in listed.values():
         path, size = root / record.path, (root / record.path).stat().st_size
@@ -473,11 +444,6 @@ def check_files(root: Path, manifest: Manifest) -> None:
             check_external_data(root, record.path, allowed=frozenset(listed))
     if SIGNATURE_NAME in present:
         check_envelope(root / SIGNATURE_NAME)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(f"'{name}'" for name in names[:5]) + more
 
 
 def _present_files(root: Path) -> set[str]:

@@ -17,7 +17,6 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from fcos_deploy.bundle.device_layer import copy_layers
 from fcos_deploy.bundle.manifest import LAYERS_FOLDER, LOG_NAME, MODEL_SIGNATURE_NAME, SIGNATURE_NAME
@@ -38,7 +37,11 @@ _UNFINISHED = re.compile(r"\.(link|history|removed)[.-][0-9a-f]{8}\.partial(\.js
 
 
 class InstalledVersions:
-    """The versions behind ``link``; a context manager that holds their lock."""
+    """The versions behind ``link``; a context manager that holds their lock.
+
+    Raises:
+        ConfigError: from every method, where something cannot be written.
+    """
 
     def __init__(self, link: Path) -> None:
         """Look at what is there.
@@ -60,9 +63,7 @@ class InstalledVersions:
             self._remove_all(_UNFINISHED)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             if {path.name for path in self.folder.iterdir()} == {"lock"} and not os.path.lexists(self.link):
                 (self.folder / "lock").unlink()  # nothing was installed
@@ -116,7 +117,6 @@ class InstalledVersions:
 
         Raises:
             DeviceError: there is no room.
-            ConfigError: it cannot be written.
         """
         staged = self.folder / f".{_identity(bundle)}.partial"
         with self._writing():
@@ -155,11 +155,7 @@ class InstalledVersions:
                 path.chmod(0o755 if path.is_dir() else 0o644)
 
     def publish(self, staged: Path) -> str:
-        """Give what ``stage`` made, once it is checked, its name as a version, on the disk; returns that name.
-
-        Raises:
-            ConfigError: it cannot be written.
-        """
+        """Give what ``stage`` made, once it is checked, its name as a version, on the disk; returns that name."""
         identity = staged.name.split(".")[1]
         present = set(self._present())
         names = (identity, *(f"{identity}-{number}" for number in range(2, 10_000)))
@@ -171,11 +167,7 @@ class InstalledVersions:
         return name
 
     def switch(self, version: str) -> None:
-        """Let the link lead to ``version``; whatever happens, it leads to the old or to the new one.
-
-        Raises:
-            ConfigError: it cannot be written.
-        """
+        """Let the link lead to ``version``; whatever happens, it leads to the old or to the new one."""
         with self._writing():
             if self.current != version:
                 self._write_history([*self._history(), version])
@@ -185,22 +177,14 @@ class InstalledVersions:
                 sync_folder(self.link.parent)
 
     def switch_back(self, version: str) -> None:
-        """``switch`` to one of the ``earlier`` versions; those after it are forgotten.
-
-        Raises:
-            ConfigError: it cannot be written.
-        """
+        """``switch`` to one of the ``earlier`` versions; those after it are forgotten."""
         history = self._history()
         self.switch(version)
         with self._writing():
             self._write_history(history[: len(history) - history[::-1].index(version)])
 
     def prune(self, *, keep: int) -> list[str]:
-        """Remove all versions but the current one and the last ``keep`` whole ones before it; returns their names.
-
-        Raises:
-            ConfigError: it cannot be written.
-        """
+        """Remove all versions but the current one and the last ``keep`` whole ones before it; returns their names."""
         kept = [self.current, *itertools.islice(filter(self._is_whole, self.earlier()), keep)]
         removed = [version for version in self._present() if version not in kept]
         with self._writing():

@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any
 
 from fcos_deploy.bundle.manifest import (
@@ -29,7 +28,7 @@ from fcos_deploy.bundle.manifest import (
     StepRecord,
     manifest_text,
 )
-from fcos_deploy.bundle.store import check_files, digest_line, read_manifest
+from fcos_deploy.bundle.store import check_folder, digest_line
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError
 from fcos_deploy.core.files import (
@@ -43,7 +42,7 @@ from fcos_deploy.core.files import (
     write_text,
 )
 from fcos_deploy.core.serialize import from_json, to_json
-from fcos_deploy.core.trust import authenticate, own_file_bytes, own_folder, write_own_file
+from fcos_deploy.core.trust import Trust, authenticate, own_file_bytes, own_folder, write_own_file
 
 __all__ = [
     "ArtifactDraft",
@@ -52,6 +51,7 @@ __all__ = [
     "StepCache",
     "StepOutput",
     "StepResult",
+    "artifact_of",
     "lock_folder",
     "record_files",
 ]
@@ -156,9 +156,7 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
     def path(self, name: str) -> Path:
@@ -197,18 +195,13 @@ class BundleWriter:
         key = hashlib.sha256(json.dumps([name, dict(inputs)], sort_keys=True).encode()).hexdigest()
         with _writing(self.target):
             step = self._journal.steps.get(name)
-            if step is not None and step.key == key and all(map(self._is_intact, step.files)):
+            if step is not None and step.key == key and all(file.is_intact(self._files) for file in step.files):
                 step = replace(step, skipped=True)
             else:
                 self._forget(name)
                 step = self._run(name, key, make, cache)
         self._used.add(name)
         return step
-
-    def _is_intact(self, record: FileRecord) -> bool:
-        path = self.path(record.path)
-        plain = path.is_file() and not path.is_symlink()
-        return plain and path.stat().st_size == record.size and sha256_file(path) == record.sha256
 
     def _forget(self, name: str) -> None:
         step = self._journal.drop(name)
@@ -248,7 +241,7 @@ class BundleWriter:
             name=name,
             key=key,
             files=tuple(records.values()),
-            artifacts=tuple(_artifact(draft, records, step=name, seconds=seconds) for draft in output.artifacts),
+            artifacts=tuple(artifact_of(draft, records, step=name, seconds=seconds) for draft in output.artifacts),
             values=output.values,
             seconds=seconds,
         )
@@ -273,7 +266,7 @@ class BundleWriter:
             text = manifest_text(replace(manifest, artifacts=artifacts, files=tuple(files)))
             write_text(self.path(MANIFEST_NAME), text)
             write_text(self.path(DIGEST_NAME), digest_line(sha256_file(self.path(MANIFEST_NAME))))
-            check_files(self._files, read_manifest(self._files))
+            check_folder(self._files, Trust())
         if check is not None:
             check(self._files)
         with _writing(self.target):
@@ -310,7 +303,12 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     return records
 
 
-def _artifact(draft: ArtifactDraft, records: Mapping[str, FileRecord], *, step: str, seconds: float) -> Artifact:
+def artifact_of(draft: ArtifactDraft, records: Mapping[str, FileRecord], *, step: str, seconds: float) -> Artifact:
+    """What a step of this name made, as the manifest has it; ``records``: the files that it left.
+
+    Raises:
+        BundleError: one of the files is not there.
+    """
     absent = [name for name in (draft.path, *draft.companions) if name not in records]
     if absent:
         raise BundleError(f"Step '{step}' did not make {absent}.")
@@ -333,6 +331,33 @@ def _artifact(draft: ArtifactDraft, records: Mapping[str, FileRecord], *, step: 
         companions=draft.companions,
         requires=draft.requires,
     )
+
+
+def _sealed(step: StepResult, *, purpose: str, place: Path) -> str:
+    """A finished step as JSON text, with a code that only this user can make, for this ``place``."""
+    content = to_json(step)
+    return json.dumps({**content, "hmac": _code(content, purpose=purpose, place=place)})
+
+
+def _unsealed(text: bytes, *, purpose: str, place: Path) -> StepResult | None:
+    """The step in such a text; None where another user, another version or another place made it, or it is cut off."""
+    try:
+        content = json.loads(text)
+        code = content.pop("hmac", "")
+        if code and hmac.compare_digest(code, _code(content, purpose=purpose, place=place)):
+            return from_json(StepResult, content, where="a finished step")
+    except (ValueError, TypeError, AttributeError, RecursionError, ConfigError, BundleError):
+        pass
+    return None
+
+
+def _code(content: Mapping[str, Any], *, purpose: str, place: Path) -> str:  # Any: JSON
+    """The code of a step; '' where this user has no place for a secret."""
+    message = f"{place.absolute()}\n{json.dumps(content, sort_keys=True)}"
+    try:
+        return authenticate(purpose, message.encode())
+    except ConfigError:
+        return ""
 
 
 _STEP_RECORD = "step.json"
@@ -360,20 +385,15 @@ class StepCache:
     def load(self, key: str, into: Path) -> StepResult | None:
         """Copy a step's files into a folder; None where it is not there, or not as it was stored."""
         entry = self._entry(key)
-        content = own_file_bytes(entry / _STEP_RECORD)
+        step = _unsealed(own_file_bytes(entry / _STEP_RECORD) or b"", purpose="step cache", place=entry)
         try:
-            record = json.loads(content or b"{}")
-            code = record.pop("hmac", "")
-            if not code or not hmac.compare_digest(code, self._authenticate(entry, record)):
-                return None
-            step = from_json(StepResult, record, where=_STEP_RECORD)
-            for file in step.files:
+            for file in step.files if step else ():
                 target = into / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(entry / "files" / file.path, target)
                 if sha256_file(target) != file.sha256:
-                    raise ValueError(file.path)
-        except (OSError, ValueError, TypeError, AttributeError, ConfigError):
+                    raise OSError(f"'{file.path}' was changed")
+        except OSError:
             for path in into.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return None
@@ -392,9 +412,7 @@ class StepCache:
                 target = partial / "files" / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(files / file.path, target)
-            record = to_json(step)
-            text = json.dumps({**record, "hmac": self._authenticate(entry, record)})
-            write_own_file(partial / _STEP_RECORD, text.encode())
+            write_own_file(partial / _STEP_RECORD, _sealed(step, purpose="step cache", place=entry).encode())
             shutil.rmtree(entry, ignore_errors=True)
             partial.rename(entry)
         finally:
@@ -403,14 +421,6 @@ class StepCache:
     def _entry(self, key: str) -> Path:
         facts = [key, platform.node(), platform.platform(), importlib.metadata.version("fcos-deploy")]
         return self.folder / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-
-    def _authenticate(self, entry: Path, record: Mapping[str, Any]) -> str:  # Any: JSON
-        """The code of a record in its place; '' where this user has no place for a secret."""
-        message = f"{entry.absolute()}\n{json.dumps(record, sort_keys=True)}"
-        try:
-            return authenticate("step cache", message.encode())
-        except ConfigError:
-            return ""
 
 
 class Journal:
@@ -424,14 +434,9 @@ class Journal:
         self._path = path
         self.steps: dict[str, StepResult] = {}
         for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
-            try:
-                content = json.loads(line)
-                code = content.pop("hmac", "")
-                if not code or not hmac.compare_digest(code, self._authenticate(content)):
-                    break  # not ours
-                step = from_json(StepResult, content, where=path.name)
-            except (ValueError, TypeError, AttributeError, RecursionError, ConfigError, BundleError):
-                break  # A line of another version or cut off by a power failure: that step and later ones run again.
+            step = _unsealed(line, purpose="journal", place=path)
+            if step is None:
+                break  # Not ours, or cut off by a power failure: that step and later ones run again.
             self.steps[step.name] = step
 
     def add(self, step: StepResult) -> None:
@@ -447,23 +452,12 @@ class Journal:
             self._write()
         return step
 
-    def _authenticate(self, step: Mapping[str, Any]) -> str:  # Any: JSON
-        """The code of a step; '' where this user has no place for a secret."""
-        message = f"{self._path.absolute()}\n{json.dumps(step, sort_keys=True)}"
-        try:
-            return authenticate("journal", message.encode())
-        except ConfigError:
-            return ""
-
-    def _line(self, step: StepResult) -> str:
-        content = to_json(step)
-        return json.dumps({**content, "hmac": self._authenticate(content)}) + "\n"
-
     def _write(self) -> None:
         # Rewritten whole and renamed: a line appended behind a half-written one would be lost.
         partial = self._path.with_suffix(".partial")
         with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(map(self._line, self.steps.values()))
+            for step in self.steps.values():
+                stream.write(_sealed(step, purpose="journal", place=self._path) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(self._path)

@@ -32,6 +32,7 @@ __all__ = [
     "brief",
     "missing_device",
     "printable",
+    "some_names",
     "unknown_name",
 ]
 
@@ -81,6 +82,12 @@ class ConfigError(FcosDeployError):
     """An option, or a combination of options, that makes no sense."""
 
     exit_code = 2
+
+
+def some_names(names: Iterable[str], *, count: int = 5) -> str:
+    """The first names in quotes, and how many more there are."""
+    quoted = [f"'{name}'" for name in names]
+    return ", ".join(quoted[:count]) + (f" and {len(quoted) - count} more" if len(quoted) > count else "")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:

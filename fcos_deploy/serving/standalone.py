@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporters._tensorrt_options import profile_shapes
-from fcos_deploy.accuracy.golden import read_golden_image
-from fcos_deploy.accuracy.verify import golden_standard
+from fcos_deploy.accuracy.golden import golden_standard, read_golden_image
 from fcos_deploy.bundle.manifest import GoldenDetections
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.contract import ModelContract, contract_to_text

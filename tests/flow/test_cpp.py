@@ -22,8 +22,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fcos_deploy.accuracy.golden import check_golden
-from fcos_deploy.accuracy.verify import golden_standard
+from fcos_deploy.accuracy.golden import check_golden, golden_standard
 from fcos_deploy.bundle import GoldenDetections, open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.artifact import read_contract
@@ -577,17 +576,8 @@ def test_a_faulty_detector_is_judged_as_python_judges_it(
             (package / "golden.json").write_text(json.dumps(golden, indent=1))
             code, verdict, text = _verify(programs, package)
             detector = Detector(good.session, change(contract))
-            expected = check_golden(
-                standard.expected,
-                [detector.detect(image) for image in blobs],
-                baseline=baseline,
-                same_artifact=certified,
-                gate=standard.gate,
-                decode=manifest.contract.decode,
-                names=manifest.contract.class_names,
-                paths=standard.paths,
-                scales=standard.scales,
-            )
+            judged_by = replace(standard, certified=baseline, same_artifact=certified)
+            expected = check_golden(judged_by, [detector.detect(image) for image in blobs])
             assert verdict["values"]["problems"] == list(expected.problems), fault
             assert verdict["values"]["outcome"] == expected.outcome, fault
             assert verdict["values"]["evidence"] == expected.evidence, fault

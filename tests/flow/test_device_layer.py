@@ -21,7 +21,6 @@ from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.errors import BundleError, BundleReplacedError, ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.machine import MachineFacts
 from fcos_deploy.detector import Detector
 
 pytest.importorskip("openvino")
@@ -175,23 +174,20 @@ def test_versions_that_changed_drop_a_layer_and_other_devices_are_no_fault(
 ) -> None:
     facts = device_layer.device_facts
 
-    def newer(backend: str, *, machine: MachineFacts | None = None) -> dict[str, str]:
-        return {**facts(backend, machine=machine), "runtime": "2099.1"}
-
-    def other(backend: str, *, machine: MachineFacts | None = None) -> dict[str, str]:
-        return {**facts(backend, machine=machine), "processor": "another one"}
+    def device(**changes: str) -> None:
+        monkeypatch.setattr(device_layer, "device_facts", lambda backend: {**facts(backend), **changes})
 
     with open_bundle(bundle) as opened:
-        (state,) = find_layers(opened, facts_of=newer)
-        assert "no longer fits this device (runtime: '" in state.problem
-        assert state.renew == f"fcos-deploy build {bundle} --backend openvino"
-        (state,) = find_layers(opened, facts_of=other)
+        device(processor="another one")
+        (state,) = find_layers(opened)
         assert state.other_device
         assert "of another device (processor: '" in state.problem
-        monkeypatch.setattr(device_layer.find_layers, "__kwdefaults__", {"facts_of": other})
         assert usable_layers(opened, backend="openvino") == []
         assert not caplog.text  # another device's layer is no fault
-        monkeypatch.setattr(device_layer.find_layers, "__kwdefaults__", {"facts_of": newer})
+        device(runtime="2099.1")
+        (state,) = find_layers(opened)
+        assert "no longer fits this device (runtime: '" in state.problem
+        assert state.renew == f"fcos-deploy build {bundle} --backend openvino"
         assert usable_layers(opened, backend="openvino") == []
         assert "Renew it: fcos-deploy build" in caplog.text
 

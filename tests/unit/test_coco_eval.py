@@ -362,7 +362,7 @@ def matches(scores: list[float], correct: str, *, ignored: str = "", positives: 
 
 
 def point(match: ClassMatches, **goal: float) -> OperatingPoint:
-    (found,) = operating_points([match], ["cell"], goal=OperatingGoal(**goal))
+    (found,) = operating_points([match], ["cell"], chosen_thresholds([match], goal=OperatingGoal(**goal)))
     return found
 
 

@@ -348,7 +348,7 @@ PROBE = BackendProbe(available=True, version="10.3.0", devices=("cuda:0 Orin",))
 
 
 def _differences(requires: Requirements, *, probe: BackendProbe = PROBE) -> list[str]:
-    return [str(d) for d in preflight(_artifact(requires), probe=probe, machine=MACHINE)]
+    return [*preflight(_artifact(requires), probe=probe, machine=MACHINE)]
 
 
 def _artifact(requires: Requirements) -> Artifact:
@@ -431,4 +431,4 @@ def test_a_machine_whose_gpu_is_gone_is_told_as_one_without() -> None:
     artifact = _artifact(Requirements(compute_capabilities=("8.7",)))
     gone = dataclasses.replace(MACHINE, gpus=())
     (found,) = preflight(artifact, probe=PROBE, machine=gone)
-    assert str(found) == "the GPU's compute capability must be 8.7, it is no NVIDIA GPU"
+    assert found == "the GPU's compute capability must be 8.7, it is no NVIDIA GPU"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +12,23 @@ from numpy.typing import NDArray
 from fcos_deploy.accuracy.golden import (
     MIN_EVIDENCE,
     GoldenCheck,
+    GoldenResult,
+    GoldenStandard,
     check_golden,
     choose_golden,
+    compare_golden,
     fingerprint,
     fingerprint_difference,
     make_golden,
     read_golden_image,
 )
-from fcos_deploy.accuracy.verify import compare_golden
 from fcos_deploy.bundle import DEFAULT_GATES
 from fcos_deploy.bundle.manifest import GoldenDetections
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ImageError, InconclusiveError
-from fcos_deploy.core.gate import Gate, MatchOptions, Outcome
+from fcos_deploy.core.gate import Gate, Outcome
 from fcos_deploy.core.preprocess import InputDtype, preprocess
 
 Images = list[Detections]
@@ -70,35 +72,28 @@ def _with(
     )
 
 
-def _check(contract: ModelContract, reference: Images, detected: Images, baseline: Images | None) -> GoldenCheck:
-    return check_golden(
-        reference,
-        detected,
-        baseline=baseline,
-        same_artifact=True,
-        gate=DEFAULT_GATES[Precision.INT8],
-        decode=contract.decode,
-        names=("red", "white", "platelet"),
+def _standard(contract: ModelContract, reference: Images, baseline: Images | None, *, gate: Gate) -> GoldenStandard:
+    return GoldenStandard(
+        gate=gate,
+        contract=replace(contract, class_names=("red", "white", "platelet")),
+        expected=reference,
+        certified=baseline,
+        same_artifact=baseline is not None,
         paths=[f"{index}.png" for index in range(len(reference))],
         scales=[1.0] * len(reference),
     )
+
+
+def _check(contract: ModelContract, reference: Images, detected: Images, baseline: Images | None) -> GoldenCheck:
+    standard = _standard(contract, reference, baseline, gate=DEFAULT_GATES[Precision.INT8])
+    return check_golden(replace(standard, same_artifact=True), detected)
 
 
 def test_a_gate_without_a_match_rate_lets_detections_go_missing_but_not_move(bundle_contract: ModelContract) -> None:
     reference = _images()
     fewer = [_with(d, boxes=d.boxes[1:], scores=d.scores[1:], labels=d.labels[1:]) for d in reference]
     for detected, outcome in ((fewer, Outcome.PASSED), ([_narrower(d) for d in fewer], Outcome.FAILED)):
-        check = check_golden(
-            reference,
-            detected,
-            baseline=None,
-            same_artifact=False,
-            gate=Gate(max_score_delta=0.15),
-            decode=bundle_contract.decode,
-            names=("red", "white", "platelet"),
-            paths=[f"{index}.png" for index in range(len(reference))],
-            scales=[1.0] * len(reference),
-        )
+        check = check_golden(_standard(bundle_contract, reference, None, gate=Gate(max_score_delta=0.15)), detected)
         assert check.outcome is outcome, check.summary
 
 
@@ -187,7 +182,14 @@ def test_golden_images_show_every_class(bundle_contract: ModelContract) -> None:
     assert 4 <= len(chosen) <= 8
 
 
-RULE = MatchOptions(iou_threshold=0.8, max_score_delta=0.1, min_score=0.3)
+GATE = Gate(min_iou=0.8, max_score_delta=0.1)
+
+
+def _compared(contract: ModelContract, expected: Detections, detected: Detections) -> GoldenResult:
+    """By ``GATE``, from a score of 0.3 on."""
+    contract = replace(contract, decode=replace(contract.decode, score_threshold=0.2))
+    (result,) = compare_golden(_standard(contract, [expected], None, gate=GATE), [detected])
+    return result
 
 
 def _image() -> NDArray[np.uint8]:
@@ -202,7 +204,7 @@ def _detections(*rows: tuple[float, float, float, float, float, int]) -> Detecti
 
 @pytest.mark.parametrize("dtype", list(InputDtype))
 def test_one_level_of_rounding_in_single_pixels_is_tolerated(bundle_contract: ModelContract, dtype: InputDtype) -> None:
-    spec = dataclasses.replace(bundle_contract.preprocess, input_dtype=dtype)
+    spec = replace(bundle_contract.preprocess, input_dtype=dtype)
     tensor, _ = preprocess(_image(), spec)
     wanted = fingerprint(tensor)
     assert fingerprint_difference(wanted, wanted, spec=spec) == 0.0
@@ -214,7 +216,7 @@ def test_one_level_of_rounding_in_single_pixels_is_tolerated(bundle_contract: Mo
 
 @pytest.mark.parametrize("dtype", list(InputDtype))
 def test_swapped_channels_and_a_shift_are_no_rounding(bundle_contract: ModelContract, dtype: InputDtype) -> None:
-    spec = dataclasses.replace(bundle_contract.preprocess, input_dtype=dtype)
+    spec = replace(bundle_contract.preprocess, input_dtype=dtype)
     tensor, _ = preprocess(_image(), spec)
     wanted = fingerprint(tensor)
     assert fingerprint_difference(fingerprint(tensor[::-1]), wanted, spec=spec) > 5
@@ -254,9 +256,9 @@ def test_a_png_that_claims_another_size_is_not_decoded(bundle_contract: ModelCon
         read_golden_image(path.read_bytes(), golden)
 
 
-def test_the_same_detections_match() -> None:
+def test_the_same_detections_match(bundle_contract: ModelContract) -> None:
     found = _detections((0, 0, 10, 10, 0.9, 0), (20, 20, 40, 40, 0.6, 1))
-    result = compare_golden(found, found, options=RULE)
+    result = _compared(bundle_contract, found, found)
     assert (result.expected, result.detected, result.missed, result.extra) == (2, 2, 0, 0)
     assert (result.lowest_iou, result.largest_score_difference) == (1.0, 0.0)
 
@@ -270,39 +272,39 @@ def test_the_same_detections_match() -> None:
     ],
 )
 def test_another_class_place_or_score_is_missed_and_extra(
-    other: tuple[float, float, float, float, float, int],
+    bundle_contract: ModelContract, other: tuple[float, float, float, float, float, int]
 ) -> None:
-    result = compare_golden(_detections((0, 0, 10, 10, 0.9, 0)), _detections(other), options=RULE)
+    result = _compared(bundle_contract, _detections((0, 0, 10, 10, 0.9, 0)), _detections(other))
     assert (result.missed, result.extra) == (1, 1)
 
 
-def test_a_box_clipped_to_a_line_is_its_own_counterpart() -> None:
+def test_a_box_clipped_to_a_line_is_its_own_counterpart(bundle_contract: ModelContract) -> None:
     line = _detections((0, 5, 0, 10, 0.9, 0), (3, 3, 3.2, 3.1, 0.8, 0))
     moved = _detections((0.01, 5, 0.01, 10.02, 0.9, 0), (3.02, 3, 3.2, 3.12, 0.8, 0))
-    result = compare_golden(line, moved, options=RULE)
+    result = _compared(bundle_contract, line, moved)
     assert (result.missed, result.extra, result.lowest_iou) == (0, 0, 1.0)
 
 
-def test_a_detection_below_the_floor_may_come_or_go() -> None:
+def test_a_detection_below_the_floor_may_come_or_go(bundle_contract: ModelContract) -> None:
     wanted = _detections((0, 0, 10, 10, 0.9, 0), (50, 50, 60, 60, 0.25, 0))
     found = _detections((0, 0, 10, 10, 0.9, 0), (80, 80, 90, 90, 0.28, 0))
-    result = compare_golden(wanted, found, options=RULE)
+    result = _compared(bundle_contract, wanted, found)
     assert (result.expected, result.missed, result.extra) == (1, 0, 0)
 
 
-def test_one_that_falls_below_the_floor_still_is_a_counterpart() -> None:
-    result = compare_golden(_detections((0, 0, 10, 10, 0.31, 0)), _detections((0, 0, 10, 10, 0.25, 0)), options=RULE)
+def test_one_that_falls_below_the_floor_still_is_a_counterpart(bundle_contract: ModelContract) -> None:
+    result = _compared(bundle_contract, _detections((0, 0, 10, 10, 0.31, 0)), _detections((0, 0, 10, 10, 0.25, 0)))
     assert (result.expected, result.detected, result.missed) == (1, 0, 0)
 
 
-def test_two_for_one_counts_as_one_extra() -> None:
+def test_two_for_one_counts_as_one_extra(bundle_contract: ModelContract) -> None:
     wanted = _detections((0, 0, 10, 10, 0.9, 0))
     found = _detections((0, 0, 10, 10, 0.9, 0), (0, 0, 10, 9.5, 0.85, 0))
-    assert compare_golden(wanted, found, options=RULE).extra == 1
+    assert _compared(bundle_contract, wanted, found).extra == 1
 
 
-def test_nothing_on_either_side_is_no_failure_of_the_image() -> None:
-    result = compare_golden(_detections(), _detections(), options=RULE)
+def test_nothing_on_either_side_is_no_failure_of_the_image(bundle_contract: ModelContract) -> None:
+    result = _compared(bundle_contract, _detections(), _detections())
     assert (result.expected, result.detected, result.lowest_iou) == (0, 0, 1.0)
 
 

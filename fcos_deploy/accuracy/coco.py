@@ -613,12 +613,7 @@ class _Entrant:
         self.interval, self.images = ap_interval(self.samples), len(dataset.images)
 
 
-def race(
-    contenders: Sequence[Contender],
-    dataset: Dataset,
-    *,
-    rules: RaceRules,
-) -> tuple[Standing, ...]:
+def race(contenders: Sequence[Contender], dataset: Dataset, *, rules: RaceRules) -> tuple[Standing, ...]:
     """Run it; one standing for each contender, in their order.
 
     Raises:

@@ -208,12 +208,7 @@ def _hashed_files(spec: DetectorSpec) -> Sequence[Path]:
 
 
 def _detect_all(
-    detector: Detector,
-    images: Sequence[EvaluationImage],
-    *,
-    store: PredictionStore,
-    progress: ProgressFn,
-    label: str,
+    detector: Detector, images: Sequence[EvaluationImage], *, store: PredictionStore, progress: ProgressFn, label: str
 ) -> StageSeconds:
     """The network runs here; one thread reads and prepares images ahead of it, another decodes behind it."""
     clock = StageClock()  # A stage is one thread's, so that no two write to its entry.

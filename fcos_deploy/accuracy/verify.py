@@ -31,13 +31,7 @@ from fcos_deploy.accuracy.golden import (
 from fcos_deploy.bundle.device_layer import Layer, device_facts, machine_words, usable_layers
 from fcos_deploy.bundle.manifest import Artifact
 from fcos_deploy.bundle.selection import Fallback, Selection, select_artifact, select_runnable
-from fcos_deploy.bundle.signature import (
-    Envelope,
-    check_bytes,
-    device_public_key,
-    public_key_text,
-    sign_with_device_key,
-)
+from fcos_deploy.bundle.signature import Envelope, check_bytes, device_public_key, public_key_text, sign_with_device_key
 from fcos_deploy.bundle.store import Bundle, append_log
 from fcos_deploy.core.artifact import read_contract
 from fcos_deploy.core.backend import Session, SessionOptions, Tensors, all_backends
@@ -279,10 +273,7 @@ def verify_bundle(
         selection = select_artifact(bundle, backend=options.backend, precisions=precisions)
     else:
         selection, fallbacks = select_runnable(
-            bundle,
-            backend=options.backend,
-            precision=options.precision,
-            allow_fallback=options.allow_fallback,
+            bundle, backend=options.backend, precision=options.precision, allow_fallback=options.allow_fallback
         )
     manifest, artifact = bundle.manifest, selection.artifact
     standard = golden_standard(manifest, artifact, backend=selection.backend, compute=options.session.compute)
@@ -454,11 +445,7 @@ class ReadRecord:
 
 
 def export_record(
-    path: Path,
-    verification: VerificationRecord,
-    *,
-    bundle: Bundle,
-    latency_ms: dict[str, float] | None = None,
+    path: Path, verification: VerificationRecord, *, bundle: Bundle, latency_ms: dict[str, float] | None = None
 ) -> str:
     """Write the record; signed, and the key's id returned, where this user has a device key.
 

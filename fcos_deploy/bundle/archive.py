@@ -256,11 +256,7 @@ def write_layout(bundle: Bundle, folder: Path, *, tag: str) -> None:
         "layers": layers,
     }
     reference = {**_write_blob(blobs, image, media_type=_MANIFEST), "artifactType": _MODEL}
-    index = {
-        "schemaVersion": 2,
-        "mediaType": _INDEX,
-        "manifests": [{**reference, "annotations": {_REFERENCE: tag}}],
-    }
+    index = {"schemaVersion": 2, "mediaType": _INDEX, "manifests": [{**reference, "annotations": {_REFERENCE: tag}}]}
     (folder / _INDEX_NAME).write_bytes(_json_bytes(index))
     (folder / LAYOUT_NAME).write_bytes(_json_bytes({"imageLayoutVersion": "1.0.0"}))
 

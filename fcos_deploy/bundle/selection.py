@@ -17,14 +17,7 @@ from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.exporter import all_exporters
 from fcos_deploy.core.machine import MachineFacts, read_machine
 
-__all__ = [
-    "Fallback",
-    "Selection",
-    "preflight",
-    "select_artifact",
-    "select_runnable",
-    "select_with_layers",
-]
+__all__ = ["Fallback", "Selection", "preflight", "select_artifact", "select_runnable", "select_with_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +133,7 @@ def select_with_layers(bundle: Bundle, *, backend: str, precision: Precision | N
 
 
 def select_runnable(
-    bundle: Bundle,
-    *,
-    backend: str = "",
-    precision: Precision | None = None,
-    allow_fallback: bool = False,
+    bundle: Bundle, *, backend: str = "", precision: Precision | None = None, allow_fallback: bool = False
 ) -> tuple[Selection, tuple[Fallback, ...]]:
     """The artifact to run after preflight, and the backends that were passed over on the way to it.
 

@@ -47,13 +47,7 @@ from fcos_deploy.core.errors import (
     SignatureError,
     some_names,
 )
-from fcos_deploy.core.files import (
-    PrivateFiles,
-    checked_bytes,
-    lock_file,
-    read_file,
-    sha256_file,
-)
+from fcos_deploy.core.files import PrivateFiles, checked_bytes, lock_file, read_file, sha256_file
 from fcos_deploy.core.onnx_file import external_locations
 from fcos_deploy.core.trust import Trust
 

@@ -319,11 +319,7 @@ def artifact_of(draft: ArtifactDraft, records: Mapping[str, FileRecord], *, step
         sha256=records[draft.path].sha256,
         size=records[draft.path].size,
         step=StepRecord(
-            name=step,
-            config=dict(draft.config),
-            tools=dict(draft.tools),
-            seconds=seconds,
-            platform=platform.platform(),
+            name=step, config=dict(draft.config), tools=dict(draft.tools), seconds=seconds, platform=platform.platform()
         ),
         parent=draft.parent,
         backend=draft.backend,

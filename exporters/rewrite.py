@@ -40,7 +40,6 @@ __all__ = [
     "model_of",
     "name_weights_after_convolutions",
     "put_weights_aside",
-    "rewrite_onnx",
     "simplified",
     "simplify_onnx",
     "with_weights_aside",
@@ -61,13 +60,12 @@ def _constant(value: Any) -> Any | None:
     return value.const_value.numpy()
 
 
-def merge_batch_norm_into_deform_conv(model: Any) -> int:
+def merge_batch_norm_into_deform_conv(model: Any) -> None:
     """What torch's exporter does for convolutions: scale the weights, and put the shift into the bias.
 
     Requires: weights and statistics are initializers, the weights of no other node. Ensures: the same values, to the
     rounding of the weights.
     """
-    merged = 0
     for node in list(model.graph):
         source = node.inputs[0].producer() if node.op_type == "BatchNormalization" else None
         if source is None or source.op_type != "DeformConv" or len(source.outputs[0].uses()) != 1:
@@ -93,8 +91,6 @@ def merge_batch_norm_into_deform_conv(model: Any) -> int:
             model.graph.initializers[full] = value
         node.outputs[0].replace_all_uses_with(source.outputs[0])
         model.graph.remove(node, safe=True)
-        merged += 1
-    return merged
 
 
 def name_weights_after_convolutions(model: Any) -> int:
@@ -176,22 +172,17 @@ def simplify_onnx(source: Path, output: Path, *, progress: ProgressFn = no_progr
         ConfigError: ``output`` cannot be written.
         StepCheckError: the result does not compute what its source does.
     """
+    return _rewritten(
+        source,
+        output,
+        step="simplify",
+        rewrite=lambda model, contract, feeds: simplified(model, feeds, contract=contract),
+        progress=progress,
+    )
 
-    def rewrite(model: Any, contract: ModelContract, feeds: list[Tensors]) -> tuple[Any, StepCheck]:
-        return simplified(model, feeds, contract=contract)
 
-    return rewrite_onnx(source, output, step="simplify", rewrite=rewrite, progress=progress)
-
-
-def rewrite_onnx(
-    source: Path, output: Path, *, step: str, rewrite: Rewrite, progress: ProgressFn = no_progress
-) -> Simplification:
-    """Write what ``rewrite`` makes of the graph of ``source``; an input that provokes differences is drawn for it.
-
-    Raises:
-        BackendLoadError: ``source`` is not a complete ONNX model, or carries no contract.
-        ConfigError: ``output`` cannot be written.
-    """
+def _rewritten(source: Path, output: Path, *, step: str, rewrite: Rewrite, progress: ProgressFn) -> Simplification:
+    """Write what ``rewrite`` makes of the graph of ``source``; an input that provokes differences is drawn for it."""
     started = time.perf_counter()
     progress(step, 0, 2)
     require_writable(output)
@@ -341,7 +332,7 @@ def convert_to_fp16(source: Path, output: Path, *, progress: ProgressFn = no_pro
         result, check = half_precision(model, feeds, contract=contract)
         return with_contract(result, replace(contract, precision=Precision.FP16)), check
 
-    return rewrite_onnx(source, output, step="convert to fp16", rewrite=rewrite, progress=progress)
+    return _rewritten(source, output, step="convert to fp16", rewrite=rewrite, progress=progress)
 
 
 def half_precision(

@@ -230,8 +230,8 @@ class Ecosystem:
     """One place where people train FCOS: how its keys look, what they become, and what it leaves unsaid.
 
     ``signature``: parts of names that all must occur in the names of a checkpoint of this ecosystem.
-    ``variants``: the words that ``Evidence.variant`` may be. ``coco_names``: COCO's class names by label, for a network
-    with as many labels. ``reads_config``: its files may hold a configuration.
+    ``variants``: the words that ``CheckpointOptions.variant`` may be. ``coco_names``: COCO's class names by label, for
+    a network with as many labels. ``reads_config``: its files may hold a configuration.
     """
 
     name: str

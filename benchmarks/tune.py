@@ -1,10 +1,10 @@
 """Whether ``tune`` gives the whole grid's answer, in how much of its time, and whether sizes can share INT8 ranges.
 
-    python benchmarks/tune.py -o WORK --max-latency-ms 40 [--size 192x256 --size 320x416] [--backend NAME]
+    python benchmarks/tune.py -o WORK --max-latency-ms 40 [--model FILE] [--size 192x256 ...] [--backend NAME ...]
 
-With the demo detector on BCCD. The search first, without making the bundle; then every configuration of the grid, timed
-and evaluated on all images; both are asked for the highest AP within the limit. At last INT8 of each size, with the
-ranges of the model's own size and with its own.
+With the demo detector, or another one of its classes, on BCCD. The search first, without making the bundle; then every
+configuration of the grid, timed and evaluated on all images; both are asked for the highest AP within the limit. At
+last INT8 of each size, with the ranges of the model's own size and with its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fcos_deploy.core.progress import INFERENCES
 from fcos_deploy.pipeline import tune as tuning
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 from fcos_deploy.pipeline.tune_models import Configuration, InputSize, TuneModels
+from fcos_deploy.pipeline.tune_search import TuneRequest
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ def main() -> None:
     """Search, go through the grid, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the trials of both")
+    parser.add_argument("--model", type=Path, default=DEMO_DATA / "fcos_bccd.safetensors")
     parser.add_argument("--max-latency-ms", type=float, required=True)
     parser.add_argument("--size", action="append", type=InputSize.parse, default=[])
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--calibration-count", type=int, default=32)
     asked = parser.parse_args()
-    request = tuning.TuneRequest(
-        model=DEMO_DATA / "fcos_bccd.safetensors",
+    request = TuneRequest(
+        model=asked.model,
         output=asked.output / "tune",
         images=DEMO_DATA / "evaluation",
         annotations=DEMO_DATA / "evaluation.json",
@@ -87,7 +89,7 @@ def best(figures: Figures, limit: float) -> str:
     return f"{chosen}, {fitting[chosen][0]:.1f} ms, AP {fitting[chosen][1]:.4f}"
 
 
-def measured(request: tuning.TuneRequest, *, whole: bool = False) -> tuple[Figures, Cost]:
+def measured(request: TuneRequest, *, whole: bool = False) -> tuple[Figures, Cost]:
     """What a search, or with ``whole`` every configuration of it, comes to."""
     started, processor, inferences = time.perf_counter(), time.process_time(), INFERENCES.count
     with tuning.open_search(request) as (search, answer):
@@ -114,9 +116,9 @@ def _known() -> dict[str, float]:
     return {}
 
 
-def exact_ap(request: tuning.TuneRequest, models: TuneModels, configuration: Configuration) -> float:
+def exact_ap(request: TuneRequest, models: TuneModels, configuration: Configuration) -> float:
     """Over all images."""
-    name = f"{configuration.size} {configuration.backend} {configuration.precision}"
+    name = f"{configuration.size} {configuration.backend} {configuration.format}"
     if name not in _known():
         evaluations = evaluate(
             EvaluationRequest(
@@ -130,7 +132,7 @@ def exact_ap(request: tuning.TuneRequest, models: TuneModels, configuration: Con
     return _known()[name]
 
 
-def compare_ranges(request: tuning.TuneRequest, *, folder: Path) -> None:
+def compare_ranges(request: TuneRequest, *, folder: Path) -> None:
     """AP of INT8 with the ranges of the model's own size, and with those of each size."""
     print("\n| INT8 | AP, ranges of the own size of the model | AP, ranges of this size |\n|---|---|---|")
     with contextlib.ExitStack() as stack:

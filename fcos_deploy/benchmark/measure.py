@@ -417,12 +417,12 @@ def _time_block(detector: Detector, image: NDArray[np.uint8], *, block: int, tim
 
 
 def measure_throughput(detector: Detector, image: NDArray[np.uint8], *, seconds: float) -> float:
-    """Images a second with as many requests at a time as the runtime takes, measured for at least ``seconds``."""
+    """Images a second with as many full requests at a time as the runtime takes, measured for at least ``seconds``."""
     streams = min(usable_cpus(), _BATCH)  # a runtime on processors opens no more by itself
     opened = time.perf_counter()
     detector.detect_batch([image] * streams)
     fitting = math.ceil(seconds * streams / (time.perf_counter() - opened))
-    images = [image] * min(_BATCH, max(2 * streams, fitting))
+    images = [image] * max(streams * detector.batch, min(_BATCH, max(2 * streams, fitting)))
     done, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds:
         detector.detect_batch(images)

@@ -11,7 +11,7 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import conclude, note, print_json, progress_bar, table
 from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import MissingDependencyError
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.serialize import to_json
@@ -106,7 +106,17 @@ def tune_command(
     streams: Annotated[
         list[int] | None,
         cli.RUNTIME.option(
-            "Number of images at a time to try with --throughput, repeatable. Default: 1, half the cores, all.", min=1
+            "Number of requests at a time to try with --throughput, repeatable. Default: 1, half the cores, all.", min=1
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        cli.RUNTIME.option("Images of a request to try with --throughput, repeatable. Default: 1 and 4.", min=1),
+    ] = None,
+    compute: Annotated[
+        list[ComputeType] | None,
+        cli.RUNTIME.option(
+            "Type of float layers to try, repeatable. Default: f32, and bf16 where runtime and processor have it."
         ),
     ] = None,
     max_map_drop: Annotated[
@@ -139,8 +149,9 @@ def tune_command(
     configuration keeps the limits, and the nearest is named; or the images cannot decide one.
     """
     from fcos_deploy.pipeline.source import run_user_code
-    from fcos_deploy.pipeline.tune import TuneRequest, tune
+    from fcos_deploy.pipeline.tune import tune
     from fcos_deploy.pipeline.tune_models import InputSize
+    from fcos_deploy.pipeline.tune_search import TuneRequest
 
     request = TuneRequest(
         model=run_user_code(model, allowed=run_code) or Path(model),
@@ -160,6 +171,8 @@ def tune_command(
         precisions=tuple(dict.fromkeys(precision or ())),
         threads=tuple(threads or ()),
         streams=tuple(streams or ()),
+        batches=tuple(batch or ()),
+        computes=tuple(dict.fromkeys(compute or ())),
         options=options,
         max_map_drop=max_map_drop,
         judge=judge,
@@ -191,8 +204,6 @@ def _show(tuning: Tuning, output: Path, *, as_json: bool, allow_inconclusive: bo
         note(f"wrote {write_tuning_report(tuning.data, output / 'tune.html')[0]}")
     except MissingDependencyError as error:
         note(f"no page with the plot: {error.message} {error.hint}")
-    # The same artifact in bf16, which comes behind it, is in the bundle's report and was not chosen.
-    verdicts = tuning.verdicts + (tuning.deployment.evaluations.candidates[0].verdicts if tuning.deployment else ())
     if tuning.deployment is not None:
         note(f"bundle: {tuning.deployment.bundle} ({tuning.seconds:.0f} s in all)")
     if as_json:
@@ -200,10 +211,10 @@ def _show(tuning: Tuning, output: Path, *, as_json: bool, allow_inconclusive: bo
             {
                 **to_json(tuning.data),
                 "bundle": tuning.deployment and str(tuning.deployment.bundle),
-                "verdicts": to_json(verdicts),
+                "verdicts": to_json(tuning.verdicts),
                 "seconds": tuning.seconds,
             }
         )
     if tuning.failure is not None:
         raise tuning.failure
-    conclude(verdicts, allow_inconclusive=allow_inconclusive)
+    conclude(tuning.verdicts, allow_inconclusive=allow_inconclusive)

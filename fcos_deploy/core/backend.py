@@ -64,9 +64,10 @@ _OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
 class SessionOptions:
     """How a session runs. Empty and ``None`` mean the backend's own default, which ``Session.description`` then names.
 
-    ``compute`` and ``hint`` also take their words as text, such as ``hint="throughput"``. ``threads`` and ``streams``
-    are at least 1. ``device`` is in the backend's own words (``cpu``, ``GPU.0``, ``cuda:0``); ``cache_dir`` holds
-    compiled models; ``contract`` is needed where the artifact does not carry one, or is to be replaced. ``checkpoint``
+    ``compute`` and ``hint`` also take their words as text, such as ``hint="throughput"``. ``threads``, ``streams`` and
+    ``batch`` are at least 1; ``batch`` is the most images of a request where the model leaves that open. ``device`` is
+    in the backend's own words (``cpu``, ``GPU.0``, ``cuda:0``); ``cache_dir`` holds compiled models; ``contract`` is
+    needed where the artifact does not carry one, or is to be replaced. ``checkpoint``
     says how a checkpoint is read; None leaves that to its ecosystem.
 
     For bundles: with ``public_keys`` (PEM texts, or files of them) the bundle must be signed with one of these keys,
@@ -82,6 +83,7 @@ class SessionOptions:
     hint: PerformanceHint = PerformanceHint.LATENCY
     threads: int | None = None
     streams: int | None = None
+    batch: int | None = None
     cache_dir: Path | None = None
     contract: ModelContract | None = None
     checkpoint: CheckpointOptions | None = None
@@ -100,7 +102,7 @@ class SessionOptions:
         object.__setattr__(self, "hint", PerformanceHint.of(self.hint, option="hint"))
         if isinstance(self.cache_dir, (str, os.PathLike)):
             object.__setattr__(self, "cache_dir", Path(self.cache_dir))
-        for name in ("threads", "streams"):
+        for name in ("threads", "streams", "batch"):
             count = getattr(self, name)
             whole = isinstance(count, int) and not isinstance(count, bool)
             if count is not None and not (whole and count >= 1):

@@ -117,11 +117,13 @@ class Detector:
         *,
         score_threshold: float | None = None,
         fallbacks: tuple[Fallback, ...] = (),
+        batch: int | None = None,
     ) -> None:
         """Take over an open session; most callers use ``open``.
 
         ``score_threshold``: only detections with at least this score; None keeps the model's own threshold.
-        ``fallbacks``: the backends of the bundle that were passed over for this session.
+        ``fallbacks``: the backends of the bundle that were passed over for this session. ``batch``: the most images of
+        a request where the session leaves that open.
 
         Raises:
             ConfigError: a score threshold below the one that the model's tail has built in.
@@ -132,7 +134,7 @@ class Detector:
         self.fallbacks = fallbacks
         self.file_bytes: int | None = None  # of the model's files, of a bundle those that ran; None: not from a file
         self._min_score = score_threshold
-        self._feeds = _Feeds(session, contract)
+        self._feeds = _Feeds(session, contract, batch=batch)
         self._turn = contextlib.nullcontext() if session.thread_safe else threading.Lock()
         # One more than cores, so that one prepares while the others compute; twice as many may wait.
         self._gate = AsyncGate(workers=usable_cpus() + 1, places=2 * usable_cpus() + 2)
@@ -202,7 +204,13 @@ class Detector:
             if source.bundle is not None:
                 source.bundle.require_not_replaced()
                 session.description["artifact"] = source.artifact
-            detector = cls(session, contract, score_threshold=score_threshold, fallbacks=source.fallbacks)
+            detector = cls(
+                session,
+                contract,
+                score_threshold=score_threshold,
+                fallbacks=source.fallbacks,
+                batch=options.batch,
+            )
             detector.file_bytes = sum(path.stat().st_size for path in files_of(source.path))
             return detector
         except BaseException:
@@ -223,6 +231,11 @@ class Detector:
     def names(self) -> tuple[str, ...]:
         """Class names by label."""
         return self.contract.class_names
+
+    @property
+    def batch(self) -> int:
+        """The most images of one request."""
+        return self._feeds.largest
 
     def read(self, image: Image) -> NDArray[np.uint8]:
         """The pixels, (h, w, 3) uint8 RGB, turned as the contract says; an array as it is.
@@ -471,7 +484,7 @@ def _default_backend(model: Path, kinds: tuple[ArtifactKind, ...]) -> Backend:
 class _Feeds:
     """Preprocesses images as the contract says, into tensors of the shapes that the session takes."""
 
-    def __init__(self, session: Session, contract: ModelContract) -> None:
+    def __init__(self, session: Session, contract: ModelContract, *, batch: int | None) -> None:
         """Check the session's tensors against the contract."""
         inputs = {spec.name: spec for spec in session.inputs}
         images = contract.input_specs[0]
@@ -485,7 +498,8 @@ class _Feeds:
         self._spec = contract.preprocess
         self._takes_sizes = "image_sizes" in inputs
         self._fixed_batch = inputs["images"].shape[0]
-        self._largest = self._fixed_batch or session.max_batch or _LARGEST_BATCH
+        limits = [limit for limit in (batch, session.max_batch) if limit]
+        self.largest = self._fixed_batch or min(limits, default=_LARGEST_BATCH)
         self._buffers: PerThread[dict[tuple[int, ...], NDArray[Any]]] = PerThread(dict)
 
     def size(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -497,7 +511,7 @@ class _Feeds:
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
             by_size.setdefault(self.size(image.shape), []).append(index)
-        step = self._largest
+        step = self.largest
         return [same[i : i + step] for same in by_size.values() for i in range(0, len(same), step)]
 
     def make(

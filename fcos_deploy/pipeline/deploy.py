@@ -30,7 +30,7 @@ from fcos_deploy.bundle import (
 )
 from fcos_deploy.bundle.manifest import BOM_NAME, bill_of_materials
 from fcos_deploy.core.backend import all_backends, get_backend
-from fcos_deploy.core.enums import NmsForm, Precision, Tail
+from fcos_deploy.core.enums import ComputeType, NmsForm, Precision, Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.exporter import all_exporters
 from fcos_deploy.core.files import sha256_file
@@ -270,7 +270,8 @@ def _make_artifacts(
             quantize(context, source, calibrated=calibrated, consumer="portable", float_variant=float_variant)
     except AccuracyGateError as error:
         refused.append(error)
-    return proof.with_bf16(variants), list(calibrations.values()), refused
+    variants = proof.with_bf16(variants) if ComputeType.BF16 in request.computes else variants
+    return variants, list(calibrations.values()), refused
 
 
 def _manifest(

@@ -79,6 +79,7 @@ __all__ = [
     "comparison_report",
     "find_layer",
     "golden_images",
+    "in_bf16",
     "measure_accuracy",
     "measure_speed",
     "replay_verify",
@@ -94,18 +95,19 @@ _FP32_MAP_DROP, _FP32_MATCH_RATE = 0.0005, 0.995
 _TIMING = TimingOptions(rounds=6, warmup=1, throughput_seconds=1.0, settled_after=4)
 
 
+def in_bf16(variant: Variant) -> Variant | None:
+    """The same artifact in bf16; None where the backend or this processor does not compute in it."""
+    twin = replace(variant, options=replace(variant.options, compute=ComputeType.BF16))
+    try:
+        twin.open().close()
+    except (ConfigError, DeviceError):
+        return None
+    return twin
+
+
 def with_bf16(variants: list[Variant]) -> list[Variant]:
-    """Each variant and, where the backend and this processor compute in bf16, the same artifact again in bf16."""
-    runs = []
-    for variant in variants:
-        runs.append(variant)
-        in_bf16 = replace(variant, options=replace(variant.options, compute=ComputeType.BF16))
-        try:
-            in_bf16.open().close()
-        except (ConfigError, DeviceError):
-            continue
-        runs.append(in_bf16)
-    return runs
+    """Each variant, and where it can be the same in bf16 behind it."""
+    return [run for variant in variants for run in (variant, in_bf16(variant)) if run is not None]
 
 
 def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluations:

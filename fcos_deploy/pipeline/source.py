@@ -50,6 +50,7 @@ class GraphForm:
     nms_form: NmsForm
     deform_form: DeformForm
     opset: int | None
+    batch: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ class _Network(DeploySource):
             precision=form.precision,
             nms_form=form.nms_form,
             deform_form=form.deform_form,
+            batch=form.batch,
         )
         exported = export_onnx(self._loaded, output, options=options, progress=progress)
         checks = {check.step: str(check) for check in exported.checks}
@@ -178,7 +180,13 @@ class _Graph(DeploySource):
                 f"'{self.name}' ends in the tail '{self.contract.tail}', and '{form.tail}' was asked for.",
                 hint=f"--tail {self.contract.tail}; other tails are exported from the checkpoint or the wrapped module",
             )
-        config = {"opset": str(onnx_interface(self._path).opset)}
+        interface = onnx_interface(self._path)
+        if form.batch is None and interface.inputs[0].shape[0] is not None:
+            raise ConfigError(
+                f"'{self.name}' takes one image at a time, and batches were asked for.",
+                hint="give the checkpoint, or a graph of: fcos-deploy export --batch dynamic",
+            )
+        config = {"opset": str(interface.opset)}
         if form.precision is Precision.FP16:
             from exporters.rewrite import convert_to_fp16
 

@@ -145,6 +145,8 @@ class DeployRequest:
     accuracy is measured, chosen with classes and object sizes as in all of them; None takes all.
     ``operating_goal``: what the score threshold of each class is chosen for; None is the reference's best F1.
     ``threads``: those that artifacts are measured with, which the bundle takes by default; None: the runtimes' own.
+    ``batch``: 1, or None for graphs that take any number of images. ``computes``: the formats of floats in which every
+    artifact is measured, as far as its backend and the processor have them.
     """
 
     checkpoint: Path | WrappedModule
@@ -170,6 +172,8 @@ class DeployRequest:
     sample: int | None = None
     operating_goal: OperatingGoal | None = None
     threads: int | None = None
+    batch: int | None = 1
+    computes: tuple[ComputeType, ...] = (ComputeType.F32, ComputeType.BF16)
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -361,7 +365,12 @@ def export(
     own = backend if deform_form is DeformForm.OPERATOR else ""
     name = graph_file(precision, tail=tail, deform_form=deform_form)
     form = GraphForm(
-        tail=tail, precision=precision, nms_form=nms_form, deform_form=deform_form, opset=context.request.opset
+        tail=tail,
+        precision=precision,
+        nms_form=nms_form,
+        deform_form=deform_form,
+        opset=context.request.opset,
+        batch=context.request.batch,
     )
 
     def make(folder: Path) -> StepOutput:
@@ -383,6 +392,7 @@ def export(
         "contract": contract_to_text(context.contract),
         "opset": str(context.request.opset or "default"),
         "nms_form": str(nms_form),
+        "batch": str(context.request.batch or "open"),
         **library_versions("torch", "onnx", "onnxsim"),
     }
     label = "-".join(filter(None, ("export", precision, tail, own)))

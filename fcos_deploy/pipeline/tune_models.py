@@ -10,15 +10,16 @@ from pathlib import Path
 
 from fcos_deploy.bundle import BundleWriter, StepCache, StepOutput
 from fcos_deploy.core.artifact import graph_file, is_checkpoint
-from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.backend import SessionOptions, get_backend
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, override_options
-from fcos_deploy.core.enums import PerformanceHint, Precision
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint, Precision
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.preprocess import PreprocessSpec, SizeRule
 from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.detector import DetectorSpec
+from fcos_deploy.pipeline.proof import in_bf16
 from fcos_deploy.pipeline.quantize import quantize_model
 from fcos_deploy.pipeline.source import open_source
 from fcos_deploy.pipeline.steps import (
@@ -115,27 +116,54 @@ def sizes_around(spec: PreprocessSpec) -> tuple[InputSize, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
+# What computes a network, the most exact one first: the others approximate what fp32 computes.
+_FIDELITY = (
+    (Precision.FP32, ComputeType.F32),
+    (Precision.FP16, ComputeType.F32),
+    (Precision.FP32, ComputeType.BF16),
+    (Precision.FP16, ComputeType.BF16),
+    (Precision.INT8, ComputeType.F32),
+    (Precision.INT8, ComputeType.BF16),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """What is tried: a size, a backend, a precision, and how the runtime is opened."""
+    """What is tried: a size, a backend, a precision, and how the runtime is opened.
+
+    ``compute``: the format of what the precision leaves in float. ``batch``: images of a request, ``streams`` requests
+    at a time.
+    """
 
     size: InputSize
     backend: str
     precision: Precision
     threads: int
+    compute: ComputeType = ComputeType.F32
     streams: int = 1
+    batch: int = 1
     hint: PerformanceHint = PerformanceHint.LATENCY
 
     @property
+    def fidelity(self) -> int:
+        """The smaller one stands for the accuracy of the larger ones."""
+        return _FIDELITY.index((self.precision, self.compute))
+
+    @property
+    def format(self) -> str:
+        """The precision, and the format of its floats where that is not float32."""
+        return str(self.precision) if self.compute is ComputeType.F32 else f"{self.precision} {self.compute}"
+
+    @property
     def artifact(self) -> str:
-        """What is evaluated: threads and streams change no detection, and neither does the runtime of a float graph."""
-        runtime = f"{self.backend} " if self.precision is Precision.INT8 else ""
-        return f"{self.size} {runtime}{self.precision}"
+        """What is evaluated: threads, streams and batch change no detection, nor does the runtime of a float graph."""
+        runtime = "" if self.fidelity == 0 else f"{self.backend} "
+        return f"{self.size} {runtime}{self.format}"
 
     @property
     def engine(self) -> str:
-        """What is deployed; threads and streams are how it is opened."""
-        return f"{self.size} {self.backend} {self.precision}"
+        """What is deployed; the rest is how it is opened."""
+        return f"{self.size} {self.backend} {self.format}"
 
     @property
     def line(self) -> Configuration:
@@ -145,8 +173,9 @@ class Configuration:
     @property
     def how(self) -> str:
         """Everything but the size."""
-        streams = "" if self.hint is PerformanceHint.LATENCY else f", {self.streams} at a time"
-        return f"{self.backend} {self.precision}, {self.threads} thread{'' if self.threads == 1 else 's'}{streams}"
+        load = "" if self.hint is PerformanceHint.LATENCY else f", {self.streams} at a time"
+        load += "" if self.batch == 1 else f" in batches of {self.batch}"
+        return f"{self.backend} {self.format}, {self.threads} thread{'' if self.threads == 1 else 's'}{load}"
 
     def __str__(self) -> str:
         return f"{self.size} {self.how}"
@@ -155,8 +184,19 @@ class Configuration:
     def session(self) -> SessionOptions:
         """How the runtime is opened."""
         if self.hint is PerformanceHint.LATENCY:
-            return SessionOptions(threads=self.threads)
-        return SessionOptions(threads=self.threads, streams=self.streams, hint=self.hint)
+            return SessionOptions(threads=self.threads, compute=self.compute)
+        return SessionOptions(
+            threads=self.threads, streams=self.streams, hint=self.hint, batch=self.batch, compute=self.compute
+        )
+
+    @property
+    def opening(self) -> str:
+        """What its bundle has to be opened with: of all this only the threads of a latency are a bundle's default."""
+        words = {"compute": f'"{self.compute}"'} if self.compute is not ComputeType.F32 else {}
+        if self.hint is PerformanceHint.THROUGHPUT:
+            words |= {"hint": f'"{self.hint}"', "threads": f"{self.threads}", "streams": f"{self.streams}"}
+            words |= {"batch": f"{self.batch}"} if self.batch > 1 else {}
+        return ", ".join(f"{name}={value}" for name, value in words.items())
 
 
 class TuneModels:
@@ -183,7 +223,8 @@ class TuneModels:
         self._own_ranges = own_ranges
         self._request, self._images, self._folder, self._progress = request, images, folder, progress
         self._stack = contextlib.ExitStack()
-        self._contexts: dict[InputSize, DeployContext] = {}
+        self._contexts: dict[tuple[InputSize, int | None], DeployContext] = {}
+        self._computing: dict[str, bool] = {}  # backends, and whether they compute in bf16
         self._cache = StepCache(folder / "steps")
         source = self._stack.enter_context(contextlib.closing(open_source(request.checkpoint, options=request.options)))
         self.contract, self.note, self._own = source.contract, source.note, source
@@ -203,6 +244,24 @@ class TuneModels:
             return True
         return onnx_interface(path).inputs[0].shape[2:] == (None, None)
 
+    def takes_batches(self, backend: str) -> bool:
+        """Whether the backend reads graphs with an open batch as they are, and the model can be such a graph."""
+        path = self._request.checkpoint
+        fixed = isinstance(path, Path) and not is_checkpoint(path) and onnx_interface(path).inputs[0].shape[0]
+        return not fixed and ArtifactKind.ONNX in get_backend(backend).accepts
+
+    def computes(self, configuration: Configuration) -> bool:
+        """Whether its backend computes in its format on this processor.
+
+        Raises:
+            FcosDeployError: as ``open_as``.
+        """
+        backend = configuration.backend
+        if configuration.compute is not ComputeType.F32 and backend not in self._computing:
+            variant = self.open_as(replace(configuration, compute=ComputeType.F32))
+            self._computing[backend] = in_bf16(variant) is not None
+        return configuration.compute is ComputeType.F32 or self._computing[backend]
+
     @property
     def gate_key(self) -> str:
         """What the layers of a bundle depend on that those of a trial do not: the limits, and on which images."""
@@ -213,32 +272,32 @@ class TuneModels:
         """The model as it came, at its own size: PyTorch, or the graph that was given."""
         return self._own.reference()
 
-    def open_as(self, configuration: Configuration) -> DetectorSpec:
+    def open_as(self, configuration: Configuration) -> Variant:
         """What runs; it is made if it is not there.
 
         Raises:
             FcosDeployError: it cannot be made.
         """
-        context = self._context(configuration.size)
+        context = self._context(configuration.size, batch=_graph_batch(configuration))
         precision = configuration.precision
         quantized = precision is Precision.INT8
         graph = export(context, precision=Precision.FP32 if quantized else precision, backend=configuration.backend)
         if quantized:
             graph = self._quantize(context, graph, backend=configuration.backend)
-        variant: Variant = build(context, graph, backend=configuration.backend)
-        return replace(variant, options=configuration.session)
+        return replace(build(context, graph, backend=configuration.backend), options=configuration.session)
 
-    def _context(self, size: InputSize) -> DeployContext:
-        if size not in self._contexts:
-            request = self._sized(size, self._folder / "work" / str(size).replace(":", "-"))
+    def _context(self, size: InputSize, *, batch: int | None = 1) -> DeployContext:
+        if (size, batch) not in self._contexts:
+            name = f"{size}{'' if batch else '-batches'}".replace(":", "-")
+            request = replace(self._sized(size, self._folder / "work" / name), batch=batch)
             source = self._stack.enter_context(
                 contextlib.closing(open_source(request.checkpoint, options=request.options))
             )
             writer = self._stack.enter_context(BundleWriter(request.output))
-            self._contexts[size] = DeployContext(
+            self._contexts[size, batch] = DeployContext(
                 request, source, source.contract, self._images, writer, self._progress, self._cache
             )
-        return self._contexts[size]
+        return self._contexts[size, batch]
 
     def _sized(self, size: InputSize, output: Path) -> DeployRequest:
         """The request with one size, for a checkpoint or a module of one's own."""
@@ -313,12 +372,19 @@ class TuneModels:
             precisions=(configuration.precision,),
             # All cores are what runtimes take by themselves, on a device with more of them too.
             threads=None if configuration.threads >= usable_cpus() else configuration.threads,
+            batch=_graph_batch(configuration),
+            computes=tuple(dict.fromkeys((ComputeType.F32, configuration.compute))),
             cache=self._folder / "steps",
         )
 
     def close(self) -> None:
         """Let the working folders go; what they hold is in the cache."""
         self._stack.close()
+
+
+def _graph_batch(configuration: Configuration) -> int | None:
+    """A graph with an open batch serves all batches; runtimes are faster where one image is all that may come."""
+    return 1 if configuration.batch == 1 else None
 
 
 def _sized_options(options: CheckpointOptions, size: InputSize, spec: PreprocessSpec) -> CheckpointOptions:

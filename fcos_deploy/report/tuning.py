@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.core.enums import Precision, StrEnum
+from fcos_deploy.core.enums import ComputeType, Precision, StrEnum
 from fcos_deploy.core.libraries import lazy_import
 from fcos_deploy.report.figures import BLUE, CHART_SETTINGS, GREEN, MUTED, RED, arms, new_figure, svg_of
 from fcos_deploy.report.render import write_pages
@@ -28,7 +28,11 @@ matplotlib = lazy_import("matplotlib", extra="report")
 
 TUNING_COLUMNS = ("size", "runtime", "p50 ms", "p90 ms", "images/s", "AP", "95% interval", "images", "status")
 
-_MARKS: dict[Precision, str] = {Precision.FP32: "o", Precision.FP16: "D", Precision.INT8: "s"}
+_MARKS: dict[Precision, tuple[str, str]] = {  # with floats in float32, and in another format
+    Precision.FP32: ("o", "^"),
+    Precision.FP16: ("D", "v"),
+    Precision.INT8: ("s", "P"),
+}
 
 
 class PointStatus(StrEnum):
@@ -53,8 +57,10 @@ class TunedPoint:
     runtime: str
     backend: str
     precision: Precision
+    compute: ComputeType
     threads: int
     streams: int
+    batch: int
     status: PointStatus
     reason: str = ""
     p50_ms: float | None = None
@@ -172,14 +178,15 @@ def _draw_points(axes: Any, data: TuningData) -> None:  # Any: matplotlib has no
             continue
         complete = point.images == all_images
         color = BLUE if complete else MUTED
-        name = f"{point.precision}" if complete else f"{point.precision}, left early"
+        kind = str(point.precision) if point.compute is ComputeType.F32 else f"{point.precision} {point.compute}"
+        name = kind if complete else f"{kind}, left early"
         cost, slow = point.cost_ms, None if data.throughput else point.p90_ms
         axes.errorbar(
             [cost],
             [point.ap],
             yerr=arms(point.ap, point.ap_low, point.ap_high),
             xerr=arms(cost, None, slow),
-            fmt=_MARKS[point.precision],
+            fmt=_MARKS[point.precision][point.compute is not ComputeType.F32],
             ms=6,
             mfc=color if complete else "white",
             color=color,

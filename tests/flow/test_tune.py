@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -23,13 +24,15 @@ from fcos_deploy.benchmark.measure import (
 )
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.enums import Precision
-from fcos_deploy.core.errors import BudgetError
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision
+from fcos_deploy.core.errors import BudgetError, DeviceError
 from fcos_deploy.core.gate import Judge, Outcome
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.detector import Detector
-from fcos_deploy.pipeline.tune import TuneRequest, open_search
+from fcos_deploy.pipeline.tune import open_search
 from fcos_deploy.pipeline.tune_models import InputSize
+from fcos_deploy.pipeline.tune_search import TuneRequest
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
@@ -99,7 +102,7 @@ def slow_bundles(monkeypatch: pytest.MonkeyPatch, *slow: tuple[int, int]) -> Non
                 timing.whole = [60000.0 + ms for ms in timing.whole]
         return timings
 
-    monkeypatch.setattr("fcos_deploy.pipeline.tune.time_in_turns", timed)
+    monkeypatch.setattr("fcos_deploy.pipeline.tune_search.time_in_turns", timed)
     monkeypatch.setattr(ContentionMeter, "stop", lambda _: Contention())
 
 
@@ -221,16 +224,60 @@ def test_int8_of_all_sizes_is_calibrated_once_and_the_front_has_no_bundle(
 ) -> None:
     output = tmp_path / "tuned"
     int8 = ["--calibration-images", str(smooth_images), "--allow-overlap", "--throughput", "--streams", "1"]
-    content = answer(arguments(tiny_checkpoint, smooth_images, output, *int8))
-    assert {(p["size"], p["precision"]) for p in content["points"] if p["images_per_second"]} == {
+    content = answer(arguments(tiny_checkpoint, smooth_images, output, *int8, "--batch", "1", "--batch", "3"))
+    timed = [p for p in content["points"] if p["images_per_second"]]
+    assert {(p["size"], p["precision"]) for p in timed} == {
         (size, precision) for size in ("160x224", "128x160") for precision in ("fp32", "int8")
+    }
+    assert {(p["batch"], p["precision"]) for p in timed if p["size"] == "128x160"} == {
+        (batch, precision) for batch in (1, 3) for precision in ("fp32", "int8")
     }
     records = [json.loads(path.read_text()) for path in (output / "trials" / "steps").glob("*/step.json")]
     names = [record["name"] for record in records]
     assert len([name for name in names if name.startswith("calibrate")]) == 1
-    assert len([name for name in names if name.startswith("int8")]) == 2
+    assert 3 <= len([name for name in names if name.startswith("int8")]) <= 4, "of each size and batch that was timed"
     assert content["bundle"] is None
     assert any(p["status"] == "front" for p in content["points"])
+
+
+def test_batches_and_the_format_of_floats_are_axes_of_throughput(
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
+) -> None:
+    output, axes = tmp_path / "tuned", ["--backend", "openvino", "--threads", "1", "--size", "128x160"]
+    words = ["tune", str(tiny_checkpoint), "--images", str(smooth_images), "-o", str(output), *axes]
+    words += ["--min-throughput", "0.001", "--batch", "3", "--streams", "1", "--judge", "point"]
+    words += ["--allow-inconclusive", "--compute", "f32", "--compute", "bf16"]
+    content = answer(words)
+    (chosen,) = [p for p in content["points"] if p["status"] == "chosen"]
+    assert (chosen["batch"], chosen["compute"]) == (3, "f32"), "the float32 graph detects what the reference does"
+    (in_bf16,) = [p for p in content["points"] if p["compute"] == "bf16"]
+    assert in_bf16["reason"] in (
+        "a more exact precision keeps the limit at this size",
+        "it does not compute in bf16 here",
+    )
+    assert 'Open the bundle with SessionOptions(hint="throughput", threads=1, streams=1, batch=3).' in content["said"]
+    options = SessionOptions(hint=PerformanceHint.THROUGHPUT, threads=1, streams=1, batch=3)
+    with Detector.open(output / "bundle", options=options) as detector:
+        assert detector.batch == 3
+        assert detector.session.inputs[0].shape[0] is None
+        assert len(detector.detect_batch([np.zeros((64, 64, 3), np.uint8)] * 4)) == 4
+    try:
+        Detector.open(output / "bundle", options=SessionOptions(compute=ComputeType.BF16)).close()
+        offered = {ComputeType.F32, ComputeType.BF16}
+    except DeviceError:
+        offered = {ComputeType.F32}
+    request = TuneRequest(
+        model=tiny_checkpoint,
+        output=output,
+        images=smooth_images,
+        backends=("onnxruntime", "openvino"),
+        sizes=(InputSize(128, 160),),
+        threads=(1,),
+    )
+    with open_search(request) as (search, _):
+        search.run()
+        assert {c.compute for c in search.measured if c.backend == "openvino"} == offered
+        assert {c.compute for c in search.measured if c.backend == "onnxruntime"} == {ComputeType.F32}
 
 
 def test_a_dynamic_graph_and_its_bundle_are_tuned_without_torch(
@@ -261,6 +308,8 @@ def test_a_dynamic_graph_and_its_bundle_are_tuned_without_torch(
         (["--size", "640"], "height x width"),
         (["--size", "100x100"], "the nearest is 96x96"),
         (["--percentile", "99"], "50 or 90"),
+        (["--batch", "2"], "are for throughput"),
+        (["--compute", "bf16"], "it does not compute in bf16 here"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(

@@ -151,7 +151,7 @@ class _Build:
             "seconds": f"{seconds:.2f}",
             "layers": str(len(layers)),
             "convolution_inputs": json.dumps(convolution_inputs(layers)),
-            "warnings": json.dumps(log.warnings()[:20]),
+            "warnings": json.dumps(list(log.warnings)[:20]),
         }
         _LOGGER.info("built %s in %.1f s", self._request.output.name, seconds)
         return plan

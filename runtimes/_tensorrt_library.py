@@ -102,83 +102,63 @@ def shape_tuple(dims: trt.Dims) -> tuple[int, ...]:
     return tuple(int(dims[index]) for index in range(len(dims)))
 
 
-@dataclass(frozen=True, slots=True)
-class LogRecord:
-    """One message of the library; ``severity`` is its name: INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE."""
-
-    severity: str
-    text: str
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LibraryLog:
-    """What the library said while a ``library_log`` was open: problems, last lines, and the layer list of a build."""
+    """What the library said while a ``library_log`` was open: each error and warning once, the last lines, layer lists.
 
-    problems: list[LogRecord] = field(default_factory=list)
-    tail: deque[LogRecord] = field(default_factory=lambda: deque(maxlen=200))
+    ``errors`` and ``warnings`` are in order of appearance; their values say nothing.
+    """
+
+    errors: dict[str, None] = field(default_factory=dict)
+    warnings: dict[str, None] = field(default_factory=dict)
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=200))
     layer_lists: list[str] = field(default_factory=list)
 
-    def add(self, record: LogRecord) -> None:
-        """Keep one message."""
-        self.tail.append(record)
-        if record.severity in ("INTERNAL_ERROR", "ERROR", "WARNING"):
-            self.problems.append(record)
-        elif record.text.startswith("Layers:"):
-            self.layer_lists.append(record.text)
-
-    def errors(self) -> list[str]:
-        """Errors without repetition, in order of appearance."""
-        return list(dict.fromkeys(r.text.strip() for r in self.problems if r.severity != "WARNING"))
-
-    def warnings(self) -> list[str]:
-        """Warnings without repetition, in order of appearance."""
-        return list(dict.fromkeys(r.text.strip() for r in self.problems if r.severity == "WARNING"))
+    def add(self, severity: str, text: str) -> None:
+        """Keep one message; ``severity``: INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE."""
+        self.tail.append(text.strip())
+        if severity in ("INTERNAL_ERROR", "ERROR"):
+            self.errors[text.strip()] = None
+        elif severity == "WARNING":
+            self.warnings[text.strip()] = None
+        elif text.startswith("Layers:"):
+            self.layer_lists.append(text)
 
     def last_lines(self, count: int = 4) -> list[str]:
         """The last errors, or the last messages of any kind where there is no error."""
-        return self.errors()[-count:] or [record.text.strip() for record in list(self.tail)[-count:]]
+        return list(self.errors or self.tail)[-count:]
 
 
-class _Recorder:
-    """Hands the one logger's messages to whoever is recording.
+def _make_logger(library: TensorRT, listeners: list[LibraryLog]) -> trt.ILogger:
+    class Logger(library.ILogger):  # type: ignore[misc, name-defined]  # its base is known at run time only
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
 
-    The library keeps the first logger of a process and ignores later ones, so there is one per library.
-    """
+        def log(self, severity: Any, msg: str) -> None:  # Any: the parameter's class differs between versions
+            for listener in listeners:
+                listener.add(severity.name, msg)
 
-    def __init__(self, library: TensorRT) -> None:
-        self.lock = threading.Lock()
-        self.logs: list[LibraryLog] = []
-        recorder = self
-
-        class Logger(library.ILogger):  # type: ignore[misc, name-defined]  # its base is known at run time only
-            def __init__(self) -> None:
-                library.ILogger.__init__(self)
-
-            def log(self, severity: Any, msg: str) -> None:  # Any: the parameter's class differs between versions
-                record = LogRecord(severity.name, msg)
-                for log in recorder.logs:
-                    log.add(record)
-
-        self.logger = Logger()
+    return Logger()
 
 
-_RECORDERS: dict[str, _Recorder] = {}
-_RECORDERS_LOCK = threading.Lock()
+# The library keeps the first logger of a process and ignores later ones: one for each library, and who listens to it.
+_LOGGERS: dict[str, tuple[trt.ILogger, list[LibraryLog]]] = {}
+_LOCK = threading.Lock()
 
 
 @contextmanager
 def library_log(library: TensorRT) -> Iterator[tuple[trt.ILogger, LibraryLog]]:
     """The logger to hand to builders, parsers and runtimes, and what it hears while the block runs."""
     name = cast(Any, library).__name__  # Any: a protocol for a module does not tell the module's name
-    with _RECORDERS_LOCK:
-        if name not in _RECORDERS:
-            _RECORDERS[name] = _Recorder(library)
-        recorder = _RECORDERS[name]
     log = LibraryLog()
-    with recorder.lock:
-        recorder.logs.append(log)
+    with _LOCK:
+        if name not in _LOGGERS:
+            listeners: list[LibraryLog] = []
+            _LOGGERS[name] = _make_logger(library, listeners), listeners
+        logger, listeners = _LOGGERS[name]
+        listeners.append(log)
     try:
-        yield recorder.logger, log
+        yield logger, log
     finally:
-        with recorder.lock:
-            recorder.logs.remove(log)
+        with _LOCK:
+            listeners.remove(log)

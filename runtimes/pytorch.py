@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fcos_deploy.core.backend import Backend, BackendProbe, Session, SessionOptions, Tensors
-from fcos_deploy.core.contract import ModelContract, TensorSpec
+from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ArtifactKind, ComputeType
 from fcos_deploy.core.errors import BackendError, missing_device
 from fcos_deploy.core.libraries import lazy_import, require
@@ -32,13 +32,7 @@ _Network = Callable[..., "tuple[torch.Tensor, ...]"]
 
 class _PyTorchSession(Session):
     def __init__(
-        self,
-        network: _Network,
-        *,
-        device: torch.device,
-        options: SessionOptions,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
+        self, network: _Network, *, device: torch.device, contract: ModelContract, options: SessionOptions
     ) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)  # PyTorch has one setting for the whole process.
@@ -50,7 +44,8 @@ class _PyTorchSession(Session):
             "hint": str(options.hint),
             "threads": str(torch.get_num_threads()),
         }
-        super().__init__(inputs=inputs, outputs=outputs, description=description)
+        super().__init__(inputs=contract.input_specs, outputs=contract.output_specs, description=description)
+        self.contract = contract
         self._network: _Network | None = network
         self._device = device
         self._compute = options.compute
@@ -136,15 +131,7 @@ def open_model(network: Fcos, *, contract: ModelContract, options: SessionOption
         raise missing_device("PyTorch", name, devices)
     device = torch.device(name)
     exportable = ExportableFcos(network, contract).eval().to(device)
-    session = _PyTorchSession(
-        exportable,
-        device=device,
-        options=options,
-        inputs=contract.input_specs,
-        outputs=contract.output_specs,
-    )
-    session.contract = contract
-    return session
+    return _PyTorchSession(exportable, device=device, contract=contract, options=options)
 
 
 def _devices() -> tuple[str, ...]:

@@ -82,7 +82,6 @@ def _golden(model: ServedModel, bundle: Bundle, folder: Path) -> dict[str, objec
                 "certified": None if certified is None else to_json(GoldenDetections.from_detections(certified)),
             }
         )
-    gate = standard.gate
     return {
         "format": _FORMAT,
         "bundle": manifest.name,
@@ -92,11 +91,7 @@ def _golden(model: ServedModel, bundle: Bundle, folder: Path) -> dict[str, objec
         "model": f"model{model.path.suffix}",
         "backend": model.backend,
         "precision": str(artifact.precision),
-        "gate": {
-            "min_match_rate": gate.min_match_rate,
-            "min_iou": gate.min_iou,
-            "max_score_delta": gate.max_score_delta,
-        },
+        "gate": {name: getattr(standard.gate, name) for name in ("min_match_rate", "min_iou", "max_score_delta")},
         "has_certified": standard.certified is not None,
         "same_artifact": standard.same_artifact,
         "score_threshold": manifest.contract.decode.score_threshold,

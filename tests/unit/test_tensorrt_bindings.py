@@ -241,7 +241,7 @@ COMMON_WORDS = {"name", "type", "shape", "close", "dtype", "reset", "serialize",
 
 # What else such words hang on: annotations (read as types elsewhere), and objects of ours.
 OURS = {
-    *("trt", "super()", "self", "recorder", "monitor"),
+    *("trt", "super()", "self", "monitor"),
     *("options", "contract", "self._contract", "self._generation"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,19 +139,20 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaselineComparison:
-    """One backend and precision against an earlier run; a ratio above 1 is slower than then."""
+    """One backend and precision against ``latency_ms`` of an earlier run; a ratio above 1 is slower than then."""
 
     backend: str
     precision: str
-    p50_before: float
-    p50_now: float
-    minimum_before: float
-    minimum_now: float
+    before: Mapping[str, float]
+    now: LatencyStats
 
     @property
     def ratio(self) -> float:
         """Of the medians or of the fastest times, whichever rose less: other load raises only the first."""
-        return min(self.p50_now / self.p50_before, self.minimum_now / self.minimum_before)
+        return min(self.now.p50 / self.before["p50"], self.now.minimum / self.before["minimum"])
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision}: p50 {self.before['p50']:.2f} -> {self.now.p50:.2f} ms"
 
 
 def demo_image() -> Path:
@@ -357,12 +358,7 @@ def compare_with_baseline(benchmark: Benchmark, baseline: Sequence[dict[str, Any
         _require_comparable(entry, result, processor=benchmark.machine.processor)
     return [
         BaselineComparison(
-            backend=result.backend,
-            precision=result.precision,
-            p50_before=entry["latency_ms"]["p50"],
-            p50_now=result.latency.p50,
-            minimum_before=entry["latency_ms"]["minimum"],
-            minimum_now=result.latency.minimum,
+            backend=result.backend, precision=result.precision, before=entry["latency_ms"], now=result.latency
         )
         for entry, result in pairs
     ]
@@ -397,10 +393,7 @@ def require_no_slowdown(comparisons: Sequence[BaselineComparison], *, tolerance:
     """
     slower = [c for c in comparisons if c.ratio > 1.0 + tolerance]
     if slower:
-        figures = "; ".join(
-            f"{c.backend} {c.precision}: p50 {c.p50_before:.2f} -> {c.p50_now:.2f} ms ({c.ratio:.2f} times)"
-            for c in slower
-        )
+        figures = "; ".join(f"{item} ({item.ratio:.2f} times)" for item in slower)
         raise SlowdownError(
             f"Slower than the baseline by more than {tolerance:.0%}: {figures}.",
             hint="repeat on a quiet machine; the fastest times are slower too, not the medians alone",

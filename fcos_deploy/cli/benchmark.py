@@ -91,7 +91,7 @@ def benchmark_command(
     if earlier is not None:
         comparisons = run.compare_with_baseline(result, earlier)
         for item in comparisons:
-            note(f"{item.backend} {item.precision}: p50 {item.p50_before:.2f} -> {item.p50_now:.2f} ms")
+            note(str(item))
         run.require_no_slowdown(comparisons, tolerance=tolerance)
 
 

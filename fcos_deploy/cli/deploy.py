@@ -193,10 +193,11 @@ def deploy_command(
     show_deployment(deployment, as_json=as_json, allow_inconclusive=allow_inconclusive)
 
 
-_COLUMNS = (
-    *("backend", "precision", "float in", "AP", "AP50", "small/medium/large", "drop", "agree", "verdict"),
-    *("p50 ms", "p90 ms", "speed-up", "images/s", "MiB"),
-)
+_COLUMNS = {  # what the table shows of a row
+    **{"backend": "backend", "precision": "precision", "compute": "float in", "ap": "AP", "ap50": "AP50"},
+    **{"ap_small": "small/medium/large", "drop": "drop", "match_rate": "agree", "outcome": "verdict"},
+    **{"p50_ms": "p50 ms", "p90_ms": "p90 ms", "speedup": "speed-up", "throughput_fps": "images/s", "size_mib": "MiB"},
+}
 
 
 def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive: bool = False) -> None:
@@ -208,10 +209,9 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
     verdicts = deployment.evaluations.verdicts
     rows = [_row(deployment, index) for index in range(len(deployment.rows))]
     annotated = deployment.evaluations.dataset.annotated
-    columns = tuple(column for column in _COLUMNS if column != "agree" or not annotated)
-    hidden = {"precision_drop", "recall_drop", *(["match_rate"] if annotated else [])}
-    shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
-    table(str(deployment.bundle), columns, [_cells(row) for row in shown])
+    shown = [key for key in _COLUMNS if key != "match_rate" or not annotated]
+    cells = [[_cell(row, key) for key in shown] for row in rows]
+    table(str(deployment.bundle), [_COLUMNS[key] for key in shown], cells)
     images, seconds = deployment.rows[0].scores.images, deployment.seconds
     count = deployment.benchmark.results[0].latency.count
     note(
@@ -235,16 +235,9 @@ def show_deployment(deployment: Deployment, *, as_json: bool, allow_inconclusive
     for finding in deployment.findings:
         note(finding.line)
     if as_json:
-        content = {
-            "bundle": str(deployment.bundle),
-            "seconds": seconds,
-            "images": images,
-            "stages": to_json(deployment.stages),
-            "outcome": deployment.outcome,
-        }
-        print_json(
-            {**content, "variants": rows, "verdicts": to_json(verdicts), "findings": to_json(deployment.findings)}
-        )
+        parts = {name: to_json(getattr(deployment, name)) for name in ("stages", "outcome", "findings")}
+        content = {"bundle": str(deployment.bundle), "seconds": seconds, "images": images, "variants": rows}
+        print_json({**content, **parts, "verdicts": to_json(verdicts)})
     conclude(verdicts, allow_inconclusive=allow_inconclusive)
 
 
@@ -274,20 +267,17 @@ def _row(deployment: Deployment, index: int) -> dict[str, Any]:  # Any: text, a 
     }
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """As ``_COLUMNS`` names them; a doubtful speed-up has a question mark."""
+def _cell(row: dict[str, Any], key: str) -> str:
+    """As the table shows it: APs by size in one cell, and a doubtful speed-up with a question mark."""
     from fcos_deploy.accuracy.evaluate import size_cell
 
-    cells = []
-    for name, value in row.items():
-        if name == _SIZES[0]:
-            cells.append(size_cell(row[size] for size in _SIZES))
-        if name in (*_SIZES, "speedup_problem"):
-            continue
-        known = value is not None and not isinstance(value, str)
-        text = f"{value:.{4 if abs(value) < 1 else 2}f}" if known else value or "-"
-        cells.append(text + (" (?)" if name == "speedup" and row["speedup_problem"] else ""))
-    return tuple(cells)
+    value = row[key]
+    if key == _SIZES[0]:
+        return size_cell(row[size] for size in _SIZES)
+    if value is None or isinstance(value, str):
+        return value or "-"
+    text = f"{value:.{4 if abs(value) < 1 else 2}f}"
+    return f"{text} (?)" if key == "speedup" and row["speedup_problem"] else text
 
 
 def demo_command(

@@ -171,7 +171,7 @@ def test_several_models_on_one_backend_are_compared_in_their_order(tmp_path: Pat
     save_benchmark(tmp_path / "b.json", benchmark(result(times=10.0), result("onnxruntime"), result(times=20.0)))
     earlier = read_baseline(tmp_path / "b.json")
     found = compare_with_baseline(benchmark(result(times=10.0), result(times=30.0)), earlier)
-    assert [(c.minimum_before, c.minimum_now) for c in found] == [(10.0, 10.0), (20.0, 30.0)]
+    assert [(c.before["minimum"], c.now.minimum) for c in found] == [(10.0, 10.0), (20.0, 30.0)]
     with pytest.raises(ConfigError, match="nothing to compare 'openvino int8' with"):
         compare_with_baseline(benchmark(result(), result(), result(times=5.0)), earlier)
 

@@ -83,8 +83,7 @@ def sign_command(
         bool,
         cli.TRUST.option(
             "New key pair, written before signing: --key and the same name ending in .pub.pem. With --openssf-key, "
-            "whichever of the two pairs is missing.",
-            "--generate-key",
+            "whichever of the two pairs is missing."
         ),
     ] = False,
     version: Annotated[
@@ -101,7 +100,6 @@ def sign_command(
         Path | None,
         cli.TRUST.option(
             "EC private key that signs in the OpenSSF Model Signing format too, as model.sig. Default: none.",
-            "--openssf-key",
             metavar="PEM",
         ),
     ] = None,
@@ -109,8 +107,7 @@ def sign_command(
         bool,
         cli.TRUST.option(
             "Signature of what was built on this device, with this user's device key (made on first use), in place of "
-            "the bundle's with --key.",
-            "--device",
+            "the bundle's with --key."
         ),
     ] = False,
     as_json: cli.Json = False,

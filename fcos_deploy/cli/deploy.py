@@ -105,16 +105,14 @@ def deploy_command(
         bool,
         cli.option(
             f"Accuracy from {FAST_IMAGES} of the images, spread over classes and object sizes, with the wider interval "
-            "that they give.",
-            "--fast",
+            "that they give."
         ),
     ] = False,
     run_code: cli.RunCode = False,
     dry_run: Annotated[
         bool,
         cli.option(
-            "Plan of what would be built, without building it; checkpoint and images are read as for the build.",
-            "--dry-run",
+            "Plan of what would be built, without building it; checkpoint and images are read as for the build."
         ),
     ] = False,
     config: Annotated[  # noqa: ARG001  (the application has read it)
@@ -126,7 +124,7 @@ def deploy_command(
         ),
     ] = None,
     no_config: Annotated[  # noqa: ARG001  (the same)
-        bool, cli.option("The fcos-deploy.toml in the current folder is not read.", "--no-config")
+        bool, cli.option("The fcos-deploy.toml in the current folder is not read.")
     ] = False,
     as_json: cli.Json = False,
     options: CheckpointOptions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -90,14 +91,10 @@ Annotations = Annotated[
         metavar="FILE",
     ),
 ]
-AllowOverlap = Annotated[
-    bool, option("Evaluation images that are calibration images too are accepted, and reported.", "--allow-overlap")
-]
+AllowOverlap = Annotated[bool, option("Evaluation images that are calibration images too are accepted, and reported.")]
 CalibrationCount = Annotated[int | None, option("Number of calibration images to choose. Default: up to 128.")]
 Seed = Annotated[int, option("Random seed for choosing calibration images.")]
-RunCode = Annotated[
-    bool, option("Permission to run the function that MODEL names, which returns a wrapped module.", "--run-code")
-]
+RunCode = Annotated[bool, option("Permission to run the function that MODEL names, which returns a wrapped module.")]
 Limit = Annotated[int | None, option("Number of images to use. Default: all.", min=1)]
 Rounds = Annotated[int, option("Rounds of the benchmark; each times 5 detections of every model.", min=1)]
 _AT = "{} for which each class's score threshold is chosen. Default: the bundle's thresholds, elsewhere best F1."
@@ -162,50 +159,32 @@ JudgeBy = Annotated[
     Judge,
     GATE.option(
         "What must be within a limit: the 95 % confidence interval of the figure, or the point estimate alone, which "
-        "chance may decide.",
-        "--judge",
+        "chance may decide."
     ),
 ]
 AllowInconclusive = Annotated[
-    bool,
-    GATE.option(
-        "Acceptance of limits that the data cannot decide; without it they are exit code 4.", "--allow-inconclusive"
-    ),
+    bool, GATE.option("Acceptance of limits that the data cannot decide; without it they are exit code 4.")
 ]
 
 _PublicKeys = Annotated[
     list[str] | None,
     TRUST.option(
         "Trusted public key, as a file or its text; repeatable. The bundle must be signed with one of them.",
-        "--public-key",
         metavar="PEM",
     ),
 ]
 _ExpectName = Annotated[
-    str,
-    TRUST.option(
-        "Name that the bundle must have; it is signed with the bundle. Default: any.", "--expect-name", metavar="NAME"
-    ),
+    str, TRUST.option("Name that the bundle must have; it is signed with the bundle. Default: any.", metavar="NAME")
 ]
 _MinVersion = Annotated[
-    int, TRUST.option("Lowest version that the bundle must be signed as; needs a --public-key.", "--min-version", min=0)
+    int, TRUST.option("Lowest version that the bundle must be signed as; needs a --public-key.", min=0)
 ]
-RequireSignature = Annotated[
-    bool, TRUST.option("Restriction to bundles that are signed with a --public-key.", "--require-signature")
-]
+RequireSignature = Annotated[bool, TRUST.option("Restriction to bundles that are signed with a --public-key.")]
 AllowEngineCode = Annotated[
-    bool,
-    TRUST.option(
-        "Permission for a version-compatible engine that is not signed to run the library it contains.",
-        "--allow-engine-code",
-    ),
+    bool, TRUST.option("Permission for a version-compatible engine that is not signed to run the library it contains.")
 ]
 AllowFallback = Annotated[
-    bool,
-    TRUST.option(
-        "Permission to fall back to the next backend that the bundle lists when its first does not fit.",
-        "--allow-fallback",
-    ),
+    bool, TRUST.option("Permission to fall back to the next backend that the bundle lists when its first does not fit.")
 ]
 
 DeviceRecord = Annotated[
@@ -229,7 +208,7 @@ def with_parameters(
     own = inspect.signature(command, eval_str=True)
     parameters = [item for name, item in own.parameters.items() if name != hidden]
     parameters += [item for item in added if item.name not in own.parameters]
-    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in parameters]
+    parameters = [_named(item.replace(kind=inspect.Parameter.KEYWORD_ONLY)) for item in parameters]
     parameters.sort(key=_panel)
     functools.update_wrapper(function, command)
     # Typer reads the signature and the annotations; without ``__wrapped__`` they are not those of ``command``.
@@ -237,6 +216,16 @@ def with_parameters(
     function.__annotations__ = {item.name: item.annotation for item in parameters}
     del function.__wrapped__  # type: ignore[attr-defined]  # set by update_wrapper
     return function
+
+
+def _named(parameter: inspect.Parameter) -> inspect.Parameter:
+    """A boolean option that names no flag is one, without the ``--no-`` form that Typer adds."""
+    kind, info = (*typing.get_args(parameter.annotation), None, None)[:2]
+    if kind is not bool or info.default is not ...:  # which is the first flag in an annotation
+        return parameter
+    info = copy.copy(info)
+    info.param_decls = (f"--{parameter.name.replace('_', '-')}",)
+    return parameter.replace(annotation=Annotated[bool, info])
 
 
 def _panel(parameter: inspect.Parameter) -> int:
@@ -268,9 +257,7 @@ def keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:  # 
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
-_LOCAL_BUILDS = TRUST.option(
-    "Trust in what this user built on this device, beside a signed bundle.", "--trust-local-builds"
-)
+_LOCAL_BUILDS = TRUST.option("Trust in what this user built on this device, beside a signed bundle.")
 _KEY_OPTIONS: dict[str, tuple[Any, Any]] = {  # Any: type forms and defaults, as below
     "public_key": (_PublicKeys, None),
     "expect_name": (_ExpectName, ""),

@@ -70,9 +70,7 @@ def predict_command(
             metavar="SCORE",
         ),
     ] = None,
-    follow: Annotated[
-        bool, cli.STREAM.option("Detections of images that arrive in a folder from now on.", "--follow")
-    ] = False,
+    follow: Annotated[bool, cli.STREAM.option("Detections of images that arrive in a folder from now on.")] = False,
     max_frames: Annotated[
         int | None, cli.STREAM.option("Number of frames to detect on. Default: no end.", min=1)
     ] = None,

@@ -34,7 +34,7 @@ def report_command(
     ],
     *,
     compare: Annotated[
-        bool, cli.option("Report of what several bundles record, side by side; nothing is measured.", "--compare")
+        bool, cli.option("Report of what several bundles record, side by side; nothing is measured.")
     ] = False,
     reference: Annotated[
         Path | None,

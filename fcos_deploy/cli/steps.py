@@ -107,7 +107,7 @@ def calibrate_command(
     ] = None,
     allow_overlap: cli.AllowOverlap = False,
     allow_outside: Annotated[
-        bool, cli.option("Permission for a list file to name images that are not below its folder.", "--allow-outside")
+        bool, cli.option("Permission for a list file to name images that are not below its folder.")
     ] = False,
     method: Annotated[
         str,
@@ -116,9 +116,7 @@ def calibrate_command(
             metavar="NAME",
         ),
     ] = "",
-    convergence: Annotated[
-        bool, cli.option("Report of how the ranges settle with more images.", "--convergence")
-    ] = False,
+    convergence: Annotated[bool, cli.option("Report of how the ranges settle with more images.")] = False,
     tensorrt_cache: Annotated[
         str,
         cli.option(
@@ -310,16 +308,10 @@ def build_command(
         cli.TENSORRT.option("File or folder of the timing cache to read and write. Default: none.", metavar="PATH"),
     ] = None,
     dla_core: Annotated[int | None, cli.TENSORRT.option("DLA core to build for. Default: the GPU.", min=0)] = None,
-    dla_strict: Annotated[
-        bool, cli.TENSORRT.option("Refusal of layers that would fall back to the GPU.", "--dla-strict")
-    ] = False,
-    tf32: Annotated[bool, cli.TENSORRT.option("Permission for TF32 in fp32 convolutions.", "--tf32")] = False,
-    version_compatible: Annotated[
-        bool, cli.TENSORRT.option("Engine that newer TensorRT versions also load.", "--version-compatible")
-    ] = False,
-    hardware_compatible: Annotated[
-        bool, cli.TENSORRT.option("Engine that also runs on newer GPUs.", "--hardware-compatible")
-    ] = False,
+    dla_strict: Annotated[bool, cli.TENSORRT.option("Refusal of layers that would fall back to the GPU.")] = False,
+    tf32: Annotated[bool, cli.TENSORRT.option("Permission for TF32 in fp32 convolutions.")] = False,
+    version_compatible: Annotated[bool, cli.TENSORRT.option("Engine that newer TensorRT versions also load.")] = False,
+    hardware_compatible: Annotated[bool, cli.TENSORRT.option("Engine that also runs on newer GPUs.")] = False,
     calibration_cache: Annotated[
         Path | None,
         cli.TENSORRT.option(
@@ -327,9 +319,7 @@ def build_command(
             metavar="FILE",
         ),
     ] = None,
-    trtexec: Annotated[
-        bool, cli.TENSORRT.option("Equivalent trtexec command on stdout; nothing is built.", "--trtexec")
-    ] = False,
+    trtexec: Annotated[bool, cli.TENSORRT.option("Equivalent trtexec command on stdout; nothing is built.")] = False,
     trust: Trust,
     as_json: cli.Json = False,
 ) -> None:

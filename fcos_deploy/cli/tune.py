@@ -71,9 +71,7 @@ def tune_command(
             metavar="W",
         ),
     ] = None,
-    throughput: Annotated[
-        bool, cli.option("Images a second in place of the latency of one image.", "--throughput")
-    ] = False,
+    throughput: Annotated[bool, cli.option("Images a second in place of the latency of one image.")] = False,
     min_throughput: Annotated[
         float | None,
         cli.option("Fewest images a second; the highest AP with them is chosen. Default: no limit.", metavar="N"),
@@ -131,11 +129,7 @@ def tune_command(
     allow_overlap: cli.AllowOverlap = False,
     calibration_count: cli.CalibrationCount = None,
     own_ranges: Annotated[
-        bool,
-        cli.option(
-            "Calibration of INT8 at every size. Default: one at the model's own size serves all of them.",
-            "--own-ranges",
-        ),
+        bool, cli.option("Calibration of INT8 at every size. Default: one at the model's own size serves all of them.")
     ] = False,
     seed: cli.Seed = 0,
     run_code: cli.RunCode = False,

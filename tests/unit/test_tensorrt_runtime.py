@@ -28,7 +28,7 @@ from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError,
 from fcos_deploy.core.trust import KeptModel
 from runtimes import _cuda as cuda_module
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
-from runtimes._tensorrt_library import install_hint, load_tensorrt
+from runtimes._tensorrt_library import TensorRT, install_hint, library_log, load_tensorrt
 from runtimes.tensorrt import (
     BACKEND,
     EngineTensor,
@@ -121,6 +121,18 @@ def test_a_driver_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     assert done.stdout.startswith("False ")
     assert len(done.stdout.splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_of_two_logs_that_overlap_the_one_that_stays_open_hears_on() -> None:
+    library = cast(TensorRT, SimpleNamespace(__name__="overlapping", ILogger=object))
+    first, second = library_log(library), library_log(library)
+    logger, kept = first.__enter__()
+    _, ended = second.__enter__()
+    second.__exit__(None, None, None)
+    logger.log(SimpleNamespace(name="ERROR"), " no memory\n")  # type: ignore[arg-type]  # as the library calls it
+    first.__exit__(None, None, None)
+    assert kept.last_lines() == ["no memory"]
+    assert ended.last_lines() == []
 
 
 def test_tensorrt_whose_stubs_alone_are_installed_says_so() -> None:

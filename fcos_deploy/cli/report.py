@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -104,11 +103,12 @@ def report_command(
             )
         # The keys are those of the devices too; only a required signature is one of the bundle as well.
         asked = trust if require_signature or trust.min_version else replace(trust, public_keys=())
-        _sign_off(model, records, trust=asked, keys=trust.public_keys, output=output, inconclusive=allow_inconclusive)
+        judged = _sign_off(model, records, trust=asked, keys=trust.public_keys, output=output)
+        _require(*judged, output=output, inconclusive=allow_inconclusive)
         return
     asked_for_more = (reference, images, annotations, also, limit, at_precision, at_recall, backend, precision, title)
     if not (gate.has_limits or any(asked_for_more)) and is_bundle(model):
-        _recorded(model, trust=trust, output=output, inconclusive=allow_inconclusive)
+        _require(*_recorded(model, trust=trust, output=output), output=output, inconclusive=allow_inconclusive)
         return
     if reference is None or images is None:
         raise ConfigError(
@@ -157,7 +157,17 @@ def _side_by_side(bundles: list[Path], *, measured: bool, trust: Trust, output: 
         note(f"wrote {path}")
 
 
-def _recorded(bundle: Path, *, trust: Trust, output: Path, inconclusive: bool) -> None:
+_Judged = tuple[Outcome | None, str, str]  # and what to say when that is failed, and when it is inconclusive
+
+
+def _require(outcome: Outcome | None, failed: str, undecided: str, *, output: Path, inconclusive: bool) -> None:
+    if outcome is Outcome.FAILED:
+        raise AccuracyGateError(failed, hint=f"see '{output}'")
+    if outcome is Outcome.INCONCLUSIVE and not inconclusive:
+        raise InconclusiveError(undecided, hint=f"see '{output}'")
+
+
+def _recorded(bundle: Path, *, trust: Trust, output: Path) -> _Judged:
     """The report that the bundle holds, after the bundle was checked, and its verdicts."""
     from fcos_deploy.accuracy.evaluate import size_cell
     from fcos_deploy.bundle import open_trusted
@@ -183,26 +193,16 @@ def _recorded(bundle: Path, *, trust: Trust, output: Path, inconclusive: bool) -
     for suffix, text in texts.items():
         write_text(output.with_suffix(suffix), text)
         note(f"wrote {output.with_suffix(suffix)}")
-    problems = {
-        Outcome.FAILED: "A limit did not hold where the bundle was made.",
-        Outcome.INCONCLUSIVE: "Where the bundle was made the images could not decide a limit.",
-    }
-    outcome = overall_outcome(figure.outcome for figure in figures if figure.outcome)
-    _require_passed(outcome, problems, output=output, inconclusive=inconclusive)
-
-
-def _require_passed(
-    outcome: Outcome | None, problems: Mapping[Outcome, str], *, output: Path, inconclusive: bool
-) -> None:
-    if outcome is Outcome.FAILED:
-        raise AccuracyGateError(problems[outcome], hint=f"see '{output}'")
-    if outcome is Outcome.INCONCLUSIVE and not inconclusive:
-        raise InconclusiveError(problems[outcome], hint=f"see '{output}'")
+    return (
+        overall_outcome(figure.outcome for figure in figures if figure.outcome),
+        "A limit did not hold where the bundle was made.",
+        "Where the bundle was made the images could not decide a limit.",
+    )
 
 
 def _sign_off(
-    bundle: Path, records: list[Path], *, trust: Trust, keys: tuple[Path | str, ...], output: Path, inconclusive: bool
-) -> None:
+    bundle: Path, records: list[Path], *, trust: Trust, keys: tuple[Path | str, ...], output: Path
+) -> _Judged:
     """The page of a bundle's device records; with ``keys`` one of them must have signed each record."""
     from fcos_deploy.accuracy.verify import read_records
     from fcos_deploy.bundle import open_trusted
@@ -212,8 +212,4 @@ def _sign_off(
         paths, outcome = write_sign_off(opened, read_records(records, bundle=opened, public_keys=keys), output)
     for path in paths:
         note(f"wrote {path}")
-    problems = {
-        Outcome.FAILED: "A device does not give the certified detections.",
-        Outcome.INCONCLUSIVE: "A device's golden images cannot decide it.",
-    }
-    _require_passed(outcome, problems, output=output, inconclusive=inconclusive)
+    return outcome, "A device does not give the certified detections.", "A device's golden images cannot decide it."

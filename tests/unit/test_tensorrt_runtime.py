@@ -164,7 +164,7 @@ def test_a_jetson_is_never_told_to_install_the_tensorrt_of_pypi(
     assert hint in said
     assert ("pip install" in said) == (not files)
     assert ("--system-site-packages" in said) == bool(files)
-    assert "take --backend tensorrt" in install_hint("tensorrt-rtx", root=tmp_path)
+    assert ("take --backend tensorrt" in install_hint("tensorrt-rtx", root=tmp_path)) == bool(files)
     assert install_hint("tensorrt-rtx", root=tmp_path / "pc") == "pip install 'fcos-deploy[tensorrt-rtx]'"
 
 

@@ -97,10 +97,10 @@ def read_coco(path: Path) -> CocoFile:
     problems: list[str] = []
     images = _converted(content, "images", _image, problems)
     categories = _converted(content, "categories", _category, problems)
-    numbers, places = _numbered([key for key, *_ in images]), {c.key: place for place, c in enumerate(categories)}
-    objects = _converted(content, "annotations", lambda entry: _object(entry, numbers, places), problems)
     if not categories and not problems:
         raise ConfigError(f"The categories of '{path}' must be at least one.")
+    numbers, places = _numbered([key for key, *_ in images]), {c.key: place for place, c in enumerate(categories)}
+    objects = _converted(content, "annotations", lambda entry: _object(entry, numbers, places), problems)
     copies = Counter(key for key, *_ in images)
     problems += [f"'images': {count} have the same id {brief(key)}" for key, count in copies.items() if count > 1]
     names = Counter(key for key, _ in {(category.key, _plain(category.name)) for category in categories})

@@ -11,7 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.dataset import SampleOptions
 from calibration.mixed_precision import TRADE_OFF_SUFFIX, read_trade_offs
 from fcos_deploy.accuracy.dataset import label_index, load_coco
 from fcos_deploy.accuracy.evaluate import Evaluation, Evaluations
@@ -117,14 +116,7 @@ def deploy(
         BundleWriter(request.output) as writer,
     ):
         with stages.stage("images"):
-            images = open_image_sets(
-                request.calibration_images,
-                source.contract,
-                images=request.images,
-                annotations=request.annotations,
-                sample=SampleOptions(count=request.calibration_count, seed=request.seed),
-                allow_overlap=request.allow_overlap,
-            )
+            images = open_image_sets(request, source.contract)
         cache = StepCache(request.cache) if request.cache else None
         context = DeployContext(request, source, source.contract, images, writer, progress, cache, stages)
         variants, calibrations, refused = _make_artifacts(context, backends)
@@ -182,14 +174,7 @@ def check_inputs(request: DeployRequest) -> None:
     """
     backends_to_measure(request)
     contract = source_contract(request.checkpoint, options=request.options)
-    open_image_sets(
-        request.calibration_images,
-        contract,
-        images=request.images,
-        annotations=request.annotations,
-        sample=SampleOptions(count=request.calibration_count, seed=request.seed),
-        allow_overlap=request.allow_overlap,
-    )
+    open_image_sets(request, contract)
     if request.images is not None and request.annotations is not None:
         label_index(contract.class_names, load_coco(request.annotations, images=request.images))
 

@@ -45,7 +45,7 @@ from fcos_deploy.targets.plan import plan as make_plan
 from fcos_deploy.targets.profiles import load_profile
 
 if TYPE_CHECKING:
-    from calibration.dataset import CalibrationSet, SampleOptions
+    from calibration.dataset import CalibrationSet
     from calibration.placement import ConvGraph, Placement
     from calibration.quantizers import QuantizeResult
     from fcos_deploy.model.wrap import WrappedModule
@@ -83,15 +83,7 @@ class ImageSets:
     evaluation_key: str
 
 
-def open_image_sets(
-    calibration_images: Path,
-    contract: ModelContract,
-    *,
-    images: Path | None,
-    annotations: Path | None,
-    sample: SampleOptions,
-    allow_overlap: bool,
-) -> ImageSets:
+def open_image_sets(request: DeployRequest, contract: ModelContract) -> ImageSets:
     """Read every image once, before anything is made from them. Without ``images`` the calibration images are both.
 
     Raises:
@@ -99,25 +91,26 @@ def open_image_sets(
             that is not allowed.
         ConfigError: no ``images``, and calibration images that are not a folder.
     """
-    from calibration.dataset import SetReport, collect_images, examine_set, inspect_images
+    from calibration.dataset import SampleOptions, collect_images, examine_set, inspect_images
 
-    if images is None and not calibration_images.is_dir():
+    folder, annotations = request.images or request.calibration_images, request.annotations
+    if request.images is None and not folder.is_dir():
         raise ConfigError(
-            f"The calibration images '{calibration_images}' are not a folder: accuracy cannot be measured on them too.",
-            hint="give --calibration-images DIR, or the images to measure on with --images DIR",
+            f"'{folder}' is not a folder, so that the accuracy cannot be measured on it.",
+            hint="give other images with --images DIR",
         )
     orientation = contract.preprocess.orientation
-    calibration = collect_images(calibration_images, options=sample, orientation=orientation)
-    dataset = load_coco(annotations, images=images) if images and annotations else None
-    evaluation = dataset.images if dataset else folder_images(images or calibration_images)
-    names = {os.path.relpath(image.path, images or calibration_images): image.path for image in evaluation}
+    sample = SampleOptions(count=request.calibration_count, seed=request.seed)
+    calibration = collect_images(request.calibration_images, options=sample, orientation=orientation)
+    dataset = load_coco(annotations, images=folder) if annotations else None
+    evaluation = dataset.images if dataset else folder_images(folder)
+    names = {os.path.relpath(image.path, folder): image.path for image in evaluation}
     inspected = inspect_images(names, orientation=orientation)
-    report: SetReport = examine_set(
-        calibration, contract, evaluation=inspected if images else (), allow_overlap=allow_overlap
-    )
+    others = inspected if request.images else ()
+    report = examine_set(calibration, contract, evaluation=others, allow_overlap=request.allow_overlap)
     report.require_usable()
     findings = report.findings + (dataset.findings if dataset else ())
-    if images is None:
+    if request.images is None:
         message = "INT8 was evaluated on its own calibration images, on which it looks better than it is (no --images)"
         findings += (Finding(kind="no-evaluation-images", severity=Severity.INCONCLUSIVE, message=message),)
     facts = [sha256_file(annotations) if annotations else "", [(image.name, image.sha256) for image in inspected]]

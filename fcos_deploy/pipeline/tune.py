@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.dataset import SampleOptions
 from fcos_deploy.accuracy.coco import Contender, RaceRules, Standing, race, widened_for_selection
 from fcos_deploy.accuracy.dataset import (
     Dataset,
@@ -219,14 +218,7 @@ def _open_models(
         command=request.command,
     )
     backends = backends_to_measure(deployment)
-    images = open_image_sets(
-        deployment.calibration_images,
-        source_contract(model, options=request.options),
-        images=request.images,
-        annotations=request.annotations,
-        sample=SampleOptions(count=request.calibration_count, seed=request.seed),
-        allow_overlap=deployment.allow_overlap,
-    )
+    images = open_image_sets(deployment, source_contract(model, options=request.options))
     return TuneModels(
         deployment,
         images,

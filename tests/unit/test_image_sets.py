@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.dataset import SampleOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.errors import CalibrationError
 from fcos_deploy.core.gate import undecided_because
-from fcos_deploy.pipeline.steps import ImageSets, open_image_sets
+from fcos_deploy.pipeline.steps import DeployRequest, ImageSets, open_image_sets
 
 
 @pytest.fixture
@@ -34,8 +33,8 @@ def sets(smooth_images: Path, bundle_contract: ModelContract, tmp_path: Path) ->
 
     def open_sets(**changes: Any) -> ImageSets:
         known = {"images": tmp_path / "evaluation", "annotations": tmp_path / "evaluation.json"}
-        options = {**known, "sample": SampleOptions(), "allow_overlap": False, **changes}
-        return open_image_sets(tmp_path / "calibration", bundle_contract, **options)
+        where = {"checkpoint": tmp_path, "output": tmp_path, "calibration_images": tmp_path / "calibration"}
+        return open_image_sets(DeployRequest(**{**where, **known, **changes}), bundle_contract)
 
     return open_sets
 

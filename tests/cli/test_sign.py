@@ -177,7 +177,7 @@ def test_a_bare_file_has_no_signature(home: Path) -> None:
     for command in (["inspect"], ["build", "--backend", "onnxruntime", "-o", home / "x.onnx"]):
         refused = _run(*command, home / "model.onnx", *key)
         assert refused.exit_code == 1
-        assert "There is no bundle" in refused.stderr
+        assert "is a file, not a bundle" in refused.stderr
 
 
 def test_the_key_may_be_given_as_text(home: Path, blobs: list[NDArray[np.uint8]]) -> None:

@@ -222,7 +222,7 @@ def _usage(parameter: Any) -> str:
 def _other_option(command: Any, name: str) -> Any:
     """The command's own parameter for what other tools call ``name``; None if it has none."""
     names = _OTHER_OPTIONS.get(name.lstrip("-").replace("_", "-").lower(), ())
-    return next((p for wanted in names for p in command.params if wanted in (*p.opts, typed_name(p))), None)
+    return next((p for ours in names for p in command.params if ours in (*p.opts, typed_name(p))), None)
 
 
 def _refuse_assignments(command: Any, ctx: Any, args: list[str]) -> None:

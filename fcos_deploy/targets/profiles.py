@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fcos_deploy.core.enums import Precision, StrEnum, Tail
+from fcos_deploy.core.enums import Precision, Tail
 from fcos_deploy.core.errors import ConfigError, unknown_name
 from fcos_deploy.core.files import MAX_TEXT_BYTES, decoded_text, read_file
 from fcos_deploy.core.libraries import parse_version
@@ -23,7 +23,6 @@ __all__ = [
     "DLA",
     "NPU",
     "Accelerator",
-    "DeviceFamily",
     "DeviceProfile",
     "IntelFacts",
     "NvidiaFacts",
@@ -35,14 +34,6 @@ __all__ = [
 
 _FOLDER = Path(__file__).parent / "devices"
 _OLDEST_PYTHON = (3, 10)
-
-
-class DeviceFamily(StrEnum):
-    """Boards with NVIDIA's own system image, other machines with an NVIDIA GPU, and Intel machines."""
-
-    JETSON = "jetson"
-    NVIDIA = "nvidia"
-    INTEL = "intel"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +73,6 @@ class DeviceProfile:
 
     name: str
     title: str
-    family: DeviceFamily
     machine: str
     python: str
     memory_mib: int
@@ -97,12 +87,8 @@ class DeviceProfile:
     verified: str = ""
 
     def __post_init__(self) -> None:
-        if (self.family is DeviceFamily.INTEL) != (self.intel is not None) or (self.intel is None) == (
-            self.nvidia is None
-        ):
-            raise ConfigError(
-                f"Profile '{self.name}' of family '{self.family}' needs its own table, and only that one."
-            )
+        if (self.intel is None) == (self.nvidia is None):
+            raise ConfigError(f"Profile '{self.name}' needs one of the tables 'nvidia' and 'intel', and only one.")
         if self.precision not in self.precisions or not self.backends:
             raise ConfigError(f"Profile '{self.name}' has a default precision or backend that it does not list.")
 

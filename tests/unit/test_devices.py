@@ -20,7 +20,7 @@ from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.machine import MachineFacts
 from fcos_deploy.pipeline.steps import plan_targets
 from fcos_deploy.targets.plan import RULES, PlanRequest, plan, trtexec_command
-from fcos_deploy.targets.profiles import DeviceFamily, load_profile, profile_names
+from fcos_deploy.targets.profiles import load_profile, profile_names
 
 HARDWARE_PAGE = Path(__file__).parents[2] / "docs/hardware.md"
 
@@ -298,7 +298,7 @@ def test_profile_of_another_batch_than_a_bundle_has_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('family = "jetson"', 'family = "intel"', "needs its own table"),
+        ("[nvidia]", '[intel]\ndevice = "GPU"\n\n[nvidia]', "'nvidia' and 'intel', and only one"),
         ('precision = "fp16"', 'precision = "int4"', "precision must be one of"),
         ("memory_mib = 8192", 'memory_mib = "8 GB"', "memory_mib must be int"),
         ("memory_mib = 8192", "memory_gib = 8", "unknown keys"),
@@ -318,7 +318,7 @@ def test_wrong_profile_is_refused(old: str, new: str, message: str, tmp_path: Pa
 def test_jetsons_know_their_jetpack() -> None:
     for name in profile_names():
         profile = load_profile(name)
-        if profile.family is DeviceFamily.JETSON:
+        if profile.nvidia is not None and profile.nvidia.jetpack:
             assert profile.nvidia is not None
             assert profile.nvidia.jetpack
             assert profile.nvidia.l4t

@@ -7,6 +7,9 @@ evaluate`` does.
 
 False pass: the upper end of the drop's interval lies below the true drop, so that a limit just below the truth passes.
 Undecided: the share of trials that are inconclusive when the true drop is a given distance within the limit.
+
+``--recall`` does the same for the drop of recall, at thresholds that are given: best F1 of the reference in the whole
+population, and those that let as many detections of the candidate pass.
 """
 
 from __future__ import annotations
@@ -31,6 +34,14 @@ from fcos_deploy.accuracy.coco import (
     weighted_ap,
 )
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
+from fcos_deploy.accuracy.operating_point import (
+    OperatingCounts,
+    OperatingGoal,
+    chosen_thresholds,
+    equivalent_thresholds,
+    operating_counts,
+    operating_drops,
+)
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.gate import Outcome, interval_outcome
 
@@ -287,12 +298,58 @@ def linear_error(runs: list[list[ClassMatches]], *, images: int, resamples: int)
     return float(ratios.min()), float(ratios.max())
 
 
+def recall_trials(
+    runs: list[OperatingCounts], *, images: int, count: int, resamples: int
+) -> tuple[list[float], list[list[ApInterval]]]:
+    """The true drop of recall of each candidate, and its intervals in the trials; runs: the reference, candidates."""
+
+    def drop(reference: OperatingCounts, candidate: OperatingCounts, *, resamples: int, seed: int = 0) -> ApInterval:
+        recall = operating_drops(reference, candidate, resamples=resamples, seed=seed, same_outputs=False)[1]
+        assert recall is not None  # every class has objects
+        return recall.drop
+
+    random, (reference, *candidates) = np.random.default_rng(images), runs
+    truth = [drop(reference, candidate, resamples=0).value for candidate in candidates]
+    drops: list[list[ApInterval]] = [[] for _ in candidates]
+    for seed in range(count):
+        chosen = np.sort(random.integers(0, reference.objects.shape[1], images))
+        before, *after = (
+            replace(run, right=run.right[:, chosen], kept=run.kept[:, chosen], objects=run.objects[:, chosen])
+            for run in runs
+        )
+        for intervals, candidate in zip(drops, after, strict=True):
+            intervals.append(drop(before, candidate, resamples=resamples, seed=seed))
+    return truth, drops
+
+
+def recall_table(world: World, *, images: Sequence[int], trials: Sequence[int], resamples: int) -> None:
+    """Print the rows about recall."""
+    matches = world.matches()
+    reference = operating_counts(matches, chosen_thresholds(matches, goal=OperatingGoal()))
+    for size, count in zip(images, trials, strict=True):
+        runs = [reference]
+        for damage in damages(size).values():
+            candidate = world.matches(damage)
+            runs.append(operating_counts(candidate, equivalent_thresholds(reference, candidate)))
+        truth, drops = recall_trials(runs, images=size, count=count, resamples=resamples)
+        for name, drop, intervals in zip(damages(size), truth, drops, strict=True):
+            print_verdicts(f"| {size} | {count} | {name}", drop, intervals)
+
+
+def print_verdicts(start: str, drop: float, intervals: Sequence[ApInterval]) -> None:
+    """Print a row: the true drop, how often a verdict is wrong, and how often there is none."""
+    wrong = [bounded([i.high < drop for i in intervals]), bounded([i.low > drop for i in intervals])]
+    shares = [f"{undecided(intervals, limit=drop + margin):.0%}" for margin in MARGINS]
+    print(f"{start} | {drop:.4f} | " + " | ".join([*wrong, *shares]) + " |", flush=True)
+
+
 def main() -> None:
     """Print a line for each number of images and kind of damage, as rows of two Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[40, 100, 500, 5000])
     parser.add_argument("--trials", type=int, nargs="+", default=[1000, 1000, 1000, 2000], help="for each of --images")
     parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--recall", action="store_true", help="the drop of recall at score thresholds in place of AP's")
     parser.add_argument("--population", type=int, default=5000)
     options = parser.parse_args()
     world = World.of(options.population)
@@ -301,6 +358,9 @@ def main() -> None:
     margins = " | ".join(f"undecided, {margin} within" for margin in MARGINS)
     print(f"| images | trials | damage | true drop | false pass | false fail | {margins} |")
     print("|---" * (6 + len(MARGINS)) + "|")
+    if options.recall:
+        recall_table(world, images=options.images, trials=options.trials, resamples=options.resamples)
+        return
     coverage = []
     for images, count in zip(options.images, options.trials, strict=True):
         cases = damages(images)
@@ -310,9 +370,7 @@ def main() -> None:
         ap = true_ap(reference)
         for name, candidate, drops in zip(cases, candidates, trials.drops, strict=True):
             drop = ap - true_ap(candidate)
-            wrong = [bounded([d.high < drop for d in drops]), bounded([d.low > drop for d in drops])]
-            shares = [f"{undecided(drops, limit=drop + margin):.0%}" for margin in MARGINS]
-            print(f"| {images} | {count} | {name} | {drop:.4f} | " + " | ".join([*wrong, *shares]) + " |", flush=True)
+            print_verdicts(f"| {images} | {count} | {name}", drop, drops)
         inside = bounded([interval.low <= ap <= interval.high for interval in trials.aps])
         above, below = (
             np.mean([interval.low > ap for interval in trials.aps]),

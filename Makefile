@@ -103,7 +103,7 @@ test: $(STAMP)
 	FCOS_DEPLOY_TRITON_PYTHON=$(wildcard $(abspath $(SERVER))/bin/python) \
 	FCOS_DEPLOY_MODEL_SIGNING_PYTHON=$(wildcard $(abspath $(MODEL_SIGNING))/bin/python) \
 	FCOS_DEPLOY_RAY_PYTHON=$(wildcard $(abspath $(RAY))/bin/python) \
-	FCOS_DEPLOY_DEBIAN_TOOLS=$(wildcard $(abspath $(DEBIAN))/usr) \
+	FCOS_DEPLOY_DEBIAN_TOOLS=$(and $(wildcard $(DEBIAN_STAMP)),$(abspath $(DEBIAN))/usr) \
 	FCOS_DEPLOY_OLD_OPENVINO_PYTHON=$(wildcard $(abspath $(OLD_OPENVINO))/bin/python) \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

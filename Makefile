@@ -27,7 +27,12 @@ LOWEST ?= .venv-lowest
 LOWEST_PYTHON ?= python3.10
 LOWEST_STAMP = $(LOWEST)/.installed
 
-.PHONY: install server-env old-openvino-env model-signing-env ray-env debian-tools lowest-env demo test test-fast test-lowest matrix check schemas docs dist fix
+# Pythons of pyenv are found by their names too; its own commands of these names fail where no version is chosen.
+EMPTY :=
+PYENV = $(subst $(EMPTY) $(EMPTY),:,$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin))
+WITH_PYENV = PATH="$(PYENV):$$PATH"
+
+.PHONY: install server-env old-openvino-env model-signing-env ray-env debian-tools lowest-env demo test test-fast test-lowest matrix first-hour check schemas docs dist fix
 
 install: $(STAMP)
 
@@ -90,7 +95,7 @@ $(DEBIAN_STAMP): Makefile
 lowest-env: $(LOWEST_STAMP)
 
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
-	$(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(WITH_PYENV) $(LOWEST_PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e '.[all,serving]' \
 		pytest pytest-timeout pytest-xdist hypothesis jsonschema filelock safetensors
 	touch $@
@@ -122,12 +127,16 @@ MATRIX_TESTS = $(addprefix tests/unit/test_,preprocess.py decode.py nms.py postp
 
 matrix:
 	for python in $(PYTHONS); do \
-		$$python -c '' || { echo "$$python: not here"; continue; }; \
-		$$python -m venv --clear $(MATRIX) && \
+		$(WITH_PYENV) $$python -c '' 2> /dev/null || { echo "$$python: not here"; continue; }; \
+		$(WITH_PYENV) $$python -m venv --clear $(MATRIX) && \
 		$(MATRIX)/bin/pip install --quiet '.[onnxruntime,eval,sign]' pytest pytest-timeout hypothesis jsonschema filelock && \
 		echo "$$python: $$($(MATRIX)/bin/python --version)" && \
 		$(MATRIX)/bin/python -m pytest -q -W default -m 'not slow' $(MATRIX_TESTS) || exit 1; \
 	done
+
+# Repeats what docs/first-hour.md shows, in bare environments below runs/ (8 GB), and writes it into the page.
+first-hour: $(STAMP)
+	$(WITH_PYENV) $(abspath $(BIN))/python docs/first_hour.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ from fcos_deploy.core.errors import (
 )
 from fcos_deploy.core.files import read_file, write_text
 from fcos_deploy.core.gate import Gate, Outcome, overall_outcome
-from fcos_deploy.core.libraries import library_versions
+from fcos_deploy.core.libraries import recorded_versions
 from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
@@ -316,7 +316,7 @@ def verify_bundle(
         seconds=round(time.perf_counter() - started, 3),
         session=session,
         machine=options.recorded.machine if options.recorded else {"system": machine.system, **machine_words(machine)},
-        versions=library_versions("fcos-deploy", "numpy", "opencv-python-headless", "pillow"),
+        versions=recorded_versions(),
         fallbacks=fallbacks,
         signed_by=bundle.signed_by,
     )

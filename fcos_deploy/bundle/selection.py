@@ -177,8 +177,9 @@ def _require_fit(bundle: Bundle, selection: Selection) -> None:
         rebuild = renew_command(bundle, backend=selection.backend, precision=selection.artifact.precision)
     chain = ", then ".join(bundle.manifest.defaults.fallback)
     hint = f"rebuild it here: {rebuild}" + (f"; or --allow-fallback to use {chain}" if chain else "")
+    problem = "; ".join(differences) if probe.available else probe.problem.rstrip(".") or "it is missing"
     raise DeviceError(
-        f"'{selection.artifact.path}' cannot run here with '{selection.backend}': {'; '.join(differences)}.",
+        f"'{selection.artifact.path}' cannot run here with '{selection.backend}': {problem}.",
         hint=hint if probe.available else probe.remedy or hint,
     )
 

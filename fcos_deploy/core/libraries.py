@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import os
 import pkgutil
+import platform
 import re
 import sys
 from collections.abc import Mapping
@@ -14,7 +15,16 @@ from typing import Any, Protocol, TypeVar
 
 from fcos_deploy.core.errors import ConfigError, MissingDependencyError, unknown_name
 
-__all__ = ["discover", "get_plugin", "lazy_import", "library_versions", "missing_library", "parse_version", "require"]
+__all__ = [
+    "discover",
+    "get_plugin",
+    "lazy_import",
+    "library_versions",
+    "missing_library",
+    "parse_version",
+    "recorded_versions",
+    "require",
+]
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -34,6 +44,20 @@ def library_versions(*distributions: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+# What figures and detections depend on, by the names of their distributions; of OpenCV and ONNX Runtime the one that is
+# installed.
+_RECORDED = (
+    *("fcos-deploy", "numpy", "opencv-python-headless", "opencv-python", "opencv-contrib-python-headless"),
+    *("opencv-contrib-python", "pillow", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu"),
+    *("openvino", "nncf", "tensorrt", "tensorrt-rtx-cu13", "cuda-python", "faster-coco-eval"),
+)
+
+
+def recorded_versions() -> dict[str, str]:
+    """Python's version and those of all libraries here that can change a result, for reports, manifests and records."""
+    return {"python": platform.python_version(), **library_versions(*_RECORDED)}
 
 
 # ONNX Runtime of 1.29 and later sends usage events and writes an event queue to the temporary folder; its opt-out is

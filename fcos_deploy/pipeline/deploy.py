@@ -34,6 +34,7 @@ from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.exporter import all_exporters
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Outcome, Severity, overall_outcome
+from fcos_deploy.core.libraries import recorded_versions
 from fcos_deploy.core.progress import ProgressFn, StageClock, StageRecord, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.pipeline import proof
@@ -282,7 +283,7 @@ def _manifest(
             created=_created(context),
             command=request.command,
             platform=platform.platform(),
-            tools={"python": platform.python_version()},
+            tools=recorded_versions(),
             decisions=(*context.contract.decisions, *context.source.decisions),
         ),
         defaults=RunDefaults(
@@ -370,7 +371,7 @@ def _write_report(
             files=_files(context, manifest, artifacts),
             machine=benchmark.machine,
             contention=benchmark.contention,
-            versions={tool: version for a in artifacts for tool, version in a.step.tools.items()},
+            versions={**recorded_versions(), **{tool: v for a in artifacts for tool, v in a.step.tools.items()}},
             decisions=provenance.decisions,
             command=provenance.command,
             notes=notes,

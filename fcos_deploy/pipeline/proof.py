@@ -58,7 +58,7 @@ from fcos_deploy.core.errors import ConfigError, DeviceError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate, overall_outcome, undecided_because
 from fcos_deploy.core.image import read_image
-from fcos_deploy.core.libraries import library_versions, require
+from fcos_deploy.core.libraries import recorded_versions, require
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector, DetectorSpec
@@ -383,12 +383,6 @@ def benchmark_figures(
     )
 
 
-_TOOLS = (
-    *("fcos-deploy", "numpy", "opencv-python-headless", "pillow", "torch", "onnx", "onnxscript", "onnxsim"),
-    *("onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "tensorrt", "tensorrt-rtx-cu13", "faster-coco-eval"),
-)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonRequest:
     """``reference`` is what the candidates are compared with. ``timing`` None leaves speed out.
@@ -472,7 +466,7 @@ def comparison_report(comparison: Comparison, *, title: str, command: str = "") 
         files=tuple(map(_report_file, dict.fromkeys(models))),
         machine=comparison.benchmark.machine if comparison.benchmark else None,
         contention=comparison.benchmark.contention if comparison.benchmark else Contention(),
-        versions=library_versions(*_TOOLS),
+        versions=recorded_versions(),
         command=command,
     )
 

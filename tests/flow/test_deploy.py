@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -109,6 +110,16 @@ def test_report_is_one_file_that_names_every_variant(deployed: tuple[Path, dict[
     assert "openvino" in html
     assert "int8" in html
     assert 'src="http' not in html
+
+
+def test_report_and_manifest_have_the_version_of_every_library_that_ran(deployed: tuple[Path, Any]) -> None:
+    html = (deployed[0] / "report.html").read_text(encoding="utf-8")
+    with open_bundle(deployed[0]) as bundle:
+        tools = bundle.manifest.provenance.tools
+    for name in ("numpy", "pillow", "torch", "onnx", "onnxsim", "onnxruntime", "openvino"):
+        assert tools[name] == importlib.metadata.version(name), name
+        assert tools[name] in html, name
+    assert any(name.startswith("opencv-") for name in tools)
 
 
 def test_report_of_a_bundle_alone_is_the_one_that_it_holds(

@@ -66,6 +66,8 @@ def texts(node: ast.expr) -> Iterator[str]:
 def lines() -> Iterator[tuple[str, str]]:
     """Every command line of ours in the pages: code blocks, where a backslash continues a line, and code spans."""
     for page in PAGES:
+        if page.name == "first-hour.md":  # has what other tools taught, which is refused
+            continue
         fenced = False
         content = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for number, line in enumerate(content.splitlines(), start=1):

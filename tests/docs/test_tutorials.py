@@ -118,8 +118,13 @@ def follow(page: str, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first section of each tutorial names: checkpoints of the demo detector, images, annotations."""
     folder = tmp_path_factory.mktemp("tutorial")
+    make_files(folder)
+    return folder
+
+
+def make_files(folder: Path) -> None:
+    """What the first section of each tutorial names: checkpoints of the demo detector, images, annotations."""
     weights = {name: tensor.float() for name, tensor in load_file(DEMO_DATA / "fcos_bccd.safetensors").items()}
 
     # torchvision's reference scripts: channel 0 is the background, which is never predicted.
@@ -150,7 +155,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "val").mkdir()
     for image in annotations["images"]:
         shutil.copy(DEMO_DATA / "evaluation" / image["file_name"], folder / "val")
-    return folder
 
 
 def mmdetection_name(name: str) -> str:

@@ -105,11 +105,13 @@ def files(demo_onnx: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("name", SESSIONS)
 def test_what_is_refused_on_the_page_is_refused_with_the_same_hint(name: str, files: Path) -> None:
     session = SESSIONS[name]
-    made_there = "evaluate cells.onnx --images val --annotations"  # a model without class names, as it is made there
+    # A model without class names, and a bundle for OpenVINO, as they are made there.
+    made_there = ("evaluate cells.onnx --images val --annotations", "verify cells.tar")
     steps = [
         step
         for step in session.steps
-        if re.match(r"pip |fcos-deploy doctor", step.command) or (step.exit_code and made_there not in step.command)
+        if re.match(r"pip |fcos-deploy doctor", step.command)
+        or (step.exit_code and not any(words in step.command for words in made_there))
     ]
     prelude = ""
     if session.jetson:

@@ -96,8 +96,8 @@ def open_image_sets(request: DeployRequest, contract: ModelContract) -> ImageSet
     folder, annotations = request.images or request.calibration_images, request.annotations
     if request.images is None and not folder.is_dir():
         raise ConfigError(
-            f"'{folder}' is not a folder, so that the accuracy cannot be measured on it.",
-            hint="give other images with --images DIR",
+            f"The calibration images '{folder}' are not a folder: accuracy cannot be measured on them too.",
+            hint="give --calibration-images DIR, or the images to measure on with --images DIR",
         )
     orientation = contract.preprocess.orientation
     sample = SampleOptions(count=request.calibration_count, seed=request.seed)

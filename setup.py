@@ -19,7 +19,7 @@ from setuptools.errors import CompileError
 
 SWITCH = os.environ.get("FCOS_DEPLOY_NATIVE", "")
 # Every operation rounds as NumPy's does: no fused multiply-add, no reordering. No debug data, which would hold paths.
-FLAGS = "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden -fPIC -shared -s"
+FLAGS = "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fPIC -shared -s"
 
 
 class BuildLibrary(build_ext):

@@ -10,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define EXPORT __attribute__((visibility("default")))
 #if defined(__x86_64__) && defined(__GLIBC__) && (!defined(__clang__) || __clang_major__ >= 14)
 /* Compiled twice; the loader takes what the processor has. Wider registers round no operation differently. */
 #define WIDE __attribute__((target_clones("avx2", "default")))
@@ -27,7 +26,7 @@ enum { DIGIT = 11 };  /* bits that a pass of the sort looks at: three passes for
 enum { BUCKETS = 1 << DIGIT };
 enum { P, PQ, SQRT_PQ }; /* forms of a score, in the order of ScoreForm */
 
-EXPORT int64_t host_interface(void) { return INTERFACE; }
+int64_t host_interface(void) { return INTERFACE; }
 
 /* ---- which pairs of location and class pass ---- */
 
@@ -90,9 +89,9 @@ INLINE float value_at(const void *array, int half, int64_t index) {
    bounds: one for all, or one for each location (per_location); float32, or int16 in half_order for halves.
    ends: where levels end, as locations. flat: capacity + 64 places. values: if all fit, the n logits, and the n
    centernesses of their locations; 2 * capacity places. */
-EXPORT WIDE int64_t host_scan(const void *logits, int half, const void *centerness, int half_centerness, int32_t classes,
-                         const void *bounds, int per_location, const int64_t *ends, int64_t levels, int64_t capacity,
-                         int32_t *flat, float *values, int64_t *counts) {
+WIDE int64_t host_scan(const void *logits, int half, const void *centerness, int half_centerness, int32_t classes,
+                  const void *bounds, int per_location, const int64_t *ends, int64_t levels, int64_t capacity,
+                  int32_t *flat, float *values, int64_t *counts) {
     Hits hits = {flat, 0, capacity};
     int64_t location = 0;
     for (int64_t level = 0; level < levels; level++) {
@@ -117,7 +116,7 @@ EXPORT WIDE int64_t host_scan(const void *logits, int half, const void *centerne
 }
 
 /* Whether all of n floats, or halves, are finite: infinity and NaN have all exponent bits set. */
-EXPORT WIDE int64_t host_finite(const void *values, int half, int64_t count) {
+WIDE int64_t host_finite(const void *values, int half, int64_t count) {
     const uint32_t *words = values;
     const uint16_t *halves = values;
     uint32_t any = 0;
@@ -149,7 +148,7 @@ DEFINE_LARGEST(largest_float, uint32_t, int32_t, float_order, 0x7F800000)
 DEFINE_LARGEST(largest_half, uint16_t, int16_t, half_order, 0x7C00)
 
 /* The largest logit of each location, NaN where one is: (locations,) float32. */
-EXPORT WIDE void host_largest(const void *logits, int half, int64_t locations, int32_t classes, float *largest) {
+WIDE void host_largest(const void *logits, int half, int64_t locations, int32_t classes, float *largest) {
     for (int64_t row = 0; row < locations; row++) {
         int nan;
         if (half) {
@@ -233,7 +232,7 @@ static int64_t near_best(Ranked *items, int64_t count, int64_t limit) {
 }
 
 /* Indices of the limit best of n scores >= 0, best first, the earlier one first among equals; how many, or NO_MEMORY. */
-EXPORT int64_t host_best(const float *scores, int64_t count, int64_t limit, int64_t *best) {
+int64_t host_best(const float *scores, int64_t count, int64_t limit, int64_t *best) {
     Ranked *items = malloc(((size_t)count + 1) * 2 * sizeof *items);
     if (!items) return NO_MEMORY;
     for (int64_t i = 0; i < count; i++) items[i] = (Ranked){best_first_key(scores[i]), (uint32_t)i};
@@ -249,10 +248,10 @@ EXPORT int64_t host_best(const float *scores, int64_t count, int64_t limit, int6
 
    p, q: (n,) of each flat index, levels one after the other, counts[level] of each. limit: of a level; sorted: best
    first in a level, otherwise by position. centers: (2, locations) x and y. Out: up to n rows. */
-EXPORT int64_t host_select(const int32_t *flat, const float *p, const float *q, const int64_t *counts, int64_t levels,
-                           int32_t classes, int gate, float threshold, int rank, int score, int64_t limit, int sorted,
-                           const float *centers, int64_t locations, const void *distances, int half, float *boxes,
-                           float *scores, int64_t *channels) {
+int64_t host_select(const int32_t *flat, const float *p, const float *q, const int64_t *counts, int64_t levels,
+                    int32_t classes, int gate, float threshold, int rank, int score, int64_t limit, int sorted,
+                    const float *centers, int64_t locations, const void *distances, int half, float *boxes,
+                    float *scores, int64_t *channels) {
     int64_t largest = 1, begin = 0, rows = 0;
     for (int64_t level = 0; level < levels; level++)
         if (counts[level] > largest) largest = counts[level];
@@ -336,8 +335,8 @@ static double box_iou(const float a[4], const float b[4], double offset) {
 /* Indices of the boxes that stay, best score first; how many, or NO_MEMORY. What suppress() in core/detections.py says.
 
    boxes: (n, 4) xyxy. kept: n places. keep_ties: those that tie with the last one allowed stay. */
-EXPORT WIDE int64_t host_suppress(const float *boxes, const float *scores, const int64_t *labels, int64_t count,
-                             double iou_threshold, double iou_offset, int64_t limit, int keep_ties, int64_t *kept) {
+WIDE int64_t host_suppress(const float *boxes, const float *scores, const int64_t *labels, int64_t count,
+                      double iou_threshold, double iou_offset, int64_t limit, int keep_ties, int64_t *kept) {
     int64_t places = keep_ties || limit > count ? count : limit, stay = 0;
     size_t groups = (size_t)places / LANES + 1;
     Ranked *order = malloc(((size_t)count + 1) * 2 * sizeof *order);

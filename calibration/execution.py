@@ -28,6 +28,7 @@ from fcos_deploy.core.errors import (
     StepCheckError,
 )
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_file import with_outputs
 from fcos_deploy.core.preprocess import preprocess
 
 __all__ = [
@@ -40,7 +41,6 @@ __all__ = [
     "conv_macs",
     "default_engine",
     "executed_share",
-    "expose",
     "open_engine",
     "open_measuring",
 ]
@@ -80,15 +80,6 @@ def _gradient() -> NDArray[np.uint8]:
     """(480, 640, 3) uint8: a smooth image, for runs whose values do not matter."""
     rows, columns = np.mgrid[0:480, 0:640]
     return np.stack([rows * 255 // 479, columns * 255 // 639, (rows + columns) * 255 // 1118], 2).astype(np.uint8)
-
-
-def expose(model: Any, names: Sequence[str]) -> Any:  # onnx.ModelProto, untyped
-    """A copy of the model whose outputs are the named float tensors."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    del copy.graph.output[:]
-    copy.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
-    return copy
 
 
 def open_engine(name: str, model: Any, *, threads: int | None = None) -> Session:
@@ -220,11 +211,10 @@ def conv_macs(graph: ConvGraph) -> dict[str, int]:
         return _MACS[graph.source.sha256]
     shapes = {conv.name: f"fcos_deploy.shape:{conv.output}" for conv in graph.convs}
     # The shapes alone: the outputs themselves are gigabytes at 800x1333.
-    model = expose(graph.source.model, ())
-    model.graph.node.extend(onnx.helper.make_node("Shape", [c.output], [shapes[c.name]]) for c in graph.convs)
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in shapes.values()
+    model = with_outputs(
+        graph.source.model, shapes.values(), types=dict.fromkeys(shapes.values(), onnx.TensorProto.INT64)
     )
+    model.graph.node.extend(onnx.helper.make_node("Shape", [c.output], [shapes[c.name]]) for c in graph.convs)
     with open_engine("onnxruntime", model) as session:
         outputs = session.run(Feeder(graph.source)(_gradient()))
     macs = {

@@ -21,6 +21,7 @@ from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import CalibrationError, unknown_name
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_file import with_outputs
 
 __all__ = [
     "BINS",
@@ -89,25 +90,19 @@ def measuring_model(model: Any, names: Sequence[str], *, samples: int = SAMPLES)
 
     The step between samples is computed in the graph where the shape follows the image.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = with_outputs(model, (f"{_MARK}.{part}:{name}" for name in names for part in _PARTS))
     known = [*onnx.shape_inference.infer_shapes(model).graph.value_info, *model.graph.output]
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in known}
     writer = _StatisticsWriter(samples)
     for name in names:
         writer.add(name, shapes.get(name, []))
     nodes = list(copy.graph.node)
-    del copy.graph.node[:], copy.graph.output[:]
+    del copy.graph.node[:]
     for node in nodes:  # Each tensor's statistics stand right behind the node that makes it.
         copy.graph.node.append(node)
         for output in node.output:
             copy.graph.node.extend(writer.nodes.get(output, []))
     copy.graph.initializer.extend(writer.constants.values())
-    copy.graph.output.extend(
-        onnx.helper.make_tensor_value_info(f"{_MARK}.{part}:{name}", onnx.TensorProto.FLOAT, None)
-        for name in names
-        for part in _PARTS
-    )
     return copy
 
 

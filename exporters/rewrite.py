@@ -27,6 +27,7 @@ from fcos_deploy.core.onnx_file import (
     save_onnx,
     tensor_bytes,
     with_contract,
+    with_outputs,
     without_initializers,
 )
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -380,12 +381,7 @@ def _require_in_range(model: Any, names: list[str], feeds: list[Tensors], folder
         StepCheckError: a tensor that becomes half leaves its range.
     """
     for start in range(0, len(names), _TENSORS_AT_ONCE):
-        shown = onnx.ModelProto()
-        shown.CopyFrom(model)
-        del shown.graph.output[:]
-        group = names[start : start + _TENSORS_AT_ONCE]
-        shown.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in group)
-        run = onnx_runner(shown, folder=folder)
+        run = onnx_runner(with_outputs(model, names[start : start + _TENSORS_AT_ONCE]), folder=folder)
         for feed in feeds:
             for name, array in run(feed).items():
                 reach = float(np.abs(array).max(initial=0.0))

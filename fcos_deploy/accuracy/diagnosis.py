@@ -38,6 +38,7 @@ from fcos_deploy.core.enums import ComputeType
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.gate import MatchOptions, compare_detections
 from fcos_deploy.core.libraries import lazy_import
+from fcos_deploy.core.onnx_file import with_outputs
 from fcos_deploy.core.preprocess import InputDtype, ResizeFilter, ResizeOrder, preprocess
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import Detector
@@ -503,15 +504,9 @@ class OnnxLayers:
 
     def outputs(self, names: list[str], feeds: Tensors) -> Tensors:
         """The float32 outputs of some layers, by one run of a copy of the graph that has them as outputs."""
-        copy = onnx.ModelProto()
-        copy.CopyFrom(self._model)
-        exposed = {output.name for output in copy.graph.output}
-        copy.graph.output.extend(
-            onnx.helper.make_tensor_value_info(name, self._types[name], None) for name in names if name not in exposed
-        )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "exposed.onnx"
-            onnx.save(copy, str(path))
+            onnx.save(with_outputs(self._model, names, types=self._types), str(path))
             with get_backend(self._backend).open(path, self._options) as session:
                 outputs = session.run({spec.name: feeds[spec.name] for spec in session.inputs})
         return {name: outputs[name].astype(np.float32) for name in names}

@@ -107,7 +107,6 @@ def describe_weights(
     weights: StoredWeights, *, file_name: str, stated: Mapping[str, Any], options: CheckpointOptions
 ) -> CheckpointDescription:
     """The same for weights that are in memory; ``stated`` holds what the file says under the names of ``Rules``."""
-    refuse_unsupported(weights.tensors)
     if options.ecosystem != AUTO:
         ecosystem, source = get_ecosystem(options.ecosystem), OPTION
         if missing := ecosystem.missing(weights.tensors):
@@ -124,7 +123,6 @@ def describe_weights(
         raise ConfigError(f"The variant for {ecosystem.name} must be {known}, got '{options.variant}'.")
     tensors = canonical(weights.tensors, ecosystem.renames)
     network = _infer_network(tensors, deform_groups=options.deform_groups)
-    refuse_unknown(tensors)
     evidence = Evidence(
         file_name=file_name,
         tensors=tensors,
@@ -387,28 +385,6 @@ def _with_plain_offset(name: str) -> str:
     return re.sub(r"(?:\.conv|(?<=\.conv\d))_offset\.(weight|bias)$", r".offset.\1", name)
 
 
-# What this network does not have, by parts of names; each with what to call it.
-_UNSUPPORTED = (
-    (re.compile(r"(backbone\.bottom_up\.stage\d+\..*OSA\w+/(?:dw|pw)_conv)\w+\..*"), "depthwise VoVNet layer"),
-    (re.compile(r"(backbone\.stage\d\.\d+\.fuse_layers)\..*"), "HRNet fusion"),
-)
-
-
-def refuse_unsupported(names: Iterable[str]) -> None:
-    """Stop at layers that FCOS variants have and this network does not.
-
-    Raises:
-        CheckpointError: naming the kind and the first layer.
-    """
-    for pattern, kind in _UNSUPPORTED:
-        layers = sorted({m[1] or m[m.lastindex or 1] for m in map(pattern.fullmatch, names) if m})
-        if layers:
-            raise CheckpointError(
-                f"Layer '{layers[0]}' is a {kind}, which is not supported ({len(layers)} such layers).",
-                hint="retrain without it: ONNX backends do not agree on these operators",
-            )
-
-
 # ---- the network that the shapes show ----
 
 _STEMS = {
@@ -474,6 +450,7 @@ def _infer_network(tensors: Mapping[str, TensorFacts], *, deform_groups: int | N
         tower_norm = TowerNorm.BATCH
     else:
         tower_norm = TowerNorm.GROUP if f"{norm}.weight" in tensors else TowerNorm.NONE
+    refuse_unknown(tensors)
     _refuse_other_shapes(tensors, backbone)
     laterals = sum(f"backbone.fpn.inner_blocks.{index}.0.weight" in tensors for index in range(5))
     channels, c5_channels = _shape(tensors, f"backbone.fpn.inner_blocks.{laterals - 1}.0.weight", 4)[:2]
@@ -539,7 +516,7 @@ def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneT
         )
     problem = ""
     laterals = [index for index in range(5) if f"backbone.fpn.inner_blocks.{index}.0.weight" in tensors]
-    unknown = sorted(n for n in tensors if n.startswith(("backbone.fpn", "neck.")) and not _PYRAMID.fullmatch(n))
+    unknown = sorted(n for n in tensors if n.startswith("backbone.fpn") and not _PYRAMID.fullmatch(n))
     if laterals not in ([0, 1, 2], [0, 1, 2, 3]):
         problem = f"lateral convolutions {laterals}, expected 0 to 2 (over C3 to C5) or 0 to 3 (C2 to C5)"
     elif unknown:

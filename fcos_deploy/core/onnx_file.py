@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
     "save_onnx",
     "tensor_bytes",
     "with_contract",
+    "with_outputs",
     "without_initializers",
 ]
 
@@ -392,6 +393,17 @@ def with_contract(model: Any, contract: ModelContract, *, record: Mapping[str, s
 # Operators that sample a map, and which of their inputs say where, or with what weight.
 _STEERING_INPUTS = {"GridSample": (1,), "DeformConv": (2, 4)}
 _READ_NO_VALUES = {"Shape", "Size"}
+
+
+def with_outputs(model: Any, names: Iterable[str], *, types: Mapping[str, int] | None = None) -> Any:
+    """A copy of the model whose outputs are the named tensors, of any shape; ``types``: ONNX's, where not float32."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    for name in names:
+        kind = (types or {}).get(name, onnx.TensorProto.FLOAT)
+        copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    return copy
 
 
 def sampling_nodes(model: Any) -> frozenset[str]:

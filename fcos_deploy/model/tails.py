@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fcos_deploy.core import detections
 from fcos_deploy.core.contract import SOURCE_OUTPUTS, ModelContract
 from fcos_deploy.core.decode import (
     ALL_CANDIDATES,
@@ -369,21 +370,15 @@ def _nms_keep(  # noqa: PLR0917  (operators of torch take their arguments by pos
     labels: Tensor,
     classes: int,  # noqa: ARG001  (needed where it becomes ONNX NonMaxSuppression)
     iou_threshold: float,
-    limit: int,  # noqa: ARG001  (likewise)
+    limit: int,
 ) -> Tensor:
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    for image in range(scores.shape[0]):
-        order = torch.argsort(scores[image], descending=True, stable=True)
-        rest = order[scores[image][order] > 0]
-        while len(rest):
-            best, rest = rest[0], rest[1:]
-            keep[image, best] = True
-            box, others = boxes[image, best], boxes[image, rest]
-            sides = (torch.minimum(box[2:], others[:, 2:]) - torch.maximum(box[:2], others[:, :2])).clamp(min=0)
-            intersection = sides.prod(1)
-            union = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(1) - intersection
-            overlaps = intersection / union > iou_threshold  # False for 0 / 0, two boxes without area
-            rest = rest[~(overlaps & (labels[image, rest] == labels[image, best]))]
+    rule = detections.Suppression(iou_threshold=iou_threshold, limit=limit)
+    for image in range(len(scores)):
+        rows = torch.nonzero(scores[image] > 0).squeeze(1)
+        rivals, ranks = (tensor[image, rows].float().cpu().numpy() for tensor in (boxes, scores))
+        kept = detections.suppress(rivals, ranks, labels=labels[image, rows].cpu().numpy(), rule=rule)
+        keep[image, rows[torch.from_numpy(kept).to(rows.device)]] = True
     return keep
 
 

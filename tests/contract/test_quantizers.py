@@ -11,7 +11,7 @@ import pytest
 
 from calibration.calibrate import StatisticsOptions, collect_ranges
 from calibration.dataset import SampleOptions, collect_images
-from calibration.execution import Feeder, expose, open_engine
+from calibration.execution import Feeder, open_engine
 from calibration.placement import PLACEMENTS, open_graph, placement_for, plan_pairs
 from calibration.quantizers import QUANTIZERS, QuantizeRequest, get_quantizer, quantized_model
 from fcos_deploy.core.artifact import OnnxGraph, read_contract
@@ -20,6 +20,7 @@ from fcos_deploy.core.decode import PROFILES, DecodeSpec
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.network import BackboneType, BlockType, FcosConfig, OsaStage
+from fcos_deploy.core.onnx_file import with_outputs
 from fcos_deploy.core.preprocess import PreprocessSpec
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 
@@ -128,7 +129,7 @@ def test_no_placement_is_much_noisier_than_the_others_on_any_backbone(backbone: 
     ranges = collect_ranges(graph, images, options=StatisticsOptions(engine="onnxruntime", threads=1))
     feeds = [Feeder(graph.source)(image.read()) for image in images.images[:2]]
     taps = [conv.input for conv in graph.convs if "inner_blocks" in conv.layer]
-    with open_engine("onnxruntime", expose(graph.source.model, taps)) as session:
+    with open_engine("onnxruntime", with_outputs(graph.source.model, taps)) as session:
         exact = [session.run(feed) for feed in feeds]
     lowest = {}
     assert len(plan_pairs(graph, PLACEMENTS["openvino"]).convs) == len(graph.convs)
@@ -136,7 +137,7 @@ def test_no_placement_is_much_noisier_than_the_others_on_any_backbone(backbone: 
         plan = plan_pairs(graph, placement)
         fused = [conv.output for conv in graph.convs if conv.activation in placement.fuses]
         assert not set(fused) & set(plan.readers)
-        with open_engine("onnxruntime", expose(quantized_model(plan, ranges), taps)) as session:
+        with open_engine("onnxruntime", with_outputs(quantized_model(plan, ranges), taps)) as session:
             measured = [session.run(feed) for feed in feeds]
         ratios = [
             sum(float(np.square(e[tap]).sum()) for e in exact)

@@ -26,12 +26,13 @@ from calibration.calibrate import (
     write_trt_cache,
 )
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images
-from calibration.execution import Feeder, expose, open_engine, open_measuring
+from calibration.execution import Feeder, open_engine, open_measuring
 from calibration.placement import PLACEMENTS, ConvGraph, open_graph
 from calibration.quantizers import quantize_qdq
 from calibration.ranges import Histogram, RangeMethod, in_order_of_release, measure, measuring_model, read_sample
 from exporters._tensorrt_options import check_calibration_cache
 from fcos_deploy.core.errors import BackendLoadError, CalibrationError, ConfigError
+from fcos_deploy.core.onnx_file import with_outputs
 from fcos_deploy.core.serialize import to_json
 
 onnx = pytest.importorskip("onnx")
@@ -67,7 +68,7 @@ def test_extremes_are_those_of_the_graph(
     mini_graph: ConvGraph, histograms: dict[str, Histogram], images: CalibrationSet
 ) -> None:
     feeder = Feeder(mini_graph.source)
-    with open_engine("onnxruntime", expose(mini_graph.source.model, ["block", "p3"])) as session:
+    with open_engine("onnxruntime", with_outputs(mini_graph.source.model, ["block", "p3"])) as session:
         seen = [session.run(feeder(image.read())) for image in images.images]
     for name in ("block", "p3"):
         values = np.concatenate([s[name].ravel() for s in seen])
@@ -107,7 +108,7 @@ def test_a_graph_measures_its_tensors_as_numpy_does(engine: str, shape: str, min
         for size in model.graph.input[0].type.tensor_type.shape.dim[2:]:
             size.dim_param = "size"
         del model.graph.output[:]
-    with open_engine(engine, expose(model, names), threads=1) as session:
+    with open_engine(engine, with_outputs(model, names), threads=1) as session:
         whole = {name: measure(values, samples=500) for name, values in session.run(feeds).items()}
     with open_measuring(engine, measuring_model(model, names, samples=500), threads=1) as session:
         outputs = session.run(feeds)

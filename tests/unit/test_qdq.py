@@ -26,6 +26,7 @@ from calibration.ranges import Range
 from fcos_deploy.core.artifact import read_contract
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
+from fcos_deploy.core.onnx_file import with_outputs
 
 onnx = pytest.importorskip("onnx")
 
@@ -215,7 +216,7 @@ def test_biases_take_back_the_shift_of_rounded_weights(
     mini_graph: ConvGraph, mini_calibration: Any, smooth_images: Path, tmp_path: Path
 ) -> None:
     """The mean of each channel behind the first convolution, over the calibration images, against the float graph's."""
-    from calibration.execution import Feeder, expose, open_engine
+    from calibration.execution import Feeder, open_engine
 
     without = {name: replace(tensor, channel_means="") for name, tensor in mini_calibration.tensors.items()}
     placement = replace(PLACEMENTS["portable"], weights=WeightRange.REDUCED)
@@ -223,7 +224,7 @@ def test_biases_take_back_the_shift_of_rounded_weights(
     feeds = [feeder(image.read()) for image in collect_images(smooth_images).images]
 
     def means(path: Path) -> Any:
-        with open_engine("onnxruntime", expose(onnx.load(str(path)), ["stem"]), threads=1) as session:
+        with open_engine("onnxruntime", with_outputs(onnx.load(str(path)), ["stem"]), threads=1) as session:
             return np.mean([session.run(feed)["stem"].mean((0, 2, 3)) for feed in feeds], axis=0)
 
     shifts = []

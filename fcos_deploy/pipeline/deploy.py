@@ -144,9 +144,12 @@ def deploy(
         notes = (*(f"No INT8: {error.message}" for error in refused), *(finding.line for finding in findings))
         _write_report(context, manifest, variants=variants, evaluations=evaluations, benchmark=benchmark, notes=notes)
         _write_bom(context, manifest)
-        bundle = writer.finish(
-            replace(manifest, stages=stages.records), check=lambda folder: _replay(context, folder, variants)
-        )
+
+        def replay(folder: Path) -> None:
+            with stages.stage("verify"):
+                proof.replay_verify(context, folder, variants, images=golden_images, evaluations=evaluations)
+
+        bundle = writer.finish(replace(manifest, stages=stages.records), check=replay)
     if refused:
         raise AccuracyGateError(
             f"{refused[0].message}\nThe bundle '{bundle}' holds the float artifacts only.", hint=refused[0].hint
@@ -160,11 +163,6 @@ def deploy(
         stages=stages.records,
         findings=findings,
     )
-
-
-def _replay(context: DeployContext, folder: Path, variants: list[Variant]) -> None:
-    with context.stages.stage("verify"):
-        proof.replay_verify(folder, variants, progress=context.progress)
 
 
 def check_inputs(request: DeployRequest) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.mixed_precision import find_trade_offs
+from calibration.placement import placement_for
 from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images
 from fcos_deploy.accuracy.diagnosis import OnnxLayers, explain, first_diverging_layer
 from fcos_deploy.accuracy.evaluate import (
@@ -92,7 +93,7 @@ __all__ = [
 # detection of 200 that has no partner, is a fault, not rounding.
 _FP32_MAP_DROP, _FP32_MATCH_RATE = 0.0005, 0.995
 # The first detection of a block warms up too. From 20 times on there is a 90th percentile: four blocks.
-_TIMING = TimingOptions(rounds=6, warmup=1, throughput_seconds=1.0, settled_after=4)
+_TIMING = TimingOptions(rounds=6, warmup=0, throughput_seconds=1.0, settled_after=4)
 
 
 def in_bf16(variant: Variant) -> Variant | None:
@@ -257,42 +258,69 @@ def run_golden(
     """What every variant detects in the golden images, and every graph from which a device builds its engine.
 
     An engine on a device is compared with these: they have the same rounding, which the reference has not. The golden
-    images are copies of evaluation images, pixel for pixel: what was evaluated is not run again.
+    images are copies of evaluation images, pixel for pixel: what was evaluated is not run again, and stands for the
+    graph that it was built from where that is rounded alike.
     """
-    specs = list(variants)
-    if "onnxruntime" in all_backends() and get_backend("onnxruntime").probe().available:
-        measured = {variant.artifact.path for variant in variants}
-        for step in context.writer.finished:
-            for artifact in step.artifacts:
-                if artifact.kind is ArtifactKind.ONNX and artifact.path not in measured:
-                    path, precision = context.writer.path(artifact.path), artifact.precision
-                    specs.append(Variant(model=path, backend="onnxruntime", precision=precision, artifact=artifact))
+    specs = [(variant.artifact, variant) for variant in variants]
+    graphs = [a for step in context.writer.finished for a in step.artifacts if a.kind is ArtifactKind.ONNX]
+    runs_onnx = "onnxruntime" in all_backends() and get_backend("onnxruntime").probe().available
+    for graph in graphs:
+        if graph.path in {variant.artifact.path for variant in variants}:
+            continue
+        built = _rounded_alike(graph, variants)
+        if built is None and runs_onnx:
+            path = context.writer.path(graph.path)
+            built = Variant(model=path, backend="onnxruntime", precision=graph.precision, artifact=graph)
+        if built is not None:
+            specs.append((graph, built))
 
     def make(_: Path) -> StepOutput:
         scales = [image_scale(context.contract, (image.height, image.width)) for image in golden]
         reference = [image.detections.to_detections() for image in golden]
         runs = []
-        for spec in specs:
-            run = context.runs.get(spec, evaluations.dataset.images)
-            if run is not None:
-                detected = [run.detections[image.image_id] for image in images]
-            else:
+        for artifact, spec in specs:
+            detected = _evaluated(context, spec, images=images, evaluations=evaluations)
+            if detected is None:
                 copies = [read_golden_image(context.writer.path(g.path).read_bytes(), g) for g in golden]
                 with spec.open() as detector:
                     detected = [detector.detect(copy) for copy in copies]
-            runs.append(_golden_run(spec, reference, detected, scales=scales))
+            runs.append(_golden_run(artifact, spec, reference, detected, scales=scales))
         return StepOutput(values=to_json(runs))
 
     inputs = {
         "golden": json.dumps(to_json(golden), sort_keys=True),
-        "artifacts": " ".join(f"{s.backend} {s.compute} {s.artifact.sha256}" for s in specs),
+        "artifacts": " ".join(f"{s.backend} {s.compute} {s.artifact.sha256} {a.sha256}" for a, s in specs),
     }
     step = context.step("golden-runs", stage="golden images", inputs=inputs, make=make)
     return tuple(from_json(GoldenRun, value) for value in step.values)
 
 
+def _rounded_alike(graph: Artifact, variants: list[Variant]) -> Variant | None:
+    """What was built from ``graph`` and detects what every engine of it does, to rounding; None without one.
+
+    Float32 is held to the reference's detections in every runtime. Of INT8 that is so where one backend alone can
+    build from the graph.
+    """
+    single = graph.placement and placement_for(graph.placement).backends
+    for variant in variants:
+        built = variant.artifact
+        same = (built.parent, built.precision) == (graph.sha256, graph.precision)
+        alike = graph.precision is Precision.FP32 or single == (variant.backend,)
+        if same and alike and variant.compute is ComputeType.F32:
+            return variant
+    return None
+
+
+def _evaluated(
+    context: DeployContext, variant: Variant, *, images: tuple[EvaluationImage, ...], evaluations: Evaluations
+) -> list[Detections] | None:
+    """What these very files detected in the images when they were evaluated; None if they have not run."""
+    run = context.runs.get(variant, evaluations.dataset.images)
+    return None if run is None else [run.detections[image.image_id] for image in images]
+
+
 def _golden_run(
-    spec: Variant, reference: list[Detections], detected: list[Detections], *, scales: list[float]
+    artifact: Artifact, spec: Variant, reference: list[Detections], detected: list[Detections], *, scales: list[float]
 ) -> GoldenRun:
     edges, scores = detection_errors(reference, detected, scales=scales)
     errors = {
@@ -302,29 +330,46 @@ def _golden_run(
         if np.isfinite(values).any()
     }
     return GoldenRun(
-        artifact=spec.artifact.path,
+        artifact=artifact.path,
         backend=spec.backend,
-        precision=spec.artifact.precision,
+        precision=artifact.precision,
         compute=spec.compute,
         detections=tuple(map(GoldenDetections.from_detections, detected)),
         errors=errors,
     )
 
 
-def replay_verify(folder: Path, variants: list[Variant], *, progress: ProgressFn) -> None:
+def replay_verify(
+    context: DeployContext,
+    folder: Path,
+    variants: list[Variant],
+    *,
+    images: tuple[EvaluationImage, ...],
+    evaluations: Evaluations,
+) -> None:
     """Verify the finished bundle in ``folder`` as a device will, with every variant that runs here.
+
+    Every file is opened from the bundle and detects in the golden ``images``. A second variant of a file, which differs
+    in the compute type only, is opened too; what the same bytes detected when they were evaluated is judged again.
 
     Raises:
         AccuracyGateError: it does not hold, or has too little evidence.
     """
+    ran = set[str]()
     with open_bundle(folder) as bundle:
         for variant in variants:
+            seen = None
+            if variant.artifact.sha256 in ran:
+                seen = _evaluated(context, variant, images=images, evaluations=evaluations)
             options = VerifyOptions(
                 backend=variant.backend,
                 precision=variant.artifact.precision,
                 session=SessionOptions(compute=variant.compute),
+                detected={} if seen is None else {variant.artifact.sha256: tuple(seen)},
             )
-            require_verified(verify_bundle(bundle, options=options, progress=progress))
+            record = verify_bundle(bundle, options=options, progress=context.progress)
+            require_verified(record)
+            ran.add(record.artifact_sha256)
 
 
 def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:

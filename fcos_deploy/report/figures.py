@@ -208,7 +208,7 @@ def _latency_histogram(data: ReportData) -> Chart | None:
     # The last hundredth of the times would squeeze the rest into a corner; it is in the table as p99.
     limit = float(np.percentile(np.concatenate([samples for _, samples in timed]), 99))
     for axes, (label, samples) in zip(panels[:, 0], timed, strict=True):
-        axes.hist(samples, bins=np.linspace(0, limit, 80), color=colors[label])
+        axes.hist(samples, bins=np.linspace(0, limit, 80), histtype="stepfilled", color=colors[label])
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_ylabel(label, rotation=0, ha="right", va="center")

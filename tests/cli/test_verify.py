@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,11 +12,13 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from fcos_deploy import Detector, SessionOptions
-from fcos_deploy.bundle.store import read_log
+from fcos_deploy.accuracy.verify import VerifyOptions, verify_bundle
+from fcos_deploy.bundle.store import open_bundle, read_log
 from fcos_deploy.cli.app import build_app
 
 pytest.importorskip("onnxruntime")
@@ -167,6 +170,37 @@ def test_small_damage_that_every_detection_shares_is_found(
     assert done.exit_code == 4
     problems = json.loads(done.stdout)["values"]["problems"]
     assert any(problem.startswith(fault) for problem in problems), problems
+
+
+def _another_tensor(manifest: dict) -> None:
+    manifest["golden"][0]["fingerprint"]["sha256"] = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("shift", "change", "outcome", "ran"),
+    [
+        (0.0, None, "passed", 0),
+        (3.0, None, "failed", 0),
+        (3.0, _another_tensor, "passed", 4),  # what was detected in other tensors says nothing
+    ],
+)
+def test_what_the_same_bytes_detected_is_judged_again_and_not_run_again(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, shift: float, change: object, outcome: str, ran: int
+) -> None:
+    if change is not None:
+        _remake(bundle, change)
+    calls, detect = [], Detector.detect
+    monkeypatch.setattr(Detector, "detect", lambda self, image: calls.append(image) or detect(self, image))
+    with open_bundle(bundle) as opened:
+        golden = [image.detections.to_detections() for image in opened.manifest.golden]
+        seen = tuple(dataclasses.replace(d, boxes=d.boxes + np.float32(shift)) for d in golden)
+        known = {artifact.sha256: seen for artifact in opened.manifest.artifacts}
+        record = verify_bundle(opened, options=VerifyOptions(detected=known))
+        assert record.session, "the artifact was opened all the same"
+        assert (str(record.outcome), len(calls)) == (outcome, ran)
+        calls.clear()
+        assert verify_bundle(opened, options=VerifyOptions(detected={"another file": seen})).passed
+        assert len(calls) == 4
 
 
 def test_a_changed_preprocessing_is_found_first_and_named(bundle: Path, tmp_path: Path) -> None:

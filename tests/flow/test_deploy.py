@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 from fcos_deploy.pipeline.inspect import inspect_bundle
@@ -99,9 +99,20 @@ def test_an_artifact_is_evaluated_once_and_the_stages_say_where_the_time_went(
     evaluated = [v for v in content["variants"] if v["backend"] == "pytorch" or v["compute"] == "bf16"]
     assert stages["accuracy"]["inferences"] == 40 * len(evaluated)
     assert stages["quantize portable"]["inferences"] < 2 * 40, "its float graph was evaluated as OpenVINO's IR"
+    assert stages["golden images"]["inferences"] == 0, "every graph was evaluated, or what was built from it"
     assert sum(stage["seconds"] for stage in content["stages"]) == pytest.approx(content["seconds"], rel=0.2)
     with open_bundle(deployed[0]) as bundle:
         recorded = [stage.name for stage in bundle.manifest.stages]
+        runs = {run.artifact: run for run in bundle.manifest.golden_runs if run.compute is ComputeType.F32}
+        graphs = {a.path: (a.placement, a.sha256) for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX}
+        built = {a.parent: a.path for a in bundle.manifest.artifacts if a.kind is ArtifactKind.OPENVINO_IR}
+        # Both IRs detect in the golden images, from the bundle; in bf16 the same files are opened only.
+        assert stages["verify"]["inferences"] == len(built) * len(bundle.manifest.golden)
+    for path, (placement, sha256) in graphs.items():
+        if placement == "portable":  # which other devices build from as well
+            assert runs[path].backend == "onnxruntime"
+        else:
+            assert (runs[path].backend, runs[path].detections) == ("openvino", runs[built[sha256]].detections)
     assert [*recorded, "verify"] == list(stages), "the check of the finished bundle comes after its manifest"
 
 

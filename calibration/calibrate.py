@@ -25,8 +25,8 @@ from calibration.dataset import (
     SetReport,
     collect_images,
     examine_set,
-    find_images,
     inspect_images,
+    open_images,
 )
 from calibration.execution import ENGINES, Feeder, default_engine, open_measuring
 from calibration.placement import ConvGraph, open_graph
@@ -317,7 +317,7 @@ def calibrate(request: CalibrationRequest, *, progress: ProgressFn = no_progress
     images = collect_images(
         request.images, annotations=request.annotations, options=request.sample, orientation=orientation
     )
-    others = find_images(request.evaluation_images) if request.evaluation_images else {}
+    others = open_images(request.evaluation_images).paths if request.evaluation_images else {}
     evaluation = inspect_images(others, orientation=orientation)
     report = examine_set(images, graph.source.contract, evaluation=evaluation, allow_overlap=request.allow_overlap)
     report.require_usable()

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.core.annotations import (
-    CocoFile,
-    find_in_layout,
-    find_named_images,
+    CocoObject,
     is_below,
     object_stratum,
+    objects_by_image,
+    paths_beside,
     read_coco,
     stratified,
 )
@@ -25,20 +25,20 @@ from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError, brief
 from fcos_deploy.core.files import decoded_text, read_file
 from fcos_deploy.core.gate import Finding, Severity
-from fcos_deploy.core.image import decode_image, image_content, image_size, list_images, read_image
+from fcos_deploy.core.image import decode_image, image_content, list_images, read_image
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
 
 __all__ = [
-    "Box",
     "CalibrationImage",
     "CalibrationSet",
+    "ImageFiles",
     "SampleOptions",
     "SetReport",
     "collect_images",
     "examine_set",
-    "find_images",
     "inspect_images",
+    "open_images",
 ]
 
 _LARGEST_LIST = 512 << 20  # bytes
@@ -77,12 +77,14 @@ class SampleOptions:
 class CalibrationImage:
     """One file; ``name`` is its path below the image folder, with forward slashes.
 
-    ``sha256`` is that of the file, ``pixels_sha256`` that of the decoded pixels, which a copy in another format shares.
-    ``flaw``: what speaks against a photograph, such as ``a single colour``; '' for nothing.
+    ``size`` is the (height, width) of the decoded pixels and ``pixels_sha256`` their hash, which a copy in another
+    format shares; ``sha256`` is that of the file. ``flaw``: what speaks against a photograph, such as ``a single
+    colour``; '' for nothing.
     """
 
     name: str
     path: Path
+    size: tuple[int, int]
     sha256: str
     pixels_sha256: str = ""
     flaw: str = ""
@@ -100,13 +102,61 @@ class CalibrationImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
-    """An annotated object: longer side in image pixels, and the image's size."""
+class ImageFiles:
+    """The images of a source and, where annotations of them were given, the objects in them, both by image name."""
 
-    category: int
-    longer_side: float
-    image_height: int
-    image_width: int
+    paths: dict[str, Path]
+    objects: dict[str, list[CocoObject]] = field(default_factory=dict)
+    categories: dict[int, str] = field(default_factory=dict)
+
+
+def open_images(source: Path, *, annotations: Path | None = None, allow_outside: bool = False) -> ImageFiles:
+    """All images of a folder, list file or COCO json; those of a file lie below its folder, or are refused.
+
+    Raises:
+        CalibrationError: the source is not there or names no image, or the annotations are of other images.
+    """
+    if not source.exists():
+        raise CalibrationError(f"'{source}' is not there.", hint="give a folder of images, a list file or a COCO json")
+    coco = None
+    try:
+        if source.is_dir():
+            paths = {path.relative_to(source).as_posix(): path for path in list_images(source)}
+        elif source.suffix.lower() != ".json":
+            paths = _listed(source)
+            outside = next((name for name in paths if not (allow_outside or is_below(name))), None)
+            if outside is not None:
+                raise CalibrationError(
+                    f"'{source}' names the file {brief(outside)}, which is not below '{source.parent}'.",
+                    hint="put the list into the folder of the images, or allow it: calibrate --allow-outside",
+                )
+        else:
+            coco = read_coco(source)
+            paths = paths_beside(coco, source)
+        if not paths:
+            raise CalibrationError(f"'{source}' names no images.", hint="one path a line, or a COCO json")
+        paths = dict(sorted(paths.items()))
+        coco = read_coco(annotations) if annotations else coco
+        if coco is None:
+            return ImageFiles(paths)
+        objects = objects_by_image(coco, paths, source=source, annotations=annotations or source)
+    except (ConfigError, ImageError) as error:
+        raise CalibrationError(error.message, hint=error.hint) from error
+    return ImageFiles(paths, objects, coco.categories)
+
+
+def _listed(source: Path) -> dict[str, Path]:
+    """The images that a list file names."""
+    try:
+        text = decoded_text(read_file(source, limit=_LARGEST_LIST))
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    # Windows writes backslashes, which are part of a name here: only where there is no such file.
+    return {
+        name: path if (path := source.parent / name).exists() else source.parent / name.replace("\\", "/")
+        for name in names
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +167,7 @@ class CalibrationSet:
     images: tuple[CalibrationImage, ...]
     candidates: int
     seed: int
-    annotations: Mapping[str, tuple[Box, ...]] = field(default_factory=dict, repr=False)  # by image name
+    annotations: Mapping[str, Sequence[CocoObject]] = field(default_factory=dict, repr=False)  # by image name
     categories: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -164,12 +214,13 @@ def collect_images(
             or annotations of other images.
     """
     options = options or SampleOptions()
-    files = find_images(source, allow_outside=options.allow_outside)
-    coco = annotations or (source if _is_json(source) else None)
-    labels, categories = _read_objects(coco, files, source=source) if coco else ({}, {})
-    strata = {name: _stratum(name, labels.get(name)) for name in files}
+    files = open_images(source, annotations=annotations, allow_outside=options.allow_outside)
+    strata = {name: name.rpartition("/")[0] for name in files.paths}
+    for name, items in files.objects.items():
+        longest = max((max(item.box[2:]) for item in items), default=0.0)
+        strata[name] = object_stratum((item.category_id for item in items), longest_side=longest)
     chosen = sorted(stratified(strata, count=options.count or _DEFAULT_COUNT, seed=options.seed))
-    images = inspect_images({name: files[name] for name in chosen}, orientation=orientation)
+    images = inspect_images({name: files.paths[name] for name in chosen}, orientation=orientation)
     photographs = {image.pixels_sha256 for image in images if image.flaw not in _EMPTY}
     if len(photographs) < options.minimum:
         different = f", {len(photographs)} of them different photographs" if len(photographs) < len(images) else ""
@@ -177,8 +228,8 @@ def collect_images(
             f"'{source}' gives {len(images)} calibration images{different}, at least {options.minimum} are needed.",
             hint="100 to 300 images of what the detector will see are best",
         )
-    boxes = {name: labels[name] for name in chosen if name in labels}
-    return CalibrationSet(source, images, len(files), options.seed, boxes, categories)
+    objects = {name: files.objects[name] for name in chosen if name in files.objects}
+    return CalibrationSet(source, images, len(files.paths), options.seed, objects, files.categories)
 
 
 def inspect_images(
@@ -197,9 +248,10 @@ def inspect_images(
             pixels = decode_image(content, path=files[name], orientation=orientation)
         except ImageError as error:
             return error.message
+        height, width, _ = pixels.shape
         pixels_sha256 = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
         file_sha256, flaw = hashlib.sha256(content).hexdigest(), _why_not_a_photograph(pixels)
-        return CalibrationImage(name, files[name], file_sha256, pixels_sha256, flaw)
+        return CalibrationImage(name, files[name], (height, width), file_sha256, pixels_sha256, flaw)
 
     images = []
     with ThreadPoolExecutor(usable_cpus(), "images") as pool:
@@ -215,32 +267,6 @@ def inspect_images(
             hint="get these files again, or remove them",
         )
     return tuple(images)
-
-
-def find_images(source: Path, *, allow_outside: bool = False) -> dict[str, Path]:
-    """All images of a folder, list file or COCO json, by name; those of a file lie below its folder, or are refused.
-
-    Raises:
-        CalibrationError: the source is not there or names no image.
-    """
-    if not source.exists():
-        raise CalibrationError(f"'{source}' is not there.", hint="give a folder of images, a list file or a COCO json")
-    if source.is_dir():
-        try:
-            paths = {path.relative_to(source).as_posix(): path for path in list_images(source)}
-        except ImageError as error:
-            raise CalibrationError(error.message, hint=error.hint) from error
-    else:
-        paths = _listed(source)
-        outside = next((name for name in paths if not (allow_outside or _is_json(source) or is_below(name))), None)
-        if outside is not None:
-            raise CalibrationError(
-                f"'{source}' names the file {brief(outside)}, which is not below '{source.parent}'.",
-                hint="put the list into the folder of the images, or allow it: calibrate --allow-outside",
-            )
-    if not paths:
-        raise CalibrationError(f"'{source}' names no images.", hint="one path a line, or a COCO json")
-    return dict(sorted(paths.items()))
 
 
 def examine_set(
@@ -268,10 +294,9 @@ def examine_set(
     if different < _FEW:
         warn("few", f"{different} different calibration images: fewer than {_FEW} leave ranges unsettled")
     if images.annotations:
-        boxes = [box for of_image in images.annotations.values() for box in of_image]
-        seen = {box.category for box in boxes}
+        seen = {item.category_id for items in images.annotations.values() for item in items}
         absent = [name for category, name in images.categories.items() if category not in seen]
-        levels = _levels_absent(boxes, contract)
+        levels = _levels_absent(images, contract)
         unlabelled = len(images.images) - len(images.annotations)
         if unlabelled:
             warn("unlabelled", f"{unlabelled} of {len(images.images)} calibration images are not in the annotations")
@@ -316,92 +341,6 @@ def _overlap(
         yield Finding(kind="overlap", severity=severity, message=message)
 
 
-def _is_json(path: Path) -> bool:
-    return path.suffix.lower() == ".json"
-
-
-def _listed(source: Path) -> dict[str, Path]:
-    """The images that a list file or a COCO json names; a COCO json also finds them beside its own folder."""
-    if _is_json(source):
-        return _located(_read_annotations(source), source)
-    try:
-        text = decoded_text(read_file(source, limit=_LARGEST_LIST))
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
-    names = [line.strip() for line in text.splitlines() if line.strip()]
-    # Windows writes backslashes, which are part of a name here: only where there is no such file.
-    return {
-        name: path if (path := source.parent / name).exists() else source.parent / name.replace("\\", "/")
-        for name in names
-    }
-
-
-def _read_annotations(path: Path) -> CocoFile:
-    try:
-        return read_coco(path)
-    except ConfigError as error:
-        raise CalibrationError(error.message, hint=error.hint) from error
-
-
-def _located(coco: CocoFile, path: Path) -> dict[str, Path]:
-    """Where the images of a COCO json lie, which is all that says where to look.
-
-    Raises:
-        CalibrationError: one of them is not there.
-    """
-    names = [image.name for image in coco.images]
-    paths = find_in_layout(names, path.parent.parent, annotations=path)
-    paths |= find_in_layout(names, path.parent, annotations=path)
-    if len(paths) < len(set(names)):
-        paths |= find_named_images(names, path.parent, annotations=path).paths
-    missing = [name for name in names if name not in paths]
-    if missing:
-        raise CalibrationError(
-            f"{len(missing)} of the {len(names)} images of '{path}' are not in '{path.parent}': the first is "
-            f"{brief(missing[0])}.",
-            hint="give the folder of the images as --images, and the json as --annotations",
-        )
-    return {name: paths[name] for name in names}
-
-
-def _read_objects(
-    path: Path, files: Mapping[str, Path], *, source: Path
-) -> tuple[dict[str, tuple[Box, ...]], dict[int, str]]:
-    """Objects by image name, as ``files`` has them, and class names by category.
-
-    Raises:
-        CalibrationError: the annotations cannot be read, or none of the files is in them.
-    """
-    coco = _read_annotations(path)
-    names = {file: name for name, file in files.items()}
-    folder = source if source.is_dir() else source.parent
-    paths = find_named_images((image.name for image in coco.images), folder, annotations=path).paths
-    own = {image.image_id: names.get(paths.get(image.name, Path()), image.name) for image in coco.images}
-    own |= {image.image_id: image.name for image in coco.images if image.name in files}
-    images = {image.image_id: image for image in coco.images}
-    boxes: dict[str, list[Box]] = {own[image.image_id]: [] for image in coco.images if own[image.image_id] in files}
-    if not boxes:
-        raise CalibrationError(
-            f"None of the {len(files)} images of '{source}' is in '{path}': it names '{coco.images[0].name}', "
-            f"'{source.name}' holds '{next(iter(files))}'.",
-            hint="give the annotations that belong to these images, or none",
-        )
-    for item in coco.objects:
-        image = images[item.image_id]
-        if own[item.image_id] not in boxes:
-            continue
-        height, width = image.size or image_size(files[own[item.image_id]])
-        boxes[own[item.image_id]].append(Box(item.category_id, max(item.box[2:]), height, width))
-    return {name: tuple(items) for name, items in boxes.items()}, coco.categories
-
-
-def _stratum(name: str, items: tuple[Box, ...] | None) -> str:
-    if items is None:
-        return name.rpartition("/")[0]
-    longest = max((item.longer_side for item in items), default=0.0)
-    return object_stratum((item.category for item in items), longest_side=longest)
-
-
 def _why_not_a_photograph(pixels: NDArray[np.uint8]) -> str:
     """What the image looks like instead; a camera's frame at night may look like noise as well."""
     if min(pixels.shape[:2]) < 2:
@@ -416,13 +355,14 @@ def _why_not_a_photograph(pixels: NDArray[np.uint8]) -> str:
     return "little but noise" if step > 1.25 * spread and pixels.size > 3 * 1024 else ""
 
 
-def _levels_absent(boxes: Sequence[Box], contract: ModelContract) -> tuple[int, ...]:
+def _levels_absent(images: CalibrationSet, contract: ModelContract) -> tuple[int, ...]:
     """Strides of the levels to which FCOS's assignment by size would give no object at its centre."""
     # From an object's centre the farthest side is half the longer one away; here in network-input pixels.
     reaches = []
-    for box in boxes:
-        resized_height, _ = resized_size(box.image_height, box.image_width, contract.preprocess)
-        reaches.append(box.longer_side / 2 * resized_height / box.image_height)
+    for image in images.images:
+        height, width = image.size
+        scale = resized_size(height, width, contract.preprocess)[0] / height
+        reaches += [max(item.box[2:]) / 2 * scale for item in images.annotations.get(image.name, ())]
     strides, absent = contract.decode.strides, []
     for level, stride in enumerate(strides):
         low = strides[level - 1] * _LEVEL_REACH if level else 0.0

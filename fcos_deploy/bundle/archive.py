@@ -1,7 +1,7 @@
 """A bundle in one piece: as a .tar, or as an OCI image layout, the folder that tools for container registries copy.
 
 A layout holds one manifest of the ModelPack format, whose layers are the bundle's files as they are, so that a layer's
-digest is the SHA-256 that the bundle's own manifest lists. Sources: opencontainers/image-spec 1.1 (image-layout.md,
+digest is the SHA-256 that the bundle's own manifest lists. Sources: the OCI image specification 1.1 (image-layout.md,
 manifest.md, descriptor.md) and modelpack/model-spec (docs/spec.md, docs/config.md, docs/annotations.md).
 """
 

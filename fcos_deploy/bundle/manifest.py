@@ -125,8 +125,7 @@ class Requirements:
 
     ``compute_capabilities`` such as ("8.7",), one of which the GPU must have; with ``hardware_compatible`` it may be
     newer. ``driver`` is the lowest. ``machine`` is the processor architecture as ``platform.machine()`` names it,
-    ``cpu_features`` are flags of /proc/cpuinfo. ``device`` must occur among the backend's devices. ``rebuild`` is the
-    command that makes the artifact for another machine.
+    ``cpu_features`` are flags of /proc/cpuinfo. ``device`` must occur among the backend's devices.
     """
 
     backend_version: str = ""
@@ -137,7 +136,6 @@ class Requirements:
     machine: str = ""
     cpu_features: tuple[str, ...] = ()
     device: str = ""
-    rebuild: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

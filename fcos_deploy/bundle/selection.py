@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fcos_deploy.bundle.device_layer import renew_command, usable_layers
 from fcos_deploy.bundle.manifest import Artifact, Requirements, VersionRule
 from fcos_deploy.bundle.store import Bundle
-from fcos_deploy.core.artifact import find_contract
+from fcos_deploy.core.artifact import graph_tail
 from fcos_deploy.core.backend import BackendProbe, get_backend
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError
@@ -88,8 +88,7 @@ def select_artifact(
     best = [selection for selection in fitting if rank(selection) == first]
     if len(best) > 1:
         preferred_tail = tail or bundle.manifest.contract.tail
-        contracts = [find_contract(bundle.path(selection.artifact.path)) for selection in best]
-        best = [s for s, c in zip(best, contracts, strict=True) if c and c.tail is preferred_tail] or best
+        best = [s for s in best if graph_tail(s.artifact.path) is preferred_tail] or best
     if len(best) == 1:
         return best[0]
     contents = ", ".join(f"{a.path} ({a.precision}, {a.backend or a.kind})" for a in bundle.manifest.artifacts)

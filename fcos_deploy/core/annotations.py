@@ -32,10 +32,11 @@ __all__ = [
     "CocoImage",
     "CocoObject",
     "NamedImages",
-    "find_in_layout",
     "find_named_images",
     "is_below",
     "object_stratum",
+    "objects_by_image",
+    "paths_beside",
     "read_coco",
     "stratified",
 ]
@@ -364,7 +365,7 @@ def is_below(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
-def find_in_layout(names: Iterable[str], folder: Path, *, annotations: Path) -> dict[str, Path]:
+def _find_in_layout(names: Iterable[str], folder: Path, *, annotations: Path) -> dict[str, Path]:
     """The images that lie in ``folder`` or where COCO's own layout, or what is often made of it, has them, by name.
 
     ``annotations/instances_val2017.json`` names the images of ``val2017`` or ``images/val2017``.
@@ -379,13 +380,13 @@ def find_in_layout(names: Iterable[str], folder: Path, *, annotations: Path) -> 
 
 
 def find_named_images(names: Iterable[str], folder: Path, *, annotations: Path) -> NamedImages:
-    """Find the images that ``annotations`` names in ``folder``: by ``find_in_layout``, or by the end of their names.
+    """Find the images that ``annotations`` names in ``folder``: in COCO's own layout, or by the end of their names.
 
     A name that is not in the layout is compared with all files below ``folder`` from its end: the file that shares
     most parts with it is meant, if it is the only one.
     """
     unique = list(dict.fromkeys(names))
-    paths = find_in_layout(unique, folder, annotations=annotations)
+    paths = _find_in_layout(unique, folder, annotations=annotations)
     missing = [name for name in unique if name not in paths]
     if not missing:
         return NamedImages(paths)
@@ -405,6 +406,55 @@ def find_named_images(names: Iterable[str], folder: Path, *, annotations: Path) 
         else:
             ambiguous |= dict.fromkeys(owners, (path,))
     return NamedImages(paths, tuple(name for owners in claimed.values() for name in owners if name in paths), ambiguous)
+
+
+def paths_beside(coco: CocoFile, path: Path) -> dict[str, Path]:
+    """Where the images of the COCO json ``path`` lie, by name, when nothing else says where to look.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    names = [image.name for image in coco.images]
+    paths = _find_in_layout(names, path.parent.parent, annotations=path)
+    paths |= _find_in_layout(names, path.parent, annotations=path)
+    if len(paths) < len(set(names)):
+        paths |= find_named_images(names, path.parent, annotations=path).paths
+    missing = [name for name in names if name not in paths]
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} of the {len(names)} images of '{path}' are not in '{path.parent}': the first is "
+            f"{brief(missing[0])}.",
+            hint="give the folder of the images as --images, and the json as --annotations",
+        )
+    return {name: paths[name] for name in names}
+
+
+def objects_by_image(
+    coco: CocoFile, files: Mapping[str, Path], *, source: Path, annotations: Path
+) -> dict[str, list[CocoObject]]:
+    """The objects in the images ``files`` of ``source``, by the names that these have there.
+
+    Raises:
+        ConfigError: none of the files is in the annotations.
+    """
+    names = {path: name for name, path in files.items()}
+    folder = source if source.is_dir() else source.parent
+    paths = find_named_images((image.name for image in coco.images), folder, annotations=annotations).paths
+    own = {
+        image.image_id: image.name if image.name in files else names.get(paths.get(image.name, Path()), "")
+        for image in coco.images
+    }
+    objects: dict[str, list[CocoObject]] = {name: [] for name in own.values() if name}
+    if not objects:
+        raise ConfigError(
+            f"None of the {len(files)} images of '{source}' is in '{annotations}': it names '{coco.images[0].name}', "
+            f"'{source.name}' holds '{next(iter(files))}'.",
+            hint="give the annotations that belong to these images, or none",
+        )
+    for item in coco.objects:
+        if own[item.image_id]:
+            objects[own[item.image_id]].append(item)
+    return objects
 
 
 def _is_file(path: Path) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "files_of",
     "find_contract",
     "graph_file",
+    "graph_tail",
     "is_checkpoint",
     "kinds_of",
     "read_contract",
@@ -129,6 +130,12 @@ def graph_file(
     return ".".join(["model", *filter(None, parts), "onnx"])
 
 
+def graph_tail(path: str) -> Tail:
+    """The tail of a graph in a bundle, which ``graph_file`` has put into its name."""
+    last = path.removesuffix(".onnx").rpartition(".")[2]
+    return Tail(last) if last in set(Tail) else Tail.RAW
+
+
 def engine_file(precision: Precision, *, backend: str, kind: ArtifactKind) -> str:
     """What a backend's builder makes: ``model.int8.openvino.xml``, ``model.fp16.tensorrt.engine``."""
     suffix = next(suffix for suffix, kinds in KINDS_BY_SUFFIX.items() if kind in kinds)
@@ -169,32 +176,25 @@ def find_contract(path: Path) -> ModelContract | None:
     """
     if not path.is_file():
         raise BackendLoadError(f"'{path}' is not there.")
+    is_graph, sidecar = path.suffix.lower() == ".onnx", sidecar_path(path)
     try:
-        stored = onnx_metadata(path).get(METADATA_KEY) if path.suffix.lower() == ".onnx" else _sidecar_contract(path)
-        if stored is None:
+        if is_graph:
+            text = onnx_metadata(path).get(METADATA_KEY)
+            content = None if text is None else {"contract": json.loads(text)}
+        else:
+            content = json.loads(read_file(sidecar, limit=MAX_TEXT_BYTES)) if sidecar.is_file() else None
+        if content is None:
             return None
-        contract = from_json(ModelContract, json.loads(stored), where="contract")
+        if not isinstance(content, dict) or "contract" not in content:
+            raise BackendLoadError(f"'{sidecar}' holds no fcos-deploy contract.", hint="copy the one of this artifact")
+        contract = from_json(ModelContract, content["contract"], where="contract")
     except ConfigError as error:
         raise BackendLoadError(f"Cannot read the contract of '{path}': {error.message}", hint=error.hint) from error
     except (OSError, ValueError, RecursionError) as error:
         raise BackendLoadError(f"Cannot read the contract of '{path}': {error}.") from error
     # Another tool may quantize the graph and keep its metadata: the operators are what runs.
-    quantized = (
-        path.suffix.lower() == ".onnx"
-        and contract.precision is not Precision.INT8
-        and onnx_interface(path).is_quantized
-    )
+    quantized = is_graph and contract.precision is not Precision.INT8 and onnx_interface(path).is_quantized
     return replace(contract, precision=Precision.INT8) if quantized else contract
-
-
-def _sidecar_contract(path: Path) -> str | None:
-    sidecar = sidecar_path(path)
-    if not sidecar.is_file():
-        return None
-    content = json.loads(read_file(sidecar, limit=MAX_TEXT_BYTES))
-    if not isinstance(content, dict) or "contract" not in content:
-        raise BackendLoadError(f"'{sidecar}' holds no fcos-deploy contract.", hint="copy the one of this artifact")
-    return json.dumps(content["contract"])
 
 
 onnx = lazy_import("onnx", extra="export")

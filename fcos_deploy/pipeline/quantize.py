@@ -178,7 +178,8 @@ class Scoring:
 
     def compared(self, graph: Path) -> Evaluation:
         """An INT8 graph with what it lost against the float one: AP, or without annotations detections."""
-        key = self._key(spec := self.spec(graph))
+        spec = self.spec(graph)
+        key = self._key(spec)
         if key not in self._compared:
             evaluation = self._evaluated(spec, key).candidates[0]
             options = MatchOptions() if self.goal.annotations else MatchOptions(min_score=OPERATING_SCORE)

@@ -417,12 +417,12 @@ class Search:
         Lines that are too slow at a size are not tried at larger ones.
         """
         lines = [line for line in self._lines if line.fidelity == fidelity]
-        made = {(c.backend, c.precision): c.size for c in self.measured}
+        sizes = {(c.backend, c.precision): c.size for c in self.measured}
         lines = [
             line
             for line in lines
-            if (line.backend, line.precision) not in made
-            or self._computes(replace(line, size=made[line.backend, line.precision]))
+            if (line.backend, line.precision) not in sizes
+            or self._computes(replace(line, size=sizes[line.backend, line.precision]))
         ]
         for line in lines:
             self._prune(line, range(above + 1), "a more exact precision keeps the limit at this size")

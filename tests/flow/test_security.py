@@ -24,7 +24,7 @@ import pytest
 import typer
 
 import fcos_deploy
-from calibration.dataset import SampleOptions, find_images
+from calibration.dataset import SampleOptions, open_images
 from fcos_deploy.accuracy.dataset import load_coco
 from fcos_deploy.accuracy.predictions import PredictionStore
 from fcos_deploy.benchmark.measure import module_command
@@ -364,8 +364,8 @@ def test_lists_and_annotations_stay_below_their_folder(name: str, tmp_path: Path
         load_coco(images / "coco.json", images=images)
     for source, refusal in (("coco.json", "are not in"), ("list.txt", "not below")):
         with pytest.raises(CalibrationError, match=refusal):
-            find_images(images / source)
-    assert list(find_images(images / "list.txt", allow_outside=True)) == [name]
+            open_images(images / source)
+    assert list(open_images(images / "list.txt", allow_outside=True).paths) == [name]
     assert SampleOptions(allow_outside=True).allow_outside
 
 

@@ -15,8 +15,8 @@ from calibration.dataset import (
     SetReport,
     collect_images,
     examine_set,
-    find_images,
     inspect_images,
+    open_images,
 )
 from fcos_deploy.accuracy.dataset import load_coco
 from fcos_deploy.core.contract import ModelContract
@@ -81,7 +81,7 @@ def test_every_subfolder_is_represented(smooth_images: Path) -> None:
 
 def test_rare_class_is_in_a_small_sample(coco: Path) -> None:
     chosen = collect_images(coco, options=SampleOptions(count=4, minimum=2))
-    assert any(box.category == 2 for boxes in chosen.annotations.values() for box in boxes)
+    assert any(item.category_id == 2 for items in chosen.annotations.values() for item in items)
 
 
 def test_list_file(smooth_images: Path) -> None:
@@ -169,7 +169,7 @@ def test_images_are_compared_by_what_they_show(tmp_path: Path, bundle_contract: 
     save(tmp_path / "evaluation" / "other.png", picture(250))
     save(tmp_path / "evaluation" / "a.png", np.asarray(Image.open(tmp_path / "set" / "5.jpg")))
     shutil.copy(tmp_path / "evaluation" / "a.png", tmp_path / "evaluation" / "b.png")
-    evaluation = inspect_images(find_images(tmp_path / "evaluation"))
+    evaluation = inspect_images(open_images(tmp_path / "evaluation").paths)
     chosen = collect_images(tmp_path / "set")
     report = examine_set(chosen, bundle_contract, evaluation=evaluation)
     findings = kinds(report)

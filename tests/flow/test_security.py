@@ -179,7 +179,7 @@ def surroundings(
         images=smooth_images,
     )
     demo = {"checkpoint": tiny_checkpoint, "calibration_images": smooth_images}
-    task = {"commands": uses, "demo": demo}
+    task = {"commands": [[str(word) for word in words] for words in uses], "demo": demo}
     kept = {key: value for key, value in os.environ.items() if key not in ("CI", "ORT_DISABLE_TELEMETRY")}
     environment = {
         **kept,

@@ -43,8 +43,20 @@ class _OpenVinoExporter(Exporter):
             StepCheckError: the IR does not compute what the ONNX file does.
         """
         request.options.refuse_all_but("precision", builder=self.name)
+        if request.output.suffix != ".xml":
+            raise ConfigError(f"An OpenVINO IR is named '*.xml', got '{request.output.name}'.")
         graph = OnnxGraph(request.source)
-        contract = self._checked_contract(request, graph)
+        contract = graph.contract
+        for backend in backends_for(self.produces):
+            backend.check_placement(contract)
+            backend.check_operators(request.source)
+        if request.options.precision is Precision.INT8 and contract.precision is not Precision.INT8:
+            raise ConfigError(
+                f"'{request.source.name}' is {contract.precision}; converting does not make it INT8.",
+                hint="quantize it first with 'fcos-deploy quantize'",
+            )
+        if request.options.precision is Precision.FP32 and contract.precision is not Precision.FP32:
+            raise ConfigError(f"'{request.source.name}' is {contract.precision} and cannot become fp32 again.")
         started = time.perf_counter()
         half = Precision.FP16 in (contract.precision, request.options.precision)
         request.progress(_STEP, 0, 1)
@@ -62,22 +74,6 @@ class _OpenVinoExporter(Exporter):
             contract = replace(contract, precision=Precision.FP16)
         sidecar = write_sidecar(request.output, contract, record)
         return BuildResult(files=(request.output, weights, sidecar), record=record)
-
-    def _checked_contract(self, request: BuildRequest, graph: OnnxGraph) -> ModelContract:
-        if request.output.suffix != ".xml":
-            raise ConfigError(f"An OpenVINO IR is named '*.xml', got '{request.output.name}'.")
-        contract = graph.contract
-        for backend in backends_for(self.produces):
-            backend.check_placement(contract)
-            backend.check_operators(request.source)
-        if request.options.precision is Precision.INT8 and contract.precision is not Precision.INT8:
-            raise ConfigError(
-                f"'{request.source.name}' is {contract.precision}; converting does not make it INT8.",
-                hint="quantize it first with 'fcos-deploy quantize'",
-            )
-        if request.options.precision is Precision.FP32 and contract.precision is not Precision.FP32:
-            raise ConfigError(f"'{request.source.name}' is {contract.precision} and cannot become fp32 again.")
-        return contract
 
 
 EXPORTER = _OpenVinoExporter()

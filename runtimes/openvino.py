@@ -109,17 +109,14 @@ class _OpenVinoSession(Session):
         self._ring: list[_Request] = []
         self._ring_lock = threading.Lock()
 
-    def _borrow(self, feeds: Tensors) -> Tensors:
+    def _run(self, feeds: Tensors) -> Tensors:
         requests = self._requests
         if requests is None:
             raise BackendError("The session is closed.")
         with _errors_in_words():
             request = requests.get()
             request.start(feeds)
-            return request.finish()
-
-    def _run(self, feeds: Tensors) -> Tensors:
-        return _copied(self._borrow(feeds))
+            return _copied(request.finish())
 
     def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
         """As many requests at a time as OpenVINO finds best.
@@ -242,10 +239,10 @@ def _check_compute(core: Any, device: str, compute: ComputeType) -> None:
         )
 
 
-def _kept_model(
+def _compile_once(
     core: Any, path: Path, *, device: str, settings: Mapping[str, str], folder: Path | None
-) -> KeptModel | None:
-    """Where the compiled form of this model, on this device with these settings, is kept; None: nowhere.
+) -> tuple[Any, bool]:
+    """The compiled model, and whether it had been kept; what was not is kept from now on.
 
     Not OpenVINO's own cache (CACHE_DIR): that goes by path and date, and executes whatever lies there.
 
@@ -261,38 +258,21 @@ def _kept_model(
         **settings,
     }
     kept = KeptModel(BACKEND.name, facts=facts, folder=folder)
-    return kept if kept.enabled else None
-
-
-def _compile_once(
-    core: Any, path: Path, *, device: str, settings: Mapping[str, str], folder: Path | None
-) -> tuple[Any, bool]:
-    """The compiled model, and whether it had been kept; what was not is kept from now on."""
-    kept = _kept_model(core, path, device=device, settings=settings, folder=folder)
-    compiled = _import_kept(core, kept, device=device, settings=settings) if kept else None
-    if compiled is not None:
-        return compiled, True
-    compiled = _compile(core, path, device=device, settings=settings)
-    if kept is not None:
+    content = kept.load()
+    if content is not None:
         try:
-            content = compiled.export_model()
-            kept.store(content if isinstance(content, bytes) else content.getvalue())  # bytes, or BytesIO
+            return core.import_model(content, device, dict(settings)), True
+        except RuntimeError as error:  # of a driver that changed without its version, for example
+            _LOG.info("OpenVINO does not take the kept model: %s", _reason(error))
+            kept.drop()
+    compiled = _compile(core, path, device=device, settings=settings)
+    if kept.enabled:
+        try:
+            exported = compiled.export_model()
+            kept.store(exported if isinstance(exported, bytes) else exported.getvalue())  # bytes, or BytesIO
         except RuntimeError as error:
             _LOG.info("OpenVINO cannot export the compiled model of this device: %s", _reason(error))
     return compiled, False
-
-
-def _import_kept(core: Any, kept: KeptModel, *, device: str, settings: Mapping[str, str]) -> Any:
-    """The compiled model that was kept, or None."""
-    content = kept.load()
-    if content is None:
-        return None
-    try:
-        return core.import_model(content, device, dict(settings))
-    except RuntimeError as error:  # of a driver that changed without its version, for example
-        _LOG.info("OpenVINO does not take the kept model: %s", _reason(error))
-        kept.drop()
-        return None
 
 
 def _through(ring: Sequence[_Request], feeds: Sequence[Tensors]) -> list[Tensors]:

@@ -302,6 +302,8 @@ def _stored_class_names(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 _DROPPED = re.compile(r".*\.num_batches_tracked|pixel_mean|pixel_std|ema_.*|n_averaged")
 _HELD = re.compile(r"(.+)\.conv\.(weight|bias)")
+# ``conv2.conv_offset.weight`` (mmcv) and ``conv2_offset.weight`` (detectron2) are ``conv2.offset.weight``.
+_OFFSET = re.compile(r"(?:\.conv|(?<=\.conv\d))_offset\.(weight|bias)$")
 _SCALE = re.compile(re.escape(REG_HEAD) + r"\.scales\.(\d+)")
 _PYRAMID_BLOCK = re.compile(r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.0\.(.+)")
 _TOWERS = "|".join(map(re.escape, (CLS_HEAD, REG_HEAD, SHARED_TOWER)))
@@ -316,11 +318,11 @@ def canonical(tensors: Mapping[str, TensorFacts], renames: tuple[Rename, ...]) -
     """
     renamed: dict[str, TensorFacts] = {}
     sources: dict[str, str] = {}
-    names = {
-        name: _with_plain_offset(next((new for rename in renames if (new := rename.apply(name)) is not None), name))
-        for name in tensors
-        if not _DROPPED.fullmatch(name)
-    }
+    names = {}
+    for name in tensors:
+        if not _DROPPED.fullmatch(name):
+            target = next((new for rename in renames if (new := rename.apply(name)) is not None), name)
+            names[name] = _OFFSET.sub(r".offset.\1", target)
     # detectron2's and tianzhi's DFConv2d holds the convolution and its offsets side by side.
     wrapped = {m[1] for name in names.values() if (m := re.fullmatch(r"(.+)\.offset\.weight", name))}
     for name, renamed_name in names.items():
@@ -380,11 +382,6 @@ def _with_numbered_towers(tensors: Mapping[str, TensorFacts]) -> dict[str, Tenso
     return numbered
 
 
-def _with_plain_offset(name: str) -> str:
-    """``conv2.conv_offset.weight`` (mmcv) and ``conv2_offset.weight`` (detectron2) -> ``conv2.offset.weight``."""
-    return re.sub(r"(?:\.conv|(?<=\.conv\d))_offset\.(weight|bias)$", r".offset.\1", name)
-
-
 # ---- the network that the shapes show ----
 
 _STEMS = {
@@ -398,7 +395,7 @@ _STEMS = {
 # Parts of the canonical names of all backbones, pyramids and heads.
 _PART = (
     r"backbone|body|conv\d*|bn\d*|layer\d|downsample|base_layer|level\d|tree\d|root|project|features|stem|stages|layers"
-    r"|concat|ese|fc|fpn|inner_blocks|layer_blocks|extra_blocks|p\d|norm|head|classification_head|regression_head"
+    r"|concat|ese|fc|fpn|inner_blocks|layer_blocks|extra_blocks|p[67]|norm|head|classification_head|regression_head"
     r"|shared_tower|cls_logits|bbox_reg|bbox_ctrness|scales|offset|\d+"
 )
 _CANONICAL = re.compile(rf"(?:backbone|head)(?:\.(?:{_PART}))+(?:\.(?:weight|bias|running_mean|running_var))?")
@@ -415,8 +412,8 @@ def refuse_unknown(names: Iterable[str]) -> None:
         shown = ", ".join(f"'{name}'" for name in unknown[:4]) + (", ..." if len(unknown) > 4 else "")
         raise CheckpointError(
             f"The checkpoint has unknown {len(unknown)} tensors: {shown}.",
-            hint="is it another architecture? Where they are the training's alone, save the file without them; "
-            "for a network of your own see docs/your-own-fcos.md",
+            hint="is it another architecture, or are there more levels than P6 and P7? Where they are the training's "
+            "alone, save the file without them; for a network of your own see docs/your-own-fcos.md",
         )
 
 
@@ -458,8 +455,9 @@ def _infer_network(tensors: Mapping[str, TensorFacts], *, deform_groups: int | N
     p6 = tensors.get("backbone.fpn.extra_blocks.p6.weight")
     from_c5 = p6 is not None and c5_channels != channels and tuple(p6.shape)[1:2] == (c5_channels,)
     extra = sum(f"backbone.fpn.extra_blocks.p{level}.weight" in tensors for level in (6, 7))
-    # A level of its own scale that no convolution makes is pooled.
-    scales = _scale_count(tensors)
+    # A level of its own scale that no convolution makes is pooled. The scales are one tensor, or one a level.
+    name = f"{REG_HEAD}.scales"
+    scales = _shape(tensors, name, 1)[0] if name in tensors else sum(n.startswith(f"{name}.") for n in tensors)
     pooled = max(scales - laterals - extra, 0)
     deformable = _infer_deformable(tensors, groups=deform_groups)
     try:
@@ -486,21 +484,6 @@ def _infer_network(tensors: Mapping[str, TensorFacts], *, deform_groups: int | N
         raise CheckpointError(f"The shapes fit no FCOS: {error.message}", hint=error.hint) from error
 
 
-def _scale_count(tensors: Mapping[str, TensorFacts]) -> int:
-    """How many levels have a scale of their own; 0 where the head has none."""
-    name = f"{REG_HEAD}.scales"
-    if name in tensors:
-        return _shape(tensors, name, 1)[0]
-    return sum(n.startswith(f"{name}.") for n in tensors)
-
-
-# The norm is mmdetection's, merged into its convolution when the weights are loaded.
-_PYRAMID = re.compile(
-    r"backbone\.fpn\.(?:(?:inner|layer)_blocks\.[0123]\.0|extra_blocks\.p[67])\."
-    r"(?:weight|bias|norm\.(?:weight|bias|running_mean|running_var|num_batches_tracked))"
-)
-
-
 def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneType) -> None:
     """Stop at variants that people train and this network is not.
 
@@ -514,18 +497,12 @@ def _refuse_other_shapes(tensors: Mapping[str, TensorFacts], backbone: BackboneT
             f"The stem '{_STEMS[backbone]}' takes images of {colours} channels, expected 3, or 1 for gray images.",
             hint=f"image files and cameras give no others; {own}",
         )
-    problem = ""
     laterals = [index for index in range(5) if f"backbone.fpn.inner_blocks.{index}.0.weight" in tensors]
-    unknown = sorted(n for n in tensors if n.startswith("backbone.fpn") and not _PYRAMID.fullmatch(n))
     if laterals not in ([0, 1, 2], [0, 1, 2, 3]):
-        problem = f"lateral convolutions {laterals}, expected 0 to 2 (over C3 to C5) or 0 to 3 (C2 to C5)"
-    elif unknown:
-        problem = (
-            f"{len(unknown)} unknown tensors: '{unknown[0]}'; levels up to P5 and two of convolutions more (P6 and P7) "
-            "are supported"
+        raise CheckpointError(
+            f"The pyramid has lateral convolutions {laterals}, expected 0 to 2 (over C3 to C5) or 0 to 3 (C2 to C5).",
+            hint=f"is it another number of levels? S{own[1:]}",
         )
-    if problem:
-        raise CheckpointError(f"The pyramid has {problem}.", hint=f"is it another number of levels? S{own[1:]}")
 
 
 def _infer_resnet(tensors: Mapping[str, TensorFacts]) -> dict[str, Any]:  # Any: keyword arguments of FcosConfig

@@ -223,10 +223,6 @@ def _dict(items: object = None, *_: object) -> dict[Any, Any]:
     return result
 
 
-def _defaultdict(*_: object) -> dict[Any, Any]:
-    return {}
-
-
 def _list(items: object = None, *_: object) -> list[Any]:
     return items if isinstance(items, list) else []
 
@@ -249,8 +245,7 @@ _BUILTINS = (
     *("complex", "slice", "bytes", "bytearray", "type", "range", "getattr"),
 )
 _KNOWN_GLOBALS: dict[tuple[str, str], Any] = {
-    **{("collections", name): _dict for name in ("OrderedDict", "Counter")},
-    ("collections", "defaultdict"): _defaultdict,
+    **{("collections", name): _dict for name in ("OrderedDict", "Counter", "defaultdict")},
     ("collections", "deque"): _list,
     ("_codecs", "encode"): _Encoded,
     **{(module, "_reconstructor"): _reconstruct for module in ("copyreg", "copy_reg")},

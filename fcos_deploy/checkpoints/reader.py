@@ -537,7 +537,9 @@ def find_weights(content: object, *, prefer: str = "") -> StoredWeights:
     if not sets:
         keys = ", ".join(map(brief, list(content)[:6]))
         raise CheckpointError(f"The file holds no tensors, only {keys or 'nothing'}.")
-    swapped = _is_of_mmengine(content)
+    # mmengine's EMA hook swaps, so that its ``state_dict`` holds the averaged weights.
+    meta = content.get("meta")
+    swapped = "message_hub" in content or (isinstance(meta, Mapping) and "mmengine_version" in meta)
     chosen, source = _choose(sets, prefer=prefer, swapped=swapped)
     for name, value in chosen.tensors.items():
         try:
@@ -631,12 +633,6 @@ def _of_one_network(sets: list[_WeightSet]) -> list[_WeightSet]:
     largest = max(candidates, key=lambda item: len(item.tensors))
     needed = _SAME_NETWORK * len(largest.tensors)
     return [item for item in candidates if len(item.tensors.keys() & largest.tensors.keys()) >= needed]
-
-
-def _is_of_mmengine(content: Mapping[Any, Any]) -> bool:
-    """Whether mmengine wrote the file: its EMA hook swaps, so that ``state_dict`` holds the averaged weights."""
-    meta = content.get("meta")
-    return "message_hub" in content or (isinstance(meta, Mapping) and "mmengine_version" in meta)
 
 
 def _choose(sets: list[_WeightSet], *, prefer: str, swapped: bool) -> tuple[_WeightSet, str]:

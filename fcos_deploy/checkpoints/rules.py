@@ -66,6 +66,7 @@ __all__ = [
     "parse_yaml",
     "preprocess_spec",
     "read_training_config",
+    "unreadable",
     "word",
 ]
 
@@ -288,6 +289,13 @@ class ConfigKey:
         return any(getattr(options, name) not in {None, ""} for name in self.options)
 
 
+def unreadable(message: str, place: str) -> CheckpointError:
+    """The error of a configuration that cannot be read as a whole; ``place`` is what ``--ignore-config`` calls it."""
+    return CheckpointError(
+        message, hint=f"--ignore-config {place} leaves it out, and options say what the tensors do not"
+    )
+
+
 def is_number(value: object) -> bool:
     """Whether it is a number that a configuration may hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER
@@ -419,17 +427,14 @@ def _stated(metadata: Mapping[str, Any], ignored: set[str]) -> Iterator[tuple[st
         if isinstance(content, str) and _YAML.search(content):
             content = parse_yaml(content)
             if content is None:
-                raise CheckpointError(
-                    f"'{place}' in the file cannot be read: it is not the YAML that detectron2 writes.",
-                    hint=f"--ignore-config {place} leaves it out, and options say what the tensors do not",
+                raise unreadable(
+                    f"'{place}' in the file cannot be read: it is not the YAML that detectron2 writes.", place
                 )
         if isinstance(content, Mapping):
             values = list(islice(_flattened(content), _MOST_VALUES + 1))
             if len(values) > _MOST_VALUES:
-                raise CheckpointError(
-                    f"'{place}' in the file has more than {_MOST_VALUES} values, which no configuration has.",
-                    hint=f"--ignore-config {place} leaves it out, and options say what the tensors do not",
-                )
+                text = f"'{place}' in the file has more than {_MOST_VALUES} values, which no configuration has."
+                raise unreadable(text, place)
             yield from ((place, path, value) for path, value in values)
 
 

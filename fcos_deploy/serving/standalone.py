@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exporters._tensorrt_options import profile_shapes
 from fcos_deploy.accuracy.golden import golden_standard, read_golden_image
@@ -68,7 +67,8 @@ def _golden(model: ServedModel, bundle: Bundle, folder: Path) -> dict[str, objec
     (folder / "golden").mkdir()
     for index, golden in enumerate(manifest.golden):
         pixels = f"golden/{index:03d}.ppm"
-        _write_ppm(folder / pixels, read_golden_image(bundle.read(golden.path), golden))
+        image = np.ascontiguousarray(read_golden_image(bundle.read(golden.path), golden))
+        (folder / pixels).write_bytes(b"P6\n%d %d\n255\n" % (golden.width, golden.height) + image.tobytes())
         certified = None if standard.certified is None else standard.certified[index]
         images.append(
             {
@@ -99,12 +99,6 @@ def _golden(model: ServedModel, bundle: Bundle, folder: Path) -> dict[str, objec
         "class_names": manifest.contract.class_names,
         "images": images,
     }
-
-
-def _write_ppm(path: Path, image: NDArray[np.uint8]) -> None:
-    """``image``: (h, w, 3) uint8 RGB."""
-    height, width = image.shape[:2]
-    path.write_bytes(b"P6\n%d %d\n255\n" % (width, height) + np.ascontiguousarray(image).tobytes())
 
 
 _ONNX, _ENGINE, _SCRIPT = "model.onnx", "model.engine", "run_trtexec.py"

@@ -475,7 +475,7 @@ def _empty(*shape: int) -> Tensor:
         (
             "mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco",
             {"neck.fpn_convs.5.conv.weight": _empty(256, 256, 3, 3)},
-            "1 unknown tensors: 'backbone.fpn.extra_blocks.p8.weight'",
+            "unknown 1 tensors: 'backbone.fpn.extra_blocks.p8.weight'",
         ),
     ],
     ids=["thermal", "p1", "six-levels"],

@@ -30,10 +30,11 @@ from fcos_deploy.checkpoints.rules import (
     is_number,
     level_strides,
     moved,
+    unreadable,
 )
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.decode import BoxClip
-from fcos_deploy.core.errors import CheckpointError, ConfigError, brief
+from fcos_deploy.core.errors import ConfigError, brief
 from fcos_deploy.core.network import BlockType, BoxActivation, ExtraSource, FcosConfig, TowerNorm, Upsampling
 from fcos_deploy.core.preprocess import ChannelOrder, ResizeFilter, SizeRule
 
@@ -294,324 +295,316 @@ def read_config(meta: Mapping[str, Any], *, network: FcosConfig, options: Checkp
         return None
     config = parse_config(stored) if isinstance(stored, str) else None
     if not config:
-        raise CheckpointError(
-            "The configuration in the file cannot be read: it is not the Python text that mmdetection writes.",
-            hint=f"--ignore-config {_WHOLE_CONFIG} leaves it out, and options say what the tensors do not",
-        )
-    return _Reader(config, network=network, options=options).read()
+        text = "The configuration in the file cannot be read: it is not the Python text that mmdetection writes."
+        raise unreadable(text, _WHOLE_CONFIG)
+    reading = _Config(config, network=network, options=options)
+    reading.require("_base_" not in config, "_base_", config.get("_base_"), "a complete configuration")
+    model = reading.section("model", config.get("model"))
+    values = {}
+    if model is not None:
+        values = _backbone(reading, model) | _neck(reading, model) | _head(reading, model)
+    values |= _test_cfg(reading, model)
+    unclipped = {"clip": BoxClip.NONE} if values.get("clip") is BoxClip.NONE else {}
+    values |= _pixels(reading, model) | unclipped
+    if reading.unused:
+        raise ConfigError(f"The configuration in the file has no '{min(reading.unused)}' to ignore.", hint=_IGNORE_HINT)
+    return values
 
 
 _IGNORE_HINT = "leave --ignore-config out, or give the key as the error that named it wrote it"
 
 
-class _Reader:
-    """One configuration: sections are checked against ``CONFIG_KEYS`` when they are opened, and then read."""
+class _Config:
+    """A configuration and who reads it: sections are checked against ``CONFIG_KEYS`` when they are opened."""
 
-    def __init__(self, config: Values, *, network: FcosConfig, options: CheckpointOptions) -> None:
-        self._config, self._network, self._options = config, network, options
-        self._ignored = set(options.ignore_config)
+    def __init__(self, stored: Values, *, network: FcosConfig, options: CheckpointOptions) -> None:
+        self.stored, self.network, self.options = stored, network, options
+        self.unused = set(options.ignore_config)
 
-    def read(self) -> Values:
-        self._require("_base_" not in self._config, "_base_", self._config.get("_base_"), "a complete configuration")
-        model = self._section("model", self._config.get("model"))
-        values: Values = {}
-        if model is not None:
-            values = self._backbone(model) | self._neck(model) | self._head(model)
-        values |= self._test_cfg(model)
-        without_clip = {"clip": BoxClip.NONE} if values.get("clip") is BoxClip.NONE else {}
-        values |= self._pixels(model) | without_clip
-        if self._ignored:
-            raise ConfigError(
-                f"The configuration in the file has no '{min(self._ignored)}' to ignore.", hint=_IGNORE_HINT
-            )
-        return values
-
-    # ---- sections and refusals ----
-
-    def _section(self, path: str, stored: object, *, keys: str = "") -> Values | None:
+    def section(self, path: str, stored: object, *, keys: str = "") -> Values | None:
         """The dict at ``path`` without what is ignored, every key of it understood; None where there is none."""
-        if path in self._ignored or stored is None:
-            self._ignored.discard(path)
+        if path in self.unused or stored is None:
+            self.unused.discard(path)
             return None
         if not isinstance(stored, dict):
-            self._require(False, path, stored, "a dict")
+            self.refuse(path, stored, "a dict")
             return None
         known, section = CONFIG_KEYS[keys or path], {}
         for name, stated in stored.items():
             key, where, value = known.get(name), f"{path}.{name}", _unscoped(stated) if name == "type" else stated
             if name == "_scope_" or (name == "type" and key is None):
                 continue
-            if where in self._ignored:
-                self._ignored.discard(where)
+            if where in self.unused:
+                self.unused.discard(where)
             elif key is not None and (key is NEUTRAL or (value is not UNKNOWN and key.read(value) is not None)):
                 section[name] = value
+            elif key is not None:
+                self.refuse(where, value, key.expected, *key.options)
             else:
-                key = key or checked("a key that is known here", lambda _: False)
-                self._require(False, where, value, key.expected, *key.options)
+                self.refuse(where, value, "a key that is known here")
         return section
 
-    def _require(self, holds: bool, path: str, value: object, expected: str, *options: str) -> None:
-        """Stop where it does not hold, unless the path is ignored or one of ``options`` answers instead."""
-        key = checked(expected, lambda _: holds, *options)
-        if not holds and path in self._options.ignore_config:
-            self._ignored.discard(path)
-        elif not holds and not key.answered(self._options):
-            raise key.refusal(f"The configuration in the file says {path} = {_shown(value)}", path)
+    def require(self, holds: bool, path: str, value: object, expected: str, *options: str) -> None:
+        """Refuse ``value`` where it does not hold."""
+        if not holds:
+            self.refuse(path, value, expected, *options)
 
-    # ---- the network ----
+    def refuse(self, path: str, value: object, expected: str, *options: str) -> None:
+        """Stop, unless the path is ignored or one of ``options`` answers instead."""
+        key = checked(expected, lambda _: False, *options)
+        if path in self.options.ignore_config:
+            self.unused.discard(path)
+        elif not key.answered(self.options):
+            shown = "an expression that is not a literal" if value is UNKNOWN else brief(value)
+            if isinstance(value, list) and len(value) <= 8:
+                shown = f"[{', '.join(map(brief, value))}]"
+            raise key.refusal(f"The configuration in the file says {path} = {shown}", path)
 
-    def _backbone(self, model: Values) -> Values:
-        backbone = self._section("model.backbone", model.get("backbone"))
-        if backbone is None:
-            return {}
-        norm = self._section("model.backbone.norm_cfg", backbone.get("norm_cfg")) or {}
-        self._section("model.backbone.dcn", backbone.get("dcn"))
-        channels = backbone.get("in_channels", 3)
-        taken = self._network.image_channels
-        self._require(channels == taken, "model.backbone.in_channels", channels, f"the {taken} of the stem")
-        bottleneck = self._network.block is BlockType.BOTTLENECK
-        strides, dilations = (tuple(backbone[key]) if key in backbone else None for key in ("strides", "dilations"))
-        return {
-            "stride_in_1x1": backbone.get("style", "pytorch") == "caffe" and bottleneck,
-            "stage_strides": strides,
-            "stage_dilations": dilations,
-            "norm_eps": float(norm.get("eps", 1e-5)),
-        }
 
-    def _neck(self, model: Values) -> Values:
-        neck = self._section("model.neck", model.get("neck"))
-        if neck is None:
-            return {}
-        backbone = model.get("backbone") or {}
-        end = neck.get("end_level", -1)
-        stages = backbone.get("out_indices", [0, 1, 2, 3])[neck.get("start_level", 0) : None if end == -1 else end + 1]
-        expected = [0, 1, 2, 3][-self._network.laterals :]
-        over = f"a pyramid over stages {expected}, not {stages}"
-        self._require(stages == expected, "model.neck.start_level", neck.get("start_level", 0), over)
-        present = self._network.num_levels
-        levels = neck.get("num_outs", present)
-        self._require(levels == present, "model.neck.num_outs", levels, f"the {present} levels that have tensors")
-        upsampling = self._section("model.neck.upsample_cfg", neck.get("upsample_cfg")) or {}
-        norm = self._section("model.neck.norm_cfg", neck.get("norm_cfg"))
-        values: Values = {
-            "upsampling": Upsampling(upsampling.get("mode", "nearest")),
-            "fpn_norm_eps": None if norm is None else float(norm.get("eps", 1e-5)),
-        }
-        extra, path = neck.get("add_extra_convs", False), "model.neck.add_extra_convs"
-        if levels <= len(stages):
-            return values
-        if extra is False:
-            convs = self._network.extra_convs
-            self._require(not convs, path, extra, "the convolutions that have tensors", "extra_source")
-            return values
-        self._require(not self._network.pooled_levels, path, extra, "False, where levels have no tensors")
-        if extra is True:  # version 1 and early 2: the older key says which
-            extra = "on_input" if neck.get("extra_convs_on_inputs", True) else "on_output"
-        source = ExtraSource(extra.removeprefix("on_"))
-        return {**values, "extra_source": source, "extra_relu": neck.get("relu_before_extra_convs", False)}
+# ---- the network ----
 
-    def _head(self, model: Values) -> Values:
-        head = self._section("model.bbox_head", model.get("bbox_head"))
-        if head is None:
-            return {}
-        channels = self._network.num_classes
-        # Version 1 counts the background. Later ones have a channel more only with softmax, which is refused below.
-        classes, path = head.get("num_classes", channels), "model.bbox_head"
-        fits = classes in {channels, channels + 1}
-        self._require(fits, f"{path}.num_classes", classes, f"the {channels} channels of the tensors")
-        loss = self._section(f"{path}.loss_cls", head.get("loss_cls"))
-        # FCOSHead takes the softmax where a loss does not say.
-        self._require(loss is None or "use_sigmoid" in loss, f"{path}.loss_cls.use_sigmoid", None, "True")
-        stages = self._options.stage_strides or (model.get("backbone") or {}).get("strides", [1, 2, 2, 2])
-        if _are(4, _is_positive)(list(stages)):  # Others are refused or answered already.
-            strides = head.get("strides", [4, 8, 16, 32, 64])
-            expected = level_strides(tuple(stages), self._network.num_levels, laterals=self._network.laterals)
-            text = f"the strides of the network's levels, {list(expected)}"
-            self._require(strides == list(expected), f"{path}.strides", strides, text)
-        coder = self._section("model.bbox_head.bbox_coder", head.get("bbox_coder")) or {}
-        norm_cfg = head.get("norm_cfg", {"type": "GN", "num_groups": 32})
-        norm = self._section("model.bbox_head.norm_cfg", norm_cfg) or {}
-        groups = norm.get("num_groups") if norm.get("type") == "GN" else None
-        return {
-            "box_activation": BoxActivation.RELU if head.get("norm_on_bbox", False) else BoxActivation.EXP,
-            "centerness_on_reg": head.get("centerness_on_reg", False),
-            "norm_groups": groups,
-            "tower_norm_eps": float(norm.get("eps", 1e-5)) if norm else None,
-            "clip": None if coder.get("clip_border", True) else BoxClip.NONE,
-        }
 
-    def _test_cfg(self, model: Values | None) -> Values:
-        stored = (model or {}).get("test_cfg")
-        if stored is None:  # until 2.4 beside the model; in version 3 that name holds the test loop
-            beside = self._config.get("test_cfg")
-            stored = beside if isinstance(beside, dict) and "type" not in beside else None
-        path, head = "model.test_cfg", (model or {}).get("bbox_head")
-        if stored is None and isinstance(head, dict) and head.get("test_cfg") is not None:
-            path, stored = "model.bbox_head.test_cfg", head["test_cfg"]
-        self._require(stored is not None or model is None, path, None, "the thresholds of the test")
-        test = self._section(path, stored, keys="model.test_cfg")
-        if test is None:
-            return {}
-        nms = self._section(f"{path}.nms", test.get("nms"), keys="model.test_cfg.nms") or {}
-        top_k = test.get("nms_pre", -1)
-        threshold = nms.get("iou_threshold", nms.get("iou_thr"))
-        return {
-            "score_threshold": float(test.get("score_thr", 0.0)),
-            "iou_threshold": None if threshold is None else float(threshold),
-            "class_agnostic": nms.get("class_agnostic", False),
-            "pre_nms_top_k": max(top_k, 0),  # 0 and less: all of them
-            "min_box_size": float(max(test.get("min_bbox_size", -1), -1)),
-            "max_detections": test.get("max_per_img"),
-        }
+def _backbone(config: _Config, model: Values) -> Values:
+    backbone = config.section("model.backbone", model.get("backbone"))
+    if backbone is None:
+        return {}
+    norm = config.section("model.backbone.norm_cfg", backbone.get("norm_cfg")) or {}
+    config.section("model.backbone.dcn", backbone.get("dcn"))
+    channels, taken = backbone.get("in_channels", 3), config.network.image_channels
+    config.require(channels == taken, "model.backbone.in_channels", channels, f"the {taken} of the stem")
+    strides, dilations = (tuple(backbone[key]) if key in backbone else None for key in ("strides", "dilations"))
+    bottleneck = config.network.block is BlockType.BOTTLENECK
+    return {
+        "stride_in_1x1": backbone.get("style", "pytorch") == "caffe" and bottleneck,
+        "stage_strides": strides,
+        "stage_dilations": dilations,
+        "norm_eps": float(norm.get("eps", 1e-5)),
+    }
 
-    # ---- pixels: the preprocessor of version 3, and the test pipeline ----
 
-    def _pixels(self, model: Values | None) -> Values:
-        preprocessor = (model or {}).get("data_preprocessor") or self._config.get("data_preprocessor")
-        before = self._section("model.data_preprocessor", preprocessor)
-        steps = self._steps()
-        if steps is None:
-            if model is None and before is None:
-                return {}
-            self._require(False, "test_pipeline", None, "the steps of the test", *_SIZE_OPTIONS)
-            steps = {}
-        pixels: Values | None = {}
-        unchanged = bool(steps) and model is not None and not _is_version_3(self._config)
-        if before is not None or "Normalize" in steps or unchanged:
-            pixels = _normalization(before, steps.get("Normalize"), channels=self._network.image_channels)
-        else:
-            self._require(
-                model is None, "model.data_preprocessor", None, "the normalisation of the pixels", "mean", "std"
-            )
-        if pixels is None:
-            self._require(
-                False, "model.data_preprocessor", preprocessor, "one normalisation, not a second in the pipeline"
-            )
-            pixels = {}
-        channels = self._network.image_channels
-        for name in ("mean", "std"):
-            levels = list(pixels.get(name, ()))
-            section = "model.data_preprocessor" if before and before.get(name) else "pipeline.Normalize"
-            fits = not levels or len(levels) == channels
-            self._require(fits, f"{section}.{name}", levels, f"{channels} numbers for the stem's channels", name)
-        return pixels | self._padding(before, steps, pixels) | self._sizes(before, steps)
-
-    def _steps(self) -> Values | None:
-        """The steps that matter by type, each without what is ignored; version 2's are in ``MultiScaleFlipAug``."""
-        pipeline = _test_pipeline(self._config)
-        if pipeline is None:
-            return None
-        if not isinstance(pipeline, list):
-            self._require(False, "test_pipeline", pipeline, "a list of steps", *_SIZE_OPTIONS)
-            return {}
-        steps: Values = {}
-        for kind, stored in _flat_steps(pipeline):
-            path = f"pipeline.{kind}"
-            if kind in NEUTRAL_STEPS:
-                continue
-            if path not in CONFIG_KEYS:
-                self._require(False, path, stored, "a step that is known here")
-                continue
-            step = self._section(path, stored)
-            if step is None:
-                continue
-            role = "Resize" if kind in _RESIZE_STEPS else "Load" if kind.startswith("Load") else kind
-            if role in steps or (role == "Resize" and steps.keys() & {"Normalize", "Pad"}):
-                self._require(False, path, stored, "one step of each kind, with resizing first", *_SIZE_OPTIONS)
-            steps[role] = {**step, "type": kind}
-        return steps
-
-    def _padding(self, before: Values | None, steps: Values, pixels: Values) -> Values:
-        """``size_divisor``, and ``pad_pixel`` where padding is not 0 after normalising."""
-        pad = steps.get("Pad", {})
-        divisor = (before or {}).get("pad_size_divisor", 1)
-        fits, path = (pad.get("size_divisor") or 0) % divisor == 0, "model.data_preprocessor.pad_size_divisor"
-        self._require(fits, path, divisor, "a divisor of Pad's", "size_divisor")
-        order = list(steps)
-        normalized = "Normalize" in order and "Pad" not in order[: order.index("Normalize")]
-        value = pad.get("pad_val", 0) if pad else (before or {}).get("pad_value", 0)
-        value = value.get("img", 0) if isinstance(value, dict) else value
-        channels = self._network.image_channels
-        numbers = list(value) if isinstance(value, list) else [value] * channels
-        rgb = pixels.get("channel_order") is ChannelOrder.RGB
-        if (pad and normalized) or not pad:
-            parts = zip(
-                numbers, pixels.get("mean", (0.0,) * channels), pixels.get("std", (1.0,) * channels), strict=True
-            )
-            pixel = tuple(number * std + mean for number, mean, std in parts) if any(numbers) else None
-        else:
-            # Images are BGR until they are normalised.
-            pixel = tuple(float(number) for number in (reversed(numbers) if rgb else numbers))
-        values: Values = {"size_divisor": pad.get("size_divisor") or divisor, "pad_pixel": pixel}
-        if pad and _is_version_3(self._config):  # whose Pad changes the size to which boxes are clipped
-            values["clip"] = BoxClip.INPUT
+def _neck(config: _Config, model: Values) -> Values:
+    neck, network = config.section("model.neck", model.get("neck")), config.network
+    if neck is None:
+        return {}
+    backbone = model.get("backbone") or {}
+    start, end = neck.get("start_level", 0), neck.get("end_level", -1)
+    stages = backbone.get("out_indices", [0, 1, 2, 3])[start : None if end == -1 else end + 1]
+    expected = [0, 1, 2, 3][-network.laterals :]
+    over = f"a pyramid over stages {expected}, not {stages}"
+    config.require(stages == expected, "model.neck.start_level", start, over)
+    levels, present = neck.get("num_outs", network.num_levels), network.num_levels
+    config.require(levels == present, "model.neck.num_outs", levels, f"the {present} levels that have tensors")
+    upsampling = config.section("model.neck.upsample_cfg", neck.get("upsample_cfg")) or {}
+    norm = config.section("model.neck.norm_cfg", neck.get("norm_cfg"))
+    values: Values = {
+        "upsampling": Upsampling(upsampling.get("mode", "nearest")),
+        "fpn_norm_eps": None if norm is None else float(norm.get("eps", 1e-5)),
+    }
+    extra, path = neck.get("add_extra_convs", False), "model.neck.add_extra_convs"
+    if levels <= len(stages):
         return values
+    if extra is False:
+        config.require(not network.extra_convs, path, extra, "the convolutions that have tensors", "extra_source")
+        return values
+    config.require(not network.pooled_levels, path, extra, "False, where levels have no tensors")
+    if extra is True:  # version 1 and early 2: the older key says which
+        extra = "on_input" if neck.get("extra_convs_on_inputs", True) else "on_output"
+    source = ExtraSource(extra.removeprefix("on_"))
+    return {**values, "extra_source": source, "extra_relu": neck.get("relu_before_extra_convs", False)}
 
-    def _sizes(self, before: Values | None, steps: Values) -> Values:
-        load, resize = steps.get("Load", {}), steps.get("Resize")
-        gray, color_type = self._network.image_channels == 1, load.get("color_type", "color")
-        fits, path = not load or gray != (color_type == "color"), f"pipeline.{load.get('type')}.color_type"
-        expected = "'grayscale' or 'unchanged'" if gray else "'color'"
-        self._require(fits, path, color_type, f"{expected} for the stem's channels")
-        values: Values = {"resize_filter": ResizeFilter.TORCH if load.get("to_float32") else ResizeFilter.CV2}
-        if resize is None:
-            self._require(False, "pipeline.Resize", None, "a step that resizes", *_SIZE_OPTIONS)
-            return values
-        if resize.get("backend") == "pillow":
-            values["resize_filter"] = ResizeFilter.PIL
-        if _SCALE.answered(self._options):
-            return values
-        return values | (self._fixed_size(resize, before, steps) or self._edges(resize))
 
-    def _edges(self, resize: Values) -> Values:
-        scale = _one_scale(resize.get("scale") or resize.get("img_scale"))
-        if scale is None:
-            self._require(False, "pipeline.Resize.scale", None, "one size in pixels", *_SIZE_OPTIONS)
-            return {}
-        if resize["type"] == "ResizeShortestEdge":
-            path = "pipeline.ResizeShortestEdge.max_size"
-            self._require("max_size" in resize, path, None, "a limit of the longer side", *_SIZE_OPTIONS)
-            edges = min(scale), max(resize.get("max_size", 0), min(scale))
-            return {"size_rule": SizeRule.DETECTRON2, "shortest": edges[0], "longest": edges[1]}
-        rule = SizeRule.MMDETECTION_FIX_SCALE if resize["type"] == "FixScaleResize" else SizeRule.MMDETECTION
-        return {"size_rule": rule, "shortest": min(scale), "longest": max(scale)}
+def _head(config: _Config, model: Values) -> Values:
+    path, network = "model.bbox_head", config.network
+    head = config.section(path, model.get("bbox_head"))
+    if head is None:
+        return {}
+    # Version 1 counts the background. Later ones have a channel more only with softmax, which is refused below.
+    channels = network.num_classes
+    classes = head.get("num_classes", channels)
+    fits = classes in {channels, channels + 1}
+    config.require(fits, f"{path}.num_classes", classes, f"the {channels} channels of the tensors")
+    loss = config.section(f"{path}.loss_cls", head.get("loss_cls"))
+    # FCOSHead takes the softmax where a loss does not say.
+    config.require(loss is None or "use_sigmoid" in loss, f"{path}.loss_cls.use_sigmoid", None, "True")
+    stages = config.options.stage_strides or (model.get("backbone") or {}).get("strides", [1, 2, 2, 2])
+    if _are(4, _is_positive)(list(stages)):  # Others are refused or answered already.
+        strides = head.get("strides", [4, 8, 16, 32, 64])
+        expected = list(level_strides(tuple(stages), network.num_levels, laterals=network.laterals))
+        text = f"the strides of the network's levels, {expected}"
+        config.require(strides == expected, f"{path}.strides", strides, text)
+    coder = config.section(f"{path}.bbox_coder", head.get("bbox_coder")) or {}
+    norm = config.section(f"{path}.norm_cfg", head.get("norm_cfg", {"type": "GN", "num_groups": 32})) or {}
+    return {
+        "box_activation": BoxActivation.RELU if head.get("norm_on_bbox", False) else BoxActivation.EXP,
+        "centerness_on_reg": head.get("centerness_on_reg", False),
+        "norm_groups": norm.get("num_groups") if norm.get("type") == "GN" else None,
+        "tower_norm_eps": float(norm.get("eps", 1e-5)) if norm else None,
+        "clip": None if coder.get("clip_border", True) else BoxClip.NONE,
+    }
 
-    def _fixed_size(self, resize: Values, before: Values | None, steps: Values) -> Values | None:
-        """A canvas, where the pipeline stretches or pads to one size."""
-        scale = _one_scale(resize.get("scale") or resize.get("img_scale"))
-        if resize["type"] == "FixShapeResize":
-            scale = (resize.get("width", 0), resize.get("height", 0))
-        if scale is None or resize["type"] == "ResizeShortestEdge":
-            return None
-        content = scale[1], scale[0]
-        # Unless it says so, version 3's Resize, which has a scale, does not keep the ratio, and version 2's does.
-        keeps = resize.get("keep_ratio", "scale" not in resize) and resize["type"] != "FixShapeResize"
-        pad = steps.get("Pad", {})
-        divisor = pad.get("size_divisor") or (before or {}).get("pad_size_divisor", 1)
-        size, to_square = pad.get("size"), pad.get("pad_to_square", False)
-        if size is None and keeps and not to_square:
-            return None
-        canvas = tuple(-(-side // divisor) * divisor for side in ((max(content),) * 2 if to_square else content))
-        if size is not None:
-            canvas = (size[1], size[0]) if _is_version_3(self._config) else (size[0], size[1])  # 3: (width, height)
-        fits = all(side >= inner for side, inner in zip(canvas, content, strict=True))
-        if not fits or any(side % divisor for side in canvas) or (keeps and scale[0] != scale[1]):
-            path, stated = ("pad_to_square", True) if to_square else ("size", size)
-            expected = f"one size that holds every image of scale {scale}"
-            self._require(False, f"pipeline.Pad.{path}", stated, expected, *_SIZE_OPTIONS)
-        return {
-            "size_rule": SizeRule.LETTERBOX if keeps else SizeRule.STRETCH,
-            "input_size": canvas,
-            "content": None if content == canvas else content,
-            "shortest": None,
-            "longest": None,
+
+def _test_cfg(config: _Config, model: Values | None) -> Values:
+    path, stored = "model.test_cfg", (model or {}).get("test_cfg")
+    if stored is None:  # until 2.4 beside the model; in version 3 that name holds the test loop
+        beside = config.stored.get("test_cfg")
+        stored = beside if isinstance(beside, dict) and "type" not in beside else None
+    head = (model or {}).get("bbox_head")
+    if stored is None and isinstance(head, dict) and head.get("test_cfg") is not None:
+        path, stored = "model.bbox_head.test_cfg", head["test_cfg"]
+    config.require(stored is not None or model is None, path, None, "the thresholds of the test")
+    test = config.section(path, stored, keys="model.test_cfg")
+    if test is None:
+        return {}
+    nms = config.section(f"{path}.nms", test.get("nms"), keys="model.test_cfg.nms") or {}
+    threshold = nms.get("iou_threshold", nms.get("iou_thr"))
+    return {
+        "score_threshold": float(test.get("score_thr", 0.0)),
+        "iou_threshold": None if threshold is None else float(threshold),
+        "class_agnostic": nms.get("class_agnostic", False),
+        "pre_nms_top_k": max(test.get("nms_pre", -1), 0),  # 0 and less: all of them
+        "min_box_size": float(max(test.get("min_bbox_size", -1), -1)),
+        "max_detections": test.get("max_per_img"),
+    }
+
+
+# ---- pixels: the preprocessor of version 3, and the test pipeline ----
+
+_PREPROCESSOR = "model.data_preprocessor"
+
+
+def _pixels(config: _Config, model: Values | None) -> Values:
+    stored = (model or {}).get("data_preprocessor") or config.stored.get("data_preprocessor")
+    section, steps = config.section(_PREPROCESSOR, stored), _steps(config)
+    if steps is None and model is None and section is None:
+        return {}
+    config.require(steps is not None, "test_pipeline", None, "the steps of the test", *_SIZE_OPTIONS)
+    before, steps, channels = section or {}, steps or {}, config.network.image_channels
+    pixels: Values = {}
+    step, unchanged = steps.get("Normalize"), bool(steps) and not _is_version_3(config.stored)
+    if section is None and step is None and not unchanged:
+        config.require(model is None, _PREPROCESSOR, None, "the normalisation of the pixels", "mean", "std")
+    elif section is not None or step is not None or model is not None:
+        turns = before.get("bgr_to_rgb", False) or before.get("rgb_to_bgr", False)
+        doubled = step is not None and (turns or before.get("mean") is not None)
+        config.require(not doubled, _PREPROCESSOR, stored, "one normalisation, not a second in the pipeline")
+        source, rgb = (before, turns) if step is None else (step, step.get("to_rgb", True))
+        mean, std = source.get("mean"), source.get("std")
+        pixels = {
+            "mean": tuple(map(float, mean)) if mean else (0.0,) * channels,
+            "std": tuple(map(float, std)) if std else (1.0,) * channels,
+            # Images are read as BGR; both flags of version 3 reverse the channels. Of one there is no order.
+            "channel_order": ChannelOrder.GRAY if channels == 1 else ChannelOrder.RGB if rgb else ChannelOrder.BGR,
         }
+    for name in ("mean", "std"):
+        levels = list(pixels.get(name, ()))
+        path = f"{_PREPROCESSOR if before.get(name) else 'pipeline.Normalize'}.{name}"
+        fits = len(levels) in {0, channels}
+        config.require(fits, path, levels, f"{channels} numbers for the stem's channels", name)
+    return pixels | _padding(config, before, steps, pixels) | _sizes(config, before, steps)
 
 
-def _shown(value: object) -> str:
-    if value is UNKNOWN:
-        return "an expression that is not a literal"
-    return f"[{', '.join(map(brief, value))}]" if isinstance(value, list) and len(value) <= 8 else brief(value)
+def _steps(config: _Config) -> Values | None:
+    """The steps that matter by type, each without what is ignored; version 2's are in ``MultiScaleFlipAug``."""
+    pipeline = _test_pipeline(config.stored)
+    if pipeline is None:
+        return None
+    if not isinstance(pipeline, list):
+        config.refuse("test_pipeline", pipeline, "a list of steps", *_SIZE_OPTIONS)
+        return {}
+    steps: Values = {}
+    for kind, stored in _flat_steps(pipeline):
+        path = f"pipeline.{kind}"
+        if kind in NEUTRAL_STEPS:
+            continue
+        if path not in CONFIG_KEYS:
+            config.refuse(path, stored, "a step that is known here")
+            continue
+        step = config.section(path, stored)
+        if step is None:
+            continue
+        role = "Resize" if kind in _RESIZE_STEPS else "Load" if kind.startswith("Load") else kind
+        misplaced = role in steps or (role == "Resize" and steps.keys() & {"Normalize", "Pad"})
+        config.require(not misplaced, path, stored, "one step of each kind, with resizing first", *_SIZE_OPTIONS)
+        steps[role] = {**step, "type": kind}
+    return steps
+
+
+def _padding(config: _Config, before: Values, steps: Values, pixels: Values) -> Values:
+    """``size_divisor``, and ``pad_pixel`` where padding is not 0 after normalising."""
+    pad, divisor, channels = steps.get("Pad", {}), before.get("pad_size_divisor", 1), config.network.image_channels
+    fits, path = (pad.get("size_divisor") or 0) % divisor == 0, f"{_PREPROCESSOR}.pad_size_divisor"
+    config.require(fits, path, divisor, "a divisor of Pad's", "size_divisor")
+    order = list(steps)
+    normalized = "Normalize" in order and "Pad" not in order[: order.index("Normalize")]
+    value = pad.get("pad_val", 0) if pad else before.get("pad_value", 0)
+    value = value.get("img", 0) if isinstance(value, dict) else value
+    numbers = list(value) if isinstance(value, list) else [value] * channels
+    pixel: tuple[float, ...] | None = None
+    if pad and not normalized:  # Images are BGR until they are normalised.
+        rgb = pixels.get("channel_order") is ChannelOrder.RGB
+        pixel = tuple(float(number) for number in (reversed(numbers) if rgb else numbers))
+    elif any(numbers):
+        means, stds = pixels.get("mean", (0.0,) * channels), pixels.get("std", (1.0,) * channels)
+        pixel = tuple(number * std + mean for number, mean, std in zip(numbers, means, stds, strict=True))
+    values: Values = {"size_divisor": pad.get("size_divisor") or divisor, "pad_pixel": pixel}
+    if pad and _is_version_3(config.stored):  # whose Pad changes the size to which boxes are clipped
+        values["clip"] = BoxClip.INPUT
+    return values
+
+
+def _sizes(config: _Config, before: Values, steps: Values) -> Values:
+    load, resize = steps.get("Load", {}), steps.get("Resize")
+    gray, color_type = config.network.image_channels == 1, load.get("color_type", "color")
+    fits, path = not load or gray != (color_type == "color"), f"pipeline.{load.get('type')}.color_type"
+    expected = "'grayscale' or 'unchanged'" if gray else "'color'"
+    config.require(fits, path, color_type, f"{expected} for the stem's channels")
+    values: Values = {"resize_filter": ResizeFilter.TORCH if load.get("to_float32") else ResizeFilter.CV2}
+    if resize is None:
+        config.refuse("pipeline.Resize", None, "a step that resizes", *_SIZE_OPTIONS)
+        return values
+    if resize.get("backend") == "pillow":
+        values["resize_filter"] = ResizeFilter.PIL
+    if _SCALE.answered(config.options):
+        return values
+    kind, scale = resize["type"], _one_scale(resize.get("scale") or resize.get("img_scale"))
+    if kind == "FixShapeResize":
+        scale = (resize.get("width", 0), resize.get("height", 0))
+    if scale is None:
+        config.refuse("pipeline.Resize.scale", None, "one size in pixels", *_SIZE_OPTIONS)
+        return values
+    if kind == "ResizeShortestEdge":
+        path = "pipeline.ResizeShortestEdge.max_size"
+        config.require("max_size" in resize, path, None, "a limit of the longer side", *_SIZE_OPTIONS)
+        longest = max(resize.get("max_size", 0), min(scale))
+        return values | {"size_rule": SizeRule.DETECTRON2, "shortest": min(scale), "longest": longest}
+    # Unless it says so, version 3's Resize, which has a scale, does not keep the ratio, and version 2's does.
+    keeps = resize.get("keep_ratio", "scale" not in resize) and kind != "FixShapeResize"
+    pad = steps.get("Pad", {})
+    if keeps and pad.get("size") is None and not pad.get("pad_to_square", False):
+        rule = SizeRule.MMDETECTION_FIX_SCALE if kind == "FixScaleResize" else SizeRule.MMDETECTION
+        return values | {"size_rule": rule, "shortest": min(scale), "longest": max(scale)}
+    divisor = pad.get("size_divisor") or before.get("pad_size_divisor", 1)
+    return values | _canvas(config, pad, scale, keeps=keeps, divisor=divisor)
+
+
+def _canvas(config: _Config, pad: Values, scale: tuple[int, int], *, keeps: bool, divisor: int) -> Values:
+    """What a pipeline fills that stretches or pads to one size; ``scale``: (width, height) of the resized image."""
+    size, to_square, content = pad.get("size"), pad.get("pad_to_square", False), (scale[1], scale[0])
+    canvas = tuple(-(-side // divisor) * divisor for side in ((max(content),) * 2 if to_square else content))
+    if size is not None:
+        canvas = (size[1], size[0]) if _is_version_3(config.stored) else (size[0], size[1])  # 3: (width, height)
+    holds = all(side >= inner and side % divisor == 0 for side, inner in zip(canvas, content, strict=True))
+    path, stated = ("pad_to_square", True) if to_square else ("size", size)
+    expected = f"one size that holds every image of scale {scale}"
+    square = not keeps or scale[0] == scale[1]
+    config.require(holds and square, f"pipeline.Pad.{path}", stated, expected, *_SIZE_OPTIONS)
+    return {
+        "size_rule": SizeRule.LETTERBOX if keeps else SizeRule.STRETCH,
+        "input_size": canvas,
+        "content": None if content == canvas else content,
+        "shortest": None,
+        "longest": None,
+    }
 
 
 def _unscoped(kind: object) -> object:
@@ -632,23 +625,6 @@ def _is_version_3(config: Values) -> bool:
         or (isinstance(model, dict) and model.get("data_preprocessor"))
         or config.get("data_preprocessor")
     )
-
-
-def _normalization(before: Values | None, step: Values | None, *, channels: int) -> Values | None:
-    """Mean, std and channel order of version 3's preprocessor or of a ``Normalize`` step; None where both normalise."""
-    source = before or {}
-    rgb = flips = source.get("bgr_to_rgb", False) or source.get("rgb_to_bgr", False)
-    if step is not None:
-        if flips or source.get("mean") is not None:
-            return None
-        source, rgb = step, step.get("to_rgb", True)
-    mean, std = source.get("mean"), source.get("std")
-    return {
-        "mean": tuple(map(float, mean)) if mean else (0.0,) * channels,
-        "std": tuple(map(float, std)) if std else (1.0,) * channels,
-        # Images are read as BGR; each of the two flags of version 3 reverses the channels. Of one there is no order.
-        "channel_order": ChannelOrder.GRAY if channels == 1 else ChannelOrder.RGB if rgb else ChannelOrder.BGR,
-    }
 
 
 def _test_pipeline(config: Values) -> object:

@@ -29,14 +29,12 @@ __all__ = ["CONFIG_KEYS", "ECOSYSTEM"]
 _SHORTEST = count("shortest", "input_size")
 
 
-def _of_test(sizes: object) -> object:
-    """Of several sizes, which training chooses from, the last one is the test's."""
-    return sizes[-1] if isinstance(sizes, (list, tuple)) and sizes else sizes
-
-
 # Arguments of ``FCOS`` in models/detection/fcos.py that decide about the detections.
 CONFIG_KEYS = {
-    "min_size": replace(_SHORTEST, read=lambda sizes: _SHORTEST.read(_of_test(sizes))),
+    # Of several sizes, which training chooses from, the last one is the test's.
+    "min_size": replace(
+        _SHORTEST, read=lambda sizes: _SHORTEST.read(sizes[-1] if isinstance(sizes, (list, tuple)) and sizes else sizes)
+    ),
     "max_size": count("longest", "input_size"),
     "fixed_size": fixed(None, options=("input_size",)),
     "image_mean": numbers("mean"),

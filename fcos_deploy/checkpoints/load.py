@@ -286,11 +286,15 @@ _NAME_CONTAINERS = ("args", "hyper_parameters", "hparams", "config", "cfg")
 def _stored_class_names(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Class names that a training script stored beside the weights, or with its arguments; () where it did not."""
     places = [metadata, *(getattr(metadata.get(key), "state", metadata.get(key)) for key in _NAME_CONTAINERS)]
+    meta = metadata.get("meta")  # mmdetection's: CLASSES until version 2, then dataset_meta; text is a single name
+    if isinstance(meta, Mapping):
+        places = [meta.get("dataset_meta"), meta, *places]
     for place in places:
         if not isinstance(place, Mapping):
             continue
         for key in _NAME_KEYS:
             names = place.get(key)
+            names = (names,) if isinstance(names, str) and isinstance(meta, Mapping) else names
             if isinstance(names, Mapping) and set(names) == set(range(len(names))):
                 names = [names[index] for index in range(len(names))]
             if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):

@@ -746,7 +746,6 @@ def _rules(evidence: Evidence) -> Rules:
     meta: Mapping[str, Any] = stored if isinstance(stored, dict) else {}
     config = read_config(meta, network=evidence.network, options=evidence.options)
     rules = _by_tensors(evidence, config or {})
-    rules = _with_class_names(rules, meta)
     if config is None:
         return rules
     rules = rules.decide(_CONFIG, **config)
@@ -800,17 +799,6 @@ def _by_tensors(evidence: Evidence, config: Mapping[str, Any]) -> Rules:
         )
     mean = MSRA_MEAN if tricks else CAFFE_MEAN
     return rules.decide(source, stride_in_1x1=True, channel_order=ChannelOrder.BGR, mean=mean, std=UNIT_STD)
-
-
-def _with_class_names(rules: Rules, meta: Mapping[str, Any]) -> Rules:
-    """Those in the file (version 3: ``dataset_meta``, version 2: ``CLASSES``)."""
-    dataset = meta.get("dataset_meta")
-    places = [dataset, meta] if isinstance(dataset, dict) else [meta]
-    for stored in (place.get(key) for place in places for key in ("classes", "CLASSES")):
-        names = (stored,) if isinstance(stored, str) else stored
-        if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
-            return rules.decide("the class names in the file", class_names=tuple(names))
-    return rules
 
 
 def _tower(source: str, head: str) -> tuple[Rename, Rename]:

@@ -148,6 +148,11 @@ class Packager(ABC):
         """
 
 
+def _served_name(name: str) -> str:
+    """A bundle's name as servers accept it, and as a folder beside nothing else: never ``..``."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("_.-")[:128] or "fcos"
+
+
 @cache
 def all_packagers() -> dict[str, Packager]:
     """All packagers by name."""
@@ -174,10 +179,8 @@ def package_bundle(bundle: Bundle, *, server: str, output: Path, options: Servin
     )
     artifact = selection.artifact
     path = bundle.path(artifact.path)
-    # The bundle's name as servers accept it, and as a folder beside nothing else: never ``..``.
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", bundle.manifest.name).lstrip("_.-")[:128] or "fcos"
     model = ServedModel(
-        name=options.name or name,
+        name=options.name or _served_name(bundle.manifest.name),
         path=path,
         companions=tuple(bundle.path(name) for name in artifact.companions),
         artifact=artifact,

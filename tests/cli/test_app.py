@@ -61,7 +61,7 @@ def test_options_of_the_same_name_have_the_same_help() -> None:
     """Apart from those that mean what the command does with them."""
     own = {"output", "images", "image", "precision", "backend", "annotations", "limit", "max_map_drop", "target"}
     own |= {"score_threshold", "batch", "weights", "method", "rounds", "reference", "consumer", "serving", "version"}
-    own |= {"tail", "device", "min_match_rate", "cache", "config", "calibration_images", "min_ap", "threads"}
+    own |= {"tail", "device", "min_match_rate", "cache", "compute", "config", "calibration_images", "min_ap", "threads"}
     texts: dict[str, set[str]] = {}
     for name in NAMES:
         for parameter in GROUP.commands[name].params:

@@ -32,7 +32,7 @@ EMPTY :=
 PYENV = $(subst $(EMPTY) $(EMPTY),:,$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin))
 WITH_PYENV = PATH="$(PYENV):$$PATH"
 
-.PHONY: install server-env old-openvino-env model-signing-env ray-env debian-tools lowest-env demo test test-fast test-lowest matrix first-hour check schemas docs dist fix
+.PHONY: install server-env old-openvino-env model-signing-env ray-env debian-tools lowest-env demo test test-fast test-lowest matrix first-hour check schemas docs archives dist fix
 
 install: $(STAMP)
 
@@ -151,31 +151,44 @@ schemas: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
-# Source archive and wheels, the same bytes from the same commit, checked, and installed where nothing else is. A wheel
-# for each kind of machine has the compiled host path; the one for any machine does without. zig compiles for all of
-# them, against the C library of manylinux2014; -I keeps it from the environment in which pip builds.
+# Source archive and wheels, the same bytes from the same commit: built twice and compared, checked, and each installed
+# where nothing else is. A wheel for each kind of machine has the compiled host path; the one for any machine does
+# without. zig compiles for all of them, against the C library of manylinux2014; -I keeps it from the environment in
+# which pip builds.
 EPOCH = $(shell git log -1 --format=%ct)
 REPACK = tar --sort=name --mtime=@$(EPOCH) --owner=0 --group=0 --numeric-owner --mode=u+rw,go=rX -cf -
 ZIG = $(abspath $(BIN))/python -I -m ziglang cc -target
-WHEEL = SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist
+WHEEL = SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/pip wheel --quiet --no-deps --wheel-dir $(FOLDER)
+BUILDS = dist dist/again
+INSTALLED = cd dist && bare/bin/fcos-deploy --version && bare/bin/fcos-deploy doctor > /dev/null 2>&1
+
+archives: $(STAMP)
+	SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/python -m build --sdist --outdir $(FOLDER) . > /dev/null
+	cd $(FOLDER) && tar -xzf *.tar.gz && $(REPACK) fcos_deploy-*/ | gzip -9n > packed && mv packed *.tar.gz && \
+		rm -r fcos_deploy-*/
+	FCOS_DEPLOY_NATIVE=0 $(WHEEL) $(FOLDER)/*.tar.gz
+	for machine in x86_64 aarch64; do \
+		FCOS_DEPLOY_NATIVE=1 CC="$(ZIG) $$machine-linux-gnu.2.17" $(WHEEL) $(FOLDER)/*.tar.gz \
+			--config-settings=--build-option=--plat-name=manylinux2014_$$machine || exit 1; \
+	done
+	cd $(FOLDER) && sha256sum *.tar.gz *.whl > SHA256SUMS
 
 dist: $(STAMP)
 	rm -rf dist
-	SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/python -m build --sdist --outdir dist .
-	cd dist && tar -xzf *.tar.gz && $(REPACK) */ | gzip -9n > packed && mv packed *.tar.gz && rm -r */
-	FCOS_DEPLOY_NATIVE=0 $(WHEEL) dist/*.tar.gz
-	for machine in x86_64 aarch64; do \
-		FCOS_DEPLOY_NATIVE=1 CC="$(ZIG) $$machine-linux-gnu.2.17" $(WHEEL) dist/*.tar.gz \
-			--config-settings=--build-option=--plat-name=manylinux2014_$$machine || exit 1; \
-	done
-	$(BIN)/python -m twine check --strict dist/*
+	for folder in $(BUILDS); do $(MAKE) --no-print-directory archives FOLDER=$$folder || exit 1; done
+	diff dist/SHA256SUMS dist/again/SHA256SUMS
+	rm -r dist/again
+	$(BIN)/python -m twine check --strict dist/*.tar.gz dist/*.whl
 	$(PYTHON) -m venv dist/bare
+	dist/bare/bin/pip install --quiet dist/*.tar.gz
+	$(INSTALLED)
+	$(PYTHON) -m venv --clear dist/bare
 	dist/bare/bin/pip install --quiet dist/*-any.whl
-	cd dist && bare/bin/fcos-deploy --version && bare/bin/fcos-deploy doctor > /dev/null 2>&1
+	$(INSTALLED)
 	dist/bare/bin/pip install --quiet --no-deps --force-reinstall dist/*_$$(uname -m).whl
 	cd dist && FCOS_DEPLOY_NATIVE=1 bare/bin/python -c 'from fcos_deploy.core.native import native; native()'
 	rm -r dist/bare
-	sha256sum dist/*
+	cat dist/SHA256SUMS
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix .

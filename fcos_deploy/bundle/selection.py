@@ -13,7 +13,7 @@ from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.artifact import graph_tail
 from fcos_deploy.core.backend import BackendProbe, get_backend
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
-from fcos_deploy.core.errors import ConfigError, DeviceError
+from fcos_deploy.core.errors import ConfigError, DeviceError, MissingDependencyError
 from fcos_deploy.core.exporter import all_exporters
 from fcos_deploy.core.machine import MachineFacts, read_machine
 
@@ -141,6 +141,7 @@ def select_runnable(
 
     Raises:
         ConfigError: the bundle has no artifact for the backend, or several that nothing tells apart.
+        MissingDependencyError: the library of its runtime is not installed.
         DeviceError: nothing that may be run fits this machine.
     """
     defaults = bundle.manifest.defaults
@@ -152,7 +153,7 @@ def select_runnable(
             selection = select_with_layers(bundle, backend=name, precision=precision if name == first else None)
             path = selection.artifact.path
             _require_fit(bundle, selection)
-        except (DeviceError, ConfigError) as error:
+        except (DeviceError, MissingDependencyError, ConfigError) as error:
             if not allow_fallback:
                 raise
             fallbacks.append(Fallback(backend=name, artifact=path, reason=error.message))
@@ -177,7 +178,8 @@ def _require_fit(bundle: Bundle, selection: Selection) -> None:
     chain = ", then ".join(bundle.manifest.defaults.fallback)
     hint = f"rebuild it here: {rebuild}" + (f"; or --allow-fallback to use {chain}" if chain else "")
     problem = "; ".join(differences) if probe.available else probe.problem.rstrip(".") or "it is missing"
-    raise DeviceError(
+    refusal = MissingDependencyError if probe.missing else DeviceError
+    raise refusal(
         f"'{selection.artifact.path}' cannot run here with '{selection.backend}': {problem}.",
         hint=hint if probe.available else probe.remedy or hint,
     )

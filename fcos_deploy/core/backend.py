@@ -144,6 +144,11 @@ class BackendProbe:
     problem: str = ""
     remedy: str = ""
 
+    @property
+    def missing(self) -> bool:
+        """It is not installed: what is, but cannot run, has told its version."""
+        return not self.available and not self.version
+
     @staticmethod
     def of_library(name: str, look: Callable[[], tuple[str, Sequence[str]]]) -> BackendProbe:
         """What ``look`` sees, a library's version and devices, or why it cannot: it is missing, or broken."""

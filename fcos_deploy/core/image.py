@@ -239,7 +239,9 @@ def image_content(path: Path) -> bytes:
     try:
         return read_file(path, limit=_MAX_BYTES)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        raise ImageError(f"Cannot read image '{path}': {getattr(error, 'strerror', None) or error}.") from error
+        hint = "give images, folders of images or videos" if isinstance(error, FileNotFoundError) else ""
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"Cannot read image '{path}': {reason}.", hint=hint) from error
 
 
 def decode_image(content: bytes, *, path: Path, orientation: Orientation = Orientation.EXIF) -> NDArray[np.uint8]:

@@ -85,9 +85,7 @@ def require(module: str, *, extra: str = "") -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != top:
             raise  # The library is there, something it needs is not: its own message is the better one.
         package = f"'fcos-deploy[{extra}]'" if extra else "fcos-deploy"
-        raise MissingDependencyError(
-            f"This step needs '{error.name}', which is not installed.", hint=f"pip install {package}"
-        ) from error
+        raise MissingDependencyError(f"'{error.name}' is not installed.", hint=f"pip install {package}") from error
 
 
 def missing_library(error: ModuleNotFoundError) -> MissingDependencyError | None:
@@ -97,7 +95,7 @@ def missing_library(error: ModuleNotFoundError) -> MissingDependencyError | None
         package, extra = re.match(r"[\w-]+", requirement), re.search(r"extra == ['\"]([\w-]+)", requirement)
         if name and package and extra and package[0].lower() == name.lower():
             hint = f"pip install 'fcos-deploy[{extra[1]}]'"
-            return MissingDependencyError(f"This step needs '{name}', which is not installed.", hint=hint)
+            return MissingDependencyError(f"'{name}' is not installed.", hint=hint)
     return None
 
 

@@ -162,8 +162,7 @@ def _check_machine(bundle: Bundle, backend: str, *, root: Path = _ROOT) -> tuple
     """
     probe, machine = get_backend(backend).probe(), read_machine()
     if not probe.available:
-        # Where its library is missing the probe has no version.
-        kind = DeviceError if probe.version else MissingDependencyError
+        kind = MissingDependencyError if probe.missing else DeviceError
         raise kind(f"'{backend}' cannot run here: {probe.problem}", hint=probe.remedy)
     graphs = [a.size for a in bundle.manifest.artifacts if a.kind is ArtifactKind.ONNX]
     needed, free = _ROOM * max(graphs, default=0), layer_room(bundle)
@@ -210,7 +209,7 @@ def _runnable(bundle: Bundle, backend: str, precision: Precision) -> Selection |
     """What runs here already; None: it must be built."""
     try:
         selection, _ = select_runnable(bundle, backend=backend, precision=precision)
-    except (ConfigError, DeviceError):
+    except (ConfigError, DeviceError, MissingDependencyError):
         return None
     return selection
 
@@ -464,7 +463,7 @@ def _prepare(folder: Path, request: _Verification, progress: ProgressFn) -> _Pre
     with open_trusted(folder, request.trust) as opened:
         try:
             select_runnable(opened, backend=request.backend)
-        except (DeviceError, ConfigError):
+        except (ConfigError, DeviceError, MissingDependencyError):
             try:
                 setup = SetupRequest(bundle=folder, backend=request.backend, trust=request.trust)
                 built = set_up(setup, progress=progress).built

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fcos_deploy.core.backend import BackendProbe, all_backends
-from fcos_deploy.core.enums import StrEnum
+from fcos_deploy.core.enums import ArtifactKind, StrEnum
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.libraries import parse_version
 from fcos_deploy.core.machine import MachineFacts, read_machine
@@ -23,6 +23,7 @@ _OWN_PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
 _DISTRIBUTION = "fcos-deploy"
 # ONNX Runtime's TensorRT provider is linked against one major of TensorRT: the first version for TensorRT 11.
 _ORT_FOR_TENSORRT_11 = (1, 27)
+_NVIDIA_ENGINES = frozenset({ArtifactKind.TENSORRT_ENGINE, ArtifactKind.TENSORRT_RTX_ENGINE})
 _MEMORY_TOLERANCE = 0.85  # the kernel and the GPU's carve-out take their part of a board's nominal memory
 
 
@@ -76,7 +77,7 @@ def examine() -> Examination:
     findings = (
         *_hardware(facts, probes),
         _host_path(),
-        *_runtimes(probes),
+        *_runtimes(facts, probes),
         *_packages(),
         *_pairs(probes),
     )
@@ -139,16 +140,19 @@ def _host_path() -> Finding:
     return Finding("machine", "host path", Health.ABSENT, f"NumPy: {library_problem()}", remedy)
 
 
-def _runtimes(probes: dict[str, BackendProbe]) -> Iterator[Finding]:
+def _runtimes(facts: MachineFacts, probes: dict[str, BackendProbe]) -> Iterator[Finding]:
+    """What every backend finds. Nobody is told to install what runs on an NVIDIA GPU where there is none."""
+    nvidia = facts.nvidia_driver or facts.gpus or facts.jetson is not None
     for name, probe in sorted(probes.items()):
         if probe.available:
             devices = ", ".join(probe.devices)
             yield Finding("runtime", name, Health.WORKS, f"{probe.version}: {devices or 'no devices'}")
         else:
-            # Installed (it told its version) but unable to run is broken; not installed is a choice.
-            health = Health.BROKEN if probe.version else Health.ABSENT
+            health = Health.ABSENT if probe.missing else Health.BROKEN
             version = f"{probe.version}: " if probe.version else ""
-            yield Finding("runtime", name, health, f"{version}{probe.problem}", probe.remedy)
+            unused = probe.missing and not nvidia and not _NVIDIA_ENGINES.isdisjoint(all_backends()[name].accepts)
+            remedy = f"not needed here, there is no NVIDIA GPU; for one: {probe.remedy}" if unused else probe.remedy
+            yield Finding("runtime", name, health, f"{version}{probe.problem}", remedy)
 
 
 def _packages() -> Iterator[Finding]:

@@ -15,7 +15,7 @@ import pytest
 
 from fcos_deploy.core.backend import BackendProbe, all_backends
 from fcos_deploy.core.machine import MachineFacts, read_machine
-from fcos_deploy.targets.doctor import Examination, Health, compare, difference_lines, examine, lines
+from fcos_deploy.targets.doctor import Examination, Health, _runtimes, compare, difference_lines, examine, lines
 from fcos_deploy.targets.profiles import load_profile
 
 ORIN_RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
@@ -178,3 +178,11 @@ def test_torch_that_cannot_be_imported_is_not_said_to_work(tmp_path: Path) -> No
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout == "False libtorch.so is missing\n", done.stderr
+
+
+def test_without_an_nvidia_gpu_tensorrt_is_not_asked_for(orin_facts: MachineFacts) -> None:
+    probes = {"tensorrt": BackendProbe(available=False, problem="'tensorrt' is not installed.", remedy="install it")}
+    (elsewhere,) = _runtimes(replace(orin_facts, jetson=None, gpus=(), nvidia_driver=""), probes)
+    assert elsewhere.remedy == "not needed here, there is no NVIDIA GPU; for one: install it"
+    (on_a_jetson,) = _runtimes(orin_facts, probes)
+    assert (on_a_jetson.health, on_a_jetson.remedy) == (Health.ABSENT, "install it")

@@ -159,8 +159,9 @@ def test_extreme_shapes(size: tuple[int, int], suffix: str, tmp_path: Path) -> N
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"nothing\.jpg.*No such file"):
+    with pytest.raises(ImageError, match=r"nothing\.jpg.*No such file") as refused:
         read_image(tmp_path / "nothing.jpg")
+    assert refused.value.hint == "give images, folders of images or videos"
     with pytest.raises(ImageError, match="Cannot read image"):
         read_image(tmp_path)
     (tmp_path / "empty.jpg").touch()

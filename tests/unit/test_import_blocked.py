@@ -96,9 +96,17 @@ def test_a_checkpoint_says_what_to_install(tiny_checkpoint: Path, picture: Path,
     names = {"checkpoint": tiny_checkpoint, "picture": picture, "pictures": picture.parent, "folder": tmp_path}
     done = _run(*words.format(**names).split())
     assert done.returncode == 3, done.stderr
-    assert "needs 'torch'" in done.stderr
+    assert "'torch' is not installed" in done.stderr
     assert "pip install 'fcos-deploy[export]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_bundle_without_its_runtime_says_what_to_install(tiny_bundle: Path) -> None:
+    program = "import sys; sys.modules['onnxruntime'] = None; from fcos_deploy.cli.app import main; main()"
+    words = [sys.executable, "-c", program, "verify", str(tiny_bundle), "--backend", "onnxruntime"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "pip install 'fcos-deploy[onnxruntime]'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def files(demo_onnx: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathF
 def test_what_is_refused_on_the_page_is_refused_with_the_same_hint(name: str, files: Path) -> None:
     session = SESSIONS[name]
     # A model without class names, and a bundle for OpenVINO, as they are made there.
-    made_there = ("evaluate cells.onnx --images val --annotations", "verify cells.tar")
+    made_there = ("evaluate cells.onnx --images val --annotations", "verify cells.tar", "predict cells.tar dog.jpg")
     steps = [
         step
         for step in session.steps

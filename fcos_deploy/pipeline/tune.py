@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fcos_deploy.accuracy.coco import Contender, RaceRules, Standing, race, widened_for_selection
 from fcos_deploy.accuracy.dataset import (
@@ -52,9 +52,6 @@ from fcos_deploy.pipeline.steps import DeployRequest, open_image_sets
 from fcos_deploy.pipeline.tune_models import Configuration, TuneModels
 from fcos_deploy.pipeline.tune_search import Measured, Search, Trials, TuneRequest
 from fcos_deploy.report.tuning import PointStatus, TunedPoint, TuningData, front_of
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Answer", "Tuning", "open_search", "tune"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -239,6 +238,8 @@ _SCORE_FORMS: dict[ScoreForm, Callable[[Floats, Floats], Floats]] = {
 }
 
 _MARGIN = 1e-5  # relative; sigmoid, product and root in float32 round by less than 1e-6 together
+_SAMPLED = 8  # times the top-k: pairs that are ranked to find a rank that the top-k of a level reach
+_UNDERFLOW = 1e-30  # of p * q, below which that need not hold: sigmoid stops at exp(-87)
 
 
 def sigmoid(logits: NDArray[Any]) -> Floats:
@@ -297,7 +298,10 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     profile, classes = spec.profile, head.cls_logits.shape[1]
     logits, quality = head.cls_logits.astype(np.float32, copy=False), sigmoid(head.centerness.reshape(-1))
     bounds = _least_logits(head, ends, spec, largest=lambda: logits.max(axis=1))
-    location, channels = np.divmod(np.flatnonzero(logits > bounds[:, None]), classes)
+    above = logits > bounds[:, None]
+    if np.count_nonzero(above) > _room(logits) and not profile.rank_per_location:
+        above = logits > _best_logits(head, ends, spec, largest=logits.max(axis=1))[:, None]
+    location, channels = np.divmod(np.flatnonzero(above), classes)
     p, q = sigmoid(logits[location, channels]), quality[location]
     passed = _SCORE_FORMS[profile.gate](p, q) > np.float32(spec.score_threshold)
     location, channels, p, q = location[passed], channels[passed], p[passed], q[passed]
@@ -321,10 +325,7 @@ def _least_logits(
     ``largest``: gives each location's largest logit (L,).
     """
     # q <= 1, so that p * q >= t needs p >= t: a pair whose logit is below that of t fails whatever its centerness is.
-    threshold = spec.score_threshold * (1 - _MARGIN)
-    if spec.profile.gate is ScoreForm.SQRT_PQ:
-        threshold *= threshold
-    bound = np.full(1, math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf, np.float32)
+    bound = _logits_of(_product(spec.profile.gate, np.full(1, spec.score_threshold * (1 - _MARGIN))))
     if not spec.profile.rank_per_location:
         return bound
     rank = _SCORE_FORMS[spec.profile.rank](sigmoid(largest()), sigmoid(head.centerness.reshape(-1)))
@@ -334,8 +335,54 @@ def _least_logits(
     return bounds
 
 
+def _best_logits(head: HeadOutputs, ends: NDArray[np.int64], spec: DecodeSpec, *, largest: NDArray[Any]) -> Floats:
+    """(L,): as ``_least_logits``, and exceeded by every pair that can be among the ``pre_nms_top_k`` best of its level.
+
+    Only a shortcut, for images in which many pairs pass. ``largest``: each location's largest logit (L,).
+    """
+    profile, k, classes = spec.profile, spec.pre_nms_top_k, head.cls_logits.shape[1]
+    quality, room = sigmoid(head.centerness.reshape(-1)), _SAMPLED * k
+
+    def ranks(logits: NDArray[Any], q: Floats) -> Floats:
+        p = sigmoid(logits)
+        passed = _SCORE_FORMS[profile.gate](p, q) > np.float32(spec.score_threshold)
+        return np.where(passed, _SCORE_FORMS[profile.rank](p, q), np.float32(0))
+
+    # The k-th best rank among some pairs of a level is at most that among all. The best pairs of all locations have a
+    # high one where p decides, all pairs of the best locations where q does.
+    best, floors = ranks(largest, quality), np.zeros(len(ends))
+    for level, (first, end) in enumerate(itertools.pairwise([0, *ends])):
+        if (end - first) * classes > room:
+            rows = first + best_first(best[first:end], limit=-(-room // classes))
+            samples = best[first:end], ranks(head.cls_logits[rows], quality[rows, None]).ravel()
+            floors[level] = max(np.partition(sample, -k)[-k] for sample in samples if len(sample) >= k)
+    needed = np.repeat(_product(profile.rank, floors * (1 - _MARGIN)), np.diff(ends, prepend=0))
+    needed[needed < _UNDERFLOW] = 0
+    if profile.rank is not ScoreForm.P:
+        needed /= quality
+    # NaN says nothing: its rank comes before all numbers.
+    return np.fmax(_logits_of(needed), _least_logits(head, ends, spec, largest=lambda: largest))
+
+
+def _product(form: ScoreForm, value: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The p * q (or p) at which a form reaches a value."""
+    return value * value if form is ScoreForm.SQRT_PQ else value
+
+
+def _logits_of(probabilities: NDArray[np.float64]) -> Floats:
+    """log(p / (1 - p)); -inf for 0, and a large number for what is not below 1."""
+    p = np.minimum(probabilities, 1 - 1e-9)
+    with np.errstate(divide="ignore"):
+        logits: NDArray[np.float64] = np.log(p / (1 - p))
+    return logits.astype(np.float32)
+
+
+def _room(logits: NDArray[Any]) -> int:
+    """How many pairs are listed as they are; where more pass, it pays to look for those that can be among the best."""
+    return max(logits.size // 8, 4096)
+
+
 _FORM_NUMBERS = {form: number for number, form in enumerate(ScoreForm)}  # P, PQ, SQRT_PQ in host.c
-_SHARE, _FEW = 8, 4096  # pairs for which there is room at first: one in so many, or so many
 
 
 def _decode_native(library: Native, head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) -> Candidates:
@@ -344,10 +391,13 @@ def _decode_native(library: Native, head: HeadOutputs, spec: DecodeSpec, *, inpu
     logits, distances = np.ascontiguousarray(head.cls_logits), np.ascontiguousarray(head.distances)
     centerness = np.ascontiguousarray(head.centerness.reshape(-1))
     bounds = _least_logits(head, ends, spec, largest=lambda: library.largest(logits))
-    scan = functools.partial(library.scan, logits, centerness, bounds, ends=ends)
-    passing = scan(capacity=max(logits.size // _SHARE, _FEW))
-    if not passing.complete:
-        passing = scan(capacity=int(passing.counts.sum()))
+    scan = functools.partial(library.scan, logits, centerness, ends=ends)
+    passing = scan(bounds, capacity=_room(logits))
+    if not passing.complete and not profile.rank_per_location:
+        bounds = _best_logits(head, ends, spec, largest=library.largest(logits))
+        passing = scan(bounds, capacity=_room(logits))
+    if not passing.complete:  # equal ranks, which no bound separates, or a rule without a limit
+        passing = scan(bounds, capacity=int(passing.counts.sum()))
     boxes, scores, channels = library.select(
         passing,
         sigmoid(passing.values),

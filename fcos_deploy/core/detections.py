@@ -184,10 +184,14 @@ def _survivors(
     boxes: NDArray[np.float32], labels: NDArray[Any], *, settled: int, rule: Suppression
 ) -> NDArray[np.bool_]:
     """(m,) bool: which of boxes (m, 4), best first, stay; the first ``settled`` are known to."""
-    # All pairs of one class, of each the one that comes first, and the other, which is not settled.
-    winner, loser = np.nonzero(np.triu(labels[:, None] == labels[settled:], 1 - settled))
+    corners = boxes.T.astype(np.float64, order="C")  # (4, m): each row contiguous
+    near = labels[:, None] == labels[settled:]
+    for low, high in zip(corners[:2], corners[2:] + rule.iou_offset, strict=True):  # boxes apart do not overlap
+        near &= (low[:, None] <= high[settled:]) & (high[:, None] >= low[settled:])
+    # All such pairs of one class, of each the one that comes first, and the other, which is not settled.
+    winner, loser = np.nonzero(near)
     loser += settled
-    corners = boxes.T.astype(np.float64)  # (4, m): each row contiguous
+    winner, loser = winner[winner < loser], loser[winner < loser]
     over = box_iou(corners[:, winner].T, corners[:, loser].T, offset=rule.iou_offset) > rule.iou_threshold
     winner, loser = winner[over], loser[over]
     stays = np.ones(len(boxes), np.bool_)

@@ -98,22 +98,22 @@ def test_same_as_plain_decoding(name: str, seed: int, mean: float, classes: int,
 
 
 @pytest.mark.parametrize("name", PROFILES)
-@pytest.mark.parametrize("spread", [0.0, 0.3])
-def test_crowded_levels_keep_exactly_the_best(name: str, spread: float) -> None:
-    """Every pair passes; with and without a spread of p, so that either p or the centerness decides."""
+@pytest.mark.parametrize(("mean", "spread", "threshold"), [(3, 0.0, 0.01), (3, 0.3, 0.01), (-85, 0.3, 0.0)])
+def test_crowded_levels_keep_exactly_the_best(name: str, mean: float, spread: float, threshold: float) -> None:
+    """Every pair passes: where p decides, where the centerness does, and where their product leaves float32."""
     rng = np.random.default_rng(3)
-    head = random_head(seed=4, classes=30)
-    logits = (3 + spread * rng.normal(size=head.cls_logits.shape)).astype(np.float32)
-    head = HeadOutputs(logits, head.distances, head.centerness)
+    head = random_head(seed=4, classes=80)
+    logits = (mean + spread * rng.normal(size=head.cls_logits.shape)).astype(np.float32)
+    head = HeadOutputs(logits, head.distances, head.centerness - (12 if threshold == 0 else 0))
     spec = DecodeSpec(
-        profile=PROFILES[name], score_threshold=0.01, iou_threshold=0.6, strides=STRIDES, pre_nms_top_k=20
+        profile=PROFILES[name], score_threshold=threshold, iou_threshold=0.6, strides=STRIDES, pre_nms_top_k=20
     )
     assert_same(decode(head, spec, input_size=SIZE), plain_decode(head, spec, SIZE))
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_ties_at_the_cut_go_by_position(name: str) -> None:
-    head = random_head(seed=5, classes=4)
+    head = random_head(seed=5, classes=80)
     equal = HeadOutputs(np.full_like(head.cls_logits, 2), head.distances, np.full_like(head.centerness, 1))
     spec = DecodeSpec(profile=PROFILES[name], score_threshold=0.05, iou_threshold=0.6, strides=STRIDES, pre_nms_top_k=7)
     assert_same(decode(equal, spec, input_size=SIZE), plain_decode(equal, spec, SIZE))

@@ -115,6 +115,29 @@ def test_decoding_has_the_same_bits(make: Callable[..., np.ndarray], profile: An
             assert_same_bits(getattr(expected, name), getattr(actual, name))
 
 
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+@pytest.mark.parametrize("make", LOGITS, ids=lambda make: make.__name__.strip("_"))
+def test_the_shortcut_for_crowded_images_changes_no_bit(
+    make: Callable[..., np.ndarray], profile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = sum(rows * columns for rows, columns in level_sizes(*SIZE, strides=STRIDES))
+    rng = np.random.default_rng(0)
+    shapes = ((count, 20), (count, 4), (count, 1))
+    head = HeadOutputs(*(make(rng, shape).astype(np.float32) for shape in shapes))
+    monkeypatch.setenv(SWITCH, "0")
+    for threshold, top_k in ((0.0, 1), (0.0, 30), (0.05, 30), (0.6, 100)):
+        spec = DecodeSpec(
+            profile=profile, score_threshold=threshold, iou_threshold=0.6, pre_nms_top_k=top_k, strides=STRIDES
+        )
+        results = []
+        for room in (head.cls_logits.size, 0):
+            monkeypatch.setattr("fcos_deploy.core.decode._room", lambda _logits, room=room: room)
+            with np.errstate(all="ignore"):
+                results.append(decode(head, spec, input_size=SIZE))
+        for name in ("boxes", "scores", "channels"):
+            assert_same_bits(getattr(results[0], name), getattr(results[1], name))
+
+
 @compiled
 def test_a_view_of_a_larger_array_is_decoded_as_its_copy() -> None:
     count = sum(rows * columns for rows, columns in level_sizes(*SIZE, strides=STRIDES))

@@ -183,10 +183,12 @@ _FLOAT_OUTPUTS: dict[str, Tensors] = {}
 
 def _float_outputs(source: OnnxGraph, feeds: Sequence[Tensors]) -> list[Tensors]:
     """What a graph gives for each feed; those of the last call are kept."""
-    keys = [
-        hashlib.sha256(b"".join([source.sha256.encode(), *(feed[name].tobytes() for name in sorted(feed))])).hexdigest()
-        for feed in feeds
-    ]
+    keys = []
+    for feed in feeds:
+        digest = hashlib.sha256(source.sha256.encode())
+        for name in sorted(feed):
+            digest.update(f"{name} {feed[name].dtype} {feed[name].shape}".encode() + feed[name].tobytes())
+        keys.append(digest.hexdigest())
     outputs = {key: _FLOAT_OUTPUTS[key] for key in keys if key in _FLOAT_OUTPUTS}
     if len(outputs) < len(set(keys)):
         with open_engine("onnxruntime", source.model) as session:

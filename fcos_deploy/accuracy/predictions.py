@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, check_frame, label_index
+from fcos_deploy.bundle.device_layer import machine_words
 from fcos_deploy.core.artifact import files_of
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.contract import contract_to_text
@@ -25,6 +26,7 @@ from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import read_file, sha256_file
+from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.preprocess import Letterbox
 from fcos_deploy.core.progress import ProgressFn, StageClock, map_ahead, no_progress
 from fcos_deploy.core.serialize import parse_json
@@ -180,8 +182,13 @@ def _collect(
 
 
 def stable_description(detector: Detector) -> dict[str, str]:
-    """What really runs, as far as detections depend on it: not whether a compiled model was at hand."""
-    return {name: text for name, text in detector.session.description.items() if name != "model_cache"}
+    """What really runs, as far as detections depend on it: not whether a compiled model was at hand.
+
+    Each processor has its own INT8 and bf16 kernels, which round otherwise.
+    """
+    description = {name: text for name, text in detector.session.description.items() if name != "model_cache"}
+    machine = read_machine()
+    return description | machine_words(machine) | {"instructions": " ".join(machine.cpu_features)}
 
 
 def kept_predictions(
@@ -189,8 +196,8 @@ def kept_predictions(
 ) -> Path:
     """The file in ``folder`` that a run resumes from.
 
-    Its name is a hash of everything that the detections depend on: model, contract, runtime and what the image files
-    hold. ``detector``: what ``spec`` opened.
+    Its name is a hash of everything that the detections depend on: model, contract, runtime, processor and what the
+    image files hold. ``detector``: what ``spec`` opened.
     """
     facts: dict[str, Any] = {
         "files": [sha256_file(path) for path in _hashed_files(spec)],

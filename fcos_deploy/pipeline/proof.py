@@ -289,7 +289,7 @@ def run_golden(
 
     inputs = {
         "golden": json.dumps(to_json(golden), sort_keys=True),
-        "artifacts": " ".join(f"{s.backend} {s.compute} {s.artifact.sha256} {a.sha256}" for a, s in specs),
+        "artifacts": " ".join(f"{_what_runs(spec)} {artifact.sha256}" for artifact, spec in specs),
     }
     step = context.step("golden-runs", stage="golden images", inputs=inputs, make=make)
     return tuple(from_json(GoldenRun, value) for value in step.values)
@@ -349,27 +349,28 @@ def replay_verify(
 ) -> None:
     """Verify the finished bundle in ``folder`` as a device will, with every variant that runs here.
 
-    Every file is opened from the bundle and detects in the golden ``images``. A second variant of a file, which differs
-    in the compute type only, is opened too; what the same bytes detected when they were evaluated is judged again.
+    Every file is opened from the bundle and detects in the golden ``images``. A second variant of a file on the same
+    backend, which differs in the compute type only, is opened too; what the same bytes detected when they were
+    evaluated is judged again.
 
     Raises:
         AccuracyGateError: it does not hold, or has too little evidence.
     """
-    ran = set[str]()
+    ran = set[tuple[str, str]]()
     with open_bundle(folder) as bundle:
         for variant in variants:
             seen = None
-            if variant.artifact.sha256 in ran:
+            if (variant.backend, variant.artifact.sha256) in ran:
                 seen = _evaluated(context, variant, images=images, evaluations=evaluations)
             options = VerifyOptions(
                 backend=variant.backend,
                 precision=variant.artifact.precision,
-                session=SessionOptions(compute=variant.compute),
+                session=variant.options,
                 detected={} if seen is None else {variant.artifact.sha256: tuple(seen)},
             )
             record = verify_bundle(bundle, options=options, progress=context.progress)
             require_verified(record)
-            ran.add(record.artifact_sha256)
+            ran.add((record.backend, record.artifact_sha256))
 
 
 def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
@@ -391,11 +392,17 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
 
     inputs = {
         "checkpoint": context.source.sha256,
-        "variants": " ".join(f"{v.backend} {v.compute} {v.artifact.sha256}" for v in variants),
+        "variants": " ".join(map(_what_runs, variants)),
         "image": sha256_file(image),
-        "rounds": str(_TIMING.rounds),
+        "timing": repr(_TIMING),
     }
     return from_json(Benchmark, context.step("speed", stage="speed", inputs=inputs, make=make).values)
+
+
+def _what_runs(variant: Variant) -> str:
+    """What the figures of a variant depend on: its file, how it runs, and the runtime."""
+    version = get_backend(variant.backend).probe().version
+    return f"{variant.backend} {version} {variant.options} {variant.artifact.sha256}"
 
 
 def benchmark_figures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 import fcos_deploy
+from fcos_deploy.accuracy import predictions
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.detector import Detector, DetectorSpec
 
@@ -240,6 +242,19 @@ def test_kept_predictions_are_those_of_the_same_images(tiny_onnx: Path, data: Pa
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     again = json.loads(run("evaluate", tiny_onnx, *on(copy), *arguments).stdout)
     assert again["resumed_images"] == 0
+
+
+@pytest.mark.parametrize("fact", [{"processor": "another"}, {"cpu_features": ("avx",)}])
+def test_what_another_processor_detected_is_not_taken_for_this_ones(
+    tiny_onnx: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fact: dict[str, object]
+) -> None:
+    """A folder of predictions may lie on a disk that machines share."""
+    arguments = ("evaluate", tiny_onnx, *on(data), "--backend", "onnxruntime", "--predictions", tmp_path, "--json")
+    run(*arguments)
+    assert json.loads(run(*arguments).stdout)["resumed_images"] == 4
+    other = dataclasses.replace(predictions.read_machine(), **fact)
+    monkeypatch.setattr(predictions, "read_machine", lambda: other)
+    assert json.loads(run(*arguments).stdout)["resumed_images"] == 0
 
 
 WIDER = ("--input-size", "160x192")

@@ -10,16 +10,25 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
-from fcos_deploy import Detector, SessionOptions
+from fcos_deploy import Detections, Detector, SessionOptions
+from fcos_deploy.accuracy.dataset import EvaluationImage
+from fcos_deploy.accuracy.predictions import DetectionRun, DetectionRuns, StageSeconds
 from fcos_deploy.accuracy.verify import VerifyOptions, verify_bundle
 from fcos_deploy.bundle.store import open_bundle, read_log
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.progress import no_progress
+from fcos_deploy.pipeline.proof import replay_verify
+from fcos_deploy.pipeline.steps import Variant
 
 pytest.importorskip("onnxruntime")
 
@@ -201,6 +210,48 @@ def test_what_the_same_bytes_detected_is_judged_again_and_not_run_again(
         calls.clear()
         assert verify_bundle(opened, options=VerifyOptions(detected={"another file": seen})).passed
         assert len(calls) == 4
+
+
+def test_every_backend_that_reads_a_file_detects_anew_and_its_other_formats_do_not(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay is as the variants ran: with their threads, and once for each file and backend."""
+    pytest.importorskip("openvino")
+    with open_bundle(bundle) as opened:
+        (artifact,), golden = opened.manifest.artifacts, opened.manifest.golden
+    images = tuple(EvaluationImage(number, bundle / image.path) for number, image in enumerate(golden))
+    runs, calls, sessions, detect = DetectionRuns(), Counter[str](), [], Detector.detect
+
+    def variant(backend: str, **options: Any) -> Variant:
+        return Variant(
+            model=bundle / artifact.path,
+            backend=backend,
+            precision=artifact.precision,
+            artifact=artifact,
+            options=SessionOptions(threads=1, **options),
+        )
+
+    def counted(self: Detector, image: NDArray[np.uint8]) -> Detections:
+        sessions.append(self.session.description)
+        calls[self.session.description["backend"]] += 1
+        return detect(self, image)
+
+    # A second stream stands for bf16, which this processor may lack.
+    variants = [variant("onnxruntime"), variant("openvino"), variant("openvino", streams=2)]
+    with variants[0].open() as detector:
+        seen = {image.image_id: detector.detect(image.path) for image in images}
+        names, precision = detector.names, str(artifact.precision)
+    run = DetectionRun(
+        model="", backend="", precision=precision, names=names, description={}, detections=seen, seconds=StageSeconds()
+    )
+    for measured in variants:
+        runs.add(measured, images, run)
+    monkeypatch.setattr(Detector, "detect", counted)
+    context: Any = SimpleNamespace(runs=runs, progress=no_progress)
+    evaluations: Any = SimpleNamespace(dataset=SimpleNamespace(images=images))
+    replay_verify(context, bundle, variants, images=images, evaluations=evaluations)
+    assert calls == {"onnxruntime": 4, "openvino": 4}
+    assert {session["threads"] for session in sessions} == {"1"}
 
 
 def test_a_changed_preprocessing_is_found_first_and_named(bundle: Path, tmp_path: Path) -> None:

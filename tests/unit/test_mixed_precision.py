@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import runpy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from calibration import execution
 from calibration.calibrate import Calibration, StatisticsOptions, collect_ranges
 from calibration.dataset import collect_images
 from calibration.execution import compare_models
@@ -83,6 +86,32 @@ def search(
     goal = AccuracyGoal(min_match_rate=1.0 - drop, images=folder or score.folder, evaluations=evaluations)
     request = QuantizeRequest(graph=hard[0], calibration=hard[1], output=output, placement=PORTABLE)
     return search_mixed_precision(request, goal=goal, float_score=1.0, evaluate=score, **options)
+
+
+def test_float_outputs_are_those_of_the_same_graph_and_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every placement is compared with them, and they are computed once."""
+    opened = []
+
+    @contextmanager
+    def engine(_: str, model: str) -> Iterator[Any]:
+        opened.append(model)
+        yield SimpleNamespace(run=lambda feed: {"shape": np.array(feed["images"].shape), "model": model})
+
+    monkeypatch.setattr(execution, "open_engine", engine)
+    monkeypatch.setattr(execution, "_FLOAT_OUTPUTS", {})
+
+    def outputs(graph: str, *shape: int, value: float = 0.0) -> list[int]:
+        source: Any = SimpleNamespace(sha256=graph, model=graph)
+        (output,) = execution._float_outputs(source, [{"images": np.full(shape, value, np.float32)}])
+        assert output["model"] == graph
+        return list(output["shape"])
+
+    assert outputs("a", 1, 3, 2, 4) == outputs("a", 1, 3, 2, 4) == [1, 3, 2, 4]
+    assert len(opened) == 1
+    assert outputs("a", 1, 3, 4, 2) == [1, 3, 4, 2], "the same bytes of another image"
+    outputs("a", 1, 3, 4, 2, value=1.0)
+    outputs("b", 1, 3, 4, 2, value=1.0)
+    assert len(opened) == 4
 
 
 def test_goal_is_reached_by_ignoring_the_layer_that_misses_it(

@@ -26,6 +26,7 @@ from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import read_file, sha256_file
+from fcos_deploy.core.libraries import recorded_versions
 from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.preprocess import Letterbox
 from fcos_deploy.core.progress import ProgressFn, StageClock, map_ahead, no_progress
@@ -196,13 +197,14 @@ def kept_predictions(
 ) -> Path:
     """The file in ``folder`` that a run resumes from.
 
-    Its name is a hash of everything that the detections depend on: model, contract, runtime, processor and what the
-    image files hold. ``detector``: what ``spec`` opened.
+    Its name is a hash of everything that the detections depend on: model, contract, runtime, libraries, processor and
+    what the image files hold. ``detector``: what ``spec`` opened.
     """
     facts: dict[str, Any] = {
         "files": [sha256_file(path) for path in _hashed_files(spec)],
         "contract": contract_to_text(detector.contract),
         "session": sorted(stable_description(detector).items()),
+        "libraries": recorded_versions(),
         "images": [(image.image_id, sha256_file(image.path)) for image in images],
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -242,6 +242,7 @@ def write_golden(
         "checkpoint": context.source.sha256,
         "contract": repr(context.contract),
         "images": " ".join(sha256_file(path) for path in paths),
+        **recorded_versions(),
     }
     step = context.step("golden", stage="golden images", inputs=inputs, make=make)
     return tuple(from_json(GoldenImage, value) for value in step.values)
@@ -395,6 +396,7 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
         "variants": " ".join(map(_what_runs, variants)),
         "image": sha256_file(image),
         "timing": repr(_TIMING),
+        **recorded_versions(),
     }
     return from_json(Benchmark, context.step("speed", stage="speed", inputs=inputs, make=make).values)
 

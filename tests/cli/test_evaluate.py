@@ -244,16 +244,24 @@ def test_kept_predictions_are_those_of_the_same_images(tiny_onnx: Path, data: Pa
     assert again["resumed_images"] == 0
 
 
-@pytest.mark.parametrize("fact", [{"processor": "another"}, {"cpu_features": ("avx",)}])
-def test_what_another_processor_detected_is_not_taken_for_this_ones(
-    tiny_onnx: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fact: dict[str, object]
+@pytest.mark.parametrize(
+    ("source", "change"),
+    [
+        ("read_machine", {"processor": "another"}),
+        ("read_machine", {"cpu_features": ("avx",)}),
+        ("recorded_versions", {"pillow": "0.1"}),
+    ],
+)
+def test_what_another_processor_or_library_detected_is_not_taken_for_this_ones(
+    tiny_onnx: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, change: dict[str, object]
 ) -> None:
     """A folder of predictions may lie on a disk that machines share."""
     arguments = ("evaluate", tiny_onnx, *on(data), "--backend", "onnxruntime", "--predictions", tmp_path, "--json")
     run(*arguments)
     assert json.loads(run(*arguments).stdout)["resumed_images"] == 4
-    other = dataclasses.replace(predictions.read_machine(), **fact)
-    monkeypatch.setattr(predictions, "read_machine", lambda: other)
+    facts = getattr(predictions, source)()
+    other = facts | change if isinstance(facts, dict) else dataclasses.replace(facts, **change)
+    monkeypatch.setattr(predictions, source, lambda: other)
     assert json.loads(run(*arguments).stdout)["resumed_images"] == 0
 
 

@@ -12,7 +12,7 @@ the graph that it chose for the number of graphs that it chose from.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,7 @@ class _Search:
         return min((key for key in self.tried if self.accepts(key)), key=len, default=None)
 
 
-def simulate(images: int, *, judge: Judge, runs: int, seed: int = 0) -> dict[str, float]:
+def simulate(images: int, *, judge: Judge, runs: int, seed: int = 0) -> list[str]:
     """Shares: of all runs, of the graphs that passed, of those among them with layers in float, of harmless models."""
     generator = np.random.default_rng(seed)
     rows = []
@@ -81,13 +81,21 @@ def simulate(images: int, *, judge: Judge, runs: int, seed: int = 0) -> dict[str
         rows.append((outcome, true[left].sum() > _GOAL, bool(chosen), harmless))
     passed = [row for row in rows if row[0] is Outcome.PASSED]
     mixed = [row for row in passed if row[2]]
-    return {
-        "passed": len(passed) / runs,
-        "beyond": sum(row[1] for row in passed) / max(len(passed), 1),
-        "beyond_mixed": sum(row[1] for row in mixed) / max(len(mixed), 1),
-        "inconclusive": sum(row[0] is Outcome.INCONCLUSIVE for row in rows) / runs,
-        "needless": sum(row[2] for row in rows if row[3]) / (runs / 2),
-    }
+    return [
+        _share(row[0] is Outcome.PASSED for row in rows),
+        _share(row[1] for row in passed),
+        _share(row[1] for row in mixed),
+        _share(row[0] is Outcome.INCONCLUSIVE for row in rows),
+        _share(row[2] for row in rows if row[3]),
+    ]
+
+
+def _share(cases: Iterable[bool]) -> str:
+    """In percent; of fewer than ten cases how many there are."""
+    known = list(cases)
+    if len(known) < 10:
+        return f"{sum(known)} of {len(known)}"
+    return f"{100 * (sum(known) / len(known)):.1f} %"
 
 
 def main() -> None:
@@ -102,9 +110,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for images in _IMAGES:
         for judge in Judge:
-            shares = simulate(images, judge=judge, runs=options.runs)
-            cells = [f"{100 * shares[name]:.1f} %" for name in shares]
-            print(f"| {images} | {judge} | {' | '.join(cells)} |")
+            print(f"| {images} | {judge} | {' | '.join(simulate(images, judge=judge, runs=options.runs))} |")
 
 
 if __name__ == "__main__":

@@ -156,8 +156,15 @@ class BaselineComparison:
 
 
 def demo_image() -> Path:
-    """A photograph that comes with fcos-deploy."""
-    return min((Path(__file__).parent.parent / "demo_data" / "evaluation").glob("*.jpg"))
+    """A photograph that comes with fcos-deploy.
+
+    Raises:
+        ConfigError: this installation has none.
+    """
+    image = min((Path(__file__).parent.parent / "demo_data" / "evaluation").glob("*.jpg"), default=None)
+    if image is None:
+        raise ConfigError("This installation has no demo images.", hint="give an image with --image")
+    return image
 
 
 def run_benchmark(request: BenchmarkRequest, *, progress: ProgressFn = no_progress) -> Benchmark:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fcos_deploy.benchmark import measure
 from fcos_deploy.benchmark.measure import (
     ClockReading,
     Contention,
@@ -247,6 +249,27 @@ def test_power_of_a_jetson(tmp_path: Path) -> None:
     assert (reading.source, reading.watts) == ("INA3221", pytest.approx(14.5))
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "rounds"),
+    [
+        ([10.0, 10.4, 10.0, 10.2, 10.0, 10.0], 5),
+        ([10.0, 11.5, 10.0, 11.5, 10.0, 10.0], 6),  # Quartiles that lie 1.15 times apart may still move.
+        ([10.0, 10.0, 5.0, 10.0, 10.0, 10.0], 6),  # The fastest rounds say 2.0 times, the quartiles 1.0.
+    ],
+)
+def test_rounds_go_on_until_quartiles_are_near_each_other_and_the_ratio_of_the_fastest_is_near_them(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: list[float], rounds: int
+) -> None:
+    def time_block(detector: list[float], _: object, *, block: int, timing: measure.Timing) -> None:
+        timing.rounds.append(detector[len(timing.rounds)])
+
+    monkeypatch.setattr(measure, "_time_block", time_block)
+    detectors: Any = [[10.0] * 6, milliseconds]  # Each is the times of its rounds.
+    options = measure.TimingOptions(rounds=6, warmup=0, settled_after=5)
+    timings = measure.time_in_turns(detectors, np.zeros((1, 1, 3), np.uint8), options=options)
+    assert [len(timing.rounds) for timing in timings] == [rounds, rounds]
+
+
 def test_size_counts_what_belongs_together(tmp_path: Path) -> None:
     for name, size in (("m.xml", 3), ("m.bin", 40), ("other.bin", 500)):
         (tmp_path / name).write_bytes(bytes(size))
@@ -254,5 +277,10 @@ def test_size_counts_what_belongs_together(tmp_path: Path) -> None:
     assert model_bytes(tmp_path) == 543
 
 
-def test_the_image_that_comes_along_can_be_read() -> None:
+def test_the_image_that_comes_along_can_be_read_and_its_absence_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert read_image(demo_image()).shape[2] == 3
+    monkeypatch.setattr("fcos_deploy.benchmark.run.__file__", str(tmp_path / "benchmark" / "run.py"))
+    with pytest.raises(ConfigError, match="no demo images"):
+        demo_image()

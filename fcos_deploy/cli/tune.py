@@ -161,7 +161,7 @@ def tune_command(
         throughput=throughput,
         percentile=percentile,
         sizes=tuple(map(InputSize.parse, size or ())),
-        backends=tuple(backend or ()),
+        backends=tuple(dict.fromkeys(backend or ())),
         precisions=tuple(dict.fromkeys(precision or ())),
         threads=tuple(threads or ()),
         streams=tuple(streams or ()),

@@ -28,6 +28,7 @@ from fcos_deploy.accuracy.dataset import (
 )
 from fcos_deploy.accuracy.gate import Verdict, judge_ap
 from fcos_deploy.accuracy.predictions import collect_detections
+from fcos_deploy.bundle.manifest import MANIFEST_NAME
 from fcos_deploy.bundle.selection import select_artifact
 from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.backend import get_backend
@@ -40,7 +41,7 @@ from fcos_deploy.core.errors import (
     FcosDeployError,
     InconclusiveError,
 )
-from fcos_deploy.core.files import write_text
+from fcos_deploy.core.files import replace_folder, restore_folder, write_text
 from fcos_deploy.core.gate import Gate, Outcome
 from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -56,6 +57,8 @@ from fcos_deploy.report.tuning import PointStatus, TunedPoint, TuningData, front
 __all__ = ["Answer", "Tuning", "open_search", "tune"]
 
 _NEXT = 2
+_BUNDLE = "bundle"
+_TIME_LIMITS = ("max_latency_ms", "min_throughput")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +90,12 @@ def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
     with open_search(request, progress=progress) as (search, answer):
         search.run()
         answer.race()
-        deployment, verdicts, failure = _deploy_best(search, answer, request.output / "bundle", progress=progress)
+        deployment, verdicts, failure = _deploy_best(search, answer, progress=progress)
     shutil.rmtree(request.output / "trials" / "work", ignore_errors=True)  # What it holds is in the cache of steps.
     data = answer.data()
     if deployment is not None:
-        data = replace(data, notes=(*data.notes, _load_sentence(deployment), *answer.opening()))
+        on_time = tuple(f"Its bundle: {verdict.message}." for verdict in verdicts if verdict.name in _TIME_LIMITS)
+        data = replace(data, notes=(*data.notes, *on_time, _load_sentence(deployment), *answer.opening()))
     write_text(request.output / "tune.json", json.dumps(to_json(data), indent=1) + "\n")
     return Tuning(
         data=data,
@@ -112,6 +116,11 @@ def open_search(request: TuneRequest, *, progress: ProgressFn = no_progress) -> 
     """
     if request.output.exists() and not (request.output / "trials").is_dir() and any(request.output.iterdir()):
         raise ConfigError(f"'{request.output}' exists and is not the folder of a search.", hint="choose another output")
+    bundle = request.output / _BUNDLE
+    if bundle.exists() and not (bundle / MANIFEST_NAME).is_file():
+        raise ConfigError(
+            f"'{bundle}' exists and is not a bundle, so it is not replaced.", hint="choose another output"
+        )
     folder = own_folder(request.output / "trials")
     with contextlib.ExitStack() as stack:
         models = stack.enter_context(
@@ -125,38 +134,42 @@ def open_search(request: TuneRequest, *, progress: ProgressFn = no_progress) -> 
 
 
 def _load_sentence(deployment: Deployment) -> str:
-    """What the chosen one takes beside time: memory of a new process, and power where the system tells it."""
-    result = deployment.benchmark.results[-1]
+    """What the bundle takes beside time as it opens by default: memory of a new process, and power where it is told."""
+    result = next(r for r in reversed(deployment.benchmark.results) if r.throughput_fps is not None)  # measured alone
     power, cold = result.power, result.cold_start
     parts = [] if cold is None else [f"{cold.peak_memory_mib:.0f} MiB of memory in a new process"]
     if power.watts is None:
         parts.append(f"power is not known ({power.problem})")
     else:
         parts.append(f"{power.watts:.1f} W at full load ({power.source})")
-    return f"The chosen one: {' and '.join(parts)}."
+    return f"The chosen one, opened by default: {' and '.join(parts)}."
 
 
 def _time_verdict(request: TuneRequest, chosen: Configuration, measured: Measured, *, limit: float) -> Verdict:
     """The limit on time, held to what the bundle takes: layers may have gone back to float in it."""
-    ms = measured.ms(request.percentile)
-    message = f"{ms:.1f} ms an image as deployed, at most {limit:g} asked for"
     outcome = Outcome.PASSED
-    if ms > limit:
+    if measured.ms(request.percentile) > limit:
         outcome = Outcome.INCONCLUSIVE if measured.problem else Outcome.FAILED
-        message += f"; {measured.problem}" if measured.problem else ""
-    name = "min_throughput" if request.min_throughput else "max_latency_ms"
-    subject = f"{chosen.backend} {chosen.format}"
-    return Verdict(name=name, subject=subject, outcome=outcome, value=ms, limit=limit, message=message)
+    name, value = "max_latency_ms", measured.ms(request.percentile)
+    message = f"{value:.1f} ms an image as deployed, at most {limit:g} asked for"
+    if request.min_throughput and measured.throughput is not None:
+        name, value, limit = "min_throughput", measured.throughput, request.min_throughput
+        message = f"{value:.1f} images/s as deployed, at least {limit:g} asked for"
+    message += f"; opened with {chosen.opening}" if chosen.opening else ""
+    message += f"; {measured.problem}" if outcome is Outcome.INCONCLUSIVE else ""
+    return Verdict(name=name, subject=str(chosen), outcome=outcome, value=value, limit=limit, message=message)
 
 
 def _deploy_best(
-    search: Search, answer: Answer, output: Path, *, progress: ProgressFn
+    search: Search, answer: Answer, *, progress: ProgressFn
 ) -> tuple[Deployment | None, tuple[Verdict, ...], FcosDeployError | None]:
     """The bundle of the best that can be deployed, with verdicts on its accuracy and time; or why there is none.
 
     After one that cannot be deployed, or is too slow as it was, the search goes on: what was pruned for it may be the
-    best now.
+    best now. An earlier answer's bundle stays until there is another one.
     """
+    output = search.request.output
+    place = output / "trials" / "work" / _BUNDLE
     while True:
         try:
             chosen = answer.choose()
@@ -165,7 +178,7 @@ def _deploy_best(
         if chosen is None:
             return None, (), None
         try:
-            deployment = deploy(search.models.deploy_request(chosen, output), progress=progress)
+            deployment = deploy(search.models.deploy_request(chosen, place), progress=progress)
         except InconclusiveError as error:
             return None, (), error
         except AccuracyGateError as error:
@@ -173,13 +186,13 @@ def _deploy_best(
         else:
             verdicts = deployment.evaluations.candidates[-1].verdicts  # behind the same in float32, if it is in bf16
             limit = search.request.max_ms
-            if limit is None:
-                return deployment, verdicts, None
-            measured = search.time_bundle(chosen, deployment.bundle)
-            on_time = _time_verdict(search.request, chosen, measured, limit=limit)
-            if on_time.outcome is not Outcome.FAILED:
-                return deployment, (on_time, *verdicts), None
-            shutil.rmtree(deployment.bundle)
+            if limit is not None:
+                measured = search.time_bundle(chosen, deployment.bundle)
+                verdicts = (_time_verdict(search.request, chosen, measured, limit=limit), *verdicts)
+            if limit is None or verdicts[0].outcome is not Outcome.FAILED:
+                restore_folder(output / _BUNDLE)
+                replace_folder(deployment.bundle, output / _BUNDLE)
+                return replace(deployment, bundle=output / _BUNDLE), verdicts, None
         search.run()
         answer.race()
 
@@ -358,8 +371,8 @@ class Answer:
 
     def opening(self) -> tuple[str, ...]:
         """How to open the bundle so that it runs as the chosen one, where that is not its default."""
-        words = self._chosen.opening if self._chosen else ""
-        return (f"Open the bundle with SessionOptions({words}).",) if words else ()
+        opening = self._chosen.opening if self._chosen else ""
+        return (f"Open the bundle with {opening}.",) if opening else ()
 
     def data(self) -> TuningData:
         """Everything that the page shows."""

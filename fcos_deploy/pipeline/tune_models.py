@@ -196,7 +196,7 @@ class Configuration:
         if self.hint is PerformanceHint.THROUGHPUT:
             words |= {"hint": f'"{self.hint}"', "threads": f"{self.threads}", "streams": f"{self.streams}"}
             words |= {"batch": f"{self.batch}"} if self.batch > 1 else {}
-        return ", ".join(f"{name}={value}" for name, value in words.items())
+        return f"SessionOptions({', '.join(f'{name}={value}' for name, value in words.items())})" if words else ""
 
 
 class TuneModels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision
-from fcos_deploy.core.errors import BudgetError, DeviceError
+from fcos_deploy.core.errors import BudgetError, ConfigError, DeviceError
 from fcos_deploy.core.gate import Judge, Outcome
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.detector import Detector
@@ -107,9 +108,11 @@ def slow_bundles(monkeypatch: pytest.MonkeyPatch, *slow: tuple[int, int]) -> Non
 
 
 def test_a_bundle_slower_than_its_limit_gives_way_to_the_next_best(
-    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tiny_bundle: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "tuned"
+    (output / "trials").mkdir(parents=True, mode=0o700)
+    shutil.copytree(tiny_bundle, output / "bundle")
     slow_bundles(monkeypatch, (160, 224))
     words = ["tune", str(tiny_checkpoint), "--images", str(smooth_images), "-o", str(output), "--threads", "1"]
     words += ["--backend", "onnxruntime", "--max-latency-ms", "50000", "--allow-inconclusive", "--size", "160x224"]
@@ -117,7 +120,9 @@ def test_a_bundle_slower_than_its_limit_gives_way_to_the_next_best(
     assert "The nearest is 160x224 onnxruntime fp32, 1 thread: 600" in content["said"]
     assert "as deployed" in content["said"]
     assert content["bundle"] is None
-    assert not (output / "bundle").exists()
+    manifests = [(folder / "manifest.json").read_bytes() for folder in (tiny_bundle, output / "bundle")]
+    assert manifests[0] == manifests[1], "an earlier answer stays until there is another one"
+    assert not (output / "trials" / "work").exists(), "the one that is too slow is not left behind"
 
     # The trial is kept: what was too slow is not deployed again when the search is widened.
     content = answer([*words, "--size", "128x160", "--size", "160x192"])
@@ -125,9 +130,21 @@ def test_a_bundle_slower_than_its_limit_gives_way_to_the_next_best(
     assert "ms in its bundle, beyond the limit" in by_size["160x224"]["reason"]
     assert by_size["128x160"]["status"] == "chosen"
     assert by_size["160x192"]["status"] == "next best"
+    with open_bundle(output / "bundle") as bundle:
+        assert bundle.manifest.contract.preprocess.canvas == (128, 160)
     (on_time,) = (v for v in content["verdicts"] if v["name"] == "max_latency_ms")
     assert on_time["outcome"] == "passed"
     assert 0 < on_time["value"] < 50000 == on_time["limit"]
+    assert f"Its bundle: {on_time['message']}." in content["notes"]
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir(mode=0o700)
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.txt").write_text("mine")
+    request = TuneRequest(model=tiny_checkpoint, output=tmp_path, images=smooth_images)
+    with pytest.raises(ConfigError, match="is not a bundle, so it is not replaced"), open_search(request):
+        pass
 
 
 def test_nothing_within_the_budget_names_the_nearest_and_what_it_costs(
@@ -241,7 +258,7 @@ def test_int8_of_all_sizes_is_calibrated_once_and_the_front_has_no_bundle(
 
 
 def test_batches_and_the_format_of_floats_are_axes_of_throughput(
-    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, axes = tmp_path / "tuned", ["--backend", "openvino", "--threads", "1", "--size", "128x160"]
     words = ["tune", str(tiny_checkpoint), "--images", str(smooth_images), "-o", str(output), *axes]
@@ -256,6 +273,10 @@ def test_batches_and_the_format_of_floats_are_axes_of_throughput(
         "it does not compute in bf16 here",
     )
     assert 'Open the bundle with SessionOptions(hint="throughput", threads=1, streams=1, batch=3).' in content["said"]
+    (on_time,) = (v for v in content["verdicts"] if v["name"] == "min_throughput")
+    assert 0.001 == on_time["limit"] < on_time["value"], "images a second, as the limit"
+    assert on_time["subject"] == "128x160 openvino fp32, 1 thread, 1 at a time in batches of 3"
+    assert "images/s as deployed, at least 0.001 asked for; opened with SessionOptions(hint=" in on_time["message"]
     options = SessionOptions(hint=PerformanceHint.THROUGHPUT, threads=1, streams=1, batch=3)
     with Detector.open(output / "bundle", options=options) as detector:
         assert detector.batch == 3
@@ -266,6 +287,15 @@ def test_batches_and_the_format_of_floats_are_axes_of_throughput(
         offered = {ComputeType.F32, ComputeType.BF16}
     except DeviceError:
         offered = {ComputeType.F32}
+    if ComputeType.BF16 in offered:
+        # Random weights have scores near the threshold: a tenth of the detections has no partner in bf16.
+        monkeypatch.setattr("fcos_deploy.pipeline.steps._MIN_MATCH_RATE", 0.5)
+        words = ["tune", str(tiny_checkpoint), "--images", str(smooth_images), "-o", str(output), *axes]
+        content = answer([*words, "--compute", "bf16", "--max-latency-ms", "60000", "--allow-inconclusive"])
+        (on_time,) = (v for v in content["verdicts"] if v["name"] == "max_latency_ms")
+        assert on_time["subject"] == "128x160 openvino fp32 bf16, 1 thread"
+        assert on_time["message"].endswith('asked for; opened with SessionOptions(compute="bf16")')
+        assert any("opened by default: " in n and "MiB of memory in a new process" in n for n in content["notes"])
     request = TuneRequest(
         model=tiny_checkpoint,
         output=output,

@@ -1,0 +1,264 @@
+"""What a search times, leaves out and chooses: its rules, with times and APs that are given."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fcos_deploy.accuracy.coco import ApInterval, Contender, Standing
+from fcos_deploy.benchmark.measure import LatencyStats
+from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.errors import BudgetError
+from fcos_deploy.core.gate import Judge, Outcome
+from fcos_deploy.pipeline import tune
+from fcos_deploy.pipeline.tune_models import Configuration, InputSize
+from fcos_deploy.pipeline.tune_search import Measured, Search, TuneRequest
+from fcos_deploy.report.tuning import PointStatus
+
+SIZES = tuple(InputSize(side, side) for side in (100, 200, 300, 400, 500, 600))
+PRECISIONS = (Precision.INT8, Precision.FP32)
+IMAGE = Path("image.png")
+
+
+class Models:
+    """Every configuration can be made, and is its own spec; the runtime 'slow' computes in float32 alone."""
+
+    def __init__(self, *, precisions: tuple[Precision, ...], backends: tuple[str, ...]) -> None:
+        self.sizes, self.precisions, self.backends = SIZES, precisions, backends
+        self.gate_key = "gate"
+
+    def takes_batches(self, backend: str) -> bool:
+        return backend == "fast"
+
+    def computes(self, configuration: Configuration) -> bool:
+        return configuration.compute is ComputeType.F32 or configuration.backend != "slow"
+
+    def open_as(self, configuration: Configuration) -> Configuration:
+        return configuration
+
+    def reference(self) -> Models:
+        return self
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Models]:
+        yield self
+
+    def read(self, _: Path) -> np.ndarray:
+        return np.zeros((500, 500, 3), np.uint8)
+
+
+class Trials:
+    """Nothing is known, and nothing is kept."""
+
+    def path(self, _: Configuration, *, throughput: bool) -> Path:
+        return Path(f"time-{throughput}.json")
+
+    def load(self, _: Path) -> None:
+        return None
+
+    def keep(self, _: Measured, __: Path) -> None:
+        return None
+
+
+def new_search(
+    milliseconds: Callable[[Configuration], float],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    precisions: tuple[Precision, ...] = (Precision.FP32,),
+    backends: tuple[str, ...] = ("fast",),
+    p90: float = 1.0,
+    **limits: Any,
+) -> Search:
+    """A search in which a configuration takes this long; its 90th percentile is ``p90`` times as long."""
+
+    def measure(_: Search, opened: Sequence[tuple[Configuration, Any, Path]]) -> list[Measured]:
+        times = [milliseconds(configuration) for configuration, _, _ in opened]
+        return [
+            Measured(
+                latency=LatencyStats(mean=ms, p50=ms, p90=ms * p90, p99=None, minimum=ms, maximum=ms * p90, count=20),
+                throughput=1000 / ms if limits.get("throughput") else None,
+            )
+            for ms in times
+        ]
+
+    monkeypatch.setattr(Search, "_measure", measure)
+    annotations = IMAGE if "min_ap" in limits else None
+    asked: dict[str, Any] = {"threads": (1,), "computes": (ComputeType.F32,), **limits}
+    request = TuneRequest(model=IMAGE, output=IMAGE, images=IMAGE, annotations=annotations, **asked)
+    models: Any = Models(precisions=precisions, backends=backends)
+    trials: Any = Trials()
+    return Search(request, models, image=IMAGE, trials=trials, progress=lambda *_: None)
+
+
+def by_size(configuration: Configuration) -> float:
+    """A tenth of the side in milliseconds, INT8 half of it; the runtime 'slow' and two threads take longer."""
+    ms = configuration.size.height / 10 * (0.5 if configuration.precision is Precision.INT8 else 1.0)
+    return ms * (1.3 if configuration.backend == "slow" else 1.0) * (1.2 if configuration.threads == 2 else 1.0)
+
+
+def sides(search: Search, **fields: Any) -> list[int]:
+    """Of the sizes that were timed with these fields."""
+    timed = [c for c in search.measured if all(getattr(c, name) == value for name, value in fields.items())]
+    return sorted({c.size.height for c in timed})
+
+
+def test_within_a_budget_a_less_exact_precision_is_tried_above_the_sizes_that_a_more_exact_one_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = new_search(by_size, monkeypatch, precisions=PRECISIONS, backends=("fast", "slow"), max_latency_ms=31.0)
+    search.run()
+    assert max(side for side in sides(search, precision=Precision.FP32) if side <= 300) == 300
+    timed = {
+        (backend, precision): sides(search, backend=backend, precision=precision)
+        for backend in ("fast", "slow")
+        for precision in PRECISIONS
+    }
+    assert timed == {
+        ("fast", Precision.FP32): [100, 200, 300, 400, 500],  # 500, 300 and 400; the smaller ones keep it too
+        ("slow", Precision.FP32): [300],
+        ("fast", Precision.INT8): [400, 500, 600],
+        ("slow", Precision.INT8): [500],
+    }
+    reasons = {(c.size.height, c.precision, c.backend): reason for c, reason in search.pruned.items()}
+    assert reasons[300, Precision.INT8, "fast"] == "a more exact precision keeps the limit at this size"
+    assert reasons[600, Precision.FP32, "fast"] == "500x500 takes 50.0 ms already"
+    assert reasons[200, Precision.FP32, "slow"] == "fast fp32, 1 thread is faster at 300x300"
+
+
+def test_threads_that_are_slow_at_the_first_size_are_not_tried_at_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = new_search(by_size, monkeypatch, threads=(1, 2))
+    search.run()
+    assert sides(search, threads=1) == [100, 200, 300, 400, 500, 600]
+    assert sides(search, threads=2) == [100], "1.2 times as slow"
+
+
+def test_where_the_more_exact_one_is_as_fast_the_less_exact_one_is_not_evaluated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = (ComputeType.F32, ComputeType.BF16)
+
+    def milliseconds(configuration: Configuration) -> float:
+        faster = configuration.compute is ComputeType.BF16 and configuration.size.height >= 400
+        return by_size(configuration) * (0.9 if faster else 1.0)
+
+    search = new_search(milliseconds, monkeypatch, backends=("fast", "slow"), computes=both)
+    search.run()
+    assert sides(search, backend="slow", compute=ComputeType.BF16) == []
+    evaluated = list(search.fastest_by_artifact().values())
+    assert {c.backend for c in evaluated} == {"fast"}, "the runtime does not change what fp32 detects"
+    assert sorted(c.size.height for c in evaluated if c.compute is ComputeType.BF16) == [400, 500, 600]
+    assert len(evaluated) == 9
+
+    # INT8 that takes as long as bf16 is as fast and less exact.
+    search = new_search(
+        lambda c: 10.0 if c.format == "fp32" else 5.0, monkeypatch, computes=both, precisions=PRECISIONS
+    )
+    search.run()
+    assert {c.format for c in search.fastest_by_artifact().values()} == {"fp32", "fp32 bf16"}
+
+
+def test_batches_are_tried_on_runtimes_that_take_them_and_the_percentile_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    axes: dict[str, Any] = {"throughput": True, "streams": (1,), "batches": (1, 3), "backends": ("fast", "slow")}
+    search = new_search(by_size, monkeypatch, **axes)
+    search.run()
+    assert {(c.backend, c.batch) for c in search.measured} == {("fast", 1), ("fast", 3), ("slow", 1)}
+    for percentile, largest in ((50, 300), (90, 200)):
+        search = new_search(by_size, monkeypatch, p90=1.1, max_latency_ms=31.0, percentile=percentile)
+        search.run()
+        assert max(c.size.height for c in search.measured if search.fits(c)) == largest
+
+
+def new_answer(
+    search: Search, aps: dict[int, float], monkeypatch: pytest.MonkeyPatch, *, choices: int = 1
+) -> tune.Answer:
+    """After a race in which the sizes with these sides had these APs, all within 0.01."""
+
+    def race(contenders: Sequence[Contender], *_: Any, **__: Any) -> list[Standing]:
+        found = [(c.name, aps[int(c.name.partition("x")[0])]) for c in contenders]
+        return [
+            Standing(
+                name=name,
+                images=100,
+                choices=choices,
+                interval=ApInterval(
+                    value=ap,
+                    low=ap - 0.01,
+                    high=ap + 0.01,
+                    standard_error=0.005,
+                    confidence=0.95,
+                    resamples=1000,
+                    images=100,
+                ),
+            )
+            for name, ap in found
+        ]
+
+    monkeypatch.setattr(tune, "race", race)
+    monkeypatch.setattr(tune, "own_folder", lambda path: path)
+    search.run()
+    dataset: Any = None
+    answer = tune.Answer(search, dataset, folder=IMAGE, progress=lambda *_: None)
+    answer.race()
+    return answer
+
+
+AP = {100: 0.2, 200: 0.4, 300: 0.5, 400: 0.55, 500: 0.6, 600: 0.45}
+
+
+@pytest.mark.parametrize(
+    ("limits", "chosen", "next_best"),
+    [
+        ({"max_latency_ms": 41.0}, 400, [200, 300]),
+        ({"min_ap": 0.45}, 300, [400, 500]),
+        ({"min_ap": 0.395, "judge": Judge.POINT}, 200, [300, 400]),
+        ({"min_ap": 0.395}, 300, [400, 500]),
+        ({"max_latency_ms": 41.0, "min_ap": 0.53}, 400, [200, 300]),
+    ],
+)
+def test_the_goal_decides_what_is_best_and_two_are_named_as_the_next(
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], chosen: int, next_best: list[int]
+) -> None:
+    search = new_search(by_size, monkeypatch, **limits)
+    answer = new_answer(search, AP, monkeypatch)
+    best = answer.choose()
+    assert best is not None
+    assert best.size.height == chosen
+    status = {c.size.height: answer.point(c).status for c in search.measured}
+    assert status[chosen] is PointStatus.CHOSEN
+    assert sorted(side for side, value in status.items() if value is PointStatus.NEXT) == next_best
+
+
+def test_what_was_refused_gives_way_to_the_next_best_and_no_goal_is_reached_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = new_search(by_size, monkeypatch, max_latency_ms=41.0)
+    answer = new_answer(search, AP, monkeypatch)
+    best = answer.choose()
+    assert best is not None
+    search.refused[best.engine] = "it loses too much"
+    search.run()
+    answer.race()
+    following = answer.choose()
+    assert following is not None
+    assert following.size.height == 300
+    assert answer.point(best).reason == "refused when it was deployed: it loses too much"
+    search = new_search(by_size, monkeypatch, max_latency_ms=41.0, min_ap=0.7)
+    with pytest.raises(BudgetError, match=r"The nearest is 400x400 fast fp32, 1 thread: 40\.0 ms, AP 0\.550"):
+        new_answer(search, AP, monkeypatch).choose()
+
+
+@pytest.mark.parametrize(("choices", "outcome"), [(1, Outcome.PASSED), (16, Outcome.INCONCLUSIVE)])
+def test_the_interval_of_one_that_was_chosen_among_many_is_wider(
+    monkeypatch: pytest.MonkeyPatch, choices: int, outcome: Outcome
+) -> None:
+    search = new_search(by_size, monkeypatch, max_latency_ms=41.0, min_ap=0.538)
+    answer = new_answer(search, AP, monkeypatch, choices=choices)
+    answer.choose()
+    assert [verdict.outcome for verdict in answer.verdicts] == [outcome]

@@ -113,6 +113,13 @@ def _of_another_parent(layer: Path) -> None:
     path.write_text(json.dumps({**record, "parent": "ab" * 32}))
 
 
+def _of_another_graph(layer: Path) -> None:
+    path = layer / "layer.json"
+    record = json.loads(path.read_text())
+    record["artifacts"][0]["parent"] = "ab" * 32
+    path.write_text(json.dumps(record))
+
+
 def _cut(layer: Path) -> None:
     os.truncate(layer / "layer.json", 40)
 
@@ -145,6 +152,7 @@ def _writable(layer: Path) -> None:
         (_change_a_byte, ".bin' was changed"),
         (_change_the_record, "it was changed, or built by another user"),
         (_of_another_parent, "it was built from another bundle"),
+        (_of_another_graph, "it was not built from a graph of this bundle"),
         (_cut, "it is not complete"),
         (_empty, "it is not complete"),
         (_without_record, "it is not complete"),

@@ -11,6 +11,7 @@ import pytest
 
 from fcos_deploy import SessionOptions
 from fcos_deploy.accuracy.dataset import EvaluationImage
+from fcos_deploy.accuracy.predictions import DetectionRun, DetectionRuns, StageSeconds
 from fcos_deploy.bundle import Artifact, open_bundle
 from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision
@@ -115,3 +116,24 @@ def test_what_was_built_stands_for_a_graph_only_where_every_engine_of_it_is_roun
         (portable, built(portable), False),
     ):
         assert (proof._rounded_alike(source, [variant]) is variant) == stands, (source, variant)
+
+
+def test_what_ran_is_taken_for_the_same_files_settings_and_images_only(graph: Artifact, tmp_path: Path) -> None:
+    for name in ("a.onnx", "copy.onnx", "b.onnx"):
+        (tmp_path / name).write_bytes(name[:1].replace("c", "a").encode())
+
+    def spec(name: str = "a.onnx", **options: Any) -> Variant:
+        return replace(_variant(graph, **options), model=tmp_path / name)
+
+    image, runs = EvaluationImage(1, tmp_path / "a.png"), DetectionRuns()
+    nothing: dict[str, Any] = {"names": (), "description": {}, "detections": {}, "seconds": StageSeconds()}
+    runs.add(spec(), [image], DetectionRun(model="a.onnx", backend="onnxruntime", precision="fp32", **nothing))
+    same = runs.get(spec("copy.onnx"), [image])
+    assert same is not None
+    assert same.model == "copy.onnx"
+    for other in (spec("b.onnx"), spec(backend="openvino"), spec(compute=ComputeType.BF16), spec(threads=1)):
+        assert runs.get(other, [image]) is None, other
+    for images in ([], [image, image], [replace(image, image_id=2)], [replace(image, path=tmp_path / "b.png")]):
+        assert runs.get(spec(), images) is None, images
+    (tmp_path / "a.onnx").write_bytes(b"changed meanwhile")
+    assert runs.get(spec(), [image]) is None

@@ -12,8 +12,8 @@ the graph that it chose for the number of graphs that it chose from.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +58,19 @@ class _Search:
         return min((key for key in self.tried if self.accepts(key)), key=len, default=None)
 
 
-def simulate(images: int, *, judge: Judge, runs: int, seed: int = 0) -> list[str]:
-    """Shares: of all runs, of the graphs that passed, of those among them with layers in float, of harmless models."""
+@dataclass(frozen=True)
+class Shares:
+    """Each of some cases, True where it holds: the columns of the table."""
+
+    passed: Sequence[bool]
+    beyond: Sequence[bool]  # of the graphs that passed: true drop larger than the goal
+    mixed_beyond: Sequence[bool]  # the same of those with layers in float
+    inconclusive: Sequence[bool]
+    needless: Sequence[bool]  # of the harmless models: layers in float
+
+
+def simulate(images: int, *, judge: Judge, runs: int, seed: int = 0) -> Shares:
+    """Search ``runs`` models whose true drop is known."""
     generator = np.random.default_rng(seed)
     rows = []
     for run in range(runs):
@@ -80,22 +91,18 @@ def simulate(images: int, *, judge: Judge, runs: int, seed: int = 0) -> list[str
         left = np.setdiff1d(np.arange(_LAYERS), np.array([int(name) for name in chosen or ()], np.int64))
         rows.append((outcome, true[left].sum() > _GOAL, bool(chosen), harmless))
     passed = [row for row in rows if row[0] is Outcome.PASSED]
-    mixed = [row for row in passed if row[2]]
-    return [
-        _share(row[0] is Outcome.PASSED for row in rows),
-        _share(row[1] for row in passed),
-        _share(row[1] for row in mixed),
-        _share(row[0] is Outcome.INCONCLUSIVE for row in rows),
-        _share(row[2] for row in rows if row[3]),
-    ]
+    return Shares(
+        passed=[row[0] is Outcome.PASSED for row in rows],
+        beyond=[row[1] for row in passed],
+        mixed_beyond=[row[1] for row in passed if row[2]],
+        inconclusive=[row[0] is Outcome.INCONCLUSIVE for row in rows],
+        needless=[row[2] for row in rows if row[3]],
+    )
 
 
-def _share(cases: Iterable[bool]) -> str:
+def in_words(cases: Sequence[bool]) -> str:
     """In percent; of fewer than ten cases how many there are."""
-    known = list(cases)
-    if len(known) < 10:
-        return f"{sum(known)} of {len(known)}"
-    return f"{100 * (sum(known) / len(known)):.1f} %"
+    return f"{100 * sum(cases) / len(cases):.1f} %" if len(cases) >= 10 else f"{sum(cases)} of {len(cases)}"
 
 
 def main() -> None:
@@ -110,7 +117,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for images in _IMAGES:
         for judge in Judge:
-            print(f"| {images} | {judge} | {' | '.join(simulate(images, judge=judge, runs=options.runs))} |")
+            shares = simulate(images, judge=judge, runs=options.runs)
+            columns = " | ".join(in_words(getattr(shares, column.name)) for column in fields(shares))
+            print(f"| {images} | {judge} | {columns} |")
 
 
 if __name__ == "__main__":

@@ -227,8 +227,8 @@ def test_a_graph_that_was_chosen_by_its_figures_is_not_passed_for_them(images: i
     simulate = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "selection.py"))["simulate"]
     by_point = simulate(images, judge=Judge.POINT, runs=300)
     by_interval = simulate(images, judge=Judge.INTERVAL, runs=300)
-    assert by_interval["beyond"] <= 0.05 < by_point["beyond"]
-    assert by_interval["needless"] <= 0.05
+    assert np.mean(by_interval.beyond) <= 0.05 < np.mean(by_point.beyond)
+    assert np.mean(by_interval.needless) <= 0.05
 
 
 def test_effect_counts_only_locations_that_see_an_object() -> None:

@@ -101,7 +101,7 @@ def deploy(
     A bundle whose accuracy the images cannot decide is made, and its ``outcome`` says so.
 
     Raises:
-        AccuracyGateError: an INT8 variant cannot hold the gate (the bundle is made, with the float artifacts only), or
+        AccuracyGateError: an INT8 variant cannot hold the gate (the bundle is made, with the other artifacts), or
             an engine is not the same detector or the finished bundle fails its own ``verify`` (no bundle is made).
         InconclusiveError: the images show too little to verify an engine by (no bundle is made).
         FcosDeployError: a step failed; what was finished is kept for the next run.
@@ -151,9 +151,9 @@ def deploy(
 
         bundle = writer.finish(replace(manifest, stages=stages.records), check=replay)
     if refused:
-        raise AccuracyGateError(
-            f"{refused[0].message}\nThe bundle '{bundle}' holds the float artifacts only.", hint=refused[0].hint
-        )
+        in_int8 = any(variant.artifact.precision is Precision.INT8 for variant in variants)
+        held = "the other artifacts" if in_int8 else "the float artifacts only"
+        raise AccuracyGateError(f"{refused[0].message}\nThe bundle '{bundle}' holds {held}.", hint=refused[0].hint)
     seconds = time.perf_counter() - started
     return Deployment(
         bundle=bundle,

@@ -151,7 +151,8 @@ def _time_verdict(request: TuneRequest, chosen: Configuration, measured: Measure
     if measured.ms(request.percentile) > limit:
         outcome = Outcome.INCONCLUSIVE if measured.problem else Outcome.FAILED
     name, value = "max_latency_ms", measured.ms(request.percentile)
-    message = f"{value:.1f} ms an image as deployed, at most {limit:g} asked for"
+    which = "90th percentile" if request.percentile == 90 else "median"
+    message = f"{value:.1f} ms an image as deployed ({which}), at most {limit:g} asked for"
     if request.min_throughput and measured.throughput is not None:
         name, value, limit = "min_throughput", measured.throughput, request.min_throughput
         message = f"{value:.1f} images/s as deployed, at least {limit:g} asked for"

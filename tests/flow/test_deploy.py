@@ -15,9 +15,11 @@ from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision
+from fcos_deploy.core.errors import AccuracyGateError
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 from fcos_deploy.pipeline.inspect import inspect_bundle
+from fcos_deploy.pipeline.steps import quantize
 
 CHECKPOINT = DEMO_DATA / "fcos_bccd.safetensors"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_measurements")]
@@ -291,3 +293,23 @@ def test_without_other_images_and_annotations_agreement_is_the_goal_and_nothing_
         chosen = next(trial for trial in search.trials if trial.ignored_layers == search.ignored_layers)
         assert search.quantity == "agreement with the float model's detections"
         assert chosen.score >= 0.9
+
+
+def test_a_bundle_without_the_portable_int8_graph_alone_says_that_it_holds_the_others(
+    tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*arguments: Any, consumer: str, **given: Any) -> Any:
+        if consumer == "portable":
+            raise AccuracyGateError("INT8 misses the goal.", hint="give more images")
+        return quantize(*arguments, consumer=consumer, **given)
+
+    monkeypatch.setattr("fcos_deploy.pipeline.deploy.quantize", refusing)
+    words = ("--precision", "int8", "--min-match-rate", "0", "--judge", "point", "--allow-inconclusive")
+    arguments = _tiny_arguments(tiny_checkpoint, smooth_images, tmp_path / "bundle", *words)
+    result = CliRunner().invoke(build_app(), arguments)
+    assert result.exit_code == 4, result.stderr
+    assert "INT8 misses the goal." in result.stderr
+    assert "holds the other artifacts." in " ".join(result.stderr.split())
+    with open_bundle(tmp_path / "bundle") as bundle:
+        placements = {a.placement for a in bundle.manifest.artifacts if a.precision is Precision.INT8}
+    assert placements == {"onnxruntime-cpu"}

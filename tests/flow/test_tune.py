@@ -295,6 +295,7 @@ def test_batches_and_the_format_of_floats_are_axes_of_throughput(
         (on_time,) = (v for v in content["verdicts"] if v["name"] == "max_latency_ms")
         assert on_time["subject"] == "128x160 openvino fp32 bf16, 1 thread"
         assert on_time["message"].endswith('asked for; opened with SessionOptions(compute="bf16")')
+        assert "ms an image as deployed (median), at most 60000" in on_time["message"]
         assert any("opened by default: " in n and "MiB of memory in a new process" in n for n in content["notes"])
     request = TuneRequest(
         model=tiny_checkpoint,

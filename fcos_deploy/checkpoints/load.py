@@ -285,16 +285,15 @@ _NAME_CONTAINERS = ("args", "hyper_parameters", "hparams", "config", "cfg")
 
 def _stored_class_names(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Class names that a training script stored beside the weights, or with its arguments; () where it did not."""
-    places = [metadata, *(getattr(metadata.get(key), "state", metadata.get(key)) for key in _NAME_CONTAINERS)]
     meta = metadata.get("meta")  # mmdetection's: CLASSES until version 2, then dataset_meta; text is a single name
-    if isinstance(meta, Mapping):
-        places = [meta.get("dataset_meta"), meta, *places]
-    for place in places:
+    of_mmdetection = [meta.get("dataset_meta"), meta] if isinstance(meta, Mapping) else []
+    places = [metadata, *(getattr(metadata.get(key), "state", metadata.get(key)) for key in _NAME_CONTAINERS)]
+    for index, place in enumerate((*of_mmdetection, *places)):
         if not isinstance(place, Mapping):
             continue
         for key in _NAME_KEYS:
             names = place.get(key)
-            names = (names,) if isinstance(names, str) and isinstance(meta, Mapping) else names
+            names = (names,) if isinstance(names, str) and index < len(of_mmdetection) else names
             if isinstance(names, Mapping) and set(names) == set(range(len(names))):
                 names = [names[index] for index in range(len(names))]
             if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
@@ -396,13 +395,16 @@ _STEMS = {
 }
 
 
-# Parts of the canonical names of all backbones, pyramids and heads.
+# Parts of the canonical names of all backbones and heads. A pyramid's are known in full; its norm is mmdetection's,
+# merged into its convolution when the network is built.
 _PART = (
-    r"backbone|body|conv\d*|bn\d*|layer\d|downsample|base_layer|level\d|tree\d|root|project|features|stem|stages|layers"
-    r"|concat|ese|fc|fpn|inner_blocks|layer_blocks|extra_blocks|p[67]|norm|head|classification_head|regression_head"
-    r"|shared_tower|cls_logits|bbox_reg|bbox_ctrness|scales|offset|\d+"
+    r"conv\d*|bn\d*|layer\d|downsample|base_layer|level\d|tree\d|root|project|features|stem|stages|layers|concat|ese|fc"
+    r"|classification_head|regression_head|shared_tower|cls_logits|bbox_reg|bbox_ctrness|scales|offset|\d+"
 )
-_CANONICAL = re.compile(rf"(?:backbone|head)(?:\.(?:{_PART}))+(?:\.(?:weight|bias|running_mean|running_var))?")
+_CANONICAL = re.compile(
+    r"(?:backbone\.fpn\.(?:(?:inner|layer)_blocks\.[0-4]\.0|extra_blocks\.p[67])(?:\.norm)?"
+    rf"|(?:backbone\.body|head)(?:\.(?:{_PART}))+)(?:\.(?:weight|bias|running_mean|running_var))?"
+)
 
 
 def refuse_unknown(names: Iterable[str]) -> None:

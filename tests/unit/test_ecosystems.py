@@ -384,6 +384,11 @@ def test_names_in_the_file_that_do_not_fit_are_asked_about(
     assert _describe(name, options=options, **metadata).contract.class_names == names
 
 
+def test_text_in_the_arguments_is_no_class_name() -> None:
+    described = _describe("torchvision_bn", meta={"epoch": 3}, args={"classes": "coco.names"})
+    assert described.contract.class_names == COCO_91
+
+
 def test_three_channels_with_two_names_get_no_background_without_a_word() -> None:
     tensors = _state_dict("torchvision_bn")
     for part in ("weight", "bias"):
@@ -477,8 +482,19 @@ def _empty(*shape: int) -> Tensor:
             {"neck.fpn_convs.5.conv.weight": _empty(256, 256, 3, 3)},
             "unknown 1 tensors: 'backbone.fpn.extra_blocks.p8.weight'",
         ),
+        # FeaturePyramidNetwork(norm_layer=BatchNorm2d) of torchvision
+        (
+            "torchvision_bn",
+            {f"backbone.fpn.inner_blocks.0.1.{part}": _empty(256) for part in ("weight", "running_mean")},
+            "unknown 2 tensors: 'backbone.fpn.inner_blocks.0.1.running_mean'",
+        ),
+        (
+            "torchvision_bn",
+            {"backbone.fpn.layer_blocks.0.offset.weight": _empty(18, 256, 3, 3)},
+            "unknown 1 tensors: 'backbone.fpn.layer_blocks.0.offset.weight'",
+        ),
     ],
-    ids=["thermal", "p1", "six-levels"],
+    ids=["thermal", "p1", "six-levels", "pyramid-norm", "pyramid-offsets"],
 )
 def test_other_networks_are_refused_by_name_before_they_are_built(
     name: str, changed: dict[str, Tensor], message: str

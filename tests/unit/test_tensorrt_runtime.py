@@ -13,6 +13,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -24,9 +25,17 @@ from fcos_deploy.core.artifact import write_sidecar
 from fcos_deploy.core.backend import Backend, SessionOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import ComputeType
-from fcos_deploy.core.errors import BackendError, BackendLoadError, ConfigError, DeviceError, MissingDependencyError
+from fcos_deploy.core.errors import (
+    BackendError,
+    BackendLoadError,
+    ConfigError,
+    DeviceError,
+    MissingDependencyError,
+    TensorMismatchError,
+)
 from fcos_deploy.core.trust import KeptModel
 from runtimes import _cuda as cuda_module
+from runtimes import tensorrt
 from runtimes._cuda import Cuda, CudaDevice, host_array, load_cuda
 from runtimes._tensorrt_library import TensorRT, install_hint, library_log, load_tensorrt
 from runtimes.tensorrt import (
@@ -133,6 +142,24 @@ def test_of_two_logs_that_overlap_the_one_that_stays_open_hears_on() -> None:
     first.__exit__(None, None, None)
     assert kept.last_lines() == ["no memory"]
     assert ended.last_lines() == []
+
+
+def test_every_library_has_one_logger_whose_errors_are_told_from_its_warnings() -> None:
+    library = cast(TensorRT, SimpleNamespace(__name__="severities", ILogger=object))
+    messages = (
+        ("WARNING", "slow"),
+        ("INTERNAL_ERROR", "bug"),
+        ("ERROR", "no room"),
+        ("ERROR", "no room"),
+        ("INFO", "hi"),
+    )
+    with library_log(library) as (logger, log):
+        for severity, text in messages:
+            logger.log(SimpleNamespace(name=severity), text)  # type: ignore[arg-type]  # as the library calls it
+    with library_log(library) as (again, _):
+        assert again is logger
+    assert (list(log.errors), list(log.warnings)) == (["bug", "no room"], ["slow"])
+    assert log.last_lines() == ["bug", "no room"]
 
 
 def test_tensorrt_whose_stubs_alone_are_installed_says_so() -> None:
@@ -367,6 +394,111 @@ def test_what_fails_when_a_session_closes_does_not_keep_its_memory() -> None:
         session.close()
     assert device.released.count("cudaFree") == 2
     session.close()
+
+
+def test_no_more_contexts_are_made_than_were_asked_for() -> None:
+    session = _session(_Device(), _Context())
+    lane = session._take()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(session._take)
+        assert not wait([waiting], timeout=0.1).done
+        session._idle.put(lane)
+        assert waiting.result(timeout=10) is lane
+    session._idle.put(lane)
+    session.close()
+
+
+class _Recording(Cuda):
+    """Counts what happens to recorded graphs; ``fails``: the engine cannot be recorded."""
+
+    fails = False
+
+    def __init__(self, device: _Device) -> None:
+        super().__init__(cast(ModuleType, device))
+        self.calls: list[str] = []
+
+    def devices(self) -> list[CudaDevice]:
+        return [CudaDevice(index=0, name="Ada", capability=(8, 9), integrated=False)]
+
+    def begin_capture(self, stream: int) -> None:
+        self.calls.append("record")
+
+    def end_capture(self, stream: int) -> object:
+        if self.fails:
+            raise BackendError("CUDA cannot record this.")
+        return object()
+
+    def launch(self, graph: object, stream: int) -> None:
+        self.calls.append("launch")
+
+    def destroy_graph(self, graph: object) -> None:
+        self.calls.append("destroy")
+
+
+def test_a_graph_is_recorded_once_for_a_shape_and_goes_with_it() -> None:
+    cuda = _Recording(_Device())
+    lane = Lane(LIBRARY, cast(Any, _Context()), cuda=cuda, tensors=TENSORS, unified=False, graphs=True)
+    fitting, other = ({"images": np.ones(shape, np.float32)} for shape in (SHAPE, (2, 4)))
+    for _ in range(3):
+        lane.infer(fitting)
+    assert cuda.calls == ["record", "launch", "launch"]
+    with pytest.raises(TensorMismatchError, match="does not fit the engine"):
+        lane.infer(other)
+    assert lane.infer(fitting)["boxes"].tolist() == [[2.0] * 4]
+    assert cuda.calls[3:] == ["destroy", "record"]
+    lane.close()
+
+
+def test_an_engine_that_cannot_be_recorded_is_not_tried_again() -> None:
+    cuda = _Recording(_Device())
+    cuda.fails = True
+    lane = Lane(LIBRARY, cast(Any, _Context()), cuda=cuda, tensors=TENSORS, unified=False, graphs=True)
+    for _ in range(3):
+        assert lane.infer({"images": np.ones(SHAPE, np.float32)})["boxes"].tolist() == [[2.0] * 4]
+    assert cuda.calls == ["record"]
+    lane.close()
+
+
+class _Engine:
+    """An engine of one context, as the library describes it."""
+
+    num_io_tensors = 2
+
+    def get_tensor_name(self, index: int) -> str:
+        return TENSORS[index].name
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name="FLOAT")
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return SHAPE
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name == "images" else "output"
+
+    def create_execution_context(self) -> _Context:
+        return _Context()
+
+
+def test_a_session_has_the_contract_and_no_engine_brings_code_unasked(
+    engine: Path, bundle_contract: ModelContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: _Engine(), engine_host_code_allowed=False)
+    library = SimpleNamespace(
+        **{**vars(LIBRARY), "__name__": "opened", "ILogger": object, "__version__": "10.3.0"},
+        Runtime=lambda _: runtime,
+        TensorIOMode=SimpleNamespace(INPUT="input"),
+    )
+    monkeypatch.setattr(tensorrt, "load_tensorrt", lambda *_, **__: library)
+    monkeypatch.setattr(tensorrt, "load_cuda", lambda **_: _Recording(_Device()))
+    with TENSORRT.open(engine, SessionOptions()) as session:
+        assert session.contract == bundle_contract
+    assert not runtime.engine_host_code_allowed
+    write_sidecar(engine, bundle_contract, {"version": "10.3.0", "options": "version_compatible"})
+    with pytest.raises(BackendLoadError, match="contains a library"):
+        TENSORRT.open(engine, SessionOptions())
+    TENSORRT.open(engine, SessionOptions(allow_engine_code=True)).close()
+    assert runtime.engine_host_code_allowed
 
 
 class _Serialized:

@@ -420,18 +420,18 @@ class _Recording(Cuda):
     def devices(self) -> list[CudaDevice]:
         return [CudaDevice(index=0, name="Ada", capability=(8, 9), integrated=False)]
 
-    def begin_capture(self, stream: int) -> None:
+    def begin_capture(self, _stream: int) -> None:
         self.calls.append("record")
 
-    def end_capture(self, stream: int) -> object:
+    def end_capture(self, _stream: int) -> object:
         if self.fails:
             raise BackendError("CUDA cannot record this.")
         return object()
 
-    def launch(self, graph: object, stream: int) -> None:
+    def launch(self, _graph: object, _stream: int) -> None:
         self.calls.append("launch")
 
-    def destroy_graph(self, graph: object) -> None:
+    def destroy_graph(self, _graph: object) -> None:
         self.calls.append("destroy")
 
 
@@ -467,10 +467,10 @@ class _Engine:
     def get_tensor_name(self, index: int) -> str:
         return TENSORS[index].name
 
-    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+    def get_tensor_dtype(self, _name: str) -> SimpleNamespace:
         return SimpleNamespace(name="FLOAT")
 
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+    def get_tensor_shape(self, _name: str) -> tuple[int, ...]:
         return SHAPE
 
     def get_tensor_mode(self, name: str) -> str:

@@ -5,7 +5,8 @@
 
 Each file is equal to Pillow's pixels, differs (at most 2 levels in JPEG, whose decoders are free to), is refused by one
 or by both, or ends in an error that is not the product's: a finding, with exit code 1. ``--damage`` changes 1 to 50
-bytes in the scans of JPEG files among them, and counts which of them are refused, with libjpeg's lines and without.
+bytes in the scans of JPEG files among them, and counts which of them are refused, where libjpeg's lines come from
+glibc's stream and where they come from the file descriptor.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import argparse
 import time
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from fcos_deploy.core import jpeg
 from fcos_deploy.core.errors import ImageError
 from fcos_deploy.core.image import file_head, image_format, read_image
-from fcos_deploy.core.jpeg import decode_jpeg, with_messages
 
 SUFFIXES = frozenset(
     (
@@ -76,27 +80,25 @@ def walk(folders: list[Path]) -> list[Path]:
 
 
 def damage(files: list[Path], *, count: int) -> Counter[str]:
-    """Of JPEG files with bytes changed in their scans: what libjpeg's lines and the structure alone notice."""
+    """Of JPEG files with bytes changed in their scans: how many are noticed with each way to libjpeg's lines."""
     rng, outcomes = np.random.default_rng(0), Counter[str]()
     sources = [path.read_bytes() for path in files if image_format(file_head(path)) == "JPEG"]
     sources = [content for content in sources if content.count(b"\xff\xda") and len(content) > 2000]
+    ways = {"glibc's stream": jpeg.with_messages, "the file descriptor": jpeg._Descriptor().call}
     for number in range(count):
         content = bytearray(sources[number % len(sources)])
         first = content.rindex(b"\xff\xda") + 14
         changed = min(int(rng.choice([1, 3, 50])), len(content) - first - 2)
         place = int(rng.integers(first, len(content) - changed - 1))
         content[place : place + changed] = rng.integers(0, 256, changed, np.uint8).tobytes()
-        noticed = [
-            bool(decode_jpeg(bytes(content), decode)[1]) for decode in (_decode, lambda c: (_decode(c)[0], None))
-        ]
-        outcomes["refused with libjpeg's lines"] += noticed[0]
-        outcomes["refused by structure alone"] += noticed[1]
+        for name, capture in ways.items():
+            outcomes[f"refused, with {name}"] += bool(jpeg.decode_jpeg(bytes(content), partial(_decode, capture))[1])
     return outcomes
 
 
-def _decode(content: bytes) -> tuple[NDArray[np.uint8] | None, str | None]:
+def _decode(capture: Callable[[Callable[[], Any]], tuple[Any, str]], content: bytes) -> tuple[Any, str]:
     try:
-        return with_messages(lambda: cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR))
+        return capture(lambda: cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR))
     except cv2.error:
         return None, ""
 

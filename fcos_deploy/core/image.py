@@ -355,7 +355,7 @@ def _decode_jpeg(path: Path, content: bytes, *, orientation: Orientation) -> NDA
     if orientation is Orientation.STORED:
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
 
-    def decode(jpeg: bytes) -> tuple[NDArray[np.uint8] | None, str | None]:
+    def decode(jpeg: bytes) -> tuple[NDArray[np.uint8] | None, str]:
         with contextlib.suppress(cv2.error):  # which it raises for some damage, and returns None for the rest
             decoded, messages = with_messages(lambda: cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags))
             return decoded, messages

@@ -2,11 +2,12 @@
 
 What libjpeg prints decides; ``with_messages`` catches it. It prints its first line alone, and there are lines about
 what does not change a pixel. Nothing is printed about scans that a file leaves out: they are counted here (ITU-T T.81,
-annexes B and G). Where libjpeg's lines cannot be had, that and the file's end are all that is looked at.
+annexes B and G).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -14,6 +15,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import numpy as np
@@ -72,10 +74,10 @@ class _File:
                 self.complete[component][first : last + 1] |= bits & 15 == 0 or not self.is_progressive
 
 
-def decode_jpeg(content: bytes, decode: Callable[[bytes], tuple[_Pixels | None, str | None]]) -> tuple[_Pixels, str]:
+def decode_jpeg(content: bytes, decode: Callable[[bytes], tuple[_Pixels | None, str]]) -> tuple[_Pixels, str]:
     """The pixels (h, w, 3) of a JPEG file, and what is wrong with it as half a sentence; empty when nothing is.
 
-    ``decode``: libjpeg, with what it prints, of which only the first line comes out; None where that cannot be known.
+    ``decode``: libjpeg, with what it prints, of which only the first line comes out.
     Bytes between the file's segments, which it passes over, are left out for it, and a missing end is added, so that
     its line is of the pixels.
     """
@@ -85,9 +87,7 @@ def decode_jpeg(content: bytes, decode: Callable[[bytes], tuple[_Pixels | None, 
         pixels, messages = decode(content if file.is_plain else file.rebuilt(content))
         if pixels is None:
             return nothing, "the decoder gives it up"
-        if messages is None and not file.has_end:
-            return nothing, "the file ends early"
-        if messages is not None and _OF_METADATA.search(messages):
+        if _OF_METADATA.search(messages):
             messages = decode(file.rebuilt(content, metadata=False))[1]
         if messages and (_OF_PIXELS.search(messages) or not _only_filling(content, file, messages)):
             return nothing, f"the decoder says '{messages.strip()}'"
@@ -146,6 +146,18 @@ _LIBJPEG = re.compile(
 )
 
 
+def _libjpeg_lines(printed: bytes) -> str:
+    return b"".join(_LIBJPEG.findall(printed)).decode("utf-8", "replace")
+
+
+def _pass_on(printed: bytes) -> None:
+    """Write what is not libjpeg's to the terminal, if there is one."""
+    others = _LIBJPEG.sub(b"", printed)
+    if others.strip():
+        with contextlib.suppress(OSError):
+            os.write(2, others)
+
+
 class _Stream:
     """glibc's variable ``stderr``, which it allows to be set, is a stream in memory while something is decoded.
 
@@ -153,11 +165,7 @@ class _Stream:
     a time. Only if something was printed, which is rare, is the work repeated alone, to know by whom.
     """
 
-    def __init__(self) -> None:
-        libc = ctypes.CDLL(None)
-        self.usable = hasattr(libc, "gnu_get_libc_version")  # in musl the variable is constant
-        if not self.usable:
-            return
+    def __init__(self, libc: ctypes.CDLL) -> None:
         self._flush, self._seek = libc.fflush, libc.fseek
         for function in (self._flush, self._seek):
             function.argtypes = [ctypes.c_void_p, *([ctypes.c_long, ctypes.c_int] if function is self._seek else [])]
@@ -167,7 +175,8 @@ class _Stream:
         self._memory: Any = libc.open_memstream(ctypes.byref(self._text), ctypes.byref(self._size))
         self._variable = ctypes.c_void_p.in_dll(libc, "stderr")
         self._terminal = self._variable.value
-        self.usable = bool(self._memory)
+        if not self._memory:
+            raise MemoryError("There is no memory for what libjpeg prints.")
         self._changed = threading.Condition()
         self._active = 0
         os.register_at_fork(after_in_child=self._after_fork)
@@ -193,14 +202,12 @@ class _Stream:
             if printed:
                 self._seek(self._memory, 0, 0)
                 self._flush(self._memory)  # with it the size is 0 again
-                others = _LIBJPEG.sub(b"", printed)
-                if others.strip():
-                    os.write(2, others)
+                _pass_on(printed)
             self._changed.notify_all()
         return printed
 
     def call(self, work: Callable[[], T]) -> tuple[T, str]:
-        """``work()``, and what was printed meanwhile by this thread."""
+        """``work()``, and libjpeg's lines of it."""
         with self._changed:
             self._enter()
         try:
@@ -217,15 +224,69 @@ class _Stream:
                 result = work()
             finally:
                 printed = self._leave()
-        return result, printed.decode("utf-8", "replace")
+        return result, _libjpeg_lines(printed)
+
+
+class _Descriptor:
+    """File descriptor 2 is a file without a name while something is decoded, by one thread at a time.
+
+    What other threads write meanwhile goes on to the terminal; a process that they start then keeps the file.
+    """
+
+    def __init__(self) -> None:
+        self._terminal = -1
+        self._prepare()
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def _prepare(self) -> None:
+        self._lock = threading.Lock()
+        if hasattr(os, "memfd_create"):  # Linux: it needs no folder
+            self._file = os.memfd_create("stderr")
+        else:
+            with TemporaryFile() as file:
+                self._file = os.dup(file.fileno())
+
+    def _after_fork(self) -> None:
+        """A child has only the thread that forked, and none that decodes; the file is its parent's."""
+        self._restore()
+        os.close(self._file)
+        self._prepare()
+
+    def _restore(self) -> None:
+        if self._terminal >= 0:
+            os.dup2(self._terminal, 2)
+            os.close(self._terminal)
+            self._terminal = -1
+
+    def call(self, work: Callable[[], T]) -> tuple[T, str]:
+        """``work()``, and libjpeg's lines of it."""
+        with self._lock:
+            try:
+                self._terminal = os.dup(2)
+            except OSError:  # it is closed
+                self._terminal = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(self._file, 2)
+            try:
+                result = work()
+            finally:
+                self._restore()
+                printed = os.pread(self._file, os.lseek(self._file, 0, os.SEEK_CUR), 0)
+                os.lseek(self._file, 0, os.SEEK_SET)
+                _pass_on(printed)
+        return result, _libjpeg_lines(printed)
 
 
 _CREATION = threading.Lock()
-_stream = functools.cache(_Stream)
 
 
-def with_messages(work: Callable[[], T]) -> tuple[T, str | None]:
-    """``work()`` and what C code printed on stderr in it, which may call it twice; None where that cannot be known."""
+@functools.cache
+def _capture() -> _Stream | _Descriptor:
+    libc = ctypes.CDLL(None)
+    return _Stream(libc) if hasattr(libc, "gnu_get_libc_version") else _Descriptor()  # musl's stderr is constant
+
+
+def with_messages(work: Callable[[], T]) -> tuple[T, str]:
+    """``work()`` and what libjpeg printed on stderr in it, which may call it twice."""
     with _CREATION:
-        stream = _stream()
-    return stream.call(work) if stream.usable else (work(), None)
+        capture = _capture()
+    return capture.call(work)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import codecs
 import copy
+import ctypes
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +35,12 @@ from fcos_deploy.accuracy.dataset import label_index, load_coco
 from fcos_deploy.checkpoints.load import describe_checkpoint, load_checkpoint
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core import image as image_module
+from fcos_deploy.core import jpeg as jpeg_module
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import CalibrationError, ConfigError, FcosDeployError, ImageError
 from fcos_deploy.core.image import image_size, list_images, read_image
+from fcos_deploy.core.jpeg import with_messages
 from fcos_deploy.detector import Detector
 from fcos_deploy.detector.prediction import is_video_file, predict, read_frames
 
@@ -430,6 +435,15 @@ DAMAGED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.fixture(params=["stream", "descriptor"])
+def _capture_of_stderr(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """glibc's stream, and what stands in for it with another C library."""
+    if request.param == "descriptor":
+        descriptor = jpeg_module._Descriptor()
+        monkeypatch.setattr(jpeg_module, "_capture", lambda: descriptor)
+
+
+@pytest.mark.usefixtures("_capture_of_stderr")
 @pytest.mark.parametrize("form", ["plain", "progressive", "optimize"])
 @pytest.mark.parametrize("kind", [*WHOLE, *DAMAGED])
 def test_the_decoders_own_warnings_decide_on_a_jpeg(
@@ -446,6 +460,7 @@ def test_the_decoders_own_warnings_decide_on_a_jpeg(
     assert capfd.readouterr().err == ""  # libjpeg's line is in the error
 
 
+@pytest.mark.usefixtures("_capture_of_stderr")
 def test_threads_that_decode_do_not_hear_each_others_warnings(photograph: NDArray[np.uint8], tmp_path: Path) -> None:
     content = jpeg(photograph)
     (tmp_path / "whole.jpg").write_bytes(content)
@@ -460,6 +475,54 @@ def test_threads_that_decode_do_not_hear_each_others_warnings(photograph: NDArra
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(is_read, ["whole.jpg", "noise.jpg", "whole.jpg"] * 20))
     assert results == [True, False, True] * 20
+
+
+def print_a_warning() -> None:
+    """As C code does."""
+    libc = ctypes.CDLL(None)
+    libc.fputs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    text = b"of another library\nPremature end of JPEG file\n"
+    libc.fputs(text, ctypes.c_void_p.in_dll(libc, "stderr").value)
+
+
+@pytest.mark.usefixtures("_capture_of_stderr")
+def test_what_is_not_of_libjpeg_goes_on_to_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    assert with_messages(print_a_warning) == (None, "Premature end of JPEG file\n")
+    assert set(capfd.readouterr().err.splitlines()) == {"of another library"}
+
+
+@pytest.mark.usefixtures("_capture_of_stderr")
+def test_a_process_that_forks_in_the_middle_of_decoding_has_its_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    terminal = os.fstat(2).st_ino
+
+    def forks() -> int:
+        if child := os.fork():
+            return os.waitpid(child, 0)[1]
+        signal.alarm(20)  # rather than wait for a lock that nobody holds
+        ok = os.fstat(2).st_ino == terminal and with_messages(print_a_warning)[1] == "Premature end of JPEG file\n"
+        os.write(2, b"of the child\n" if ok else b"")
+        with_messages(lambda: (print_a_warning(), os._exit(not ok)))  # which its parent must not hear
+        return 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which other tests leave
+        assert with_messages(forks) == (0, "")
+    assert set(capfd.readouterr().err.splitlines()) == {"of another library", "of the child"}
+
+
+def test_a_closed_stderr_keeps_no_image_from_being_read(photograph: NDArray[np.uint8], tmp_path: Path) -> None:
+    (tmp_path / "noise.jpg").write_bytes(DAMAGED["a part gone"](jpeg(photograph)))
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom fcos_deploy.core import image, jpeg\n"
+        "captures = jpeg._capture(), jpeg._Descriptor()\nos.close(2)\nfor capture in captures:\n"
+        "    jpeg._capture = lambda: capture\n"
+        "    try:\n        image.read_image(Path(sys.argv[1]))\n"
+        "    except image.ImageError as error:\n        print(error.message)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "noise.jpg"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert result.stdout.count("is damaged: the decoder says") == 2
 
 
 FORMATS = {

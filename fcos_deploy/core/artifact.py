@@ -172,10 +172,9 @@ def find_contract(path: Path) -> ModelContract | None:
     """As ``read_contract``, but None for an artifact of another tool, which carries none.
 
     Raises:
-        BackendLoadError: when the file is missing or damaged.
+        BackendLoadError: when the file is missing, damaged or a checkpoint.
     """
-    if not path.is_file():
-        raise BackendLoadError(f"'{path}' is not there.")
+    _require_artifact(path)
     is_graph, sidecar = path.suffix.lower() == ".onnx", sidecar_path(path)
     try:
         if is_graph:
@@ -197,6 +196,15 @@ def find_contract(path: Path) -> ModelContract | None:
     return replace(contract, precision=Precision.INT8) if quantized else contract
 
 
+def _require_artifact(path: Path) -> None:
+    if path.is_dir():
+        raise BackendLoadError(f"'{path}' is a folder, not a file.", hint="give the ONNX file, engine or IR")
+    if not path.is_file():
+        raise BackendLoadError(f"'{path}' is not there.")
+    if is_checkpoint(path):
+        raise BackendLoadError(f"'{path}' is a checkpoint.", hint="make a graph of it first, with 'fcos-deploy export'")
+
+
 onnx = lazy_import("onnx", extra="export")
 
 
@@ -204,12 +212,11 @@ class OnnxGraph:
     """One ONNX file. Every property is computed when it is first asked for, and only then.
 
     Raises:
-        BackendLoadError: there is no such file.
+        BackendLoadError: there is no such file, or it is a checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise BackendLoadError(f"'{path}' is not there.")
+        _require_artifact(path)
         self.path = path
 
     @cached_property

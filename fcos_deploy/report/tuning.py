@@ -160,8 +160,9 @@ def tuning_chart(data: TuningData) -> str:
         if times := [p.cost_ms for p in data.points if p.ap is None and p.cost_ms is not None]:
             place = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # at the bottom
             axes.plot(times, [0.02] * len(times), "|", color=MUTED, ms=9, label="pruned by its time", **place)
-        unit = "time between two images at full load (ms)" if data.throughput else "latency of one image (ms)"
-        axes.set(xlabel=f"{unit}: median, line to the 90th percentile", ylabel="AP (IoU 0.50 to 0.95)")
+        latency = "latency of one image (ms): median, line to the 90th percentile"
+        xlabel = "time between two images at full load (ms)" if data.throughput else latency
+        axes.set(xlabel=xlabel, ylabel="AP (IoU 0.50 to 0.95)")
         axes.set_xlim(left=0)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         return svg_of(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.artifact import find_contract, read_contract, sidecar_path, write_sidecar
+from fcos_deploy.core.artifact import OnnxGraph, find_contract, read_contract, sidecar_path, write_sidecar
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, TensorSpec, contract_to_text
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, TensorMismatchError
 from fcos_deploy.core.onnx_file import onnx_metadata
@@ -74,6 +75,19 @@ def test_missing_file_is_named(name: str, tmp_path: Path) -> None:
     for read in (read_contract, find_contract):
         with pytest.raises(BackendLoadError, match=f"{name}' is not there"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_contract, find_contract, OnnxGraph])
+def test_a_checkpoint_or_a_folder_in_place_of_a_graph_is_named_as_what_it_is(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    for name in ("model.pth", "model.onnx"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 as torch.save writes it")
+        with pytest.raises(BackendLoadError, match=f"{name}' is a checkpoint") as refused:
+            read(tmp_path / name)
+        assert "fcos-deploy export" in refused.value.hint
+    with pytest.raises(BackendLoadError, match="is a folder, not a file"):
+        read(tmp_path)
 
 
 def test_missing_or_empty_onnx_file_has_no_metadata(tmp_path: Path) -> None:

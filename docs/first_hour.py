@@ -38,6 +38,8 @@ JETSON = {
     "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
     "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
     "proc/meminfo": "MemTotal:        7802092 kB\n",
+    "proc/cpuinfo": "processor\t: 0\nmodel name\t: ARMv8 Processor rev 1 (v8l)\n"
+    "Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp\n",
 }
 LOOKS_LIKE_A_JETSON = """
 import functools, pathlib, platform

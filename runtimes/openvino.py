@@ -110,13 +110,16 @@ class _OpenVinoSession(Session):
         self._ring_lock = threading.Lock()
 
     def _run(self, feeds: Tensors) -> Tensors:
+        return _copied(self._borrow(feeds))
+
+    def _borrow(self, feeds: Tensors) -> Tensors:
         requests = self._requests
         if requests is None:
             raise BackendError("The session is closed.")
         with _errors_in_words():
             request = requests.get()
             request.start(feeds)
-            return _copied(request.finish())
+            return request.finish()
 
     def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
         """As many requests at a time as OpenVINO finds best.

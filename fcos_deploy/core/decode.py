@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.enums import CenterMode, StrEnum
 from fcos_deploy.core.errors import ConfigError, TensorMismatchError
-from fcos_deploy.core.native import NATIVE_TYPES, Native, native
+from fcos_deploy.core.native import NATIVE_TYPES, Native, Passing, Selection, native
 
 __all__ = [
     "ALL_CANDIDATES",
@@ -32,6 +32,9 @@ __all__ = [
     "level_sizes",
     "location_centers",
     "location_strides",
+    "native_for",
+    "passing_pairs",
+    "selection",
     "sigmoid",
 ]
 
@@ -288,16 +291,18 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     Raises:
         TensorMismatchError: the outputs' shapes do not fit each other or the input size.
     """
-    ends = _level_ends(input_size, spec.strides)
+    profile, ends = spec.profile, _level_ends(input_size, spec.strides)
+    library = native_for(head)
+    if library is not None:
+        passing, _ = passing_pairs(library, head, spec, input_size=input_size)
+        rule = selection(spec, input_size=input_size, best_first=profile.sort_by_score)
+        return Candidates(*library.select(passing, rule))
     _check_shapes(head, input_size, locations=int(ends[-1]))
-    library = native()
-    if library is not None and all(
-        array.dtype in NATIVE_TYPES for array in (head.cls_logits, head.centerness, head.distances)
-    ):
-        return _decode_native(library, head, spec, input_size=input_size)
-    profile, classes = spec.profile, head.cls_logits.shape[1]
+    classes = head.cls_logits.shape[1]
     logits, quality = head.cls_logits.astype(np.float32, copy=False), sigmoid(head.centerness.reshape(-1))
-    bounds = _least_logits(head, ends, spec, largest=lambda: logits.max(axis=1))
+    bounds = _gate_logit(profile.gate, spec.score_threshold)
+    if profile.rank_per_location:
+        bounds = _logits_of_best_locations(head, ends, spec, largest=logits.max(axis=1))
     above = logits > bounds[:, None]
     if np.count_nonzero(above) > _room(logits) and not profile.rank_per_location:
         above = logits > _best_logits(head, ends, spec, largest=logits.max(axis=1))[:, None]
@@ -317,26 +322,31 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     return Candidates(boxes, _SCORE_FORMS[profile.score](p[best], q[best]), channels)
 
 
-def _least_logits(
-    head: HeadOutputs, ends: NDArray[np.int64], spec: DecodeSpec, *, largest: Callable[[], NDArray[Any]]
-) -> Floats:
-    """(1,) for all locations, or (L,): logits that every pair exceeds that passes the gate and the choice of locations.
-
-    ``largest``: gives each location's largest logit (L,).
-    """
+@functools.lru_cache(maxsize=64)
+def _gate_logit(gate: ScoreForm, threshold: float) -> Floats:
+    """(1,): a logit that every pair exceeds that passes the gate."""
     # q <= 1, so that p * q >= t needs p >= t: a pair whose logit is below that of t fails whatever its centerness is.
-    bound = _logits_of(_product(spec.profile.gate, np.full(1, spec.score_threshold * (1 - _MARGIN))))
-    if not spec.profile.rank_per_location:
-        return bound
-    rank = _SCORE_FORMS[spec.profile.rank](sigmoid(largest()), sigmoid(head.centerness.reshape(-1)))
+    return _logits_of(_product(gate, np.full(1, threshold * (1 - _MARGIN))))
+
+
+def _logits_of_best_locations(
+    head: HeadOutputs, ends: NDArray[np.int64], spec: DecodeSpec, *, largest: NDArray[Any]
+) -> Floats:
+    """(L,): as ``_gate_logit`` for the locations that ``rank_per_location`` chooses, infinity for the others.
+
+    ``largest``: each location's largest logit (L,).
+    """
+    rank = _SCORE_FORMS[spec.profile.rank](sigmoid(largest), sigmoid(head.centerness.reshape(-1)))
     bounds = np.full(len(rank), np.inf, np.float32)
+    gate = _gate_logit(spec.profile.gate, spec.score_threshold)
     for first, end in itertools.pairwise([0, *ends]):
-        bounds[first + best_first(rank[first:end], limit=spec.pre_nms_top_k)] = bound
+        bounds[first + best_first(rank[first:end], limit=spec.pre_nms_top_k)] = gate
+    bounds[largest <= gate] = np.inf  # not those of NaN, which have other pairs
     return bounds
 
 
 def _best_logits(head: HeadOutputs, ends: NDArray[np.int64], spec: DecodeSpec, *, largest: NDArray[Any]) -> Floats:
-    """(L,): as ``_least_logits``, and exceeded by every pair that can be among the ``pre_nms_top_k`` best of its level.
+    """(L,): as ``_gate_logit``, and exceeded by every pair that can be among the ``pre_nms_top_k`` best of its level.
 
     Only a shortcut, for images in which many pairs pass. ``largest``: each location's largest logit (L,).
     """
@@ -361,7 +371,7 @@ def _best_logits(head: HeadOutputs, ends: NDArray[np.int64], spec: DecodeSpec, *
     if profile.rank is not ScoreForm.P:
         needed /= quality
     # NaN says nothing: its rank comes before all numbers.
-    return np.fmax(_logits_of(needed), _least_logits(head, ends, spec, largest=lambda: largest))
+    return np.fmax(_logits_of(needed), _gate_logit(profile.gate, spec.score_threshold))
 
 
 def _product(form: ScoreForm, value: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -379,37 +389,56 @@ def _logits_of(probabilities: NDArray[np.float64]) -> Floats:
 
 def _room(logits: NDArray[Any]) -> int:
     """How many pairs are listed as they are; where more pass, it pays to look for those that can be among the best."""
-    return max(logits.size // 8, 4096)
+    return max(logits.size // 8, 32768)
 
 
 _FORM_NUMBERS = {form: number for number, form in enumerate(ScoreForm)}  # P, PQ, SQRT_PQ in host.c
 
 
-def _decode_native(library: Native, head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) -> Candidates:
-    """As ``decode``, with the library's loops; probabilities are NumPy's here too, so that no bit differs."""
+def native_for(head: HeadOutputs) -> Native | None:
+    """The compiled loops, if there are any that take these arrays."""
+    arrays = (head.cls_logits, head.centerness, head.distances)
+    return native() if all(array.dtype in NATIVE_TYPES for array in arrays) else None
+
+
+def passing_pairs(
+    library: Native, head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]
+) -> tuple[Passing, bool]:
+    """The pairs among which all candidates are, and whether all logits are finite; errors are those of ``decode``.
+
+    Probabilities are NumPy's here too, so that no bit differs. The calling thread's next call overwrites the pairs.
+    """
     profile, ends = spec.profile, _level_ends(input_size, spec.strides)
+    _check_shapes(head, input_size, locations=int(ends[-1]))
     logits, distances = np.ascontiguousarray(head.cls_logits), np.ascontiguousarray(head.distances)
     centerness = np.ascontiguousarray(head.centerness.reshape(-1))
-    bounds = _least_logits(head, ends, spec, largest=lambda: library.largest(logits))
     scan = functools.partial(library.scan, logits, centerness, ends=ends)
-    passing = scan(bounds, capacity=_room(logits))
-    if not passing.complete and not profile.rank_per_location:
-        bounds = _best_logits(head, ends, spec, largest=library.largest(logits))
+    if profile.rank_per_location:
+        largest, finite = library.largest(logits)
+        bounds = _logits_of_best_locations(head, ends, spec, largest=largest)
         passing = scan(bounds, capacity=_room(logits))
+    else:
+        bounds = _gate_logit(profile.gate, spec.score_threshold)
+        passing = scan(bounds, capacity=_room(logits))
+        finite = passing.finite
+        if not passing.complete:
+            bounds = _best_logits(head, ends, spec, largest=library.largest(logits)[0])
+            passing = scan(bounds, capacity=_room(logits))
     if not passing.complete:  # equal ranks, which no bound separates, or a rule without a limit
         passing = scan(bounds, capacity=int(passing.counts.sum()))
-    boxes, scores, channels = library.select(
-        passing,
-        sigmoid(passing.values),
-        classes=logits.shape[1],
-        forms=(_FORM_NUMBERS[profile.gate], _FORM_NUMBERS[profile.rank], _FORM_NUMBERS[profile.score]),
-        threshold=spec.score_threshold,
+    return Passing(passing, sigmoid(passing.values), logits.shape[1], distances), finite
+
+
+def selection(spec: DecodeSpec, *, input_size: tuple[int, int], best_first: bool) -> Selection:
+    """Which of the pairs become candidates, for the compiled loops; in each level the best first, or by position."""
+    profile = spec.profile
+    return Selection(
+        _centers(input_size, spec.strides, profile.centers),
         limit=ALL_CANDIDATES if profile.rank_per_location else spec.pre_nms_top_k,
-        best_first=profile.sort_by_score,
-        centers=_centers(input_size, spec.strides, profile.centers),
-        distances=distances,
+        threshold=spec.score_threshold,
+        forms=(_FORM_NUMBERS[profile.gate], _FORM_NUMBERS[profile.rank], _FORM_NUMBERS[profile.score]),
+        best_first=best_first,
     )
-    return Candidates(boxes, scores, channels)
 
 
 @functools.lru_cache(maxsize=64)

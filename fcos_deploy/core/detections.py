@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,13 @@ from fcos_deploy.core.decode import (
     NmsSpace,
     best_first,
     decode,
+    native_for,
+    passing_pairs,
+    selection,
 )
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import BackendError, ConfigError, MissingDependencyError, TensorMismatchError
-from fcos_deploy.core.native import NATIVE_TYPES, native
+from fcos_deploy.core.native import NATIVE_TYPES, Finish, Native, Selection, SuppressionRule, native
 from fcos_deploy.core.preprocess import Letterbox
 
 __all__ = [
@@ -163,7 +166,7 @@ def suppress(
     """
     library = native()
     if library is not None:
-        return library.suppress(boxes, scores, labels=labels, **dataclasses.asdict(rule))
+        return library.suppress(boxes, scores, labels=labels, rule=_native_suppression(rule))
     order, labels = best_first(scores), labels.astype(np.int32)
     kept = order[:0]
     for start in range(0, len(order), _BLOCK):
@@ -178,6 +181,10 @@ def suppress(
     if len(kept) > rule.limit:
         return kept[~(scores[kept] < scores[kept[rule.limit - 1]])] if rule.keep_ties else kept[: rule.limit]
     return kept
+
+
+def _native_suppression(rule: Suppression) -> SuppressionRule:
+    return SuppressionRule(rule.iou_threshold, rule.iou_offset, rule.limit, rule.keep_ties)
 
 
 def _survivors(
@@ -231,6 +238,13 @@ def postprocess(
     if missing:
         raise TensorMismatchError(f"The outputs must be {sorted(contract.outputs)}, {missing} are missing.")
     of_image: Outputs = {name: outputs[name][index] for name in contract.outputs}
+    if contract.tail is Tail.RAW:
+        head = HeadOutputs(of_image["cls_logits"], of_image["distances"], of_image["centerness"])
+        library = native_for(head)
+        if library is not None:
+            detections = _detect_native(library, head, contract.decode, input_size, letterbox)
+            if detections is not None:
+                return detections
     if contract.tail is Tail.NMS:  # Rows beyond the count are not written by every runtime.
         of_image = _used_rows(of_image)
     for name, array in of_image.items():
@@ -240,6 +254,38 @@ def postprocess(
         if contract.tail is not Tail.NMS:
             candidates = _suppressed(candidates, contract.decode, input_size, letterbox)
         return _finish(candidates, contract.decode, letterbox)
+
+
+def _detect_native(
+    library: Native, head: HeadOutputs, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox
+) -> Detections | None:
+    """As the steps of ``postprocess`` after each other; None if an output is not finite."""
+    passing, finite = passing_pairs(library, head, spec, input_size=input_size)
+    centerness = np.ascontiguousarray(head.centerness)
+    if not (finite and library.all_finite(centerness) and library.all_finite(passing.distances)):
+        return None
+    boxes, scores, channels = library.detect(passing, *_native_rules(spec, input_size, letterbox))
+    return Detections(boxes, scores, _labels(channels, spec))
+
+
+@functools.lru_cache(maxsize=64)
+def _native_rules(spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox) -> tuple[Selection, Finish]:
+    """What the compiled loops do with the pairs that pass."""
+    profile = spec.profile
+    final = profile.box_filter is BoxFilter.AFTER_FINAL_CLIP
+    # Suppression sorts by score anyway, and candidates of equal scores have the order of their ranks.
+    ranked = profile.sort_by_score and profile.rank is not profile.score
+    return selection(spec, input_size=input_size, best_first=ranked), Finish(
+        suppression=_native_suppression(_suppression(spec)),
+        clip=_CLIPS[profile.clip](input_size, letterbox) or _NO_CLIP,
+        final_clip=(letterbox.image_width, letterbox.image_height) if final else _NO_CLIP,
+        to_image=tuple(letterbox.to_image(np.ones((1, 4), np.float32))[0].tolist()),
+        min_size=spec.min_box_size,
+        drops_small=profile.box_filter is BoxFilter.BEFORE_NMS,
+        in_image_pixels=profile.nms_space is NmsSpace.ORIGINAL,
+        class_agnostic=spec.class_agnostic,
+        sort_by_score=profile.sort_by_score,
+    )
 
 
 def _check_finite(name: str, array: NDArray[Any], *, index: int) -> None:
@@ -292,24 +338,29 @@ def _suppressed(
     candidates: Candidates, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox
 ) -> Candidates:
     """Survivors in the profile's order, boxes clipped as it says, in network-input pixels."""
-    profile = spec.profile
-    boxes = _CLIPS[profile.clip](candidates.boxes, input_size, letterbox)
-    candidates = Candidates(boxes, candidates.scores, candidates.channels)
+    profile, boxes = spec.profile, candidates.boxes
+    most = _CLIPS[profile.clip](input_size, letterbox)
+    if most is not None:
+        boxes = _clip_to(boxes, *most)
+        candidates = Candidates(boxes, candidates.scores, candidates.channels)
     measured = letterbox.to_image(boxes) if profile.nms_space is NmsSpace.ORIGINAL else boxes
     if profile.box_filter is BoxFilter.BEFORE_NMS:
         x1, y1, x2, y2 = measured.T
         large = (x2 - x1 > spec.min_box_size) & (y2 - y1 > spec.min_box_size)
         if not large.all():
             candidates, measured = candidates.take(large), measured[large]
-    rule = Suppression(
+    labels = np.zeros_like(candidates.channels) if spec.class_agnostic else candidates.channels
+    kept = suppress(measured, candidates.scores, labels=labels, rule=_suppression(spec))
+    return candidates.take(kept if profile.sort_by_score else np.sort(kept))
+
+
+def _suppression(spec: DecodeSpec) -> Suppression:
+    return Suppression(
         iou_threshold=spec.iou_threshold,
         limit=spec.max_detections,
-        iou_offset=profile.iou_offset,
-        keep_ties=profile.keep_ties,
+        iou_offset=spec.profile.iou_offset,
+        keep_ties=spec.profile.keep_ties,
     )
-    labels = np.zeros_like(candidates.channels) if spec.class_agnostic else candidates.channels
-    kept = suppress(measured, candidates.scores, labels=labels, rule=rule)
-    return candidates.take(kept if profile.sort_by_score else np.sort(kept))
 
 
 def _clip_to(boxes: NDArray[np.float32], width: float, height: float) -> NDArray[np.float32]:
@@ -319,12 +370,14 @@ def _clip_to(boxes: NDArray[np.float32], width: float, height: float) -> NDArray
     return clipped
 
 
-_CLIPS: dict[BoxClip, Callable[[NDArray[np.float32], tuple[int, int], Letterbox], NDArray[np.float32]]] = {
-    BoxClip.NONE: lambda boxes, _size, _box: boxes,
-    BoxClip.INPUT: lambda boxes, size, _box: _clip_to(boxes, size[1], size[0]),
-    BoxClip.IMAGE: lambda boxes, _size, box: _clip_to(boxes, box.resized_width, box.resized_height),
-    BoxClip.IMAGE_MINUS_ONE: lambda boxes, _size, box: _clip_to(boxes, box.resized_width - 1, box.resized_height - 1),
+# Largest x and y of boxes before suppression, for the size (H, W) of the input.
+_CLIPS: dict[BoxClip, Callable[[tuple[int, int], Letterbox], tuple[int, int] | None]] = {
+    BoxClip.NONE: lambda _size, _box: None,
+    BoxClip.INPUT: lambda size, _box: (size[1], size[0]),
+    BoxClip.IMAGE: lambda _size, box: (box.resized_width, box.resized_height),
+    BoxClip.IMAGE_MINUS_ONE: lambda _size, box: (box.resized_width - 1, box.resized_height - 1),
 }
+_NO_CLIP = (-1, -1)  # of host.c
 
 
 def _finish(candidates: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> Detections:
@@ -334,6 +387,8 @@ def _finish(candidates: Candidates, spec: DecodeSpec, letterbox: Letterbox) -> D
         boxes = _clip_to(boxes, letterbox.image_width, letterbox.image_height)
         solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         candidates, boxes = candidates.take(solid), boxes[solid]
-    channels = candidates.channels
-    labels = np.array(spec.label_map, np.int64)[channels] if spec.label_map else channels.astype(np.int64)
-    return Detections(boxes, candidates.scores, labels)
+    return Detections(boxes, candidates.scores, _labels(candidates.channels, spec))
+
+
+def _labels(channels: NDArray[Any], spec: DecodeSpec) -> NDArray[np.int64]:
+    return np.array(spec.label_map, np.int64)[channels] if spec.label_map else channels.astype(np.int64)

@@ -1,4 +1,6 @@
-"""The loops of the host path in C (``c/host.c``), where it was compiled; NumPy's are in ``decode`` and ``detections``.
+"""The loops of the host path in C (``c/host.c``), where it was compiled.
+
+The others are NumPy's in ``decode`` and ``detections``, and OpenCV's in ``preprocess``.
 
 Both give the same results to the bit (``tests/unit/test_native.py``). The library has a plain C interface, so that one
 file serves every Python; its loops run without the interpreter's lock.
@@ -10,6 +12,7 @@ import ctypes
 import functools
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,36 +22,103 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.errors import ConfigError
 
-__all__ = ["NATIVE_TYPES", "SWITCH", "Native", "Scan", "library_problem", "native"]
+__all__ = [
+    "NATIVE_TYPES",
+    "SWITCH",
+    "Finish",
+    "Native",
+    "Scan",
+    "Selection",
+    "SuppressionRule",
+    "library_problem",
+    "native",
+]
 
 SWITCH = "FCOS_DEPLOY_NATIVE"  # 0: NumPy. 1: the library, or an error. Otherwise: the library if it is there.
 _FILE = Path(__file__).with_name("c") / "host.so"
-_INTERFACE = 2  # INTERFACE in host.c
+_INTERFACE = 3  # INTERFACE in host.c
 NATIVE_TYPES = (np.float32, np.float16)  # of the arrays that the library takes
 _BLOCK = 64  # BLOCK in host.c
 _KEPT = 100_000  # pairs: 1.2 MB a thread
 
-_POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Pairs(ctypes.Structure):
+    """As in host.c, which also says what the fields of the others are."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("flat", "p", "q", "counts", "distances")),
+        *(("levels", _COUNT), ("classes", _NUMBER), ("half", _NUMBER)),
+    )
+
+
+class Selection(ctypes.Structure):
+    """Which pairs are candidates."""
+
+    _fields_ = (
+        *(("address", _POINTER), ("locations", _COUNT), ("limit", _COUNT), ("threshold", ctypes.c_float)),
+        *((name, _NUMBER) for name in ("gate", "rank", "score", "sorted")),
+    )
+
+    def __init__(
+        self,
+        centers: NDArray[np.float32],
+        *,
+        limit: int,
+        threshold: float,
+        forms: tuple[int, int, int],
+        best_first: bool,
+    ) -> None:
+        """Take of each level the ``limit`` best by rank, in this order or by position.
+
+        ``centers``: (2, L) x and y. ``forms``: gate, rank and score.
+        """
+        super().__init__(_address(centers), centers.shape[1], limit, threshold, *forms, best_first)
+        self.centers = centers  # which the address is of
+
+
+class SuppressionRule(ctypes.Structure):
+    """What ``detections.Suppression`` says."""
+
+    _fields_ = (
+        *(("iou_threshold", ctypes.c_double), ("iou_offset", ctypes.c_double), ("limit", _COUNT)),
+        ("keep_ties", _NUMBER),
+    )
+
+
+class Finish(ctypes.Structure):
+    """From candidates to detections in image pixels."""
+
+    _fields_ = (
+        ("suppression", SuppressionRule),
+        *(("clip", ctypes.c_float * 2), ("final_clip", ctypes.c_float * 2), ("to_image", ctypes.c_float * 4)),
+        ("min_size", ctypes.c_float),
+        *((name, _NUMBER) for name in ("drops_small", "in_image_pixels", "class_agnostic", "sort_by_score")),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (("boxes", _POINTER), ("scores", _POINTER), ("channels", _POINTER))
+
+
 _ARGUMENTS: dict[str, tuple[type[Any], ...]] = {  # Any: ctypes' simple types
     "host_interface": (),
     "host_scan": (
         *(_POINTER, _NUMBER, _POINTER, _NUMBER, _NUMBER),  # logits, centerness, classes
         *(_POINTER, _NUMBER, _POINTER, _COUNT, _COUNT),  # bounds, ends of levels, capacity
-        *(_POINTER, _POINTER, _POINTER),  # flat, values, counts
+        *(_POINTER, _POINTER, _POINTER, _POINTER),  # flat, values, counts, finite
     ),
     "host_finite": (_POINTER, _NUMBER, _COUNT),  # values, halves, how many
     "host_best": (_POINTER, _COUNT, _COUNT, _POINTER),  # scores, limit, best
     "host_largest": (_POINTER, _NUMBER, _COUNT, _NUMBER, _POINTER),  # logits, locations, classes, largest
-    "host_select": (
-        *(_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _NUMBER),  # flat, p, q, counts, levels, classes
-        *(_NUMBER, ctypes.c_float, _NUMBER, _NUMBER, _COUNT, _NUMBER),  # gate, threshold, rank, score, limit, sorted
-        *(_POINTER, _COUNT, _POINTER, _NUMBER),  # centers, locations, distances
-        *(_POINTER, _POINTER, _POINTER),  # boxes, scores, channels
+    "host_select": (_POINTER, _POINTER, _POINTER),  # pairs, selection, rows
+    "host_detect": (_POINTER, _POINTER, _POINTER, _POINTER),  # pairs, selection, finish, rows
+    "host_resize": (
+        *(_POINTER, _COUNT, _COUNT, _COUNT),  # image, height, width, row_bytes
+        *(_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT),  # red, green, blue, plane_row, new_height, new_width
     ),
-    "host_suppress": (
-        *(_POINTER, _POINTER, _POINTER, _COUNT),  # boxes, scores, labels
-        *(ctypes.c_double, ctypes.c_double, _COUNT, _NUMBER, _POINTER),  # threshold, offset, limit, ties, kept
-    ),
+    "host_suppress": (_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER),  # boxes to labels, rule, kept
 }
 
 
@@ -112,17 +182,36 @@ class _Scratch(threading.local):
 class Scan:
     """Pairs that pass, ascending: flat indices (n,), logits and centernesses (2, n), and how many of each level.
 
-    Where there were more than the capacity, only ``counts`` are there.
+    Where there were more than the capacity, only ``counts`` are there. ``finite``: whether all logits are; with a bound
+    for each location they are not looked at.
     """
 
     flat: NDArray[np.int32]
     values: NDArray[np.float32]
     counts: NDArray[np.int64]
+    finite: bool
 
     @property
     def complete(self) -> bool:
         """Whether all fitted."""
         return len(self.flat) == int(self.counts.sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Passing:
+    """A complete scan, p and q (2, n) of its pairs, and the (L, 4) distances of all locations."""
+
+    scan: Scan
+    probabilities: NDArray[np.float32]
+    classes: int
+    distances: NDArray[Any]
+
+    def most_rows(self, limit: int) -> int:
+        """How many candidates there may be with ``limit`` of a level."""
+        return sum(min(count, limit) for count in self.scan.counts.tolist())
+
+
+_Arrays = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]  # boxes (n, 4), scores (n,), channels (n,)
 
 
 class Native:
@@ -149,14 +238,14 @@ class Native:
         half = logits.dtype == np.float16
         keys = _half_keys(bounds) if half else bounds
         flat, values = self._scratch.of_capacity(capacity)
-        counts = np.empty(len(ends), np.int64)
+        counts, finite, per_location = np.empty(len(ends), np.int64), _NUMBER(1), len(bounds) > 1
         count = self._library.host_scan(
             *(_address(logits), half, _address(centerness), centerness.dtype == np.float16, logits.shape[1]),
-            *(_address(keys), len(bounds) > 1, _address(ends), len(ends), capacity),
-            *(_address(flat), _address(values), _address(counts)),
+            *(_address(keys), per_location, _address(ends), len(ends), capacity),
+            *(_address(flat), _address(values), _address(counts), None if per_location else ctypes.byref(finite)),
         )
         count = count if count <= capacity else 0
-        return Scan(flat[:count], values[: 2 * count].reshape(2, count), counts)
+        return Scan(flat[:count], values[: 2 * count].reshape(2, count), counts, bool(finite.value))
 
     def all_finite(self, values: NDArray[Any]) -> bool:
         """Whether no float32 or float16 of a contiguous array is infinite or NaN."""
@@ -169,45 +258,28 @@ class Native:
         _require_memory(self._library.host_best(_address(scores), len(scores), limit, _address(best)))
         return best
 
-    def largest(self, logits: NDArray[Any]) -> NDArray[np.float32]:
-        """(L,): the largest logit of each location; logits: (L, C) float32 or float16."""
+    def largest(self, logits: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
+        """(L,): the largest logit of each location, NaN where one is; and whether all are finite. logits: (L, C)."""
         largest = np.empty(len(logits), np.float32)
         half = logits.dtype == np.float16
-        self._library.host_largest(_address(logits), half, *logits.shape, _address(largest))
-        return largest
+        finite = self._library.host_largest(_address(logits), half, *logits.shape, _address(largest))
+        return largest, bool(finite)
 
-    def select(
-        self,
-        passing: Scan,
-        probabilities: NDArray[np.float32],
-        *,
-        classes: int,
-        forms: tuple[int, int, int],
-        threshold: float,
-        limit: int,
-        best_first: bool,
-        centers: NDArray[np.float32],
-        distances: NDArray[Any],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-        """Boxes (n, 4), scores (n,) and channels (n,) of the pairs that pass, of each level the ``limit`` best.
+    def select(self, passing: Passing, selection: Selection) -> _Arrays:
+        """The candidates among the pairs that pass."""
+        rows, arrays = self._rows(passing.most_rows(selection.limit))
+        count = self._library.host_select(_pairs(passing), ctypes.byref(selection), rows)
+        _require_memory(count)
+        boxes, scores, channels = arrays
+        return boxes[:count], scores[:count], channels[:count]
 
-        probabilities: (2, n) p and q of each. forms: gate, rank and score. Within a
-        level the best rank comes first, or else the first position. centers: (2, L). distances: (L, 4).
-        """
-        count, levels = len(passing.flat), len(passing.counts)
-        capacity = sum(min(int(of_level), limit) for of_level in passing.counts)
-        boxes, scores = np.empty((capacity, 4), np.float32), np.empty(capacity, np.float32)
-        channels = np.empty(capacity, np.int64)
-        gate, rank, score = forms
-        p = _address(probabilities)
-        rows = self._library.host_select(
-            *(_address(passing.flat), p, p + 4 * count, _address(passing.counts), levels, classes),
-            *(gate, threshold, rank, score, limit, best_first),
-            *(_address(centers), centers.shape[1], _address(distances), distances.dtype == np.float16),
-            *(_address(boxes), _address(scores), _address(channels)),
-        )
-        _require_memory(rows)
-        return boxes[:rows], scores[:rows], channels[:rows]
+    def detect(self, passing: Passing, selection: Selection, finish: Finish) -> _Arrays:
+        """As ``select``, then what survives of them, in image pixels."""
+        rows, arrays = self._rows(passing.most_rows(selection.limit))
+        count = self._library.host_detect(_pairs(passing), ctypes.byref(selection), ctypes.byref(finish), rows)
+        _require_memory(count)
+        boxes, scores, channels = arrays
+        return boxes[:count].copy(), scores[:count].copy(), channels[:count].copy()  # without the room for the others
 
     def suppress(
         self,
@@ -215,21 +287,46 @@ class Native:
         scores: NDArray[np.float32],
         *,
         labels: NDArray[Any],
-        iou_threshold: float,
-        iou_offset: float,
-        limit: int,
-        keep_ties: bool,
+        rule: SuppressionRule,
     ) -> NDArray[np.int64]:
         """Indices of the boxes that stay, best score first, as ``detections.suppress`` says."""
         boxes, scores = np.ascontiguousarray(boxes, np.float32), np.ascontiguousarray(scores, np.float32)
         labels = np.ascontiguousarray(labels, np.int64)
         kept = np.empty(len(scores), np.int64)
         count = self._library.host_suppress(
-            *(_address(boxes), _address(scores), _address(labels), len(scores)),
-            *(iou_threshold, iou_offset, limit, keep_ties, _address(kept)),
+            _address(boxes), _address(scores), _address(labels), len(scores), ctypes.byref(rule), _address(kept)
         )
         _require_memory(count)
         return kept[:count]
+
+    def resize(self, image: NDArray[np.uint8], planes: Sequence[NDArray[np.uint8]]) -> bool:
+        """(h, w, 3) into three (new_h, new_w) planes, as OpenCV's INTER_LINEAR does; False: it was not done."""
+        (height, width), size, (row, *inner) = image.shape[:2], planes[0].shape, image.strides
+        halved = (height, width) == (2 * size[0], 2 * size[1])  # which OpenCV does in another way
+        layout = [plane.strides for plane in planes]
+        if halved or inner != [3, 1] or row < 3 * width or layout != [(layout[0][0], 1)] * 3:
+            return False
+        done = self._library.host_resize(
+            _address(image), height, width, row, *map(_address, planes), layout[0][0], *size
+        )
+        _require_memory(done)
+        return bool(done)
+
+    @staticmethod
+    def _rows(count: int) -> tuple[Any, _Arrays]:  # Any: a ctypes reference
+        arrays = np.empty((count, 4), np.float32), np.empty(count, np.float32), np.empty(count, np.int64)
+        return ctypes.byref(_Rows(*(_address(array) for array in arrays))), arrays
+
+
+def _pairs(passing: Passing) -> Any:  # Any: a ctypes reference
+    scan, distances = passing.scan, passing.distances
+    p = _address(passing.probabilities)
+    return ctypes.byref(
+        _Pairs(
+            *(_address(scan.flat), p, p + 4 * len(scan.flat), _address(scan.counts), _address(distances)),
+            *(len(scan.counts), passing.classes, distances.dtype == np.float16),
+        )
+    )
 
 
 def _address(array: NDArray[Any]) -> int:

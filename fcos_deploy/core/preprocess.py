@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fcos_deploy.core.enums import Orientation, StrEnum
 from fcos_deploy.core.errors import ConfigError, ImageError, InputSizeError, TensorMismatchError
 from fcos_deploy.core.libraries import require
+from fcos_deploy.core.native import native
 
 __all__ = [
     "ChannelOrder",
@@ -369,7 +370,9 @@ def _write_content(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[
     """The resized image into its red, green and blue plane, or its gray one; normalised where the input is float32."""
     cv2, size = require("cv2"), planes[0].shape
     if spec.input_dtype is InputDtype.UINT8:
-        cv2.split(_resize_uint8(image, spec, size), planes)
+        library = native() if spec.resize_filter is not ResizeFilter.PIL and image.ndim == 3 else None
+        if library is None or image.shape[:2] == size or not library.resize(image, planes):
+            cv2.split(_resize_uint8(image, spec, size), planes)
     elif spec.resize_order is ResizeOrder.NORMALIZE_FIRST:
         cv2.split(_resize_float32(cv2.LUT(image, _normalized_levels(spec)), size), planes)
     elif spec.resize_filter is ResizeFilter.TORCH:  # In float32 all the way, without rounding to levels.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,10 +17,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_deploy.core.decode import ALL_CANDIDATES, PROFILES, DecodeSpec, HeadOutputs, best_first, decode, level_sizes
-from fcos_deploy.core.detections import Suppression, suppress
-from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.contract import ModelContract
+from fcos_deploy.core.decode import (
+    ALL_CANDIDATES,
+    PROFILES,
+    BoxFilter,
+    DecodeSpec,
+    HeadOutputs,
+    best_first,
+    decode,
+    level_sizes,
+)
+from fcos_deploy.core.detections import Suppression, postprocess, suppress
+from fcos_deploy.core.errors import BackendError, ConfigError
 from fcos_deploy.core.native import SWITCH, library_problem, native
+from fcos_deploy.core.preprocess import ChannelOrder, Letterbox, PreprocessSpec, SizeRule, preprocess
 
 ROOT = Path(__file__).parents[2]
 SIZE, STRIDES = (96, 128), (8, 16, 32, 64, 128)
@@ -124,18 +137,89 @@ def test_the_shortcut_for_crowded_images_changes_no_bit(
     rng = np.random.default_rng(0)
     shapes = ((count, 20), (count, 4), (count, 1))
     head = HeadOutputs(*(make(rng, shape).astype(np.float32) for shape in shapes))
-    monkeypatch.setenv(SWITCH, "0")
+    loops = ("0",) if library_problem() else ("0", "1")
     for threshold, top_k in ((0.0, 1), (0.0, 30), (0.05, 30), (0.6, 100)):
         spec = DecodeSpec(
             profile=profile, score_threshold=threshold, iou_threshold=0.6, pre_nms_top_k=top_k, strides=STRIDES
         )
         results = []
-        for room in (head.cls_logits.size, 0):
+        for switch, room in itertools.product(loops, (head.cls_logits.size, 200, 0)):
+            monkeypatch.setenv(SWITCH, switch)
             monkeypatch.setattr("fcos_deploy.core.decode._room", lambda _logits, room=room: room)
             with np.errstate(all="ignore"):
                 results.append(decode(head, spec, input_size=SIZE))
-        for name in ("boxes", "scores", "channels"):
-            assert_same_bits(getattr(results[0], name), getattr(results[1], name))
+        for result, name in itertools.product(results[1:], ("boxes", "scores", "channels")):
+            assert_same_bits(getattr(results[0], name), getattr(result, name))
+
+
+@compiled
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+@pytest.mark.parametrize("make", [_random, _all_pass, _ties, _extreme, _none_pass], ids=lambda make: make.__name__[1:])
+def test_detections_have_the_same_bits(make: Callable[..., np.ndarray], profile: Any) -> None:
+    count = sum(rows * columns for rows, columns in level_sizes(*SIZE, strides=STRIDES))
+    before_nms = profile.box_filter is BoxFilter.BEFORE_NMS
+    for seed, (classes, dtype, limit, changes, box) in enumerate(
+        (
+            (1, np.float32, 100, {}, Letterbox(*SIZE, *SIZE)),
+            (3, np.float32, 7, {"class_agnostic": True, "label_map": (9, 4, 4)}, Letterbox(500, 333, 90, 61)),
+            (20, np.float16, 100, {"pre_nms_top_k": 40}, Letterbox(31, 41, 93, 123)),
+            (3, np.float32, 1000, {"min_box_size": 6.5} if before_nms else {}, Letterbox(90, 80, 90, 80)),
+            (3, np.float32, 1, {"min_box_size": -1.0, "iou_threshold": 1e-3}, Letterbox(7, 9, 1, 1)),
+        )
+    ):
+        rng = np.random.default_rng(seed)
+        outputs = {
+            "cls_logits": make(rng, (1, count, classes)),
+            "distances": np.abs(make(rng, (1, count, 4)) * 5),
+            "centerness": make(rng, (1, count, 1)),
+        }
+        with np.errstate(over="ignore"):
+            outputs = {name: np.minimum(values, 6e4).astype(dtype) for name, values in outputs.items()}
+        options = {"score_threshold": 0.05, "iou_threshold": 0.5, "max_detections": limit, **changes}
+        contract = ModelContract(
+            class_names=tuple(map(str, range(classes))),
+            preprocess=PreprocessSpec(mean=(0.0,) * 3, std=(1.0,) * 3, height=SIZE[0], width=SIZE[1]),
+            decode=DecodeSpec(profile=profile, strides=STRIDES, **options),  # type: ignore[arg-type]  # the test's own
+        )
+        finish = functools.partial(postprocess, outputs, contract, index=0, input_size=SIZE, letterbox=box)
+        expected, actual = both(finish)
+        for name in ("boxes", "scores", "labels"):
+            assert_same_bits(getattr(expected, name), getattr(actual, name))
+        assert actual.boxes.base is None  # and not a part of what all candidates took
+        for name, values in outputs.items():
+            values[0, -1, -1] = np.nan
+            for switch in ("0", "1"):
+                os.environ[SWITCH] = switch
+                with pytest.raises(BackendError, match=f"'{name}' of image 0 is not finite: 1 of"):
+                    finish()
+            values[0, -1, -1] = 0
+
+
+@compiled
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    new_size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    padding=st.integers(0, 2),
+    order=st.sampled_from(ChannelOrder),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_resized_pixels_are_those_of_opencv(
+    size: tuple[int, int], new_size: tuple[int, int], padding: int, order: ChannelOrder, seed: int
+) -> None:
+    channels = 1 if order is ChannelOrder.GRAY else 3
+    spec = PreprocessSpec(
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        height=new_size[0] + padding,
+        width=new_size[1] + padding,
+        size_divisor=1,
+        size_rule=SizeRule.STRETCH,
+        content=new_size,
+        channel_order=order,
+    )
+    rows = np.random.default_rng(seed).integers(0, 256, (size[0], size[1] + padding, 3), dtype=np.uint8)
+    assert_same_bits(*both(lambda: preprocess(rows[:, : size[1]], spec)[0]))
 
 
 @compiled

@@ -13,13 +13,16 @@
 #if defined(__x86_64__) && defined(__GLIBC__) && (!defined(__clang__) || __clang_major__ >= 14)
 /* Compiled twice; the loader takes what the processor has. Wider registers round no operation differently. */
 #define WIDE __attribute__((target_clones("avx2", "default")))
+#define VECTORS __attribute__((target("avx2")))
+#include <immintrin.h>
 #else
 #define WIDE
 #endif
 #define INLINE static inline __attribute__((always_inline)) /* into both */
 
-enum { INTERFACE = 2 }; /* raised with every change of what goes in or out; core/native.py has the same number */
+enum { INTERFACE = 3 }; /* raised with every change of what goes in or out; core/native.py has the same number */
 enum { NO_MEMORY = -1 };
+enum { CHUNK = 4096 }; /* logits that are looked through twice while they are in the cache */
 enum { BLOCK = 64 };  /* logits that are compared before a branch: almost all blocks have none that passes */
 enum { LANES = 16 };  /* logits of a block in which one passes, or boxes, that are compared before a branch */
 enum { DIGIT = 11 };  /* bits that a pass of the sort looks at: three passes for the 31 of a score */
@@ -84,21 +87,36 @@ INLINE float value_at(const void *array, int half, int64_t index) {
     return half ? half_value(((const uint16_t *)array)[index]) : ((const float *)array)[index];
 }
 
+/* Whether all of n floats, or halves, are finite: infinity and NaN have all exponent bits set. */
+INLINE int all_finite(const void *values, int half, int64_t begin, int64_t end) {
+    const uint32_t *words = values;
+    const uint16_t *halves = values;
+    uint32_t any = 0;
+    if (half)
+        for (int64_t i = begin; i < end; i++) any |= (halves[i] & 0x7C00) == 0x7C00;
+    else
+        for (int64_t i = begin; i < end; i++) any |= (words[i] & 0x7F800000u) == 0x7F800000u;
+    return !any;
+}
+
+WIDE int64_t host_finite(const void *values, int half, int64_t count) { return all_finite(values, half, 0, count); }
+
 /* Flat indices (location * classes + channel), ascending, of logits above a bound; how many, and how many by level.
 
    bounds: one for all, or one for each location (per_location); float32, or int16 in half_order for halves.
    ends: where levels end, as locations. flat: capacity + 64 places. values: if all fit, the n logits, and the n
-   centernesses of their locations; 2 * capacity places. */
+   centernesses of their locations; 2 * capacity places. finite: set to 0 if a logit is not; NULL: do not look. */
 WIDE int64_t host_scan(const void *logits, int half, const void *centerness, int half_centerness, int32_t classes,
                   const void *bounds, int per_location, const int64_t *ends, int64_t levels, int64_t capacity,
-                  int32_t *flat, float *values, int64_t *counts) {
+                  int32_t *flat, float *values, int64_t *counts, int32_t *finite) {
     Hits hits = {flat, 0, capacity};
-    int64_t location = 0;
+    int64_t location = 0, step = per_location ? 1 : CHUNK / classes + 1;
     for (int64_t level = 0; level < levels; level++) {
         int64_t before = hits.count;
         for (int64_t end; location < ends[level]; location = end) {
             int64_t at = per_location ? location : 0;
-            end = per_location ? location + 1 : ends[level];
+            end = ends[level] - location < step ? ends[level] : location + step;
+            if (finite) *finite &= all_finite(logits, half, location * classes, end * classes);
             if (half)
                 scan_halves(logits, location * classes, end * classes, ((const int16_t *)bounds)[at], &hits);
             else if (((const float *)bounds)[at] < INFINITY)
@@ -115,25 +133,13 @@ WIDE int64_t host_scan(const void *logits, int half, const void *centerness, int
     return count;
 }
 
-/* Whether all of n floats, or halves, are finite: infinity and NaN have all exponent bits set. */
-WIDE int64_t host_finite(const void *values, int half, int64_t count) {
-    const uint32_t *words = values;
-    const uint16_t *halves = values;
-    uint32_t any = 0;
-    if (half)
-        for (int64_t i = 0; i < count; i++) any |= (halves[i] & 0x7C00) == 0x7C00;
-    else
-        for (int64_t i = 0; i < count; i++) any |= (words[i] & 0x7F800000u) == 0x7F800000u;
-    return !any;
-}
-
 /* Floats compare as integers in the same way. */
 INLINE int32_t float_order(uint32_t bits) { return (int32_t)(bits & 0x80000000u ? bits ^ 0x7FFFFFFFu : bits); }
 
 /* The largest of a row, in its order: an integer, whose maximum compilers turn into vector instructions. NaN is beyond
    either infinity. */
 #define DEFINE_LARGEST(NAME, TYPE, ORDER_TYPE, ORDER, INFINITE)                                                       \
-    INLINE ORDER_TYPE NAME(const TYPE *x, int32_t size, int *nan) {                                                   \
+    INLINE ORDER_TYPE NAME(const TYPE *x, int32_t size, int *nan, int *finite) {                                      \
         ORDER_TYPE most = ~(INFINITE), least = INFINITE;                                                              \
         for (int32_t i = 0; i < size; i++) {                                                                          \
             ORDER_TYPE value = ORDER(x[i]);                                                                           \
@@ -141,26 +147,29 @@ INLINE int32_t float_order(uint32_t bits) { return (int32_t)(bits & 0x80000000u 
             least = value < least ? value : least;                                                                    \
         }                                                                                                             \
         *nan = most > INFINITE || least < ~(INFINITE);                                                                \
+        *finite &= most < INFINITE && least > ~(INFINITE);                                                            \
         return most;                                                                                                  \
     }
 
 DEFINE_LARGEST(largest_float, uint32_t, int32_t, float_order, 0x7F800000)
 DEFINE_LARGEST(largest_half, uint16_t, int16_t, half_order, 0x7C00)
 
-/* The largest logit of each location, NaN where one is: (locations,) float32. */
-WIDE void host_largest(const void *logits, int half, int64_t locations, int32_t classes, float *largest) {
+/* The largest logit of each location, NaN where one is: (locations,) float32. Whether all logits are finite. */
+WIDE int64_t host_largest(const void *logits, int half, int64_t locations, int32_t classes, float *largest) {
+    int finite = 1;
     for (int64_t row = 0; row < locations; row++) {
         int nan;
         if (half) {
-            int16_t order = largest_half((const uint16_t *)logits + row * classes, classes, &nan);
+            int16_t order = largest_half((const uint16_t *)logits + row * classes, classes, &nan, &finite);
             largest[row] = half_value((uint16_t)(order < 0 ? order ^ 0x7FFF : order));
         } else {
-            int32_t order = largest_float((const uint32_t *)logits + row * classes, classes, &nan);
+            int32_t order = largest_float((const uint32_t *)logits + row * classes, classes, &nan, &finite);
             order = order < 0 ? order ^ 0x7FFFFFFF : order;
             memcpy(largest + row, &order, 4);
         }
         if (nan) largest[row] = NAN;
     }
+    return finite;
 }
 
 /* ---- the best of each level ---- */
@@ -216,17 +225,22 @@ static void form_values(int form, const float *p, const float *q, float *values,
         for (int64_t i = 0; i < count; i++) values[i] = sqrtf(p[i] * q[i]);
 }
 
-/* Drop items that cannot be among the limit best by the first digit of their keys; how many are left. */
-static int64_t near_best(Ranked *items, int64_t count, int64_t limit) {
-    enum { SHIFT = 31 - DIGIT };
-    uint32_t sizes[BUCKETS] = {0}, last = 0;
-    int64_t sum = 0, left = 0;
-    for (int64_t i = 0; i < count; i++) sizes[items[i].key >> SHIFT]++;
-    while ((sum += sizes[last]) < limit) last++;
+/* Keep the limit best, and of equal ones the first, in their order; how many there are. */
+static int64_t keep_best(Ranked *items, int64_t count, int64_t limit) {
+    if (count <= limit) return count;
+    uint32_t key = 0, known = 0; /* the bits that are known of the key of the last one that stays */
+    int64_t equal = limit, left = 0; /* how many stay of those whose key begins with these bits */
+    for (int digit = 2; digit >= 0; digit--) {
+        uint32_t sizes[BUCKETS] = {0}, bucket = 0;
+        for (int64_t i = 0; i < count; i++)
+            if ((items[i].key & known) == key) sizes[items[i].key >> digit * DIGIT & (BUCKETS - 1)]++;
+        while (sizes[bucket] < equal) equal -= sizes[bucket++];
+        key |= bucket << digit * DIGIT;
+        known |= (uint32_t)(BUCKETS - 1) << digit * DIGIT;
+    }
     for (int64_t i = 0; i < count; i++) {
         Ranked item = items[i];
-        items[left] = item;
-        left += item.key >> SHIFT <= last;
+        if (item.key < key || (item.key == key && equal-- > 0)) items[left++] = item;
     }
     return left;
 }
@@ -236,57 +250,82 @@ int64_t host_best(const float *scores, int64_t count, int64_t limit, int64_t *be
     Ranked *items = malloc(((size_t)count + 1) * 2 * sizeof *items);
     if (!items) return NO_MEMORY;
     for (int64_t i = 0; i < count; i++) items[i] = (Ranked){best_first_key(scores[i]), (uint32_t)i};
-    int64_t left = limit < count ? near_best(items, count, limit) : count;
+    int64_t left = keep_best(items, count, limit);
     sort_ranked(items, items + count, left);
-    if (left > limit) left = limit;
     for (int64_t i = 0; i < left; i++) best[i] = items[i].index;
     free(items);
     return left;
 }
 
-/* Candidates of all levels; how many, or NO_MEMORY. What decode() in core/decode.py does after the probabilities.
+/* Pairs that passed the scan: p and q (n,) of each flat index, levels one after the other, counts[level] of each. */
+typedef struct {
+    const int32_t *flat;
+    const float *p, *q;
+    const int64_t *counts;
+    const void *distances; /* (locations, 4) float32, or halves */
+    int64_t levels;
+    int32_t classes, half;
+} Pairs;
 
-   p, q: (n,) of each flat index, levels one after the other, counts[level] of each. limit: of a level; sorted: best
-   first in a level, otherwise by position. centers: (2, locations) x and y. Out: up to n rows. */
-int64_t host_select(const int32_t *flat, const float *p, const float *q, const int64_t *counts, int64_t levels,
-                    int32_t classes, int gate, float threshold, int rank, int score, int64_t limit, int sorted,
-                    const float *centers, int64_t locations, const void *distances, int half, float *boxes,
-                    float *scores, int64_t *channels) {
+/* Which of them are candidates. centers: (2, locations) x and y. limit: of a level; sorted: best first in a level,
+   otherwise by position. */
+typedef struct {
+    const float *centers;
+    int64_t locations, limit;
+    float threshold;
+    int32_t gate, rank, score, sorted;
+} Selection;
+
+/* (n, 4) xyxy, (n,), (n,); the arrays are the caller's. */
+typedef struct {
+    float *boxes, *scores;
+    int64_t *channels;
+} Rows;
+
+static int64_t most_rows(const Pairs *pairs, int64_t limit) {
+    int64_t rows = 0;
+    for (int64_t level = 0; level < pairs->levels; level++)
+        rows += pairs->counts[level] < limit ? pairs->counts[level] : limit;
+    return rows;
+}
+
+/* Candidates of all levels, up to most_rows(); how many, or NO_MEMORY. What decode() in core/decode.py does after the
+   probabilities. */
+int64_t host_select(const Pairs *pairs, const Selection *rule, const Rows *out) {
     int64_t largest = 1, begin = 0, rows = 0;
-    for (int64_t level = 0; level < levels; level++)
+    const int64_t *counts = pairs->counts;
+    for (int64_t level = 0; level < pairs->levels; level++)
         if (counts[level] > largest) largest = counts[level];
     Ranked *items = malloc((size_t)largest * 2 * sizeof *items);
-    float *gates = malloc((size_t)largest * 2 * sizeof *gates), *ranks = gate == rank ? gates : gates + largest;
+    float *gates = malloc((size_t)largest * 2 * sizeof *gates);
     if (!items || !gates) {
         free(items);
         free(gates);
         return NO_MEMORY;
     }
-    for (int64_t level = 0; level < levels; begin += counts[level++]) {
+    float *ranks = rule->gate == rule->rank ? gates : gates + largest;
+    for (int64_t level = 0; level < pairs->levels; begin += counts[level++]) {
+        const float *p = pairs->p + begin, *q = pairs->q + begin;
         int64_t passed = 0;
-        form_values(gate, p + begin, q + begin, gates, counts[level]);
-        if (rank != gate) form_values(rank, p + begin, q + begin, ranks, counts[level]);
+        form_values(rule->gate, p, q, gates, counts[level]);
+        if (ranks != gates) form_values(rule->rank, p, q, ranks, counts[level]);
         for (int64_t i = 0; i < counts[level]; i++) {
             items[passed] = (Ranked){best_first_key(ranks[i]), (uint32_t)i};
-            passed += gates[i] > threshold;
+            passed += gates[i] > rule->threshold;
         }
-        int64_t kept = passed < limit ? passed : limit;
-        if (kept < passed) passed = near_best(items, passed, limit);
-        if (sorted || kept < passed) sort_ranked(items, items + largest, passed);
-        if (!sorted && kept < passed) { /* back to the order of positions */
-            for (int64_t i = 0; i < kept; i++) items[i].key = items[i].index;
-            sort_ranked(items, items + largest, kept);
-        }
-        for (int64_t i = 0; i < kept; i++, rows++) {
+        passed = keep_best(items, passed, rule->limit);
+        if (rule->sorted) sort_ranked(items, items + largest, passed);
+        for (int64_t i = 0; i < passed; i++, rows++) {
             int64_t pair = begin + items[i].index;
-            int32_t location = flat[pair] / classes;
-            float x = centers[location], y = centers[locations + location];
-            boxes[4 * rows] = x - value_at(distances, half, 4 * (int64_t)location);
-            boxes[4 * rows + 1] = y - value_at(distances, half, 4 * (int64_t)location + 1);
-            boxes[4 * rows + 2] = x + value_at(distances, half, 4 * (int64_t)location + 2);
-            boxes[4 * rows + 3] = y + value_at(distances, half, 4 * (int64_t)location + 3);
-            form_values(score, p + pair, q + pair, scores + rows, 1);
-            channels[rows] = flat[pair] - location * classes;
+            int32_t location = pairs->flat[pair] / pairs->classes;
+            float x = rule->centers[location], y = rule->centers[rule->locations + location];
+            float *box = out->boxes + 4 * rows;
+            box[0] = x - value_at(pairs->distances, pairs->half, 4 * (int64_t)location);
+            box[1] = y - value_at(pairs->distances, pairs->half, 4 * (int64_t)location + 1);
+            box[2] = x + value_at(pairs->distances, pairs->half, 4 * (int64_t)location + 2);
+            box[3] = y + value_at(pairs->distances, pairs->half, 4 * (int64_t)location + 3);
+            form_values(rule->score, pairs->p + pair, pairs->q + pair, out->scores + rows, 1);
+            out->channels[rows] = pairs->flat[pair] - location * pairs->classes;
         }
     }
     free(items);
@@ -302,18 +341,20 @@ typedef struct {
     int32_t label[LANES];
 } Group;
 
-/* False only if no box of the group has the label and IoU > threshold with this one; in float32.
+/* 0 only for boxes of the group of another label, or without IoU > threshold with this one; in float32. Whether any.
 
    inter / (a + b - inter) > t  <=>  inter > (a + b) * t / (1 + t). A share is an area times t / (1 + t), less a margin
    of 1e-5 for rounding and 1e-37 for underflow; -inf for areas that might overflow, which are always compared. */
-INLINE int may_overlap(const Group *group, const float box[4], float share, int32_t label, float offset) {
-    int any = 0;
+INLINE int may_overlap(const Group *group, const float box[4], float share, int32_t label, float offset,
+                       int32_t may[LANES]) {
+    int32_t any = 0;
     for (int i = 0; i < LANES; i++) {
         float right = box[2] < group->x2[i] ? box[2] : group->x2[i], left = box[0] > group->x1[i] ? box[0] : group->x1[i];
         float low = box[3] < group->y2[i] ? box[3] : group->y2[i], high = box[1] > group->y1[i] ? box[1] : group->y1[i];
         float width = right - left + offset, height = low - high + offset;
         float inter = (width > 0 ? width : 0) * height;
-        any |= (inter >= share + group->share[i]) & (label == group->label[i]);
+        may[i] = (inter >= share + group->share[i]) & (label == group->label[i]);
+        any |= may[i];
     }
     return any;
 }
@@ -332,12 +373,18 @@ static double box_iou(const float a[4], const float b[4], double offset) {
     return inter / greater(area_a + area_b - inter, 1e-300);
 }
 
+typedef struct {
+    double iou_threshold, iou_offset;
+    int64_t limit;
+    int32_t keep_ties; /* those that tie with the last one allowed stay */
+} Suppression;
+
 /* Indices of the boxes that stay, best score first; how many, or NO_MEMORY. What suppress() in core/detections.py says.
 
-   boxes: (n, 4) xyxy. kept: n places. keep_ties: those that tie with the last one allowed stay. */
-WIDE int64_t host_suppress(const float *boxes, const float *scores, const int64_t *labels, int64_t count,
-                      double iou_threshold, double iou_offset, int64_t limit, int keep_ties, int64_t *kept) {
-    int64_t places = keep_ties || limit > count ? count : limit, stay = 0;
+   boxes: (n, 4) xyxy. kept: n places. */
+INLINE int64_t suppress(const float *boxes, const float *scores, const int64_t *labels, int64_t count,
+                        const Suppression *rule, int64_t *kept) {
+    int64_t limit = rule->limit, places = rule->keep_ties || limit > count ? count : limit, stay = 0;
     size_t groups = (size_t)places / LANES + 1;
     Ranked *order = malloc(((size_t)count + 1) * 2 * sizeof *order);
     Group *group = malloc(groups * sizeof *group);
@@ -348,20 +395,21 @@ WIDE int64_t host_suppress(const float *boxes, const float *scores, const int64_
     }
     for (int64_t i = 0; i < count; i++) order[i] = (Ranked){best_first_key(scores[i]), (uint32_t)i};
     sort_ranked(order, order + count, count);
-    float part = (float)(iou_threshold / (1 + iou_threshold) * (1 - 1e-5)), offset = (float)iou_offset;
+    double threshold = rule->iou_threshold;
+    float part = (float)(threshold / (1 + threshold) * (1 - 1e-5)), offset = (float)rule->iou_offset;
     for (int64_t i = 0; i < count; i++) {
         int64_t index = order[i].index;
-        if (stay >= limit && (!keep_ties || scores[index] < scores[kept[limit - 1]])) break;
+        if (stay >= limit && (!rule->keep_ties || scores[index] < scores[kept[limit - 1]])) break;
         const float *box = boxes + 4 * index;
-        int32_t label = (int32_t)labels[index];
+        int32_t label = (int32_t)labels[index], may[LANES];
         float share = (box[2] - box[0] + offset) * (box[3] - box[1] + offset) * part - 1e-37f;
         if (share > 1e36f) share = -INFINITY;
         int stays = 1;
         for (int64_t first = 0; first < stay && stays; first += LANES) {
-            if (!may_overlap(group + first / LANES, box, share, label, offset)) continue;
+            if (!may_overlap(group + first / LANES, box, share, label, offset, may)) continue;
             for (int64_t other = first; other < stay && other < first + LANES && stays; other++)
-                stays = (int32_t)labels[kept[other]] != label
-                        || !(box_iou(boxes + 4 * kept[other], box, iou_offset) > iou_threshold);
+                stays = !may[other - first]
+                        || !(box_iou(boxes + 4 * kept[other], box, rule->iou_offset) > threshold);
         }
         if (!stays) continue;
         Group *last = group + stay / LANES;
@@ -375,4 +423,216 @@ WIDE int64_t host_suppress(const float *boxes, const float *scores, const int64_
     free(order);
     free(group);
     return stay;
+}
+
+WIDE int64_t host_suppress(const float *boxes, const float *scores, const int64_t *labels, int64_t count,
+                           const Suppression *rule, int64_t *kept) {
+    return suppress(boxes, scores, labels, count, rule, kept);
+}
+
+/* ---- detections ---- */
+
+/* From candidates to detections in image pixels.
+
+   clip, final_clip: largest x and y, before suppression and of the result; negative: none. to_image: image pixels per
+   input pixel, of x1, y1, x2, y2. drops_small: boxes stay whose sides are longer than min_size, in the pixels in which
+   overlaps are measured. The final clip also drops boxes without area. */
+typedef struct {
+    Suppression suppression;
+    float clip[2], final_clip[2], to_image[4], min_size;
+    int32_t drops_small, in_image_pixels, class_agnostic, sort_by_score;
+} Finish;
+
+/* NaN stays. */
+static float clipped(float value, float most) {
+    value = value < 0 ? 0 : value;
+    return value > most ? most : value;
+}
+
+static void clip_box(float *box, const float most[2]) {
+    for (int side = 0; side < 4; side++)
+        if (most[0] >= 0) box[side] = clipped(box[side], most[side & 1]);
+}
+
+/* Detections, up to most_rows(); how many, or NO_MEMORY. What postprocess() in core/detections.py does with candidates. */
+WIDE int64_t host_detect(const Pairs *pairs, const Selection *selection, const Finish *finish, const Rows *out) {
+    size_t places = (size_t)most_rows(pairs, selection->limit) + 1;
+    float *boxes = malloc(places * 9 * sizeof *boxes), *measured = boxes + 4 * places;
+    int64_t *channels = malloc(places * 4 * sizeof *channels), *labels = channels + places, *kept = labels + places;
+    Ranked *order = (Ranked *)(kept + places); /* an int64 has room for one */
+    Rows rows = {boxes, measured + 4 * places, channels};
+    int64_t count = NO_MEMORY, solid = 0, stay = NO_MEMORY;
+    if (boxes && channels) count = host_select(pairs, selection, &rows);
+    for (int64_t i = 0; i < count; i++) {
+        float *box = boxes + 4 * solid, *pixels = measured + 4 * solid;
+        memmove(box, boxes + 4 * i, sizeof(float[4]));
+        clip_box(box, finish->clip);
+        for (int side = 0; side < 4; side++)
+            pixels[side] = finish->in_image_pixels ? box[side] * finish->to_image[side] : box[side];
+        rows.scores[solid] = rows.scores[i], channels[solid] = channels[i];
+        labels[solid] = finish->class_agnostic ? 0 : channels[i];
+        solid += !finish->drops_small
+                 || (pixels[2] - pixels[0] > finish->min_size && pixels[3] - pixels[1] > finish->min_size);
+    }
+    if (count >= 0) stay = suppress(measured, rows.scores, labels, solid, &finish->suppression, kept);
+    if (!finish->sort_by_score && stay > 0) { /* back to the order of candidates */
+        Ranked *spare = malloc((size_t)stay * sizeof *spare);
+        for (int64_t i = 0; i < stay; i++) order[i] = (Ranked){(uint32_t)kept[i], (uint32_t)kept[i]};
+        if (spare) sort_ranked(order, spare, stay);
+        for (int64_t i = 0; i < stay; i++) kept[i] = order[i].index;
+        if (!spare) stay = NO_MEMORY;
+        free(spare);
+    }
+    int64_t written = stay < 0 ? stay : 0;
+    for (int64_t i = 0; i < stay; i++) {
+        float *box = out->boxes + 4 * written;
+        for (int side = 0; side < 4; side++) box[side] = boxes[4 * kept[i] + side] * finish->to_image[side];
+        clip_box(box, finish->final_clip);
+        out->scores[written] = rows.scores[kept[i]], out->channels[written] = channels[kept[i]];
+        written += finish->final_clip[0] < 0 || (box[2] > box[0] && box[3] > box[1]);
+    }
+    free(boxes);
+    free(channels);
+    return written;
+}
+
+/* ---- resizing ---- */
+
+#ifdef VECTORS
+
+enum { GROUP = 16 };      /* output pixels of an iteration; rows have room for whole groups */
+enum { PIXEL = 8 };       /* bytes that are read for a pair of neighbours, of which 6 count */
+enum { WEIGHT_BITS = 11 }; /* as OpenCV's INTER_RESIZE_COEF_BITS */
+
+/* Where an output pixel lies between two of the source: the first one, and the weights of both. */
+typedef struct {
+    int64_t low;
+    int16_t weights[2];
+} Place;
+
+/* As OpenCV: half-pixel coordinates in float32, weights rounded to the nearest even. */
+VECTORS static Place place_of(int64_t index, double scale) {
+    float at = (float)(((double)index + 0.5) * scale - 0.5), low = floorf(at), part = at - low;
+    Place place = {(int64_t)low,
+                   {(int16_t)nearbyintf((1 - part) * (1 << WEIGHT_BITS)), (int16_t)nearbyintf(part * (1 << WEIGHT_BITS))}};
+    return place;
+}
+
+/* A row of width RGB pixels between its neighbours, as four int16 each: the sum of both products, without its lower 4
+   of 19 bits. offsets: of the first neighbour; weights: in the order 0, 2, 1, 3 of each four pixels. */
+VECTORS static void resize_row(const uint8_t *row, const int32_t *offsets, const __m128i *weights, int64_t width,
+                               __m256i *out) {
+    const __m128i pairs = _mm_setr_epi8(0, 3, 1, 4, 2, 5, -1, -1, 8, 11, 9, 12, 10, 13, -1, -1);
+    for (int64_t x = 0; x < width; x += 4) {
+        __m256i sums[2];
+        for (int half = 0; half < 2; half++) {
+            __m128i first = _mm_loadl_epi64((const __m128i *)(row + offsets[x + half]));
+            __m128i second = _mm_loadl_epi64((const __m128i *)(row + offsets[x + half + 2]));
+            __m256i values = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(_mm_unpacklo_epi64(first, second), pairs));
+            __m256i factors = _mm256_loadu_si256((const __m256i *)(weights + x + 2 * half));
+            sums[half] = _mm256_srli_epi32(_mm256_madd_epi16(values, factors), 4);
+        }
+        _mm256_storeu_si256(out + x / 4, _mm256_packs_epi32(sums[0], sums[1]));
+    }
+}
+
+/* Four pixels between two rows, rounded to levels. */
+VECTORS static __m256i blend(__m256i upper, __m256i lower, __m256i of_upper, __m256i of_lower) {
+    __m256i sum = _mm256_add_epi16(_mm256_mulhi_epi16(upper, of_upper), _mm256_mulhi_epi16(lower, of_lower));
+    return _mm256_srai_epi16(_mm256_add_epi16(sum, _mm256_set1_epi16(2)), 2);
+}
+
+/* Sixteen pixels between two rows, split into their planes. */
+VECTORS static void blend_group(const __m256i *upper, const __m256i *lower, const int16_t weights[2], __m128i planes[3]) {
+    const __m256i of_upper = _mm256_set1_epi16(weights[0]), of_lower = _mm256_set1_epi16(weights[1]);
+    const __m256i colours = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m128i red_green[2], blue[2];
+    for (int half = 0; half < 2; half++) {
+        const __m256i *a = upper + 2 * half, *b = lower + 2 * half;
+        /* pixels 0, 1, 4, 5 and 2, 3, 6, 7 */
+        __m256i levels = _mm256_packus_epi16(blend(_mm256_loadu_si256(a), _mm256_loadu_si256(b), of_upper, of_lower),
+                                             blend(_mm256_loadu_si256(a + 1), _mm256_loadu_si256(b + 1), of_upper, of_lower));
+        levels = _mm256_shuffle_epi8(levels, colours);
+        __m128i outer = _mm256_castsi256_si128(levels), inner = _mm256_extracti128_si256(levels, 1);
+        red_green[half] = _mm_unpacklo_epi16(outer, inner);
+        blue[half] = _mm_unpackhi_epi16(outer, inner);
+    }
+    planes[0] = _mm_unpacklo_epi64(red_green[0], red_green[1]);
+    planes[1] = _mm_unpackhi_epi64(red_green[0], red_green[1]);
+    planes[2] = _mm_unpacklo_epi64(blue[0], blue[1]);
+}
+
+/* What resize_row() reads, for each output pixel. */
+VECTORS static void fill_columns(int64_t width, int64_t new_width, int32_t *offsets, __m128i *weights) {
+    double scale = (double)width / (double)new_width;
+    for (int64_t x = 0; x < new_width; x++) {
+        Place place = place_of(x, scale);
+        if (place.low < 0 || place.low >= width - 1) {
+            place.low = place.low < 0 ? 0 : width - 1;
+            place.weights[0] = 1 << WEIGHT_BITS, place.weights[1] = 0;
+        }
+        int32_t both;
+        memcpy(&both, place.weights, sizeof both);
+        offsets[x] = (int32_t)(3 * place.low);
+        weights[(x & ~3) | (x & 1) << 1 | (x & 2) >> 1] = _mm_setr_epi32(both, both, both, 0);
+    }
+}
+
+VECTORS static int64_t resize(const uint8_t *image, int64_t height, int64_t width, int64_t row_bytes,
+                              uint8_t *const planes[3], int64_t plane_row, int64_t new_height, int64_t new_width) {
+    int64_t places = (new_width + GROUP - 1) / GROUP * GROUP, held[2] = {-1, -1}, last = 3 * (width - 1) + PIXEL;
+    size_t row_size = (size_t)places * 4 * sizeof(int16_t);
+    __m128i *weights = calloc((size_t)places, sizeof *weights);
+    int32_t *offsets = calloc((size_t)places, sizeof *offsets);
+    char *rows = malloc(2 * row_size);
+    uint8_t *end = malloc((size_t)last); /* a row at the end of the image, behind which nothing may be read */
+    int64_t done = NO_MEMORY;
+    if (weights && offsets && rows && end) {
+        fill_columns(width, new_width, offsets, weights);
+        double scale = (double)height / (double)new_height;
+        for (int64_t y = 0; y < new_height; y++) {
+            Place place = place_of(y, scale);
+            const __m256i *between[2];
+            for (int k = 0; k < 2; k++) {
+                int64_t at = place.low + k < 0 ? 0 : place.low + k >= height ? height - 1 : place.low + k;
+                int slot = (int)(at & 1); /* neighbours lie in different ones */
+                between[k] = (const __m256i *)(rows + (size_t)slot * row_size);
+                if (held[slot] == at) continue;
+                const uint8_t *row = image + at * row_bytes;
+                if (at * row_bytes + last > (height - 1) * row_bytes + 3 * width)
+                    row = memcpy(end, row, (size_t)(3 * width));
+                resize_row(row, offsets, weights, places, (__m256i *)(rows + (size_t)slot * row_size));
+                held[slot] = at;
+            }
+            for (int64_t x = 0; x < new_width; x += GROUP) {
+                __m128i pixels[3];
+                blend_group(between[0] + x / 4, between[1] + x / 4, place.weights, pixels);
+                size_t size = (size_t)(new_width - x < GROUP ? new_width - x : GROUP);
+                for (int c = 0; c < 3; c++)
+                    if (size == GROUP) _mm_storeu_si128((__m128i *)(planes[c] + y * plane_row + x), pixels[c]);
+                    else memcpy(planes[c] + y * plane_row + x, pixels + c, size);
+            }
+        }
+        done = 1;
+    }
+    free(weights), free(offsets), free(rows), free(end);
+    return done;
+}
+
+#endif
+
+/* Resize an RGB image, (height, width, 3) with rows row_bytes apart, to the same levels as OpenCV's INTER_LINEAR, which
+   shrinks to the half of both sides in another way. Into one plane for each colour. Whether this is done on this
+   processor, or NO_MEMORY. */
+int64_t host_resize(const uint8_t *image, int64_t height, int64_t width, int64_t row_bytes, uint8_t *red, uint8_t *green,
+                    uint8_t *blue, int64_t plane_row, int64_t new_height, int64_t new_width) {
+#ifdef VECTORS
+    uint8_t *const planes[3] = {red, green, blue};
+    if (__builtin_cpu_supports("avx2"))
+        return resize(image, height, width, row_bytes, planes, plane_row, new_height, new_width);
+#endif
+    (void)image, (void)height, (void)width, (void)row_bytes, (void)red, (void)green, (void)blue, (void)plane_row;
+    (void)new_height, (void)new_width;
+    return 0;
 }

@@ -67,6 +67,19 @@ def _one_class_moved(images: list[Detections], _: ModelContract) -> list[Detecti
     ]
 
 
+def _large_moved(images: list[Detections], _: ModelContract) -> list[Detections]:
+    """What one level of the pyramid computes: boxes whose longer side has 128 pixels and more."""
+    large = [(d.boxes[:, 2:] - d.boxes[:, :2]).max(1, initial=0, keepdims=True) >= 128 for d in images]
+    return [
+        Detections((d.boxes + 2 * k).astype(np.float32), d.scores, d.labels) for d, k in zip(images, large, strict=True)
+    ]
+
+
+def _cut_off(images: list[Detections], _: ModelContract) -> list[Detections]:
+    kept = [(np.arange(len(d)) < 0.8 * len(d)) for d in images]
+    return [Detections(d.boxes[k], d.scores[k], d.labels[k]) for d, k in zip(images, kept, strict=True)]
+
+
 def _empty(images: list[Detections], _: ModelContract) -> list[Detections]:
     fewest = min(range(len(images)), key=lambda i: len(images[i].above(0.3)))
     return [d.above(1.0) if i == fewest else d for i, d in enumerate(images)]
@@ -90,6 +103,8 @@ FAULTS: dict[str, Fault] = {
     ],
     "the rarest class taken for another": _one_class,
     "one class shifted by 2 px": _one_class_moved,
+    "large boxes shifted by 2 px": _large_moved,
+    "the last fifth of each list cut off": _cut_off,
     "one image without detections": _empty,
     "none": lambda images, _: images,
 }

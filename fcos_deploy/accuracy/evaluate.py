@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,15 +51,19 @@ from fcos_deploy.accuracy.operating_point import (
     operating_problem,
 )
 from fcos_deploy.accuracy.predictions import DetectionRun, DetectionRuns, collect_detections
-from fcos_deploy.bundle.manifest import AccuracyFigure
+from fcos_deploy.bundle.manifest import AccuracyFigure, Manifest
 from fcos_deploy.bundle.store import is_bundle, open_trusted
+from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, some_names
+from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import (
     DetectionAgreement,
+    Finding,
     Gate,
     Judge,
     MatchOptions,
     ScoreDrift,
+    Severity,
     agreement_json,
     compare_detections,
     score_drift,
@@ -220,8 +224,12 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
         )
     if dataset is None:  # Excluded by the request's own check.
         raise ConfigError("Accuracy needs annotations or a reference.")
-    dataset = replace(dataset, copies=count_copies(images))
-    carried = {} if request.operating_goal or not dataset.annotated else _carried_figures(request)
+    manifests = _manifests(request)
+    shared = _shared_images(request, manifests, images)
+    dataset = replace(dataset, copies=count_copies(images), findings=(*dataset.findings, *shared.values()))
+    carried = {}
+    if dataset.annotated and request.operating_goal is None:
+        carried = {model: manifest.accuracy for model, manifest in manifests.items()}
     with ThreadPoolExecutor(1) as scoring:  # one thread, so that the reference is scored before its candidates
         reference = None
         if reference_run is not None and request.reference is not None:
@@ -231,14 +239,16 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
             thresholds = _carried(figures, reference_run, dataset)
             reference = scoring.submit(_score, request, dataset, reference_run, None, thresholds)
 
-        def score(run: DetectionRun, thresholds: Thresholds | None) -> Evaluation:
-            return _score(request, dataset, run, reference.result() if reference else None, thresholds)
+        def score(run: DetectionRun, thresholds: Thresholds | None, problem: str) -> Evaluation:
+            expected = reference.result() if reference else None
+            return _score(request, dataset, run, expected, thresholds, problem=problem)
 
         candidates = []
         for spec in request.candidates:
             run = collect(spec)
             thresholds = _carried(carried.get(spec.model, ()), run, dataset)
-            candidates.append(scoring.submit(score, run, thresholds))
+            overlap = shared.get(spec.model) if run.precision == Precision.INT8 else None
+            candidates.append(scoring.submit(score, run, thresholds, overlap.message if overlap else ""))
         return Evaluations(
             dataset=dataset,
             reference=reference.result() if reference else None,
@@ -253,14 +263,35 @@ def _spread(images: tuple[EvaluationImage, ...], count: int | None) -> tuple[Eva
     return tuple(images[index * len(images) // count] for index in range(count))
 
 
-def _carried_figures(request: EvaluationRequest) -> dict[Path, tuple[AccuracyFigure, ...]]:
-    """What each bundle among the models records, the reference that it was made from first."""
-    figures = {}
+def _manifests(request: EvaluationRequest) -> dict[Path, Manifest]:
+    """Those of the bundles among the models."""
+    manifests = {}
     for spec in (*request.candidates, *([request.reference] if request.reference else [])):
-        if spec.model not in figures and is_bundle(spec.model):
+        if spec.model not in manifests and is_bundle(spec.model):
             with open_trusted(spec.model, spec.options.trust) as bundle:
-                figures[spec.model] = bundle.manifest.accuracy
-    return figures
+                manifests[spec.model] = bundle.manifest
+    return manifests
+
+
+def _shared_images(
+    request: EvaluationRequest, manifests: Mapping[Path, Manifest], images: Sequence[EvaluationImage]
+) -> dict[Path, Finding]:
+    """Which candidates were calibrated on some of the ``images``, and what is to be said of it."""
+    calibrated = {
+        spec.model: {sha256 for record in manifests[spec.model].calibration for sha256 in record.images}
+        for spec in request.candidates
+        if spec.model in manifests
+    }
+    hashes = [sha256_file(image.path) for image in images] if any(calibrated.values()) else []
+    findings = {}
+    for model, seen in calibrated.items():
+        if count := sum(sha256 in seen for sha256 in hashes):
+            message = (
+                f"{count} of the {len(images)} images are calibration images of '{model.name}', on which its INT8 "
+                "looks better than it is"
+            )
+            findings[model] = Finding(kind="overlap", severity=Severity.WARNING, message=message)
+    return findings
 
 
 def _carried(figures: Sequence[AccuracyFigure], run: DetectionRun, dataset: Dataset) -> Thresholds | None:
@@ -277,10 +308,12 @@ def _score(
     run: DetectionRun,
     reference: Evaluation | None,
     thresholds: Thresholds | None,
+    *,
+    problem: str = "",
 ) -> Evaluation:
     """Score a run's detections, compare them with the reference's, and judge both.
 
-    ``thresholds``: those that a bundle carries for it.
+    ``thresholds``: those that a bundle carries for it. ``problem``: as in ``judge_evaluation``.
     """
     gate, detections = request.gate, run.relabelled(label_index(run.names, dataset))
     scores = coco_scores(dataset, detections)
@@ -315,7 +348,8 @@ def _score(
         points = operating_points(matches, dataset.class_names, thresholds)
         confused = confusion(dataset, detections, thresholds)
         evaluation = replace(evaluation, operating_points=points, confusion=confused)
-    return replace(evaluation, verdicts=judge_evaluation(gate, evaluation, dataset=dataset, reference=reference))
+    verdicts = judge_evaluation(gate, evaluation, dataset=dataset, reference=reference, problem=problem)
+    return replace(evaluation, verdicts=verdicts)
 
 
 def at_operating_point(

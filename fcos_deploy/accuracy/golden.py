@@ -3,8 +3,9 @@
 Detections are counted against the reference's, and compared value by value: with the reference's, and with the
 artifact's own when it was certified. A single box of an INT8 engine may lie a pixel elsewhere and say nothing. A shift
 that all boxes share says that the engine is another one, even if it is a third of a pixel. So every quantity is tested
-over all pairs of detections, and over those of each image and each class. Medians are used throughout: where two boxes
-nearly tie, suppression keeps the other one, and such a pair differs by tens of pixels.
+over all pairs of detections, and over those of each image, each class and each size: what one level of the pyramid
+computes is seen in objects of its size alone. Medians are used throughout: where two boxes nearly tie, suppression
+keeps the other one, and such a pair differs by tens of pixels.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ _PLENTY = 40  # detections after which further golden images must show what the 
 # Pairs below which nothing is concluded: the 99 % interval of a median needs eight (2 * 0.5 ** 8 < 0.01).
 MIN_EVIDENCE = 8
 _CONFIDENCE = 0.99
+_GROUP_CONFIDENCE = 0.999  # of an image, a class or a size: there are so many that one lies outside by chance
+_END = 12  # of the smallest and of the largest boxes: eleven are needed for that confidence (2 * 0.5 ** 11 < 0.001)
 # The rate at which detections that were certified on one machine are found again on another one. INT8 in other kernels
 # finds 98 to 99.5 % of them (benchmarks/golden_faults.py).
 _FOUND_AGAIN = 0.97
@@ -412,8 +415,8 @@ def match_rate(results: Sequence[GoldenResult]) -> float | None:
 class ValueTest:
     """One quantity over ``pairs`` detections: its ``median`` difference, between ``low`` and ``high`` (99 %).
 
-    ``group``: "all", an image's path or a class. ``unit``: "px" of the image, or "" for a ratio. ``limit``: what the
-    whole interval must keep, to either side.
+    ``group``: "all", an image's path, a class or a size. ``unit``: "px" of the image, or "" for a ratio. ``limit``:
+    what the whole interval must keep, to either side.
     """
 
     quantity: str
@@ -518,18 +521,26 @@ def _missing(
     matches: Sequence[DetectionMatch],
     floors: Sequence[float],
 ) -> Iterator[str]:
-    """Images and classes of which far fewer are found, or far more are extra, than happens by chance."""
+    """Images, classes and sizes of which far fewer are found, or far more are extra, than happens by chance."""
+    decode, names = standard.contract.decode, standard.contract.class_names
     rate = _FOUND_AGAIN if standard.same_artifact else min(_FOUND_AGAIN, standard.gate.min_match_rate or 0.0)
     held: dict[str, NDArray[np.int64]] = {}  # of each group how many are due, lost, detected and extra
     for e, d, match, floor, path in zip(expected, detected, matches, floors, standard.paths, strict=True):
-        due, came = e.labels[e.scores >= floor], d.labels[d.scores >= floor]
-        if len(due) and not len(d):
-            yield f"nothing is detected in '{path}', where {len(due)} detections are certified"
-        columns = (due, e.labels[match.missed], came, d.labels[match.extra])
-        held[f"'{path}'"] = np.array([len(labels) for labels in columns])
-        for label in sorted({*due, *came}):
-            group = f"class '{standard.contract.class_names[label]}'"
-            held[group] = held.get(group, 0) + np.array([int((labels == label).sum()) for labels in columns])
+        chosen = ((e, e.scores >= floor), (e, match.missed), (d, d.scores >= floor), (d, match.extra))
+        labels = [detections.labels[rows].tolist() for detections, rows in chosen]
+        sizes = [_octaves(detections.boxes[rows]).tolist() for detections, rows in chosen]
+        if labels[0] and not len(d):
+            yield f"nothing is detected in '{path}', where {len(labels[0])} detections are certified"
+        # A list that was cut off at its limit, clear of the score threshold, is shorter for no other reason.
+        clear = e.scores >= decode.score_threshold + _SCORE_MARGIN
+        cut_off = len(e) >= decode.max_detections and bool(clear.all())
+        if cut_off and len(d) and _chance_of_more(len(e) - len(d), len(e), 1.0 - rate) < _CHANCE:
+            yield f"{len(d)} detections in '{path}', where {len(e)} are certified"
+        counts = {f"'{path}'": [len(column) for column in labels]}
+        counts |= {f"class '{names[k]}'": [c.count(k) for c in labels] for k in sorted({*labels[0], *labels[2]})}
+        counts |= {_size_name(k): [c.count(k) for c in sizes] for k in sorted({*sizes[0], *sizes[2]})}
+        for group, columns in counts.items():
+            held[group] = held.get(group, 0) + np.array(columns)
     for group, (due_count, lost_count, came_count, extra_count) in held.items():
         if _chance_of_more(int(lost_count), int(due_count), 1.0 - rate) < _CHANCE:
             yield f"{lost_count} of {due_count} detections of {group} are missing"
@@ -537,9 +548,23 @@ def _missing(
             yield f"{extra_count} of {came_count} detections of {group} are extra"
 
 
+def _octaves(boxes: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+    """(n,) of (n, 4) boxes: 6 where the longer side has 64 to 128 pixels; a level of the pyramid sees about as much."""
+    return np.frexp(_longer_sides(boxes))[1].astype(np.int64) - 1
+
+
+def _longer_sides(boxes: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    sides: NDArray[np.float64] = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]).max(1, initial=1.0)
+    return sides
+
+
+def _size_name(octave: int) -> str:
+    return f"boxes of {2**octave} to {2 ** (octave + 1)} px"
+
+
 def _chance_of_more(count: int, of: int, rate: float) -> float:
     """P(X >= count) for X binomial in ``of`` trials of probability ``rate``."""
-    if count == 0 or rate >= 1.0:
+    if count <= 0 or rate >= 1.0:
         return 1.0
     if rate <= 0.0:
         return 0.0
@@ -554,7 +579,7 @@ def _chance_of_more(count: int, of: int, rate: float) -> float:
 
 
 def _value_tests(pairs: NDArray[Any], *, names: Sequence[str], paths: Sequence[str]) -> list[ValueTest]:
-    """Every quantity over all ``pairs`` (of ``_PAIR``); images and classes only where they show a fault.
+    """Every quantity over all ``pairs`` (of ``_PAIR``); images, classes and sizes only where they show a fault.
 
     Shifts are of centres, in image pixels divided by ``scale``; stretch is the shift away from the middle of all boxes.
     Width, height and score are logarithms of ratios: 0.01 is one percent.
@@ -572,10 +597,14 @@ def _value_tests(pairs: NDArray[Any], *, names: Sequence[str], paths: Sequence[s
     tests = [_test(name, differences, group="all", confidence=_CONFIDENCE) for name, differences in values.items()]
     parts = [(paths[k], pairs["image"] == k) for k in np.unique(pairs["image"])]
     parts += [(names[k], pairs["label"] == k) for k in np.unique(pairs["label"])]
-    # Bonferroni: so many groups that one of them lies outside by chance.
-    confidence = 1.0 - (1.0 - _CONFIDENCE) / max(1, len(parts))
+    octaves = _octaves(pairs["before"])
+    parts += [(_size_name(k), octaves == k) for k in np.unique(octaves)]
+    # An octave may hold few of the objects that a coarse level sees, and many that a finer one does.
+    rank = np.argsort(np.argsort(_longer_sides(pairs["before"]), kind="stable"), kind="stable")
+    ends = (("smallest", rank), ("largest", len(rank) - 1 - rank))
+    parts += [(f"the {_END} {name} boxes", places < _END) for name, places in ends]
     for group, chosen in parts:
-        in_group = [_test(name, v[chosen], group=group, confidence=confidence) for name, v in values.items()]
+        in_group = [_test(name, v[chosen], group=group, confidence=_GROUP_CONFIDENCE) for name, v in values.items()]
         tests += [test for test in in_group if test.outcome is Outcome.FAILED]
     return tests
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.golden import (
@@ -48,7 +49,7 @@ from fcos_deploy.core.errors import (
     SignatureError,
 )
 from fcos_deploy.core.files import read_file, write_text
-from fcos_deploy.core.gate import Gate, Outcome, overall_outcome
+from fcos_deploy.core.gate import Gate, Outcome, compare_detections, overall_outcome
 from fcos_deploy.core.libraries import recorded_versions
 from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
@@ -288,7 +289,7 @@ def verify_bundle(
     if preprocessing.passed:
         with _open(bundle.path(artifact.path), selection.backend, options) as detector:
             for index, image in enumerate(images[len(detected) :], start=len(detected) + 1):
-                detected.append(detector.detect(image))
+                detected.append(_detect_in_every_place(detector, image))
                 progress("verify", index, len(images))
             session = dict(detector.session.description)
     bundle.require_not_replaced()
@@ -341,6 +342,21 @@ def _open(path: Path, backend: str, options: VerifyOptions) -> Detector:
         return Detector(RecordedSession(options.recorded, contract), contract)
     remote = kserve.RemoteModel(url=options.server, contract=contract)
     return Detector(kserve.open_model(remote, options.session), contract)
+
+
+def _detect_in_every_place(detector: Detector, image: NDArray[np.uint8]) -> Detections:
+    """What is detected in ``image`` at the first place of a request, or at another one where that is something else.
+
+    A model of a fixed batch computes all places anyway; of an open one the second shows whether places are told apart.
+    """
+    fixed = next(spec.shape[0] for spec in detector.session.inputs if spec.name == "images")
+    places = fixed or min(detector.batch, 2)
+    if places == 1:
+        return detector.detect(image)
+    feeds, letterboxes = detector.prepare([image] * places)
+    first, *others = detector.finish(detector.infer(feeds), letterboxes)
+    agreements = ((compare_detections({0: first}, {0: other}), other) for other in others)
+    return next((other for agreement, other in agreements if not agreement.same_outputs), first)
 
 
 def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,32 @@ def test_a_moved_bundle_is_verified_and_the_record_is_kept(bundle: Path) -> None
     assert {key: kept[key] for key in record} == record
     assert _run("verify", bundle).exit_code == 0
     assert len(read_log(bundle / "verification.jsonl")) == 2
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_every_place_of_a_request_is_verified(
+    damaged: bool, bundle: Path, tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A model of a fixed batch whose second place has other scores than the first, which alone is used here."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(tiny_export(batch=2))
+    if damaged:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([[[1]], [[1.5]]]), "places"))
+        name = "cls_logits"
+        (last,) = (node for node in model.graph.node if name in node.output)
+        last.output[list(last.output).index(name)] = "before"
+        model.graph.node.append(onnx.helper.make_node("Mul", ["before", "places"], [name]))
+    file = bundle / "model.fp32.onnx"
+    onnx.save(model, file)
+    facts = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "size": file.stat().st_size}
+
+    def change(manifest: dict) -> None:
+        for record in (*manifest["artifacts"], *manifest["files"]):
+            record.update(facts if record["path"] == file.name else {})
+
+    _remake(bundle, change)
+    result = _run("verify", bundle)
+    assert result.exit_code == (4 if damaged else 0), result.output
 
 
 def _record(manifest: dict, *, ap: float, milliseconds: float) -> None:

@@ -293,6 +293,12 @@ def test_without_other_images_and_annotations_agreement_is_the_goal_and_nothing_
         chosen = next(trial for trial in search.trials if trial.ignored_layers == search.ignored_layers)
         assert search.quantity == "agreement with the float model's detections"
         assert chosen.score >= 0.9
+    later = ["evaluate", str(tmp_path / "bundle"), "--images", str(smooth_images), "--min-match-rate", "0.1"]
+    later += ["--reference", str(tmp_path / "bundle" / "model.fp32.onnx"), "--judge", "point"]
+    for precision, code in (("int8", 4), ("fp32", 0)):
+        judged = CliRunner().invoke(build_app(), [*later, "--precision", precision])
+        assert judged.exit_code == code, judged.stderr
+        assert "images are calibration images of 'bundle'" in judged.stderr
 
 
 def test_a_bundle_without_the_portable_int8_graph_alone_says_that_it_holds_the_others(

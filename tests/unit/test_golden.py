@@ -114,7 +114,16 @@ FAULTS = {
     "nothing is detected in '2.png'": lambda d, index: d.above(1.0) if index == 2 else d,
     "shift in x in 'white' differs": lambda d, _: _with(d, boxes=d.boxes + 2 * (d.labels == 1)[:, None]),
     "shift in x in '3.png' differs": lambda d, index: _with(d, boxes=d.boxes + 2 * (index == 3)),
+    "shift in x in 'boxes of 64 to 128 px' differs": lambda d, _: _with(d, boxes=d.boxes + (_sides(d) > 64)),
+    "shift in x in 'the 12 smallest boxes' differs": lambda d, _: _with(d, boxes=d.boxes + (_sides(d) < 95)),
+    "shift in x in 'the 12 largest boxes' differs": lambda d, _: _with(d, boxes=d.boxes + (_sides(d) > 95)),
+    "detections of boxes of 32 to 64 px are missing": lambda d, _: _with(d, boxes=d.boxes + 60 * (_sides(d) < 64)),
 }
+
+
+def _sides(d: Detections) -> np.ndarray:
+    """(n, 1): the longer side of each box."""
+    return (d.boxes[:, 2:] - d.boxes[:, :2]).max(1, keepdims=True)
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["same kernels", "other kernels"])
@@ -133,6 +142,17 @@ def test_a_third_of_a_pixel_is_found_where_the_kernels_are_the_same(bundle_contr
     baseline = _noisy(_images(), seed=1)
     moved = [_with(d, boxes=d.boxes + 0.3) for d in baseline]
     assert _check(bundle_contract, _images(), moved, baseline).outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize(("each", "outcome"), [(8, Outcome.FAILED), (11, Outcome.PASSED)])
+def test_a_list_that_is_cut_off_earlier_is_found(each: int, outcome: Outcome, bundle_contract: ModelContract) -> None:
+    """All that are gone score less than what the limit cut off might have scored."""
+    reference = [_with(d, scores=np.linspace(0.5, 0.48, 12)) for d in _images()]
+    contract = replace(bundle_contract, decode=replace(bundle_contract.decode, max_detections=12))
+    cut = [_with(d, boxes=d.boxes[:each], scores=d.scores[:each], labels=d.labels[:each]) for d in reference]
+    check = _check(contract, reference, cut, reference)
+    assert check.outcome is outcome
+    assert each == 11 or check.problems[0] == "8 detections in '0.png', where 12 are certified"
 
 
 def test_boxes_that_scatter_more_than_certified_are_found(bundle_contract: ModelContract) -> None:

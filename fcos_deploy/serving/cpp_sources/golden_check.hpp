@@ -6,6 +6,7 @@
 #pragma once
 
 #include <map>
+#include <numeric>
 #include <set>
 
 #include "fcos_deploy.hpp"
@@ -259,6 +260,8 @@ inline double fingerprint_difference(const Fingerprint& actual, const Fingerprin
 
 namespace detail {
 
+constexpr double group_confidence = 0.999;  // of an image, a class or a size: so many that one lies outside by chance
+constexpr std::size_t end_boxes = 12;  // of the smallest and largest boxes: that confidence needs eleven
 constexpr std::size_t min_evidence = 8;  // the 99 % interval of a median needs eight pairs (2 * 0.5 ** 8 < 0.01)
 constexpr double found_again = 0.97, rare = 0.001, score_margin = 0.05, beyond_share = 0.2, max_cell_difference = 0.5;
 constexpr double same_edge = 0.05, same_score = 0.002;
@@ -481,7 +484,19 @@ inline void check_scatter(const Golden& golden, const std::vector<std::vector<De
     }
 }
 
-// Images and classes of which far fewer are found, or far more are extra, than happens at `rate`.
+inline double longer_side(const Detection& d) {
+    const double width = static_cast<double>(d.box[2]) - d.box[0], height = static_cast<double>(d.box[3]) - d.box[1];
+    return std::max({width, height, 1.0});
+}
+
+// 6 where the longer side has 64 to 128 pixels; a level of the pyramid sees about as much.
+inline int octave(const Detection& d) { return std::ilogb(longer_side(d)); }
+
+inline std::string size_name(int octave) {
+    return "boxes of " + std::to_string(1LL << octave) + " to " + std::to_string(2LL << octave) + " px";
+}
+
+// Images, classes and sizes of which far fewer are found, or far more are extra, than happens at `rate`.
 inline void check_missing(const Golden& golden, const std::vector<std::vector<Detection>>& expected,
                           const std::vector<std::vector<Detection>>& detected, const std::vector<Matching>& matches,
                           const std::vector<double>& floors, double rate, std::vector<std::string>& problems) {
@@ -497,22 +512,32 @@ inline void check_missing(const Golden& golden, const std::vector<std::vector<De
     };
     for (std::size_t n = 0; n < expected.size(); ++n) {
         std::map<std::int64_t, std::array<std::size_t, 4>> by_label;
+        std::map<int, std::array<std::size_t, 4>> by_size;
+        std::array<std::size_t, 4> all{};
+        const auto count = [&](const Detection& d, std::size_t column) {
+            ++by_label[d.label][column], ++by_size[octave(d)][column], ++all[column];
+        };
         const auto floor = static_cast<float>(floors[n]);
         for (const Detection& d : expected[n])
-            if (d.score >= floor) ++by_label[d.label][0];
-        for (std::size_t i : matches[n].missed) ++by_label[expected[n][i].label][1];
+            if (d.score >= floor) count(d, 0);
+        for (std::size_t i : matches[n].missed) count(expected[n][i], 1);
         for (const Detection& d : detected[n])
-            if (d.score >= floor) ++by_label[d.label][2];
-        for (std::size_t i : matches[n].extra) ++by_label[detected[n][i].label][3];
-        std::array<std::size_t, 4> all{};
-        for (const auto& item : by_label)
-            for (std::size_t k = 0; k < 4; ++k) all[k] += item.second[k];
+            if (d.score >= floor) count(d, 2);
+        for (std::size_t i : matches[n].extra) count(detected[n][i], 3);
         const std::string path = "'" + golden.images[n].path + "'";
-        if (all[0] > 0 && detected[n].empty())
+        const std::size_t due = expected[n].size(), came = detected[n].size();
+        if (all[0] > 0 && came == 0)
             problems.push_back("nothing is detected in " + path + ", where " + std::to_string(all[0]) +
                                " detections are certified");
+        // A list that was cut off at its limit, clear of the score threshold, is shorter for no other reason.
+        const bool cut_off = static_cast<std::int64_t>(due) >= golden.max_detections &&
+                             count_from(expected[n], golden.score_threshold + score_margin) == due;
+        if (cut_off && came > 0 && came < due && chance_of_more(due - came, due, 1 - rate) < rare)
+            problems.push_back(std::to_string(came) + " detections in " + path + ", where " + std::to_string(due) +
+                               " are certified");
         add(path, all);
         for (const auto& item : by_label) add("class '" + golden.name(item.first) + "'", item.second);
+        for (const auto& item : by_size) add(size_name(item.first), item.second);
     }
     for (const Group& group : groups) {
         const auto [due, lost, came, extra] = group.counts;
@@ -576,6 +601,20 @@ inline void check_values(const Golden& golden, const std::vector<std::vector<Det
         choose(golden.images[n].path, [&](std::size_t i) { return pairs.image[i] == n; });
     for (std::int64_t label : labels)
         choose(golden.name(label), [&](std::size_t i) { return pairs.before[i].label == label; });
+    std::set<int> octaves;
+    for (const Detection& d : pairs.before) octaves.insert(octave(d));
+    for (int size : octaves)
+        choose(size_name(size), [&](std::size_t i) { return octave(pairs.before[i]) == size; });
+    // An octave may hold few of the objects that a coarse level sees, and many that a finer one does.
+    std::vector<std::size_t> by_size(pairs.before.size()), rank(pairs.before.size());
+    std::iota(by_size.begin(), by_size.end(), std::size_t{0});
+    std::stable_sort(by_size.begin(), by_size.end(), [&](std::size_t a, std::size_t b) {
+        return longer_side(pairs.before[a]) < longer_side(pairs.before[b]);
+    });
+    for (std::size_t place = 0; place < by_size.size(); ++place) rank[by_size[place]] = place;
+    const std::string few = "the " + std::to_string(end_boxes) + " ";
+    choose(few + "smallest boxes", [&](std::size_t i) { return rank[i] < end_boxes; });
+    choose(few + "largest boxes", [&](std::size_t i) { return rank.size() - 1 - rank[i] < end_boxes; });
     std::vector<std::string> undecided;
     const auto quantities = differences(pairs);
     std::string sentence;
@@ -586,11 +625,9 @@ inline void check_values(const Golden& golden, const std::vector<std::vector<Det
             undecided.push_back(sentence + ", but the " + std::to_string(pairs.image.size()) +
                                 " detections differ too much to decide");
     }
-    // Bonferroni: so many groups that one of them lies outside by chance.
-    const double confidence = 1 - 0.01 / static_cast<double>(std::max<std::size_t>(1, parts.size()));
     for (const Part& part : parts)
         for (const Quantity& quantity : quantities)
-            if (test_median(quantity, part.chosen, confidence, part.name, sentence) == Outcome::failed)
+            if (test_median(quantity, part.chosen, group_confidence, part.name, sentence) == Outcome::failed)
                 problems.push_back(sentence);
     if (golden.has_certified) check_scatter(golden, expected, detected, problems);
     if (!problems.empty()) {

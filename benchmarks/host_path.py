@@ -1,7 +1,7 @@
 """How long the host's share of one detection takes: preprocessing, and decoding with suppression.
 
     python benchmarks/host_path.py
-    python benchmarks/host_path.py --stages --work runs/host_path [--only demo]
+    python benchmarks/host_path.py --stages --work runs/host_path [--only demo] [--bundle fcos-demo]
 
 The first prints medians and minima in milliseconds of CPU time of one thread, so that other programs on the machine
 disturb little, and how many times longer the plain way takes: Pillow and NumPy for an image; every logit through the
@@ -11,14 +11,15 @@ the same with a single class, `crowded` 150 objects; in `adversarial` every pair
 each level is cut at its best 1000. Decoding is measured compiled and in NumPy, in turns.
 
 The second exports the demo detector and a ResNet-50 at 640x640 and 800x1344 to ``--work`` and prints the stages of a
-detection on both runtimes: the network (fastest, wall clock), and CPU time of the calling thread for preprocessing,
-for decoding with suppression, and for everything but the network in one ``detect``, in a ``detect_batch`` of four
-and in two threads that detect at a time, each per image.
+detection on both runtimes, and those of a bundle in both precisions: the network (fastest, wall clock), and CPU time of
+the calling thread for preprocessing, for decoding with suppression, and for everything but the network in one
+``detect``, in a ``detect_batch`` of four and in two threads that detect at a time, each per image.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import statistics
@@ -31,9 +32,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from contestants import Subject, demo_subject, ours_export, resnet_subject
+from contestants import DEMO, Subject, demo_subject, ours_export, resnet_subject
 from PIL import Image
 
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.decode import (
     PROFILES,
@@ -45,6 +47,7 @@ from fcos_deploy.core.decode import (
     location_strides,
 )
 from fcos_deploy.core.detections import postprocess
+from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.image import list_images, read_image
 from fcos_deploy.core.native import SWITCH, library_problem
 from fcos_deploy.core.preprocess import (
@@ -308,8 +311,8 @@ def callers(detector: Detector, image: np.ndarray, *, count: int = 2, turns: int
         return statistics.median(time for times in pool.map(detections, range(count)) for time in times)
 
 
-def print_stages(work: Path, *, only: str, threads: int) -> None:
-    """Stages of each model on each runtime."""
+def print_stages(work: Path, *, only: str, bundle: Path | None, threads: int) -> None:
+    """Stages of each model on each runtime, and of the bundle's in each precision."""
     subjects: dict[str, tuple[Callable[[], Subject], int]] = {
         "demo": (lambda: demo_subject(threads), 20),
         "ResNet-50 640x640": (lambda: resnet_subject(threads, size=(640, 640), classes=80), 2),
@@ -330,6 +333,12 @@ def print_stages(work: Path, *, only: str, threads: int) -> None:
         for backend in ("onnxruntime", "openvino"):
             with Detector.open(model, backend=backend, options=subject.options()) as detector:
                 print(f"| {name}, {backend} | {stage_row(detector, images, rounds=rounds)} |", flush=True)
+    images = [read_image(path) for path in list_images(DEMO / "evaluation")[:4]]
+    for backend, precision in itertools.product(("onnxruntime", "openvino"), ("fp32", "int8") if bundle else ()):
+        with Detector.open(
+            bundle, backend=backend, precision=Precision(precision), options=SessionOptions(threads=threads)
+        ) as detector:
+            print(f"| {bundle} {precision}, {backend} | {stage_row(detector, images, rounds=20)} |", flush=True)
 
 
 def main() -> None:
@@ -338,12 +347,13 @@ def main() -> None:
     parser.add_argument("--stages", action="store_true", help="the stages of a detection, by model and runtime")
     parser.add_argument("--work", type=Path, default=Path("runs/host_path"), help="where exported models are kept")
     parser.add_argument("--only", default="", help="one of the models of --stages")
+    parser.add_argument("--bundle", type=Path, help="a bundle for --stages, in both precisions")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     cv2.setNumThreads(1)
     print(f"NumPy {np.__version__}, OpenCV {cv2.__version__}, {platform.machine()}, one thread")
     if options.stages:
-        print_stages(options.work, only=options.only, threads=options.threads)
+        print_stages(options.work, only=options.only, bundle=options.bundle, threads=options.threads)
         return
     time_preprocessing()
     time_decoding()

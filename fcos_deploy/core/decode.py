@@ -302,7 +302,7 @@ def decode(head: HeadOutputs, spec: DecodeSpec, *, input_size: tuple[int, int]) 
     logits, quality = head.cls_logits.astype(np.float32, copy=False), sigmoid(head.centerness.reshape(-1))
     bounds = _gate_logit(profile.gate, spec.score_threshold)
     if profile.rank_per_location:
-        bounds = _logits_of_best_locations(head, ends, spec, largest=logits.max(axis=1))
+        bounds = _location_bounds(_location_ranks(head, logits.max(axis=1), spec), ends, spec)
     above = logits > bounds[:, None]
     if np.count_nonzero(above) > _room(logits) and not profile.rank_per_location:
         above = logits > _best_logits(head, ends, spec, largest=logits.max(axis=1))[:, None]
@@ -329,19 +329,17 @@ def _gate_logit(gate: ScoreForm, threshold: float) -> Floats:
     return _logits_of(_product(gate, np.full(1, threshold * (1 - _MARGIN))))
 
 
-def _logits_of_best_locations(
-    head: HeadOutputs, ends: NDArray[np.int64], spec: DecodeSpec, *, largest: NDArray[Any]
-) -> Floats:
-    """(L,): as ``_gate_logit`` for the locations that ``rank_per_location`` chooses, infinity for the others.
+def _location_ranks(head: HeadOutputs, largest: NDArray[Any], spec: DecodeSpec) -> Floats:
+    """(L,): rank of each location by its largest logit (L,)."""
+    return _SCORE_FORMS[spec.profile.rank](sigmoid(largest), sigmoid(head.centerness.reshape(-1)))
 
-    ``largest``: each location's largest logit (L,).
-    """
-    rank = _SCORE_FORMS[spec.profile.rank](sigmoid(largest), sigmoid(head.centerness.reshape(-1)))
-    bounds = np.full(len(rank), np.inf, np.float32)
+
+def _location_bounds(ranks: Floats, ends: NDArray[np.int64], spec: DecodeSpec) -> Floats:
+    """(L,): as ``_gate_logit`` for the locations that ``rank_per_location`` chooses, infinity for the others."""
+    bounds = np.full(len(ranks), np.inf, np.float32)
     gate = _gate_logit(spec.profile.gate, spec.score_threshold)
     for first, end in itertools.pairwise([0, *ends]):
-        bounds[first + best_first(rank[first:end], limit=spec.pre_nms_top_k)] = gate
-    bounds[largest <= gate] = np.inf  # not those of NaN, which have other pairs
+        bounds[first + best_first(ranks[first:end], limit=spec.pre_nms_top_k)] = gate
     return bounds
 
 
@@ -413,12 +411,13 @@ def passing_pairs(
     logits, distances = np.ascontiguousarray(head.cls_logits), np.ascontiguousarray(head.distances)
     centerness = np.ascontiguousarray(head.centerness.reshape(-1))
     scan = functools.partial(library.scan, logits, centerness, ends=ends)
+    bounds = _gate_logit(profile.gate, spec.score_threshold)
     if profile.rank_per_location:
         largest, finite = library.largest(logits)
-        bounds = _logits_of_best_locations(head, ends, spec, largest=largest)
+        ranks = _location_ranks(head, largest, spec)
+        bounds = library.bounds_of_best(ranks, largest, ends=ends, limit=spec.pre_nms_top_k, gate=float(bounds[0]))
         passing = scan(bounds, capacity=_room(logits))
     else:
-        bounds = _gate_logit(profile.gate, spec.score_threshold)
         passing = scan(bounds, capacity=_room(logits))
         finite = passing.finite
         if not passing.complete:

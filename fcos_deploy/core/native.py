@@ -111,6 +111,10 @@ _ARGUMENTS: dict[str, tuple[type[Any], ...]] = {  # Any: ctypes' simple types
     ),
     "host_finite": (_POINTER, _NUMBER, _COUNT),  # values, halves, how many
     "host_best": (_POINTER, _COUNT, _COUNT, _POINTER),  # scores, limit, best
+    "host_bounds": (
+        *(_POINTER, _POINTER, _POINTER, _COUNT),  # ranks, largest, ends, levels
+        *(_COUNT, ctypes.c_float, _POINTER),  # limit, gate, bounds
+    ),
     "host_largest": (_POINTER, _NUMBER, _COUNT, _NUMBER, _POINTER),  # logits, locations, classes, largest
     "host_select": (_POINTER, _POINTER, _POINTER),  # pairs, selection, rows
     "host_detect": (_POINTER, _POINTER, _POINTER, _POINTER),  # pairs, selection, finish, rows
@@ -264,6 +268,27 @@ class Native:
         half = logits.dtype == np.float16
         finite = self._library.host_largest(_address(logits), half, *logits.shape, _address(largest))
         return largest, bool(finite)
+
+    def bounds_of_best(
+        self,
+        ranks: NDArray[np.float32],
+        largest: NDArray[np.float32],
+        *,
+        ends: NDArray[np.int64],
+        limit: int,
+        gate: float,
+    ) -> NDArray[np.float32]:
+        """(L,): ``gate`` for locations whose largest logit (L,) is above it, and ``limit`` of a level by rank (L,).
+
+        Infinity for the others.
+        """
+        bounds = np.empty(len(ranks), np.float32)
+        _require_memory(
+            self._library.host_bounds(
+                *(_address(ranks), _address(largest), _address(ends), len(ends), limit, gate, _address(bounds))
+            )
+        )
+        return bounds
 
     def select(self, passing: Passing, selection: Selection) -> _Arrays:
         """The candidates among the pairs that pass."""

@@ -186,13 +186,36 @@ def test_detections_have_the_same_bits(make: Callable[..., np.ndarray], profile:
         for name in ("boxes", "scores", "labels"):
             assert_same_bits(getattr(expected, name), getattr(actual, name))
         assert actual.boxes.base is None  # and not a part of what all candidates took
-        for name, values in outputs.items():
-            values[0, -1, -1] = np.nan
+        for (name, values), value in itertools.product(outputs.items(), (np.nan, np.inf, -np.inf)):
+            values[0, -1, -1] = value
             for switch in ("0", "1"):
                 os.environ[SWITCH] = switch
                 with pytest.raises(BackendError, match=f"'{name}' of image 0 is not finite: 1 of"):
                     finish()
             values[0, -1, -1] = 0
+
+
+@compiled
+@pytest.mark.parametrize("classes", [3, 5000])  # fewer and more than are looked through at a time
+@pytest.mark.parametrize("missing", [-1, 0, 1, 70])
+def test_what_passes_beyond_the_capacity_is_only_counted(
+    classes: int, missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = native()
+    assert library is not None
+    passing = 2 * classes + 1
+    capacity = passing - missing if missing < 70 else 5
+    flat, values = np.full(capacity + 64 + passing, -7, np.int32), np.full(2 * passing + 8, -7, np.float32)
+    scratch = type("_Scratch", (), {"of_capacity": lambda _self, _capacity: (flat, values)})()
+    monkeypatch.setattr(library, "_scratch", scratch)
+    logits = np.ones((5, classes), np.float32)
+    logits[:2] = logits[4, -1] = 3
+    ends, bounds = np.array([3, 5], np.int64), np.full(1, 2, np.float32)
+    scan = library.scan(logits, np.zeros(5, np.float32), bounds, ends=ends, capacity=capacity)
+    assert (scan.counts.tolist(), scan.complete, scan.finite) == ([2 * classes, 1], missing <= 0, True)
+    assert scan.flat.tolist() == ([*range(2 * classes), 5 * classes - 1] if missing <= 0 else [])
+    assert (flat[capacity + 64 :] == -7).all()
+    assert (values[2 * capacity :] == -7).all()
 
 
 @compiled

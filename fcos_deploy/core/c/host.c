@@ -101,6 +101,11 @@ INLINE int all_finite(const void *values, int half, int64_t begin, int64_t end) 
 
 WIDE int64_t host_finite(const void *values, int half, int64_t count) { return all_finite(values, half, 0, count); }
 
+/* Whether a bound is infinity. */
+INLINE int nothing_above(const void *bounds, int half, int64_t at) {
+    return half ? ((const int16_t *)bounds)[at] == 0x7C00 : ((const float *)bounds)[at] == INFINITY;
+}
+
 /* Flat indices (location * classes + channel), ascending, of logits above a bound; how many, and how many by level.
 
    bounds: one for all, or one for each location (per_location); float32, or int16 in half_order for halves.
@@ -115,11 +120,15 @@ WIDE int64_t host_scan(const void *logits, int half, const void *centerness, int
         int64_t before = hits.count;
         for (int64_t end; location < ends[level]; location = end) {
             int64_t at = per_location ? location : 0;
+            if (per_location && nothing_above(bounds, half, at)) {
+                end = location + 1;
+                continue;
+            }
             end = ends[level] - location < step ? ends[level] : location + step;
             if (finite) *finite &= all_finite(logits, half, location * classes, end * classes);
             if (half)
                 scan_halves(logits, location * classes, end * classes, ((const int16_t *)bounds)[at], &hits);
-            else if (((const float *)bounds)[at] < INFINITY)
+            else
                 scan_floats(logits, location * classes, end * classes, ((const float *)bounds)[at], &hits);
         }
         counts[level] = hits.count - before;
@@ -233,14 +242,17 @@ static int64_t keep_best(Ranked *items, int64_t count, int64_t limit) {
     for (int digit = 2; digit >= 0; digit--) {
         uint32_t sizes[BUCKETS] = {0}, bucket = 0;
         for (int64_t i = 0; i < count; i++)
-            if ((items[i].key & known) == key) sizes[items[i].key >> digit * DIGIT & (BUCKETS - 1)]++;
+            sizes[items[i].key >> digit * DIGIT & (BUCKETS - 1)] += (items[i].key & known) == key;
         while (sizes[bucket] < equal) equal -= sizes[bucket++];
         key |= bucket << digit * DIGIT;
         known |= (uint32_t)(BUCKETS - 1) << digit * DIGIT;
     }
     for (int64_t i = 0; i < count; i++) {
         Ranked item = items[i];
-        if (item.key < key || (item.key == key && equal-- > 0)) items[left++] = item;
+        int tie = (item.key == key) & (equal > 0);
+        equal -= tie;
+        items[left] = item;
+        left += (item.key < key) | tie;
     }
     return left;
 }
@@ -255,6 +267,29 @@ int64_t host_best(const float *scores, int64_t count, int64_t limit, int64_t *be
     for (int64_t i = 0; i < left; i++) best[i] = items[i].index;
     free(items);
     return left;
+}
+
+/* Bounds of logits for the locations that are chosen, of each level the limit best by rank: the gate's, or infinity where
+   the largest logit is not above it, and for all others. 0, or NO_MEMORY. ranks, largest, bounds: (locations,). */
+int64_t host_bounds(const float *ranks, const float *largest, const int64_t *ends, int64_t levels, int64_t limit,
+                    float gate, float *bounds) {
+    int64_t begin = 0, locations = levels ? ends[levels - 1] : 0;
+    Ranked *items = malloc(((size_t)locations + 1) * sizeof *items);
+    if (!items) return NO_MEMORY;
+    for (int64_t level = 0; level < levels; begin = ends[level++]) {
+        int64_t size = ends[level] - begin;
+        for (int64_t i = 0; i < size; i++) {
+            bounds[begin + i] = INFINITY;
+            items[i] = (Ranked){best_first_key(ranks[begin + i]), (uint32_t)i};
+        }
+        size = keep_best(items, size, limit);
+        for (int64_t i = 0; i < size; i++) {
+            int64_t location = begin + items[i].index;
+            if (!(largest[location] <= gate)) bounds[location] = gate; /* NaN may stand beside others that pass */
+        }
+    }
+    free(items);
+    return 0;
 }
 
 /* Pairs that passed the scan: p and q (n,) of each flat index, levels one after the other, counts[level] of each. */

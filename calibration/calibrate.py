@@ -28,19 +28,10 @@ from calibration.dataset import (
     inspect_images,
     open_images,
 )
-from calibration.execution import ENGINES, Feeder, default_engine, open_measuring
+from calibration.execution import ENGINES, Feeder, default_engine
+from calibration.measuring import SAMPLES, measure, open_measuring, read_sample
 from calibration.placement import ConvGraph, open_graph
-from calibration.ranges import (
-    DEFAULT_METHOD,
-    SAMPLES,
-    Histogram,
-    Range,
-    RangeMethod,
-    find_range,
-    measure,
-    measuring_model,
-    read_sample,
-)
+from calibration.ranges import DEFAULT_METHOD, Histogram, Range, RangeMethod, find_range
 from fcos_deploy.core.artifact import OnnxGraph
 from fcos_deploy.core.backend import Tensors
 from fcos_deploy.core.errors import CalibrationError, ConfigError, unknown_name
@@ -449,8 +440,7 @@ class _Pass(ExitStack):
         self._inputs = [name for name in graph.activations if name in inputs]
         self._inner = [name for name in graph.activations if name not in inputs]
         self.engine = default_engine() if engine == "auto" else engine
-        measuring = measuring_model(model, self._inner)
-        self._session = self.enter_context(open_measuring(self.engine, measuring, threads=threads))
+        self._session = self.enter_context(open_measuring(self.engine, model, tensors=self._inner, threads=threads))
         self._pool = self.enter_context(ThreadPoolExecutor(threads or usable_cpus(), "histograms"))
         _LOG.info("calibrating: %d tensors, 1 inference an image, on %s", len(graph.activations), self.engine)
 

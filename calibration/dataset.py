@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.annotations import (
     CocoObject,
-    is_below,
+    listed_paths,
     object_stratum,
     objects_by_image,
     paths_beside,
@@ -22,8 +22,7 @@ from fcos_deploy.core.annotations import (
 )
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Orientation
-from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError, brief
-from fcos_deploy.core.files import decoded_text, read_file
+from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import decode_image, image_content, list_images, read_image
 from fcos_deploy.core.machine import usable_cpus
@@ -41,7 +40,6 @@ __all__ = [
     "open_images",
 ]
 
-_LARGEST_LIST = 512 << 20  # bytes
 # From 64 to 128 images the demo detector's ranges still move by 1 % in the median (docs/int8.md).
 _DEFAULT_COUNT = 128
 # Below this the demo detector's ranges are more than 2 % from those of 128 images, in the median (docs/int8.md).
@@ -123,13 +121,7 @@ def open_images(source: Path, *, annotations: Path | None = None, allow_outside:
         if source.is_dir():
             paths = {path.relative_to(source).as_posix(): path for path in list_images(source)}
         elif source.suffix.lower() != ".json":
-            paths = _listed(source)
-            outside = next((name for name in paths if not (allow_outside or is_below(name))), None)
-            if outside is not None:
-                raise CalibrationError(
-                    f"'{source}' names the file {brief(outside)}, which is not below '{source.parent}'.",
-                    hint="put the list into the folder of the images, or allow it: calibrate --allow-outside",
-                )
+            paths = listed_paths(source, allow_outside=allow_outside)
         else:
             coco = read_coco(source)
             paths = paths_beside(coco, source)
@@ -143,20 +135,6 @@ def open_images(source: Path, *, annotations: Path | None = None, allow_outside:
     except (ConfigError, ImageError) as error:
         raise CalibrationError(error.message, hint=error.hint) from error
     return ImageFiles(paths, objects, coco.categories)
-
-
-def _listed(source: Path) -> dict[str, Path]:
-    """The images that a list file names."""
-    try:
-        text = decoded_text(read_file(source, limit=_LARGEST_LIST))
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
-    names = [line.strip() for line in text.splitlines() if line.strip()]
-    # Windows writes backslashes, which are part of a name here: only where there is no such file.
-    return {
-        name: path if (path := source.parent / name).exists() else source.parent / name.replace("\\", "/")
-        for name in names
-    }
 
 
 @dataclass(frozen=True, slots=True)

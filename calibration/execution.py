@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,11 @@ from numpy.typing import NDArray
 import runtimes.onnxruntime
 import runtimes.openvino
 from calibration.placement import ConvGraph
-from calibration.ranges import in_order_of_release
 from fcos_deploy.core.artifact import OnnxGraph
 from fcos_deploy.core.backend import Session, Tensors, get_backend
 from fcos_deploy.core.detections import image_sizes_row
 from fcos_deploy.core.errors import (
     BackendError,
-    BackendLoadError,
     CalibrationError,
     ConfigError,
     MissingDependencyError,
@@ -43,7 +40,6 @@ __all__ = [
     "default_engine",
     "executed_share",
     "open_engine",
-    "open_measuring",
 ]
 
 onnx = lazy_import("onnx", extra="export")
@@ -91,36 +87,6 @@ def open_engine(name: str, model: Any, *, threads: int | None = None) -> Session
         BackendLoadError: it cannot read the model.
     """
     return ENGINES[name](model.SerializeToString(), threads=threads)
-
-
-def open_measuring(name: str, model: Any, *, threads: int | None = None) -> Session:
-    """A session of a ``measuring_model`` that holds few of its tensors at a time, whatever the image's size.
-
-    Raises:
-        MissingDependencyError, BackendLoadError: as ``open_engine``.
-        CalibrationError: there is no room for a temporary copy of the graph.
-    """
-    if name != "onnxruntime":
-        return open_engine(name, model, threads=threads)
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        try:
-            runtimes.onnxruntime.open_model(
-                model.SerializeToString(), threads=threads, save_optimized=optimized
-            ).close()
-        except BackendLoadError as error:
-            open_engine(name, model, threads=threads).close()  # Raises where it is the graph that cannot be opened.
-            raise CalibrationError(
-                f"Cannot write the graph of a calibration to '{folder}'.",
-                hint="make room there, or name another folder in TMPDIR",
-            ) from error
-        ordered = in_order_of_release(onnx.load(str(optimized)))
-    return runtimes.onnxruntime.open_model(
-        ordered.SerializeToString(),
-        threads=threads,
-        optimization=runtimes.onnxruntime.GraphOptimization.DISABLED,
-        order=runtimes.onnxruntime.NodeOrder.FILE,
-    )
 
 
 def default_engine() -> str:

@@ -80,8 +80,8 @@ __all__ = [
     "Evaluation",
     "EvaluationRequest",
     "Evaluations",
-    "at_operating_point",
     "baseline_problem",
+    "compared_with",
     "curve_rows",
     "evaluate",
     "evaluation_drift",
@@ -318,30 +318,30 @@ def _score(
     gate, detections = request.gate, run.relabelled(label_index(run.names, dataset))
     scores = coco_scores(dataset, detections)
     matches = match_dataset(dataset, detections)
-    samples = drop = agreement = None
+    samples = None
     if request.resamples and scores.ap is not None:
         samples = sample_ap(matches, resamples=request.resamples, seed=request.seed)
-    if reference is not None:
-        expected = reference.run.relabelled(label_index(reference.run.names, dataset))
-        min_score = MatchOptions().min_score if request.annotations else request.reference_score
-        options = MatchOptions(min_score=min_score, iou_threshold=0.5 if gate.min_iou is None else gate.min_iou)
-        agreement = compare_detections(expected, detections, options=options)
-        drop = _drop(reference, scores, samples, agreement=agreement)
     goal = request.operating_goal
     thresholds = thresholds or chosen_thresholds(matches, goal=goal or OperatingGoal())
     evaluation = Evaluation(
         run=run,
         scores=scores,
         interval=ap_interval(samples) if samples else None,
-        drop=drop,
-        agreement=agreement,
         samples=samples,
         contradiction=baseline_problem(dataset, matches, ap=scores.ap),
         operating=operating_counts(matches, thresholds) if dataset.annotated else None,
     )
     if reference is not None:
-        evaluation = at_operating_point(
-            evaluation, reference, goal=goal, resamples=request.resamples, seed=request.seed
+        min_score = MatchOptions().min_score if request.annotations else request.reference_score
+        options = MatchOptions(min_score=min_score, iou_threshold=0.5 if gate.min_iou is None else gate.min_iou)
+        evaluation = compared_with(
+            reference,
+            evaluation,
+            dataset=dataset,
+            options=options,
+            goal=goal,
+            resamples=request.resamples,
+            seed=request.seed,
         )
     if evaluation.operating is not None:
         thresholds = evaluation.operating.thresholds
@@ -352,16 +352,31 @@ def _score(
     return replace(evaluation, verdicts=verdicts)
 
 
-def at_operating_point(
-    evaluation: Evaluation, reference: Evaluation, *, goal: OperatingGoal | None, resamples: int, seed: int = 0
+def compared_with(
+    reference: Evaluation,
+    evaluation: Evaluation,
+    *,
+    dataset: Dataset,
+    options: MatchOptions,
+    goal: OperatingGoal | None,
+    resamples: int,
+    seed: int = 0,
 ) -> Evaluation:
-    """With what is lost of the reference's precision and recall at the score thresholds.
+    """``evaluation`` with what it lost against the reference: detections, AP, and precision and recall.
 
-    With a goal each model has the thresholds that reach it, and a bundle's model has those that the bundle carries.
-    Else the reference's are chosen, and the model gets those that keep its operating point.
+    Precision and recall are those at the score thresholds. With a goal each model has the thresholds that reach it, and
+    a bundle's model has those that the bundle carries. Otherwise the reference's are chosen, and the model gets those
+    that keep its operating point.
     """
-    before, after, agreement = reference.operating, evaluation.operating, evaluation.agreement
-    if before is None or after is None or agreement is None:
+    expected, detections = (e.run.relabelled(label_index(e.run.names, dataset)) for e in (reference, evaluation))
+    agreement, drop = compare_detections(expected, detections, options=options), None
+    if reference.samples is not None and evaluation.samples is not None:
+        drop = paired_ap_drop(reference.samples, evaluation.samples, same_outputs=agreement.same_outputs)
+    elif reference.scores.ap is not None and evaluation.scores.ap is not None:
+        drop = ApInterval.point(reference.scores.ap - evaluation.scores.ap, images=evaluation.scores.images)
+    evaluation = replace(evaluation, agreement=agreement, drop=drop)
+    before, after = reference.operating, evaluation.operating
+    if before is None or after is None:
         return evaluation
     if goal is None and not after.thresholds.carried:
         after = operating_counts(after.matches, equivalent_thresholds(before, after.matches))
@@ -419,16 +434,6 @@ def judge_operating_point(
     for share, loss in (("precision", evaluation.precision_drop), ("recall", evaluation.recall_drop)):
         verdicts += judge_operating_drop(gate, share, loss, class_names=names, subject=subject, problem=problem)
     return verdicts
-
-
-def _drop(
-    reference: Evaluation, scores: CocoScores, samples: ApSamples | None, *, agreement: DetectionAgreement
-) -> ApInterval | None:
-    if reference.samples is not None and samples is not None:
-        return paired_ap_drop(reference.samples, samples, same_outputs=agreement.same_outputs)
-    if reference.scores.ap is None or scores.ap is None:
-        return None
-    return ApInterval.point(reference.scores.ap - scores.ap, images=scores.images)
 
 
 def widened_evaluation(evaluation: Evaluation, choices: int) -> Evaluation:

@@ -176,6 +176,14 @@ class BundleWriter:
         """The steps of this run so far, those of an earlier one that were still valid included."""
         return tuple(step for name, step in self._journal.steps.items() if name in self._used)
 
+    def lineage(self, artifact: Artifact) -> Iterator[Artifact]:
+        """``artifact``, what it was made from, and so on back to the first graph."""
+        parents = {item.sha256: item for step in self.finished for item in step.artifacts}
+        parent: Artifact | None = artifact
+        while parent is not None:
+            yield parent
+            parent = parents.get(parent.parent)
+
     def step(
         self,
         name: str,

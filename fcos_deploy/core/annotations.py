@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 
 from fcos_deploy.core.errors import ConfigError, brief
-from fcos_deploy.core.files import read_file
+from fcos_deploy.core.files import decoded_text, read_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.serialize import parse_json
 
@@ -33,7 +33,7 @@ __all__ = [
     "CocoObject",
     "NamedImages",
     "find_named_images",
-    "is_below",
+    "listed_paths",
     "object_stratum",
     "objects_by_image",
     "paths_beside",
@@ -359,7 +359,7 @@ class NamedImages:
     ambiguous: dict[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
-def is_below(name: str) -> bool:
+def _is_below(name: str) -> bool:
     """Whether a file name that a data set gives stays below its folder: not absolute, and no ``..`` in it."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
@@ -375,7 +375,7 @@ def _find_in_layout(names: Iterable[str], folder: Path, *, annotations: Path) ->
     return {
         name: path
         for name in names
-        if (path := next((place / name for place in places if is_below(name) and _is_file(place / name)), None))
+        if (path := next((place / name for place in places if _is_below(name) and _is_file(place / name)), None))
     }
 
 
@@ -427,6 +427,30 @@ def paths_beside(coco: CocoFile, path: Path) -> dict[str, Path]:
             hint="give the folder of the images as --images, and the json as --annotations",
         )
     return {name: paths[name] for name in names}
+
+
+def listed_paths(source: Path, *, allow_outside: bool = False) -> dict[str, Path]:
+    """The files that a list names, one path a line, by these names; they lie below its folder, or are refused.
+
+    Raises:
+        ConfigError: the file is no such list, or names a file that is not below its folder.
+    """
+    try:
+        text = decoded_text(read_file(source, limit=_MAX_BYTES))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"'{source}' is neither a list of images nor a COCO json: {error}.") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    outside = next((name for name in names if not (allow_outside or _is_below(name))), None)
+    if outside is not None:
+        raise ConfigError(
+            f"'{source}' names the file {brief(outside)}, which is not below '{source.parent}'.",
+            hint="put the list into the folder of the images, or allow it: calibrate --allow-outside",
+        )
+    # Windows writes backslashes, which are part of a name here: only where there is no such file.
+    return {
+        name: path if (path := source.parent / name).exists() else source.parent / name.replace("\\", "/")
+        for name in names
+    }
 
 
 def objects_by_image(

@@ -405,19 +405,12 @@ def _variants(
         if variant.artifact.precision is Precision.INT8 and variant.backend in PROFILERS:
             key = (variant.model, variant.backend)
             if key not in shares:
-                graph = open_graph(_float_source(context, variant.artifact))
-                shares[key] = executed_share(graph, *key).share
+                lineage = context.writer.lineage(variant.artifact)
+                source = next(artifact for artifact in lineage if artifact.precision is Precision.FP32)
+                shares[key] = executed_share(open_graph(context.writer.path(source.path)), *key).share
             share = shares[key]
         shown.append(ReportVariant(label=variant.label, evaluation=evaluation, result=result, int8_share=share))
     return tuple(shown)
-
-
-def _float_source(context: DeployContext, artifact: Artifact) -> Path:
-    """The fp32 graph that an artifact was made from, step by step."""
-    artifacts = {item.sha256: item for step in context.writer.finished for item in step.artifacts}
-    while artifact.precision is not Precision.FP32:
-        artifact = artifacts[artifact.parent]
-    return context.writer.path(artifact.path)
 
 
 def _files(context: DeployContext, manifest: Manifest, artifacts: list[Artifact]) -> tuple[ReportFile, ...]:

@@ -160,11 +160,8 @@ def _exact_gate(request: DeployRequest) -> Gate:
 
 def _choices(context: DeployContext, artifact: Artifact) -> int:
     """From how many graphs a search chose, on the images of the evaluation, the one that ``artifact`` was made from."""
-    artifacts = {item.sha256: item for step in context.writer.finished for item in step.artifacts}
-    origin: Artifact | None = artifact
-    while origin is not None and "choices" not in origin.step.config:
-        origin = artifacts.get(origin.parent)
-    return int(origin.step.config["choices"]) if origin else 1
+    records = [origin.step.config for origin in context.writer.lineage(artifact)]
+    return next((int(record["choices"]) for record in records if "choices" in record), 1)
 
 
 def accuracy_figures(

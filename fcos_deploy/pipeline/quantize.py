@@ -23,15 +23,15 @@ from calibration.mixed_precision import (
 )
 from calibration.placement import Placement
 from calibration.quantizers import QuantizeRequest, QuantizeResult, get_quantizer, quantize_qdq
-from fcos_deploy.accuracy.coco import paired_ap_drop
 from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.accuracy.evaluate import (
     OPERATING_SCORE,
     Evaluation,
     EvaluationRequest,
     Evaluations,
-    at_operating_point,
+    compared_with,
     evaluate,
+    evaluation_drift,
     evidence_problem,
     judge_evaluation,
     judge_operating_point,
@@ -45,14 +45,7 @@ from fcos_deploy.core.artifact import files_of
 from fcos_deploy.core.backend import SessionOptions, all_backends
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import sha256_file
-from fcos_deploy.core.gate import (
-    Gate,
-    MatchOptions,
-    Outcome,
-    compare_detections,
-    score_drift,
-    undecided_because,
-)
+from fcos_deploy.core.gate import Gate, MatchOptions, Outcome, undecided_because
 from fcos_deploy.core.image import list_images
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.detector import DetectorSpec
@@ -153,7 +146,7 @@ class Scoring:
     def loss(self, graph: Path) -> ScoreLoss:
         """Of an INT8 graph."""
         compared = self.compared(graph)
-        if compared.drop is not None and compared.scores.ap is not None:
+        if self.goal.annotations and compared.drop is not None and compared.scores.ap is not None:
             further = judge_operating_point(self._gate, compared, self.reference, self.dataset)
             return ScoreLoss(
                 score=compared.scores.ap,
@@ -181,15 +174,11 @@ class Scoring:
         spec = self.spec(graph)
         key = self._key(spec)
         if key not in self._compared:
-            evaluation = self._evaluated(spec, key).candidates[0]
-            options = MatchOptions() if self.goal.annotations else MatchOptions(min_score=OPERATING_SCORE)
-            agreement = compare_detections(self.reference.run.detections, evaluation.run.detections, options=options)
-            drop = None
-            if evaluation.samples is not None and self.reference.samples is not None:
-                drop = paired_ap_drop(self.reference.samples, evaluation.samples)
-            self._compared[key] = at_operating_point(
-                replace(evaluation, agreement=agreement, drop=drop),
+            self._compared[key] = compared_with(
                 self.reference,
+                self._evaluated(spec, key).candidates[0],
+                dataset=self.dataset,
+                options=MatchOptions() if self.goal.annotations else MatchOptions(min_score=OPERATING_SCORE),
                 goal=self.operating_goal,
                 resamples=_RESAMPLES,
             )
@@ -279,7 +268,7 @@ def _search(
 
     Returns the result and from how many graphs it was chosen.
     """
-    goal, names = scoring.goal, request.graph.source.contract.class_names
+    goal = scoring.goal
     search = search_mixed_precision(
         request,
         goal=goal,
@@ -288,10 +277,9 @@ def _search(
         state=state or request.output.with_name(f".{request.output.stem}.search.json"),
         progress=progress,
     )
-    before, after = scoring.reference.run.detections, scoring.compared(search.result.path).run.detections
-    drift = score_drift(
-        [before[image] for image in sorted(before)], [after[image] for image in sorted(after)], class_names=names
-    )
+    drift = evaluation_drift(scoring.reference, scoring.compared(search.result.path))
+    if drift is None:
+        raise ConfigError("The INT8 graph has other classes than the float model.")
     # Where everything in INT8 reached the goal at once there is no choice to show.
     speed = _time_trials(request, scoring, search, progress=progress) if len(search.trials) > 1 else {}
     trade_offs = TradeOffs(

@@ -26,10 +26,11 @@ from calibration.calibrate import (
     write_trt_cache,
 )
 from calibration.dataset import CalibrationSet, SampleOptions, collect_images
-from calibration.execution import Feeder, open_engine, open_measuring
+from calibration.execution import Feeder, open_engine
+from calibration.measuring import in_order_of_release, measure, measuring_model, open_measuring, read_sample
 from calibration.placement import PLACEMENTS, ConvGraph, open_graph
 from calibration.quantizers import quantize_qdq
-from calibration.ranges import Histogram, RangeMethod, in_order_of_release, measure, measuring_model, read_sample
+from calibration.ranges import Histogram, RangeMethod
 from exporters._tensorrt_options import check_calibration_cache
 from fcos_deploy.core.errors import BackendLoadError, CalibrationError, ConfigError
 from fcos_deploy.core.onnx_file import with_outputs
@@ -110,7 +111,7 @@ def test_a_graph_measures_its_tensors_as_numpy_does(engine: str, shape: str, min
         del model.graph.output[:]
     with open_engine(engine, with_outputs(model, names), threads=1) as session:
         whole = {name: measure(values, samples=500) for name, values in session.run(feeds).items()}
-    with open_measuring(engine, measuring_model(model, names, samples=500), threads=1) as session:
+    with open_measuring(engine, model, tensors=names, samples=500, threads=1) as session:
         outputs = session.run(feeds)
     for name in names:
         expected, measured = whole[name], read_sample(outputs, name)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calibration.ranges import BINS, Histogram, RangeMethod, find_range, measure
+from calibration.measuring import measure
+from calibration.ranges import BINS, Histogram, RangeMethod, find_range
 from fcos_deploy.core.errors import CalibrationError
 
 

@@ -22,7 +22,7 @@ from fcos_deploy.core.annotations import (
 )
 from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Orientation
-from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError
+from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError, some_lines
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.image import decode_image, image_content, list_images, read_image
 from fcos_deploy.core.machine import usable_cpus
@@ -239,9 +239,10 @@ def inspect_images(
             else:
                 images.append(result)
     if problems:
-        more = [f"... and {len(problems) - _LISTED} more."] if len(problems) > _LISTED else []
         raise CalibrationError(
-            "\n".join([f"{len(problems)} of {len(files)} images cannot be used.", *problems[:_LISTED], *more]),
+            "\n".join(
+                [f"{len(problems)} of {len(files)} images cannot be used.", *some_lines(problems, count=_LISTED)]
+            ),
             hint="get these files again, or remove them",
         )
     return tuple(images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import hashlib
 import json
 import math
@@ -51,7 +50,7 @@ from fcos_deploy.core.errors import (
 from fcos_deploy.core.files import read_file, write_text
 from fcos_deploy.core.gate import Gate, Outcome, compare_detections, overall_outcome
 from fcos_deploy.core.libraries import recorded_versions
-from fcos_deploy.core.machine import read_machine
+from fcos_deploy.core.machine import read_machine, utc_now
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
 from fcos_deploy.detector import Detector
@@ -269,16 +268,7 @@ def verify_bundle(
     started = time.perf_counter()
     if not bundle.manifest.golden:
         raise BundleError(f"The bundle '{bundle.source}' has no golden images to verify with.")
-    fallbacks: tuple[Fallback, ...] = ()
-    if options.recorded is not None:
-        selection = Selection(options.recorded.artifact(bundle), "tensorrt")
-    elif options.server:  # It has a machine of its own, which preflight cannot see.
-        precisions = (options.precision,) if options.precision else ()
-        selection = select_artifact(bundle, backend=options.backend, precisions=precisions)
-    else:
-        selection, fallbacks = select_runnable(
-            bundle, backend=options.backend, precision=options.precision, allow_fallback=options.allow_fallback
-        )
+    selection, fallbacks = _selected(bundle, options)
     manifest, artifact = bundle.manifest, selection.artifact
     standard = golden_standard(manifest, artifact, backend=selection.backend, compute=options.session.compute)
     images = [read_golden_image(bundle.read(golden.path), golden) for golden in manifest.golden]
@@ -315,15 +305,25 @@ def verify_bundle(
         preprocessing=preprocessing,
         images=results,
         values=values,
-        time=options.recorded.time
-        if options.recorded
-        else datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        time=options.recorded.time if options.recorded else utc_now(),
         seconds=round(time.perf_counter() - started, 3),
         session=session,
         machine=options.recorded.machine if options.recorded else {"system": machine.system, **machine_words(machine)},
         versions=recorded_versions(),
         fallbacks=fallbacks,
         signed_by=bundle.signed_by,
+    )
+
+
+def _selected(bundle: Bundle, options: VerifyOptions) -> tuple[Selection, tuple[Fallback, ...]]:
+    """What is verified: what a device recorded, what a server runs, or what this machine would run."""
+    if options.recorded is not None:
+        return Selection(options.recorded.artifact(bundle), "tensorrt"), ()
+    if options.server:  # It has a machine of its own, which preflight cannot see.
+        precisions = (options.precision,) if options.precision else ()
+        return select_artifact(bundle, backend=options.backend, precisions=precisions), ()
+    return select_runnable(
+        bundle, backend=options.backend, precision=options.precision, allow_fallback=options.allow_fallback
     )
 
 

@@ -9,7 +9,6 @@ in a folder of the user where the bundle cannot be written.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import hmac
 import json
@@ -32,7 +31,7 @@ from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import BundleError, ConfigError, FcosDeployError, SignatureError
 from fcos_deploy.core.files import copy_file, read_file, replace_folder, sync_folder
-from fcos_deploy.core.machine import MachineFacts, read_machine
+from fcos_deploy.core.machine import MachineFacts, read_machine, utc_now
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
 from fcos_deploy.core.trust import Trust, authenticate, is_own, own_folder, state_folder, write_own_file
 
@@ -198,7 +197,7 @@ def write_layer(
                 backend=backend,
                 device=facts,
                 choice=choice,
-                created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                created=utc_now(),
             )
             _fill(temporary, layer, make=make, step=f"build-{backend}-{label}")
             replace_folder(temporary, place / name)

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
-from fcos_deploy.core.errors import ConfigError, brief
+from fcos_deploy.core.errors import ConfigError, brief, some_lines
 from fcos_deploy.core.files import decoded_text, read_file
 from fcos_deploy.core.gate import Finding, Severity
 from fcos_deploy.core.serialize import parse_json
@@ -46,7 +46,6 @@ MEDIUM_AREAS = (32.0**2, 96.0**2)  # square pixels: COCO's objects are small bel
 
 _MAX_BYTES = 512 << 20  # COCO's own training set takes 448 MB
 _MAX_OBJECTS = 1_000_000  # and has 860,001
-_LISTED = 5  # problems that an error spells out
 
 T = TypeVar("T")
 _Id = int | str
@@ -107,9 +106,8 @@ def read_coco(path: Path) -> CocoFile:
     names = Counter(key for key, _ in {(category.key, _plain(category.name)) for category in categories})
     problems += [f"'categories': id {brief(key)} has {count} names" for key, count in names.items() if count > 1]
     if problems:
-        more = [f"... and {len(problems) - _LISTED} more."] if len(problems) > _LISTED else []
         raise ConfigError(
-            "\n".join([f"'{path}' has entries that cannot be used: {len(problems)}.", *problems[:_LISTED], *more]),
+            "\n".join([f"'{path}' has entries that cannot be used: {len(problems)}.", *some_lines(problems, count=5)]),
             hint="it needs 'images' (id, file_name), 'annotations' (image_id, category_id, bbox) and 'categories'",
         )
     if not images:

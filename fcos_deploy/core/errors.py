@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AccuracyGateError",
@@ -88,6 +88,12 @@ def some_names(names: Iterable[str], *, count: int = 5) -> str:
     """The first names in quotes, and how many more there are."""
     quoted = [f"'{name}'" for name in names]
     return ", ".join(quoted[:count]) + (f" and {len(quoted) - count} more" if len(quoted) > count else "")
+
+
+def some_lines(problems: Sequence[str], *, count: int) -> list[str]:
+    """The first problems, a line each, and how many more there are."""
+    more = [f"... and {len(problems) - count} more."] if len(problems) > count else []
+    return [*problems[:count], *more]
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import math
 import os
 import platform
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["JetsonFacts", "MachineFacts", "is_jetson", "kernel_text", "read_machine", "usable_cpus"]
+__all__ = ["JetsonFacts", "MachineFacts", "is_jetson", "kernel_text", "read_machine", "usable_cpus", "utc_now"]
 
 _ROOT = Path("/")
 # Instructions that decide how fast int8 is, as /proc/cpuinfo names them.
@@ -106,6 +107,11 @@ def read_machine(root: Path = _ROOT) -> MachineFacts:
         npu_driver="intel_vpu" if (root / "sys/module/intel_vpu").is_dir() else "",
         npu_device=any((root / "dev/accel").glob("accel*")),
     )
+
+
+def utc_now() -> str:
+    """The time as records keep it, such as ``2026-01-31T09:30:00+00:00``."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def usable_cpus(root: Path = _ROOT) -> int:

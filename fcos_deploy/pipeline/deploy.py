@@ -7,7 +7,6 @@ import json
 import platform
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ from fcos_deploy.core.exporter import all_exporters
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Outcome, Severity, overall_outcome
 from fcos_deploy.core.libraries import recorded_versions
+from fcos_deploy.core.machine import utc_now
 from fcos_deploy.core.progress import ProgressFn, StageClock, StageRecord, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.pipeline import proof
@@ -316,7 +316,7 @@ def _created(context: DeployContext) -> str:
     """When this bundle was begun; a resumed run keeps the moment."""
 
     def make(_: Path) -> StepOutput:
-        return StepOutput(values=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        return StepOutput(values=utc_now())
 
     inputs = {"checkpoint": context.source.sha256, "command": context.request.command}
     return str(context.writer.step("created", inputs=inputs, make=make).values)

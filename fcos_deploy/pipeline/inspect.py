@@ -256,11 +256,6 @@ def _contract_facts(contract: ModelContract) -> _Facts:
     )
 
 
-def _tower_norm(config: FcosConfig) -> str:
-    groups = f" of {config.norm_groups} groups" if config.tower_norm is TowerNorm.GROUP else ""
-    return f"{config.tower_norm}{groups}"
-
-
 def _deformable_facts(config: FcosConfig) -> str:
     """Such as ``13 + 2 convolutions of backbone and head, with masks (DCNv2)``."""
     if not config.deformable:
@@ -276,6 +271,7 @@ def _deformable_facts(config: FcosConfig) -> str:
 def _network_facts(checkpoint: CheckpointDescription) -> _Facts:
     config, weights = checkpoint.config, checkpoint.tensors.values()
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights})
+    groups = f" of {config.norm_groups} groups" if config.tower_norm is TowerNorm.GROUP else ""
     shared = f" after {config.shared_convs} shared" if config.shared_convs else ""
     return (
         ("ecosystem", checkpoint.contract.ecosystem),
@@ -285,7 +281,7 @@ def _network_facts(checkpoint: CheckpointDescription) -> _Facts:
         ("pyramid", f"{config.fpn_channels} channels"),
         ("towers", f"{config.cls_convs} + {config.reg_convs} convolutions{shared}"),
         ("deformable", _deformable_facts(config)),
-        ("norms", f"backbone: batch norm, eps {config.norm_eps:g}; towers: {_tower_norm(config)}"),
+        ("norms", f"backbone: batch norm, eps {config.norm_eps:g}; towers: {config.tower_norm}{groups}"),
         ("scales", "one a level" if config.has_scales else "none"),
         ("weights", f"{sum(map(count_of, weights)):,} numbers, {', '.join(dtypes)}"),
         ("read by", checkpoint.reader),

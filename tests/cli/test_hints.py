@@ -16,6 +16,7 @@ from fcos_deploy.cli.app import build_app
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fcos_deploy", "exporters", "runtimes", "calibration")
+FOLDERS = [ROOT / name for name in (*PACKAGES, "tests")]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 
 GROUP: Any = typer.main.get_command(build_app())  # Any: Click's group, or Typer's copy of it
@@ -121,6 +122,32 @@ def test_hints_name_what_exists() -> None:
 def test_pages_name_what_exists(page: Path) -> None:
     name = f"{page.relative_to(ROOT)}:"
     assert [f"{where}: {what}" for where, text in lines() if where.startswith(name) for what in problems(text)] == []
+
+
+# Files of ours: below a package or a folder of tests, and by their bare name on the pages about the code.
+_OUR_FILE = re.compile(
+    r"(?<![\w/.-])((?:fcos_deploy|exporters|runtimes|calibration|benchmarks|examples|core|checkpoints|serving|model"
+    r"|unit|contract|flow|golden|cli)/[\w./]*\.py)\b"
+)
+_BARE_FILE = re.compile(r"(?<![\w/])(\w+\.py)\b")
+_OUR_NAME = re.compile(r"\b(?:fcos_deploy\.)?(core|pipeline|targets|checkpoints)\.([a-z]\w+)\.(\w+)\b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_files_and_modules_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    names = set(_OUR_FILE.findall(text))
+    if page.name in ("CONTRIBUTING.md", "architecture.md"):
+        names |= set(_BARE_FILE.findall(text))
+        assert names
+    folders = [ROOT, ROOT / "fcos_deploy", ROOT / "tests"]
+    missing = [name for name in sorted(names) if "/" in name and not any((f / name).is_file() for f in folders)]
+    missing += [name for name in sorted(names) if "/" not in name and not any(next(f.rglob(name), "") for f in FOLDERS)]
+    for package, module, name in _OUR_NAME.findall(text):
+        file = ROOT / "fcos_deploy" / package / f"{module}.py"
+        if not file.is_file() or not re.search(rf"^(def|class) {name}\b", file.read_text(encoding="utf-8"), re.M):
+            missing.append(f"{package}.{module}.{name}")
+    assert missing == []
 
 
 def test_what_plans_print_can_be_typed() -> None:

@@ -74,7 +74,7 @@ _VERBOSE = typer.Option(
     "--verbose",
     count=True,
     show_default=False,
-    help="Logged steps on stderr; -vv for everything that is logged, with the traceback of an error.",
+    help="Log of the steps on stderr; -vv logs everything, with the traceback of an error.",
     rich_help_panel=OUTPUT,
 )
 _QUIET = typer.Option(
@@ -82,7 +82,7 @@ _QUIET = typer.Option(
 )
 _SHOW_CONFIG = typer.Option(
     "--show-config",
-    help="Every option in force and where it comes from, on stdout, in place of running the command.",
+    help="List of the options in force and their sources, on stdout; the command itself does not run.",
     rich_help_panel=OUTPUT,
 )
 _SETTINGS = "fcos_deploy.settings"  # their key in a context

@@ -56,7 +56,7 @@ def benchmark_command(
 ) -> None:
     """Benchmark models: latency by stage, throughput, cold start and memory.
 
-    Several models and backends are timed in turns, so that what disturbs the machine meets all of them.
+    Several models and backends are timed in turns, so that other load on the machine affects all of them alike.
     Checkpoint options apply to the models that are checkpoints.
     """
     from fcos_deploy.benchmark import run

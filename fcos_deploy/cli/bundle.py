@@ -89,12 +89,12 @@ def sign_command(
     version: Annotated[
         int,
         cli.TRUST.option(
-            "Version of the bundle, signed with it; devices refuse one older than they have opened. 0: no version.",
+            "Version of the bundle, signed with it; a device refuses lower ones than it has opened. 0: no version.",
             min=0,
         ),
     ] = 0,
     expires: Annotated[
-        str, cli.TRUST.option("Last day on which the signature counts. Default: no end.", metavar="YYYY-MM-DD")
+        str, cli.TRUST.option("Last day on which the signature is valid. Default: no end.", metavar="YYYY-MM-DD")
     ] = "",
     openssf_key: Annotated[
         Path | None,

@@ -124,7 +124,7 @@ def deploy_command(
         ),
     ] = None,
     no_config: Annotated[  # noqa: ARG001  (the same)
-        bool, cli.option("The fcos-deploy.toml in the current folder is not read.")
+        bool, cli.option("No project file: the fcos-deploy.toml in the current folder is ignored.")
     ] = False,
     as_json: cli.Json = False,
     options: CheckpointOptions,
@@ -323,13 +323,13 @@ def init_command(
         PROJECT_FILE
     ),
     yes: Annotated[
-        bool, cli.option("Nothing is asked, as without a terminal: what is open is an error.", "-y", "--yes")
+        bool, cli.option("No questions, as without a terminal; what is left open is an error.", "-y", "--yes")
     ] = False,
     values: dict[str, Any],  # Any: each option's own type
 ) -> None:
     """Write the project file of a deployment, after asking what the checkpoint and the options leave open.
 
-    Options that are given go into the file, every other option of 'deploy' stands in it as a comment.
+    The given options go into the file; every other option of 'deploy' is in it as a comment.
     """
     from fcos_deploy.pipeline.source import names_a_function
 

@@ -26,7 +26,7 @@ def setup_command(
 ) -> None:
     """Set a bundle up on this device: build what must be built here, verify it, and choose by measured latency.
 
-    The certified files stay as they are. An interrupted run goes on where it stopped. Exit code 4: what was built is
+    The certified files stay as they are. An interrupted run resumes. Exit code 4: what was built is
     not the certified detector, or the golden images cannot decide it.
     """
     from fcos_deploy.accuracy.verify import export_record
@@ -84,7 +84,7 @@ def verify_command(
 ) -> None:
     """Verify on this machine that a bundle gives the detections it was certified with, on its golden images.
 
-    Exit code 4: it does not, or the golden images cannot decide it.
+    Exit code 4: the detections differ, or the golden images cannot decide it.
     """
     from fcos_deploy.accuracy import verify
     from fcos_deploy.accuracy.gate import write_junit
@@ -128,8 +128,8 @@ def install_command(
 ) -> None:
     """Install a bundle on this device: copy it, build what must be built here, verify it, and switch LINK to it.
 
-    LINK leads to a whole, verified bundle at every moment. Exit code 0: the new version is in use. Any other: the old
-    one still is; 4: the new one is not the certified detector here, or the golden images cannot decide it.
+    LINK points to a complete, verified bundle at all times. Exit code 0: the new version is in use. With any other
+    code the old one still is; 4: the new one is not the certified detector here, or the golden images cannot decide it.
     """
     from fcos_deploy.pipeline.device import InstallRequest, install
 

@@ -37,7 +37,8 @@ def evaluate_command(
     ] = None,
     limit: cli.Limit = None,
     resamples: Annotated[
-        int, cli.option("Bootstrap resamples of the intervals; 0 for no intervals, and limits stay undecided.", min=0)
+        int,
+        cli.option("Number of bootstrap resamples; with 0 there are no intervals, and limits stay undecided.", min=0),
     ] = 1000,
     predictions: Annotated[
         Path | None, cli.option("Folder to keep detections in; an interrupted run resumes from it.", metavar="DIR")
@@ -103,7 +104,7 @@ def compare_command(
     first: Annotated[
         Path, typer.Argument(metavar="FIRST", help="Model to compare with: checkpoint, ONNX file, engine or bundle.")
     ],
-    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Model that is compared.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Model to compare with FIRST.")],
     *,
     images: Annotated[
         Path | None,

@@ -46,9 +46,9 @@ def inspect_command(
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Show what a file is, and who decided what the tensors of a checkpoint do not tell.
+    """Show what a file is and, for a checkpoint, every decision that its tensors leave open.
 
-    Of COCO annotations: images, objects and classes, and what is wrong with them.
+    For COCO annotations it shows images, objects and classes, and what is wrong with them.
     """
     from fcos_deploy.bundle.store import is_bundle
     from fcos_deploy.pipeline.inspect import inspect_annotations, inspect_bundle, inspect_file, is_annotations

@@ -91,7 +91,9 @@ Annotations = Annotated[
         metavar="FILE",
     ),
 ]
-AllowOverlap = Annotated[bool, option("Evaluation images that are calibration images too are accepted, and reported.")]
+AllowOverlap = Annotated[
+    bool, option("Permission for evaluation images that are calibration images too; it is reported.")
+]
 CalibrationCount = Annotated[int | None, option("Number of calibration images to choose. Default: up to 128.")]
 Seed = Annotated[int, option("Random seed for choosing calibration images.")]
 RunCode = Annotated[bool, option("Permission to run the function that MODEL names, which returns a wrapped module.")]
@@ -163,7 +165,7 @@ JudgeBy = Annotated[
     ),
 ]
 AllowInconclusive = Annotated[
-    bool, GATE.option("Acceptance of limits that the data cannot decide; without it they are exit code 4.")
+    bool, GATE.option("Exit code 0 where the data cannot decide a limit. Default: exit code 4.")
 ]
 
 _PublicKeys = Annotated[
@@ -257,7 +259,7 @@ def keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:  # 
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
-_LOCAL_BUILDS = TRUST.option("Trust in what this user built on this device, beside a signed bundle.")
+_LOCAL_BUILDS = TRUST.option("Trust in artifacts that this user built on this device for a signed bundle.")
 _KEY_OPTIONS: dict[str, tuple[Any, Any]] = {  # Any: type forms and defaults, as below
     "public_key": (_PublicKeys, None),
     "expect_name": (_ExpectName, ""),

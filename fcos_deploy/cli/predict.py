@@ -56,7 +56,7 @@ def predict_command(
     draw: Annotated[
         str | None,
         cli.OUTPUT.option(
-            "Folder for annotated copies (.jpg, .mp4); of a stream the address to show it at in a browser, such as "
+            "Folder for annotated copies (.jpg, .mp4); for a stream, the address at which a browser shows it, such as "
             "http://localhost:8090.",
             metavar="DIR",
         ),
@@ -72,10 +72,10 @@ def predict_command(
     ] = None,
     follow: Annotated[bool, cli.STREAM.option("Detections of images that arrive in a folder from now on.")] = False,
     max_frames: Annotated[
-        int | None, cli.STREAM.option("Number of frames to detect on. Default: no end.", min=1)
+        int | None, cli.STREAM.option("Number of frames to detect on. Default: no limit.", min=1)
     ] = None,
     max_seconds: Annotated[
-        float | None, cli.STREAM.option("Seconds after which to stop. Default: no end.", metavar="SECONDS")
+        float | None, cli.STREAM.option("Seconds after which to stop. Default: no limit.", metavar="SECONDS")
     ] = None,
     give_up: Annotated[
         float, cli.STREAM.option("Seconds without a frame after which to give up.", metavar="SECONDS")
@@ -94,9 +94,9 @@ def predict_command(
 ) -> None:
     """Predict the objects in images, videos and streams; boxes are x1, y1, x2, y2 in image pixels.
 
-    Images that cannot be read do not stop the others; the exit code is then 1. The table stops at --score-threshold, or
-    else at a score of 0.3; files and JSON have what the model gives. Of a stream the newest frame is taken, --json
-    prints one line a frame, and latency and drop rate are shown at the end.
+    Images that cannot be read do not stop the others; the exit code is then 1. The table shows
+    detections down to --score-threshold, by default 0.3; files and JSON have all that the model gives. For a stream,
+    the newest frame is used, --json prints one line per frame, and latency and drop rate are printed at the end.
     """
     from fcos_deploy.detector import Detector
     from fcos_deploy.detector.draw import DrawOptions

@@ -71,8 +71,8 @@ def report_command(
 ) -> None:
     """Report how a model compares with its reference: accuracy, speed and images side by side, as HTML and Markdown.
 
-    Of a bundle alone it is the report that 'deploy' left in it: nothing is measured again. Of several, with --compare,
-    it is what they record, side by side.
+    For a bundle alone, the report that 'deploy' left in it is written again, without measuring. For several bundles,
+    --compare shows their recorded figures side by side.
 
     Checkpoint options apply to the models that are checkpoints. The report is written in any case; exit code 4: a limit
     does not hold, or the data cannot decide it.

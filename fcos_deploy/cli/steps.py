@@ -203,8 +203,8 @@ def quantize_command(
 ) -> None:
     """Quantize a float ONNX graph to INT8.
 
-    With --max-map-drop, or without annotations --min-match-rate, layers whose harm is shown stay in float until the
-    gate holds. Exit code 4: it does not, or the images cannot decide it, and then the INT8 model is kept.
+    With --max-map-drop, or without annotations --min-match-rate, layers with a measurable loss stay in float until
+    the gate holds. Exit code 4: it does not hold, or the images cannot decide it; the INT8 model is then kept.
     """
     from calibration.calibrate import load_calibration
     from calibration.mixed_precision import TRADE_OFF_COLUMNS, find_trade_offs, trade_off_rows
@@ -308,7 +308,7 @@ def build_command(
         cli.TENSORRT.option("File or folder of the timing cache to read and write. Default: none.", metavar="PATH"),
     ] = None,
     dla_core: Annotated[int | None, cli.TENSORRT.option("DLA core to build for. Default: the GPU.", min=0)] = None,
-    dla_strict: Annotated[bool, cli.TENSORRT.option("Refusal of layers that would fall back to the GPU.")] = False,
+    dla_strict: Annotated[bool, cli.TENSORRT.option("Error for layers that would fall back to the GPU.")] = False,
     tf32: Annotated[bool, cli.TENSORRT.option("Permission for TF32 in fp32 convolutions.")] = False,
     version_compatible: Annotated[bool, cli.TENSORRT.option("Engine that newer TensorRT versions also load.")] = False,
     hardware_compatible: Annotated[bool, cli.TENSORRT.option("Engine that also runs on newer GPUs.")] = False,

@@ -61,7 +61,7 @@ def tune_command(
         ),
     ] = None,
     max_memory_mib: Annotated[
-        float | None, cli.option("Largest memory of a process that runs it. Default: no limit.", metavar="MIB")
+        float | None, cli.option("Largest memory of a process that runs the model. Default: no limit.", metavar="MIB")
     ] = None,
     max_watts: Annotated[
         float | None,
@@ -71,10 +71,13 @@ def tune_command(
             metavar="W",
         ),
     ] = None,
-    throughput: Annotated[bool, cli.option("Images a second in place of the latency of one image.")] = False,
+    throughput: Annotated[bool, cli.option("Search by throughput, in images per second, in place of latency.")] = False,
     min_throughput: Annotated[
         float | None,
-        cli.option("Fewest images a second; the highest AP with them is chosen. Default: no limit.", metavar="N"),
+        cli.option(
+            "Lowest throughput in images per second; the highest AP that reaches it is chosen. Default: no limit.",
+            metavar="N",
+        ),
     ] = None,
     percentile: Annotated[int, cli.option("Percentile of the latency that keeps the limit: 50 or 90.")] = 50,
     size: Annotated[
@@ -104,12 +107,13 @@ def tune_command(
     streams: Annotated[
         list[int] | None,
         cli.RUNTIME.option(
-            "Number of requests at a time to try with --throughput, repeatable. Default: 1, half the cores, all.", min=1
+            "Number of concurrent requests to try with --throughput, repeatable. Default: 1, half the cores, all.",
+            min=1,
         ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        cli.RUNTIME.option("Images of a request to try with --throughput, repeatable. Default: 1 and 4.", min=1),
+        cli.RUNTIME.option("Batch size to try with --throughput, repeatable. Default: 1 and 4.", min=1),
     ] = None,
     compute: Annotated[
         list[ComputeType] | None,
@@ -137,10 +141,10 @@ def tune_command(
     as_json: cli.Json = False,
     options: CheckpointOptions,
 ) -> None:
-    """Find the input size, backend, precision and threads that keep a budget, and make a bundle of them.
+    """Find the input size, backend, precision and threads that meet a budget, and make a bundle of them.
 
-    Every trial is kept in DIR: an interrupted search resumes, a widened one measures what is new. Exit code 4: no
-    configuration keeps the limits, and the nearest is named; or the images cannot decide one.
+    Every trial is kept in DIR: an interrupted search resumes, and a wider one measures only what is new. Exit
+    code 4: no configuration meets the limits, and the nearest is named; or the images cannot decide a limit.
     """
     from fcos_deploy.pipeline.source import run_user_code
     from fcos_deploy.pipeline.tune import tune

@@ -101,7 +101,7 @@ def _whole_numbers(example: str, *, count: int | None = None) -> Callable[[str],
 def _class_names(path: Path) -> tuple[str, ...]:
     names = tuple(line.strip() for line in _read_text(path).rstrip().splitlines())
     if not names or not all(names):
-        raise ConfigError(f"'{path}' must hold one class name a line, without empty lines.")
+        raise ConfigError(f"'{path}' must hold one class name per line, without empty lines.")
     return names
 
 
@@ -149,7 +149,7 @@ class CheckpointOptions:
     )
     class_names: tuple[str, ...] = _option(
         (),
-        "Text file with one class name a line, in the order of the training labels. "
+        "Text file with one class name per line, in the order of the training labels. "
         "Default: the names in the file, or COCO's where the number of classes is COCO's.",
         flags="--classes",
         metavar="FILE",
@@ -300,7 +300,7 @@ class CheckpointOptions:
         None, "Maximum number of detections in an image. Default: the checkpoint's.", metavar="N"
     )
     pre_nms_top_k: int | None = _detection(
-        None, "Maximum number of candidates a level before NMS; 0: all. Default: the checkpoint's.", metavar="N"
+        None, "Maximum number of candidates per level before NMS; 0: all. Default: the checkpoint's.", metavar="N"
     )
     class_agnostic: bool | None = _detection(
         None,

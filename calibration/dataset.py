@@ -115,7 +115,9 @@ def open_images(source: Path, *, annotations: Path | None = None, allow_outside:
         CalibrationError: the source is not there or names no image, or the annotations are of other images.
     """
     if not source.exists():
-        raise CalibrationError(f"'{source}' is not there.", hint="give a folder of images, a list file or a COCO json")
+        raise CalibrationError(
+            f"'{source}' does not exist.", hint="give a folder of images, a list file or a COCO json"
+        )
     coco = None
     try:
         if source.is_dir():
@@ -126,7 +128,7 @@ def open_images(source: Path, *, annotations: Path | None = None, allow_outside:
             coco = read_coco(source)
             paths = paths_beside(coco, source)
         if not paths:
-            raise CalibrationError(f"'{source}' names no images.", hint="one path a line, or a COCO json")
+            raise CalibrationError(f"'{source}' names no images.", hint="a list needs one path per line")
         paths = dict(sorted(paths.items()))
         coco = read_coco(annotations) if annotations else coco
         if coco is None:

@@ -103,9 +103,11 @@ class AccuracyGoal:
                 hint="give --annotations FILE with --max-map-drop, or --min-match-rate without",
             )
         if (self.max_map_drop is None) == (self.min_match_rate is None):
-            raise ConfigError("An accuracy goal has one limit.", hint="give --max-map-drop or --min-match-rate")
+            raise ConfigError(
+                "An accuracy goal takes exactly one limit.", hint="give --max-map-drop or --min-match-rate"
+            )
         if not 0.0 <= self.max_loss <= 1.0:
-            raise ConfigError(f"What may be lost is a share of 1, in [0, 1], got {self.max_loss}.")
+            raise ConfigError(f"The allowed loss must be in [0, 1], got {self.max_loss}.")
         if self.evaluations < 1:
             raise ConfigError(f"At least 1 candidate must be evaluated, got {self.evaluations}.")
 

@@ -142,7 +142,7 @@ class Generation(ABC):
         if options.dla_strict and options.dla_core is None:
             raise ConfigError("DLA strict mode was asked for without a DLA core.", hint="give --dla-core 0")
         if options.calibration_cache is not None and not options.calibration_cache.is_file():
-            raise ConfigError(f"The calibration cache '{options.calibration_cache}' is not there.")
+            raise ConfigError(f"The calibration cache '{options.calibration_cache}' does not exist.")
         if options.compute_capabilities:
             raise ConfigError(
                 f"{self.label} builds for the GPU it runs on, so compute capabilities cannot be chosen.",

@@ -80,7 +80,7 @@ class ExportOptions:
                 hint=f"choose {_OPSETS.start} to {_OPSETS.stop - 1}; docs/export.md says who reads which",
             )
         if self.batch is not None and self.batch < 1:
-            raise ConfigError(f"The batch must be at least 1, got {self.batch}.", hint="or 'dynamic'")
+            raise ConfigError(f"The batch must be at least 1, got {self.batch}.", hint="--batch N, or --batch dynamic")
         if self.precision is Precision.INT8:
             raise ConfigError("An export is fp32 or fp16.", hint="INT8 is made by 'fcos-deploy quantize'")
 

@@ -93,7 +93,9 @@ class Cuda:
             if error == "cudaErrorInsufficientDriver" and self._driver_version() == 0:
                 problem, remedy = _NO_DRIVER, "install the NVIDIA driver; in a container, start it with the GPU"
             return DeviceError(f"{problem} ({error}).", hint=remedy)
-        return BackendError(f"CUDA failed in {call}: {error}.", hint="'fcos-deploy doctor' looks at driver and GPU")
+        return BackendError(
+            f"CUDA failed in {call}: {error}.", hint="'fcos-deploy doctor' checks the driver and the GPU"
+        )
 
     def _release(self, name: str, *arguments: Any) -> None:  # Any: as in _call
         """A call that gives something back. On a lost GPU all of them fail, and what they would free went with it."""

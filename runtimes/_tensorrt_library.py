@@ -54,7 +54,7 @@ def load_tensorrt(*import_names: str, extra: str) -> TensorRT:
     try:
         module = require(first, extra=extra)
         if not hasattr(module, "Runtime"):
-            raise MissingDependencyError(f"Of '{first}' only type stubs are installed, not the library.")
+            raise MissingDependencyError(f"Only the type stubs of '{first}' are installed, not the library.")
     except MissingDependencyError as error:
         for name in others:
             with suppress(MissingDependencyError):

@@ -629,7 +629,7 @@ def open_model(model: RemoteModel, options: SessionOptions) -> Session:
     }
     refused = sorted(name for name, given in local.items() if given)
     if refused:
-        raise ConfigError(f"A remote model cannot be told {', '.join(refused)}.", hint="set it on the server")
+        raise ConfigError(f"{', '.join(refused)} cannot be set for a remote model.", hint="set it on the server")
     address = parse_address(model.url)
     client = _CLIENTS[address.scheme](address, timeout=model.timeout_s)
     try:

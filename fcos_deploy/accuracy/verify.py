@@ -116,7 +116,7 @@ class RecordedRun:
         graphs = [artifact for artifact in bundle.manifest.artifacts if artifact.sha256 == self.onnx_sha256]
         if self.manifest_sha256 != bundle.manifest_sha256 or not graphs:
             raise ConfigError(
-                f"The record is of another bundle than '{bundle.source}'.",
+                f"The record belongs to another bundle, not to '{bundle.source}'.",
                 hint="give the bundle that 'fcos-deploy package --for trtexec' was called on",
             )
         return graphs[0]
@@ -532,7 +532,7 @@ def _read(path: Path, *, bundle: Bundle, public_keys: tuple[Path | str, ...]) ->
         raise ConfigError(f"'{path}' is not a device record of this version.", hint=again)
     if verification.manifest_sha256 != bundle.manifest_sha256:
         raise ConfigError(
-            f"'{path}' is of another bundle: its manifest is {verification.manifest_sha256[:16]}..., that of "
+            f"'{path}' belongs to another bundle: its manifest is {verification.manifest_sha256[:16]}..., that of "
             f"'{bundle.source}' is {bundle.manifest_sha256[:16]}....",
             hint="give the records of this bundle",
         )

@@ -160,7 +160,8 @@ def select_runnable(
         else:
             return selection, tuple(fallbacks)
     raise DeviceError(
-        "No backend of the bundle's chain can run here. " + "; ".join(f"{f.backend}: {f.reason}" for f in fallbacks),
+        "None of the backends that the bundle lists can run here. "
+        + "; ".join(f"{f.backend}: {f.reason}" for f in fallbacks),
         hint="make the bundle for this machine with 'fcos-deploy deploy'",
     )
 

@@ -206,7 +206,7 @@ def required_keys(public_keys: tuple[Path | str, ...], *, required: bool) -> tup
     """
     if required and not public_keys:
         raise ConfigError(
-            "A required signature needs a key to check it with.",
+            "A signature can only be required together with a key to check it.",
             hint="give the signer's public key: --public-key KEY.pub.pem",
         )
     return public_keys
@@ -313,7 +313,7 @@ def check_bytes(message: bytes, envelope: Envelope, *, public_keys: tuple[Path |
         keys[envelope.key_id].verify(signature, message)
     except (exceptions.InvalidSignature, ValueError) as error:
         raise SignatureError(
-            f"The signature does not fit {subject}: one of the two was changed after signing.",
+            f"The signature does not match {subject}: one of the two was changed after signing.",
             hint="get it again from the one who signed it",
         ) from error
     return envelope.key_id

@@ -286,7 +286,7 @@ def _check_unreplaced(root: Path, trust: Trust) -> CheckedFolder:
             continue
         if _inode(root) == before == checked.inode:
             return checked
-    raise BundleReplacedError(f"The bundle '{root}' is replaced again and again.", hint="wait until that has ended")
+    raise BundleReplacedError(f"The bundle '{root}' keeps being replaced.", hint="wait until that has ended")
 
 
 def _inode(root: Path) -> tuple[int, int]:
@@ -399,7 +399,7 @@ def _manifest_bytes(root: Path) -> bytes:
         reason = f"it has no '{name}'" if absent else f"of '{name}', {error.strerror}"
         raise BundleError(f"'{root}' is not a complete bundle: {reason}.", hint=_REMAKE) from error
     if digest != digest_line(hashlib.sha256(content).hexdigest()).encode():
-        raise ChecksumError(f"'{path}' is not what '{DIGEST_NAME}' recorded.", hint=_REMAKE)
+        raise ChecksumError(f"'{path}' does not match '{DIGEST_NAME}'.", hint=_REMAKE)
     return content
 
 

@@ -417,7 +417,7 @@ def refuse_unknown(names: Iterable[str]) -> None:
     if unknown:
         shown = ", ".join(f"'{name}'" for name in unknown[:4]) + (", ..." if len(unknown) > 4 else "")
         raise CheckpointError(
-            f"The checkpoint has unknown {len(unknown)} tensors: {shown}.",
+            f"The checkpoint has {len(unknown)} unknown tensors: {shown}.",
             hint="is it another architecture, or are there more levels than P6 and P7? Where they are the training's "
             "alone, save the file without them; for a network of your own see docs/your-own-fcos.md",
         )

@@ -56,7 +56,7 @@ def inspect_command(
     if is_annotations(model):
         inspection = inspect_annotations(model, images=images)
     elif images is not None:
-        raise ConfigError(f"'{model}' has no annotations, so that --images has no meaning for it.")
+        raise ConfigError(f"'{model}' holds no annotations, which --images would be checked with.")
     elif trust != Trust() or is_bundle(model):
         inspection = inspect_bundle(model, trust=trust)
     else:

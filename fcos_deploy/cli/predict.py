@@ -154,7 +154,7 @@ def _require_fitting(streamed: bool, *, several: bool, kept: bool, ends: bool, d
 
     if streamed and (several or kept):
         raise ConfigError(
-            "One command reads one stream, and keeps nothing.",
+            "A command reads a single stream, and writes no files of detections.",
             hint="leave the other sources, --coco, --csv and --yolo out",
         )
     if draw is not None and is_view_address(draw) != streamed:

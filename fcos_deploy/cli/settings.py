@@ -119,7 +119,7 @@ def refuse_mistyped_variables(known: Sequence[str], all_known: Callable[[], Sequ
         similar = [] if bare in names else difflib.get_close_matches(bare, names, n=1, cutoff=_SIMILAR)
         if similar:
             raise ConfigError(
-                f"The variable {brief(name)} is no option.",
+                f"The variable {brief(name)} is not an option.",
                 hint=f"did you mean {_PREFIX}{similar[0]}? Otherwise unset it",
             )
 
@@ -161,7 +161,7 @@ def _read_project_file(command: Any, *, config: Any, ignored: bool) -> dict[str,
         where = f"'{path}'"
         if config is None and name in _PERMISSIONS and value is not False:
             raise ConfigError(
-                f"{where} has {name}, which a file that is read because it lies in this folder cannot permit.",
+                f"{where} has {name}, which a project file that was found in the current folder may not set.",
                 hint=f"give --{name.replace('_', '-')} on the command line, or name the file: --config {path}",
             )
         text = _of_file(parameters[name], value, where=f"'{name}' in {where}")

@@ -200,7 +200,7 @@ def _require_artifact(path: Path) -> None:
     if path.is_dir():
         raise BackendLoadError(f"'{path}' is a folder, not a file.", hint="give the ONNX file, engine or IR")
     if not path.is_file():
-        raise BackendLoadError(f"'{path}' is not there.")
+        raise BackendLoadError(f"'{path}' does not exist.")
     if is_checkpoint(path):
         raise BackendLoadError(f"'{path}' is a checkpoint.", hint="make a graph of it first, with 'fcos-deploy export'")
 

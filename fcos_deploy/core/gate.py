@@ -100,7 +100,7 @@ class Gate:
         for name in (*shares, "min_iou", "max_score_delta"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} is a share of 1, so it must be in [0, 1], got {value}.")
+                raise ConfigError(f"{name} must be in [0, 1], got {value}.")
         if self.max_box_delta_px is not None and not self.max_box_delta_px >= 0:
             raise ConfigError(f"max_box_delta_px must not be negative, got {self.max_box_delta_px}.")
 

@@ -307,7 +307,7 @@ def _open_header(path: Path, content: IO[bytes]) -> Any:  # Any: PIL.Image.Image
     if not name:
         kind = describe_content(head)
         raise ImageError(
-            f"'{path}' is not an image that is read here{kind and f': it is {kind}'}.", hint=f"formats: {_FORMATS}"
+            f"'{path}' is not an image in a supported format{kind and f': it is {kind}'}.", hint=f"formats: {_FORMATS}"
         )
     if name in _OPTIONAL and not require("PIL.features").check(_OPTIONAL[name]):
         raise ImageError(f"'{path}' is {name}, which this Pillow cannot read.", hint="pip install --upgrade pillow")
@@ -320,7 +320,7 @@ def _open_header(path: Path, content: IO[bytes]) -> Any:  # Any: PIL.Image.Image
         except pillow.DecompressionBombError as error:
             raise _too_large(path, limit, str(error)) from error
         except Exception as error:  # A damaged header can fail in any way in the decoders; none of them is a bug here.
-            raise ImageError(f"'{path}' is not an image that is read here.", hint=f"formats: {_FORMATS}") from error
+            raise ImageError(f"'{path}' is not an image in a supported format.", hint=f"formats: {_FORMATS}") from error
     width, height = header.size
     if width * height > limit:
         raise _too_large(path, limit, f"it has {width}x{height}")

@@ -370,4 +370,4 @@ def _half_keys(bounds: NDArray[np.float32]) -> NDArray[np.int16]:
 
 def _require_memory(count: int) -> None:
     if count < 0:
-        raise MemoryError("The host path found no memory.")
+        raise MemoryError("There is not enough memory for decoding.")

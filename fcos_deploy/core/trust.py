@@ -123,7 +123,7 @@ def own_folder(path: Path) -> Path:
         else:
             what = "can be written by others" if is_own(facts, others=0) else f"belongs to user {facts.st_uid}"
         raise ConfigError(
-            f"The folder '{path}' {what}, so nothing in it can be believed.",
+            f"The folder '{path}' {what}, so nothing in it can be trusted.",
             hint="remove it, name another one, or chmod 700 it if it is yours",
         )
     if not os.access(path, os.W_OK):

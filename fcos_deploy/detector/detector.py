@@ -409,7 +409,7 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
     """A checkpoint, ONNX file, IR or engine as it is; of a bundle the artifact for this backend and precision."""
     if not model.exists():
         raise BackendLoadError(
-            f"'{model}' is not there.", hint="give a checkpoint, an ONNX file, an engine or a bundle"
+            f"'{model}' does not exist.", hint="give a checkpoint, an ONNX file, an engine or a bundle"
         )
     checkpoint = is_checkpoint(model)
     if model.is_dir() or (model.suffix == ".tar" and not checkpoint):

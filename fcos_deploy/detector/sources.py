@@ -284,7 +284,8 @@ def _connection(source: str, *, read: Callable[[Path], NDArray[np.uint8]]) -> Ca
     if url:
         if url[1].lower() not in _PROTOCOLS:
             raise ConfigError(
-                f"'{shown_source(source)}' is of no protocol that is read here.", hint=f"known: {', '.join(_PROTOCOLS)}"
+                f"'{shown_source(source)}' uses a protocol that is not supported.",
+                hint=f"known: {', '.join(_PROTOCOLS)}",
             )
         return lambda: _captured(source, cv2.CAP_FFMPEG)
     if _DEVICE.fullmatch(source) and not Path(source).is_dir():
@@ -292,7 +293,7 @@ def _connection(source: str, *, read: Callable[[Path], NDArray[np.uint8]]) -> Ca
     if Path(source).is_dir():
         return lambda: _arriving(Path(source), read)
     raise ConfigError(
-        f"'{source}' is no stream.", hint="give a URL, a camera's number or /dev/video0, or a folder that grows"
+        f"'{source}' is not a stream.", hint="give a URL, a camera's number or /dev/video0, or a folder that grows"
     )
 
 
@@ -363,7 +364,7 @@ class StreamView:
         match = _ADDRESS.fullmatch(address)
         if match is None or int(match[2]) > 65535:
             raise ConfigError(
-                f"'{address}' is no address to show frames at.", hint="--draw http://localhost:8090, or 127.0.0.1"
+                f"'{address}' is not an address to show frames at.", hint="--draw http://localhost:8090, or 127.0.0.1"
             )
         self.is_local = match[1] in _LOCAL
         host = "127.0.0.1" if match[1] == "localhost" else match[1].strip("[]")

@@ -110,7 +110,7 @@ def deploy(
     if not isinstance(request, DeployRequest):
         request = DeployRequest(checkpoint=request, **fields)
     elif fields:
-        raise ConfigError(f"A DeployRequest says everything; got {', '.join(sorted(fields))} beside it.")
+        raise ConfigError(f"Set {', '.join(sorted(fields))} in the DeployRequest, not beside it.")
     backends = backends_to_measure(request)
     with (
         contextlib.closing(open_source(request.checkpoint, options=request.options)) as source,

@@ -269,7 +269,7 @@ def _is_graph(path: Path) -> bool:
 def _refuse_options(options: CheckpointOptions) -> None:
     if options != CheckpointOptions():
         raise ConfigError(
-            "Checkpoint options say how a checkpoint is read; this model has a contract that says it already.",
+            "Checkpoint options apply to checkpoints; this model carries its own contract.",
             hint="leave them out",
         )
 

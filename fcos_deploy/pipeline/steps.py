@@ -234,7 +234,7 @@ def plan_targets(
     for profile in profiles:
         if profile.batch != 1:
             raise ConfigError(
-                f"Profile '{profile.name}' wants batches of {profile.batch}; the graphs of a bundle take one image.",
+                f"Profile '{profile.name}' needs batches of {profile.batch}; the graphs of a bundle take one image.",
                 hint=f"set its batch to 1, or: fcos-deploy export --batch {profile.batch}, then build --target",
             )
     return tuple(make_plan(profile, request) for profile in profiles for request in requests)

@@ -109,7 +109,9 @@ class ServedModel:
             ConfigError: the input size follows the image, and serving engines cannot batch such tensors.
         """
         if self.contract.preprocess.canvas is None:
-            raise ConfigError("A model whose input size varies cannot be served.", hint="export it with a canvas")
+            raise ConfigError(
+                "A model whose input size varies cannot be served.", hint="export it with --input-size HxW"
+            )
         return self.contract.input_specs
 
     @property

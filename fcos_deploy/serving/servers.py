@@ -116,7 +116,7 @@ class _Ovms(Packager):
     def write(self, model: ServedModel, folder: Path) -> None:
         if model.options.max_batch or model.options.gpus:
             raise ConfigError(
-                "OpenVINO Model Server joins no requests to batches and knows no CUDA GPUs.",
+                "OpenVINO Model Server neither batches requests nor uses CUDA GPUs.",
                 hint="leave --max-batch and --gpu out; its requests run side by side, see --instances",
             )
         _ = model.inputs  # refuses a model without a fixed input size

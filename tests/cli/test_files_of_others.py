@@ -566,7 +566,7 @@ def test_a_folder_says_what_it_passes_over(photograph: NDArray[np.uint8], tmp_pa
             expected = np.asarray(opened.convert("RGB")).astype(int)
         assert np.abs(read_image(path) - expected).max() <= 2, path
     for suffix, kind in ((".dds", "a DDS texture"), (".icns", "an ICNS icon"), (".heic", "a HEIC image")):
-        with pytest.raises(ImageError, match=f"image{suffix}' is not an image that is read here: it is {kind}"):
+        with pytest.raises(ImageError, match=f"image{suffix}' is not an image in a supported format: it is {kind}"):
             read_image(folder / f"image{suffix}")
     (tmp_path / "only").mkdir()
     shutil.copyfile(folder / "image.heic", tmp_path / "only" / "a.heic")
@@ -828,7 +828,7 @@ def test_names_are_text(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -
         ({}, ""),
         ({"checkpoint": "misnamed.onnx"}, ""),
         ({"checkpoint": "annotations.json"}, "is not a checkpoint"),
-        ({"--calibration-images": "nowhere"}, "is not there"),
+        ({"--calibration-images": "nowhere"}, "does not exist"),
         ({"--calibration-images": "few"}, "at least 8 are needed"),
         ({"--annotations": "nowhere.json"}, "Cannot read the annotations"),
         ({"--annotations": "classes.json"}, "which the model does not know"),

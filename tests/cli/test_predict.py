@@ -251,7 +251,7 @@ def test_a_checkpoint_is_read_as_its_options_say(
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("missing.onnx", "a.png"), 1, "'missing.onnx' is not there"),
+        (("missing.onnx", "a.png"), 1, "'missing.onnx' does not exist"),
         (("MODEL", "missing.png"), 1, "missing.png"),
         (("CUT", "a.png"), 1, "cut.onnx"),
         (("MODEL", "EMPTY"), 1, "holds no images"),

@@ -255,7 +255,7 @@ def _shared_versions(place: Path) -> Path:
         (_foreign_file, 2, "is not a link that 'fcos-deploy install' made"),
         (_foreign_folder, 2, "is not a link that 'fcos-deploy install' made"),
         (_foreign_link, 2, "which 'fcos-deploy install' did not make"),
-        (_linked_versions, 2, "is a link, so nothing in it can be believed"),
+        (_linked_versions, 2, "is a link, so nothing in it can be trusted"),
         (_shared_versions, 2, "can be written by others"),
         (lambda place: place / "..", 2, "has no name to write under"),
         (lambda _: Path("/"), 2, "has no name to write under"),

@@ -187,7 +187,7 @@ def test_records_that_are_foreign_or_contradict_each_other_are_refused_by_name(
         return tmp_path / name
 
     cases = {
-        "'foreign.json' is of another bundle": [written("foreign.json", manifest_sha256="ab" * 32)],
+        "'foreign.json' belongs to another bundle": [written("foreign.json", manifest_sha256="ab" * 32)],
         "'unknown.json' is of an artifact": [written("unknown.json", artifact_sha256="ab" * 32)],
         "contradict each other": [written("one.json", outcome="passed"), written("two.json", outcome="failed")],
         "'no.json' is not a device record": [tmp_path / "no.json"],

@@ -99,7 +99,7 @@ def test_records_of_others_and_changed_graphs_are_refused(
     assert run_on_device(device, tmp_path / "trtexec").returncode == 0
     refused = _run("verify", tiny_ir_bundle, "--trtexec-record", device / "trtexec-record.json")
     assert refused.exit_code == 2
-    assert "of another bundle" in refused.stderr
+    assert "to another bundle" in refused.stderr
     (device / "trtexec-record.json").write_text("{}")
     assert (
         "not a record of trtexec"

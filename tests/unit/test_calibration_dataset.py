@@ -103,7 +103,7 @@ def test_empty_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="is not there"):
+    with pytest.raises(CalibrationError, match="does not exist"):
         collect_images(tmp_path / "nothing")
 
 

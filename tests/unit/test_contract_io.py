@@ -73,7 +73,7 @@ def test_files_of_elsewhere_carry_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["m.onnx", "m.engine"])
 def test_missing_file_is_named(name: str, tmp_path: Path) -> None:
     for read in (read_contract, find_contract):
-        with pytest.raises(BackendLoadError, match=f"{name}' is not there"):
+        with pytest.raises(BackendLoadError, match=f"{name}' does not exist"):
             read(tmp_path / name)
 
 

@@ -206,7 +206,7 @@ def test_a_file_without_an_installed_runtime_says_what_to_install(tmp_path: Path
 
 
 def test_what_is_not_a_model(tmp_path: Path) -> None:
-    with pytest.raises(BackendLoadError, match="is not there"):
+    with pytest.raises(BackendLoadError, match="does not exist"):
         Detector.open(tmp_path / "missing.onnx")
     (tmp_path / "model.tflite").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"not a checkpoint's, and the suffix '\.tflite' is unknown") as caught:

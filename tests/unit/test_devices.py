@@ -288,7 +288,7 @@ def test_profile_of_another_batch_than_a_bundle_has_is_refused(tmp_path: Path) -
     own = tmp_path / "board.toml"
     own.write_text(shipped.replace("batch = 1", "batch = 4"))
     assert plan(load_profile(str(own))).options.batch == SizeRange(4, 4, 4)
-    with pytest.raises(ConfigError, match="wants batches of 4; the graphs of a bundle take one image") as caught:
+    with pytest.raises(ConfigError, match="needs batches of 4; the graphs of a bundle take one image") as caught:
         plan_targets((str(own),))
     assert "export --batch 4" in caught.value.hint
     own.write_text(shipped)

@@ -464,7 +464,7 @@ def test_retinanet_is_told_from_fcos() -> None:
 
 def test_tensors_of_other_tasks_are_named() -> None:
     tensors = {**_state_dict("adelaidet_R_50_1x"), "basis_module.refine.0.weight": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match=r"has unknown 1 tensors: 'basis_module\.refine\.0\.weight'"):
+    with pytest.raises(CheckpointError, match=r"has 1 unknown tensors: 'basis_module\.refine\.0\.weight'"):
         describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
 
 
@@ -584,5 +584,7 @@ def test_detectron2_numbers_its_levels_after_the_stages() -> None:
 
 def test_unknown_names_are_shown() -> None:
     weights = _weights({"encoder.layer.0.weight": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"not an FCOS checkpoint that we know: 1 tensors, such as 'encoder"):
+    with pytest.raises(
+        CheckpointError, match=r"not a known FCOS checkpoint. Its 1 tensors have names such as 'encoder"
+    ):
         describe_weights(weights, file_name="x.pth", stated={}, options=CheckpointOptions())

@@ -52,7 +52,7 @@ def test_folders_that_others_can_put_there_are_refused_when_named_and_not_used_o
     else:
         folder.mkdir()
         folder.chmod(0o777)
-    with pytest.raises(ConfigError, match="nothing in it can be believed"):
+    with pytest.raises(ConfigError, match="nothing in it can be trusted"):
         KeptModel("openvino", facts=FACTS, folder=folder)
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     assert not KeptModel("openvino", facts=FACTS).enabled

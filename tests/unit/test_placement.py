@@ -152,7 +152,7 @@ def test_text_is_no_graph(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(BackendLoadError, match="is not there"):
+    with pytest.raises(BackendLoadError, match="does not exist"):
         open_graph(tmp_path / "none.onnx")
 
 

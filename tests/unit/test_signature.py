@@ -95,7 +95,7 @@ def test_a_manifest_remade_consistently_does_not_pass(signed: Path, keys: tuple[
     digest = hashlib.sha256(text.encode()).hexdigest()
     (signed / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
     assert open_bundle(signed).manifest.name == "cellz"
-    with pytest.raises(SignatureError, match="does not fit the manifest"):
+    with pytest.raises(SignatureError, match="does not match the manifest"):
         open_bundle(signed, public_keys=(keys[1],))
 
 

@@ -86,7 +86,7 @@ def test_a_truncated_file_is_refused(tiny_onnx: Path, tmp_path: Path, length: in
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BackendLoadError, match=r"nothing\.onnx' is not there"):
+    with pytest.raises(BackendLoadError, match=r"nothing\.onnx' does not exist"):
         simplify_onnx(tmp_path / "nothing.onnx", tmp_path / "s.onnx")
 
 

@@ -379,5 +379,5 @@ def test_the_full_library_is_asked_for_where_only_stubs_are(tmp_path: Path) -> N
     if hasattr(library, "Runtime"):
         pytest.skip("TensorRT is installed")
     request = BuildRequest(source=write_graph(tmp_path / "m.onnx"), output=tmp_path / "m.engine")
-    with pytest.raises(FcosDeployError, match="only type stubs"):
+    with pytest.raises(FcosDeployError, match="Only the type stubs"):
         get_exporter("tensorrt").build(request)

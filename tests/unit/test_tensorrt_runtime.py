@@ -168,7 +168,7 @@ def test_tensorrt_whose_stubs_alone_are_installed_says_so() -> None:
         pytest.skip("TensorRT is installed")
     probe = TENSORRT.probe()
     assert not probe.available
-    assert "only type stubs" in probe.problem
+    assert "Only the type stubs" in probe.problem
     assert "fcos-deploy[tensorrt]" in probe.remedy
 
 
@@ -203,7 +203,7 @@ def test_another_compute_type_is_refused(backend: Backend, engine: Path) -> None
 
 @BOTH
 def test_missing_engine_is_refused(backend: Backend, tmp_path: Path) -> None:
-    with pytest.raises(BackendLoadError, match="is not there"):
+    with pytest.raises(BackendLoadError, match="does not exist"):
         backend.open(tmp_path / "no.engine", SessionOptions())
 
 

@@ -39,6 +39,6 @@ def detect_ecosystem(names: Iterable[str]) -> Ecosystem:
         )
     shown = ", ".join(f"'{n}'" for n in sorted(present)[:4])
     raise CheckpointError(
-        f"This is not an FCOS checkpoint that we know: {len(present)} tensors, such as {shown}.",
+        f"This is not a known FCOS checkpoint. Its {len(present)} tensors have names such as {shown}.",
         hint=f"known: {', '.join(all_ecosystems())}; for a network of your own see docs/your-own-fcos.md",
     )

@@ -1,4 +1,4 @@
-"""One pass over the calibration images, the ranges that follow, and the files that keep them."""
+"""Calibration: one pass over images, the activation ranges that follow from it, and the files that keep them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of float and quantized graphs: sessions for calibration, and what quantization changed and really executes."""
+"""Runs float and quantized graphs: sessions for calibration, noise of quantization, and the share that runs in INT8."""
 
 from __future__ import annotations
 

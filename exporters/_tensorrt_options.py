@@ -1,4 +1,4 @@
-"""What a TensorRT build may be told, and what each generation of the library makes of it.
+"""Options of a TensorRT build, and how each generation of the library takes them.
 
 ``Generation`` holds every builder call that differs between TensorRT 8.6, 10, 11 and TensorRT-RTX.
 """

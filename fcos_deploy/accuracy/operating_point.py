@@ -1,4 +1,4 @@
-"""The score thresholds that an application runs at: what is right, missed and taken for something else."""
+"""Operating points: the score threshold of each class, and the precision, recall and confusion there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says what a checkpoint is, network, contract and who decided each part, and loads it.
+"""Describes a checkpoint (network, contract, and the source of every decision), and loads it.
 
 ``inspect`` prints the description, which needs neither torch nor the weights; ``load_checkpoint`` builds the network
 that it asks for over the memory-mapped weights.

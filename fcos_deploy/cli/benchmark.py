@@ -1,4 +1,4 @@
-"""``fcos-deploy benchmark`` and ``soak``: how fast a model is, and whether it stays as it is."""
+"""``fcos-deploy benchmark`` and ``soak``: how fast a model is, and whether it runs for long without faults."""
 
 from __future__ import annotations
 

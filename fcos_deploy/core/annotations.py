@@ -1,7 +1,7 @@
-"""Data sets: COCO annotation files as tools write them, the images that they name, and a choice that shows all kinds.
+"""Data sets: COCO annotation files as tools write them, the images that they name, and stratified samples of them.
 
-In annotations, what has one meaning is taken for it: numbers and ids as text, flags as text, missing areas. The rest is
-refused by its place in the file.
+What has a single meaning is accepted: numbers, ids and flags as text, missing areas. Everything else is refused, with
+its place in the file.
 """
 
 from __future__ import annotations

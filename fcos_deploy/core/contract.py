@@ -1,4 +1,4 @@
-"""Everything around a network that makes it a detector; travels with every artifact."""
+"""The contract of a model: what makes a detector of its network. It travels with every artifact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limits that a deployed detector must keep, what a judgement can come to, and how far two detectors agree."""
+"""The limits that a deployed detector must keep, the possible outcomes of a check, and how far two detectors agree."""
 
 from __future__ import annotations
 

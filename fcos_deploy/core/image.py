@@ -1,4 +1,4 @@
-"""Image files: told from videos and others by their content, listed, and read to the same pixels on every machine."""
+"""Image files: recognised by their content, listed, and read to the same pixels on every machine."""
 
 from __future__ import annotations
 

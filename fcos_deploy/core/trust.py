@@ -1,4 +1,4 @@
-"""Whom a machine believes: the signers of a bundle, and what this user made here and kept, by a secret of the user."""
+"""What a machine trusts: bundles by their signers' keys, and files that this user made here by a secret of the user."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Streams that do not wait: cameras, servers, folders that grow; and a look at them in a browser on this machine.
+"""Live sources: cameras, network streams and folders that grow; and their view in a browser.
 
-A stream's newest frame wins: a thread of its own reads every frame as it comes and keeps the last one alone, so that a
-slow detector sees the present and what it missed is counted. A viewer gets what is newest when it is ready for it:
-frames with their boxes as MJPEG over HTTP. Drawing, encoding and sending are done in the viewers' threads, a few times
-a second, once for all of them, so that nobody who looks slowly, or not at all, holds up the detector.
+A detector always gets the newest frame of a stream: a thread reads every frame as it arrives and keeps only the last
+one, and the frames that a slow detector missed are counted. Viewers get frames with their boxes as MJPEG over HTTP.
+Drawing, encoding and sending happen in the viewers' threads, a few times a second, once for all viewers, so that slow
+viewers never delay the detector.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a report is made of: the measurements of each variant, where its files come from, and what both come to."""
+"""What a report shows: the measurements of each variant, the origin of its files, and the summary of both."""
 
 from __future__ import annotations
 

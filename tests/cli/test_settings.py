@@ -133,7 +133,7 @@ def test_variables_are_of_one_option_and_those_of_others_stay_theirs(monkeypatch
         ("fast = 'yes'", "'fast' in 'fcos-deploy.toml' must be true or false"),
         ("precision = ['fp33']", "--precision (of 'fcos-deploy.toml')"),
         ("precision = [['fp32']]", "must be text or a number, got a list"),
-        ("run_code = true", "cannot permit"),
+        ("run_code = true", "may not set"),
         ("seed = ", "not a TOML file"),
         ("seed = 1\nseed = 2", "not a TOML file"),
         ("\0", "not a TOML file"),

@@ -128,7 +128,7 @@ def test_offsets_with_two_readings_are_asked_about() -> None:
 def test_depthwise_vovnet_is_refused_by_the_name_of_its_tensor() -> None:
     tensors = _state_dict("adelaidet_MS_V_39_3x")
     tensors["backbone.bottom_up.stage2.OSA2_1.layers.0.OSA2_1_0/dw_conv3x3.weight"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"unknown 1 tensors: '.*OSA2_1_0/dw_conv3x3\.weight'"):
+    with pytest.raises(CheckpointError, match=r"1 unknown tensors: '.*OSA2_1_0/dw_conv3x3\.weight'"):
         describe_weights(_weights(tensors), file_name="x.pth", stated={}, options=CheckpointOptions())
 
 

@@ -235,14 +235,14 @@ def build_network(config: FcosConfig, tensors: Mapping[str, Tensor]) -> Fcos:
         model = Fcos(config)
     expected = model.state_dict()
     counters = {name: torch.zeros((), dtype=torch.int64) for name in expected if name.endswith(".num_batches_tracked")}
-    for verb, names in (
-        ("lacks", expected.keys() - weights.keys() - counters.keys()),
-        ("has unknown", weights.keys() - expected.keys()),
+    for verb, kind, names in (
+        ("lacks", "tensors", expected.keys() - weights.keys() - counters.keys()),
+        ("has", "unknown tensors", weights.keys() - expected.keys()),
     ):
         if names:
             shown = ", ".join(f"'{name}'" for name in sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
             raise CheckpointError(
-                f"The checkpoint {verb} {len(names)} tensors: {shown}.",
+                f"The checkpoint {verb} {len(names)} {kind}: {shown}.",
                 hint="is it another architecture, or incomplete? For a network of your own see docs/your-own-fcos.md",
             )
     for name, tensor in weights.items():

@@ -742,10 +742,10 @@ WRAPPED: dict[str, Callable[[Tensors], object]] = {
     "a loss of its own": lambda tensors: {**tensors, "criterion.weight": ONE},
 }
 UNKNOWN: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "another head": (lambda tensors: {**tensors, "mask_head.conv.weight": ONE}, "unknown 1 tensors: 'mask_head.conv"),
+    "another head": (lambda tensors: {**tensors, "mask_head.conv.weight": ONE}, "1 unknown tensors: 'mask_head.conv"),
     "an adapter": (
         lambda tensors: {**tensors, "backbone.body.conv1.lora_A": ONE},
-        "unknown 1 tensors: 'backbone.body.conv1.lora_A'",
+        "1 unknown tensors: 'backbone.body.conv1.lora_A'",
     ),
     "other names": (
         lambda tensors: {name.replace("backbone.", "trunk."): tensor for name, tensor in tensors.items()},

@@ -480,18 +480,18 @@ def _empty(*shape: int) -> Tensor:
         (
             "mmdet_fcos_r50-caffe_fpn_gn-head_1x_coco",
             {"neck.fpn_convs.5.conv.weight": _empty(256, 256, 3, 3)},
-            "unknown 1 tensors: 'backbone.fpn.extra_blocks.p8.weight'",
+            "1 unknown tensors: 'backbone.fpn.extra_blocks.p8.weight'",
         ),
         # FeaturePyramidNetwork(norm_layer=BatchNorm2d) of torchvision
         (
             "torchvision_bn",
             {f"backbone.fpn.inner_blocks.0.1.{part}": _empty(256) for part in ("weight", "running_mean")},
-            "unknown 2 tensors: 'backbone.fpn.inner_blocks.0.1.running_mean'",
+            "2 unknown tensors: 'backbone.fpn.inner_blocks.0.1.running_mean'",
         ),
         (
             "torchvision_bn",
             {"backbone.fpn.layer_blocks.0.offset.weight": _empty(18, 256, 3, 3)},
-            "unknown 1 tensors: 'backbone.fpn.layer_blocks.0.offset.weight'",
+            "1 unknown tensors: 'backbone.fpn.layer_blocks.0.offset.weight'",
         ),
     ],
     ids=["thermal", "p1", "six-levels", "pyramid-norm", "pyramid-offsets"],

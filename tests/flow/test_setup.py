@@ -221,4 +221,4 @@ def test_a_signed_record_that_was_changed_is_refused(
     record.write_text(record.read_text().replace('"outcome": "passed"', '"outcome": "failed"'))
     refused = _run("report", bundle, "--records", record, "-o", page)
     assert refused.exit_code == 1
-    assert "does not fit" in refused.stderr
+    assert "does not match" in refused.stderr

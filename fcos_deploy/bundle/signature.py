@@ -206,7 +206,7 @@ def required_keys(public_keys: tuple[Path | str, ...], *, required: bool) -> tup
     """
     if required and not public_keys:
         raise ConfigError(
-            "A signature can only be required together with a key to check it.",
+            "A required signature needs a key to check it with.",
             hint="give the signer's public key: --public-key KEY.pub.pem",
         )
     return public_keys

@@ -120,7 +120,7 @@ def describe_weights(
         ecosystem, source = detect_ecosystem(weights.tensors), "the tensors' names"
     if options.variant and options.variant not in ecosystem.variants:
         known = f"one of {', '.join(ecosystem.variants)}" if ecosystem.variants else "left out: it has none"
-        raise ConfigError(f"The variant for {ecosystem.name} must be {known}, got '{options.variant}'.")
+        raise ConfigError(f"--variant of {ecosystem.name} must be {known}, got '{options.variant}'.")
     tensors = canonical(weights.tensors, ecosystem.renames)
     network = _infer_network(tensors, deform_groups=options.deform_groups)
     evidence = Evidence(

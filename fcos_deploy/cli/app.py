@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import inspect
 import logging
 import os
 import re
@@ -90,37 +91,59 @@ _SETTINGS = "fcos_deploy.settings"  # their key in a context
 # What other tools call an option or an argument, and what it may be called here; the command decides which it is.
 _INPUTS = ("MODEL", "CHECKPOINT", "BUNDLE", "SOURCE", "MODEL...")
 _OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("imgsz", "img", "img-size", "image-size", "imgsize", "size", "resolution"), ("--input-size",)),
-    **dict.fromkeys(("conf", "conf-thres", "confidence", "score", "score-thr", "threshold"), ("--score-threshold",)),
+    **dict.fromkeys(
+        ("imgsz", "img", "img-size", "image-size", "imgsize", "size", "resolution", "shape", "shapes", "input-shape"),
+        ("--input-size",),
+    ),
+    **dict.fromkeys(
+        ("conf", "conf-thres", "confidence", "score", "score-thr", "pred-score-thr", "threshold"),
+        ("--score-threshold",),
+    ),
     **dict.fromkeys(("iou", "iou-thres", "iou-thr", "nms", "nms-thr", "nms-threshold"), ("--iou-threshold",)),
     **dict.fromkeys(("max-det", "topk", "max-per-img"), ("--max-detections",)),
-    **dict.fromkeys(("weights", "model", "checkpoint", "ckpt", "onnx", "bundle", "input"), _INPUTS),
-    **dict.fromkeys(("source", "img-path", "image", "video"), ("IMAGES", "--images")),
+    **dict.fromkeys(("weights", "model", "checkpoint", "ckpt", "onnx", "bundle", "input", "input-model", "m"), _INPUTS),
+    **dict.fromkeys(("source", "img-path", "image", "video", "i"), ("IMAGES", "--images")),
     **dict.fromkeys(("data", "ann", "ann-file", "annotation", "labels", "gt"), ("--annotations",)),
     **dict.fromkeys(("val", "val-images", "img-dir", "img-prefix", "dataset"), ("--images", "IMAGES")),
     **dict.fromkeys(
         ("calib", "calib-data", "calibration-data", "calibration-dir"), ("--calibration-images", "--images")
     ),
     **dict.fromkeys(("format", "runtime", "engine", "provider"), ("--backend",)),
-    **dict.fromkeys(("half", "fp16", "int8", "dtype", "quantize"), ("--precision",)),
+    **dict.fromkeys(("half", "fp16", "int8", "dtype", "quantize", "compress-to-fp16"), ("--precision",)),
     **dict.fromkeys(("save", "show", "save-dir", "out-dir", "visualize"), ("--draw",)),
-    **dict.fromkeys(("out", "out-file", "output-file", "output-dir", "project", "name", "dest"), ("--output",)),
+    **dict.fromkeys(
+        (
+            "out",
+            "out-file",
+            "output-file",
+            "output-model",
+            "output-dir",
+            "work-dir",
+            "saveengine",
+            "project",
+            "name",
+            "dest",
+        ),
+        ("--output",),
+    ),
     **dict.fromkeys(("names", "class-names", "labels-file", "nc"), ("--classes",)),
     **dict.fromkeys(("cfg", "config-file", "cfg-options"), ("--checkpoint-options",)),
     **dict.fromkeys(("batch-size", "bs"), ("--batch",)),
-    **dict.fromkeys(("workers", "num-threads"), ("--threads",)),
+    **dict.fromkeys(("workers", "num-threads", "nthreads"), ("--threads",)),
     **dict.fromkeys(("save-txt", "txt"), ("--yolo",)),
+    **dict.fromkeys(("niter", "iterations", "iters", "n"), ("--rounds",)),
+    "d": ("--device",),
     "opset-version": ("--opset",),
     "dynamic": ("--batch",),
 }
 _OTHER_COMMANDS = {
     **dict.fromkeys(("detect", "infer", "inference", "run"), "predict"),
     **dict.fromkeys(("val", "validate", "eval", "test", "map"), "evaluate"),
-    **dict.fromkeys(("convert", "onnx"), "export"),
+    **dict.fromkeys(("convert", "onnx", "optimum-cli"), "export"),
     **dict.fromkeys(("bench", "perf", "speed", "time", "latency"), "benchmark"),
     **dict.fromkeys(("info", "show", "summary"), "inspect"),
     **dict.fromkeys(("check", "checks", "env", "status", "devices"), "doctor"),
-    **dict.fromkeys(("compile", "engine", "trtexec", "openvino", "tensorrt"), "build"),
+    **dict.fromkeys(("compile", "engine", "trtexec", "openvino", "tensorrt", "ovc", "mo"), "build"),
     **dict.fromkeys(("ptq", "int8", "quantise"), "quantize"),
     **dict.fromkeys(("optimize", "optimise", "onnxsim"), "simplify"),
     **dict.fromkeys(("diff", "accuracy"), "compare"),
@@ -138,9 +161,18 @@ def _wide_help(self: Any, ctx: Any, formatter: Any) -> None:  # noqa: ARG001  # 
     ``rich_markup_mode`` would do it too, but would also put a box around usage errors, whose lines then break in the
     middle of a path and can neither be copied nor searched.
     """
-    from typer.rich_utils import rich_format_help
+    from typer import rich_utils
 
-    rich_format_help(obj=self, ctx=ctx, markup_mode="rich")
+    class WholeNames(rich_utils.OptionHighlighter):
+        """Folds a name that is too wide for its column, which would be cut."""
+
+        def __call__(self, text: Any) -> Any:  # Any: str or Rich's Text; Text
+            shown = super().__call__(text)
+            shown.overflow = "fold"
+            return shown
+
+    rich_utils.highlighter = rich_utils.negative_highlighter = WholeNames()
+    rich_utils.rich_format_help(obj=self, ctx=ctx, markup_mode="rich")
 
 
 class _Command(TyperCommand):
@@ -151,7 +183,7 @@ class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: Typer's copy of Click's context
         """Give the context the settings as its defaults, and name the source of one that its option refuses."""
         try:
-            typed: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
+            typed, more, _ = self.make_parser(ctx).parse_args(args=list(args))
         except _UsageError as error:
             if (name := getattr(error, "option_name", "")) and (parameter := _other_option(self, name)):
                 _refuse(ctx, f"No such option: {name}. Here it is {_usage(parameter)}")
@@ -159,6 +191,11 @@ class _Command(TyperCommand):
         if ctx.resilient_parsing or "help" in typed:
             return super().parse_args(ctx, args)
         _refuse_assignments(self, ctx, args)
+        if more:
+            names = " ".join(typed_name(p) for p in self.params if p.param_type_name == "argument")
+            _refuse(
+                ctx, f"'{more[0]}' is too much: {self.name} takes {names or 'options only'}, an option takes one value."
+            )
         try:
             own = [variable for parameter in self.params for variable in variable_names(str(self.name), parameter)]
             refuse_mistyped_variables(own, _all_variables)
@@ -253,7 +290,8 @@ def build_app(*, only: str = "") -> typer.Typer:
             if not known or name == only:
                 commands = importlib.import_module(f"fcos_deploy.cli.{module}")
                 command = getattr(commands, f"{name.replace('-', '_')}_command")
-                app.command(name, cls=_Command, rich_help_panel=panel)(_guard(command))
+                paragraphs = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")  # as wide as the terminal
+                app.command(name, cls=_Command, rich_help_panel=panel, help=paragraphs)(_guard(command))
     return app
 
 

@@ -28,6 +28,7 @@ def package_command(
             "Its use: triton, ovms, deepstream, dlstreamer, kserve, trtexec, cpp, oci. Default: none, pack a .tar.",
             "--for",
             metavar="NAME",
+            autocompletion=cli.complete_serving,
         ),
     ] = "",
     backend: cli.Backend = "",

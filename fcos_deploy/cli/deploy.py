@@ -379,10 +379,11 @@ def _settle_checkpoint(context: typer.Context, given: dict[str, Any], *, ask: bo
             inspection = inspect_file(Path(given["checkpoint"]), options=options)
         except (ConfigError, CheckpointError) as error:
             known = {flag for p in context.command.params for flag in (*p.opts, *p.secondary_opts)}
-            flags = [flag for flag in dict.fromkeys(_OPTION.findall(error.hint)) if flag in known]
+            named = dict.fromkeys(_OPTION.findall(f"{error.hint} {error.message}"))
+            flags = [flag for flag in named if flag in known]
             if not (ask and flags):
                 raise
-            note(f"{error.message}\n{error.hint}")
+            note(f"{error.message}\n{error.hint}".rstrip())
             given = {**given, **_answered_options(context, flags)}
             continue
         unnamed = any(decision.source == UNKNOWN_CLASS_NAMES for decision in inspection.decisions)
@@ -393,7 +394,10 @@ def _answered_options(context: typer.Context, flags: list[str]) -> dict[str, Any
     """What a person answers to a hint that names these options: options with values, or the value of the only one."""
     while True:
         words = shlex.split(typer.prompt(f"Your answer, such as {flags[0]} ...", err=True))
-        if words and not words[0].startswith("-") and len(flags) == 1:
+        if words and not words[0].startswith("-"):
+            if len(flags) > 1:  # it would be taken for the checkpoint
+                note(f"Give it with its option: {flags[0]} {words[0]}")
+                continue
             words.insert(0, flags[0])
         try:
             typed: Mapping[str, Any] = context.command.make_parser(context).parse_args(args=words)[0]
@@ -409,7 +413,8 @@ def _answer(context: typer.Context, name: str, *, default: str | None = None) ->
     """What a person says to a parameter; without a ``default`` the project file needs it."""
     parameters: list[Any] = context.command.params  # Any: Typer's copy of Click's parameter, which has a help
     (parameter,) = (p for p in parameters if p.name == name)
-    return {name: typer.prompt(f"{option_name(parameter)}: {parameter.help}", default=default, err=True)}
+    text = f"{option_name(parameter)}: {parameter.help.rstrip('.')}"
+    return {name: typer.prompt(text, default=default, show_default=bool(default), err=True)}
 
 
 def _from_folder_of(config: Path, value: Any) -> Any:  # Any: an option's own type

@@ -21,6 +21,7 @@ from fcos_deploy.core.checkpoint_options import (
     OptionInfo,
     option_infos,
     override_options,
+    parse_option,
     read_checkpoint_options,
 )
 from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision
@@ -69,6 +70,13 @@ def complete_target(incomplete: str) -> list[str]:
     from fcos_deploy.targets.profiles import profile_names
 
     return [name for name in profile_names() if name.startswith(incomplete)]
+
+
+def complete_serving(incomplete: str) -> list[str]:
+    """Uses of a package whose names begin so, for shells."""
+    from fcos_deploy.serving.package import all_packagers
+
+    return [name for name in all_packagers() if name.startswith(incomplete)]
 
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of any supported ecosystem.")]
@@ -418,12 +426,7 @@ def checkpoint_options_of(texts: Mapping[str, Any], *, file: Path | None) -> Che
     Raises:
         ConfigError: a value cannot be read, or two options contradict each other.
     """
-    infos = option_infos()
-    given = {
-        name: parse(text) if (parse := infos[name].parse) else text
-        for name, text in texts.items()
-        if text not in (None, "")
-    }
+    given = {name: parse_option(name, text) for name, text in texts.items() if text not in (None, "")}
     stated = read_checkpoint_options(file) if file else CheckpointOptions()
     return override_options(stated, given)
 

@@ -25,6 +25,7 @@ from fcos_deploy.core.serialize import to_json, toml_value
 PROJECT_FILE = "fcos-deploy.toml"
 _PREFIX = "FCOS_DEPLOY_"
 _OWN_VARIABLES = frozenset({"CACHE", "STATE"})  # these name folders of the product, whatever the command
+_OF_NO_OPTION = frozenset({"NATIVE", "MAX_PIXELS", "KEY_PASSPHRASE", "SERVER_TOKEN"})
 _SIMILAR = 0.82  # of two names; PORT, which Kubernetes sets for a service 'fcos-deploy', and EXPORT have 0.8
 _NOT_IN_FILE = frozenset({"config", "no_config", "show_config"})
 _PERMISSIONS = frozenset({"run_code"})  # a file that merely lies in the current folder does not give them
@@ -109,17 +110,17 @@ def refuse_mistyped_variables(known: Sequence[str], all_known: Callable[[], Sequ
     Raises:
         ConfigError: a variable has nearly the name of an option. Others may belong to anybody.
     """
-    own = {_PREFIX + name for name in _OWN_VARIABLES}
+    own = {_PREFIX + name for name in _OWN_VARIABLES | _OF_NO_OPTION}
     unknown = {name for name in os.environ if name.startswith(_PREFIX)} - own - set(known)
     if not unknown:
         return
-    names = {name.removeprefix(_PREFIX) for name in all_known()}
+    names = {name.removeprefix(_PREFIX) for name in all_known()} | _OWN_VARIABLES | _OF_NO_OPTION
     for name in sorted(unknown):
         bare = name.removeprefix(_PREFIX)
         similar = [] if bare in names else difflib.get_close_matches(bare, names, n=1, cutoff=_SIMILAR)
         if similar:
             raise ConfigError(
-                f"The variable {brief(name)} is not an option.",
+                f"The variable {brief(name)} is unknown.",
                 hint=f"did you mean {_PREFIX}{similar[0]}? Otherwise unset it",
             )
 

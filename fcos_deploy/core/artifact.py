@@ -164,7 +164,10 @@ def read_contract(path: Path) -> ModelContract:
     if contract is not None:
         return contract
     if path.suffix.lower() == ".onnx":
-        raise BackendLoadError(f"'{path}' carries no fcos-deploy contract.", hint="export it with 'fcos-deploy export'")
+        raise BackendLoadError(
+            f"'{path}' carries no fcos-deploy contract, which says how images are prepared and outputs are read.",
+            hint="export the checkpoint that it was made from: fcos-deploy export CHECKPOINT -o FILE",
+        )
     raise BackendLoadError(f"'{path}' has no '{sidecar_path(path).name}' beside it.", hint="copy both files together")
 
 

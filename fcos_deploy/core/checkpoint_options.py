@@ -27,6 +27,7 @@ __all__ = [
     "option_flag",
     "option_infos",
     "override_options",
+    "parse_option",
     "read_checkpoint_options",
     "read_options_file",
     "replaced_fields",
@@ -34,6 +35,7 @@ __all__ = [
 
 AUTO = "auto"
 OPTION = "option"  # the source of a decision that the user states
+_STRUCTURED = frozenset({".json", ".yaml", ".yml", ".toml", ".xml", ".csv", ".pbtxt"})  # their lines are no names
 _LARGEST_FILE = 1 << 20  # bytes, of a file of class names or of options
 
 
@@ -41,8 +43,9 @@ _LARGEST_FILE = 1 << 20  # bytes, of a file of class names or of options
 class OptionInfo:
     """A field of ``CheckpointOptions`` on the command line.
 
-    ``flags`` replaces the name that follows from the field's; ``parse`` makes the field's value of a text (raising
-    ConfigError), or of a path with ``is_file``. ``common`` options are those of every command that reads a checkpoint.
+    ``flags`` replaces the name that follows from the field's; ``parse`` makes the field's value of a text, or of a path
+    with ``is_file`` (ConfigError: what the option "must be"). ``common`` options are those of every command that reads
+    a checkpoint.
     """
 
     help: str
@@ -71,7 +74,7 @@ def _size(text: str) -> tuple[int, ...]:
     match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
     if match is None:
         square = f"{text.strip()}x{text.strip()}" if text.strip().isdecimal() else "640x800"
-        raise ConfigError(f"--input-size must be height x width such as {square}, got '{text}'.")
+        raise ConfigError(f"must be height x width such as {square}, got '{text}'.")
     return int(match[1]), int(match[2])
 
 
@@ -81,7 +84,7 @@ def _channels(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) not in {1, 3}:
-        raise ConfigError(f"Expected three numbers separated by commas, or one for gray images, got '{text}'.")
+        raise ConfigError(f"must be three numbers with commas between them, or one for gray images, got '{text}'.")
     return values
 
 
@@ -92,13 +95,17 @@ def _whole_numbers(example: str, *, count: int | None = None) -> Callable[[str],
         parts = text.replace(" ", "").split(",")
         if any(re.fullmatch(r"\d{1,5}", part) is None for part in parts) or count not in (None, len(parts)):
             number = {None: "", 4: "four "}[count]
-            raise ConfigError(f"Expected {number}whole numbers separated by commas such as {example}, got '{text}'.")
+            raise ConfigError(
+                f"must be {number}whole numbers with commas between them such as {example}, got '{text}'."
+            )
         return tuple(map(int, parts))
 
     return parse
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
+    if not path.exists() or path.suffix.lower() in _STRUCTURED:
+        raise ConfigError(f"must be a text file with one class name a line, got '{path}'.")
     names = tuple(line.strip() for line in _read_text(path).rstrip().splitlines())
     if not names or not all(names):
         raise ConfigError(f"'{path}' must hold one class name per line, without empty lines.")
@@ -353,6 +360,21 @@ def option_flag(name: str) -> str:
     return option_infos()[name].flags.partition("/")[0] or f"--{name.replace('_', '-')}"
 
 
+def parse_option(name: str, text: Any) -> Any:  # Any: what the command line has for the field; its own type
+    """The value of a field from its text on a command line.
+
+    Raises:
+        ConfigError: it has another form; the message names the option.
+    """
+    parse = option_infos()[name].parse
+    try:
+        return parse(text) if parse else text
+    except ConfigError as error:
+        if not error.message.startswith("must be "):
+            raise
+        raise ConfigError(f"{option_flag(name)} {error.message}", hint=error.hint) from error
+
+
 def option_infos() -> dict[str, OptionInfo]:
     """Every option by the name of its field, in order."""
     fields = dataclasses.fields(CheckpointOptions)
@@ -387,7 +409,8 @@ def read_options_file(path: Path, known: Collection[str], *, otherwise: str) -> 
     try:
         values = parse_toml(_read_text(path))
     except ValueError as error:
-        raise ConfigError(f"'{path}' is not a TOML file: {error}.") from error
+        hint = "text stands in quotes: \"train\"; a path with backslashes in single ones: 'C:\\images\\train'"
+        raise ConfigError(f"'{path}' is not a TOML file: {error}.", hint=hint) from error
     for name in values:
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=1)

@@ -96,7 +96,9 @@ def open_image_sets(request: DeployRequest, contract: ModelContract) -> ImageSet
     folder, annotations = request.images or request.calibration_images, request.annotations
     if request.images is None and not folder.is_dir():
         raise ConfigError(
-            f"The calibration images '{folder}' are not a folder: accuracy cannot be measured on them too.",
+            f"The calibration images '{folder}' are not a folder: accuracy cannot be measured on them too."
+            if folder.exists()
+            else f"The calibration images '{folder}' are not there.",
             hint="give --calibration-images DIR, or the images to measure on with --images DIR",
         )
     orientation = contract.preprocess.orientation

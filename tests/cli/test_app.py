@@ -83,11 +83,13 @@ def test_checkpoint_options_are_in_titled_panels() -> None:
     assert "--norm-eps" not in common
 
 
-def test_help_is_as_wide_as_the_terminal() -> None:
+@pytest.mark.parametrize("columns", [80, 150])
+def test_help_is_as_wide_as_the_terminal_and_whole(columns: int) -> None:
     command = [sys.executable, "-c", "from fcos_deploy.cli.app import main; main()", "export", "--help"]
-    environment = {**os.environ, "COLUMNS": "150"}
+    environment = {**os.environ, "COLUMNS": str(columns)}
     shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert max(map(len, shown.splitlines())) == 150
+    assert max(map(len, shown.splitlines())) == columns
+    assert "…" not in shown
 
 
 def test_help_imports_no_framework() -> None:
@@ -133,6 +135,10 @@ def test_a_mistyped_word_is_answered_with_the_nearest(words: tuple[str, ...], su
         ("export m.pth -o m.onnx --half", "Here it is --precision fp32|fp16: "),
         ("export model=m.pth format=onnx imgsz=640", "Give 'm.pth' as CHECKPOINT: "),
         ("predict m.onnx a.png backend=openvino", "Give 'openvino' as --backend NAME: "),
+        ("build m.onnx --saveEngine=m.engine", "Here it is --output FILE: "),
+        ("benchmark -m m.onnx -d CPU", "Here it is MODEL...: "),
+        ("export m.pth --input-size 320 320", "'320' is too much: export takes CHECKPOINT, an option takes one value."),
+        ("ovc m.onnx", "Here it is: fcos-deploy build"),
         ("detect m.onnx a.png", "Here it is: fcos-deploy predict"),
         ("val m.onnx", "Here it is: fcos-deploy evaluate"),
         ("version", "Here it is: fcos-deploy --version"),

@@ -81,7 +81,9 @@ def test_input_size_that_is_no_multiple_of_32_names_the_nearest(tmp_path: Path) 
         ("--precision", "int8", "INT8 is made by 'fcos-deploy quantize'"),
         ("--nms-form", "soft", "Invalid value for '--nms-form'"),
         ("--input-size", "640", "--input-size must be height x width such as 640x640, got '640'."),
-        ("--mean", "1,2", "Expected three numbers separated by commas, or one for gray images, got '1,2'."),
+        ("--content-size", "640", "--content-size must be height x width such as 640x640, got '640'."),
+        ("--mean", "1,2", "--mean must be three numbers with commas between them, or one for gray images, got '1,2'."),
+        ("--classes", "RBC,WBC", "--classes must be a text file with one class name a line, got 'RBC,WBC'."),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(option: str, value: str, message: str, tmp_path: Path) -> None:

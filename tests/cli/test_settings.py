@@ -116,6 +116,8 @@ def test_variables_are_of_one_option_and_those_of_others_stay_theirs(monkeypatch
     for name in ("PORT", "SERVICE_HOST", "PORT_80_TCP_ADDR", "REQUIRE", "FUZZ", "KILLS", "KILLS_SEED", "TRITON_PYTHON"):
         monkeypatch.setenv(f"FCOS_DEPLOY_{name}", "")
     assert _shown("deploy")["seed"]["source"] == "default"
+    monkeypatch.setenv("FCOS_DEPLOY_MAX_PIXEL", "1000000")
+    assert "did you mean FCOS_DEPLOY_MAX_PIXELS?" in _run("deploy", "--show-config").stderr
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,7 @@ def test_variables_are_of_one_option_and_those_of_others_stay_theirs(monkeypatch
         ("precision = [['fp32']]", "must be text or a number, got a list"),
         ("run_code = true", "may not set"),
         ("seed = ", "not a TOML file"),
+        ('calibration_images = "C:\\images"', "a path with backslashes in single ones"),
         ("seed = 1\nseed = 2", "not a TOML file"),
         ("\0", "not a TOML file"),
     ],
@@ -232,24 +235,27 @@ def test_init_asks_what_the_checkpoint_leaves_open(tiny_checkpoint: Path) -> Non
     terminal, keyboard = os.openpty()
     program = "import sys; from fcos_deploy.cli.app import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", program, "init", str(tiny_checkpoint), "--classes", "two.txt"],
+        [sys.executable, "-c", program, "init", str(tiny_checkpoint), "--classes", "two.txt", "--shortest", "96"],
         stdin=keyboard,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        os.write(terminal, b"--clases three.txt\nthree.txt\nout\nimages\n")
+        os.write(terminal, b"128\n--longest 128\n--clases three.txt\nthree.txt\nout\nimages\n")
         _, said = process.communicate(timeout=60)
     os.close(terminal)
     os.close(keyboard)
     assert process.returncode == 0, said
     assert "give --classes FILE" in said
     assert "--classes" in said
-    assert "output: Folder of the bundle." in said
+    assert "output: Folder of the bundle:" in said
+    assert "Give it with its option: --shortest 128" in said
     kept = parse_toml(Path(PROJECT_FILE).read_text())
     assert kept == {
         "model": str(tiny_checkpoint),
         "output": "out",
         "calibration_images": "images",
         "classes": "three.txt",
+        "shortest": 96,
+        "longest": 128,
     }

@@ -233,7 +233,7 @@ def test_a_stored_mean_shows_the_order_of_the_channels(mean: tuple[float, ...], 
         ("adelaidet_R_50_1x", "103.53,116.28,123.675"),
         ("detectron2_fcos_R_50_FPN_1x", "103.53,116.28,123.675"),
         ("adelaidet_MS_R_50_4x_syncbn", "103.53,116.28,123.675"),
-        ("tianzhi_fcos_imprv_R_50_FPN_1x", "102.98,115.947,122.772"),
+        ("tianzhi_fcos_imprv_R_50_FPN_1x", "102.9801,115.9465,122.7717"),
     ],
 )
 def test_a_body_with_statistics_of_its_own_may_be_torchvisions_and_is_asked_about(name: str, msra: str) -> None:

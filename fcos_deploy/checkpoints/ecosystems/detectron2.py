@@ -45,6 +45,7 @@ __all__ = [
 
 MSRA_MEAN = (103.53, 116.28, 123.675)  # BGR, 0..255
 UNIT_STD = (1.0, 1.0, 1.0)
+TORCHVISION_PIXELS = "123.675,116.28,103.53 and 58.395,57.12,57.375"  # mean and std, RGB, 0..255
 
 
 def _residual_block(match: re.Match[str]) -> str:
@@ -169,7 +170,7 @@ def ask_what_the_backbone_leaves_open(
             "The backbone's batch norm has statistics of its own, so it may be torchvision's (stride in the 3x3, RGB) "
             "or MSRA's (stride in the 1x1, BGR).",
             hint=f"say what the training used: {', '.join(open_questions)}; "
-            f"MSRA: {','.join(f'{mean:g}' for mean in rules.mean)} and 1,1,1",
+            f"MSRA: {','.join(map(str, rules.mean))} and 1,1,1; torchvision: {TORCHVISION_PIXELS}",
         )
     if open_questions:
         raise ConfigError(

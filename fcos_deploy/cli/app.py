@@ -171,7 +171,8 @@ def _wide_help(self: Any, ctx: Any, formatter: Any) -> None:  # noqa: ARG001  # 
             shown.overflow = "fold"
             return shown
 
-    rich_utils.highlighter = rich_utils.negative_highlighter = WholeNames()
+    for name in ("highlighter", "negative_highlighter"):
+        setattr(rich_utils, name, WholeNames())
     rich_utils.rich_format_help(obj=self, ctx=ctx, markup_mode="rich")
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
 from fcos_deploy.core.enums import Precision
@@ -47,12 +49,17 @@ def main() -> None:
     parser.add_argument("--size", action="append", type=InputSize.parse, default=[])
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--calibration-count", type=int, default=32)
+    parser.add_argument("--images", type=int, help="the first of the evaluation images; default: all")
     asked = parser.parse_args()
+    annotations = json.loads((DEMO_DATA / "evaluation.json").read_text())
+    count = asked.images or len(annotations["images"])
+    asked.output.mkdir(parents=True, exist_ok=True)
+    (asked.output / "annotations.json").write_text(json.dumps(first_images(annotations, count)))
     request = TuneRequest(
         model=asked.model,
         output=asked.output / "tune",
         images=DEMO_DATA / "evaluation",
-        annotations=DEMO_DATA / "evaluation.json",
+        annotations=asked.output / "annotations.json",
         calibration_images=DEMO_DATA / "calibration",
         max_latency_ms=asked.max_latency_ms,
         sizes=tuple(asked.size),
@@ -61,7 +68,8 @@ def main() -> None:
     )
     found, cost = measured(request)
     # Without a limit on time nothing is pruned before it is timed.
-    grid, grid_cost = measured(replace(request, output=asked.output / "grid", max_latency_ms=None), whole=True)
+    whole = replace(request, output=asked.output / "grid", max_latency_ms=None)
+    grid, grid_cost = measured(whole, grid_of=count)
     machine = read_machine()
     print(f"{machine.processor}, {machine.cores} cores; at most {asked.max_latency_ms:g} ms\n")
     print(
@@ -89,16 +97,24 @@ def best(figures: Figures, limit: float) -> str:
     return f"{chosen}, {fitting[chosen][0]:.1f} ms, AP {fitting[chosen][1]:.4f}"
 
 
-def measured(request: TuneRequest, *, whole: bool = False) -> tuple[Figures, Cost]:
-    """What a search, or with ``whole`` every configuration of it, comes to."""
+def first_images(annotations: dict[str, Any], count: int) -> dict[str, Any]:
+    """COCO annotations of the first ``count`` images."""
+    images = annotations["images"][:count]
+    kept = {image["id"] for image in images}
+    objects = [item for item in annotations["annotations"] if item["image_id"] in kept]
+    return {**annotations, "images": images, "annotations": objects}
+
+
+def measured(request: TuneRequest, *, grid_of: int = 0) -> tuple[Figures, Cost]:
+    """What a search, or with ``grid_of`` so many images every configuration of it, comes to."""
     started, processor, inferences = time.perf_counter(), time.process_time(), INFERENCES.count
     with tuning.open_search(request) as (search, answer):
         search.run()
-        if whole:
+        if grid_of:
             figures: Figures = {}
             for configuration in search.measured:
                 ap = exact_ap(request, search.models, configuration)
-                figures[configuration] = (search.ms(configuration), ap, len(list(request.images.iterdir())))
+                figures[configuration] = (search.ms(configuration), ap, grid_of)
         else:
             answer.race()
             figures = {

@@ -623,7 +623,7 @@ def open_model(model: RemoteModel, options: SessionOptions) -> Session:
     """
     local = {
         "device": bool(options.device),
-        "compute": options.compute is not ComputeType.F32,
+        "compute": options.compute_type is not ComputeType.F32,
         "threads": options.threads is not None,
         "streams": options.streams is not None,
     }

@@ -143,9 +143,9 @@ class _OnnxRuntime(Backend):
 
     def open(self, path: Path, options: SessionOptions) -> Session:
         contract = self.contract_of(path, options)
-        if options.compute is not ComputeType.F32:
+        if options.compute_type is not ComputeType.F32:
             raise ConfigError(
-                f"ONNX Runtime computes in the types that the graph has, not in {options.compute} on request.",
+                f"ONNX Runtime computes in the types that the graph has, not in {options.compute_type} on request.",
                 hint="export with --precision fp16, or leave the compute type at f32",
             )
         device = options.device or "cpu"
@@ -158,8 +158,8 @@ class _OnnxRuntime(Backend):
             "backend": self.name,
             "version": ort.__version__,
             "device": device,
-            "compute": str(options.compute),
-            "hint": str(options.hint),
+            "compute": str(options.compute_type),
+            "hint": str(options.goal),
             "threads": str(threads or "all cores"),
             "streams": str(streams),
         }
@@ -234,7 +234,7 @@ def _devices() -> dict[str, str]:
 
 def _parallelism(options: SessionOptions) -> tuple[int, int]:
     """(requests at a time, threads of one request); 0 threads is ONNX Runtime's own choice, all cores."""
-    if options.hint is PerformanceHint.LATENCY:
+    if options.goal is PerformanceHint.LATENCY:
         return options.streams or 1, options.threads or 0
     # One thread a request wastes the least time on waiting, so that by default each core runs a request of its own.
     total = options.threads or usable_cpus()

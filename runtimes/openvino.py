@@ -156,7 +156,7 @@ class _OpenVino(Backend):
             raise BackendLoadError(f"'{path}' is larger than the {_MAX_XML >> 20} MiB that a description may take.")
         core = ov.Core()
         device = _device(core, options.device or "CPU")
-        _check_compute(core, device, options.compute)
+        _check_compute(core, device, options.compute_type)
         settings = _settings(options)
         # ONNX files come and go while models are searched and compared; an IR was built to be run often.
         keep = options.cache_dir is not None or path.suffix == ".xml"
@@ -168,8 +168,8 @@ class _OpenVino(Backend):
             "backend": self.name,
             "version": ov.__version__,
             "device": device,
-            "compute": str(options.compute),
-            "hint": str(options.hint),
+            "compute": str(options.compute_type),
+            "hint": str(options.goal),
             "threads": str(compiled.get_property("INFERENCE_NUM_THREADS")) if device == "CPU" else "",
             "streams": str(compiled.get_property("NUM_STREAMS")),
             "model_cache": "hit" if from_cache else "miss",
@@ -186,7 +186,7 @@ BACKEND = _OpenVino()
 
 
 def _settings(options: SessionOptions) -> dict[str, str]:
-    settings = {"INFERENCE_PRECISION_HINT": str(options.compute), "PERFORMANCE_HINT": _HINTS[options.hint]}
+    settings = {"INFERENCE_PRECISION_HINT": str(options.compute_type), "PERFORMANCE_HINT": _HINTS[options.goal]}
     if options.threads is not None:
         settings["INFERENCE_NUM_THREADS"] = str(options.threads)
     if options.streams is not None:
@@ -238,7 +238,7 @@ def _check_compute(core: Any, device: str, compute: ComputeType) -> None:
         types = ", ".join(str(t) for t, capability in _CAPABILITIES.items() if capability in capabilities)
         raise DeviceError(
             f"'{core.get_property(device, 'FULL_DEVICE_NAME')}' does not compute in {compute}.",
-            hint=f"it computes in {types}",
+            hint=f"it computes in {types}; choose one with --compute",
         )
 
 

@@ -40,15 +40,15 @@ class _PyTorchSession(Session):
             "backend": BACKEND.name,
             "version": torch.__version__,
             "device": str(device),
-            "compute": str(options.compute),
-            "hint": str(options.hint),
+            "compute": str(options.compute_type),
+            "hint": str(options.goal),
             "threads": str(torch.get_num_threads()),
         }
         super().__init__(inputs=contract.input_specs, outputs=contract.output_specs, description=description)
         self.contract = contract
         self._network: _Network | None = network
         self._device = device
-        self._compute = options.compute
+        self._compute = options.compute_type
 
     def _run(self, feeds: Tensors) -> Tensors:
         network = self._network

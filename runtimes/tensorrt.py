@@ -97,9 +97,9 @@ class TensorrtFamily(Backend):
     def open(self, path: Path, options: SessionOptions) -> Session:
         """Load the engine on the chosen GPU."""
         contract = self.contract_of(path, options)
-        if options.compute is not ComputeType.F32:
+        if options.compute_type is not ComputeType.F32:
             raise ConfigError(
-                f"An engine computes in the types that it was built with, not in {options.compute} on request.",
+                f"An engine computes in the types that it was built with, not in {options.compute_type} on request.",
                 hint="build an engine from the fp16 ONNX file",
             )
         record = build_record(path)
@@ -123,7 +123,7 @@ class TensorrtFamily(Backend):
                 library, context, cuda=cuda, tensors=tensors, unified=device.integrated, graphs=contexts.own_graphs
             )
 
-        lanes = options.streams or (_THROUGHPUT_LANES if options.hint is PerformanceHint.THROUGHPUT else 1)
+        lanes = options.streams or (_THROUGHPUT_LANES if options.goal is PerformanceHint.THROUGHPUT else 1)
         description = {
             "backend": self.name,
             "version": library.__version__,

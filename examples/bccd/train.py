@@ -219,7 +219,8 @@ def train(options: argparse.Namespace) -> None:
                 batch = [augment(samples[i], rng, canvas=canvas) for i in chosen]
                 targets = batch_targets(batch, strides=config.strides, canvas=canvas)
                 images = normalise([s.image for s in batch], device)
-                outputs = flatten_levels(model(images))
+                with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+                    outputs = [head.float() for head in flatten_levels(model(images))]
                 losses = fcos_losses(*outputs, targets=[Targets(*(t.to(device) for t in item)) for item in targets])
                 loss = sum(losses, torch.zeros((), device=device))
                 optimizer.zero_grad()
@@ -262,6 +263,9 @@ def main() -> None:
     parser.add_argument("--full-size-share", type=float, default=0.4, help="share of the epochs at the deployed size")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute convolutions in bfloat16: half the time on a CPU with it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train(parser.parse_args())

@@ -46,7 +46,7 @@ _FACTS: dict[str, Callable[[Manifest], str]] = {
     "created": lambda m: m.provenance.created or "-",
     "checkpoint": lambda m: f"{m.provenance.checkpoint} ({m.provenance.checkpoint_sha256[:12]})",
     "classes": lambda m: str(len(m.contract.class_names)),
-    "runs by default": lambda m: f"{m.defaults.backend} {m.defaults.precision}",
+    "runs by default": lambda m: str(m.defaults),
     "machine": lambda m: next((figure.device for figure in m.benchmark), "-"),
     "accuracy over": lambda m: next((f"{f.images} images, {f.dataset}" for f in m.accuracy), "-"),
     "golden images": lambda m: str(len(m.golden)),

@@ -576,6 +576,7 @@ class Standing:
     """How far a contender came: its AP over ``images``, and why it left; '' for those that ran on all.
 
     ``choices``: among how many the winner was chosen on these images, for which its interval has to be widened.
+    ``matches``: its detections of each class against the annotations of these images.
     """
 
     name: str
@@ -583,6 +584,7 @@ class Standing:
     interval: ApInterval | None
     reason: str = ""
     choices: int = 1
+    matches: tuple[ClassMatches, ...] = ()
 
 
 def race_rounds(images: int) -> tuple[int, ...]:
@@ -600,6 +602,7 @@ class _Entrant:
     detections: dict[int, Detections] = field(default_factory=dict)
     samples: ApSamples | None = None
     interval: ApInterval | None = None
+    matches: list[ClassMatches] = field(default_factory=list)
     images: int = 0
     reason: str = ""
 
@@ -608,8 +611,8 @@ class _Entrant:
         new = [image for image in dataset.images if image.image_id not in self.detections]
         if new:
             self.detections |= self.contender.detect(new)
-        matches = match_dataset(dataset, self.detections)
-        self.samples = sample_ap(matches, resamples=resamples)
+        self.matches = match_dataset(dataset, self.detections)
+        self.samples = sample_ap(self.matches, resamples=resamples)
         self.interval, self.images = ap_interval(self.samples), len(dataset.images)
 
 
@@ -642,7 +645,14 @@ def race(contenders: Sequence[Contender], dataset: Dataset, *, rules: RaceRules)
         if not last:
             _drop_out(entrants, rules, choices=choices)
     return tuple(
-        Standing(name=e.contender.name, images=e.images, interval=e.interval, reason=e.reason, choices=len(entrants))
+        Standing(
+            name=e.contender.name,
+            images=e.images,
+            interval=e.interval,
+            reason=e.reason,
+            choices=len(entrants),
+            matches=tuple(e.matches),
+        )
         for e in entrants
     )
 

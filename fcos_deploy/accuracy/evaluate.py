@@ -558,10 +558,12 @@ def sample_problem(dataset: Dataset) -> str:
     return ""
 
 
-def baseline_problem(dataset: Dataset, matches: Sequence[ClassMatches], *, ap: float | None) -> str:
-    """Why the reference's own figures contradict the annotations, as half a sentence; empty when they fit.
+def baseline_problem(
+    dataset: Dataset, matches: Sequence[ClassMatches], *, ap: float | None, subject: str = "the reference"
+) -> str:
+    """Why the figures of ``subject`` contradict the annotations, as half a sentence; empty when they fit.
 
-    matches: the reference's detections of each class. Annotations in another unit, of other images or with swapped
+    matches: its detections of each class. Annotations in another unit, of other images or with swapped
     names give every model an AP near 0, and a loss near 0 with it.
     """
     if ap is None or not dataset.annotated:
@@ -571,13 +573,13 @@ def baseline_problem(dataset: Dataset, matches: Sequence[ClassMatches], *, ap: f
         promised, kept = float(match.scores[judged].sum()), int(match.correct[0][judged].sum())
         if judged.sum() >= _SURE_DETECTIONS and kept < _KEPT_PROMISE * promised:
             return (
-                f"the reference does not fit the annotations: of its {judged.sum()} detections of '{name}' with a "
+                f"{subject} does not fit the annotations: of its {judged.sum()} detections of '{name}' with a "
                 f"score of at least {_SURE_SCORE} (mean {promised / judged.sum():.2f}) {kept} lie on an annotated one; "
                 "check the boxes' format, the class names and that the file belongs to these images"
             )
     if ap < _MIN_REFERENCE_AP:
         return (
-            f"the reference's own AP is {ap:.3f}, too low to compare with; "
+            f"the AP of {subject} is {ap:.3f}, too low to compare with; "
             "check the boxes' format, the class names and that the file belongs to these images"
         )
     return ""

@@ -255,6 +255,14 @@ def verdict_line(verdict: Verdict) -> str:
     return f"{verdict.outcome.upper()}  {verdict.subject}: {verdict.message}"
 
 
+# What helps where a limit of this name is undecided; for the others it is more images.
+_UNDECIDED = {
+    "max_latency_ms": "measure again on a quiet machine",
+    "min_throughput": "measure again on a quiet machine",
+    "max_watts": "leave --max-watts out",
+}
+
+
 def require_all(verdicts: Sequence[Verdict], *, allow_inconclusive: bool = False) -> None:
     """Raise unless all passed.
 
@@ -269,9 +277,10 @@ def require_all(verdicts: Sequence[Verdict], *, allow_inconclusive: bool = False
             sentences, hint="keep more layers in float, calibrate with other images, or loosen the gate knowingly"
         )
     if overall is Outcome.INCONCLUSIVE and not allow_inconclusive:
+        more_images = "give more annotated images with --images and --annotations"
+        advice = dict.fromkeys(_UNDECIDED.get(v.name, more_images) for v in verdicts if v.outcome is overall)
         raise InconclusiveError(
-            f"Inconclusive: {sentences}",
-            hint="give more annotated images with --images and --annotations, or accept it with --allow-inconclusive",
+            f"Inconclusive: {sentences}", hint=f"{', '.join(advice)}, or accept it with --allow-inconclusive"
         )
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ from fcos_deploy.accuracy.golden import (
 )
 from fcos_deploy.bundle.device_layer import Layer, device_facts, machine_words, usable_layers
 from fcos_deploy.bundle.manifest import Artifact
-from fcos_deploy.bundle.selection import Fallback, Selection, select_artifact, select_runnable
+from fcos_deploy.bundle.selection import Fallback, Selection, select_artifact, select_runnable, tuned_options
 from fcos_deploy.bundle.signature import Envelope, check_bytes, device_public_key, public_key_text, sign_with_device_key
 from fcos_deploy.bundle.store import Bundle, append_log
 from fcos_deploy.core.artifact import read_contract
@@ -269,8 +269,10 @@ def verify_bundle(
     if not bundle.manifest.golden:
         raise BundleError(f"The bundle '{bundle.source}' has no golden images to verify with.")
     selection, fallbacks = _selected(bundle, options)
+    if options.recorded is None and not options.server:
+        options = replace(options, session=tuned_options(bundle, selection, options.session))
     manifest, artifact = bundle.manifest, selection.artifact
-    standard = golden_standard(manifest, artifact, backend=selection.backend, compute=options.session.compute)
+    standard = golden_standard(manifest, artifact, backend=selection.backend, compute=options.session.compute_type)
     images = [read_golden_image(bundle.read(golden.path), golden) for golden in manifest.golden]
     preprocessing = check_preprocessing(manifest, images)
     same_tensors = preprocessing.exact == preprocessing.images

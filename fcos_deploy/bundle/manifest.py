@@ -20,7 +20,7 @@ import numpy as np
 
 from fcos_deploy.core.contract import Decision, ModelContract
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision, StrEnum
+from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint, Precision, StrEnum
 from fcos_deploy.core.errors import BundleError, FcosDeployError, ManifestVersionError
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Gate, Outcome, ScoreDrift
@@ -304,8 +304,9 @@ class BenchmarkFigure:
 class RunDefaults:
     """What is run when nothing else is asked for: ``backend`` and ``precision``, made for ``profile`` or ``device``.
 
-    ``fallback``: the backends that may take its place, in this order, when the operator allows it. ``threads``: what
-    was fastest where the bundle was tuned, taken where nobody asks for another number; None leaves it to the runtime.
+    ``fallback``: the backends that may take its place, in this order, when the operator allows it. The rest is how the
+    bundle was tuned and measured, taken where nobody asks for something else (``tuned_options``); None is the runtime's
+    own default.
     """
 
     backend: str
@@ -313,7 +314,16 @@ class RunDefaults:
     profile: str = ""
     device: str = ""
     fallback: tuple[str, ...] = ()
+    compute: ComputeType | None = None
+    hint: PerformanceHint | None = None
     threads: int | None = None
+    streams: int | None = None
+    batch: int | None = None
+
+    def __str__(self) -> str:
+        counts = {"thread": self.threads, "stream": self.streams, "image": self.batch}
+        words = [f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items() if n is not None]
+        return ", ".join(str(word) for word in (self.backend, self.precision, self.compute, self.hint, *words) if word)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

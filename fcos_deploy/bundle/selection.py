@@ -5,19 +5,27 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fcos_deploy.bundle.device_layer import renew_command, usable_layers
 from fcos_deploy.bundle.manifest import Artifact, Requirements, VersionRule
 from fcos_deploy.bundle.store import Bundle
 from fcos_deploy.core.artifact import graph_tail
-from fcos_deploy.core.backend import BackendProbe, get_backend
+from fcos_deploy.core.backend import BackendProbe, SessionOptions, get_backend
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError, DeviceError, MissingDependencyError
 from fcos_deploy.core.exporter import all_exporters
-from fcos_deploy.core.machine import MachineFacts, read_machine
+from fcos_deploy.core.machine import MachineFacts, read_machine, usable_cpus
 
-__all__ = ["Fallback", "Selection", "preflight", "select_artifact", "select_runnable", "select_with_layers"]
+__all__ = [
+    "Fallback",
+    "Selection",
+    "preflight",
+    "select_artifact",
+    "select_runnable",
+    "select_with_layers",
+    "tuned_options",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +172,26 @@ def select_runnable(
         + "; ".join(f"{f.backend}: {f.reason}" for f in fallbacks),
         hint="make the bundle for this machine with 'fcos-deploy deploy'",
     )
+
+
+def tuned_options(bundle: Bundle, selection: Selection, options: SessionOptions) -> SessionOptions:
+    """``options`` with what the bundle was tuned with where they leave it open, if its default artifact is selected.
+
+    Threads, streams and batch are those of one goal: they are not taken for another one, and threads and streams
+    neither on a machine with fewer cores, nor where one of the two is asked for.
+    """
+    defaults = bundle.manifest.defaults
+    if (selection.backend, selection.artifact.precision) != (defaults.backend, defaults.precision):
+        return options
+    options = replace(options, compute=options.compute or defaults.compute)
+    tuned = SessionOptions(hint=defaults.hint, threads=defaults.threads, streams=defaults.streams, batch=defaults.batch)
+    if options.hint not in (None, tuned.goal):
+        return options
+    options = replace(options, hint=options.hint or tuned.hint, batch=options.batch or tuned.batch)
+    needed = max(tuned.threads or 1, tuned.streams or 1)
+    if needed > usable_cpus() or options.threads is not None or options.streams is not None:
+        return options
+    return replace(options, threads=tuned.threads, streams=tuned.streams)
 
 
 def _require_fit(bundle: Bundle, selection: Selection) -> None:

@@ -134,8 +134,14 @@ Device = Annotated[
         "Device as the runtime names it, such as cpu, GPU.0 or cuda:0. Default: the runtime's choice.", metavar="NAME"
     ),
 ]
-Compute = Annotated[ComputeType, RUNTIME.option("Type that the runtime computes float layers in.")]
-Threads = Annotated[int | None, RUNTIME.option("Threads of the runtime. Default: the runtime's choice.", min=1)]
+Compute = Annotated[
+    ComputeType | None,
+    RUNTIME.option("Type that the runtime computes float layers in. Default: what the bundle was tuned with, or f32."),
+]
+Threads = Annotated[
+    int | None,
+    RUNTIME.option("Threads of the runtime. Default: what the bundle was tuned with, or the runtime's choice.", min=1),
+]
 Server = Annotated[
     str,
     RUNTIME.option(
@@ -363,7 +369,10 @@ def with_gate_options(*limits: str) -> Callable[[Callable[..., None]], Callable[
 _SESSION_OPTIONS: dict[str, Any] = {  # Any: type forms
     "device": Device,
     "compute": Compute,
-    "hint": Annotated[PerformanceHint, RUNTIME.option("Goal the runtime is tuned for.")],
+    "hint": Annotated[
+        PerformanceHint | None,
+        RUNTIME.option("Goal the runtime is tuned for. Default: what the bundle was tuned for, or latency."),
+    ],
     "threads": Threads,
     "allow_fallback": AllowFallback,
     "allow_engine_code": AllowEngineCode,

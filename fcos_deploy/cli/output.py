@@ -140,11 +140,15 @@ def show_error(message: str, *, hint: str, origin: str = "") -> None:
             console.print(Text.assemble((title, "bold"), "  ", printable(text, lines=True)))
 
 
+_LONGEST_FIGURE = 24  # characters of a cell; a column with more wraps where the table is too wide
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stderr; the first column is left-aligned, the others right-aligned. Cells are text, never markup."""
+    """A table on stderr; columns of figures are right-aligned and never cut. Cells are text, never markup."""
     sheet = Table(title=Text(printable(title)), title_justify="left")
     for index, column in enumerate(columns):
-        sheet.add_column(column, justify="right" if index else "left", no_wrap=True)
+        prose = any(len(row[index]) > _LONGEST_FIGURE for row in rows)
+        sheet.add_column(column, justify="right" if index and not prose else "left", no_wrap=not prose)
     for row in rows:
         sheet.add_row(*(Text(printable(cell)) for cell in row))
     Console(stderr=True, width=None if sys.stderr.isatty() else 160, quiet=_QUIET.get()).print(sheet)

@@ -164,7 +164,7 @@ def tune_command(
         max_watts=max_watts,
         throughput=throughput,
         percentile=percentile,
-        sizes=tuple(map(InputSize.parse, size or ())),
+        sizes=tuple(dict.fromkeys(map(InputSize.parse, size or ()))),
         backends=tuple(dict.fromkeys(backend or ())),
         precisions=tuple(dict.fromkeys(precision or ())),
         threads=tuple(threads or ()),

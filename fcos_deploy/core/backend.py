@@ -62,7 +62,7 @@ _OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
-    """How a session runs. Empty and ``None`` mean the backend's own default, which ``Session.description`` then names.
+    """How a session runs. Empty and ``None`` leave it to the bundle, and then to the backend: its description says how.
 
     ``compute`` and ``hint`` also take their words as text, such as ``hint="throughput"``. ``threads``, ``streams`` and
     ``batch`` are at least 1; ``batch`` is the most images of a request where the model leaves that open. ``device`` is
@@ -79,8 +79,8 @@ class SessionOptions:
     """
 
     device: str = ""
-    compute: ComputeType = ComputeType.F32
-    hint: PerformanceHint = PerformanceHint.LATENCY
+    compute: ComputeType | None = None
+    hint: PerformanceHint | None = None
     threads: int | None = None
     streams: int | None = None
     batch: int | None = None
@@ -98,8 +98,10 @@ class SessionOptions:
     def __post_init__(self) -> None:
         """Check every value here, where the mistake is, and not in a runtime that would read it its own way."""
         # A frozen dataclass sets its own fields this way only.
-        object.__setattr__(self, "compute", ComputeType.of(self.compute, option="compute"))
-        object.__setattr__(self, "hint", PerformanceHint.of(self.hint, option="hint"))
+        if self.compute is not None:
+            object.__setattr__(self, "compute", ComputeType.of(self.compute, option="compute"))
+        if self.hint is not None:
+            object.__setattr__(self, "hint", PerformanceHint.of(self.hint, option="hint"))
         if isinstance(self.cache_dir, (str, os.PathLike)):
             object.__setattr__(self, "cache_dir", Path(self.cache_dir))
         for name in ("threads", "streams", "batch"):
@@ -112,6 +114,16 @@ class SessionOptions:
             if not isinstance(value, kinds):
                 raise ConfigError(f"'{name}' must be {expected}, got {value!r}.")
         _ = self.trust  # which is checked when it is made
+
+    @property
+    def compute_type(self) -> ComputeType:
+        """What a runtime computes float layers in: float32 where nothing else was asked for."""
+        return self.compute or ComputeType.F32
+
+    @property
+    def goal(self) -> PerformanceHint:
+        """What a runtime is tuned for: latency where nothing else was asked for."""
+        return self.hint or PerformanceHint.LATENCY
 
     @property
     def trust(self) -> Trust:

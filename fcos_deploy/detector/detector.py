@@ -165,7 +165,7 @@ class Detector:
         for attempt in range(_REPLACED_TRIES):
             try:
                 source = _find_model(Path(model), backend=backend, precision=precision, options=options)
-                return cls._of_source(source, precision=precision, options=options, score_threshold=score_threshold)
+                return cls._of_source(source, precision=precision, score_threshold=score_threshold)
             except BundleReplacedError:  # A redeploy while it was read: what was read is of no use, the new one is.
                 if attempt == _REPLACED_TRIES - 1:
                     raise
@@ -177,10 +177,10 @@ class Detector:
         source: _ModelSource,
         *,
         precision: Precision | None,
-        options: SessionOptions,
         score_threshold: float | None,
     ) -> Detector:
         """Open what was found; of a bundle only if all that was read came from the one that was checked."""
+        options = source.options
         has_options = options.checkpoint not in (None, CheckpointOptions())
         if has_options and ArtifactKind.CHECKPOINT not in source.backend.accepts:
             raise ConfigError(
@@ -189,7 +189,7 @@ class Detector:
                 hint="give them to 'fcos-deploy export'",
             )
         try:
-            session = source.backend.open(source.path, source.tuned(options))
+            session = source.backend.open(source.path, options)
         except FcosDeployError:
             if source.bundle is not None:
                 source.bundle.require_not_replaced()
@@ -365,8 +365,11 @@ class DetectorSpec:
         return True
 
     def open(self, hint: PerformanceHint | None = None) -> Detector:
-        """Load it, for ``hint`` in place of the options' own; the caller closes it."""
-        options = self.options if hint is None else replace(self.options, hint=hint)
+        """Load it, for ``hint`` in place of the options' own and their streams and batch; the caller closes it."""
+        options = self.options
+        if hint is not None and hint is not options.goal:
+            options = replace(options, streams=None, batch=None)
+        options = replace(options, hint=hint or options.hint)
         return Detector.open(self.model, backend=self.backend, precision=self.precision, options=options)
 
 
@@ -387,22 +390,15 @@ def _with_threshold(contract: ModelContract, score_threshold: float | None) -> M
 class _ModelSource:
     """A model file, the backend that is to open it, and those of the bundle that were passed over for it.
 
-    ``artifact`` is its name in ``bundle``, ``threads`` the number that the bundle was tuned with, if it was.
+    ``artifact`` is its name in ``bundle``, ``options`` how it is opened.
     """
 
     path: Path
     backend: Backend
+    options: SessionOptions
     fallbacks: tuple[Fallback, ...] = ()
     bundle: Bundle | None = None
     artifact: str = ""
-    threads: int | None = None
-
-    def tuned(self, options: SessionOptions) -> SessionOptions:
-        """``options`` with these threads where they leave them open, and this machine has so many cores."""
-        asked = options.threads is not None or options.hint is not PerformanceHint.LATENCY
-        if self.threads is None or asked or self.threads > usable_cpus():
-            return options
-        return replace(options, threads=self.threads)
 
 
 def _find_model(model: Path, *, backend: str, precision: Precision | None, options: SessionOptions) -> _ModelSource:
@@ -414,7 +410,7 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
     checkpoint = is_checkpoint(model)
     if model.is_dir() or (model.suffix == ".tar" and not checkpoint):
         from fcos_deploy.bundle import open_trusted
-        from fcos_deploy.bundle.selection import select_runnable
+        from fcos_deploy.bundle.selection import select_runnable, tuned_options
 
         bundle = open_trusted(model, options.trust)
         selection, fallbacks = select_runnable(
@@ -422,16 +418,8 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
         )
         for fallback in fallbacks:
             _LOG.warning("'%s' falls back from '%s': %s", model, fallback.backend, fallback.reason)
-        name, defaults = selection.artifact.path, bundle.manifest.defaults
-        tuned = (selection.backend, selection.artifact.precision) == (defaults.backend, defaults.precision)
-        return _ModelSource(
-            bundle.path(name),
-            get_backend(selection.backend),
-            fallbacks,
-            bundle,
-            name,
-            threads=defaults.threads if tuned else None,
-        )
+        name, tuned = selection.artifact.path, tuned_options(bundle, selection, options)
+        return _ModelSource(bundle.path(name), get_backend(selection.backend), tuned, fallbacks, bundle, name)
     asked = options.public_keys or options.expect_name
     if asked and not (checkpoint and options.unsigned_checkpoints):
         raise SignatureError(
@@ -440,7 +428,7 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
         )
     kinds = (ArtifactKind.CHECKPOINT,) if checkpoint else kinds_of(model)
     if not backend:
-        return _ModelSource(model, _default_backend(model, kinds))
+        return _ModelSource(model, _default_backend(model, kinds), options)
     named = get_backend(backend)
     if named.accepts.isdisjoint(kinds):
         able = ", ".join(item.name for kind in kinds for item in backends_for(kind)) or "none"
@@ -448,7 +436,7 @@ def _find_model(model: Path, *, backend: str, precision: Precision | None, optio
             f"Backend '{backend}' does not open '{model.name}' ({' or '.join(kinds)}).",
             hint=f"it opens {', '.join(sorted(named.accepts))}; '{model.name}' is for {able}",
         )
-    return _ModelSource(model, named)
+    return _ModelSource(model, named, options)
 
 
 def _default_backend(model: Path, kinds: tuple[ArtifactKind, ...]) -> Backend:

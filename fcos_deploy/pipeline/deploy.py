@@ -289,7 +289,7 @@ def _manifest(
             precision=preferred.artifact.precision,
             profile=", ".join(plan.profile.name for plan in request.plans),
             fallback=tuple(dict.fromkeys(v.backend for v in variants if v.backend != preferred.backend)),
-            threads=request.threads,
+            **{name: getattr(request.session, name) for name in ("compute", "hint", "threads", "streams", "batch")},
         ),
         gates={**DEFAULT_GATES, Precision.INT8: int8_gate},
         golden=golden,

@@ -181,7 +181,7 @@ def inspect_bundle(path: Path, *, trust: Trust | None = None) -> Inspection:
             ("name", manifest.name),
             ("checkpoint", f"{manifest.provenance.checkpoint} {manifest.provenance.checkpoint_sha256[:12]}"),
             ("ecosystem", manifest.contract.ecosystem or "unknown"),
-            ("default", f"{manifest.defaults.backend}, {manifest.defaults.precision}"),
+            ("default", str(manifest.defaults)),
             ("signed by", bundle.signed_by or "not asked"),
             *_contract_facts(manifest.contract),
         ]

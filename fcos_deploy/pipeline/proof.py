@@ -375,7 +375,8 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
     """The reference first, then the variants; the artifact that was evaluated is the one that is timed.
 
     Throughput, first detection and memory are measured of what each backend runs by default, the last of its variants
-    that computes in float32. A run that was interrupted afterwards takes these times, and measures nothing again.
+    that computes in the bundle's own type. A run that was interrupted afterwards takes these times, and measures
+    nothing again.
     """
     image = context.images.evaluation[0].path
 
@@ -384,7 +385,7 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
             candidates=(context.source.reference(), *variants),
             image=image,
             timing=_TIMING,
-            alone=tuple({v.backend: v for v in variants if v.compute is ComputeType.F32}.values()),
+            alone=tuple({v.backend: v for v in variants if v.compute is context.request.session.compute_type}.values()),
         )
         return StepOutput(values=to_json(run_benchmark(request, progress=context.progress)))
 
@@ -590,7 +591,7 @@ def find_layer(request: ParityRequest, *, progress: ProgressFn = no_progress) ->
         feeds, _ = candidate.prepare([_images(request, candidate)[0].pixels])
         backend = candidate.session.description["backend"]
     options = request.candidate.options
-    tolerance = request.tolerance or tolerance_for(candidate.contract.precision, options.compute)
+    tolerance = request.tolerance or tolerance_for(candidate.contract.precision, options.compute_type)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.onnx"
         export_onnx(source, path, options=ExportOptions(tail=candidate.contract.tail), progress=progress)

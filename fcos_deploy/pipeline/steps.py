@@ -139,7 +139,7 @@ class DeployRequest:
     ``cache``: folder of finished steps of earlier deployments, to which this one adds. ``sample``: on how many images
     accuracy is measured, chosen with classes and object sizes as in all of them; None takes all.
     ``operating_goal``: what the score threshold of each class is chosen for; None is the reference's best F1.
-    ``threads``: those that artifacts are measured with, which the bundle takes by default; None: the runtimes' own.
+    ``session``: how artifacts are measured, and how the bundle is opened by default.
     ``batch``: 1, or None for graphs that take any number of images. ``computes``: the formats of floats in which every
     artifact is measured, as far as its backend and the processor have them.
     """
@@ -166,7 +166,7 @@ class DeployRequest:
     cache: Path | None = None
     sample: int | None = None
     operating_goal: OperatingGoal | None = None
-    threads: int | None = None
+    session: SessionOptions = field(default_factory=SessionOptions)
     batch: int | None = 1
     computes: tuple[ComputeType, ...] = (ComputeType.F32, ComputeType.BF16)
     command: str = ""
@@ -333,7 +333,7 @@ class Variant(DetectorSpec):
     @property
     def compute(self) -> ComputeType:
         """The format of the parts that are not INT8."""
-        return self.options.compute
+        return self.options.compute_type
 
     @property
     def label(self) -> str:
@@ -455,7 +455,7 @@ def quantize(
         images=request.images or request.calibration_images,
         annotations=request.annotations,
         placement=policy,
-        threads=request.threads,
+        threads=request.session.threads,
         sample=request.sample,
     )
     runs_engine = goal is not None and consumer == goal.backend
@@ -522,7 +522,7 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
     """The engine of one graph for one backend; a backend that runs the ONNX file as it is needs none."""
     source, options = graph.artifact, options or BuildOptions()
     exporter, version = get_exporter(backend), get_backend(backend).probe().version
-    session = SessionOptions(threads=context.request.threads)
+    session = replace(context.request.session, compute=ComputeType.F32)
     if exporter.produces is source.kind:
         return Variant(model=graph.path, backend=backend, precision=source.precision, artifact=source, options=session)
     name = engine_file(source.precision, backend=backend, kind=exporter.produces)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.accuracy.coco import Contender, RaceRules, Standing, race, widened_for_selection
+from fcos_deploy.accuracy.coco import ApInterval, Contender, RaceRules, Standing, race, widened_for_selection
 from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
@@ -26,6 +26,7 @@ from fcos_deploy.accuracy.dataset import (
     label_index,
     load_coco,
 )
+from fcos_deploy.accuracy.evaluate import Evaluation, baseline_problem, evidence_problem
 from fcos_deploy.accuracy.gate import Verdict, judge_ap
 from fcos_deploy.accuracy.predictions import collect_detections
 from fcos_deploy.bundle.manifest import MANIFEST_NAME
@@ -42,7 +43,7 @@ from fcos_deploy.core.errors import (
     InconclusiveError,
 )
 from fcos_deploy.core.files import replace_folder, restore_folder, write_text
-from fcos_deploy.core.gate import Gate, Outcome
+from fcos_deploy.core.gate import Gate, Judge, Outcome, undecided_because
 from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
@@ -94,14 +95,18 @@ def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
     shutil.rmtree(request.output / "trials" / "work", ignore_errors=True)  # What it holds is in the cache of steps.
     data = answer.data()
     if deployment is not None:
-        on_time = tuple(f"Its bundle: {verdict.message}." for verdict in verdicts if verdict.name in _TIME_LIMITS)
-        data = replace(data, notes=(*data.notes, *on_time, _load_sentence(deployment), *answer.opening()))
+        of_bundle = [verdict.message for verdict in verdicts if verdict.name in _TIME_LIMITS]
+        ap = deployment.evaluations.candidates[-1].interval
+        if ap is not None and request.annotations is not None:
+            of_bundle.append(f"AP {ap.value:.3f} ({ap.low:.3f} to {ap.high:.3f}) as deployed")
+        of_bundle.append(_load_sentence(deployment))
+        data = replace(data, notes=(*data.notes, *(f"Its bundle: {sentence}." for sentence in of_bundle)))
     write_text(request.output / "tune.json", json.dumps(to_json(data), indent=1) + "\n")
     return Tuning(
         data=data,
         chosen=next((point for point in data.points if point.status is PointStatus.CHOSEN), None),
         deployment=deployment,
-        verdicts=answer.verdicts + verdicts,
+        verdicts=verdicts,
         seconds=time.perf_counter() - started,
         failure=failure,
     )
@@ -142,7 +147,7 @@ def _load_sentence(deployment: Deployment) -> str:
         parts.append(f"power is not known ({power.problem})")
     else:
         parts.append(f"{power.watts:.1f} W at full load ({power.source})")
-    return f"The chosen one, opened by default: {' and '.join(parts)}."
+    return f"as it opens by default {' and '.join(parts)}"
 
 
 def _time_verdict(request: TuneRequest, chosen: Configuration, measured: Measured, *, limit: float) -> Verdict:
@@ -156,7 +161,6 @@ def _time_verdict(request: TuneRequest, chosen: Configuration, measured: Measure
     if request.min_throughput and measured.throughput is not None:
         name, value, limit = "min_throughput", measured.throughput, request.min_throughput
         message = f"{value:.1f} images/s as deployed, at least {limit:g} asked for"
-    message += f"; opened with {chosen.opening}" if chosen.opening else ""
     message += f"; {measured.problem}" if outcome is Outcome.INCONCLUSIVE else ""
     return Verdict(name=name, subject=str(chosen), outcome=outcome, value=value, limit=limit, message=message)
 
@@ -181,16 +185,19 @@ def _deploy_best(
         try:
             deployment = deploy(search.models.deploy_request(chosen, place), progress=progress)
         except InconclusiveError as error:
-            return None, (), error
+            return None, answer.verdicts, error
         except AccuracyGateError as error:
             search.refused[chosen.engine] = error.message
         else:
-            verdicts = deployment.evaluations.candidates[-1].verdicts  # behind the same in float32, if it is in bf16
-            limit = search.request.max_ms
-            if limit is not None:
+            evaluation = deployment.evaluations.candidates[-1]  # behind the same in float32, if it is in bf16
+            limits, limit = answer.judge_bundle(chosen, evaluation), search.request.max_ms
+            if failed := [verdict.message for verdict in limits if verdict.outcome is Outcome.FAILED]:
+                search.refused[chosen.engine] = "; ".join(failed)
+            elif limit is not None:
                 measured = search.time_bundle(chosen, deployment.bundle)
-                verdicts = (_time_verdict(search.request, chosen, measured, limit=limit), *verdicts)
-            if limit is None or verdicts[0].outcome is not Outcome.FAILED:
+                limits = (*limits, _time_verdict(search.request, chosen, measured, limit=limit))
+            if all(verdict.outcome is not Outcome.FAILED for verdict in limits):
+                verdicts = (*limits, *evaluation.verdicts)
                 restore_folder(output / _BUNDLE)
                 replace_folder(deployment.bundle, output / _BUNDLE)
                 return replace(deployment, bundle=output / _BUNDLE), verdicts, None
@@ -244,12 +251,23 @@ def _open_models(
 def _dataset(request: TuneRequest, models: TuneModels, *, folder: Path, progress: ProgressFn) -> Dataset:
     """The annotated images; without annotations what the model detects in them at its own size."""
     if request.annotations is not None:
-        return load_coco(request.annotations, images=request.images)
+        dataset = load_coco(request.annotations, images=request.images)
+        label_index(models.contract.class_names, dataset)  # which refuses names that the model does not know
+        return _with_objects(dataset)
     images = folder_images(request.images)
     run = collect_detections(models.reference(), images, folder=own_folder(folder / "predictions"), progress=progress)
-    return ground_truth_from_detections(
+    dataset = ground_truth_from_detections(
         images, run.detections, class_names=run.names, min_score=0.3, source=f"The model '{run.model}'"
     )
+    return _with_objects(dataset)
+
+
+def _with_objects(dataset: Dataset) -> Dataset:
+    """Refuse, with ConfigError, what has no object: an AP needs one."""
+    problem = evidence_problem(dataset, judge=Judge.POINT)
+    if problem:
+        raise ConfigError(f"There is nothing to tune on: {problem}.", hint="give other --images, or --annotations")
+    return dataset
 
 
 class Answer:
@@ -294,6 +312,15 @@ class Answer:
         interval = self.standings[configuration].interval
         return interval.value if interval else 0.0
 
+    def _contradiction(self, configuration: Configuration) -> str:
+        """Why its AP on all images contradicts the annotations, if it does."""
+        standing = self.standings[configuration]
+        if standing.reason or standing.interval is None:
+            return ""
+        return baseline_problem(
+            self._dataset, standing.matches, ap=standing.interval.value, subject=f"'{configuration.artifact}'"
+        )
+
     @property
     def _ranked(self) -> list[Configuration]:
         """Those that ran on all images, the best for the goal first."""
@@ -309,16 +336,27 @@ class Answer:
             )
         return sorted(finished, key=lambda c: (-self._ap(c), self._search.ms(c)))
 
-    def _verdicts(self, configuration: Configuration) -> tuple[Verdict, ...]:
-        """On the AP that was asked for, widened because the configuration was chosen among others on these images."""
+    def judge_bundle(self, chosen: Configuration, evaluation: Evaluation) -> tuple[Verdict, ...]:
+        """The limits, held to what the bundle detects: layers may have gone back to float in it."""
+        self.verdicts = self._verdicts(chosen, deployed=evaluation.interval)
+        return self.verdicts
+
+    def _verdicts(self, configuration: Configuration, *, deployed: ApInterval | None = None) -> tuple[Verdict, ...]:
+        """On the AP that was asked for, widened because the configuration was chosen among others on these images.
+
+        ``deployed``: that of its bundle, in place of the one of the search.
+        """
         standing, gate = self.standings[configuration], Gate(min_ap=self._request.min_ap, judge=self._request.judge)
-        interval = standing.interval and widened_for_selection(standing.interval, standing.choices)
+        measured = deployed or standing.interval
+        interval = measured and widened_for_selection(measured, standing.choices)
+        undecided = undecided_because(self._dataset.findings) or evidence_problem(self._dataset, judge=gate.judge)
         verdicts = judge_ap(
             gate,
             interval.value if interval else None,
             subject=str(configuration),
             images=standing.images,
             interval=interval,
+            problem=undecided or self._contradiction(configuration),
         )
         limit, problem = self._request.max_watts, self._search.power_problem
         if limit is not None and problem:
@@ -340,8 +378,8 @@ class Answer:
         Raises:
             BudgetError: there is none.
         """
-        self._chosen = None
-        if not self._request.has_goal:
+        self._chosen, request = None, self._request
+        if not request.has_goal:
             return None
         ranked = self._ranked
         if self._nearest is not None or not ranked:
@@ -353,9 +391,9 @@ class Answer:
         verdicts = self._verdicts(best)
         if any(verdict.outcome is Outcome.FAILED for verdict in verdicts):
             self._nearest = best
+            more = "try larger inputs with --size" if request.max_ms is None else "allow more time"
             raise BudgetError(
-                f"No configuration keeps the limits. {self._nearest_sentence()}",
-                hint="lower --min-ap, or allow more time",
+                f"No configuration keeps the limits. {self._nearest_sentence()}", hint=f"lower --min-ap, or {more}"
             )
         self._chosen, self.verdicts = best, verdicts
         return best
@@ -368,12 +406,7 @@ class Answer:
         standing = self.standings.get(nearest)
         ap = f", AP {standing.interval.value:.3f}" if standing and standing.interval else ""
         beyond = "as deployed" if self._search.measured[nearest].deployed else self._search.pruned.get(nearest, "")
-        return f"The nearest is {nearest}: {self._search.ms(nearest):.1f} ms{ap}{beyond and f', {beyond}'}."
-
-    def opening(self) -> tuple[str, ...]:
-        """How to open the bundle so that it runs as the chosen one, where that is not its default."""
-        opening = self._chosen.opening if self._chosen else ""
-        return (f"Open the bundle with {opening}.",) if opening else ()
+        return f"The nearest is {nearest}: {self._search.cost(nearest)}{ap}{beyond and f', {beyond}'}."
 
     def data(self) -> TuningData:
         """Everything that the page shows."""
@@ -393,6 +426,9 @@ class Answer:
         machine = read_machine()
         problem = next((m.problem for m in search.measured.values() if m.problem), "")
         notes = [n for n in (search.models.note, problem and f"Times are doubtful: {problem}.") if n]
+        if finished := [c for c in self._racing if not self.standings[c].reason]:
+            problem = self._contradiction(max(finished, key=self._ap))
+            notes += [f"AP cannot be trusted: {problem}."] if problem else []
         if not self._dataset.annotated:
             notes.append("No annotations: AP is agreement with the model's own detections at its own size.")
         if request.calibration_images is None:
@@ -422,7 +458,7 @@ class Answer:
         if interval is None:  # Excluded: what is chosen was evaluated.
             return str(self._chosen)
         return (
-            f"{self._chosen}: {self._search.ms(self._chosen):.1f} ms, AP {interval.value:.3f} "
+            f"{self._chosen}: {self._search.cost(self._chosen)}, AP {interval.value:.3f} "
             f"({interval.low:.3f} to {interval.high:.3f})."
         )
 
@@ -464,7 +500,7 @@ class Answer:
         if configuration.engine in search.refused:
             return PointStatus.PRUNED, f"refused when it was deployed: {search.refused[configuration.engine]}"
         if measured is not None and measured.deployed and not search.fits(configuration):
-            return PointStatus.PRUNED, f"{search.ms(configuration):.1f} ms in its bundle, beyond the limit"
+            return PointStatus.PRUNED, f"{search.cost(configuration)} in its bundle, beyond the limit"
         if standing is not None and standing.reason:
             return PointStatus.PRUNED, standing.reason
         if configuration in self._racing:
@@ -475,5 +511,5 @@ class Answer:
         if configuration in search.pruned:
             return PointStatus.PRUNED, search.pruned[configuration]
         if not search.fits(configuration):
-            return PointStatus.PRUNED, f"{search.ms(configuration):.1f} ms, beyond the limit"
-        return PointStatus.PRUNED, "another runtime or thread count is faster with the same detections"
+            return PointStatus.PRUNED, f"{search.cost(configuration)}, beyond the limit"
+        return PointStatus.PRUNED, "another one is faster with the same detections"

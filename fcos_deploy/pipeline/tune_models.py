@@ -190,13 +190,9 @@ class Configuration:
         )
 
     @property
-    def opening(self) -> str:
-        """What its bundle has to be opened with: of all this only the threads of a latency are a bundle's default."""
-        words = {"compute": f'"{self.compute}"'} if self.compute is not ComputeType.F32 else {}
-        if self.hint is PerformanceHint.THROUGHPUT:
-            words |= {"hint": f'"{self.hint}"', "threads": f"{self.threads}", "streams": f"{self.streams}"}
-            words |= {"batch": f"{self.batch}"} if self.batch > 1 else {}
-        return f"SessionOptions({', '.join(f'{name}={value}' for name, value in words.items())})" if words else ""
+    def bundle_session(self) -> SessionOptions:
+        """How its bundle opens by default. All cores are what runtimes take by themselves, of another device too."""
+        return replace(self.session, threads=None) if self.threads >= usable_cpus() else self.session
 
 
 class TuneModels:
@@ -370,8 +366,7 @@ class TuneModels:
             self._sized(configuration.size, output),
             backends=(configuration.backend,),
             precisions=(configuration.precision,),
-            # All cores are what runtimes take by themselves, on a device with more of them too.
-            threads=None if configuration.threads >= usable_cpus() else configuration.threads,
+            session=configuration.bundle_session,
             batch=_graph_batch(configuration),
             computes=tuple(dict.fromkeys((ComputeType.F32, configuration.compute))),
             cache=self._folder / "steps",

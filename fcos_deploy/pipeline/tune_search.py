@@ -153,12 +153,12 @@ class TuneRequest:
             limits.append(f"at most {self.max_latency_ms:g} ms an image ({unit})")
         if self.min_ap is not None:
             limits.append(f"AP of at least {self.min_ap:g}")
-        if not limits:
-            return "The front of AP against " + ("throughput." if self.throughput else "latency.")
         if self.max_memory_mib is not None:
             limits.append(f"at most {self.max_memory_mib:g} MiB of memory")
         if self.max_watts is not None:
             limits.append(f"at most {self.max_watts:g} W")
+        if not limits:
+            return "The front of AP against " + ("throughput." if self.throughput else "latency.")
         best = "the fastest" if self.wants_fastest else "the highest AP"
         return f"Asked for: {best} with {' and '.join(limits)}."
 
@@ -280,6 +280,11 @@ class Search:
         """What a measured configuration takes."""
         return self.measured[configuration].ms(self.request.percentile)
 
+    def cost(self, configuration: Configuration) -> str:
+        """What a measured configuration takes, in the unit of the limits."""
+        ms = self.ms(configuration)
+        return f"{1000 / ms:.1f} images/s" if self.request.measures_throughput else f"{ms:.1f} ms"
+
     def fits(self, configuration: Configuration) -> bool:
         """Whether it keeps the limit on time, if there is one."""
         return self.request.max_ms is None or self.ms(configuration) <= self.request.max_ms
@@ -347,16 +352,15 @@ class Search:
         ]
 
     def time_bundle(self, configuration: Configuration, bundle: Path) -> Measured:
-        """What the bundle's own artifact takes, opened as ``configuration`` says.
+        """What the bundle takes as it opens by default, which is as ``configuration`` says.
 
         A time beyond the limit takes the place of the search's own: ``run`` then looks at what that one had pruned. It
         is kept unless other programs may be the reason for it.
         """
-        trial = self.models.open_as(configuration)
-        spec = replace(trial, model=bundle)
-        (measured,) = self._measure([(configuration, spec, bundle)])
+        (measured,) = self._measure([(configuration, DetectorSpec(model=bundle), bundle)])
         measured = replace(measured, deployed=True)
         if measured.ms(self.request.percentile) > (self.request.max_ms or math.inf) and not measured.problem:
+            trial = self.models.open_as(configuration)
             path = self._trials.path(trial, throughput=self.request.measures_throughput)
             self._trials.keep(measured, self._deployed_path(path))
             self.measured[configuration] = measured
@@ -379,7 +383,7 @@ class Search:
             best = min(group, key=self.ms)
             for slow in group:
                 if self.ms(slow) > _THREADS_SLOWER * self.ms(best):
-                    reason = f"{self.ms(slow):.1f} ms at {size}, where {best.how} takes {self.ms(best):.1f}"
+                    reason = f"{self.cost(slow)} at {size}, where {best.how} has {self.cost(best)}"
                     self._prune(slow.line, range(len(self.sizes)), reason)
                     self._lines.remove(slow.line)
 
@@ -395,11 +399,17 @@ class Search:
         What is measured is not measured again.
 
         Raises:
-            ConfigError: no configuration could be made.
+            ConfigError: no configuration could be made, or the axes leave none.
         """
         self.pruned.clear()
         self._screened.clear()
         self._lines = list(self._all_lines())
+        if not self._lines:
+            raise ConfigError(
+                "Nothing can be tried: --streams is above the number of threads, or no "
+                "backend takes this model in batches.",
+                hint="give --streams 1 --batch 1",
+            )
         if self.request.max_ms is None:
             for index in range(len(self.sizes)):
                 self.probe(index, self._lines)
@@ -434,7 +444,7 @@ class Search:
             timed = [c for line in lines if (c := replace(line, size=self.sizes[index])) in self.measured]
             fitting = [c.line for c in timed if self.fits(c)]
             for slow in [c for c in timed if c.line not in fitting]:
-                reason = f"{slow.size} takes {self.ms(slow):.1f} ms already"
+                reason = f"{self.cost(slow)} at {slow.size} already"
                 self._prune(slow.line, range(index + 1, len(self.sizes)), reason)
             if timed and not fitting:
                 high = index

@@ -102,7 +102,7 @@ def test_a_reference_that_finds_next_to_nothing_is_no_baseline() -> None:
     dataset = annotated()
     none = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
     detections = dict.fromkeys(dataset.ground_truth, none)
-    assert "own AP is 0.000" in baseline_problem(dataset, match_dataset(dataset, detections), ap=0.0)
+    assert "the AP of the reference is 0.000" in baseline_problem(dataset, match_dataset(dataset, detections), ap=0.0)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def _asked(variants: list[Variant], image: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(proof, "run_benchmark", measure)
     source = SimpleNamespace(sha256="", reference=lambda: variants[0])
     images = SimpleNamespace(evaluation=[EvaluationImage(1, image)])
-    context: Any = SimpleNamespace(images=images, source=source, step=step, progress=None)
+    request = SimpleNamespace(session=SessionOptions())
+    context: Any = SimpleNamespace(images=images, source=source, step=step, progress=None, request=request)
     with pytest.raises(StopIteration):
         proof.measure_speed(context, variants)
     return asked, requests[0]

@@ -7,10 +7,13 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fcos_deploy.bundle import Artifact, Bundle, Selection, open_bundle, select_artifact
+from fcos_deploy.bundle.selection import tuned_options
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.contract import METADATA_KEY, ModelContract, contract_to_text
 from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import ConfigError
@@ -69,6 +72,41 @@ def stock(make_bundle: MakeBundle, bundle_contract: ModelContract, tmp_path: Pat
 
 def _path(selection: Selection) -> str:
     return selection.artifact.path
+
+
+TUNED: dict[str, Any] = {"compute": "bf16", "hint": "throughput", "threads": 2, "streams": 1, "batch": 4}
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "backend", "taken"),
+    [
+        ({}, 2, "onnxruntime", TUNED),
+        ({}, 1, "onnxruntime", {"compute": "bf16", "hint": "throughput", "batch": 4}),
+        ({"hint": "throughput"}, 2, "onnxruntime", TUNED),
+        ({"compute": "f32", "batch": 1}, 2, "onnxruntime", {**TUNED, "compute": "f32", "batch": 1}),
+        (
+            {"threads": 1},
+            2,
+            "onnxruntime",
+            {"compute": "bf16", "hint": "throughput", "threads": 1, "batch": 4},
+        ),
+        ({"hint": "latency"}, 2, "onnxruntime", {"compute": "bf16", "hint": "latency"}),
+        ({}, 2, "openvino", {}),
+    ],
+)
+def test_a_bundle_runs_as_it_was_tuned_unless_something_else_is_asked_for(
+    asked: dict[str, Any],
+    cores: int,
+    backend: str,
+    taken: dict[str, Any],
+    stock: Stock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fcos_deploy.bundle.selection.usable_cpus", lambda: cores)
+    bundle = stock("fp32.onnx", "int8.xml", precision=Precision.FP32)
+    bundle.manifest = replace(bundle.manifest, defaults=replace(bundle.manifest.defaults, **TUNED))
+    selection = select_artifact(bundle, backend=backend)
+    assert tuned_options(bundle, selection, SessionOptions(**asked)) == SessionOptions(**taken)
 
 
 ALL = ("fp32.onnx", "int8.portable.onnx", "int8.openvino.onnx", "int8.onnxruntime-cpu.onnx", "int8.xml", "fp16.engine")

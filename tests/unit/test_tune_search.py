@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fcos_deploy.accuracy.coco import ApInterval, Contender, Standing
+from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
 from fcos_deploy.benchmark.measure import LatencyStats
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import BudgetError
@@ -126,7 +127,7 @@ def test_within_a_budget_a_less_exact_precision_is_tried_above_the_sizes_that_a_
     }
     reasons = {(c.size.height, c.precision, c.backend): reason for c, reason in search.pruned.items()}
     assert reasons[300, Precision.INT8, "fast"] == "a more exact precision keeps the limit at this size"
-    assert reasons[600, Precision.FP32, "fast"] == "500x500 takes 50.0 ms already"
+    assert reasons[600, Precision.FP32, "fast"] == "50.0 ms at 500x500 already"
     assert reasons[200, Precision.FP32, "slow"] == "fast fp32, 1 thread is faster at 300x300"
 
 
@@ -203,7 +204,9 @@ def new_answer(
     monkeypatch.setattr(tune, "race", race)
     monkeypatch.setattr(tune, "own_folder", lambda path: path)
     search.run()
-    dataset: Any = None
+    images = tuple(EvaluationImage(number, Path(f"{number}.png")) for number in range(100))
+    cell = GroundTruth(np.ones((1, 4)), np.zeros(1, np.int64), np.ones(1), np.zeros(1, np.bool_))
+    dataset = Dataset(images, dict.fromkeys(range(100), cell), ("cell",), "made", annotated=False)
     answer = tune.Answer(search, dataset, folder=IMAGE, progress=lambda *_: None)
     answer.race()
     return answer

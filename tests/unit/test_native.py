@@ -87,6 +87,7 @@ def _not_finite(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     chosen = rng.random(shape)
     values[chosen < 0.03], values[chosen > 0.97] = np.nan, np.inf
     values[(chosen > 0.45) & (chosen < 0.5)] = -np.inf
+    values[(chosen > 0.5) & (chosen < 0.52)] = np.copysign(np.nan, -1)
     return values
 
 

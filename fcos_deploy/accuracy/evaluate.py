@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,7 @@ from fcos_deploy.accuracy.operating_point import (
 from fcos_deploy.accuracy.predictions import DetectionRun, DetectionRuns, collect_detections
 from fcos_deploy.bundle.manifest import AccuracyFigure, Manifest
 from fcos_deploy.bundle.store import is_bundle, open_trusted
+from fcos_deploy.core.detections import Detections, pairwise_iou
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import ConfigError, some_names
 from fcos_deploy.core.files import sha256_file
@@ -328,7 +330,7 @@ def _score(
         scores=scores,
         interval=ap_interval(samples) if samples else None,
         samples=samples,
-        contradiction=baseline_problem(dataset, matches, ap=scores.ap),
+        contradiction=baseline_problem(dataset, matches, detections=detections, ap=scores.ap),
         operating=operating_counts(matches, thresholds) if dataset.annotated else None,
     )
     if reference is not None:
@@ -348,8 +350,15 @@ def _score(
         points = operating_points(matches, dataset.class_names, thresholds)
         confused = confusion(dataset, detections, thresholds)
         evaluation = replace(evaluation, operating_points=points, confusion=confused)
+    dataset = replace(dataset, copies=max(dataset.copies, _repeated(run.detections.values())))
     verdicts = judge_evaluation(gate, evaluation, dataset=dataset, reference=reference, problem=problem)
     return replace(evaluation, verdicts=verdicts)
+
+
+def _repeated(detections: Iterable[Detections]) -> int:
+    """In how many images the very same is detected as in another: copies of it, in whatever file they are kept."""
+    found = [(d.boxes.tobytes(), d.scores.tobytes(), d.labels.tobytes()) for d in detections if len(d)]
+    return len(found) - len(set(found))
 
 
 def compared_with(
@@ -524,6 +533,9 @@ _MIN_REFERENCE_AP = 0.05
 _SURE_SCORE, _SURE_DETECTIONS = 0.3, 10
 # ... and not even this fraction of what their scores promise is right at IoU 0.5.
 _KEPT_PROMISE = 0.25
+# The same of single images: with this share of them, or fewer, a loss is hardly diluted.
+_FEW_IMAGES, _RARE = 0.1, 0.001
+_OBLONG = 0.1  # logarithm of width over height: 10 % more than a square
 
 
 def evidence_problem(dataset: Dataset, *, judge: Judge) -> str:
@@ -559,15 +571,22 @@ def sample_problem(dataset: Dataset) -> str:
 
 
 def baseline_problem(
-    dataset: Dataset, matches: Sequence[ClassMatches], *, ap: float | None, subject: str = "the reference"
+    dataset: Dataset,
+    matches: Sequence[ClassMatches],
+    *,
+    ap: float | None,
+    detections: Mapping[int, Detections] | None = None,
+    subject: str = "the reference",
 ) -> str:
     """Why the figures of ``subject`` contradict the annotations, as half a sentence; empty when they fit.
 
-    matches: its detections of each class. Annotations in another unit, of other images or with swapped
-    names give every model an AP near 0, and a loss near 0 with it.
+    matches: its detections of each class. ``detections``: the same by image; without them boxes that lie across the
+    annotated ones are not told. Annotations in another unit, of other images or with swapped names give every model an
+    AP near 0, and a loss near 0 with it.
     """
     if ap is None or not dataset.annotated:
         return ""
+    advice = "check the boxes' format, the class names and that the file belongs to these images"
     for name, match in zip(dataset.class_names, matches, strict=True):
         judged = (match.scores >= _SURE_SCORE) & ~match.ignored[0]
         promised, kept = float(match.scores[judged].sum()), int(match.correct[0][judged].sum())
@@ -575,11 +594,57 @@ def baseline_problem(
             return (
                 f"{subject} does not fit the annotations: of its {judged.sum()} detections of '{name}' with a "
                 f"score of at least {_SURE_SCORE} (mean {promised / judged.sum():.2f}) {kept} lie on an annotated one; "
-                "check the boxes' format, the class names and that the file belongs to these images"
+                f"{advice}"
             )
     if ap < _MIN_REFERENCE_AP:
+        return f"the AP of {subject} is {ap:.3f}, too low to compare with; {advice}"
+    unlike = _images_unlike_others(matches, count=len(dataset.images))
+    if len(unlike) > _FEW_IMAGES * len(dataset.images):
         return (
-            f"the AP of {subject} is {ap:.3f}, too low to compare with; "
-            "check the boxes' format, the class names and that the file belongs to these images"
+            f"{subject} does not fit the annotations of {len(unlike)} of the {len(dataset.images)} images, such as "
+            f"'{dataset.images[unlike[0]].path.name}', where next to none of its sure detections lies on an annotated "
+            f"one, unlike in the others; {advice}"
+        )
+    turned, pairs = _turned_boxes(dataset, detections) if detections else (0, 0)
+    if pairs >= _SURE_DETECTIONS and turned > pairs / 2:
+        return (
+            f"{turned} of {pairs} annotated boxes are wide where those of {subject} are high, or the reverse; {advice}"
         )
     return ""
+
+
+def _images_unlike_others(matches: Sequence[ClassMatches], *, count: int) -> list[int]:
+    """Positions of the images on whose annotations far fewer sure detections lie than elsewhere."""
+    promised, kept = np.zeros(count), np.zeros(count)
+    for match in matches:
+        judged = (match.scores >= _SURE_SCORE) & ~match.ignored[0]
+        promised += np.bincount(match.image[judged], match.scores[judged], minlength=count)
+        kept += np.bincount(match.image[judged], match.correct[0][judged], minlength=count)
+    shown = promised > 0
+    # The third quartile is that of the images that fit where up to three quarters do not.
+    expected = promised * (np.percentile(kept[shown] / promised[shown], 75) if shown.any() else 0.0)
+    few = np.flatnonzero(kept < _KEPT_PROMISE * expected)
+    return [i for i in few.tolist() if _poisson(int(kept[i]), float(expected[i])) < _RARE]
+
+
+def _poisson(count: int, expected: float) -> float:
+    """The chance of at most ``count`` events where ``expected`` are."""
+    return sum(math.exp(k * math.log(expected) - expected - math.lgamma(k + 1)) for k in range(count + 1))
+
+
+def _turned_boxes(dataset: Dataset, detections: Mapping[int, Detections]) -> tuple[int, int]:
+    """How many clearly oblong boxes lie across the sure detection that they overlap by half, and how many in all."""
+    turned = pairs = 0
+    for image in dataset.images:
+        truth, sure = dataset.ground_truth[image.image_id], detections[image.image_id].above(_SURE_SCORE)
+        overlaps = pairwise_iou(truth.boxes, sure.boxes.astype(np.float64))
+        overlaps[truth.classes[:, None] != sure.labels] = 0.0
+        rows, columns = np.nonzero(overlaps >= 0.5)
+        slant = [
+            np.diff(np.log(np.maximum(b[:, 2:] - b[:, :2], 1e-3)), axis=1)[:, 0] for b in (truth.boxes, sure.boxes)
+        ]
+        annotated, found = slant[0][rows], slant[1][columns]
+        oblong = np.minimum(abs(annotated), abs(found)) > _OBLONG
+        turned += int((oblong & (annotated * found < 0)).sum())
+        pairs += int(oblong.sum())
+    return turned, pairs

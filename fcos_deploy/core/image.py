@@ -324,6 +324,11 @@ def _open_header(path: Path, content: IO[bytes]) -> Any:  # Any: PIL.Image.Image
     width, height = header.size
     if width * height > limit:
         raise _too_large(path, limit, f"it has {width}x{height}")
+    if name == "TIFF" and header.mode not in ("I", "F") and _SIGNED in np.ravel(header.tag_v2.get(_SAMPLE_FORMAT, ())):
+        raise ImageError(
+            f"Image '{path}' has signed pixels, and nothing in it says which value is white.",
+            hint="convert it to 8 bits without a sign, with 255 for white",
+        )
     if name == "TIFF" and header.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & 1:
         raise ImageError(
             f"The first image of '{path}' is a preview of {width}x{height} pixels, as in raw files of cameras.",
@@ -333,6 +338,8 @@ def _open_header(path: Path, content: IO[bytes]) -> Any:  # Any: PIL.Image.Image
 
 
 _NEW_SUBFILE_TYPE = 254  # of TIFF; bit 0: a reduced version of another image of the file
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_SAMPLE_FORMAT, _SIGNED = 339, 2
 _PLUGINS = {
     **{"JPEG": "Jpeg", "PNG": "Png", "BMP": "Bmp", "GIF": "Gif", "WEBP": "WebP", "TIFF": "Tiff", "PPM": "Ppm"},
     **{"AVIF": "Avif", "JPEG2000": "Jpeg2K"},
@@ -377,12 +384,15 @@ def _pillow_pixels(what: str, image: Any, *, orientation: Orientation) -> NDArra
                 f"{what} has {pixels}, and nothing in it says which value is white.",
                 hint="convert it to 8 or 16 bits, with 255 or 65535 for white",
             )
+        inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
         if orientation is Orientation.EXIF:
             image = require("PIL.ImageOps").exif_transpose(image)
         if image.mode.startswith("I"):
             # 16-bit values, in whatever type Pillow chose for them: (h, w) -> (h, w, 3) of the upper 8 bits.
             values = np.clip(np.asarray(image), 0, 65535)
             _check_range(what, int(values.max(initial=0)))
+            if inverted:
+                values = 65535 - values  # which Pillow does for 8 bits
             upper = (values.astype(np.uint16) >> 8).astype(np.uint8)
             return np.repeat(upper[:, :, None], 3, axis=2)
         if deep:  # Pillow keeps the upper 8 bits of 16-bit colour.

@@ -163,6 +163,18 @@ def test_limits_that_nothing_was_measured_for_are_inconclusive(
     assert int(suite.attrib["errors"]) == list(judged.values()).count("inconclusive")
 
 
+def test_one_image_in_many_files_decides_nothing(
+    tiny_onnx: Path, blobs: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    """The files differ, and their pixels do not."""
+    for level in range(10):
+        cv2.imwrite(str(tmp_path / f"{level}.png"), blobs[0], [cv2.IMWRITE_PNG_COMPRESSION, level])
+    limits = ("--reference", tiny_onnx, "--min-match-rate", 0.5, "--resamples", 50)
+    result = run("evaluate", tiny_onnx, "--images", tmp_path, *limits)
+    assert result.exit_code == 4, result.output
+    assert "9 of the 10 images are copies of others" in result.stderr
+
+
 def test_without_annotations_the_reference_is_the_ground_truth(demo_onnx: Path) -> None:
     where = ("--images", DEMO / "evaluation", "--limit", 2)
     arguments = (*where, "--reference", CHECKPOINT, "--threads", 1, "--resamples", 0, "--json")

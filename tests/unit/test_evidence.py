@@ -86,9 +86,39 @@ def test_annotations_that_contradict_the_reference_are_no_baseline(damage, probl
     boxes, classes = damage(truth.boxes, truth.classes)
     changed = replace(truth, boxes=boxes, classes=classes)
     damaged = replace(dataset, ground_truth=dict.fromkeys(dataset.ground_truth, changed))
-    found = baseline_problem(damaged, match_dataset(damaged, detections), ap=coco_scores(damaged, detections).ap)
+    found = baseline_problem(
+        damaged, match_dataset(damaged, detections), detections=detections, ap=coco_scores(damaged, detections).ap
+    )
     assert problem in found
     assert bool(found) is bool(problem)
+
+
+@pytest.mark.parametrize(("wrong", "problem"), [(1, ""), (4, "of 4 of the 12 images, such as '0.png'"), (8, "of 8 of")])
+@pytest.mark.parametrize("empty", [False, True], ids=["another scale", "without annotations"])
+def test_annotations_of_some_images_that_fit_no_detection_are_no_baseline(
+    wrong: int, problem: str, empty: bool
+) -> None:
+    dataset = annotated(classes=(0,) * 10 + (1,) * 5)
+    detections, truth = detected(dataset), dataset.ground_truth[0]
+    other = annotated(classes=()).ground_truth[0] if empty else replace(truth, boxes=truth.boxes / 4)
+    damaged = replace(dataset, ground_truth={**dataset.ground_truth, **dict.fromkeys(range(wrong), other)})
+    told = baseline_problem(damaged, match_dataset(damaged, detections), detections=detections, ap=0.5)
+    assert problem in told
+    assert bool(told) is bool(problem)
+
+
+@pytest.mark.parametrize(("width", "height", "problem"), [(30, 24, ""), (24, 30, "36 of 36 annotated boxes are wide")])
+def test_width_and_height_swapped_are_no_baseline(width: float, height: float, problem: str) -> None:
+    """The overlap of nearly square boxes stays high, and so does AP."""
+    dataset = annotated()
+    truth = dataset.ground_truth[0]
+    seen = replace(truth, boxes=np.concatenate([truth.boxes[:, :2], truth.boxes[:, :2] + (30, 24)], 1))
+    detections = detected(replace(dataset, ground_truth=dict.fromkeys(dataset.ground_truth, seen)))
+    given = replace(truth, boxes=np.concatenate([truth.boxes[:, :2], truth.boxes[:, :2] + (width, height)], 1))
+    damaged = replace(dataset, ground_truth=dict.fromkeys(dataset.ground_truth, given))
+    told = baseline_problem(damaged, match_dataset(damaged, detections), detections=detections, ap=0.5)
+    assert problem in told
+    assert bool(told) is bool(problem)
 
 
 def test_files_of_the_same_bytes_are_copies(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,6 +97,31 @@ def test_pixels_that_would_be_read_as_black_are_refused_by_name(
 def test_a_black_16_bit_image_is_black(tmp_path: Path) -> None:
     assert cv2.imwrite(str(tmp_path / "black.png"), np.zeros((4, 4), np.uint16))
     assert read_image(tmp_path / "black.png").max() == 0
+
+
+def _tiff(pixels: np.ndarray, *, sample_format: int, photometric: int) -> bytes:
+    """Of one strip of gray pixels."""
+    data, (height, width) = pixels.tobytes(), pixels.shape
+    tags = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
+    tags |= {279: len(data), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<4sI", b"II*\0", 8 + len(data))
+    return head + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2"])
+@pytest.mark.parametrize("photometric", [0, 1], ids=["white is 0", "black is 0"])
+def test_zero_is_white_where_a_tiff_says_so(dtype: str, photometric: int, tmp_path: Path) -> None:
+    gray = np.uint8([[0, 7, 200], [255, 128, 1]])
+    stored = (gray * np.uint16(257)).astype(dtype) if dtype == "<u2" else gray
+    (tmp_path / "gray.tif").write_bytes(_tiff(stored, sample_format=1, photometric=photometric))
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.tif")[:, :, 0], gray if photometric else 255 - gray)
+
+
+def test_signed_pixels_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "signed.tif").write_bytes(_tiff(np.ones((2, 3), "i1"), sample_format=2, photometric=1))
+    with pytest.raises(ImageError, match=r"'.*signed\.tif' has signed pixels"):
+        read_image(tmp_path / "signed.tif")
 
 
 def test_alpha_is_dropped(tmp_path: Path) -> None:

@@ -299,3 +299,12 @@ def test_a_layer_that_fits_no_longer_is_renewed_as_the_warning_says(
     found = re.search(r"(fcos-deploy build [^\n;']+)", caplog.text)
     assert found is not None, caplog.text
     assert problem(found[1]) == ""
+
+
+def test_ci_examples_are_yaml_whose_jobs_have_what_they_need() -> None:
+    yaml = pytest.importorskip("yaml")
+    examples = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "examples" / "ci").glob("*.yml")}
+    jobs = examples["gitlab-ci"]
+    assert all(jobs[name]["rules"] == job["rules"] for job in jobs.values() for name in job.get("needs", ()))
+    (setup,) = (step["with"] for step in examples["github-actions"]["jobs"]["bundle"]["steps"] if "cache" in str(step))
+    assert "cache-dependency-path" in setup  # setup-python fails where a repository has no requirements.txt

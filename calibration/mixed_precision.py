@@ -14,13 +14,21 @@ from numpy.typing import NDArray
 
 from calibration.execution import Feeder, conv_macs, open_engine
 from calibration.placement import QdqPlan, plan_pairs
-from calibration.quantizers import COMPARED_IMAGES, QuantizedOnnx, QuantizeRequest, quantize_qdq, quantized_model
-from fcos_deploy.core.backend import Tensors
+from calibration.quantizers import (
+    COMPARED_IMAGES,
+    QuantizedOnnx,
+    QuantizeRequest,
+    checked_quantization,
+    quantized_model,
+)
+from fcos_deploy.core.backend import Tensors, get_backend
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.files import MAX_TEXT_BYTES, read_file, sha256_file, write_text
 from fcos_deploy.core.gate import Judge, ScoreDrift
 from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.libraries import recorded_versions
+from fcos_deploy.core.machine import read_machine, usable_cpus
 from fcos_deploy.core.onnx_file import save_onnx
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, parse_json, to_json
@@ -124,10 +132,24 @@ class AccuracyGoal:
         return "AP" if self.annotations is not None else "agreement with the float model's detections"
 
     def fingerprint(self) -> list[str]:
-        """Stands for everything that scores depend on beside the model: contents, and names that annotations use."""
+        """Stands for everything that scores depend on beside the model: what runs it where, and the images.
+
+        Of images and annotations these are contents, and the names that annotations use. Each processor has kernels of
+        its own, which round otherwise.
+        """
+        machine, version = read_machine(), get_backend(self.backend).probe().version
+        runs = [
+            f"{self.backend} {version}",
+            f"threads {self.threads or usable_cpus()}",
+            machine.processor,
+            *machine.cpu_features,
+        ]
+        runs += [str(gpu) for gpu in machine.gpus]
+        libraries = [f"{name} {version}" for name, version in recorded_versions().items()]
         files = [*list_images(self.images), *([self.annotations] if self.annotations else [])]
-        measured = [self.backend, f"sample {self.sample}", *(f"{path.name} {sha256_file(path)}" for path in files)]
-        return [*measured, *(f"{name} {limit}" for name, limit in sorted(self.further_limits.items()))]
+        measured = [f"sample {self.sample}", *(f"{path.name} {sha256_file(path)}" for path in files)]
+        limits = [f"{name} {limit}" for name, limit in sorted(self.further_limits.items())]
+        return [*runs, *libraries, *measured, *limits]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,14 +253,9 @@ def search_mixed_precision(
             hint="allow a larger drop or more evaluations, calibrate on other images, or use the float "
             f"'{request.graph.source.path}'",
         )
-    result = quantize_qdq(
-        request.graph,
-        request.ranges,
-        request.output,
-        placement=request.placement,
-        ignored_layers=chosen.ignored_layers,
-        images=search.images(COMPARED_IMAGES),
-    )
+    plan, model = search.quantized(chosen.ignored_layers)
+    images = search.images(COMPARED_IMAGES)
+    result = checked_quantization(plan, model, request.ranges, request.output, images=images)
     search.finish()
     return MixedPrecision(
         result=result, float_score=float_score, chosen=chosen, trials=search.trials, ranking=search.ranking
@@ -337,6 +354,7 @@ class _Search:
         self._trials: dict[tuple[str, ...], Trial] = {}
         self._sensitivities: dict[str, LayerSensitivity] = {}
         self.ranking: tuple[LayerSensitivity, ...] = ()
+        self._quantized: dict[tuple[str, ...], tuple[QdqPlan, Any]] = {}  # of the last candidate; Any: onnx.ModelProto
         depends_on = [self._graph.source.sha256, to_json(request.ranges), to_json(request.placement)]
         key = json.dumps([*depends_on, goal.quantity, goal.fingerprint()], sort_keys=True)
         self._key = hashlib.sha256(key.encode()).hexdigest()
@@ -356,12 +374,12 @@ class _Search:
         key = tuple(sorted(ignored_layers))
         if key not in self._trials:
             self._progress("evaluating candidates", len(self._trials), 0)  # how many it takes is not known
-            plan = self._plan(key)
+            plan, model = self.quantized(key)
             share = round(sum(self._macs[conv.name] for conv in plan.convs) / sum(self._macs.values()), 6)
             candidate = self._request.output.with_name(f".{self._request.output.stem}.trial.onnx")
             try:
                 # Its score shows what it computes; the one that is chosen is compared with its source as well.
-                save_onnx(quantized_model(plan, self._request.ranges), candidate)
+                save_onnx(model, candidate)
                 measured = self._evaluate(candidate)
                 self._trials[key] = Trial(
                     key, share, measured.score, loss_interval=measured.interval, refused=measured.refused
@@ -370,6 +388,14 @@ class _Search:
                 candidate.unlink(missing_ok=True)
             self._save()
         return self._within_goal(self._trials[key])
+
+    def quantized(self, ignored_layers: tuple[str, ...]) -> tuple[QdqPlan, Any]:
+        """The onnx.ModelProto that leaves these layers in float, and its plan; the last one asked for is kept."""
+        if ignored_layers not in self._quantized:
+            self._quantized.clear()
+            plan = self._plan(ignored_layers)
+            self._quantized[ignored_layers] = plan, quantized_model(plan, self._request.ranges)
+        return self._quantized[ignored_layers]
 
     def _plan(self, ignored_layers: Collection[str]) -> QdqPlan:
         return plan_pairs(

@@ -51,6 +51,7 @@ __all__ = [
     "WeightValues",
     "activation_scale",
     "bias_correction",
+    "checked_quantization",
     "get_quantizer",
     "quantize_bias",
     "quantize_nncf",
@@ -140,9 +141,20 @@ def quantize_qdq(
         ConfigError: an ignored layer that the graph does not have.
         StepCheckError: the result does not run, or gives values that are not finite.
     """
-    calibration.check_graph(graph.source)
     plan = plan_pairs(graph, placement, ignored_layers=ignored_layers, zero_tensors=calibration.zero_tensors)
-    model = quantized_model(plan, calibration)
+    return checked_quantization(plan, quantized_model(plan, calibration), calibration, output, images=images)
+
+
+def checked_quantization(
+    plan: QdqPlan,
+    model: Any,
+    calibration: Calibration,
+    output: Path,
+    *,
+    images: Sequence[NDArray[np.uint8]] = (),
+) -> QuantizedOnnx:
+    """Check ``model``, which ``quantized_model`` made of the plan, and write it; see ``quantize_qdq``."""
+    graph, placement = plan.graph, plan.placement
     onnx.checker.check_model(model)
     fidelity = compare_models(graph.source, model, images=images)
     save_onnx(model, output)
@@ -163,8 +175,9 @@ def quantized_model(plan: QdqPlan, calibration: Calibration) -> Any:
     """The quantized onnx.ModelProto; ``quantize_qdq`` is this with all its checks.
 
     Raises:
-        CalibrationError: a range is missing, or weights are not finite.
+        CalibrationError: the calibration is of another graph, a range is missing, or weights are not finite.
     """
+    calibration.check_graph(plan.graph.source)
     return _Writer(plan, calibration).model()
 
 
@@ -356,7 +369,7 @@ class _Writer:
         return np.max(needed, axis=0).astype(np.float32) if needed else 0.0
 
 
-COMPARED_IMAGES = 4  # of a result with its source: two inferences each
+COMPARED_IMAGES = 2  # of a result with its source: two inferences each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,8 @@ from fcos_deploy.core.trust import KeptModel
 __all__ = ["BACKEND", "executed_primitives", "open_model"]
 
 _LOG = logging.getLogger(__name__)
+# Compiled models that stay in memory, by what they were compiled from and for; one entry for each ``keeping_models``.
+_IN_MEMORY: list[dict[str, Any]] = []
 
 ov = lazy_import("openvino", extra="openvino")
 
@@ -178,6 +180,15 @@ class _OpenVino(Backend):
         session.contract = contract
         return session
 
+    @contextlib.contextmanager
+    def keeping_models(self) -> Iterator[None]:
+        models: dict[str, Any] = {}
+        _IN_MEMORY.append(models)
+        try:
+            yield
+        finally:
+            _IN_MEMORY[:] = [others for others in _IN_MEMORY if others is not models]
+
     def probe(self) -> BackendProbe:
         return BackendProbe.of_library(self.name, lambda: (ov.__version__, ov.Core().available_devices))
 
@@ -260,6 +271,19 @@ def _compile_once(
         "device": f"{device} {core.get_property(device, 'FULL_DEVICE_NAME')}",
         **settings,
     }
+    key = f"{sorted(facts.items())} {folder}"
+    for models in _IN_MEMORY:
+        if key in models:
+            return models[key], True
+    compiled, from_cache = _load_or_compile(core, path, device=device, settings=settings, facts=facts, folder=folder)
+    if _IN_MEMORY:
+        _IN_MEMORY[-1][key] = compiled
+    return compiled, from_cache
+
+
+def _load_or_compile(
+    core: Any, path: Path, *, device: str, settings: Mapping[str, str], facts: Mapping[str, str], folder: Path | None
+) -> tuple[Any, bool]:
     kept = KeptModel(BACKEND.name, facts=facts, folder=folder)
     content = kept.load()
     if content is not None:

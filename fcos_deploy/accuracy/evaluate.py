@@ -118,6 +118,7 @@ class EvaluationRequest:
     ``resamples``: number of bootstrap resamples; 0 leaves intervals out. ``predictions``: folder that makes an
     interrupted run resumable. ``operating_goal``: what the score threshold of each class is chosen for; None: the
     thresholds that a bundle carries, elsewhere the best F1 of the reference. ``runs``: those that exist already.
+    ``dataset``: what ``annotations`` and ``images`` hold, where they have been read.
     """
 
     candidates: tuple[DetectorSpec, ...]
@@ -133,6 +134,7 @@ class EvaluationRequest:
     predictions: Path | None = None
     operating_goal: OperatingGoal | None = None
     runs: DetectionRuns | None = None
+    dataset: Dataset | None = None
 
     def __post_init__(self) -> None:
         if not self.candidates:
@@ -205,9 +207,7 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
         ConfigError: images, annotations and models do not fit together.
         FcosDeployError: a model cannot be opened or run, an image cannot be read.
     """
-    dataset = None
-    if request.annotations is not None:
-        dataset = load_coco(request.annotations, images=request.images).first(request.limit).sample(request.sample)
+    dataset = _annotated_images(request)
     images = dataset.images if dataset else _spread(folder_images(request.images)[: request.limit], request.sample)
 
     def collect(spec: DetectorSpec) -> DetectionRun:
@@ -256,6 +256,14 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
             reference=reference.result() if reference else None,
             candidates=tuple(candidate.result() for candidate in candidates),
         )
+
+
+def _annotated_images(request: EvaluationRequest) -> Dataset | None:
+    """Those that are asked for; None without annotations."""
+    dataset = request.dataset
+    if dataset is None and request.annotations is not None:
+        dataset = load_coco(request.annotations, images=request.images)
+    return dataset and dataset.first(request.limit).sample(request.sample)
 
 
 def _spread(images: tuple[EvaluationImage, ...], count: int | None) -> tuple[EvaluationImage, ...]:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,9 +110,14 @@ class DetectionRuns:
         run = self._runs.get(self._key(spec, images))
         return run and replace(run, model=spec.model.name)
 
-    def add(self, spec: DetectorSpec, images: Sequence[EvaluationImage], run: DetectionRun) -> None:
-        """Keep a run."""
-        self._runs[self._key(spec, images)] = run
+    def collect(
+        self, spec: DetectorSpec, images: Sequence[EvaluationImage], *, run: Callable[[], DetectionRun]
+    ) -> DetectionRun:
+        """The run of these files on these images, which ``run`` makes where there is none."""
+        key = self._key(spec, images)  # once: a file may have hundreds of megabytes
+        if key not in self._runs:
+            self._runs[key] = run()
+        return replace(self._runs[key], model=spec.model.name)
 
     @staticmethod
     def _key(spec: DetectorSpec, images: Sequence[EvaluationImage]) -> Hashable:
@@ -139,12 +144,12 @@ def collect_detections(
     Raises:
         ImageError, BackendError, ConfigError: as opening the model and detecting do.
     """
-    run = None if runs is None else runs.get(spec, images)
-    if run is None:
-        run = _collect(spec, images, dataset=dataset, folder=folder, progress=progress)
-        if runs is not None:
-            runs.add(spec, images, run)
-    elif dataset is not None:
+
+    def collect() -> DetectionRun:
+        return _collect(spec, images, dataset=dataset, folder=folder, progress=progress)
+
+    run = collect() if runs is None else runs.collect(spec, images, run=collect)
+    if dataset is not None:
         label_index(run.names, dataset)
     return run
 

@@ -194,13 +194,15 @@ class BundleWriter:
     ) -> StepResult:
         """Run ``make(folder)`` and adopt every file it leaves in ``folder``, unless that was done with these inputs.
 
-        ``inputs`` must name everything the result depends on: hashes of sources, options, versions. What another bundle
-        has made from the same is taken from ``cache``, which also keeps what is made here.
+        ``inputs`` must name everything the result depends on, apart from the version of fcos-deploy: hashes of sources,
+        options, versions. What another bundle has made from the same is taken from ``cache``, which also keeps what is
+        made here.
 
         Raises:
             BundleError: the disk is full or was removed; finished steps are kept.
         """
-        key = hashlib.sha256(json.dumps([name, dict(inputs)], sort_keys=True).encode()).hexdigest()
+        facts = [name, dict(inputs), importlib.metadata.version("fcos-deploy")]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         with _writing(self.target):
             step = self._journal.steps.get(name)
             if step is not None and step.key == key and all(file.is_intact(self._files) for file in step.files):
@@ -370,7 +372,7 @@ _STEP_RECORD = "step.json"
 class StepCache:
     """Finished steps of other bundles, in a folder of this user alone: the files of each under the hash of its inputs.
 
-    Inputs are those that the step names, this machine's platform and the version of fcos-deploy. A record is
+    Inputs are those of the step, and this machine's platform. A record is
     authenticated with the user's secret, and files are hashed when they are taken: what another user or a power cut
     left is made anew.
 
@@ -423,7 +425,7 @@ class StepCache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _entry(self, key: str) -> Path:
-        facts = [key, platform.node(), platform.platform(), importlib.metadata.version("fcos-deploy")]
+        facts = [key, platform.node(), platform.platform()]
         return self.folder / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -310,6 +311,13 @@ class Backend(ABC):
     @abstractmethod
     def probe(self) -> BackendProbe:
         """Look at this machine without raising."""
+
+    def keeping_models(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, what was compiled for a model stays in memory, for when the same bytes are opened alike again.
+
+        A backend that compiles nothing, or opens it fast, has nothing to keep.
+        """
+        return contextlib.nullcontext()
 
     def contract_of(self, path: Path, options: SessionOptions) -> ModelContract | None:
         """The contract of an artifact, or the one that ``options`` put in its place, once its placement is checked.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -40,10 +41,16 @@ def library_versions(*distributions: str) -> dict[str, str]:
     versions = {}
     for name in distributions:
         try:
-            versions[name] = importlib.metadata.version(name)
+            versions[name] = _version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+@functools.lru_cache(maxsize=64)
+def _version(distribution: str) -> str:
+    """Read once: what is imported stays what it was. Of a library that is missing nothing is kept."""
+    return importlib.metadata.version(distribution)
 
 
 # What figures and detections depend on, by the names of their distributions; of OpenCV and ONNX Runtime the one that is

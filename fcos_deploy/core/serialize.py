@@ -7,6 +7,7 @@ Why no library: for these 150 lines every device would install pydantic (10 MB w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -147,18 +148,24 @@ def _convert_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 def _convert_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _mismatch(where, "an object", value)
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(value) - set(fields))
+    hints, required = _field_types(kind)
+    unknown = sorted(set(value) - set(hints))
     if unknown:
         raise ConfigError(
             f"{where} has unknown keys {', '.join(map(brief, unknown[:8]))}.",
             hint="was it written by a newer fcos-deploy?",
         )
-    missing = sorted(_required(kind) - set(value))
+    missing = sorted(required - set(value))
     if missing:
         raise ConfigError(f"{where} lacks {missing}.")
     return kind(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+@functools.lru_cache(maxsize=256)
+def _field_types(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """The type of each field, and the fields that are required: reading them takes longer than converting an object."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}, _required(kind)
 
 
 def _required(kind: Any) -> set[str]:

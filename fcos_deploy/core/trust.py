@@ -144,8 +144,8 @@ def own_file_bytes(path: Path, *, private: bool = False) -> bytes | None:
         return None
 
 
-def write_own_file(path: Path, content: bytes, *, replace: bool = True) -> bool:
-    """Write ``content`` with mode 0600, complete or not at all; whether it was written.
+def write_own_file(path: Path, *content: bytes, replace: bool = True) -> bool:
+    """Write ``content``, which may come in parts, with mode 0600, complete or not at all; whether it was written.
 
     Without ``replace`` a file that is there stays, also one that another process writes at the same moment.
 
@@ -156,7 +156,7 @@ def write_own_file(path: Path, content: bytes, *, replace: bool = True) -> bool:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | open_flags(), 0o600)
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
+            stream.writelines(content)
             stream.flush()
             os.fsync(stream.fileno())
         if replace:
@@ -171,16 +171,18 @@ def write_own_file(path: Path, content: bytes, *, replace: bool = True) -> bool:
     return True
 
 
-def authenticate(purpose: str, message: bytes) -> str:
+def authenticate(purpose: str, *message: bytes | memoryview) -> str:
     """The HMAC-SHA256 of ``message`` under this user's secret, in hexadecimal; compare with ``hmac.compare_digest``.
 
-    ``purpose`` keeps what is authenticated for one use from being taken for another.
+    The message may come in parts. ``purpose`` keeps what is authenticated for one use from being taken for another.
 
     Raises:
         ConfigError: this user has no place for a secret.
     """
-    header = f"fcos-deploy {purpose}, version 1\n".encode()
-    return hmac.new(_secret(), header + message, hashlib.sha256).hexdigest()
+    code = hmac.new(_secret(), f"fcos-deploy {purpose}, version 1\n".encode(), hashlib.sha256)
+    for part in message:
+        code.update(part)
+    return code.hexdigest()
 
 
 def _secret() -> bytes:
@@ -239,10 +241,11 @@ class KeptModel:
         if self._path is None:
             return None
         content = own_file_bytes(self._path)
-        if content is not None and hmac.compare_digest(content[:_MAC_BYTES], self._mac(content[_MAC_BYTES:])):
+        model = memoryview(content or b"")[_MAC_BYTES:]  # hundreds of megabytes, which are not copied to be hashed
+        if content is not None and hmac.compare_digest(content[:_MAC_BYTES], self._mac(model)):
             with contextlib.suppress(OSError):
                 self._path.touch()
-            return content[_MAC_BYTES:]
+            return bytes(model)
         self.drop()
         return None
 
@@ -257,15 +260,15 @@ class KeptModel:
         if self._path is None:
             return
         try:
-            write_own_file(self._path, self._mac(content) + content)
+            write_own_file(self._path, self._mac(content), content)
             entries = sorted(self._path.parent.glob("*.kept"), key=lambda entry: entry.stat().st_mtime)
             for entry in entries[:-_KEPT]:
                 entry.unlink(missing_ok=True)
         except OSError as error:
             _LOG.warning("What was compiled for this machine is not kept: %s", error)
 
-    def _mac(self, content: bytes) -> bytes:
-        return authenticate(_PURPOSE, self._facts + b"\0" + content).encode()
+    def _mac(self, content: bytes | memoryview) -> bytes:
+        return authenticate(_PURPOSE, self._facts + b"\0", content).encode()
 
 
 def _users_place(backend: str) -> Path | None:

@@ -115,7 +115,10 @@ def deploy(
     with (
         contextlib.closing(open_source(request.checkpoint, options=request.options)) as source,
         BundleWriter(request.output) as writer,
+        contextlib.ExitStack() as stack,
     ):
+        for name in backends:  # They open each artifact to compare, to evaluate, to time and to verify it.
+            stack.enter_context(get_backend(name).keeping_models())
         with stages.stage("images"):
             images = open_image_sets(request, source.contract)
         cache = StepCache(request.cache) if request.cache else None

@@ -48,6 +48,7 @@ from fcos_deploy.bundle import (
     StepOutput,
     open_bundle,
 )
+from fcos_deploy.bundle.device_layer import machine_words
 from fcos_deploy.checkpoints.rules import UNKNOWN_CLASS_NAMES
 from fcos_deploy.core.artifact import kinds_of
 from fcos_deploy.core.backend import SessionOptions, all_backends, get_backend
@@ -60,6 +61,7 @@ from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate, overall_outcome, undecided_because
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import recorded_versions, require
+from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector, DetectorSpec
@@ -93,7 +95,7 @@ __all__ = [
 # detection of 200 that has no partner, is a fault, not rounding.
 _FP32_MAP_DROP, _FP32_MATCH_RATE = 0.0005, 0.995
 # The first detection of a block warms up too. From 20 times on there is a 90th percentile: four blocks.
-_TIMING = TimingOptions(rounds=6, warmup=0, throughput_seconds=1.0, settled_after=4)
+_TIMING = TimingOptions(rounds=6, warmup=0, throughput_seconds=0.5, settled_after=4)
 
 
 def in_bf16(variant: Variant) -> Variant | None:
@@ -128,6 +130,7 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
                 operating_goal=request.operating_goal,
                 predictions=context.predictions,
                 runs=context.runs,
+                dataset=context.images.annotated,
             ),
             progress=context.progress,
         )
@@ -288,6 +291,8 @@ def run_golden(
     inputs = {
         "golden": json.dumps(to_json(golden), sort_keys=True),
         "artifacts": " ".join(f"{_what_runs(spec)} {artifact.sha256}" for artifact, spec in specs),
+        **recorded_versions(),
+        **machine_words(read_machine()),
     }
     step = context.step("golden-runs", stage="golden images", inputs=inputs, make=make)
     return tuple(from_json(GoldenRun, value) for value in step.values)
@@ -395,6 +400,7 @@ def measure_speed(context: DeployContext, variants: list[Variant]) -> Benchmark:
         "image": sha256_file(image),
         "timing": repr(_TIMING),
         **recorded_versions(),
+        **machine_words(read_machine()),
     }
     return from_json(Benchmark, context.step("speed", stage="speed", inputs=inputs, make=make).values)
 

@@ -108,6 +108,7 @@ class Scoring:
     ``float_model``: what is evaluated for the float graph; None: the graph itself, on the goal's backend.
     ``runnable``: gives what the goal's backend runs of an INT8 graph. ``predictions``: folder in which detections are
     kept by content. ``runs`` and ``evaluations``: what was measured before on these images, to which this adds.
+    ``annotated``: what the goal's annotations and images hold, where they have been read.
     """
 
     goal: AccuracyGoal
@@ -117,8 +118,10 @@ class Scoring:
     predictions: Path | None = None
     runs: DetectionRuns = field(default_factory=DetectionRuns)
     evaluations: dict[tuple[str, str], Evaluations] = field(default_factory=dict)
+    annotated: Dataset | None = None
     progress: ProgressFn = no_progress
     _compared: dict[tuple[str, str], Evaluation] = field(default_factory=dict, init=False)
+    _float: Evaluations | None = field(default=None, init=False)
 
     def spec(self, model: Path) -> DetectorSpec:
         """A model on the goal's backend."""
@@ -127,12 +130,12 @@ class Scoring:
     @property
     def reference(self) -> Evaluation:
         """That of the float graph."""
-        return self._evaluated(self._float).candidates[0]
+        return self._float_evaluations.candidates[0]
 
     @property
     def dataset(self) -> Dataset:
         """The images, with what is to be detected in them."""
-        return self._evaluated(self._float).dataset
+        return self._float_evaluations.dataset
 
     @property
     def problem(self) -> str:
@@ -185,10 +188,13 @@ class Scoring:
         return self._compared[key]
 
     @property
-    def _float(self) -> DetectorSpec:
+    def _float_evaluations(self) -> Evaluations:
+        """Looked up once: its key is the hash of a large file."""
         if self.float_model is None:
             raise ConfigError("An accuracy goal needs the float model.")
-        return self.float_model
+        if self._float is None:
+            self._float = self._evaluated(self.float_model)
+        return self._float
 
     @property
     def _gate(self) -> Gate:
@@ -215,12 +221,13 @@ class Scoring:
                 candidates=(spec,),
                 images=self.goal.images,
                 annotations=self.goal.annotations,
-                reference=None if annotated else self._float,
+                reference=None if annotated else self.float_model,
                 resamples=_RESAMPLES if annotated else 0,
                 sample=self.goal.sample,
                 operating_goal=self.operating_goal,
                 predictions=self.predictions,
                 runs=self.runs,
+                dataset=self.annotated,
             )
             self.evaluations[key] = evaluate(request, progress=self.progress)
         return self.evaluations[key]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fcos_deploy.accuracy.dataset import EvaluationImage, folder_images, load_coco
+from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, folder_images, load_coco
 from fcos_deploy.accuracy.evaluate import Evaluations
 from fcos_deploy.accuracy.operating_point import OperatingGoal
 from fcos_deploy.accuracy.predictions import DetectionRuns
@@ -33,7 +33,7 @@ from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, get_exporter
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Gate, Judge, Severity
-from fcos_deploy.core.libraries import library_versions
+from fcos_deploy.core.libraries import library_versions, recorded_versions
 from fcos_deploy.core.progress import ProgressFn, StageClock
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
@@ -74,13 +74,14 @@ class ImageSets:
     """``evaluation`` is in a fixed order; ``findings`` is what is to be said of both sets.
 
     ``evaluation_key``: hash of the evaluation images' names and contents and of their annotations, so that what was
-    measured on others is never taken for a result on these.
+    measured on others is never taken for a result on these. ``annotated``: what the annotations say of them.
     """
 
     calibration: CalibrationSet
     evaluation: tuple[EvaluationImage, ...]
     findings: tuple[Finding, ...]
     evaluation_key: str
+    annotated: Dataset | None = None
 
 
 def open_image_sets(request: DeployRequest, contract: ModelContract) -> ImageSets:
@@ -117,7 +118,7 @@ def open_image_sets(request: DeployRequest, contract: ModelContract) -> ImageSet
         findings += (Finding(kind="no-evaluation-images", severity=Severity.INCONCLUSIVE, message=message),)
     facts = [sha256_file(annotations) if annotations else "", [(image.name, image.sha256) for image in inspected]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return ImageSets(calibration, evaluation, findings, key)
+    return ImageSets(calibration, evaluation, findings, key, dataset)
 
 
 _MAX_MAP_DROP = 0.01
@@ -388,7 +389,8 @@ def export(
         "opset": str(context.request.opset or "default"),
         "nms_form": str(nms_form),
         "batch": str(context.request.batch or "open"),
-        **library_versions("torch", "onnx", "onnxsim"),
+        # ONNX Runtime runs the comparison with PyTorch.
+        **library_versions("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime"),
     }
     label = "-".join(filter(None, ("export", precision, tail, own)))
     step = context.model_step(label, stage="export", inputs=inputs, make=make)
@@ -401,6 +403,7 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
 
     images = context.images.calibration
     hashes = sorted(image.sha256 for image in images.images)
+    named = sorted((image.name, image.sha256) for image in images.images)
     parts = ("" if source.tail is Tail.RAW else str(source.tail), source.artifact.backend)
     name = ".".join(filter(None, ("calibration", *parts, "json")))
 
@@ -410,7 +413,12 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
         save_calibration(ranges, folder / name)
         return StepOutput()
 
-    inputs = {"graph": source.artifact.sha256, "images": json.dumps(hashes)}
+    inputs = {
+        "graph": source.artifact.sha256,
+        "images": json.dumps(named),
+        "seed": str(images.seed),  # which the file tells, with the names
+        **recorded_versions(),
+    }
     label = "-".join(filter(None, ("calibrate", source.tail, source.artifact.backend)))
     context.model_step(label, stage="calibrate", inputs=inputs, make=make)
     path = context.writer.path(name)
@@ -470,6 +478,7 @@ def quantize(
             predictions=context.predictions,
             runs=context.runs,
             evaluations=context.evaluations,
+            annotated=context.images.annotated,
             progress=context.progress,
         )
     )
@@ -488,7 +497,8 @@ def quantize(
 
     inputs = {
         **int8_inputs(source, calibrated.path, policy),
-        "goal": f"{request.gate} {request.operating_goal} {context.images.evaluation_key} {request.sample}",
+        "goal": f"{request.gate} {request.operating_goal} {context.images.evaluation_key}",
+        "measured": json.dumps(goal.fingerprint() if goal else []),
     }
     step = context.model_step(
         f"quantize-{policy.name}-{source.tail}", stage=f"quantize {policy.name}", inputs=inputs, make=make
@@ -521,7 +531,8 @@ def int8_inputs(source: Graph, calibration: Path, policy: Placement) -> dict[str
 def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildOptions | None = None) -> Variant:
     """The engine of one graph for one backend; a backend that runs the ONNX file as it is needs none."""
     source, options = graph.artifact, options or BuildOptions()
-    exporter, version = get_exporter(backend), get_backend(backend).probe().version
+    exporter, probe = get_exporter(backend), get_backend(backend).probe()
+    version = probe.version
     session = replace(context.request.session, compute=ComputeType.F32)
     if exporter.produces is source.kind:
         return Variant(model=graph.path, backend=backend, precision=source.precision, artifact=source, options=session)
@@ -557,6 +568,7 @@ def build(context: DeployContext, graph: Graph, *, backend: str, options: BuildO
         "graph": source.sha256,
         "exporter": exporter.name,
         "version": version,
+        "devices": " ".join(probe.devices),
         "options": json.dumps(to_json(options), sort_keys=True, default=str),
     }
     step = context.model_step(f"build-{backend}-{source.precision}", stage="build", inputs=inputs, make=make)

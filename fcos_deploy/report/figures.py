@@ -110,6 +110,8 @@ def new_figure(height: float, **layout: Any) -> Any:  # Any: matplotlib has no t
 def svg_of(figure: Any) -> str:  # Any: as above
     """The figure as a document, the same for the same data."""
     buffer = io.StringIO()
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")  # or saving lays the same out twice more
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 

@@ -272,7 +272,7 @@ def test_every_backend_that_reads_a_file_detects_anew_and_its_other_formats_do_n
         model="", backend="", precision=precision, names=names, description={}, detections=seen, seconds=StageSeconds()
     )
     for measured in variants:
-        runs.add(measured, images, run)
+        runs.collect(measured, images, run=lambda: run)
     monkeypatch.setattr(Detector, "detect", counted)
     context: Any = SimpleNamespace(runs=runs, progress=no_progress)
     evaluations: Any = SimpleNamespace(dataset=SimpleNamespace(images=images))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 from typer.testing import CliRunner
 
+from calibration import mixed_precision
 from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core import libraries
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision
 from fcos_deploy.core.errors import AccuracyGateError
 from fcos_deploy.core.onnx_file import onnx_interface
@@ -270,6 +274,68 @@ def test_a_cache_lends_another_bundle_what_was_made_from_the_same(
     for record in (tmp_path / "cache").glob("*/step.json"):
         record.write_text(record.read_text().replace("export", "forged"))
     assert deployed("c")["export"]["inferences"] == first["export"]["inferences"], "a forged record is made anew"
+
+
+def test_a_changed_option_or_file_remakes_what_depends_on_it_and_nothing_else(
+    tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, others = tmp_path / "images", tmp_path / "others"
+    for folder, flip in ((images, 1), (others, -1)):
+        folder.mkdir()
+        for path in sorted(smooth_images.glob("*/*.png"))[:8]:
+            cv2.imwrite(str(folder / path.name), cv2.imread(str(path))[:, ::flip])
+    made: list[str] = []
+    step = BundleWriter.step
+
+    def watched(writer: BundleWriter, name: str, **given: Any) -> Any:
+        result = step(writer, name, **given)
+        made.extend([] if result.skipped or not given.get("cache") else [name])
+        return result
+
+    def remade(*more: str) -> tuple[set[str], int]:
+        """Which steps made models or ranges, and the inferences of the accuracy stage."""
+        made.clear()
+        number = len(list(tmp_path.glob("bundle-*")))
+        words = (
+            "--images",
+            str(others),
+            "--cache",
+            str(tmp_path / "cache"),
+            "--judge",
+            "point",
+            "--allow-inconclusive",
+        )
+        arguments = _tiny_arguments(tiny_checkpoint, images, tmp_path / f"bundle-{number}", *words, "--json", *more)
+        result = CliRunner().invoke(build_app(), arguments)
+        assert result.exit_code == 0, result.stderr
+        stages = {stage["name"]: stage["inferences"] for stage in json.loads(result.stdout)["stages"]}
+        return set(made), stages["accuracy"]
+
+    def corrected(image: Path) -> None:
+        """In place: its name, size and time tell nothing."""
+        status = image.stat()
+        cv2.imwrite(str(image), cv2.imread(str(image)) // 2)
+        image.write_bytes(image.read_bytes().ljust(status.st_size, b"\0"))
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    monkeypatch.setattr(BundleWriter, "step", watched)
+    limit = ("--min-match-rate", "0.1")
+    int8 = {"quantize-onnxruntime-cpu-raw", "quantize-portable-raw"}
+    everything = {"export-fp32-raw", "calibrate-raw", *int8}
+    assert remade(*limit) == (everything, 8)
+    assert remade(*limit) == (set(), 0), "the name of the bundle is its report's title"
+    assert remade(*limit, "--precision", "int8") == (set(), 0)
+    assert remade("--min-match-rate", "0.05") == (int8, 0)
+    with monkeypatch.context() as fewer:
+        fewer.setattr(mixed_precision, "usable_cpus", lambda: 64)
+        assert remade(*limit) == (int8, 0), "threads round otherwise"
+    corrected(next(images.glob("*.png")))
+    assert remade(*limit) == (everything - {"export-fp32-raw"}, 0), "INT8 alone is another one"
+    corrected(next(others.glob("*.png")))
+    assert remade(*limit) == (int8, 8), "the reference runs; the others did when INT8 was searched for"
+    installed = libraries.library_versions
+    monkeypatch.setattr(libraries, "library_versions", lambda *names: {**installed(*names), "openvino": "0.1"})
+    assert remade(*limit) == (everything - {"export-fp32-raw"}, 8)
 
 
 def test_without_other_images_and_annotations_agreement_is_the_goal_and_nothing_is_passed(

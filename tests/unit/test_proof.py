@@ -128,7 +128,8 @@ def test_what_ran_is_taken_for_the_same_files_settings_and_images_only(graph: Ar
 
     image, runs = EvaluationImage(1, tmp_path / "a.png"), DetectionRuns()
     nothing: dict[str, Any] = {"names": (), "description": {}, "detections": {}, "seconds": StageSeconds()}
-    runs.add(spec(), [image], DetectionRun(model="a.onnx", backend="onnxruntime", precision="fp32", **nothing))
+    kept = DetectionRun(model="a.onnx", backend="onnxruntime", precision="fp32", **nothing)
+    runs.collect(spec(), [image], run=lambda: kept)
     same = runs.get(spec("copy.onnx"), [image])
     assert same is not None
     assert same.model == "copy.onnx"

@@ -153,6 +153,29 @@ def test_the_users_cache_is_used_for_irs_and_can_be_turned_off(
         assert opened.description["model_cache"] == "miss"
 
 
+def test_compiled_models_stay_in_memory_while_that_is_asked_for(
+    tiny_ir: Path, tiny_onnx: Path, feed: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FCOS_DEPLOY_CACHE", "")
+    _copy_ir(tiny_ir, tmp_path / "copy.xml")
+    _copy_ir(_with_other_biases(tiny_onnx, tmp_path / "other"), tmp_path / "changed.xml")
+
+    def opened(path: Path, threads: int = 1) -> tuple[str, Tensors]:
+        with _OPENVINO.open(path, SessionOptions(threads=threads)) as session:
+            return session.description["model_cache"], session.run(feed)
+
+    with _OPENVINO.keeping_models():
+        first, again = opened(tiny_ir), opened(tmp_path / "copy.xml")
+        assert (first[0], again[0]) == ("miss", "hit")
+        np.testing.assert_array_equal(first[1]["cls_logits"], again[1]["cls_logits"])
+        assert opened(tiny_ir, threads=2)[0] == "miss"
+        _copy_ir(tmp_path / "changed.xml", tmp_path / "copy.xml")
+        cached, outputs = opened(tmp_path / "copy.xml")
+        assert cached == "miss"
+        assert not np.array_equal(outputs["cls_logits"], first[1]["cls_logits"])
+    assert opened(tiny_ir)[0] == "miss"
+
+
 def test_a_cache_that_cannot_be_written_is_an_error_when_asked_for(tiny_ir: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         _OPENVINO.open(tiny_ir, SessionOptions(cache_dir=Path("/proc/nowhere")))

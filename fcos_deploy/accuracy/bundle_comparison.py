@@ -64,14 +64,14 @@ _FIGURES = (
     ("total_p50_ms", "p50", "ms"),
     ("total_p99_ms", "p99", "ms"),
     ("throughput_fps", "throughput", "images/s"),
-    ("size_mb", "size", "MB"),
+    ("size_mib", "size", "MiB"),
 )
-_DIGITS = {"AP": 4, "ms": 1, "images/s": 1, "MB": 1}
+_DIGITS = {"AP": 4, "ms": 1, "images/s": 1, "MiB": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedFigure:
-    """One figure of every bundle, None where a manifest lacks it. ``unit``: AP (0..1), ms, images/s or MB."""
+    """One figure of every bundle, None where a manifest lacks it. ``unit``: AP (0..1), ms, images/s or MiB."""
 
     backend: str
     precision: Precision
@@ -249,7 +249,7 @@ def _recorded(manifest: Manifest) -> dict[Variant, dict[str, float]]:
         metrics = recorded.setdefault((figure.backend, figure.precision), {})
         if isinstance(figure, AccuracyFigure) and figure.artifact in companions:
             paths = (figure.artifact, *companions[figure.artifact])
-            metrics.setdefault("size_mb", sum(files[path].size for path in paths) / 1e6)
+            metrics.setdefault("size_mib", sum(files[path].size for path in paths) / 2**20)
         for name, value in figure.metrics.items():
             metrics.setdefault(name, value)
     return recorded

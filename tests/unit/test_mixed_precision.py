@@ -183,10 +183,10 @@ def test_interrupted_search_resumes(hard: tuple[ConvGraph, Calibration], score: 
 
 def test_goals_are_checked() -> None:
     for limits, message in (
-        ({"min_match_rate": 1.1}, "a share of 1"),
+        ({"min_match_rate": 1.1}, "The allowed loss must be in"),
         ({"min_match_rate": 0.9, "evaluations": 0}, "At least 1 candidate"),
         ({"max_map_drop": 0.1}, "A drop of AP needs annotations"),
-        ({}, "has one limit"),
+        ({}, "takes exactly one limit"),
     ):
         with pytest.raises(ConfigError, match=message):
             AccuracyGoal(images=Path(), **limits)

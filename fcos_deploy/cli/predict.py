@@ -207,6 +207,7 @@ def _stream(
                 if as_json:
                     document = {
                         "source": source,
+                        **({"image": item.image} if item.image else {}),
                         "frame": item.frame,
                         "time": round(item.time, 6),
                         "latency_ms": round(item.latency * 1000, 2),
@@ -218,14 +219,15 @@ def _stream(
                 else:
                     names = Counter(detection["name"] for detection in detections)
                     shown = ", ".join(f"{count} {name}" for name, count in names.items()) or "nothing"
-                    note(f"{item.frame}: {shown} ({item.latency * 1000:.0f} ms)")
+                    note(f"{item.image or item.frame}: {shown} ({item.latency * 1000:.0f} ms)")
         finally:
             figures = stream.statistics
+            latencies = (figures.latency_p50, figures.latency_p90, figures.latency_p99)
+            shown = "; latency p50 {}, p90 {}, p99 {} ms".format(*latencies) if figures.detected else ""
             note(
                 f"{source}: {figures.detected} of {figures.frames} frames detected in {figures.seconds:.1f} s, "
                 f"{figures.drop_rate:.1%} dropped, {figures.failed} unreadable, "
-                f"{figures.reconnections} reconnections; latency p50 {figures.latency_p50}, "
-                f"p90 {figures.latency_p90}, p99 {figures.latency_p99} ms"
+                f"{figures.reconnections} reconnections{shown}"
             )
             if as_json:
                 print_json_line({"source": source, "statistics": to_json(figures)})

@@ -9,6 +9,7 @@ viewers never delay the detector.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -83,6 +84,7 @@ class StreamedDetections:
     """One frame: its number among all that came, when it came (seconds since 1970), and seconds until the detections.
 
     ``pixels``: (h, w, 3) uint8 RGB. ``dropped``: frames before it that nobody saw, since the last one that was seen.
+    ``image``: name of the file in a folder that grows, elsewhere empty.
     """
 
     frame: int
@@ -91,6 +93,7 @@ class StreamedDetections:
     dropped: int
     pixels: NDArray[np.uint8]
     detections: Detections
+    image: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +133,8 @@ def shown_source(source: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", source)
 
 
-_Frame = Callable[[], NDArray[np.uint8]]  # gives the pixels; the reading thread does not convert what is dropped
+# The name of a folder's file, and what gives the pixels: the reading thread does not convert what is dropped.
+_Frame = tuple[str, Callable[[], NDArray[np.uint8]]]
 
 
 class DetectionStream:
@@ -200,10 +204,10 @@ class DetectionStream:
             newest = self._next()
             if newest is None:
                 return
-            number, arrival, frame = newest
+            number, arrival, (image, read) = newest
             wall = time.time() - (time.monotonic() - arrival)
             try:
-                pixels = frame()
+                pixels = read()
                 detections = self._detector.detect(pixels)
             except ImageError as error:  # a file of a folder that is no image, or a frame of no usable size
                 self._problem = error.message
@@ -217,7 +221,13 @@ class DetectionStream:
                 self._detected += 1
             dropped, seen = number - seen - 1, number
             yield StreamedDetections(
-                frame=number, time=wall, latency=latency, dropped=dropped, pixels=pixels, detections=detections
+                frame=number,
+                time=wall,
+                latency=latency,
+                dropped=dropped,
+                pixels=pixels,
+                detections=detections,
+                image=image,
             )
 
     def _next(self) -> tuple[int, float, _Frame] | None:
@@ -307,9 +317,13 @@ def _captured(source: str | int, backend: int) -> Iterator[_Frame]:
             read, frame = capture.read()
             if not read:
                 return
-            yield lambda frame=frame: cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)  # type: ignore[misc]  # binds this frame
+            yield "", functools.partial(_rgb, frame)
     finally:
         capture.release()
+
+
+def _rgb(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def _arriving(folder: Path, read: Callable[[Path], NDArray[np.uint8]]) -> Iterator[_Frame]:
@@ -321,7 +335,7 @@ def _arriving(folder: Path, read: Callable[[Path], NDArray[np.uint8]]) -> Iterat
         for name, state in sorted(entries.items(), key=lambda item: item[1]):
             if state != given.get(name) and state == before.get(name) and state[1]:
                 given[name] = state
-                yield lambda path=folder / name: read(path)  # type: ignore[misc]  # binds this path
+                yield name, functools.partial(read, folder / name)
         given = {name: state for name, state in given.items() if name in entries}
         before = entries
         time.sleep(_POLL)

@@ -242,8 +242,10 @@ def test_an_unreadable_image_of_a_followed_folder_counts_as_failed(
     done = run("predict", tiny_onnx, tmp_path, "--follow", "--max-frames", 2, "--give-up", 30, "--json")
     ended.set()
     thread.join()
-    figures = json.loads(done.stdout.splitlines()[-1])["statistics"]
+    *lines, last = map(json.loads, done.stdout.splitlines())
+    figures = last["statistics"]
     assert figures["detected"] == 2
+    assert [int(Path(line["image"]).stem) % 2 for line in lines] == [1, 1]
     assert figures["failed"] >= 1
     assert figures["frames"] == figures["detected"] + figures["dropped"] + figures["failed"]
     assert done.exit_code == 1
@@ -358,6 +360,7 @@ def test_a_folder_that_grows_is_followed(detector: Detector, smooth_images: Path
         found = list(stream)
     thread.join()
     assert stream.statistics.failed >= 1
+    assert [item.image for item in found] == ["0.png", "1.png", "2.png"]
     assert [item.detections.scores.tolist() for item in found] == [
         detector.detect(source).scores.tolist() for source in sources[1:]
     ]

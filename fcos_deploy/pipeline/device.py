@@ -22,12 +22,12 @@ from fcos_deploy.bundle.device_layer import (
     usable_layers,
     write_layer,
 )
-from fcos_deploy.bundle.selection import Selection, select_runnable
+from fcos_deploy.bundle.selection import Selection, select_runnable, tuned_options
 from fcos_deploy.bundle.signature import remember_version
 from fcos_deploy.bundle.store import Bundle, open_trusted
 from fcos_deploy.bundle.versions import InstalledVersions
-from fcos_deploy.core.backend import get_backend
-from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.backend import SessionOptions, get_backend
+from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision
 from fcos_deploy.core.errors import (
     AccuracyGateError,
     BundleError,
@@ -243,14 +243,21 @@ def _verify(bundle: Bundle, backend: str, skipped: dict[str, str], progress: Pro
 def _measure(
     bundle: Bundle, backend: str, passed: Sequence[VerificationRecord], progress: ProgressFn
 ) -> dict[str, float]:
-    """Median milliseconds of each verified precision, in turns on a golden image; nothing where there is no choice."""
+    """Median milliseconds of each verified precision, in turns on a golden image; nothing where there is no choice.
+
+    Each is opened as the bundle opens it, except that it is always for latency.
+    """
     if len(passed) < 2:
         return {}
     golden = bundle.manifest.golden[0]
     image = read_golden_image(bundle.read(golden.path), golden)
     detectors: list[Detector] = []
     try:
-        detectors = [Detector.open(bundle.path(record.artifact), backend=backend) for record in passed]
+        for record in passed:
+            selection, _ = select_runnable(bundle, backend=backend, precision=record.precision)
+            options = tuned_options(bundle, selection, SessionOptions(hint=PerformanceHint.LATENCY))
+            path = bundle.path(selection.artifact.path)
+            detectors.append(Detector.open(path, backend=selection.backend, options=options))
         timings = time_in_turns(detectors, image, options=_TIMING, progress=progress)
     finally:
         for detector in detectors:

@@ -11,7 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -20,8 +23,12 @@ from typer.testing import CliRunner
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.bundle.store import read_log
 from fcos_deploy.cli.app import build_app
-from fcos_deploy.core.enums import Tail
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision, Tail
 from fcos_deploy.core.files import sha256_file
+from fcos_deploy.core.progress import no_progress
+from fcos_deploy.detector import Detector
+from fcos_deploy.pipeline import device
 
 pytest.importorskip("openvino")
 
@@ -89,6 +96,23 @@ def test_what_fits_is_kept_and_the_fastest_is_chosen(bundle: Path) -> None:
     assert verified["precision"] == fastest, "what setup chose is the default on this device"
     assert len(read_log(bundle / "verification.jsonl")) == 3
     assert _hashes(bundle) == before
+
+
+def test_precisions_are_timed_as_the_bundle_opens_them(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[SessionOptions | None] = []
+
+    def opening(*arguments: Any, **given: Any) -> Detector:
+        options.append(given["options"])
+        return Detector.open(*arguments, **given)
+
+    monkeypatch.setattr(device, "Detector", SimpleNamespace(open=opening))
+    tuned = {"precision": Precision.FP16, "compute": ComputeType.F32, "threads": 1, "hint": PerformanceHint.LATENCY}
+    with open_bundle(bundle) as opened:
+        defaults = replace(opened.manifest.defaults, **tuned)
+        monkeypatch.setattr(opened, "manifest", replace(opened.manifest, defaults=defaults))
+        records = [SimpleNamespace(precision=precision) for precision in (Precision.FP32, Precision.FP16)]
+        assert set(device._measure(opened, "openvino", records, no_progress)) == {"fp32", "fp16"}
+    assert options == [SessionOptions(hint="latency"), SessionOptions(hint="latency", compute="f32", threads=1)]
 
 
 def test_a_newer_ir_is_rebuilt_on_an_older_openvino_and_the_record_comes_home(

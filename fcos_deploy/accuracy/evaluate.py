@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,6 +92,7 @@ __all__ = [
     "evidence_problem",
     "judge_evaluation",
     "judge_operating_point",
+    "shared_with_calibration",
     "size_cell",
     "widened_evaluation",
 ]
@@ -292,16 +293,18 @@ def _shared_images(
         for spec in request.candidates
         if spec.model in manifests
     }
-    hashes = [sha256_file(image.path) for image in images] if any(calibrated.values()) else []
     findings = {}
     for model, seen in calibrated.items():
-        if count := sum(sha256 in seen for sha256 in hashes):
-            message = (
-                f"{count} of the {len(images)} images are calibration images of '{model.name}', on which its INT8 "
-                "looks better than it is"
-            )
+        if message := shared_with_calibration(images, seen, of=f"'{model.name}'"):
             findings[model] = Finding(kind="overlap", severity=Severity.WARNING, message=message)
     return findings
+
+
+def shared_with_calibration(images: Sequence[EvaluationImage], seen: Container[str], *, of: str) -> str:
+    """Why INT8 cannot be judged on ``images``, as half a sentence; empty when ``seen``, SHA-256 of files, has none."""
+    count = sum(sha256_file(image.path) in seen for image in images) if seen else 0
+    where = f"{count} of the {len(images)} images are calibration images of {of}"
+    return f"{where}, on which its INT8 looks better than it is" if count else ""
 
 
 def _carried(figures: Sequence[AccuracyFigure], run: DetectionRun, dataset: Dataset) -> Thresholds | None:

@@ -23,7 +23,7 @@ __all__ = ["report_command"]
 @cli.with_common_checkpoint_options
 @cli.with_trust_options
 @cli.with_server_options
-@cli.with_gate_options("max_map_drop", "max_precision_drop", "max_recall_drop")
+@cli.with_gate_options("max_map_drop", "max_precision_drop", "max_recall_drop", "min_match_rate")
 def report_command(
     models: Annotated[
         list[Path],

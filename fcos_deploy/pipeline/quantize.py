@@ -35,6 +35,7 @@ from fcos_deploy.accuracy.evaluate import (
     evidence_problem,
     judge_evaluation,
     judge_operating_point,
+    shared_with_calibration,
     widened_evaluation,
 )
 from fcos_deploy.accuracy.gate import Verdict
@@ -107,7 +108,8 @@ class Scoring:
     ``operating_goal``: what score thresholds are chosen for, at which precision and recall are limited.
     ``float_model``: what is evaluated for the float graph; None: the graph itself, on the goal's backend.
     ``runnable``: gives what the goal's backend runs of an INT8 graph. ``predictions``: folder in which detections are
-    kept by content. ``runs`` and ``evaluations``: what was measured before on these images, to which this adds.
+    kept by content. ``calibrated_on``: SHA-256 of the images that the ranges are from. ``runs`` and ``evaluations``:
+    what was measured before on these images, to which this adds.
     ``annotated``: what the goal's annotations and images hold, where they have been read.
     """
 
@@ -116,6 +118,7 @@ class Scoring:
     float_model: DetectorSpec | None = None
     runnable: Callable[[Path], Path] = Path
     predictions: Path | None = None
+    calibrated_on: frozenset[str] = frozenset()
     runs: DetectionRuns = field(default_factory=DetectionRuns)
     evaluations: dict[tuple[str, str], Evaluations] = field(default_factory=dict)
     annotated: Dataset | None = None
@@ -170,7 +173,8 @@ class Scoring:
     def verdicts(self, graph: Path, *, choices: int) -> tuple[Verdict, ...]:
         """On an INT8 graph that was chosen among so many."""
         evaluation = widened_evaluation(self.compared(graph), choices)
-        return judge_evaluation(self._gate, evaluation, dataset=self.dataset, reference=self.reference)
+        problem = self.problem or shared_with_calibration(self.dataset.images, self.calibrated_on, of="this graph")
+        return judge_evaluation(self._gate, evaluation, dataset=self.dataset, reference=self.reference, problem=problem)
 
     def compared(self, graph: Path) -> Evaluation:
         """An INT8 graph with what it lost against the float one: AP, or without annotations detections."""

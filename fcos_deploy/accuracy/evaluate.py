@@ -368,8 +368,8 @@ def _score(
 
 def _repeated(detections: Iterable[Detections]) -> int:
     """In how many images the very same is detected as in another: copies of it, in whatever file they are kept."""
-    found = [(d.boxes.tobytes(), d.scores.tobytes(), d.labels.tobytes()) for d in detections if len(d)]
-    return len(found) - len(set(found))
+    contents = [(d.boxes.tobytes(), d.scores.tobytes(), d.labels.tobytes()) for d in detections if len(d)]
+    return len(contents) - len(set(contents))
 
 
 def compared_with(
@@ -647,15 +647,15 @@ def _turned_boxes(dataset: Dataset, detections: Mapping[int, Detections]) -> tup
     """How many clearly oblong boxes lie across the sure detection that they overlap by half, and how many in all."""
     turned = pairs = 0
     for image in dataset.images:
-        truth, sure = dataset.ground_truth[image.image_id], detections[image.image_id].above(_SURE_SCORE)
-        overlaps = pairwise_iou(truth.boxes, sure.boxes.astype(np.float64))
-        overlaps[truth.classes[:, None] != sure.labels] = 0.0
+        boxes, sure = dataset.ground_truth[image.image_id], detections[image.image_id].above(_SURE_SCORE)
+        overlaps = pairwise_iou(boxes.boxes, sure.boxes.astype(np.float64))
+        overlaps[boxes.classes[:, None] != sure.labels] = 0.0
         rows, columns = np.nonzero(overlaps >= 0.5)
         slant = [
-            np.diff(np.log(np.maximum(b[:, 2:] - b[:, :2], 1e-3)), axis=1)[:, 0] for b in (truth.boxes, sure.boxes)
+            np.diff(np.log(np.maximum(b[:, 2:] - b[:, :2], 1e-3)), axis=1)[:, 0] for b in (boxes.boxes, sure.boxes)
         ]
-        annotated, found = slant[0][rows], slant[1][columns]
-        oblong = np.minimum(abs(annotated), abs(found)) > _OBLONG
-        turned += int((oblong & (annotated * found < 0)).sum())
+        annotated, detected = slant[0][rows], slant[1][columns]
+        oblong = np.minimum(abs(annotated), abs(detected)) > _OBLONG
+        turned += int((oblong & (annotated * detected < 0)).sum())
         pairs += int(oblong.sum())
     return turned, pairs

@@ -357,8 +357,8 @@ def _detect_in_every_place(detector: Detector, image: NDArray[np.uint8]) -> Dete
         return detector.detect(image)
     feeds, letterboxes = detector.prepare([image] * places)
     first, *others = detector.finish(detector.infer(feeds), letterboxes)
-    agreements = ((compare_detections({0: first}, {0: other}), other) for other in others)
-    return next((other for agreement, other in agreements if not agreement.same_outputs), first)
+    agreements = ((compare_detections({0: first}, {0: place}), place) for place in others)
+    return next((place for agreement, place in agreements if not agreement.same_outputs), first)
 
 
 def record_verdicts(record: VerificationRecord) -> tuple[Verdict, ...]:

@@ -339,9 +339,9 @@ def _suppressed(
 ) -> Candidates:
     """Survivors in the profile's order, boxes clipped as it says, in network-input pixels."""
     profile, boxes = spec.profile, candidates.boxes
-    most = _CLIPS[profile.clip](input_size, letterbox)
-    if most is not None:
-        boxes = _clip_to(boxes, *most)
+    limits = _CLIPS[profile.clip](input_size, letterbox)
+    if limits is not None:
+        boxes = _clip_to(boxes, *limits)
         candidates = Candidates(boxes, candidates.scores, candidates.channels)
     measured = letterbox.to_image(boxes) if profile.nms_space is NmsSpace.ORIGINAL else boxes
     if profile.box_filter is BoxFilter.BEFORE_NMS:

@@ -358,7 +358,14 @@ def _failures_as_errors() -> Iterator[None]:
         if isinstance(error, FcosDeployError):
             raise
         _silence_stdout()
-        raise FcosDeployError(f"{error}.", hint="check the free space, the permissions and the device") from error
+        where = f"'{error.filename}': " if error.filename else ""
+        no_folder = "temporary directory" in str(error.strerror)  # as tempfile says it
+        hint = (
+            "set TMPDIR to a folder that can be written"
+            if no_folder
+            else "check the free space, the permissions and the device"
+        )
+        raise FcosDeployError(f"{where}{error.strerror or error}.", hint=hint) from error
     except ModuleNotFoundError as error:
         missing = missing_library(error)
         if missing is None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from calibration.calibrate import save_calibration
+from fcos_deploy.bundle import pack
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions, get_backend
 from fcos_deploy.core.contract import ModelContract
@@ -189,6 +191,7 @@ _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2  # linux/capability.h
 _MANY = """
 import json, os, sys
 from typer.testing import CliRunner
+from fcos_deploy.bundle import pack
 from fcos_deploy.cli.app import build_app
 assert not os.access(sys.argv[1], os.W_OK), "permission bits do not hold here"
 done = {name: CliRunner().invoke(build_app(), words) for name, words in json.load(sys.stdin).items()}
@@ -304,3 +307,14 @@ def test_a_file_that_may_not_be_read_is_named(
         assert (printed == "") is (name != "image"), (name, printed)
     assert [Path(one["image"]).name for one in json.loads(done["image"][1])] == [f"{name}.png" for name in "acdefghi"]
     assert sorted(place.rglob("*")) == before
+
+
+def test_without_a_temporary_folder_it_is_asked_for(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(tiny_bundle, tmp_path / "b.tar")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    done = _run("verify", tmp_path / "b.tar")
+    _refused(done, "set TMPDIR to a folder that can be written")
+    assert "Errno" not in done.stderr

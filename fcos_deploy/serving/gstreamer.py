@@ -234,7 +234,7 @@ def _require_readable(model: ServedModel) -> None:
         )
     if options.max_batch > 1 or options.gpus:
         raise ConfigError(
-            "The converter reads the labels of a single image, so requests are not batched; and it has no CUDA GPUs.",
+            "The converter reads the labels of one image, so requests are not batched; and it has no CUDA GPUs.",
             hint="leave --max-batch and --gpu out; --instances runs requests side by side",
         )
 

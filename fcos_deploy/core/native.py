@@ -324,7 +324,7 @@ class Native:
         _require_memory(count)
         return kept[:count]
 
-    def resize(self, image: NDArray[np.uint8], planes: Sequence[NDArray[np.uint8]]) -> bool:
+    def resize_to_planes(self, image: NDArray[np.uint8], planes: Sequence[NDArray[np.uint8]]) -> bool:
         """(h, w, 3) into three (new_h, new_w) planes, as OpenCV's INTER_LINEAR does; False: it was not done."""
         (height, width), size, (row, *inner) = image.shape[:2], planes[0].shape, image.strides
         halved = (height, width) == (2 * size[0], 2 * size[1])  # which OpenCV does in another way

@@ -371,7 +371,7 @@ def _write_content(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[
     cv2, size = require("cv2"), planes[0].shape
     if spec.input_dtype is InputDtype.UINT8:
         library = native() if spec.resize_filter is not ResizeFilter.PIL and image.ndim == 3 else None
-        if library is None or image.shape[:2] == size or not library.resize(image, planes):
+        if library is None or image.shape[:2] == size or not library.resize_to_planes(image, planes):
             cv2.split(_resize_uint8(image, spec, size), planes)
     elif spec.resize_order is ResizeOrder.NORMALIZE_FIRST:
         cv2.split(_resize_float32(cv2.LUT(image, _normalized_levels(spec)), size), planes)

@@ -64,10 +64,11 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An image that was used."""
+    """An image that was used: its path below the folder, and the hashes of its file and of its decoded pixels."""
 
     name: str
     sha256: str
+    pixels_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,7 +404,7 @@ def collect_ranges(
         preprocess=graph.source.contract.preprocess,
         seed=images.seed,
         engine=calibration_pass.engine,
-        images=tuple(ImageRecord(image.name, image.sha256) for image in images.images),
+        images=tuple(ImageRecord(image.name, image.sha256, image.pixels_sha256) for image in images.images),
         tensors={name: _tensor_ranges(name, histogram) for name, histogram in histograms.items()},
     )
     if len(calibration.zero_tensors) == len(calibration.tensors):

@@ -24,7 +24,7 @@ from fcos_deploy.core.contract import ModelContract
 from fcos_deploy.core.enums import Orientation
 from fcos_deploy.core.errors import CalibrationError, ConfigError, ImageError, some_lines
 from fcos_deploy.core.gate import Finding, Severity
-from fcos_deploy.core.image import decode_image, image_content, list_images, read_image
+from fcos_deploy.core.image import decode_image, image_content, list_images, pixels_sha256, read_image
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.preprocess import resized_size
 
@@ -229,9 +229,8 @@ def inspect_images(
         except ImageError as error:
             return error.message
         height, width, _ = pixels.shape
-        pixels_sha256 = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
         file_sha256, flaw = hashlib.sha256(content).hexdigest(), _why_not_a_photograph(pixels)
-        return CalibrationImage(name, files[name], (height, width), file_sha256, pixels_sha256, flaw)
+        return CalibrationImage(name, files[name], (height, width), file_sha256, pixels_sha256(pixels), flaw)
 
     images = []
     with ThreadPoolExecutor(usable_cpus(), "images") as pool:

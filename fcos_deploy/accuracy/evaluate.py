@@ -55,9 +55,8 @@ from fcos_deploy.accuracy.predictions import DetectionRun, DetectionRuns, collec
 from fcos_deploy.bundle.manifest import AccuracyFigure, Manifest
 from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.detections import Detections, pairwise_iou
-from fcos_deploy.core.enums import Precision
+from fcos_deploy.core.enums import Orientation, Precision
 from fcos_deploy.core.errors import ConfigError, some_names
-from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import (
     DetectionAgreement,
     Finding,
@@ -71,6 +70,8 @@ from fcos_deploy.core.gate import (
     score_drift,
     undecided_because,
 )
+from fcos_deploy.core.image import pixels_sha256, read_image
+from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
@@ -289,20 +290,31 @@ def _shared_images(
 ) -> dict[Path, Finding]:
     """Which candidates were calibrated on some of the ``images``, and what is to be said of it."""
     calibrated = {
-        spec.model: {sha256 for record in manifests[spec.model].calibration for sha256 in record.images}
+        spec.model: {sha256 for record in manifests[spec.model].calibration for sha256 in record.pixels}
         for spec in request.candidates
         if spec.model in manifests
     }
     findings = {}
     for model, seen in calibrated.items():
-        if message := shared_with_calibration(images, seen, of=f"'{model.name}'"):
+        orientation = manifests[model].contract.preprocess.orientation
+        if message := shared_with_calibration(images, seen, orientation=orientation, of=f"'{model.name}'"):
             findings[model] = Finding(kind="overlap", severity=Severity.WARNING, message=message)
     return findings
 
 
-def shared_with_calibration(images: Sequence[EvaluationImage], seen: Container[str], *, of: str) -> str:
-    """Why INT8 cannot be judged on ``images``, as half a sentence; empty when ``seen``, SHA-256 of files, has none."""
-    count = sum(sha256_file(image.path) in seen for image in images) if seen else 0
+def shared_with_calibration(
+    images: Sequence[EvaluationImage], seen: Container[str], *, orientation: Orientation, of: str
+) -> str:
+    """Why INT8 cannot be judged on ``images``, as half a sentence; empty when ``seen``, hashes of pixels, has none.
+
+    ``orientation``: the way up that the calibration images were read.
+    """
+
+    def is_seen(image: EvaluationImage) -> bool:
+        return pixels_sha256(read_image(image.path, orientation=orientation)) in seen
+
+    with ThreadPoolExecutor(usable_cpus(), "images") as pool:
+        count = sum(pool.map(is_seen, images)) if seen else 0
     where = f"{count} of the {len(images)} images are calibration images of {of}"
     return f"{where}, on which its INT8 looks better than it is" if count else ""
 

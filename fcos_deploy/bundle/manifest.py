@@ -251,14 +251,17 @@ class GoldenRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
-    """Where INT8 ranges came from. ``path``: the calibration file in the bundle; ``images``: their SHA-256, sorted.
+    """Where INT8 ranges came from.
 
-    ``findings``: what is to be said of these images, and of those that INT8 was judged on.
+    ``path``: the calibration file in the bundle. ``images``: SHA-256 of the images' files, sorted. ``pixels``: of their
+    decoded pixels, sorted; a copy in another format shares its original's. ``findings``: what is to be said of these
+    images, and of those that INT8 was judged on.
     """
 
     path: str
     method: str
     images: tuple[str, ...] = ()
+    pixels: tuple[str, ...] = ()
     details: dict[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
 

@@ -231,7 +231,7 @@ def quantize_command(
         evaluations=evaluations,
     )
     with progress_bar() as progress:
-        seen = frozenset(image.sha256 for image in ranges.images) if ranges else frozenset[str]()
+        seen = frozenset(image.pixels_sha256 for image in ranges.images) if ranges else frozenset[str]()
         scoring = None if goal is None else Scoring(goal=goal, calibrated_on=seen, progress=progress)
         quantized = quantize_model(request, quantizer=quantizer, scoring=scoring, progress=progress)
     result, verdicts = quantized.result, quantized.verdicts

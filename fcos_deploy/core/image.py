@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import logging
 import os
@@ -38,6 +39,7 @@ __all__ = [
     "image_size",
     "is_video",
     "list_images",
+    "pixels_sha256",
     "read_image",
     "windows",
 ]
@@ -228,6 +230,11 @@ def read_image(path: Path, *, orientation: Orientation = Orientation.EXIF) -> ND
             never used.
     """
     return decode_image(image_content(path), path=path, orientation=orientation)
+
+
+def pixels_sha256(pixels: NDArray[np.uint8]) -> str:
+    """Of an image's size and decoded pixels (h, w, 3): a copy under another name or in another format has the same."""
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
 
 
 def image_content(path: Path) -> bytes:

@@ -42,7 +42,7 @@ from fcos_deploy.accuracy.gate import Verdict
 from fcos_deploy.accuracy.operating_point import OperatingGoal
 from fcos_deploy.accuracy.predictions import DetectionRuns
 from fcos_deploy.benchmark.measure import TimingOptions, time_in_turns
-from fcos_deploy.core.artifact import files_of
+from fcos_deploy.core.artifact import files_of, read_contract
 from fcos_deploy.core.backend import SessionOptions, all_backends
 from fcos_deploy.core.errors import ConfigError
 from fcos_deploy.core.files import sha256_file
@@ -108,7 +108,7 @@ class Scoring:
     ``operating_goal``: what score thresholds are chosen for, at which precision and recall are limited.
     ``float_model``: what is evaluated for the float graph; None: the graph itself, on the goal's backend.
     ``runnable``: gives what the goal's backend runs of an INT8 graph. ``predictions``: folder in which detections are
-    kept by content. ``calibrated_on``: SHA-256 of the images that the ranges are from. ``runs`` and ``evaluations``:
+    kept by content. ``calibrated_on``: SHA-256 of the pixels that the ranges are from. ``runs`` and ``evaluations``:
     what was measured before on these images, to which this adds.
     ``annotated``: what the goal's annotations and images hold, where they have been read.
     """
@@ -173,7 +173,12 @@ class Scoring:
     def verdicts(self, graph: Path, *, choices: int) -> tuple[Verdict, ...]:
         """On an INT8 graph that was chosen among so many."""
         evaluation = widened_evaluation(self.compared(graph), choices)
-        problem = self.problem or shared_with_calibration(self.dataset.images, self.calibrated_on, of="this graph")
+        problem = self.problem or shared_with_calibration(
+            self.dataset.images,
+            self.calibrated_on,
+            orientation=read_contract(graph).preprocess.orientation,
+            of="this graph",
+        )
         return judge_evaluation(self._gate, evaluation, dataset=self.dataset, reference=self.reference, problem=problem)
 
     def compared(self, graph: Path) -> Evaluation:

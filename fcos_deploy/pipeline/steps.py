@@ -431,7 +431,12 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
         )
         findings += (Finding(kind="zero-tensors", severity=Severity.WARNING, message=message),)
     record = CalibrationRecord(
-        path=name, method=str(ranges.method), images=tuple(hashes), details=details, findings=findings
+        path=name,
+        method=str(ranges.method),
+        images=tuple(hashes),
+        pixels=tuple(sorted(image.pixels_sha256 for image in images.images)),
+        details=details,
+        findings=findings,
     )
     return Calibrated(path, record)
 

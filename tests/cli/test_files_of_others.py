@@ -312,7 +312,7 @@ def test_every_text_may_begin_with_a_byte_order_mark(encoding: str, pictures: Pa
     assert len(collect_images(listed, options=SampleOptions(minimum=1, allow_outside=True)).images) == 4
     parse = option_infos()["class_names"].parse
     assert parse is not None
-    assert parse(str(write_text("classes.txt", "rot\r\nweiß\r\n"))) == ("rot", "weiß")
+    assert parse(write_text("classes.txt", "rot\r\nweiß\r\n")) == ("rot", "weiß")
     assert read_checkpoint_options(write_text("options.toml", "max_detections = 7\n")).max_detections == 7
 
 

@@ -100,6 +100,9 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 		pytest pytest-timeout pytest-xdist hypothesis jsonschema filelock safetensors
 	touch $@
 
+# One more than this machine's cores: some tests wait for servers, streams and processes.
+WORKERS ?= 3
+
 demo: $(STAMP)
 	$(BIN)/fcos-deploy demo -o runs/demo
 
@@ -110,14 +113,14 @@ test: $(STAMP)
 	FCOS_DEPLOY_RAY_PYTHON=$(wildcard $(abspath $(RAY))/bin/python) \
 	FCOS_DEPLOY_DEBIAN_TOOLS=$(and $(wildcard $(DEBIAN_STAMP)),$(abspath $(DEBIAN))/usr) \
 	FCOS_DEPLOY_OLD_OPENVINO_PYTHON=$(wildcard $(abspath $(OLD_OPENVINO))/bin/python) \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' -q
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' -q
 
 # Old libraries warn of what newer ones drop; that is no error here.
 test-lowest: $(LOWEST_STAMP)
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -W default -m 'not slow' -q tests/unit tests/contract tests/cli
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -W default -m 'not slow' -q tests/unit tests/contract tests/cli
 
 # What a device runs, without torch, on every Python that is named and found; each in an environment of its own.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13

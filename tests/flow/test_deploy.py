@@ -26,6 +26,7 @@ from fcos_deploy.pipeline.inspect import inspect_bundle
 from fcos_deploy.pipeline.steps import quantize
 
 CHECKPOINT = DEMO_DATA / "fcos_bccd.safetensors"
+pytest.importorskip("torch")  # here, or the first deployment would spend its seconds on the import
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_measurements")]
 
 

@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ __all__ = ["BACKEND", "executed_primitives", "open_model"]
 
 _LOG = logging.getLogger(__name__)
 # Compiled models that stay in memory, by what they were compiled from and for; one entry for each ``keeping_models``.
-_IN_MEMORY: list[dict[str, Any]] = []
+_IN_MEMORY: list[dict[_Compiled, Any]] = []
 
 ov = lazy_import("openvino", extra="openvino")
 
@@ -72,6 +73,30 @@ def executed_primitives(session: Session) -> list[dict[str, str]]:
         raise BackendError("The session is not one of OpenVINO's.")
     nodes = session.compiled.get_runtime_model().get_ops()
     return [{key: str(value.astype(str)) for key, value in node.get_rt_info().items()} for node in nodes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A compiled model in memory: hashes of its files, the device, and the settings that it was compiled with.
+
+    ``folder``: where it is kept on the disk, if that was asked for.
+    """
+
+    model: str
+    device: str
+    settings: frozenset[tuple[str, str]]
+    folder: Path | None
+
+    def serves(self, other: _Compiled) -> bool:
+        """Whether that one is this one's exported form, imported with its own settings.
+
+        OpenVINO's CPU plug-in transforms a model, which takes most of the time of compiling it, before it chooses
+        kernels for a precision, streams and threads; what it exports is the model in between. Float16 changes the
+        transformations.
+        """
+        same = (self.model, self.device, self.folder) == (other.model, other.device, other.folder)
+        halves = ("INFERENCE_PRECISION_HINT", str(ComputeType.F16))
+        return same and self.device.startswith("CPU ") and halves not in self.settings | other.settings
 
 
 class _Request:
@@ -182,7 +207,7 @@ class _OpenVino(Backend):
 
     @contextlib.contextmanager
     def keeping_models(self) -> Iterator[None]:
-        models: dict[str, Any] = {}
+        models: dict[_Compiled, Any] = {}
         _IN_MEMORY.append(models)
         try:
             yield
@@ -271,20 +296,21 @@ def _compile_once(
         "device": f"{device} {core.get_property(device, 'FULL_DEVICE_NAME')}",
         **settings,
     }
-    key = f"{sorted(facts.items())} {folder}"
+    key = _Compiled(facts["model"], facts["device"], frozenset(settings.items()), folder)
     for models in _IN_MEMORY:
         if key in models:
             return models[key], True
-    compiled, from_cache = _load_or_compile(core, path, device=device, settings=settings, facts=facts, folder=folder)
+    compiled, from_cache = _load_or_compile(
+        core, path, device=device, settings=settings, kept=KeptModel(BACKEND.name, facts=facts, folder=folder), key=key
+    )
     if _IN_MEMORY:
         _IN_MEMORY[-1][key] = compiled
     return compiled, from_cache
 
 
 def _load_or_compile(
-    core: Any, path: Path, *, device: str, settings: Mapping[str, str], facts: Mapping[str, str], folder: Path | None
+    core: Any, path: Path, *, device: str, settings: Mapping[str, str], kept: KeptModel, key: _Compiled
 ) -> tuple[Any, bool]:
-    kept = KeptModel(BACKEND.name, facts=facts, folder=folder)
     content = kept.load()
     if content is not None:
         try:
@@ -292,14 +318,27 @@ def _load_or_compile(
         except RuntimeError as error:  # of a driver that changed without its version, for example
             _LOG.info("OpenVINO does not take the kept model: %s", _reason(error))
             kept.drop()
-    compiled = _compile(core, path, device=device, settings=settings)
+    try:
+        alike = next((m for models in _IN_MEMORY for known, m in models.items() if known.serves(key)), None)
+        content = None if alike is None else _exported(alike)
+        compiled = None if content is None else core.import_model(content, device, dict(settings))
+    except RuntimeError as error:
+        _LOG.info("OpenVINO does not take the model as it was compiled for other settings: %s", _reason(error))
+        content = compiled = None
+    if compiled is None:
+        compiled = _compile(core, path, device=device, settings=settings)
     if kept.enabled:
         try:
-            exported = compiled.export_model()
-            kept.store(exported if isinstance(exported, bytes) else exported.getvalue())  # bytes, or BytesIO
+            kept.store(content or _exported(compiled))
         except RuntimeError as error:
             _LOG.info("OpenVINO cannot export the compiled model of this device: %s", _reason(error))
     return compiled, False
+
+
+def _exported(compiled: Any) -> bytes:
+    """What ``import_model`` takes."""
+    exported = compiled.export_model()
+    return exported if isinstance(exported, bytes) else bytes(exported.getvalue())  # bytes, or BytesIO
 
 
 def _through(ring: Sequence[_Request], feeds: Sequence[Tensors]) -> list[Tensors]:

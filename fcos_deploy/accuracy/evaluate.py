@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ __all__ = [
     "compared_with",
     "curve_rows",
     "evaluate",
-    "evaluation_drift",
     "evaluation_json",
     "evaluation_row",
     "evidence_problem",
@@ -120,7 +119,8 @@ class EvaluationRequest:
     ``resamples``: number of bootstrap resamples; 0 leaves intervals out. ``predictions``: folder that makes an
     interrupted run resumable. ``operating_goal``: what the score threshold of each class is chosen for; None: the
     thresholds that a bundle carries, elsewhere the best F1 of the reference. ``runs``: those that exist already.
-    ``dataset``: what ``annotations`` and ``images`` hold, where they have been read.
+    ``dataset``: what ``annotations`` and ``images`` hold, where they have been read. ``earlier``: what was evaluated
+    with it before; one of ``runs`` that was scored there is not scored again.
     """
 
     candidates: tuple[DetectorSpec, ...]
@@ -137,6 +137,7 @@ class EvaluationRequest:
     operating_goal: OperatingGoal | None = None
     runs: DetectionRuns | None = None
     dataset: Dataset | None = None
+    earlier: tuple[Evaluations, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.candidates:
@@ -171,6 +172,7 @@ class Evaluation:
     annotations, so that nothing can be compared with it; empty when they do.
     ``operating_points``: each class at its score threshold; ``operating`` and ``confusion`` what these thresholds keep;
     none without annotations. ``precision_drop``, ``recall_drop``: what is lost there against the reference.
+    ``score_drift``: how far the scores are from the reference's; None where their classes differ.
     """
 
     run: DetectionRun
@@ -186,6 +188,7 @@ class Evaluation:
     precision_drop: OperatingDrop | None = None
     recall_drop: OperatingDrop | None = None
     confusion: Confusion | None = None
+    score_drift: ScoreDrift | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +206,7 @@ class Evaluations:
 
 
 def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) -> Evaluations:
-    """Evaluate every candidate on all images, one model in memory at a time; it is scored while the next one runs.
+    """Evaluate every candidate on all images, one model in memory at a time; it is scored while the next one opens.
 
     Raises:
         ConfigError: images, annotations and models do not fit together.
@@ -212,9 +215,17 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
     dataset = _annotated_images(request)
     images = dataset.images if dataset else _spread(folder_images(request.images)[: request.limit], request.sample)
 
+    scores: list[Future[Evaluation]] = []
+
     def collect(spec: DetectorSpec) -> DetectionRun:
         return collect_detections(
-            spec, images, dataset=dataset, folder=request.predictions, runs=request.runs, progress=progress
+            spec,
+            images,
+            dataset=dataset,
+            folder=request.predictions,
+            runs=request.runs,
+            opened=lambda: wait(scores),  # so that scoring slows no detection down
+            progress=progress,
         )
 
     reference_run = collect(request.reference) if request.reference else None
@@ -242,22 +253,20 @@ def evaluate(request: EvaluationRequest, *, progress: ProgressFn = no_progress) 
                 figures = next(iter(carried.values()), ())[:1]
             thresholds = _carried(figures, reference_run, dataset)
             reference = scoring.submit(_score, request, dataset, reference_run, None, thresholds)
+            scores.append(reference)
 
         def score(run: DetectionRun, thresholds: Thresholds | None, problem: str) -> Evaluation:
             expected = reference.result() if reference else None
             return _score(request, dataset, run, expected, thresholds, problem=problem)
 
-        candidates = []
         for spec in request.candidates:
             run = collect(spec)
             thresholds = _carried(carried.get(spec.model, ()), run, dataset)
             overlap = shared.get(spec.model) if run.precision == Precision.INT8 else None
-            candidates.append(scoring.submit(score, run, thresholds, overlap.message if overlap else ""))
-        return Evaluations(
-            dataset=dataset,
-            reference=reference.result() if reference else None,
-            candidates=tuple(candidate.result() for candidate in candidates),
-        )
+            scores.append(scoring.submit(score, run, thresholds, overlap.message if overlap else ""))
+        evaluations = tuple(future.result() for future in scores)
+    first = len(evaluations) - len(request.candidates)
+    return Evaluations(dataset=dataset, reference=evaluations[0] if first else None, candidates=evaluations[first:])
 
 
 def _annotated_images(request: EvaluationRequest) -> Dataset | None:
@@ -341,11 +350,13 @@ def _score(
     ``thresholds``: those that a bundle carries for it. ``problem``: as in ``judge_evaluation``.
     """
     gate, detections = request.gate, run.relabelled(label_index(run.names, dataset))
-    scores = coco_scores(dataset, detections)
-    matches = match_dataset(dataset, detections)
-    samples = None
-    if request.resamples and scores.ap is not None:
-        samples = sample_ap(matches, resamples=request.resamples, seed=request.seed)
+    before = _scored_before(request, dataset, run)
+    if before is not None and before.operating is not None:
+        scores, matches, samples = before.scores, list(before.operating.matches), before.samples
+    else:
+        scores, matches, samples = coco_scores(dataset, detections), match_dataset(dataset, detections), None
+        if request.resamples and scores.ap is not None:
+            samples = sample_ap(matches, resamples=request.resamples, seed=request.seed)
     goal = request.operating_goal
     thresholds = thresholds or chosen_thresholds(matches, goal=goal or OperatingGoal())
     evaluation = Evaluation(
@@ -378,6 +389,20 @@ def _score(
     return replace(evaluation, verdicts=verdicts)
 
 
+def _scored_before(request: EvaluationRequest, dataset: Dataset, run: DetectionRun) -> Evaluation | None:
+    """The evaluation of these very detections against the same annotations, resampled alike; None without one."""
+    for evaluations in request.earlier:
+        known = evaluations.dataset
+        if (known.class_names, known.ground_truth) != (dataset.class_names, dataset.ground_truth):
+            continue
+        for evaluation in evaluations.candidates:
+            samples = evaluation.samples
+            alike = samples is not None and (len(samples.values) - 1, samples.seed) == (request.resamples, request.seed)
+            if evaluation.run.detections is run.detections and alike:
+                return evaluation
+    return None
+
+
 def _repeated(detections: Iterable[Detections]) -> int:
     """In how many images the very same is detected as in another: copies of it, in whatever file they are kept."""
     contents = [(d.boxes.tobytes(), d.scores.tobytes(), d.labels.tobytes()) for d in detections if len(d)]
@@ -394,7 +419,7 @@ def compared_with(
     resamples: int,
     seed: int = 0,
 ) -> Evaluation:
-    """``evaluation`` with what it lost against the reference: detections, AP, and precision and recall.
+    """``evaluation`` with what it lost against the reference: detections, scores, AP, and precision and recall.
 
     Precision and recall are those at the score thresholds. With a goal each model has the thresholds that reach it, and
     a bundle's model has those that the bundle carries. Otherwise the reference's are chosen, and the model gets those
@@ -406,7 +431,12 @@ def compared_with(
         drop = paired_ap_drop(reference.samples, evaluation.samples, same_outputs=agreement.same_outputs)
     elif reference.scores.ap is not None and evaluation.scores.ap is not None:
         drop = ApInterval.point(reference.scores.ap - evaluation.scores.ap, images=evaluation.scores.images)
-    evaluation = replace(evaluation, agreement=agreement, drop=drop)
+    shift = None
+    if reference.run.names == evaluation.run.names:
+        own, others = reference.run.detections, evaluation.run.detections
+        ids = sorted(own)
+        shift = score_drift([own[i] for i in ids], [others[i] for i in ids], class_names=reference.run.names)
+    evaluation = replace(evaluation, agreement=agreement, drop=drop, score_drift=shift)
     before, after = reference.operating, evaluation.operating
     if before is None or after is None:
         return evaluation
@@ -486,15 +516,6 @@ def widened_evaluation(evaluation: Evaluation, choices: int) -> Evaluation:
         recall_drop=widened(evaluation.recall_drop),
         agreement=replace(agreement, match_interval=interval),
     )
-
-
-def evaluation_drift(reference: Evaluation, candidate: Evaluation) -> ScoreDrift | None:
-    """How far the scores of ``candidate`` are from the reference's on the same images; None: their classes differ."""
-    if reference.run.names != candidate.run.names:
-        return None
-    before, after = reference.run.detections, candidate.run.detections
-    image_ids = sorted(before)
-    return score_drift([before[i] for i in image_ids], [after[i] for i in image_ids], class_names=reference.run.names)
 
 
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:

@@ -134,19 +134,21 @@ def collect_detections(
     dataset: Dataset | None = None,
     folder: Path | None = None,
     runs: DetectionRuns | None = None,
+    opened: Callable[[], object] = lambda: None,
     progress: ProgressFn = no_progress,
 ) -> DetectionRun:
     """Detect on every image; with ``folder`` each result is kept there at once, and a rerun resumes from it.
 
     ``dataset``: what the detections are for, whose classes the model must know. What is in ``runs`` does not run again,
-    and is added to it. One detector is in memory, and it is closed at the end.
+    and is added to it. One detector is in memory, and it is closed at the end. ``opened`` is called when it is open,
+    and returns when nothing else computes: the time of the first images tells that of the others.
 
     Raises:
         ImageError, BackendError, ConfigError: as opening the model and detecting do.
     """
 
     def collect() -> DetectionRun:
-        return _collect(spec, images, dataset=dataset, folder=folder, progress=progress)
+        return _collect(spec, images, dataset=dataset, folder=folder, opened=opened, progress=progress)
 
     run = collect() if runs is None else runs.collect(spec, images, run=collect)
     if dataset is not None:
@@ -160,6 +162,7 @@ def _collect(
     *,
     dataset: Dataset | None,
     folder: Path | None,
+    opened: Callable[[], object],
     progress: ProgressFn,
 ) -> DetectionRun:
     started = time.perf_counter()
@@ -173,6 +176,7 @@ def _collect(
         with PredictionStore(folder and kept_predictions(folder, spec, detector=detector, images=images)) as store:
             remaining = [image for image in images if image.image_id not in store.detections]
             label = f"{backend} {precision}"
+            opened()
             seconds = _detect_all(detector, remaining, store=store, progress=progress, label=label)
             return DetectionRun(
                 model=spec.model.name,
@@ -248,7 +252,8 @@ def _detect_all(
         prepared = map_ahead(before, prepare, images)
         inferred = ((image, letterboxes, infer(feeds)) for image, feeds, letterboxes in prepared)
         try:
-            for done, (image, detections) in enumerate(map_ahead(after, finish, inferred), start=1):
+            # One image is decoded while the next one runs; more would tell late how many are done.
+            for done, (image, detections) in enumerate(map_ahead(after, finish, inferred, ahead=2), start=1):
                 store.add(image.image_id, detections)
                 progress(label, done, len(images))
         except BaseException:

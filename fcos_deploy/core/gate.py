@@ -250,24 +250,27 @@ def match_detections(
     Each detection of the candidate, best score first, takes the free detection of the reference that it overlaps most.
     """
     options = options or MatchOptions()
-    edges = np.abs(reference.boxes[:, None] - candidate.boxes[None]).max(2, initial=0.0)
+    sides = zip(reference.boxes.T, candidate.boxes.T, strict=True)
+    edges = np.maximum.reduce([np.abs(first[:, None] - second) for first, second in sides])
     iou = np.where(edges <= _SAME_EDGE, 1.0, pairwise_iou(reference.boxes, candidate.boxes))
-    alike = reference.labels[:, None] == candidate.labels[None]
-    alike &= np.abs(reference.scores[:, None] - candidate.scores[None]) <= options.max_score_delta
-    free = np.where(alike & (iou >= options.iou_threshold), iou, -1.0)
-    partner = np.full(len(reference), -1)
-    for column in np.argsort(-candidate.scores, kind="stable") if len(reference) else ():
-        row = int(free[:, column].argmax())
-        if free[row, column] >= 0:
-            partner[row], free[row] = column, -1.0
-    rows = np.flatnonzero(partner >= 0)
-    columns = partner[rows]
+    alike = (reference.labels[:, None] == candidate.labels) & (iou >= options.iou_threshold)
+    alike &= np.abs(reference.scores[:, None] - candidate.scores) <= options.max_score_delta
+    rows, columns = np.nonzero(alike)
+    rank = np.argsort(np.argsort(-candidate.scores, kind="stable"))
+    partner, free = np.full(len(reference), -1), np.ones(len(candidate), np.bool_)
+    # Best score first, then largest overlap; the first detection of the reference among equal overlaps.
+    for pair in np.lexsort((rows, -iou[rows, columns], rank[columns])).tolist():
+        row, column = rows[pair], columns[pair]
+        if partner[row] < 0 and free[column]:
+            partner[row], free[column] = column, False
+    paired = partner >= 0
+    rows, columns = np.flatnonzero(paired), partner[paired]
     return DetectionMatch(
         rows,
         columns,
         iou[rows, columns],
-        missed=np.setdiff1d(np.flatnonzero(reference.scores >= options.min_score), rows),
-        extra=np.setdiff1d(np.flatnonzero(candidate.scores >= options.min_score), columns),
+        missed=np.flatnonzero((reference.scores >= options.min_score) & ~paired),
+        extra=np.flatnonzero((candidate.scores >= options.min_score) & free),
     )
 
 

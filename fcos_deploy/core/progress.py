@@ -76,18 +76,18 @@ class StageClock:
         )
 
 
-_AHEAD = 4  # items that are finished, or under way, before they are asked for
-
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
-def map_ahead(pool: ThreadPoolExecutor, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-    """``map`` in the pool's threads, in order and at most a few items ahead of who takes the results."""
+def map_ahead(
+    pool: ThreadPoolExecutor, work: Callable[[_In], _Out], items: Iterable[_In], *, ahead: int = 4
+) -> Iterator[_Out]:
+    """``map`` in the pool's threads, in order; up to ``ahead`` items are under way, or finished, when one is taken."""
     waiting: deque[Future[_Out]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
-        if len(waiting) >= _AHEAD:
+        if len(waiting) >= ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

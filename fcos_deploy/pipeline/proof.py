@@ -21,7 +21,6 @@ from fcos_deploy.accuracy.evaluate import (
     EvaluationRequest,
     Evaluations,
     evaluate,
-    evaluation_drift,
     judge_evaluation,
     widened_evaluation,
 )
@@ -131,6 +130,7 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
                 predictions=context.predictions,
                 runs=context.runs,
                 dataset=context.images.annotated,
+                earlier=tuple(context.evaluations.values()),
             ),
             progress=context.progress,
         )
@@ -171,10 +171,9 @@ def accuracy_figures(
     context: DeployContext, variants: list[Variant], evaluations: Evaluations
 ) -> tuple[AccuracyFigure, ...]:
     """For the manifest: the reference first, then the variants in their order."""
-    reference = evaluations.reference
     rows: list[tuple[str, Precision, Evaluation]] = []
-    if reference is not None:
-        rows.append((context.source.name, Precision.FP32, reference))
+    if evaluations.reference is not None:
+        rows.append((context.source.name, Precision.FP32, evaluations.reference))
     for variant, evaluation in zip(variants, evaluations.candidates, strict=True):
         rows.append((variant.artifact.path, variant.artifact.precision, evaluation))
     figures, note = [], context.source.note
@@ -185,7 +184,6 @@ def accuracy_figures(
         for share in ("precision", "recall"):  # means over the classes that have a threshold
             values = [value.value for point in evaluation.operating_points if (value := getattr(point, share))]
             metrics[f"operating_{share}"] = float(np.mean(values)) if values else None
-        compared = reference is not None and evaluation is not reference
         figures.append(
             AccuracyFigure(
                 artifact=artifact,
@@ -200,7 +198,7 @@ def accuracy_figures(
                 verdicts=tuple(
                     f"{verdict.name}: {verdict.message}" + (note and f"; {note}") for verdict in evaluation.verdicts
                 ),
-                score_drift=evaluation_drift(reference, evaluation) if reference and compared else None,
+                score_drift=evaluation.score_drift,
                 thresholds={p.name: round(p.score, 6) for p in evaluation.operating_points if p.score is not None},
                 details=dict(evaluation.run.description),
             )

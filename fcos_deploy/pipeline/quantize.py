@@ -31,7 +31,6 @@ from fcos_deploy.accuracy.evaluate import (
     Evaluations,
     compared_with,
     evaluate,
-    evaluation_drift,
     evidence_problem,
     judge_evaluation,
     judge_operating_point,
@@ -293,7 +292,7 @@ def _search(
         state=state or request.output.with_name(f".{request.output.stem}.search.json"),
         progress=progress,
     )
-    drift = evaluation_drift(scoring.reference, scoring.compared(search.result.path))
+    drift = scoring.compared(search.result.path).score_drift
     if drift is None:
         raise ConfigError("The INT8 graph has other classes than the float model.")
     # Where everything in INT8 reached the goal at once there is no choice to show.

@@ -11,7 +11,7 @@ import numpy as np
 
 from calibration.mixed_precision import TradeOffs
 from fcos_deploy.accuracy.bundle_comparison import BundleTable
-from fcos_deploy.accuracy.evaluate import evaluation_drift, size_cell
+from fcos_deploy.accuracy.evaluate import size_cell
 from fcos_deploy.accuracy.operating_point import OPERATING_COLUMNS, Confusion, operating_rows
 from fcos_deploy.accuracy.verify import ReadRecord
 from fcos_deploy.bundle.store import Bundle
@@ -161,11 +161,7 @@ def _confusion_cells(confused: Confusion) -> tuple[list[str], list[tuple[str, li
 
 def _score_tables(data: ReportData) -> dict[str, Any]:  # Any: rows for a template
     """Equivalent thresholds, and the shift by class, of the variants whose classes are the reference's."""
-    drifts = {}
-    for variant in data.candidates:
-        drift = evaluation_drift(data.reference.evaluation, variant.evaluation) if data.reference else None
-        if drift is not None:
-            drifts[variant.label] = drift
+    drifts = {v.label: drift for v in data.candidates if (drift := v.evaluation.score_drift) is not None}
     by_threshold = [dict(drift.equivalents) for drift in drifts.values()]
     by_class = [
         {c.name: f"{_signed(c.mean_shift, 3)}; {c.threshold:.3f}" for c in drift.classes} for drift in drifts.values()

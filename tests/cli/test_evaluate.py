@@ -11,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +23,14 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 import fcos_deploy
+from fcos_deploy.accuracy import evaluate as evaluate_module
 from fcos_deploy.accuracy import predictions
+from fcos_deploy.accuracy.dataset import load_coco
+from fcos_deploy.accuracy.evaluate import EvaluationRequest, evaluate
+from fcos_deploy.accuracy.predictions import DetectionRuns
 from fcos_deploy.cli.app import build_app
+from fcos_deploy.core.backend import SessionOptions
+from fcos_deploy.core.progress import INFERENCES
 from fcos_deploy.detector import Detector, DetectorSpec
 
 DEMO = Path(fcos_deploy.__file__).parent / "demo_data"
@@ -173,6 +181,55 @@ def test_one_image_in_many_files_decides_nothing(
     result = run("evaluate", tiny_onnx, "--images", tmp_path, *limits)
     assert result.exit_code == 4, result.output
     assert "9 of the 10 images are copies of others" in result.stderr
+
+
+def test_detections_that_were_scored_are_scored_again_only_against_something_else(data: Path, tiny_onnx: Path) -> None:
+    runs, options = DetectionRuns(), SessionOptions(threads=1)
+    model = DetectorSpec(model=tiny_onnx, backend="onnxruntime", options=options)
+    dataset = load_coco(data / "annotations.json", images=data)
+    request = EvaluationRequest(
+        candidates=(model,),
+        images=data,
+        annotations=data / "annotations.json",
+        resamples=50,
+        runs=runs,
+        dataset=dataset,
+    )
+    first = evaluate(request)
+    again = evaluate(dataclasses.replace(request, reference=model, earlier=(first,)))
+    assert [e.scores is first.candidates[0].scores for e in (again.reference, *again.candidates) if e] == [True, True]
+    assert again.candidates[0].interval == first.candidates[0].interval
+    fewer = load_coco(data / "annotations.json", images=data).first(3)
+    for changed in ({"resamples": 51}, {"seed": 1}, {"dataset": fewer}, {"runs": None}):
+        other = evaluate(dataclasses.replace(request, earlier=(first,), **changed)).candidates[0]
+        assert other.scores is not first.candidates[0].scores, changed
+
+
+def test_what_was_reported_of_an_evaluation_tells_how_long_the_rest_takes(
+    data: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model is scored while another one detects, and no more than one image ran that is not reported yet."""
+    scoring, steps = threading.Event(), []
+
+    def score(*values: Any, **more: Any) -> Any:
+        scoring.set()
+        time.sleep(0.3)
+        try:
+            return original(*values, **more)
+        finally:
+            scoring.clear()
+
+    original = evaluate_module._score
+    monkeypatch.setattr(evaluate_module, "_score", score)
+    model = DetectorSpec(model=tiny_onnx, backend="onnxruntime", options=SessionOptions(threads=1))
+    request = EvaluationRequest(
+        candidates=(model, model), reference=model, images=data, annotations=data / "annotations.json", resamples=50
+    )
+    evaluate(request, progress=lambda _, done, total: steps.append((done, total, INFERENCES.count, scoring.is_set())))
+    assert [(done, total) for done, total, *_ in steps] == [(done, 4) for _ in range(3) for done in range(5)]
+    assert not any(under_way for *_, under_way in steps)
+    for run in range(0, 15, 5):
+        assert all(ran - steps[run][2] <= done + 1 for done, _, ran, _ in steps[run : run + 5])
 
 
 def test_without_annotations_the_reference_is_the_ground_truth(demo_onnx: Path) -> None:

@@ -24,7 +24,7 @@ from fcos_deploy.benchmark.run import BenchmarkResult
 from fcos_deploy.core.contract import Decision
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError
-from fcos_deploy.core.gate import ScoreDrift, compare_detections
+from fcos_deploy.core.gate import ScoreDrift, compare_detections, score_drift
 from fcos_deploy.core.machine import MachineFacts
 from fcos_deploy.report import ReportData, ReportFile, ReportVariant, write_report
 from fcos_deploy.report.data import report_verdict
@@ -142,6 +142,7 @@ def report(dataset: Dataset) -> ReportData:
         evaluation("openvino", "int8", CANDIDATE, ap=0.598),
         drop=interval(0.002, -0.001, 0.004),
         agreement=compare_detections(REFERENCE, CANDIDATE),
+        score_drift=score_drift(list(REFERENCE.values()), list(CANDIDATE.values()), class_names=CLASSES),
         verdicts=(passed,),
         confusion=confusion(dataset, CANDIDATE, Thresholds(scores=(0.3, 0.3), origin="best F1")),
         operating_points=(

@@ -6,10 +6,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+import runtimes.openvino
 from fcos_deploy.core.backend import Session, SessionOptions, Tensors, get_backend
 from fcos_deploy.core.enums import ComputeType, PerformanceHint, Tail
 from fcos_deploy.core.errors import BackendLoadError, ConfigError, DeviceError
@@ -174,6 +177,51 @@ def test_compiled_models_stay_in_memory_while_that_is_asked_for(
         assert cached == "miss"
         assert not np.array_equal(outputs["cls_logits"], first[1]["cls_logits"])
     assert opened(tiny_ir)[0] == "miss"
+
+
+@pytest.fixture(scope="module")
+def int8_ir(mini_graph: Any, mini_calibration: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph of convolutions in INT8 and in float, as IR."""
+    from calibration.placement import placement_for
+    from calibration.quantizers import quantize_qdq
+    from exporters.openvino_ir import EXPORTER
+    from fcos_deploy.core.exporter import BuildRequest
+
+    source = tmp_path_factory.mktemp("int8") / "model.onnx"
+    quantize_qdq(mini_graph, mini_calibration, source, placement=placement_for("openvino"))
+    return EXPORTER.build(BuildRequest(source=source, output=source.with_suffix(".xml"))).files[0]
+
+
+@pytest.mark.parametrize("fixture", ["tiny_ir", "int8_ir"])
+@pytest.mark.parametrize("changed", [{"hint": "throughput"}, {"threads": 2}, {"compute": "bf16"}], ids=str)
+def test_other_settings_take_what_was_compiled_and_compute_the_same(
+    changed: dict[str, Any], fixture: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path: Path = request.getfixturevalue(fixture)
+    if "compute" in changed and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor does not compute in bf16")
+    monkeypatch.setenv("FCOS_DEPLOY_CACHE", "")
+    compilations = Mock(wraps=runtimes.openvino._compile)
+    monkeypatch.setattr(runtimes.openvino, "_compile", compilations)
+    settings = SessionOptions(**{"threads": 1, "hint": PerformanceHint.LATENCY, **changed})
+
+    def opened() -> tuple[dict[str, str], list[str], Tensors]:
+        with _OPENVINO.open(path, settings) as session:
+            facts = ("layerType", "primitiveType", "runtimePrecision", "outputPrecisions", "outputLayouts")
+            primitives = [" ".join(map(primitive.get, facts)) for primitive in executed_primitives(session)]
+            generator = np.random.default_rng(0)
+            feed = {s.name: generator.integers(0, 255, s.shape).astype(s.dtype) for s in session.inputs}
+            return dict(session.description), primitives, session.run(feed)
+
+    with _OPENVINO.keeping_models():
+        _OPENVINO.open(path, SessionOptions(threads=1, hint=PerformanceHint.LATENCY)).close()
+        imported = opened()
+    assert compilations.call_count == 1
+    compiled = opened()
+    assert compilations.call_count == 2
+    assert imported[:2] == compiled[:2]
+    for name, values in compiled[2].items():
+        np.testing.assert_array_equal(imported[2][name], values)
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_when_asked_for(tiny_ir: Path) -> None:

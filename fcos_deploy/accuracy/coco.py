@@ -576,7 +576,7 @@ class Standing:
     """How far a contender came: its AP over ``images``, and why it left; '' for those that ran on all.
 
     ``choices``: among how many the winner was chosen on these images, for which its interval has to be widened.
-    ``matches``: its detections of each class against the annotations of these images.
+    ``detections``: of these images, by their ids; ``matches``: those of each class against the annotations.
     """
 
     name: str
@@ -585,6 +585,7 @@ class Standing:
     reason: str = ""
     choices: int = 1
     matches: tuple[ClassMatches, ...] = ()
+    detections: Mapping[int, Detections] = field(default_factory=dict)
 
 
 def race_rounds(images: int) -> tuple[int, ...]:
@@ -652,6 +653,7 @@ def race(contenders: Sequence[Contender], dataset: Dataset, *, rules: RaceRules)
             reason=e.reason,
             choices=len(entrants),
             matches=tuple(e.matches),
+            detections=e.detections,
         )
         for e in entrants
     )

@@ -95,6 +95,7 @@ __all__ = [
     "shared_with_calibration",
     "size_cell",
     "widened_evaluation",
+    "with_copies",
 ]
 
 
@@ -384,7 +385,7 @@ def _score(
         points = operating_points(matches, dataset.class_names, thresholds)
         confused = confusion(dataset, detections, thresholds)
         evaluation = replace(evaluation, operating_points=points, confusion=confused)
-    dataset = replace(dataset, copies=max(dataset.copies, _repeated(run.detections.values())))
+    dataset = with_copies(dataset, run.detections)
     verdicts = judge_evaluation(gate, evaluation, dataset=dataset, reference=reference, problem=problem)
     return replace(evaluation, verdicts=verdicts)
 
@@ -403,10 +404,10 @@ def _scored_before(request: EvaluationRequest, dataset: Dataset, run: DetectionR
     return None
 
 
-def _repeated(detections: Iterable[Detections]) -> int:
-    """In how many images the very same is detected as in another: copies of it, in whatever file they are kept."""
-    contents = [(d.boxes.tobytes(), d.scores.tobytes(), d.labels.tobytes()) for d in detections if len(d)]
-    return len(contents) - len(set(contents))
+def with_copies(dataset: Dataset, detections: Mapping[int, Detections]) -> Dataset:
+    """``dataset`` that counts as copies, in whatever file, the images in which the very same is detected."""
+    contents = [(d.boxes.tobytes(), d.scores.tobytes(), d.labels.tobytes()) for d in detections.values() if len(d)]
+    return replace(dataset, copies=max(dataset.copies, len(contents) - len(set(contents))))
 
 
 def compared_with(

@@ -79,13 +79,7 @@ def deploy_command(
     ] = None,
     max_precision_drop: cli.MaxPrecisionDrop = None,
     max_recall_drop: cli.MaxRecallDrop = None,
-    min_match_rate: Annotated[
-        float | None,
-        cli.GATE.option(
-            "Smallest share of INT8's detections that agree with the float model's. Default: 0.97 without annotations.",
-            metavar="SHARE",
-        ),
-    ] = None,
+    min_match_rate: cli.MinInt8MatchRate = None,
     judge: cli.JudgeBy = Judge.INTERVAL,
     allow_inconclusive: cli.AllowInconclusive = False,
     calibration_count: cli.CalibrationCount = None,

@@ -162,6 +162,13 @@ _DROP = "Largest loss of {} at the score thresholds, mean over the classes; need
 MaxPrecisionDrop = Annotated[float | None, GATE.option(_DROP.format("precision"), metavar="SHARE")]
 MaxRecallDrop = Annotated[float | None, GATE.option(_DROP.format("recall"), metavar="SHARE")]
 _MinAp = Annotated[float | None, GATE.option("Smallest AP; exit code 4 below it. Default: no limit.", metavar="AP")]
+MinInt8MatchRate = Annotated[
+    float | None,
+    GATE.option(
+        "Smallest share of INT8's detections that agree with the float model's. Default: 0.97 without annotations.",
+        metavar="SHARE",
+    ),
+]
 _MinMatchRate = Annotated[
     float | None,
     GATE.option(

@@ -11,7 +11,7 @@ from fcos_deploy.cli import options as cli
 from fcos_deploy.cli.output import conclude, note, print_json, progress_bar, table
 from fcos_deploy.cli.settings import command_line
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.enums import ComputeType, Precision, Tail
 from fcos_deploy.core.errors import MissingDependencyError
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.serialize import to_json
@@ -128,6 +128,11 @@ def tune_command(
             metavar="AP",
         ),
     ] = None,
+    max_precision_drop: cli.MaxPrecisionDrop = None,
+    max_recall_drop: cli.MaxRecallDrop = None,
+    min_match_rate: cli.MinInt8MatchRate = None,
+    at_precision: cli.AtPrecision = None,
+    at_recall: cli.AtRecall = None,
     judge: cli.JudgeBy = Judge.INTERVAL,
     allow_inconclusive: cli.AllowInconclusive = False,
     allow_overlap: cli.AllowOverlap = False,
@@ -136,6 +141,10 @@ def tune_command(
         bool, cli.option("Calibration of INT8 at every size. Default: one at the model's own size serves all of them.")
     ] = False,
     seed: cli.Seed = 0,
+    tail: Annotated[
+        Tail | None, cli.RUNTIME.option("Where the graphs end. Default: raw; of a graph or bundle, its own tail.")
+    ] = None,
+    opset: cli.Opset = None,
     run_code: cli.RunCode = False,
     trust: Trust,
     as_json: cli.Json = False,
@@ -146,6 +155,7 @@ def tune_command(
     Every trial is kept in DIR: an interrupted search resumes, and a wider one measures only what is new. Exit
     code 4: no configuration meets the limits, and the nearest is named; or the images cannot decide a limit.
     """
+    from fcos_deploy.accuracy.operating_point import OperatingGoal
     from fcos_deploy.pipeline.source import run_user_code
     from fcos_deploy.pipeline.tune import tune
     from fcos_deploy.pipeline.tune_models import InputSize
@@ -173,6 +183,12 @@ def tune_command(
         computes=tuple(dict.fromkeys(compute or ())),
         options=options,
         max_map_drop=max_map_drop,
+        max_precision_drop=max_precision_drop,
+        max_recall_drop=max_recall_drop,
+        min_match_rate=min_match_rate,
+        operating_goal=OperatingGoal.asked(precision=at_precision, recall=at_recall),
+        tail=tail,
+        opset=opset,
         judge=judge,
         allow_overlap=allow_overlap,
         calibration_count=calibration_count,
@@ -204,6 +220,8 @@ def _show(tuning: Tuning, output: Path, *, as_json: bool, allow_inconclusive: bo
         note(f"no page with the plot: {error.message} {error.hint}")
     if tuning.deployment is not None:
         note(f"bundle: {tuning.deployment.bundle} ({tuning.seconds:.0f} s in all)")
+    elif tuning.earlier_bundle is not None:
+        note(f"'{tuning.earlier_bundle}' is the answer of an earlier search")
     if as_json:
         print_json(
             {

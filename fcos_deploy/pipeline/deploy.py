@@ -196,7 +196,8 @@ def backends_to_measure(request: DeployRequest) -> tuple[str, ...]:
         if not _runs_here(name):
             problem = get_backend(name).probe().problem or "it has no device"
             raise ConfigError(
-                f"Backend '{name}' cannot run here: {problem}", hint="give --target PROFILE to build for another device"
+                f"Backend '{name}' cannot run here: {problem}",
+                hint="fcos-deploy deploy --target PROFILE builds for another device",
             )
     if request.backends:
         return request.backends

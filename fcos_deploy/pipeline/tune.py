@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,24 +18,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fcos_deploy.accuracy.coco import ApInterval, Contender, RaceRules, Standing, race, widened_for_selection
+from fcos_deploy.accuracy.coco import Contender, RaceRules, Standing, race, widened_for_selection
 from fcos_deploy.accuracy.dataset import (
     Dataset,
     EvaluationImage,
+    count_copies,
     folder_images,
     ground_truth_from_detections,
     label_index,
-    load_coco,
 )
-from fcos_deploy.accuracy.evaluate import Evaluation, baseline_problem, evidence_problem
+from fcos_deploy.accuracy.evaluate import Evaluation, baseline_problem, evidence_problem, with_copies
 from fcos_deploy.accuracy.gate import Verdict, judge_ap
 from fcos_deploy.accuracy.predictions import collect_detections
 from fcos_deploy.bundle.manifest import MANIFEST_NAME
 from fcos_deploy.bundle.selection import select_artifact
 from fcos_deploy.bundle.store import is_bundle, open_trusted
+from fcos_deploy.bundle.writer import lock_folder
+from fcos_deploy.core.artifact import is_checkpoint
 from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.detections import Detections
-from fcos_deploy.core.enums import ArtifactKind, Precision
+from fcos_deploy.core.enums import ArtifactKind, Precision, Tail
 from fcos_deploy.core.errors import (
     AccuracyGateError,
     BudgetError,
@@ -67,7 +70,7 @@ class Tuning:
     """A finished search: ``data`` is what its page shows; ``deployment`` the bundle of the chosen one, if there is one.
 
     ``verdicts``: on ``min_ap`` of the chosen one, and on its time in the bundle. ``failure``: why there is no bundle
-    although there is a limit.
+    although there is a limit. ``earlier_bundle``: what an earlier search left in the folder, if this one made none.
     """
 
     data: TuningData
@@ -76,6 +79,7 @@ class Tuning:
     verdicts: tuple[Verdict, ...]
     seconds: float
     failure: FcosDeployError | None = None
+    earlier_bundle: Path | None = None
 
 
 def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
@@ -109,6 +113,7 @@ def tune(request: TuneRequest, *, progress: ProgressFn = no_progress) -> Tuning:
         verdicts=verdicts,
         seconds=time.perf_counter() - started,
         failure=failure,
+        earlier_bundle=bundle if deployment is None and (bundle := request.output / _BUNDLE).exists() else None,
     )
 
 
@@ -118,16 +123,19 @@ def open_search(request: TuneRequest, *, progress: ProgressFn = no_progress) -> 
 
     Raises:
         ConfigError: the folder is another one's, or an axis has no value that works here.
+        BundleError: another search writes into the folder.
     """
-    if request.output.exists() and not (request.output / "trials").is_dir() and any(request.output.iterdir()):
-        raise ConfigError(f"'{request.output}' exists and is not the folder of a search.", hint="choose another output")
-    bundle = request.output / _BUNDLE
+    output = request.output
+    if output.exists() and not (output / "trials").is_dir() and not (output.is_dir() and not any(output.iterdir())):
+        raise ConfigError(f"'{output}' exists and is not the folder of a search.", hint="choose another output")
+    bundle = output / _BUNDLE
     if bundle.exists() and not (bundle / MANIFEST_NAME).is_file():
         raise ConfigError(
             f"'{bundle}' exists and is not a bundle, so it is not replaced.", hint="choose another output"
         )
-    folder = own_folder(request.output / "trials")
+    folder = own_folder(output / "trials")
     with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock_folder(folder))
         models = stack.enter_context(
             contextlib.closing(_open_models(request, folder=folder, stack=stack, progress=progress))
         )
@@ -218,25 +226,33 @@ def _open_models(
     precisions = request.precisions or (
         (Precision.FP32, Precision.INT8) if request.calibration_images else (Precision.FP32,)
     )
+    contract = source_contract(model, options=request.options)
+    is_graph = isinstance(model, Path) and not is_checkpoint(model)
     deployment = DeployRequest(
         checkpoint=model,
         output=folder / "work" / "own",
         calibration_images=request.calibration_images or request.images,
         backends=request.backends,
         precisions=precisions,
+        tail=request.tail or (contract.tail if is_graph else Tail.RAW),
         options=request.options,
         images=request.images,
         annotations=request.annotations,
         max_map_drop=request.max_map_drop,
+        max_precision_drop=request.max_precision_drop,
+        max_recall_drop=request.max_recall_drop,
+        min_match_rate=request.min_match_rate,
+        operating_goal=request.operating_goal,
         judge=request.judge,
         # Without INT8 nothing is calibrated, on whatever images.
         allow_overlap=request.allow_overlap or request.calibration_images is None,
         calibration_count=request.calibration_count,
         seed=request.seed,
+        opset=request.opset,
         command=request.command,
     )
     backends = backends_to_measure(deployment)
-    images = open_image_sets(deployment, source_contract(model, options=request.options))
+    images = open_image_sets(deployment, contract)
     return TuneModels(
         deployment,
         images,
@@ -250,8 +266,8 @@ def _open_models(
 
 def _dataset(request: TuneRequest, models: TuneModels, *, folder: Path, progress: ProgressFn) -> Dataset:
     """The annotated images; without annotations what the model detects in them at its own size."""
-    if request.annotations is not None:
-        dataset = load_coco(request.annotations, images=request.images)
+    dataset = models.annotated
+    if dataset is not None:
         label_index(models.contract.class_names, dataset)  # which refuses names that the model does not know
         return _with_objects(dataset)
     images = folder_images(request.images)
@@ -263,11 +279,11 @@ def _dataset(request: TuneRequest, models: TuneModels, *, folder: Path, progress
 
 
 def _with_objects(dataset: Dataset) -> Dataset:
-    """Refuse, with ConfigError, what has no object: an AP needs one."""
+    """What an AP can be had of, with its copies counted; ConfigError where there is no object."""
     problem = evidence_problem(dataset, judge=Judge.POINT)
     if problem:
         raise ConfigError(f"There is nothing to tune on: {problem}.", hint="give other --images, or --annotations")
-    return dataset
+    return replace(dataset, copies=count_copies(dataset.images))
 
 
 class Answer:
@@ -318,7 +334,11 @@ class Answer:
         if standing.reason or standing.interval is None:
             return ""
         return baseline_problem(
-            self._dataset, standing.matches, ap=standing.interval.value, subject=f"'{configuration.artifact}'"
+            self._dataset,
+            standing.matches,
+            detections=standing.detections,
+            ap=standing.interval.value,
+            subject=f"'{configuration.artifact}'",
         )
 
     @property
@@ -338,25 +358,29 @@ class Answer:
 
     def judge_bundle(self, chosen: Configuration, evaluation: Evaluation) -> tuple[Verdict, ...]:
         """The limits, held to what the bundle detects: layers may have gone back to float in it."""
-        self.verdicts = self._verdicts(chosen, deployed=evaluation.interval)
+        self.verdicts = self._verdicts(chosen, deployed=evaluation)
         return self.verdicts
 
-    def _verdicts(self, configuration: Configuration, *, deployed: ApInterval | None = None) -> tuple[Verdict, ...]:
+    def _verdicts(self, configuration: Configuration, *, deployed: Evaluation | None = None) -> tuple[Verdict, ...]:
         """On the AP that was asked for, widened because the configuration was chosen among others on these images.
 
-        ``deployed``: that of its bundle, in place of the one of the search.
+        ``deployed``: what its bundle detects, in place of what the search's own detected.
         """
         standing, gate = self.standings[configuration], Gate(min_ap=self._request.min_ap, judge=self._request.judge)
-        measured = deployed or standing.interval
+        measured = (deployed and deployed.interval) or standing.interval
         interval = measured and widened_for_selection(measured, standing.choices)
-        undecided = undecided_because(self._dataset.findings) or evidence_problem(self._dataset, judge=gate.judge)
+        contradiction = deployed.contradiction if deployed else self._contradiction(configuration)
+        dataset = with_copies(self._dataset, deployed.run.detections if deployed else standing.detections)
+        undecided = undecided_because(dataset.findings) or evidence_problem(dataset, judge=gate.judge)
+        if configuration.precision is Precision.INT8:
+            undecided = undecided or self._search.models.int8_problem
         verdicts = judge_ap(
             gate,
             interval.value if interval else None,
             subject=str(configuration),
             images=standing.images,
             interval=interval,
-            problem=undecided or self._contradiction(configuration),
+            problem=undecided or contradiction,
         )
         limit, problem = self._request.max_watts, self._search.power_problem
         if limit is not None and problem:

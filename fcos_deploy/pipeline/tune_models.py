@@ -8,12 +8,14 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fcos_deploy.accuracy.dataset import Dataset
 from fcos_deploy.bundle import BundleWriter, StepCache, StepOutput
 from fcos_deploy.core.artifact import graph_file, is_checkpoint
 from fcos_deploy.core.backend import SessionOptions, get_backend
 from fcos_deploy.core.checkpoint_options import CheckpointOptions, override_options
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, PerformanceHint, Precision
 from fcos_deploy.core.errors import ConfigError
+from fcos_deploy.core.gate import undecided_because
 from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.onnx_file import onnx_interface
 from fcos_deploy.core.preprocess import PreprocessSpec, SizeRule
@@ -21,7 +23,7 @@ from fcos_deploy.core.progress import ProgressFn
 from fcos_deploy.detector import DetectorSpec
 from fcos_deploy.pipeline.proof import in_bf16
 from fcos_deploy.pipeline.quantize import quantize_model
-from fcos_deploy.pipeline.source import open_source
+from fcos_deploy.pipeline.source import open_source, source_contract
 from fcos_deploy.pipeline.steps import (
     DeployContext,
     DeployRequest,
@@ -146,8 +148,16 @@ class Configuration:
 
     @property
     def fidelity(self) -> int:
-        """The smaller one stands for the accuracy of the larger ones."""
+        """The smaller, the more exactly it computes what fp32 computes."""
         return _FIDELITY.index((self.precision, self.compute))
+
+    def approximates(self, exact: Configuration) -> bool:
+        """Whether it can detect better than ``exact`` at the same size only by chance.
+
+        INT8 of two runtimes is quantized at different places, so that neither stands for the other.
+        """
+        comparable = exact.precision is not Precision.INT8 or exact.backend == self.backend
+        return comparable and exact.size == self.size and exact.fidelity < self.fidelity
 
     @property
     def format(self) -> str:
@@ -225,12 +235,22 @@ class TuneModels:
         source = self._stack.enter_context(contextlib.closing(open_source(request.checkpoint, options=request.options)))
         self.contract, self.note, self._own = source.contract, source.note, source
         own = size_of(source.contract.preprocess)
+        for size in sizes:
+            self._refuse_size(size)
         self.sizes = sizes or (sizes_around(source.contract.preprocess) if self._has_sizes else (own,))
         if not self._has_sizes and set(self.sizes) != {own}:
             raise ConfigError(
                 f"'{source.name}' has the one input size {own}.", hint="give the checkpoint that it was made from"
             )
         self.backends, self.precisions = backends, request.precisions
+
+    def _refuse_size(self, size: InputSize) -> None:
+        """Raise ConfigError for what is no input size of this model, before anything is made."""
+        path, spec = self._request.checkpoint, self.contract.preprocess
+        if isinstance(path, Path) and is_checkpoint(path):
+            source_contract(path, options=_sized_options(self._request.options, size, spec))
+        elif size != size_of(spec):
+            size.of(spec)
 
     @property
     def _has_sizes(self) -> bool:
@@ -261,8 +281,18 @@ class TuneModels:
     @property
     def gate_key(self) -> str:
         """What the layers of a bundle depend on that those of a trial do not: the limits, and on which images."""
-        facts = f"{self._request.gate} {self._images.evaluation_key}"
+        facts = f"{self._request.gate} {self._request.operating_goal} {self._images.evaluation_key}"
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    @property
+    def annotated(self) -> Dataset | None:
+        """The evaluation images with what the annotations say of them."""
+        return self._images.annotated
+
+    @property
+    def int8_problem(self) -> str:
+        """Why INT8 cannot be judged on these images, as half a sentence; empty when it can."""
+        return undecided_because(self._images.findings)
 
     def reference(self) -> DetectorSpec:
         """The model as it came, at its own size: PyTorch, or the graph that was given."""
@@ -277,10 +307,13 @@ class TuneModels:
         context = self._context(configuration.size, batch=_graph_batch(configuration))
         precision = configuration.precision
         quantized = precision is Precision.INT8
-        graph = export(context, precision=Precision.FP32 if quantized else precision, backend=configuration.backend)
+        graph = self._export(context, Precision.FP32 if quantized else precision, backend=configuration.backend)
         if quantized:
             graph = self._quantize(context, graph, backend=configuration.backend)
         return replace(build(context, graph, backend=configuration.backend), options=configuration.session)
+
+    def _export(self, context: DeployContext, precision: Precision, *, backend: str) -> Graph:
+        return export(context, tail=self._request.tail, precision=precision, backend=backend)
 
     def _context(self, size: InputSize, *, batch: int | None = 1) -> DeployContext:
         if (size, batch) not in self._contexts:
@@ -355,7 +388,7 @@ class TuneModels:
         own = self._context(size_of(self.contract.preprocess))
         if own is context or self._own_ranges:
             return calibrate(context, source).path
-        shared = calibrate(own, export(own, backend=backend)).path
+        shared = calibrate(own, self._export(own, Precision.FP32, backend=backend)).path
         if set(context.conv_graph(source).activations) <= set(load_calibration(shared).tensors):
             return shared
         return calibrate(context, source).path

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fcos_deploy.accuracy.operating_point import OperatingGoal
 from fcos_deploy.benchmark.measure import (
     ContentionMeter,
     LatencyStats,
@@ -28,11 +29,8 @@ from fcos_deploy.benchmark.measure import (
 from fcos_deploy.core.artifact import files_of
 from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
-from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision
-from fcos_deploy.core.errors import (
-    ConfigError,
-    ExportError,
-)
+from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision, Tail
+from fcos_deploy.core.errors import BackendError, BuildError, ConfigError, ExportError
 from fcos_deploy.core.files import sha256_file, write_text
 from fcos_deploy.core.gate import Gate, Judge
 from fcos_deploy.core.libraries import library_versions
@@ -50,9 +48,11 @@ __all__ = ["Measured", "Search", "Trials", "TuneRequest"]
 
 _TIMING = TimingOptions(rounds=5, block=5, warmup=2)  # 20 times, the fewest that have a 90th percentile
 _THROUGHPUT_SECONDS, _POWER_SECONDS = 1.0, 2.0
-# Thread counts that are slower than the best by more at the first size that is measured are not tried at others.
-_THREADS_SLOWER = 1.15
+_THREADS_SLOWER = 1.15  # than the best; those that are slower by less are tried at other sizes too
+_AS_LARGE = 1.1  # the most pixels, as a multiple, with which a size may be faster than a smaller one
 _BATCHES = (1, 4)
+# Of one size, such as one without a top level, or of one runtime: the others are searched all the same.
+_NOT_HERE = (ExportError, BuildError, BackendError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,8 @@ class TuneRequest:
     with ``min_ap`` alone the fastest that reaches it, without any the front. ``throughput`` measures images a second
     in place of the latency of one image. ``percentile``: 50 or 90, which latency has to keep the limit.
     ``calibration_images``: needed for INT8. Without ``annotations`` the model's own detections at its own size stand
-    for the ground truth. ``max_map_drop`` and ``judge`` are as in a deployment.
+    for the ground truth. The limits of a loss, ``operating_goal``, ``judge``, ``tail`` and ``opset`` are as in a
+    deployment; without a ``tail`` a graph keeps its own.
     ``max_memory_mib`` (peak of a new process) and ``max_watts`` (at full load, where the system tells it) restrict what
     may be chosen. ``own_ranges``: INT8 is calibrated at every size, not once. ``trust``: what a bundle must be.
     """
@@ -90,7 +91,13 @@ class TuneRequest:
     batches: tuple[int, ...] = ()
     options: CheckpointOptions = field(default_factory=CheckpointOptions)
     max_map_drop: float | None = None
+    max_precision_drop: float | None = None
+    max_recall_drop: float | None = None
+    min_match_rate: float | None = None
+    operating_goal: OperatingGoal | None = None
     judge: Judge = Judge.INTERVAL
+    tail: Tail | None = None
+    opset: int | None = None
     allow_overlap: bool = False
     calibration_count: int | None = None
     own_ranges: bool = False
@@ -101,8 +108,23 @@ class TuneRequest:
     def __post_init__(self) -> None:
         for name in ("max_latency_ms", "min_throughput", "max_memory_mib", "max_watts"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be positive, got {value}.")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a positive number, got {value}.")
+        self._require_one_goal()
+        if max(self.threads, default=0) > usable_cpus():
+            raise ConfigError(f"{max(self.threads)} threads are more than the {usable_cpus()} processors here.")
+        if ComputeType.F16 in self.computes:
+            raise ConfigError(
+                "Float layers are tried in f32 and in bf16.", hint="leave --compute f16 out, or give --precision fp16"
+            )
+        if self.min_ap is not None and self.annotations is None:
+            raise ConfigError("An AP cannot be asked for without annotations.", hint="give --annotations FILE")
+        if Precision.INT8 in self.precisions and self.calibration_images is None:
+            raise ConfigError("INT8 needs images to calibrate on.", hint="give --calibration-images PATH")
+        _ = Gate(min_ap=self.min_ap)  # which refuses what is no share of 1
+
+    def _require_one_goal(self) -> None:
+        """Refuse, with ConfigError, what is of latency beside what is of throughput."""
         if self.max_latency_ms is not None and self.measures_throughput:
             raise ConfigError(
                 "A limit on latency and one on throughput are two different goals.",
@@ -115,11 +137,8 @@ class TuneRequest:
             )
         if self.percentile not in {50, 90}:
             raise ConfigError(f"The percentile must be 50 or 90, got {self.percentile}.")
-        if self.min_ap is not None and self.annotations is None:
-            raise ConfigError("An AP cannot be asked for without annotations.", hint="give --annotations FILE")
-        if Precision.INT8 in self.precisions and self.calibration_images is None:
-            raise ConfigError("INT8 needs images to calibrate on.", hint="give --calibration-images PATH")
-        _ = Gate(min_ap=self.min_ap)  # which refuses what is no share of 1
+        if self.measures_throughput and self.percentile != 50:
+            raise ConfigError("Percentiles are of the latency, not of throughput.", hint="leave --percentile out")
 
     @property
     def measures_throughput(self) -> bool:
@@ -242,13 +261,13 @@ class Search:
             self._image = detector.read(image)
         height, width = self._image.shape[:2]
         self.sizes = sorted(models.sizes, key=lambda size: size.pixels(height, width))
+        self._pixels = [size.pixels(height, width) for size in self.sizes]
         self.measured: dict[Configuration, Measured] = {}
         self.pruned: dict[Configuration, str] = {}
         self.refused: dict[str, str] = {}  # engines whose bundle could not be made, and why
         self._loads: dict[Configuration, str] = {}  # what is too much of memory or power, '' for nothing
         self.power_problem = ""  # why the limit on power cannot be judged
         self._lines: list[Configuration] = []
-        self._screened: set[tuple[str, int]] = set()
 
     def _all_lines(self) -> Iterable[Configuration]:
         request, cpus = self.request, usable_cpus()
@@ -289,10 +308,19 @@ class Search:
         """Whether it keeps the limit on time, if there is one."""
         return self.request.max_ms is None or self.ms(configuration) <= self.request.max_ms
 
+    def _excess(self, configuration: Configuration) -> str:
+        """What is beyond a limit: its time, memory or power; '' for nothing."""
+        return self._load_excess(configuration) if self.fits(configuration) else self.cost(configuration)
+
+    def _keeps(self, configuration: Configuration) -> bool:
+        """Whether it was measured within the limits, and its bundle not refused."""
+        known = configuration in self.measured and configuration.engine not in self.refused
+        return known and not self._excess(configuration)
+
     def probe(self, index: int, lines: Sequence[Configuration]) -> None:
         """Time the configurations of one size, in turns; those that are known are taken from disk."""
         size = self.sizes[index]
-        asked = [replace(line, size=size) for line in lines]
+        asked = [replace(line, size=size) for line in lines if line in self._lines]
         asked = [c for c in asked if c not in self.measured and c not in self.pruned]
         opened: list[tuple[Configuration, DetectorSpec, Path]] = []
         for configuration in asked:
@@ -300,7 +328,7 @@ class Search:
                 if not self._computes(configuration):
                     continue
                 spec = self.models.open_as(configuration)
-            except ExportError as error:  # A size that the network does not take, such as one without a top level.
+            except _NOT_HERE as error:
                 self._prune(configuration.line, [index], f"cannot be made: {error.message}")
                 continue
             path = self._trials.path(spec, throughput=self.request.measures_throughput)
@@ -311,7 +339,7 @@ class Search:
                 opened.append((configuration, spec, path))
         if opened:
             self._time(opened)
-        self._screen_threads(size)
+        self._screen(size)
 
     def _computes(self, configuration: Configuration) -> bool:
         """Whether its runtime computes in its format here; otherwise its line is dropped, and named if asked for."""
@@ -324,7 +352,17 @@ class Search:
         return False
 
     def _time(self, opened: Sequence[tuple[Configuration, DetectorSpec, Path]]) -> None:
-        for (configuration, _, path), measured in zip(opened, self._measure(opened), strict=True):
+        try:
+            results = self._measure(opened)
+        except _NOT_HERE as error:
+            if len(opened) > 1:  # Which one it is shows by itself.
+                for trial in opened:
+                    self._time([trial])
+                return
+            configuration = opened[0][0]
+            self._prune(configuration.line, [self.sizes.index(configuration.size)], f"cannot be run: {error.message}")
+            return
+        for (configuration, _, path), measured in zip(opened, results, strict=True):
             self._trials.keep(measured, path)
             self.measured[configuration] = measured
 
@@ -370,22 +408,28 @@ class Search:
         """Where the time of the bundle is kept: other limits on its accuracy may leave other layers in float."""
         return path.with_name(f"{path.stem}-deployed-{self.models.gate_key}.json")
 
-    def _screen_threads(self, size: InputSize) -> None:
-        """Drop threads, streams and batches that are slow at the first size that a backend and precision run at."""
+    def _screen(self, size: InputSize) -> None:
+        """Drop threads, streams and batches that are slow at one size, at the sizes at which they cannot be better.
+
+        More threads gain more the more there is to compute: where they do not pay, they do not at smaller sizes, and
+        where fewer are slower, they are at larger ones. Under a limit on memory or power the slower ones that take less
+        stay, and are compared with the best that keeps it.
+        """
+        limited = self.request.max_memory_mib is not None or self.request.max_watts is not None
         groups: dict[tuple[str, int], list[Configuration]] = {}
-        for configuration in self.measured:
+        for configuration in sorted(self.measured, key=self.ms):
             if configuration.size == size:
                 groups.setdefault((configuration.backend, configuration.fidelity), []).append(configuration)
-        for key, group in groups.items():
-            if key in self._screened:
-                continue
-            self._screened.add(key)
-            best = min(group, key=self.ms)
+        at = self.sizes.index(size)
+        for group in groups.values():
+            best = next((c for c in group if not self._load_excess(c)), group[-1])
             for slow in group:
-                if self.ms(slow) > _THREADS_SLOWER * self.ms(best):
+                takes_less = slow.threads < best.threads or slow.streams * slow.batch < best.streams * best.batch
+                if self.ms(slow) > _THREADS_SLOWER * self.ms(best) and not (limited and takes_less):
+                    smaller = range(at) if slow.threads >= best.threads else range(0)
+                    larger = range(at + 1, len(self.sizes)) if slow.threads <= best.threads else range(0)
                     reason = f"{self.cost(slow)} at {size}, where {best.how} has {self.cost(best)}"
-                    self._prune(slow.line, range(len(self.sizes)), reason)
-                    self._lines.remove(slow.line)
+                    self._prune(slow.line, (*smaller, *larger), reason)
 
     def _prune(self, line: Configuration, indices: Iterable[int], reason: str) -> None:
         for index in indices:
@@ -402,7 +446,6 @@ class Search:
             ConfigError: no configuration could be made, or the axes leave none.
         """
         self.pruned.clear()
-        self._screened.clear()
         self._lines = list(self._all_lines())
         if not self._lines:
             raise ConfigError(
@@ -411,22 +454,24 @@ class Search:
                 hint="give --streams 1 --batch 1",
             )
         if self.request.max_ms is None:
-            for index in range(len(self.sizes)):
+            middle = len(self.sizes) // 2  # first, for what it says of threads at the others
+            for index in sorted(range(len(self.sizes)), key=lambda index: abs(index - middle)):
                 self.probe(index, self._lines)
         else:
-            largest = -1  # the largest size at which a more exact precision keeps the limit
-            for fidelity in sorted({line.fidelity for line in self._lines}):
-                largest = max(largest, self._bisect(fidelity, above=largest))
+            families: dict[tuple[int, str], list[Configuration]] = {}
+            for line in self._lines:
+                families.setdefault((line.fidelity, line.artifact), []).append(line)
+            for _, lines in sorted(families.items(), key=lambda family: family[0]):
+                self._search_family(lines)
         if not self.measured:
             reasons = "; ".join(f"{c}: {reason}" for c, reason in list(self.pruned.items())[:1])
             raise ConfigError(f"No configuration can be made. {reasons}", hint="try other sizes with --size")
 
-    def _bisect(self, fidelity: int, *, above: int) -> int:
-        """Find the largest size, above the index ``above``, at which a line of ``fidelity`` keeps the limit: its index.
+    def _search_family(self, lines: Sequence[Configuration]) -> None:
+        """Time ``lines``, which detect alike, at the largest size that keeps the limits and at the smaller ones.
 
-        Lines that are too slow at a size are not tried at larger ones.
+        A size at which a more exact precision keeps them is left to that one.
         """
-        lines = [line for line in self._lines if line.fidelity == fidelity]
         sizes = {(c.backend, c.precision): c.size for c in self.measured}
         lines = [
             line
@@ -434,36 +479,59 @@ class Search:
             if (line.backend, line.precision) not in sizes
             or self._computes(replace(line, size=sizes[line.backend, line.precision]))
         ]
+        if not lines:
+            return
+        first = lines[0]
+        exact = {c.size for c in self.measured if replace(first, size=c.size).approximates(c) and self._keeps(c)}
         for line in lines:
-            self._prune(line, range(above + 1), "a more exact precision keeps the limit at this size")
-        best, low, high = above, above, len(self.sizes)
+            taken = [index for index, size in enumerate(self.sizes) if size in exact]
+            self._prune(line, taken, "a more exact precision keeps the limit at this size")
+        indices = [index for index, size in enumerate(self.sizes) if size not in exact]
+        low = self._bisect(lines, indices)
+        for index in indices[low + 1 :]:  # what no slow size has ruled out, since it has about as many pixels
+            self.probe(index, lines)
+        for index in reversed(indices[:low]):
+            self._time_below(lines, index)
+
+    def _bisect(self, lines: Sequence[Configuration], indices: Sequence[int]) -> int:
+        """Find the position in ``indices`` of the largest size at which a line keeps the limits; -1 for none.
+
+        Lines that do not at one size are not tried at larger ones.
+        """
+        low, high = -1, len(indices)
         while high - low > 1 and lines:
-            index = (low + high) // 2
+            middle = (low + high) // 2
+            index = indices[middle]
             self.probe(index, lines)
             lines = [line for line in lines if line in self._lines]
             timed = [c for line in lines if (c := replace(line, size=self.sizes[index])) in self.measured]
-            fitting = [c.line for c in timed if self.fits(c)]
-            for slow in [c for c in timed if c.line not in fitting]:
-                reason = f"{self.cost(slow)} at {slow.size} already"
-                self._prune(slow.line, range(index + 1, len(self.sizes)), reason)
+            fitting = [c.line for c in timed if not self._excess(c)]
+            larger = [i for i in indices[middle + 1 :] if self._pixels[i] > _AS_LARGE * self._pixels[index]]
+            for slow in (c for c in timed if c.line not in fitting):
+                self._prune(slow.line, larger, f"{self._excess(slow)} at {slow.size} already")
             if timed and not fitting:
-                high = index
+                high = middle
             else:  # Where nothing can be made of a size, smaller ones are not likelier to be made.
-                low, best = index, index if fitting else best
-                lines = fitting or lines
-        self._time_below(best, above=above, fidelity=fidelity)
-        return best
+                low, lines = middle, fitting or lines
+        return low
 
-    def _time_below(self, best: int, *, above: int, fidelity: int) -> None:
-        """The sizes below keep the limit too; there only the line is timed that is fastest where it was."""
-        for index in range(best - 1, above, -1):
-            fitting = [c for c in self.measured if c.fidelity == fidelity and self.fits(c)]
-            near = min(fitting, key=lambda c: (abs(self.sizes.index(c.size) - index), self.ms(c)))
-            if near.size != self.sizes[index]:
-                self.probe(index, [near.line])
-            for line in self._lines:
-                if line.fidelity == fidelity:
-                    self._prune(line, [index], f"{near.how} is faster at {near.size}")
+    def _time_below(self, lines: Sequence[Configuration], index: int) -> None:
+        """A size below one that keeps the limits keeps them too; the line is timed that is fastest near it."""
+        near: dict[Configuration, Configuration] = {}  # of each line, what was measured at the nearest size
+
+        def distance(configuration: Configuration) -> tuple[int, float]:
+            return abs(self.sizes.index(configuration.size) - index), self.ms(configuration)
+
+        for configuration in sorted((c for c in self.measured if c.line in lines), key=distance):
+            near.setdefault(configuration.line, configuration)
+        reason = ""
+        for line in (*near, *(line for line in lines if line not in near)):
+            if reason:
+                self._prune(line, [index], reason)
+                continue
+            self.probe(index, [line])
+            if self._keeps(here := replace(line, size=self.sizes[index])):
+                reason = f"{line.how} is faster at {near.get(line, here).size}"
 
     def fastest_by_artifact(self) -> dict[str, Configuration]:
         """Of all that are evaluated alike and keep the limit, the fastest; the slower ones are pruned."""
@@ -471,26 +539,28 @@ class Search:
         for configuration in sorted(self.measured, key=self.ms):
             if configuration.artifact in fastest or configuration.engine in self.refused:
                 continue
-            if self.fits(configuration) and self._affordable(configuration):
+            if not self.fits(configuration):
+                continue
+            if excess := self._load_excess(configuration):
+                self.pruned.setdefault(configuration, excess)
+            else:
                 fastest[configuration.artifact] = configuration
         for index, size in enumerate(self.sizes):
             at_size = [c for c in fastest.values() if c.size == size]
             for c in at_size:
-                exact = next((e for e in at_size if e.fidelity < c.fidelity and self.ms(e) <= self.ms(c)), None)
+                exact = next((e for e in at_size if c.approximates(e) and self.ms(e) <= self.ms(c)), None)
                 if exact is not None:
                     self.pruned.setdefault(c, f"not faster than {exact.format} at {self.sizes[index]}")
                     del fastest[c.artifact]
         return fastest
 
-    def _affordable(self, configuration: Configuration) -> bool:
-        """Whether it keeps the limits on memory and power; what the system does not tell is left open."""
+    def _load_excess(self, configuration: Configuration) -> str:
+        """Its memory or power, if that is beyond the limit; what the system does not tell is left open."""
         if configuration not in self._loads:
-            self._loads[configuration] = self._excess(configuration)
-        if self._loads[configuration]:
-            self.pruned.setdefault(configuration, self._loads[configuration])
-        return not self._loads[configuration]
+            self._loads[configuration] = self._measured_excess(configuration)
+        return self._loads[configuration]
 
-    def _excess(self, configuration: Configuration) -> str:
+    def _measured_excess(self, configuration: Configuration) -> str:
         request = self.request
         if request.max_memory_mib is not None:
             memory = measure_cold_start(self.models.open_as(configuration), self._path).peak_memory_mib

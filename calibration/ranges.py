@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from calibration.measuring import TensorSample
 from fcos_deploy.core.enums import StrEnum
 from fcos_deploy.core.errors import CalibrationError, unknown_name
-from fcos_deploy.core.libraries import lazy_import
 
 __all__ = [
     "BINS",
@@ -25,14 +24,12 @@ __all__ = [
     "range_method",
 ]
 
-cv2 = lazy_import("cv2", extra="onnxruntime")
 Floats = NDArray[np.float64]
 
 
 # Bins for each sign. The largest magnitude always lies in the upper half, so that at least 2048 bins resolve it: eight
 # for each of the 256 levels that a quantizer has.
 BINS = 4096
-_CHUNK = 1 << 22  # cv2.calcHist counts in float32, which holds every whole number up to 2^24
 
 
 class Histogram:
@@ -87,21 +84,19 @@ class Histogram:
         if sample.channel_means.size:
             self.channel_sums = sample.channel_means + (self.channel_sums if self.additions else 0.0)
             self.additions += 1
-        zeros = flat.size - int(np.count_nonzero(flat))
+        zeros = int(np.count_nonzero(flat == 0.0))  # four times as fast as on the floats
         self.zeros += zeros
         self.elements += flat.size
         if zeros == flat.size:
             return
         self._widen(max(-low, high))
-        reach = BINS * self.width
-        for start in range(0, flat.size, _CHUNK):
-            chunk = flat[start : start + _CHUNK]
-            if low >= 0:
-                self.positive += _count(chunk, 0.0, reach, bins=BINS)
-                continue
-            counts = _count(chunk, -reach, reach, bins=2 * BINS)
-            self.positive += counts[BINS:]
-            self.negative += counts[BINS - 1 :: -1]
+        # Exact in float32: the width is a power of two, and the number of a bin has 13 bits.
+        numbers = flat * np.float32(1.0 / self.width)
+        np.floor(numbers, out=numbers)
+        numbers += BINS
+        counts = np.bincount(numbers.astype(np.uint16), minlength=2 * BINS)
+        self.positive += counts[BINS:]
+        self.negative += counts[BINS - 1 :: -1]
         self.positive[0] -= zeros
 
     def _widen(self, amax: float) -> None:
@@ -135,12 +130,6 @@ class Histogram:
         histogram.elements, histogram.zeros, exponent, histogram.additions = (int(v) for v in state["counts"])
         histogram.exponent = None if exponent == -9999 else exponent
         return histogram
-
-
-def _count(values: NDArray[np.float32], low: float, high: float, *, bins: int) -> NDArray[np.int64]:
-    """(bins,) counts of the values in [low, high)."""
-    counts: NDArray[np.int64] = cv2.calcHist([values.reshape(1, -1)], [0], None, [bins], [low, high])
-    return counts.reshape(-1).astype(np.int64)
 
 
 # 99.9 % costs an FCOS seven points: large objects live in the tails (docs/int8.md).

@@ -49,6 +49,11 @@ def test_power_of_two_lies_inside_the_range() -> None:
     assert histogram.negative.sum() == 1
 
 
+def test_a_value_far_below_a_bins_width_keeps_its_sign() -> None:
+    histogram = filled(np.float32([-1e-30, 1e-30, 4095.0]))
+    assert (histogram.negative[0], histogram.positive[0]) == (1, 1)
+
+
 def test_exact_zeros_are_counted_apart() -> None:
     histogram = filled(np.float32([0.0, -0.0, 1e-6, 1.0]))
     assert (histogram.zeros, histogram.elements, int(histogram.positive.sum())) == (2, 4, 2)

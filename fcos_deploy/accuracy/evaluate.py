@@ -52,7 +52,7 @@ from fcos_deploy.accuracy.operating_point import (
     operating_problem,
 )
 from fcos_deploy.accuracy.predictions import DetectionRun, DetectionRuns, collect_detections
-from fcos_deploy.bundle.manifest import AccuracyFigure, Manifest
+from fcos_deploy.bundle.manifest import AccuracyFigure, Manifest, carried_scores
 from fcos_deploy.bundle.store import is_bundle, open_trusted
 from fcos_deploy.core.detections import Detections, pairwise_iou
 from fcos_deploy.core.enums import Orientation, Precision
@@ -330,11 +330,10 @@ def shared_with_calibration(
 
 
 def _carried(figures: Sequence[AccuracyFigure], run: DetectionRun, dataset: Dataset) -> Thresholds | None:
-    """The thresholds of the figure that fits the run best: one figure alone does, whatever ran."""
+    """The thresholds that a bundle carries for the run, if it does."""
     compute = run.description.get("compute", "")
-    fitting = [f for f in figures if len(figures) == 1 or (f.backend, str(f.precision)) == (run.backend, run.precision)]
-    fitting.sort(key=lambda figure: figure.details.get("compute", "") != compute)
-    return carried_thresholds(fitting[0].thresholds, dataset.class_names) if fitting and fitting[0].thresholds else None
+    scores = carried_scores(figures, backend=run.backend, precision=run.precision, compute=compute)
+    return carried_thresholds(scores, dataset.class_names) if scores else None
 
 
 def _score(

@@ -11,7 +11,7 @@ import math
 import re
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,6 +54,7 @@ __all__ = [
     "TensorFingerprint",
     "VersionRule",
     "bill_of_materials",
+    "carried_scores",
     "check_relative_path",
     "manifest_text",
     "parse_manifest",
@@ -289,6 +290,15 @@ class AccuracyFigure:
     score_drift: ScoreDrift | None = None
     thresholds: dict[str, float] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
+
+
+def carried_scores(
+    figures: Sequence[AccuracyFigure], *, backend: str, precision: str, compute: str
+) -> dict[str, float]:
+    """The score thresholds of the figure that fits best what runs: one figure alone does, whatever runs."""
+    fitting = [f for f in figures if len(figures) == 1 or (f.backend, str(f.precision)) == (backend, precision)]
+    fitting.sort(key=lambda figure: figure.details.get("compute", "") != compute)
+    return fitting[0].thresholds if fitting else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,13 @@ def predict_command(
         float | None,
         cli.DETECTION.option("Minimum score of a detection. Default: the model's.", min=0.0, max=1.0, metavar="SCORE"),
     ] = None,
+    operating_point: Annotated[
+        bool,
+        cli.DETECTION.option(
+            "Score threshold of each class as the bundle carries it: of best F1, or what --at-precision or --at-recall "
+            "chose. Classes without one have no detections."
+        ),
+    ] = False,
     backend: cli.Backend = "",
     precision: cli.BundlePrecision = None,
     session: SessionOptions,
@@ -109,9 +116,15 @@ def predict_command(
     _require_fitting(streamed, several=len(images) > 1, kept=kept, ends=bool(max_frames or max_seconds), draw=draw)
     session = replace(session, cache_dir=cache, checkpoint=options)
     opened = Detector.open(
-        model, backend=backend, precision=precision, options=session, score_threshold=score_threshold
+        model,
+        backend=backend,
+        precision=precision,
+        options=session,
+        score_threshold=score_threshold,
+        operating_point=operating_point,
     )
-    shown = _SHOWN if score_threshold is None else score_threshold
+    lowest = 0.0 if operating_point else _SHOWN
+    shown = lowest if score_threshold is None else score_threshold
     with opened as detector:
         for fallback in detector.fallbacks:
             note(f"fallback from {fallback.backend}: {fallback.reason}")

@@ -69,8 +69,8 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def above(self, score: float) -> Detections:
-        """Those with at least this score."""
+    def above(self, score: float | NDArray[np.float32]) -> Detections:
+        """Those with at least this score; of an array (n,), each with at least its own."""
         keep = self.scores >= score
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep])
 

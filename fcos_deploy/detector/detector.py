@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,12 +118,14 @@ class Detector:
         score_threshold: float | None = None,
         fallbacks: tuple[Fallback, ...] = (),
         batch: int | None = None,
+        class_scores: Mapping[str, float] | None = None,
     ) -> None:
         """Take over an open session; most callers use ``open``.
 
         ``score_threshold``: only detections with at least this score; None keeps the model's own threshold.
         ``fallbacks``: the backends of the bundle that were passed over for this session. ``batch``: the most images of
-        a request where the session leaves that open.
+        a request where the session leaves that open. ``class_scores``: by class name, the score that a detection must
+        exceed; those of other classes are left out.
 
         Raises:
             ConfigError: a score threshold below the one that the model's tail has built in.
@@ -134,6 +136,7 @@ class Detector:
         self.fallbacks = fallbacks
         self.file_bytes: int | None = None  # of the model's files, of a bundle those that ran; None: not from a file
         self._min_score = score_threshold
+        self._class_limits = None if class_scores is None else _class_limits(class_scores, contract.class_names)
         self._feeds = _Feeds(session, contract, batch=batch)
         self._turn = contextlib.nullcontext() if session.thread_safe else threading.Lock()
         # One more than cores, so that one prepares while the others compute; twice as many may wait.
@@ -148,13 +151,16 @@ class Detector:
         precision: Precision | None = None,
         options: SessionOptions | None = None,
         score_threshold: float | None = None,
+        operating_point: bool = False,
     ) -> Detector:
         """Open a checkpoint, an ONNX file, an OpenVINO IR, an engine or a bundle.
 
-        ``backend``: empty takes the default for the kind of file, or of the bundle.
+        ``backend``: empty takes the default for the kind of file, or of the bundle. ``operating_point``: each class has
+        the score threshold that the bundle carries for what runs; a class without one has no detections.
 
         Raises:
-            ConfigError: an unknown backend, one that does not open such files, or a precision that the model is not in.
+            ConfigError: an unknown backend, one that does not open such files, a precision that the model is not in, or
+                an operating point that it does not carry.
             BackendLoadError, CheckpointError, BundleError: a model that is missing, damaged or of a wrong kind.
             SignatureError: ``options.public_keys`` are given, and their owners did not sign the model.
             DeviceError: the device is not there; never another one in its place.
@@ -165,7 +171,9 @@ class Detector:
         for attempt in range(_REPLACED_TRIES):
             try:
                 source = _find_model(Path(model), backend=backend, precision=precision, options=options)
-                return cls._of_source(source, precision=precision, score_threshold=score_threshold)
+                return cls._of_source(
+                    source, precision=precision, score_threshold=score_threshold, operating_point=operating_point
+                )
             except BundleReplacedError:  # A redeploy while it was read: what was read is of no use, the new one is.
                 if attempt == _REPLACED_TRIES - 1:
                     raise
@@ -178,6 +186,7 @@ class Detector:
         *,
         precision: Precision | None,
         score_threshold: float | None,
+        operating_point: bool,
     ) -> Detector:
         """Open what was found; of a bundle only if all that was read came from the one that was checked."""
         options = source.options
@@ -210,6 +219,7 @@ class Detector:
                 score_threshold=score_threshold,
                 fallbacks=source.fallbacks,
                 batch=options.batch,
+                class_scores=_carried(source, session, contract) if operating_point else None,
             )
             detector.file_bytes = sum(path.stat().st_size for path in files_of(source.path))
             return detector
@@ -330,6 +340,9 @@ class Detector:
             )
             for index, letterbox in enumerate(letterboxes)
         ]
+        if self._class_limits is not None:
+            limits = self._class_limits
+            detections = [d.above(limits[np.clip(d.labels, -1, len(limits) - 1)]) for d in detections]
         return detections if self._min_score is None else [d.above(self._min_score) for d in detections]
 
     def close(self) -> None:
@@ -384,6 +397,37 @@ def _with_threshold(contract: ModelContract, score_threshold: float | None) -> M
             hint="export with a lower --score-threshold, or with --tail raw",
         )
     return replace(contract, decode=replace(contract.decode, score_threshold=score_threshold))
+
+
+def _class_limits(scores: Mapping[str, float], names: Sequence[str]) -> NDArray[np.float32]:
+    """(classes + 1,) the lowest score of each label that is kept; infinite without a threshold, as of other labels."""
+    known = {name.casefold(): score for name, score in scores.items()}
+    limits = np.array([*(known.get(name.casefold(), np.inf) for name in names), np.inf], np.float32)
+    return np.nextafter(limits, np.float32(np.inf))
+
+
+def _carried(source: _ModelSource, session: Session, contract: ModelContract) -> dict[str, float]:
+    """The score thresholds that the bundle carries for what runs.
+
+    Raises:
+        ConfigError: it carries none, or there is no bundle.
+    """
+    scores: dict[str, float] = {}
+    if source.bundle is not None:
+        from fcos_deploy.bundle.manifest import carried_scores
+
+        scores = carried_scores(
+            source.bundle.manifest.accuracy,
+            backend=source.backend.name,
+            precision=str(contract.precision),
+            compute=session.description.get("compute", ""),
+        )
+    if not scores:
+        raise ConfigError(
+            f"'{source.path.name}' carries no score thresholds for {source.backend.name} {contract.precision}.",
+            hint="give a bundle that was deployed with --annotations, or --score-threshold",
+        )
+    return scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -18,9 +19,11 @@ from calibration.mixed_precision import find_trade_offs
 from fcos_deploy.bundle import BundleWriter, open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core import libraries
+from fcos_deploy.core.backend import SessionOptions
 from fcos_deploy.core.enums import ArtifactKind, ComputeType, Precision
 from fcos_deploy.core.errors import AccuracyGateError
 from fcos_deploy.core.onnx_file import onnx_interface
+from fcos_deploy.detector import Detector
 from fcos_deploy.pipeline.deploy import DEMO_DATA
 from fcos_deploy.pipeline.inspect import inspect_bundle
 from fcos_deploy.pipeline.steps import quantize
@@ -81,6 +84,29 @@ def test_thresholds_of_a_bundle_are_the_operating_point_it_is_judged_at(deployed
         carried = figures[Precision.INT8, "f32"].thresholds  # a processor with bf16 has another figure besides
         assert ([point["score"] for point in points] == [carried[point["name"]] for point in points]) is not bool(goal)
     assert {"recall_drop", "ap_small"} <= set(content["variants"][-1])
+
+
+def test_the_operating_point_is_applied_where_it_is_asked_for(deployed: tuple[Path, Any]) -> None:
+    """Each class at the threshold that the bundle carries for what runs, from Python and on the command line."""
+    bundle, _ = deployed
+    image = next(iter(sorted((DEMO_DATA / "evaluation").glob("*.jpg"))))
+    figures = [f for f in open_bundle(bundle).manifest.accuracy if f.backend == "openvino"]
+    (carried,) = (f.thresholds for f in figures if (f.precision, f.details["compute"]) == (Precision.FP32, "f32"))
+    options: dict[str, Any] = {"precision": Precision.FP32, "options": SessionOptions(compute=ComputeType.F32)}
+    with Detector.open(bundle, **options) as detector:
+        limits = np.array([carried[name] for name in detector.names])
+        everything = detector.detect(image)
+        expected = everything.above((limits + 1e-7).astype(np.float32)[everything.labels])
+    with Detector.open(bundle, operating_point=True, **options) as detector:
+        kept = detector.detect(image)
+    assert 0 < len(kept) < len(everything)
+    assert kept.scores.tolist() == expected.scores.tolist()
+    words = ["predict", str(bundle), str(image), "--precision", "fp32", "--compute", "f32", "--operating-point"]
+    done = CliRunner().invoke(build_app(), [*words, "--json"])
+    assert len(json.loads(done.stdout)[0]["detections"]) == len(kept)
+    done = CliRunner().invoke(build_app(), ["predict", str(CHECKPOINT), str(image), "--operating-point"])
+    assert done.exit_code == 2
+    assert "carries no score thresholds" in " ".join(done.stderr.split())
 
 
 def test_what_is_said_of_thresholds_names_what_each_was_measured_in(deployed: tuple[Path, dict[str, object]]) -> None:

@@ -402,8 +402,9 @@ def _with_threshold(contract: ModelContract, score_threshold: float | None) -> M
 def _class_limits(scores: Mapping[str, float], names: Sequence[str]) -> NDArray[np.float32]:
     """(classes + 1,) the lowest score of each label that is kept; infinite without a threshold, as of other labels."""
     known = {name.casefold(): score for name, score in scores.items()}
-    limits = np.array([*(known.get(name.casefold(), np.inf) for name in names), np.inf], np.float32)
-    return np.nextafter(limits, np.float32(np.inf))
+    scores_of_labels = [*(known.get(name.casefold(), np.inf) for name in names), np.inf]
+    limits: NDArray[np.float32] = np.nextafter(np.array(scores_of_labels, np.float32), np.float32(np.inf))
+    return limits
 
 
 def _carried(source: _ModelSource, session: Session, contract: ModelContract) -> dict[str, float]:

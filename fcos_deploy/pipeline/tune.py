@@ -30,6 +30,7 @@ from fcos_deploy.accuracy.dataset import (
 from fcos_deploy.accuracy.evaluate import Evaluation, baseline_problem, evidence_problem, with_copies
 from fcos_deploy.accuracy.gate import Verdict, judge_ap
 from fcos_deploy.accuracy.predictions import collect_detections
+from fcos_deploy.benchmark.run import BenchmarkResult
 from fcos_deploy.bundle.manifest import MANIFEST_NAME
 from fcos_deploy.bundle.selection import select_artifact
 from fcos_deploy.bundle.store import is_bundle, open_trusted
@@ -146,9 +147,14 @@ def open_search(request: TuneRequest, *, progress: ProgressFn = no_progress) -> 
         yield search, Answer(search, dataset, folder=folder / "predictions", progress=progress)
 
 
+def _measured_alone(deployment: Deployment) -> BenchmarkResult:
+    """The result of the bundle's last artifact that has more than a latency."""
+    return next(r for r in reversed(deployment.benchmark.results) if r.throughput_fps is not None)
+
+
 def _load_sentence(deployment: Deployment) -> str:
     """What the bundle takes beside time as it opens by default: memory of a new process, and power where it is told."""
-    result = next(r for r in reversed(deployment.benchmark.results) if r.throughput_fps is not None)  # measured alone
+    result = _measured_alone(deployment)
     power, cold = result.power, result.cold_start
     parts = [] if cold is None else [f"{cold.peak_memory_mib:.0f} MiB of memory in a new process"]
     if power.watts is None:
@@ -156,6 +162,21 @@ def _load_sentence(deployment: Deployment) -> str:
     else:
         parts.append(f"{power.watts:.1f} W at full load ({power.source})")
     return f"as it opens by default {' and '.join(parts)}"
+
+
+def _memory_verdicts(request: TuneRequest, chosen: Configuration, deployment: Deployment) -> tuple[Verdict, ...]:
+    """The limit on memory, if there is one, held to what the bundle takes."""
+    limit, cold = request.max_memory_mib, _measured_alone(deployment).cold_start
+    if limit is None:
+        return ()
+    outcome, message = Outcome.INCONCLUSIVE, "memory was not measured: this model is no file that a new process opens"
+    if cold is not None:
+        outcome = Outcome.PASSED if cold.peak_memory_mib <= limit else Outcome.FAILED
+        message = f"{cold.peak_memory_mib:.0f} MiB of memory in a new process, at most {limit:g} asked for"
+    value = cold.peak_memory_mib if cold else None
+    return (
+        Verdict(name="max_memory_mib", subject=str(chosen), outcome=outcome, value=value, limit=limit, message=message),
+    )
 
 
 def _time_verdict(request: TuneRequest, chosen: Configuration, measured: Measured, *, limit: float) -> Verdict:
@@ -199,6 +220,7 @@ def _deploy_best(
         else:
             evaluation = deployment.evaluations.candidates[-1]  # behind the same in float32, if it is in bf16
             limits, limit = answer.judge_bundle(chosen, evaluation), search.request.max_ms
+            limits += _memory_verdicts(search.request, chosen, deployment)
             if failed := [verdict.message for verdict in limits if verdict.outcome is Outcome.FAILED]:
                 search.refused[chosen.engine] = "; ".join(failed)
             elif limit is not None:

@@ -416,9 +416,10 @@ def _graph_batch(configuration: Configuration) -> int | None:
 
 
 def _sized_options(options: CheckpointOptions, size: InputSize, spec: PreprocessSpec) -> CheckpointOptions:
-    if size.follows_image:
-        return override_options(options, {"shortest": size.height, "longest": size.width})
+    """``options`` with another size, and the rule by which images are resized if it goes with that."""
     values: dict[str, object] = {"input_size": (size.height, size.width)}
-    if spec.size_rule is SizeRule.STRETCH:
-        values["size_rule"] = SizeRule.STRETCH
+    if size.follows_image:
+        values = {"shortest": size.height, "longest": size.width}
+    if size_of(spec).follows_image == size.follows_image:
+        values["size_rule"] = spec.size_rule
     return override_options(options, values)

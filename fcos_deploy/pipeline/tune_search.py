@@ -236,11 +236,12 @@ class Trials:
 
     @staticmethod
     def load(path: Path) -> Measured | None:
-        """None where there is none, or a damaged one."""
+        """None where there is none, a damaged one, or one that other programs disturbed, which is measured again."""
         try:
-            return from_json(Measured, parse_json(path.read_bytes()))
+            measured = from_json(Measured, parse_json(path.read_bytes()))
         except (OSError, ValueError, ConfigError):
             return None
+        return None if measured.problem else measured
 
 
 class Search:

@@ -14,11 +14,13 @@ import pytest
 from fcos_deploy.accuracy.coco import ApInterval, Contender, Standing
 from fcos_deploy.accuracy.dataset import Dataset, EvaluationImage, GroundTruth
 from fcos_deploy.benchmark.measure import LatencyStats
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ComputeType, Precision
 from fcos_deploy.core.errors import BudgetError
 from fcos_deploy.core.gate import Judge, Outcome
-from fcos_deploy.pipeline import tune, tune_search
+from fcos_deploy.core.preprocess import PreprocessSpec, SizeRule
+from fcos_deploy.pipeline import tune, tune_models, tune_search
 from fcos_deploy.pipeline.tune_models import Configuration, InputSize
 from fcos_deploy.pipeline.tune_search import Measured, Search, TuneRequest
 from fcos_deploy.report.tuning import PointStatus
@@ -316,6 +318,24 @@ def test_an_ap_is_decided_only_where_evaluating_would_decide_it(
     (verdict,) = answer.verdicts
     assert verdict.outcome is (Outcome.INCONCLUSIVE if said else Outcome.PASSED)
     assert said in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "kept"),
+    [
+        ("mmdetection-fix-scale", "640:1066", "mmdetection-fix-scale"),
+        ("stretch", "320x416", "stretch"),
+        ("letterbox", "320x416", "letterbox"),
+        ("mmdetection-fix-scale", "320x416", None),  # a canvas is filled keeping the ratio
+        ("stretch", "640:1066", None),  # of edges the ecosystem's own
+    ],
+)
+def test_another_size_is_reached_by_the_same_rule(rule: str, size: str, kept: str | None) -> None:
+    sides: dict[str, Any] = {"height": 640, "width": 800} if rule in ("stretch", "letterbox") else {}
+    edges = {"shortest": 800, "longest": 1333}
+    spec = PreprocessSpec(mean=(0.0,) * 3, std=(1.0,) * 3, size_rule=SizeRule(rule), **(sides or edges))
+    options = tune_models._sized_options(CheckpointOptions(size_rule=spec.size_rule), InputSize.parse(size), spec)
+    assert options.size_rule == kept
 
 
 class Surface:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration import execution
+from calibration import execution, mixed_precision
 from calibration.calibrate import Calibration, StatisticsOptions, collect_ranges
 from calibration.dataset import collect_images
 from calibration.execution import compare_models
 from calibration.mixed_precision import (
     AccuracyGoal,
+    DetectionEffect,
     ScoreLoss,
     acceptable,
     detection_effect,
@@ -139,6 +140,29 @@ def test_a_candidate_that_misses_another_limit_does_not_reach_the_goal(
     result = search((mini_graph, mini_calibration), strict, tmp_path / "q.onnx", folder=two_images)
     assert len(result.chosen.ignored_layers) >= 1
     assert [trial.refused for trial in result.trials if not trial.ignored_layers] == [True]
+
+
+@pytest.mark.parametrize(("enough", "images"), [(1, 2), (100, 2), (10_000, 8)])
+def test_layers_are_ranked_on_as_few_images_as_show_enough(
+    hard: tuple[ConvGraph, Calibration],
+    score: Score,
+    smooth_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    enough: int,
+    images: int,
+) -> None:
+    """Each costs an inference a layer; one image of this detector has eighty locations."""
+    ranked_on: list[int] = []
+
+    def effect(reference: Any, results: Any) -> DetectionEffect:
+        ranked_on.append(len(results))
+        return detection_effect(reference, results)
+
+    monkeypatch.setattr(mixed_precision, "_RANKING_LOCATIONS", enough)
+    monkeypatch.setattr(mixed_precision, "detection_effect", effect)
+    search(hard, score, tmp_path / "q.onnx", folder=smooth_images, evaluations=2)
+    assert set(ranked_on) == {images}
 
 
 def test_unreachable_goal_is_refused_and_the_float_graph_intact(

@@ -190,26 +190,54 @@ def executed_share(graph: ConvGraph, result: Path, backend: str) -> ExecutedShar
     return ExecutedShare(sum(macs[name] for name in quantized), sum(macs.values()))
 
 
-_MACS: dict[str, dict[str, int]] = {}  # by hash of the graph
-
-
 def conv_macs(graph: ConvGraph) -> dict[str, int]:
-    """Multiply-accumulates of each convolution node for one run, from the shapes that a run shows."""
-    if graph.source.sha256 in _MACS:
-        return _MACS[graph.source.sha256]
-    shapes = {conv.name: f"fcos_deploy.shape:{conv.output}" for conv in graph.convs}
-    # The shapes alone: the outputs themselves are gigabytes at 800x1333.
-    model = with_outputs(
-        graph.source.model, shapes.values(), types=dict.fromkeys(shapes.values(), onnx.TensorProto.INT64)
-    )
-    model.graph.node.extend(onnx.helper.make_node("Shape", [c.output], [shapes[c.name]]) for c in graph.convs)
-    with open_engine("onnxruntime", model) as session:
-        outputs = session.run(Feeder(graph.source)(_gradient()))
-    macs = {
-        conv.name: math.prod(outputs[shapes[conv.name]].tolist()) * math.prod(graph.initializers[conv.weight].dims[1:])
+    """Multiply-accumulates of each convolution node for one run on a landscape image."""
+    feeds = Feeder(graph.source)(_gradient())
+    shapes = _inferred_shapes(graph.source.model, feeds)
+    unknown = [conv.output for conv in graph.convs if conv.output not in shapes]
+    if unknown:
+        # The shapes alone: the outputs themselves are gigabytes at 800x1333.
+        names = {f"fcos_deploy.shape:{output}": output for output in unknown}
+        model = with_outputs(graph.source.model, names, types=dict.fromkeys(names, onnx.TensorProto.INT64))
+        model.graph.node.extend(onnx.helper.make_node("Shape", [output], [name]) for name, output in names.items())
+        with open_engine("onnxruntime", model) as session:
+            shapes |= {names[n]: tuple(v.tolist()) for n, v in session.run(feeds).items() if n in names}
+    return {
+        conv.name: math.prod(shapes[conv.output]) * math.prod(graph.initializers[conv.weight].dims[1:])
         for conv in graph.convs
     }
-    return _MACS.setdefault(graph.source.sha256, macs)
+
+
+_SIZES = 64  # elements of a constant that may be a size; weights have more, and stay out of a model that is copied
+
+
+def _inferred_shapes(model: Any, feeds: Tensors) -> dict[str, tuple[int, ...]]:
+    """The shapes that an onnx.ModelProto gives to tensors for such feeds, as far as ONNX knows its operators."""
+    bare = onnx.ModelProto()
+    bare.ir_version = model.ir_version
+    bare.opset_import.extend(model.opset_import)
+    bare.functions.extend(model.functions)
+    bare.graph.name = model.graph.name
+    bare.graph.node.extend(model.graph.node)
+    bare.graph.output.extend(model.graph.output)
+    value = onnx.helper.make_tensor_value_info
+    for given in model.graph.input:
+        bare.graph.input.append(value(given.name, given.type.tensor_type.elem_type, feeds[given.name].shape))
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= _SIZES:
+            bare.graph.initializer.append(tensor)
+        else:
+            bare.graph.input.append(value(tensor.name, tensor.data_type, tensor.dims))
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    except onnx.shape_inference.InferenceError:
+        return {}
+    described = {info.name: info.type.tensor_type.shape.dim for info in (*inferred.value_info, *inferred.output)}
+    return {
+        name: tuple(dim.dim_value for dim in dims)
+        for name, dims in described.items()
+        if dims and all(dim.HasField("dim_value") for dim in dims)
+    }
 
 
 def _int8_in_onnxruntime(result: Path, graph: ConvGraph) -> set[str]:

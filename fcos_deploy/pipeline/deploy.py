@@ -396,7 +396,6 @@ def _variants(
 ) -> tuple[ReportVariant, ...]:
     """The reference, and the variants with the share of each that its runtime really executes in INT8."""
     from calibration.execution import PROFILERS, executed_share
-    from calibration.placement import open_graph
 
     shown = []
     shares: dict[tuple[Path, str], float | None] = {}  # the same for a model's floats in float32 and in bf16
@@ -411,7 +410,7 @@ def _variants(
             if key not in shares:
                 lineage = context.writer.lineage(variant.artifact)
                 source = next(artifact for artifact in lineage if artifact.precision is Precision.FP32)
-                shares[key] = executed_share(open_graph(context.writer.path(source.path)), *key).share
+                shares[key] = executed_share(context.conv_graph(source), *key).share
             share = shares[key]
         shown.append(ReportVariant(label=variant.label, evaluation=evaluation, result=result, int8_share=share))
     return tuple(shown)

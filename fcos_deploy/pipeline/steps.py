@@ -295,13 +295,13 @@ class DeployContext:
             self.engines[backend, sha256] = exporter.build(BuildRequest(source=graph, output=output))
         return self.engines[backend, sha256].files[0]
 
-    def conv_graph(self, graph: Graph) -> ConvGraph:
+    def conv_graph(self, graph: Artifact) -> ConvGraph:
         """A float graph as calibration and quantizers read it, opened once."""
         from calibration.placement import open_graph
 
-        if graph.artifact.sha256 not in self._graphs:
-            self._graphs[graph.artifact.sha256] = open_graph(graph.path)
-        return self._graphs[graph.artifact.sha256]
+        if graph.sha256 not in self._graphs:
+            self._graphs[graph.sha256] = open_graph(self.writer.path(graph.path))
+        return self._graphs[graph.sha256]
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +409,7 @@ def calibrate(context: DeployContext, source: Graph) -> Calibrated:
 
     def make(folder: Path) -> StepOutput:
         state = context.writer.scratch / f"{name}.state"
-        ranges = collect_ranges(context.conv_graph(source), images, state=state, progress=context.progress)
+        ranges = collect_ranges(context.conv_graph(source.artifact), images, state=state, progress=context.progress)
         save_calibration(ranges, folder / name)
         return StepOutput()
 
@@ -490,7 +490,7 @@ def quantize(
 
     def make(folder: Path) -> StepOutput:
         quantization = QuantizeRequest(
-            graph=context.conv_graph(source),
+            graph=context.conv_graph(source.artifact),
             output=folder / name,
             placement=policy,
             calibration=load_calibration(calibrated.path),

@@ -368,7 +368,7 @@ class TuneModels:
             # The layers are those of the graph that was calibrated; only the size of what goes through them differs.
             ranges: Calibration = replace(load_calibration(path), graph_sha256=source.artifact.sha256)
             request = QuantizeRequest(
-                graph=context.conv_graph(source),
+                graph=context.conv_graph(source.artifact),
                 output=folder / name,
                 placement=policy,
                 calibration=ranges,
@@ -389,7 +389,7 @@ class TuneModels:
         if own is context or self._own_ranges:
             return calibrate(context, source).path
         shared = calibrate(own, self._export(own, Precision.FP32, backend=backend)).path
-        if set(context.conv_graph(source).activations) <= set(load_calibration(shared).tensors):
+        if set(context.conv_graph(source.artifact).activations) <= set(load_calibration(shared).tensors):
             return shared
         return calibrate(context, source).path
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration import execution
 from calibration.dataset import collect_images
-from calibration.execution import executed_share
+from calibration.execution import conv_macs, executed_share
 from calibration.placement import PLACEMENTS, ActivationFormat, ConvGraph, WeightRange, open_graph
 from calibration.quantizers import (
     QuantizedOnnx,
@@ -23,10 +24,14 @@ from calibration.quantizers import (
     quantize_weight,
 )
 from calibration.ranges import Range
+from exporters.torch_onnx import export_onnx
+from fcos_deploy.checkpoints.load import load_checkpoint
 from fcos_deploy.core.artifact import read_contract
+from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import Precision
 from fcos_deploy.core.errors import CalibrationError, ConfigError
 from fcos_deploy.core.onnx_file import with_outputs
+from fcos_deploy.core.progress import INFERENCES
 
 onnx = pytest.importorskip("onnx")
 
@@ -81,6 +86,23 @@ def test_runtime_executes_it_in_int8(
     # The prediction layers of this small graph are 4 % of the work; the CPU placement keeps them float.
     assert executed.share > 0.95
     assert executed.total_macs == 2_276_096
+
+
+@pytest.mark.parametrize("size", ["fixed", "dynamic"])
+def test_multiply_accumulates_need_no_run_and_are_those_of_one(
+    size: str, mini_graph: ConvGraph, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = mini_graph
+    if size == "dynamic":
+        loaded = load_checkpoint(tiny_checkpoint, options=CheckpointOptions(shortest=96, longest=160))
+        export_onnx(loaded, tmp_path / "dynamic.onnx")
+        graph = open_graph(tmp_path / "dynamic.onnx")
+    before = INFERENCES.count
+    macs = conv_macs(graph)
+    assert INFERENCES.count == before
+    monkeypatch.setattr(execution, "_inferred_shapes", lambda *_: {})
+    assert conv_macs(graph) == macs
+    assert INFERENCES.count == before + 1
 
 
 def test_float_graph_executes_nothing_in_int8(mini_graph: ConvGraph) -> None:

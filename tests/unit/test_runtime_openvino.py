@@ -171,6 +171,9 @@ def test_compiled_models_stay_in_memory_while_that_is_asked_for(
         first, again = opened(tiny_ir), opened(tmp_path / "copy.xml")
         assert (first[0], again[0]) == ("miss", "hit")
         np.testing.assert_array_equal(first[1]["cls_logits"], again[1]["cls_logits"])
+        with _OPENVINO.open(tiny_ir, SessionOptions(threads=1)) as beside:
+            opened(tiny_ir)  # and closed, which takes nothing from the session beside it
+            np.testing.assert_array_equal(beside.run(feed)["cls_logits"], first[1]["cls_logits"])
         assert opened(tiny_ir, threads=2)[0] == "miss"
         _copy_ir(tmp_path / "changed.xml", tmp_path / "copy.xml")
         cached, outputs = opened(tmp_path / "copy.xml")

@@ -1,7 +1,8 @@
 """ONNX Runtime.
 
 Measured with a raw tail of 640x640 and 80 classes (2.9 MB of outputs): ``run`` hands its outputs over without a copy,
-and I/O binding with preallocated outputs is not faster, so sessions call plain ``run``.
+so sessions call plain ``run``. I/O binding saves what ``run`` does with names and arrays, and outputs always lie in the
+same memory: ``bound``, for image after image.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,33 @@ class _OnnxRuntimeSession(Session):
             return dict(zip(self._names, session.run(self._names, feeds), strict=True))
         except self._errors as error:
             raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+
+    def _bound(self, feeds: Tensors) -> Callable[[], Tensors]:
+        session = self._session
+        if (
+            session is None
+            or session.get_providers()[0] != _CPU
+            or not all(a.flags.c_contiguous for a in feeds.values())
+        ):
+            return super()._bound(feeds)
+        outputs: Tensors = {}
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+        def infer() -> Tensors:
+            if outputs:
+                try:
+                    session.run_with_iobinding(binding)
+                except self._errors as error:
+                    raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            else:  # Their shapes are known once they are there.
+                outputs.update({name: array.copy() for name, array in self._run(feeds).items()})
+                for name, array in outputs.items():
+                    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            return outputs
+
+        return infer
 
     def _close(self) -> None:
         self._session = None

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,6 +122,16 @@ class _Request:
         self._request.wait()
         return {name: self._request.get_output_tensor(i).data for i, name in enumerate(self._outputs)}
 
+    def place_outputs(self, arrays: Sequence[NDArray[Any]]) -> None:
+        """Have the outputs of all further inferences in these arrays, which are as large as they."""
+        for index, array in enumerate(arrays):
+            self._request.set_output_tensor(index, ov.Tensor(array, shared_memory=True))
+
+    def run_again(self) -> None:
+        """Another inference of the arrays that ``start`` was given, into those of ``place_outputs``."""
+        self._request.start_async()
+        self._request.wait()
+
 
 class _OpenVinoSession(Session):
     def __init__(self, compiled: Any, *, description: Mapping[str, str]) -> None:
@@ -148,6 +158,31 @@ class _OpenVinoSession(Session):
             request.start(feeds)
             return request.finish()
 
+    def _bound(self, feeds: Tensors) -> Callable[[], Tensors]:
+        with _errors_in_words():
+            request = _Request(self.compiled, self._names)
+        outputs: Tensors = {}
+
+        def infer() -> Tensors:
+            if outputs:
+                try:
+                    request.run_again()
+                except RuntimeError as error:
+                    raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
+            else:  # Their shapes are known once they are there.
+                with _errors_in_words():
+                    request.start(feeds)
+                    outputs.update(_copied(request.finish()))
+                    request.place_outputs(list(outputs.values()))
+            return outputs
+
+        return infer
+
+    @property
+    def at_a_time(self) -> int:
+        """As the base class says."""
+        return int(self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+
     def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
         """As many requests at a time as OpenVINO finds best.
 
@@ -158,8 +193,7 @@ class _OpenVinoSession(Session):
             if self.compiled is None:
                 raise BackendError("The session is closed.")
             if not self._ring:
-                count = int(self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-                self._ring = [_Request(self.compiled, self._names) for _ in range(count)]
+                self._ring = [_Request(self.compiled, self._names) for _ in range(self.at_a_time)]
             return _through(self._ring, feeds)
 
     def _close(self) -> None:

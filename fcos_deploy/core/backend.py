@@ -179,7 +179,7 @@ class Session(ABC):
 
     ``thread_safe`` says whether ``run`` may be called from several threads at a time. ``contract`` is the artifact's
     own, where the backend knows it. ``max_batch`` is the largest batch that a dynamic first axis takes, None: any.
-    With ``workers`` > 1, ``run_many`` has so many requests at a time, each in a thread of its own.
+    With ``workers`` > 1, ``run_many`` has so many requests ``at_a_time``, each in a thread of its own.
     """
 
     thread_safe = True
@@ -199,12 +199,18 @@ class Session(ABC):
         self.description = dict(description)  # backend, version, device, compute type, ...: for records and reports
         self._closed = False
         self._process = os.getpid()
+        self._workers = workers
         self._pool = ThreadPoolExecutor(workers, self.description.get("backend", "")) if workers > 1 else None
 
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
         return self._closed
+
+    @property
+    def at_a_time(self) -> int:
+        """How many requests ``run_many`` has at a time."""
+        return self._workers
 
     def run(self, feeds: Tensors) -> Tensors:
         """One inference. Outputs may be views that the next call overwrites only if ``thread_safe`` is False.
@@ -222,6 +228,26 @@ class Session(ABC):
         self._check(feeds)
         INFERENCES.add()
         return self._borrow(feeds)
+
+    def bound(self, feeds: Tensors) -> Callable[[], Tensors]:
+        """Inferences of these very arrays, whose values may change in between: as ``borrow``, for the calling thread.
+
+        Where the outputs of each one lie in the same memory, their dictionary is the same object. Whether this is the
+        process that opened the session is the caller's to see to.
+
+        Raises:
+            TensorMismatchError: as ``run``; a call raises BackendError.
+        """
+        self._check(feeds)
+        infer = self._bound(feeds)
+
+        def count_and_infer() -> Tensors:
+            if self._closed:
+                raise BackendError("The session is closed.")
+            INFERENCES.add()
+            return infer()
+
+        return count_and_infer
 
     def run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
         """One inference for each of ``feeds``, results in their order; at a time as many as the runtime sees fit."""
@@ -255,7 +281,7 @@ class Session(ABC):
         if self._closed:
             raise BackendError("The session is closed.")
         names = {spec.name for spec in self.inputs}
-        if set(feeds) != names:
+        if feeds.keys() != names:
             raise TensorMismatchError(f"The inputs must be {sorted(names)}, got {sorted(feeds)}.")
         for spec in self.inputs:
             spec.check(feeds[spec.name])
@@ -280,6 +306,9 @@ class Session(ABC):
 
     def _borrow(self, feeds: Tensors) -> Tensors:
         return self._run(feeds)
+
+    def _bound(self, feeds: Tensors) -> Callable[[], Tensors]:
+        return functools.partial(self._borrow, feeds)
 
     def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
         return list(self._pool.map(self._run, feeds) if self._pool else map(self._run, feeds))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fcos_deploy.core.enums import CenterMode, StrEnum
 from fcos_deploy.core.errors import ConfigError, TensorMismatchError
-from fcos_deploy.core.native import NATIVE_TYPES, Native, Passing, Selection, native
+from fcos_deploy.core.native import NATIVE_TYPES, Finish, Finisher, Native, Passing, Selection, native
 
 __all__ = [
     "ALL_CANDIDATES",
@@ -29,6 +29,7 @@ __all__ = [
     "ScoreForm",
     "best_first",
     "decode",
+    "finisher",
     "level_sizes",
     "location_centers",
     "location_strides",
@@ -426,6 +427,32 @@ def passing_pairs(
     if not passing.complete:  # equal ranks, which no bound separates, or a rule without a limit
         passing = scan(bounds, capacity=int(passing.counts.sum()))
     return Passing(passing, sigmoid(passing.values), logits.shape[1], distances), finite
+
+
+def finisher(
+    library: Native,
+    head: HeadOutputs,
+    spec: DecodeSpec,
+    *,
+    input_size: tuple[int, int],
+    rules: tuple[Selection, Finish],
+) -> Finisher | None:
+    """The compiled loops in one call, for outputs that are overwritten in place; None where they do not go into one.
+
+    Errors are those of ``decode``.
+    """
+    ends, arrays = _level_ends(input_size, spec.strides), (head.cls_logits, head.centerness, head.distances)
+    _check_shapes(head, input_size, locations=int(ends[-1]))
+    if spec.profile.rank_per_location or not all(array.flags.c_contiguous for array in arrays):
+        return None
+    return library.finisher(
+        *arrays,
+        bound=_gate_logit(spec.profile.gate, spec.score_threshold),
+        ends=ends,
+        capacity=_room(head.cls_logits),
+        selection=rules[0],
+        finish=rules[1],
+    )
 
 
 def selection(spec: DecodeSpec, *, input_size: tuple[int, int], best_first: bool) -> Selection:

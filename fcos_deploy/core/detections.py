@@ -22,17 +22,28 @@ from fcos_deploy.core.decode import (
     NmsSpace,
     best_first,
     decode,
+    finisher,
     native_for,
     passing_pairs,
     selection,
 )
 from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import BackendError, ConfigError, MissingDependencyError, TensorMismatchError
-from fcos_deploy.core.native import NATIVE_TYPES, Finish, Native, Selection, SuppressionRule, native
+from fcos_deploy.core.native import (
+    NATIVE_TYPES,
+    DetectionArrays,
+    Finish,
+    Finisher,
+    Native,
+    Selection,
+    SuppressionRule,
+    native,
+)
 from fcos_deploy.core.preprocess import Letterbox
 
 __all__ = [
     "Detections",
+    "Postprocessor",
     "Suppression",
     "box_iou",
     "image_sizes_row",
@@ -65,6 +76,16 @@ class Detections:
         if not (fits and typed):
             got = ", ".join(f"{a.dtype}{list(a.shape)}" for a in (self.boxes, self.scores, self.labels))
             raise ConfigError(f"Detections must be float32[n, 4], float32[n] and int64[n], got {got}.")
+
+    @classmethod
+    def unchecked(
+        cls, boxes: NDArray[np.float32], scores: NDArray[np.float32], labels: NDArray[np.int64]
+    ) -> Detections:
+        """Of arrays that are made as they have to be."""
+        detections = object.__new__(cls)
+        for name, array in (("boxes", boxes), ("scores", scores), ("labels", labels)):
+            object.__setattr__(detections, name, array)
+        return detections
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -222,50 +243,82 @@ def image_sizes_row(letterbox: Letterbox) -> NDArray[np.float32]:
     return np.array(sizes, np.float32)
 
 
+class Postprocessor:
+    """``postprocess`` of outputs that a runtime overwrites in place; one thread at a time.
+
+    ``outputs`` are those of ``contract.tail``; nothing in a result shares memory with them. ``input_size`` is the
+    padded (H, W) of the batch.
+
+    Raises:
+        TensorMismatchError: an output is missing or its shape does not fit.
+    """
+
+    def __init__(
+        self,
+        outputs: Outputs,
+        contract: ModelContract,
+        *,
+        index: int,
+        input_size: tuple[int, int],
+        letterbox: Letterbox,
+    ) -> None:
+        missing = sorted(set(contract.outputs) - set(outputs))
+        if missing:
+            raise TensorMismatchError(f"The outputs must be {sorted(contract.outputs)}, {missing} are missing.")
+        self._of_image: Outputs = {name: outputs[name][index] for name in contract.outputs}
+        self._contract, self._index, self._input_size, self._letterbox = contract, index, input_size, letterbox
+        self._head: HeadOutputs | None = None
+        self._library: Native | None = None
+        self._finisher: Finisher | None = None
+        if contract.tail is Tail.RAW:
+            self._head = HeadOutputs(*(self._of_image[name] for name in ("cls_logits", "distances", "centerness")))
+            self._library = native_for(self._head)
+        if self._head is not None and self._library is not None:
+            self._rules = _native_rules(contract.decode, input_size, letterbox)
+            self._finisher = finisher(
+                self._library, self._head, contract.decode, input_size=input_size, rules=self._rules
+            )
+
+    def __call__(self) -> Detections:
+        """Detections of what the outputs are now.
+
+        Raises:
+            BackendError: an output is not finite. A NaN passes no threshold, so that it would look like an empty image.
+        """
+        arrays = self._finisher() if self._finisher is not None else None
+        if arrays is None and self._library is not None and self._head is not None:
+            arrays = self._detect_native(self._library, self._head)
+        return self._detect() if arrays is None else Detections.unchecked(*arrays)
+
+    def _detect_native(self, library: Native, head: HeadOutputs) -> DetectionArrays | None:
+        """The compiled loops one after the other; None if an output is not finite."""
+        passing, finite = passing_pairs(library, head, self._contract.decode, input_size=self._input_size)
+        centerness = np.ascontiguousarray(head.centerness)
+        if not (finite and library.all_finite(centerness) and library.all_finite(passing.distances)):
+            return None
+        return library.detect(passing, *self._rules)
+
+    def _detect(self) -> Detections:
+        contract, letterbox, of_image = self._contract, self._letterbox, self._of_image
+        if contract.tail is Tail.NMS:  # Rows beyond the count are not written by every runtime.
+            of_image = _used_rows(of_image)
+        for name, array in of_image.items():
+            _check_finite(name, array, index=self._index)
+        with np.errstate(over="ignore"):  # The sum of two finite halves may not be one.
+            candidates = _candidates(of_image, contract, self._input_size)
+            if contract.tail is not Tail.NMS:
+                candidates = _suppressed(candidates, contract.decode, self._input_size, letterbox)
+            return _finish(candidates, contract.decode, letterbox)
+
+
 def postprocess(
     outputs: Outputs, contract: ModelContract, *, index: int, input_size: tuple[int, int], letterbox: Letterbox
 ) -> Detections:
     """Detections of image ``index`` of a batch, in image pixels, with ``label_map`` applied.
 
-    ``outputs`` are those of ``contract.tail``; nothing in the result shares memory with them. ``input_size`` is the
-    padded (H, W) of the batch.
-
-    Raises:
-        TensorMismatchError: an output is missing or its shape does not fit.
-        BackendError: an output is not finite. A NaN passes no threshold, so that it would look like an empty image.
+    Arguments and errors are those of ``Postprocessor``.
     """
-    missing = sorted(set(contract.outputs) - set(outputs))
-    if missing:
-        raise TensorMismatchError(f"The outputs must be {sorted(contract.outputs)}, {missing} are missing.")
-    of_image: Outputs = {name: outputs[name][index] for name in contract.outputs}
-    if contract.tail is Tail.RAW:
-        head = HeadOutputs(of_image["cls_logits"], of_image["distances"], of_image["centerness"])
-        library = native_for(head)
-        if library is not None:
-            detections = _detect_native(library, head, contract.decode, input_size, letterbox)
-            if detections is not None:
-                return detections
-    if contract.tail is Tail.NMS:  # Rows beyond the count are not written by every runtime.
-        of_image = _used_rows(of_image)
-    for name, array in of_image.items():
-        _check_finite(name, array, index=index)
-    with np.errstate(over="ignore"):  # The sum of two finite halves may not be one.
-        candidates = _candidates(of_image, contract, input_size)
-        if contract.tail is not Tail.NMS:
-            candidates = _suppressed(candidates, contract.decode, input_size, letterbox)
-        return _finish(candidates, contract.decode, letterbox)
-
-
-def _detect_native(
-    library: Native, head: HeadOutputs, spec: DecodeSpec, input_size: tuple[int, int], letterbox: Letterbox
-) -> Detections | None:
-    """As the steps of ``postprocess`` after each other; None if an output is not finite."""
-    passing, finite = passing_pairs(library, head, spec, input_size=input_size)
-    centerness = np.ascontiguousarray(head.centerness)
-    if not (finite and library.all_finite(centerness) and library.all_finite(passing.distances)):
-        return None
-    boxes, scores, channels = library.detect(passing, *_native_rules(spec, input_size, letterbox))
-    return Detections(boxes, scores, _labels(channels, spec))
+    return Postprocessor(outputs, contract, index=index, input_size=input_size, letterbox=letterbox)()
 
 
 @functools.lru_cache(maxsize=64)
@@ -275,8 +328,10 @@ def _native_rules(spec: DecodeSpec, input_size: tuple[int, int], letterbox: Lett
     final = profile.box_filter is BoxFilter.AFTER_FINAL_CLIP
     # Suppression sorts by score anyway, and candidates of equal scores have the order of their ranks.
     ranked = profile.sort_by_score and profile.rank is not profile.score
-    return selection(spec, input_size=input_size, best_first=ranked), Finish(
+    label_map = np.array(spec.label_map, np.int64)
+    finish = Finish(
         suppression=_native_suppression(_suppression(spec)),
+        label_map=label_map.ctypes.data if spec.label_map else None,
         clip=_CLIPS[profile.clip](input_size, letterbox) or _NO_CLIP,
         final_clip=(letterbox.image_width, letterbox.image_height) if final else _NO_CLIP,
         to_image=tuple(letterbox.to_image(np.ones((1, 4), np.float32))[0].tolist()),
@@ -286,6 +341,8 @@ def _native_rules(spec: DecodeSpec, input_size: tuple[int, int], letterbox: Lett
         class_agnostic=spec.class_agnostic,
         sort_by_score=profile.sort_by_score,
     )
+    finish.labels = label_map  # which the address is of
+    return selection(spec, input_size=input_size, best_first=ranked), finish
 
 
 def _check_finite(name: str, array: NDArray[Any], *, index: int) -> None:

@@ -269,6 +269,8 @@ def image_pixels(image: object, *, orientation: Orientation = Orientation.EXIF) 
     Raises:
         ImageError: it is neither an array, nor a path, nor the bytes of a file, nor an image of Pillow.
     """
+    if isinstance(image, np.ndarray):
+        return image
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decode_image(bytes(image), path=Path("in memory"), orientation=orientation)
     if isinstance(image, (str, Path)):

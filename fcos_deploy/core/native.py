@@ -3,7 +3,9 @@
 The others are NumPy's in ``decode`` and ``detections``, and OpenCV's in ``preprocess``.
 
 Both give the same results to the bit (``tests/unit/test_native.py``). The library has a plain C interface, so that one
-file serves every Python; its loops run without the interpreter's lock.
+file serves every Python; its loops run without the interpreter's lock. What is the same for each image of a size is
+laid out once (``Resizer``, ``Finisher``): after a network the caches hold nothing of ours, and what Python does for one
+call takes ten times as long as when it is repeated.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +28,11 @@ from fcos_deploy.core.errors import ConfigError
 __all__ = [
     "NATIVE_TYPES",
     "SWITCH",
+    "DetectionArrays",
     "Finish",
+    "Finisher",
     "Native",
+    "Resizer",
     "Scan",
     "Selection",
     "SuppressionRule",
@@ -36,12 +42,15 @@ __all__ = [
 
 SWITCH = "FCOS_DEPLOY_NATIVE"  # 0: NumPy. 1: the library, or an error. Otherwise: the library if it is there.
 _FILE = Path(__file__).with_name("c") / "host.so"
-_INTERFACE = 3  # INTERFACE in host.c
+_INTERFACE = 4  # INTERFACE in host.c
 NATIVE_TYPES = (np.float32, np.float16)  # of the arrays that the library takes
 _BLOCK = 64  # BLOCK in host.c
+_NO_MEMORY = -1  # NO_MEMORY in host.c
 _KEPT = 100_000  # pairs: 1.2 MB a thread
+_MOST_ROWS = 4096  # detections that a Finisher has room for, however many are allowed
 
 _POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_HEAD = object.__basicsize__  # bytes of a Python object before its own fields
 
 
 class _Pairs(ctypes.Structure):
@@ -91,7 +100,7 @@ class Finish(ctypes.Structure):
     """From candidates to detections in image pixels."""
 
     _fields_ = (
-        ("suppression", SuppressionRule),
+        *(("suppression", SuppressionRule), ("label_map", _POINTER)),
         *(("clip", ctypes.c_float * 2), ("final_clip", ctypes.c_float * 2), ("to_image", ctypes.c_float * 4)),
         ("min_size", ctypes.c_float),
         *((name, _NUMBER) for name in ("drops_small", "in_image_pixels", "class_agnostic", "sort_by_score")),
@@ -99,7 +108,39 @@ class Finish(ctypes.Structure):
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = (("boxes", _POINTER), ("scores", _POINTER), ("channels", _POINTER))
+    _fields_ = (("boxes", _POINTER), ("scores", _POINTER), ("labels", _POINTER), ("room", _COUNT))
+
+
+class _Image(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("logits", "centerness", "distances", "bound", "ends")),
+        *(("levels", _COUNT), ("capacity", _COUNT)),
+        *((name, _POINTER) for name in ("flat", "values", "counts", "exponential", "data", "selection", "finish")),
+        *(("out", _Rows), ("classes", _NUMBER)),
+        *((name, _NUMBER) for name in ("half_logits", "half_centerness", "half_distances")),
+    )
+
+
+class _Resize(ctypes.Structure):
+    _fields_ = (
+        *(("planes", _POINTER * 3), ("plane_row", _COUNT), ("height", _COUNT), ("width", _COUNT)),
+        *(("new_height", _COUNT), ("new_width", _COUNT), ("room", _POINTER)),
+    )
+
+
+class _Array(ctypes.Structure):
+    """The first fields of PyArrayObject_fields (numpy/ndarraytypes.h)."""
+
+    _fields_ = (("data", _POINTER), ("dimensions", ctypes.c_int), ("shape", _POINTER), ("strides", _POINTER))
+
+
+class _Ufunc(ctypes.Structure):
+    """The first fields of PyUFuncObject (numpy/ufuncobject.h)."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("inputs", "outputs", "arguments", "identity")),
+        *(("functions", ctypes.POINTER(_POINTER)), ("data", ctypes.POINTER(_POINTER)), ("types", ctypes.c_int)),
+    )
 
 
 _ARGUMENTS: dict[str, tuple[type[Any], ...]] = {  # Any: ctypes' simple types
@@ -118,10 +159,10 @@ _ARGUMENTS: dict[str, tuple[type[Any], ...]] = {  # Any: ctypes' simple types
     "host_largest": (_POINTER, _NUMBER, _COUNT, _NUMBER, _POINTER),  # logits, locations, classes, largest
     "host_select": (_POINTER, _POINTER, _POINTER),  # pairs, selection, rows
     "host_detect": (_POINTER, _POINTER, _POINTER, _POINTER),  # pairs, selection, finish, rows
-    "host_resize": (
-        *(_POINTER, _COUNT, _COUNT, _COUNT),  # image, height, width, row_bytes
-        *(_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT),  # red, green, blue, plane_row, new_height, new_width
-    ),
+    "host_finish": (_POINTER,),  # image
+    "host_resize_room": (_COUNT, _COUNT),  # width, new_width
+    "host_resize_prepare": (_POINTER,),  # resize
+    "host_resize": (_POINTER, _POINTER),  # resize, array
     "host_suppress": (_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER),  # boxes to labels, rule, kept
 }
 
@@ -163,11 +204,34 @@ def _load() -> tuple[Native | None, str]:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, _COUNT
         interface = int(library.host_interface())
+        exponential = _exponential()
     except (OSError, AttributeError) as error:  # of another processor or C library; or of another version
         return None, f"'{_FILE}' does not load: {error}"
     if interface != _INTERFACE:
         return None, f"'{_FILE}' is of another version of fcos-deploy"
-    return Native(library), ""
+    if exponential is None:
+        return None, f"it does not know the inside of NumPy {np.__version__} on this Python"
+    return Native(library, exponential), ""
+
+
+def _exponential() -> tuple[int, int | None] | None:
+    """NumPy's loop for exponentials of float32, and what it is given as its data; None where they are not found.
+
+    The C library's exponentials differ from NumPy's in the last bit, and those of ufuncs take longer to call.
+    """
+    sample, exp = np.linspace(-87, 88, 999, dtype=np.float32), np.exp
+    if sys.implementation.name != "cpython":
+        return None
+    array, ufunc = _Array.from_address(id(sample) + _HEAD), _Ufunc.from_address(id(exp) + _HEAD)
+    if (array.data, array.dimensions) != (_address(sample), 1):
+        return None
+    if (ufunc.inputs, ufunc.outputs, ufunc.arguments, ufunc.types) != (1, 1, 2, len(exp.types)):
+        return None
+    index, expected, sizes = exp.types.index("f->f"), exp(sample), (ctypes.c_ssize_t * 2)(len(sample), 4)
+    loop, data = ufunc.functions[index], ufunc.data[index]
+    steps, arrays = (ctypes.c_ssize_t * 2)(4, 4), (_POINTER * 2)(array.data, array.data)
+    ctypes.CFUNCTYPE(None, _POINTER, _POINTER, _POINTER, _POINTER)(loop)(arrays, sizes, steps, data)
+    return (loop, data) if sample.tobytes() == expected.tobytes() else None
 
 
 class _Scratch(threading.local):
@@ -215,14 +279,16 @@ class Passing:
         return sum(min(count, limit) for count in self.scan.counts.tolist())
 
 
-_Arrays = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]  # boxes (n, 4), scores (n,), channels (n,)
+# Boxes (n, 4), scores (n,), channels or labels (n,).
+DetectionArrays = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
 
 
 class Native:
     """The functions of the library, on contiguous arrays."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, exponential: tuple[int, int | None]) -> None:
         self._library = library
+        self._exponential = exponential
         self._scratch = _Scratch()
 
     def scan(
@@ -290,18 +356,18 @@ class Native:
         )
         return bounds
 
-    def select(self, passing: Passing, selection: Selection) -> _Arrays:
+    def select(self, passing: Passing, selection: Selection) -> DetectionArrays:
         """The candidates among the pairs that pass."""
         rows, arrays = self._rows(passing.most_rows(selection.limit))
-        count = self._library.host_select(_pairs(passing), ctypes.byref(selection), rows)
+        count = self._library.host_select(_pairs(passing), ctypes.byref(selection), ctypes.byref(rows))
         _require_memory(count)
         boxes, scores, channels = arrays
         return boxes[:count], scores[:count], channels[:count]
 
-    def detect(self, passing: Passing, selection: Selection, finish: Finish) -> _Arrays:
-        """As ``select``, then what survives of them, in image pixels."""
+    def detect(self, passing: Passing, selection: Selection, finish: Finish) -> DetectionArrays:
+        """As ``select``, then what survives of them, in image pixels, with labels in place of channels."""
         rows, arrays = self._rows(passing.most_rows(selection.limit))
-        count = self._library.host_detect(_pairs(passing), ctypes.byref(selection), ctypes.byref(finish), rows)
+        count = self._library.host_detect(_pairs(passing), *map(ctypes.byref, (selection, finish, rows)))
         _require_memory(count)
         boxes, scores, channels = arrays
         return boxes[:count].copy(), scores[:count].copy(), channels[:count].copy()  # without the room for the others
@@ -324,23 +390,87 @@ class Native:
         _require_memory(count)
         return kept[:count]
 
-    def resize_to_planes(self, image: NDArray[np.uint8], planes: Sequence[NDArray[np.uint8]]) -> bool:
-        """(h, w, 3) into three (new_h, new_w) planes, as OpenCV's INTER_LINEAR does; False: it was not done."""
-        (height, width), size, (row, *inner) = image.shape[:2], planes[0].shape, image.strides
-        halved = (height, width) == (2 * size[0], 2 * size[1])  # which OpenCV does in another way
-        layout = [plane.strides for plane in planes]
-        if halved or inner != [3, 1] or row < 3 * width or layout != [(layout[0][0], 1)] * 3:
-            return False
-        done = self._library.host_resize(
-            _address(image), height, width, row, *map(_address, planes), layout[0][0], *size
+    def resizer(self, size: tuple[int, int], planes: Sequence[NDArray[np.uint8]]) -> Resizer | None:
+        """From images of (height, width) pixels into three (new_h, new_w) planes; None: it is not for these."""
+        (new_height, new_width), layout = planes[0].shape, [plane.strides for plane in planes]
+        halved = size == (2 * new_height, 2 * new_width)  # which OpenCV does in another way
+        room = self._library.host_resize_room(size[1], new_width)
+        if room == 0 or halved or layout != [(layout[0][0], 1)] * 3:
+            return None
+        return Resizer(self._library, np.empty(room, np.uint8), size=size, planes=planes)
+
+    def finisher(
+        self,
+        logits: NDArray[Any],
+        centerness: NDArray[Any],
+        distances: NDArray[Any],
+        *,
+        bound: NDArray[np.float32],
+        ends: NDArray[np.int64],
+        capacity: int,
+        selection: Selection,
+        finish: Finish,
+    ) -> Finisher:
+        """All that is done with the outputs of an image, as they are in these arrays whenever it is called.
+
+        logits: (L, C), centerness: (L,) and distances: (L, 4), contiguous. bound: (1,). For the calling thread.
+        """
+        half = [array.dtype == np.float16 for array in (logits, centerness, distances)]
+        flat, values = self._scratch.of_capacity(capacity)
+        counts, keys = np.empty(len(ends), np.int64), _half_keys(bound) if half[0] else bound
+        rows, arrays = self._rows(min(finish.suppression.limit, _MOST_ROWS) + _BLOCK)
+        image = _Image(
+            *[_address(array) for array in (logits, centerness, distances, keys, ends)],
+            *(len(ends), capacity, *[_address(array) for array in (flat, values, counts)], *self._exponential),
+            *(ctypes.addressof(selection), ctypes.addressof(finish), rows, logits.shape[1], *half),
         )
-        _require_memory(done)
-        return bool(done)
+        used = (logits, centerness, distances, keys, ends, flat, values, counts, selection, finish)
+        return Finisher(self._library, image, rows=arrays, used=used)
 
     @staticmethod
-    def _rows(count: int) -> tuple[Any, _Arrays]:  # Any: a ctypes reference
+    def _rows(count: int) -> tuple[_Rows, DetectionArrays]:
         arrays = np.empty((count, 4), np.float32), np.empty(count, np.float32), np.empty(count, np.int64)
-        return ctypes.byref(_Rows(*(_address(array) for array in arrays))), arrays
+        return _Rows(*(_address(array) for array in arrays), count), arrays
+
+
+class Resizer:
+    """Resizes images of one size into the same planes, as OpenCV's INTER_LINEAR does; one thread at a time."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        room: NDArray[np.uint8],
+        *,
+        size: tuple[int, int],
+        planes: Sequence[NDArray[np.uint8]],
+    ) -> None:
+        addresses = (_POINTER * 3)(*[_address(plane) for plane in planes])
+        self._job = _Resize(addresses, planes[0].strides[0], *size, *planes[0].shape, _address(room))
+        self._used = (room, *planes)  # which the addresses are of
+        self._resize, self._reference = library.host_resize, ctypes.byref(self._job)
+        library.host_resize_prepare(self._reference)
+
+    def __call__(self, image: NDArray[np.uint8]) -> bool:
+        """Of (height, width, 3); False: nothing was done, because its rows are not contiguous."""
+        return bool(self._resize(self._reference, id(image) + _HEAD))
+
+
+class Finisher:
+    """From the outputs of one image, in the same memory each time, to its detections; one thread at a time."""
+
+    def __init__(self, library: ctypes.CDLL, image: _Image, *, rows: DetectionArrays, used: tuple[Any, ...]) -> None:
+        self._image, self._rows, self._used = image, rows, used  # what the image's addresses are of
+        self._finish, self._reference = library.host_finish, ctypes.byref(image)
+
+    def __call__(self) -> DetectionArrays | None:
+        """Boxes, scores and labels; None: an output is not finite, or too many pairs pass for one scan."""
+        count = self._finish(self._reference)
+        if count < 0:
+            if count == _NO_MEMORY:
+                _require_memory(count)
+            return None
+        boxes, scores, labels = self._rows
+        return boxes[:count].copy(), scores[:count].copy(), labels[:count].copy()
 
 
 def _pairs(passing: Passing) -> Any:  # Any: a ctypes reference

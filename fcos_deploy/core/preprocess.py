@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from fcos_deploy.core.enums import Orientation, StrEnum
 from fcos_deploy.core.errors import ConfigError, ImageError, InputSizeError, TensorMismatchError
 from fcos_deploy.core.libraries import require
-from fcos_deploy.core.native import native
+from fcos_deploy.core.native import Resizer, native
 
 __all__ = [
     "ChannelOrder",
+    "ImageWriter",
     "InputDtype",
     "Letterbox",
     "PreprocessSpec",
@@ -323,6 +324,59 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+class ImageWriter:
+    """Writes images of one size into one tensor; one thread at a time.
+
+    ``shape`` is that of the images, (h, w, 3). ``out``: as for ``preprocess``; its padding is written here.
+
+    Raises:
+        ImageError, TensorMismatchError: as ``preprocess``.
+    """
+
+    def __init__(self, shape: tuple[int, ...], spec: PreprocessSpec, *, out: NDArray[Any] | None = None) -> None:
+        if len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise _not_an_image(np.dtype(np.uint8), shape)
+        height, width = shape[:2]
+        new_height, new_width = size = resized_size(height, width, spec)
+        if out is None:
+            out = np.empty((spec.channels, *padded_size(height, width, spec)), spec.input_dtype.value)
+        _check_out(out, spec, size=size)
+        self.out, self.letterbox = out, Letterbox(height, width, new_height, new_width)
+        self._shape, self._spec = shape, spec
+        self._planes = [out[plane, :new_height, :new_width] for plane in _PLANES[spec.channel_order]]
+        padding = spec.pad_value if spec.input_dtype is InputDtype.UINT8 else spec.normalized_pad_value
+        for plane, value in zip(out, padding, strict=True):
+            plane[new_height:] = value
+            plane[:new_height, new_width:] = value
+        self._resizer: Resizer | None = None
+        plain = spec.input_dtype is InputDtype.UINT8 and spec.resize_filter is not ResizeFilter.PIL
+        library = native() if plain and len(self._planes) == 3 and shape[:2] != size else None
+        if library is not None:
+            self._resizer = library.resizer((height, width), self._planes)
+
+    def write(self, image: NDArray[np.uint8]) -> None:
+        """Put the pixels in.
+
+        Raises:
+            ImageError: ``image`` is not uint8 of the size.
+        """
+        if image.dtype != _UINT8 or image.shape != self._shape:
+            raise _not_an_image(image.dtype, image.shape)
+        if self._resizer is None or not self._resizer(image):
+            if self._spec.channel_order is ChannelOrder.GRAY:
+                cv2 = require("cv2")
+                image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+            _write_content(image, self._spec, self._planes)
+
+
+_UINT8 = np.dtype(np.uint8)
+
+
+def _not_an_image(dtype: np.dtype[Any], shape: tuple[int, ...]) -> ImageError:
+    got = f"{dtype}[{', '.join(map(str, shape))}]"
+    return ImageError(f"An image must be uint8[h, w, 3] in RGB order, got {got}.", hint="read it with read_image")
+
+
 def preprocess(
     image: NDArray[np.uint8], spec: PreprocessSpec, *, out: NDArray[Any] | None = None
 ) -> tuple[NDArray[Any], Letterbox]:
@@ -336,24 +390,11 @@ def preprocess(
         ImageError: ``image`` is not (h, w, 3) uint8.
         TensorMismatchError: ``out`` has another dtype, or no room for the resized image.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        got = f"{image.dtype}[{', '.join(map(str, image.shape))}]"
-        raise ImageError(f"An image must be uint8[h, w, 3] in RGB order, got {got}.", hint="read it with read_image")
-    height, width = image.shape[:2]
-    new_height, new_width = resized_size(height, width, spec)
-    if out is None:
-        out = np.empty((spec.channels, *padded_size(height, width, spec)), spec.input_dtype.value)
-    _check_out(out, spec, size=(new_height, new_width))
-    if spec.channel_order is ChannelOrder.GRAY:
-        cv2 = require("cv2")
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    content = [out[plane, :new_height, :new_width] for plane in _PLANES[spec.channel_order]]
-    _write_content(image, spec, content)
-    padding = spec.pad_value if spec.input_dtype is InputDtype.UINT8 else spec.normalized_pad_value
-    for plane, value in zip(out, padding, strict=True):
-        plane[new_height:] = value
-        plane[:new_height, new_width:] = value
-    return out, Letterbox(height, width, new_height, new_width)
+    if image.dtype != _UINT8:
+        raise _not_an_image(image.dtype, image.shape)
+    writer = ImageWriter(image.shape, spec, out=out)
+    writer.write(image)
+    return writer.out, writer.letterbox
 
 
 def _check_out(out: NDArray[Any], spec: PreprocessSpec, *, size: tuple[int, int]) -> None:
@@ -370,9 +411,7 @@ def _write_content(image: NDArray[np.uint8], spec: PreprocessSpec, planes: list[
     """The resized image into its red, green and blue plane, or its gray one; normalised where the input is float32."""
     cv2, size = require("cv2"), planes[0].shape
     if spec.input_dtype is InputDtype.UINT8:
-        library = native() if spec.resize_filter is not ResizeFilter.PIL and image.ndim == 3 else None
-        if library is None or image.shape[:2] == size or not library.resize_to_planes(image, planes):
-            cv2.split(_resize_uint8(image, spec, size), planes)
+        cv2.split(_resize_uint8(image, spec, size), planes)
     elif spec.resize_order is ResizeOrder.NORMALIZE_FIRST:
         cv2.split(_resize_float32(cv2.LUT(image, _normalized_levels(spec)), size), planes)
     elif spec.resize_filter is ResizeFilter.TORCH:  # In float32 all the way, without rounding to levels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, TypeVar, Union
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,7 +21,7 @@ from fcos_deploy.core.artifact import files_of, is_checkpoint, kinds_of, read_co
 from fcos_deploy.core.backend import Backend, PerThread, Session, SessionOptions, Tensors, backends_for, get_backend
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.contract import ModelContract, TensorSpec
-from fcos_deploy.core.detections import Detections, image_sizes_row, postprocess
+from fcos_deploy.core.detections import Detections, Postprocessor, image_sizes_row, postprocess
 from fcos_deploy.core.enums import ArtifactKind, PerformanceHint, Precision, Tail
 from fcos_deploy.core.errors import (
     BackendError,
@@ -34,7 +35,7 @@ from fcos_deploy.core.errors import (
 )
 from fcos_deploy.core.image import image_pixels, windows
 from fcos_deploy.core.machine import usable_cpus
-from fcos_deploy.core.preprocess import Letterbox, padded_size, preprocess
+from fcos_deploy.core.preprocess import ImageWriter, Letterbox, padded_size
 
 if TYPE_CHECKING:
     import asyncio
@@ -98,6 +99,7 @@ class AsyncGate:
 
 
 _REPLACED_TRIES = 5
+_KEPT_REQUESTS = 2  # of a thread, with their arrays: of one image, and of a batch
 _LARGEST_BATCH = 8  # of a dynamic axis: beyond it memory grows and throughput hardly does
 
 Image = Union[NDArray[np.uint8], Path, str, bytes, "PIL.Image.Image"]
@@ -138,7 +140,8 @@ class Detector:
         self._min_score = score_threshold
         self._class_limits = None if class_scores is None else _class_limits(class_scores, contract.class_names)
         self._feeds = _Feeds(session, contract, batch=batch)
-        self._turn = contextlib.nullcontext() if session.thread_safe else threading.Lock()
+        self._requests: PerThread[dict[tuple[int, ...], _Request]] = PerThread(dict)
+        self._turn = None if session.thread_safe else threading.Lock()
         # One more than cores, so that one prepares while the others compute; twice as many may wait.
         self._gate = AsyncGate(workers=usable_cpus() + 1, places=2 * usable_cpus() + 2)
 
@@ -268,12 +271,10 @@ class Detector:
         """As ``detect``, and the seconds that preprocessing, the network and decoding took."""
         self.session.check_process()  # before the lock, which another thread may have held at the fork
         started = time.perf_counter()
-        feeds, letterboxes = self._feeds.make([self.read(image)], reuse=True)
-        with self._turn:
-            prepared = time.perf_counter()
-            outputs = self.session.borrow(feeds)
-            ran = time.perf_counter()
-            (detections,) = self.finish(outputs, letterboxes)
+        pixels = (self.read(image),)
+        request = self._request(pixels)
+        request.write(pixels)
+        (detections,), prepared, ran = self._run(request)
         return detections, (prepared - started, ran - prepared, time.perf_counter() - ran)
 
     def detect_batch(self, images: Sequence[Image]) -> list[Detections]:
@@ -283,14 +284,46 @@ class Detector:
         for group in windows(enumerate(map(self.read, images))):
             window = [pixels for _, pixels in group]
             chunks = self._feeds.chunks(window)
-            requests = [self._feeds.make([window[index] for index in chunk]) for chunk in chunks]
-            by_index: dict[int, Detections] = {}
-            with self._turn:
-                outputs = self.session.run_many([feeds for feeds, _ in requests])
-                for chunk, output, (_, letterboxes) in zip(chunks, outputs, requests, strict=True):
-                    by_index |= zip(chunk, self.finish(output, letterboxes), strict=True)
+            run = self._run_in_turn if self.session.at_a_time == 1 else self._run_many
+            results = itertools.chain(*run([[window[index] for index in chunk] for chunk in chunks]))
+            by_index = dict(zip(itertools.chain(*chunks), results, strict=True))
             detections += [by_index[index] for index in range(len(window))]
         return detections
+
+    def _request(self, images: Sequence[NDArray[np.uint8]]) -> _Request:
+        """The calling thread's arrays for so many images of one input size."""
+        requests, key = self._requests.get(), (len(images), *self._feeds.size(images[0].shape))
+        request = requests.get(key)
+        if request is None:
+            if len(requests) >= _KEPT_REQUESTS:  # Images of changing sizes must not pile up.
+                requests.clear()
+            request = requests[key] = _Request(self._feeds, self.session, self.contract, count=key[0], size=key[1:])
+        return request
+
+    def _run(self, request: _Request) -> tuple[list[Detections], float, float]:
+        """As ``_Request.run``, in this session's turn, without detections of low scores."""
+        if self._turn is None:
+            detections, prepared, ran = request.run()
+        else:
+            with self._turn:
+                detections, prepared, ran = request.run()
+        return self._reported(detections), prepared, ran
+
+    def _run_in_turn(self, chunks: Sequence[Sequence[NDArray[np.uint8]]]) -> list[list[Detections]]:
+        results = []
+        for chunk in chunks:
+            request = self._request(chunk)
+            request.write(chunk)
+            results.append(self._run(request)[0])
+        return results
+
+    def _run_many(self, chunks: Sequence[Sequence[NDArray[np.uint8]]]) -> list[list[Detections]]:
+        requests = [self._feeds.make(chunk) for chunk in chunks]
+        with self._turn or contextlib.nullcontext():
+            outputs = self.session.run_many([feeds for feeds, _ in requests])
+            return [
+                self.finish(output, letterboxes) for output, (_, letterboxes) in zip(outputs, requests, strict=True)
+            ]
 
     async def async_detect(self, image: Image) -> Detections:
         """As ``detect``, for asyncio: waits while as many calls are under way as the machine can serve.
@@ -325,7 +358,7 @@ class Detector:
     def infer(self, feeds: Tensors) -> Tensors:
         """Run the network on what ``prepare`` made; the outputs are the caller's own."""
         self.session.check_process()
-        with self._turn:
+        with self._turn or contextlib.nullcontext():
             return self.session.run(feeds)
 
     def finish(self, outputs: Tensors, letterboxes: Sequence[Letterbox]) -> list[Detections]:
@@ -340,6 +373,10 @@ class Detector:
             )
             for index, letterbox in enumerate(letterboxes)
         ]
+        return self._reported(detections)
+
+    def _reported(self, detections: list[Detections]) -> list[Detections]:
+        """Those whose scores are high enough."""
         if self._class_limits is not None:
             limits = self._class_limits
             detections = [d.above(limits[np.clip(d.labels, -1, len(limits) - 1)]) for d in detections]
@@ -353,8 +390,9 @@ class Detector:
         if self.session.forked:
             return
         self._gate.close()
-        with self._turn:
+        with self._turn or contextlib.nullcontext():
             self.session.close()
+            self._requests = PerThread(dict)  # which hold on to the runtime
 
     def __enter__(self) -> Detector:
         return self
@@ -528,16 +566,15 @@ class _Feeds:
         missing = sorted(set(contract.outputs) - {spec.name for spec in session.outputs})
         if missing:
             raise BackendLoadError(f"The contract's tail '{contract.tail}' has outputs {missing}, the model does not.")
-        self._spec = contract.preprocess
+        self._spec, self._canvas = contract.preprocess, contract.preprocess.canvas
         self._takes_sizes = "image_sizes" in inputs
         self._fixed_batch = inputs["images"].shape[0]
         limits = [limit for limit in (batch, session.max_batch) if limit]
         self.largest = self._fixed_batch or min(limits, default=_LARGEST_BATCH)
-        self._buffers: PerThread[dict[tuple[int, ...], NDArray[Any]]] = PerThread(dict)
 
     def size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(height, width) of the network input for an image of ``shape`` (height, width, ...)."""
-        return self._spec.canvas or padded_size(shape[0], shape[1], self._spec)
+        return self._canvas or padded_size(shape[0], shape[1], self._spec)
 
     def chunks(self, images: Sequence[NDArray[np.uint8]]) -> list[list[int]]:
         """Indices of images that can share a request, in order."""
@@ -547,13 +584,8 @@ class _Feeds:
         step = self.largest
         return [same[i : i + step] for same in by_size.values() for i in range(0, len(same), step)]
 
-    def make(
-        self, images: Sequence[NDArray[np.uint8]], *, reuse: bool = False
-    ) -> tuple[Tensors, tuple[Letterbox, ...]]:
-        """Tensors for images (h, w, 3) uint8 RGB of one input size, and one letterbox for each image.
-
-        A fixed batch may have more rows than images: they are 0. ``reuse``: the calling thread's next call with it
-        overwrites the tensors.
+    def make(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Tensors, tuple[Letterbox, ...]]:
+        """New tensors for images (h, w, 3) uint8 RGB of one input size, and one letterbox for each image.
 
         Raises:
             ConfigError: no image, more than the batch takes, or of different input sizes.
@@ -564,27 +596,81 @@ class _Feeds:
             raise ConfigError("There is no image.")
         if len(sizes) > 1:
             raise ConfigError(f"Images of one request need one input size, got {sorted(sizes)}.")
-        if self._fixed_batch and len(images) > self._fixed_batch:
-            raise ConfigError(f"The model takes {self._fixed_batch} images at a time, got {len(images)}.")
-        batch = self._batch((self._fixed_batch or len(images), self._spec.channels, *sizes.pop()), reuse=reuse)
-        letterboxes = tuple(
-            preprocess(image, self._spec, out=row)[1] for image, row in zip(images, batch, strict=False)
-        )
-        batch[len(images) :] = 0
-        feeds: Tensors = {"images": batch}
-        if self._takes_sizes:
-            rows = [image_sizes_row(letterbox) for letterbox in letterboxes]
-            feeds["image_sizes"] = np.stack(rows + rows[-1:] * (len(batch) - len(rows)))
-        return feeds, letterboxes
+        feeds = self.allocate(len(images), sizes.pop())
+        writers = self.writers(feeds, [image.shape for image in images])
+        for writer, image in zip(writers, images, strict=True):
+            writer.write(image)
+        return feeds, tuple(writer.letterbox for writer in writers)
 
-    def _batch(self, shape: tuple[int, ...], *, reuse: bool) -> NDArray[Any]:
-        if not reuse:
-            return np.empty(shape, self._spec.input_dtype.value)
-        buffers = self._buffers.get()
-        if shape not in buffers:
-            buffers.clear()  # One at a time: images of changing sizes must not pile up.
-            buffers[shape] = np.empty(shape, self._spec.input_dtype.value)
-        return buffers[shape]
+    def allocate(self, count: int, size: tuple[int, ...]) -> Tensors:
+        """Tensors of a request, not written, for ``count`` images of the input size (height, width).
+
+        Raises:
+            ConfigError: more images than the batch takes.
+        """
+        if self._fixed_batch and count > self._fixed_batch:
+            raise ConfigError(f"The model takes {self._fixed_batch} images at a time, got {count}.")
+        shape = (self._fixed_batch or count, self._spec.channels, *size)
+        feeds: Tensors = {"images": np.empty(shape, self._spec.input_dtype.value)}
+        if self._takes_sizes:
+            feeds["image_sizes"] = np.empty((shape[0], 4), np.float32)
+        return feeds
+
+    def writers(self, feeds: Tensors, shapes: Sequence[tuple[int, ...]]) -> list[ImageWriter]:
+        """What writes images of these shapes into the first rows of the batch; the other rows are 0."""
+        batch = feeds["images"]
+        writers = [ImageWriter(shape, self._spec, out=row) for shape, row in zip(shapes, batch, strict=False)]
+        batch[len(shapes) :] = 0
+        if self._takes_sizes:
+            feeds["image_sizes"][:] = image_sizes_row(writers[-1].letterbox)
+            feeds["image_sizes"][: len(writers)] = [image_sizes_row(writer.letterbox) for writer in writers]
+        return writers
+
+
+class _Request:
+    """Arrays of one thread for requests of so many images of one input size, and what is known of these.
+
+    While the images are as large as the last ones, preprocessing is but resizing; while outputs lie where the last ones
+    did, decoding is one call.
+    """
+
+    def __init__(
+        self, feeds: _Feeds, session: Session, contract: ModelContract, *, count: int, size: tuple[int, ...]
+    ) -> None:
+        self._feeds, self._contract, self._size = feeds, contract, (size[0], size[1])
+        self._tensors = feeds.allocate(count, size)
+        self._infer = session.bound(self._tensors)
+        self._shapes: list[tuple[int, ...]] = []
+        self._writers: list[ImageWriter] = []
+        self._outputs: Tensors | None = None
+        self._postprocessors: list[Postprocessor] = []
+
+    def write(self, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Preprocess.
+
+        Raises:
+            ImageError: not (h, w, 3) uint8.
+        """
+        shapes = [image.shape for image in images]
+        if shapes != self._shapes:
+            self._shapes, self._outputs = [], None
+            self._writers = self._feeds.writers(self._tensors, shapes)
+            self._shapes = shapes
+        for writer, image in zip(self._writers, images, strict=True):
+            writer.write(image)
+
+    def run(self) -> tuple[list[Detections], float, float]:
+        """Detections of each image, and when the network began and ended (``time.perf_counter``)."""
+        prepared = time.perf_counter()
+        outputs = self._infer()
+        ran = time.perf_counter()
+        if outputs is not self._outputs:
+            self._postprocessors = [
+                Postprocessor(outputs, self._contract, index=index, input_size=self._size, letterbox=writer.letterbox)
+                for index, writer in enumerate(self._writers)
+            ]
+            self._outputs = outputs
+        return [postprocess() for postprocess in self._postprocessors], prepared, ran
 
 
 def _takes(model: TensorSpec, contract: TensorSpec) -> bool:

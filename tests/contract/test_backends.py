@@ -118,6 +118,18 @@ def test_borrowed_outputs_are_the_same(session: Session, feeds: list[Tensors]) -
         _assert_same(session.borrow(feed), expected)
 
 
+def test_bound_arrays_are_read_anew_each_time(session: Session, feeds: list[Tensors]) -> None:
+    expected = [session.run(feed) for feed in feeds[:2]]
+    buffer = {"images": feeds[0]["images"].copy()}
+    infer = session.bound(buffer)
+    for turn in (0, 1, 1, 0):
+        buffer["images"][:] = feeds[turn]["images"]
+        _assert_same(infer(), expected[turn])
+        session.borrow(feeds[2])
+    with pytest.raises(TensorMismatchError):
+        session.bound({"images": buffer["images"][..., :-1]})
+
+
 def test_a_buffer_that_changes_between_calls_is_read_anew(session: Session, feeds: list[Tensors]) -> None:
     buffer = {"images": feeds[0]["images"].copy()}
     first = session.run(buffer)

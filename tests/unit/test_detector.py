@@ -311,9 +311,9 @@ def test_threads_reuse_their_own_buffers(detector: Detector, blobs: Images) -> N
     lock = threading.Lock()
 
     def address(image: NDArray[np.uint8]) -> None:
-        feeds, _ = detector._feeds.make([image], reuse=True)
+        images = detector._request([image])._tensors["images"]
         with lock:
-            seen.setdefault(threading.get_ident(), set()).add(feeds["images"].ctypes.data)
+            seen.setdefault(threading.get_ident(), set()).add(images.ctypes.data)
 
     address(blobs[0])
     address(blobs[1])
@@ -321,6 +321,26 @@ def test_threads_reuse_their_own_buffers(detector: Detector, blobs: Images) -> N
         list(pool.map(address, blobs * 10))
     assert all(len(addresses) == 1 for addresses in seen.values())
     assert len(set().union(*seen.values())) == len(seen)
+
+
+@pytest.mark.parametrize("kind", ["two", "open", "nms"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_what_is_kept_for_the_next_image_changes_no_detection(
+    backend: str, kind: str, batches: dict[str, Path], blobs: Images
+) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    tall, wide = blobs[1][:, :77], blobs[2][:50]
+    with Detector.open(batches[kind], backend=backend, options=_ONE_THREAD) as kept:
+        for image in (blobs[0], blobs[1], tall, wide, tall[:, ::-1], blobs[0]):
+            feeds, letterboxes = kept.prepare([image])
+            (expected,) = kept.finish(kept.infer(feeds), letterboxes)
+            _assert_equal(kept.detect(image), expected)
+        images = [blobs[0], tall, wide, blobs[1], wide, tall]
+        for detections, image in zip(kept.detect_batch(images), images, strict=True):
+            _assert_close(detections, kept.detect(image))
+        with pytest.raises(ImageError, match="must be uint8"):
+            kept.detect(blobs[0].astype(np.float32))
 
 
 def test_a_file_is_turned_as_the_contract_says(tiny_onnx: Path, tmp_path: Path) -> None:

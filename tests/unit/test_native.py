@@ -28,9 +28,9 @@ from fcos_deploy.core.decode import (
     decode,
     level_sizes,
 )
-from fcos_deploy.core.detections import Suppression, postprocess, suppress
+from fcos_deploy.core.detections import Postprocessor, Suppression, postprocess, suppress
 from fcos_deploy.core.errors import BackendError, ConfigError
-from fcos_deploy.core.native import SWITCH, library_problem, native
+from fcos_deploy.core.native import SWITCH, _exponential, _load, library_problem, native
 from fcos_deploy.core.preprocess import ChannelOrder, Letterbox, PreprocessSpec, SizeRule, preprocess
 
 ROOT = Path(__file__).parents[2]
@@ -184,8 +184,17 @@ def test_detections_have_the_same_bits(make: Callable[..., np.ndarray], profile:
         )
         finish = functools.partial(postprocess, outputs, contract, index=0, input_size=SIZE, letterbox=box)
         expected, actual = both(finish)
+        with pytest.MonkeyPatch.context() as patch:  # more pairs than one scan has room for
+            patch.setattr("fcos_deploy.core.decode._room", lambda _logits: 9)
+            crowded = both(finish)[1]
+        for result, name in itertools.product((actual, crowded), ("boxes", "scores", "labels")):
+            assert_same_bits(getattr(expected, name), getattr(result, name))
+        again = Postprocessor(outputs, contract, index=0, input_size=SIZE, letterbox=box)
+        for values in outputs.values():
+            values[:] = values[:, ::-1].copy()
+        first = again()
         for name in ("boxes", "scores", "labels"):
-            assert_same_bits(getattr(expected, name), getattr(actual, name))
+            assert_same_bits(getattr(both(finish)[0], name), getattr(first, name))
         assert actual.boxes.base is None  # and not a part of what all candidates took
         for (name, values), value in itertools.product(outputs.items(), (np.nan, np.inf, -np.inf)):
             values[0, -1, -1] = value
@@ -243,7 +252,8 @@ def test_resized_pixels_are_those_of_opencv(
         channel_order=order,
     )
     rows = np.random.default_rng(seed).integers(0, 256, (size[0], size[1] + padding, 3), dtype=np.uint8)
-    assert_same_bits(*both(lambda: preprocess(rows[:, : size[1]], spec)[0]))
+    for view in (rows[:, : size[1]], rows[:, : size[1]][:, ::-1]):  # the second one is left to OpenCV
+        assert_same_bits(*both(lambda view=view: preprocess(view, spec)[0]))
 
 
 @compiled
@@ -335,6 +345,19 @@ def test_suppression_of_more_boxes_than_a_sort_treats_one_by_one() -> None:
     kept = both(lambda: suppress(boxes, scores, labels=rng.integers(0, 1, 20_000), rule=rule))
     assert len(kept[0]) == 3000
     assert kept[0].tolist() == kept[1].tolist()
+
+
+def test_without_numpys_own_exponentials_the_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcos_deploy.core.native._exponential", lambda: None)
+    library, problem = _load.__wrapped__()
+    assert library is None
+    assert problem
+    monkeypatch.undo()
+    loop = _exponential()
+    monkeypatch.setattr(np, "exp", np.tanh)
+    assert loop != _exponential()
+    monkeypatch.setattr(sys, "implementation", type("", (), {"name": "pypy"}))
+    assert _exponential() is None
 
 
 def test_the_switch_chooses_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ class _OpenVinoSession(Session):
             outputs=tuple(_spec(port) for port in compiled.outputs),
             description=description,
         )
+        self._workers = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))  # those of _ring
         self._names = [spec.name for spec in self.outputs]
         self.compiled = compiled
         self._requests = PerThread(partial(_Request, compiled, self._names))
@@ -178,11 +179,6 @@ class _OpenVinoSession(Session):
 
         return infer
 
-    @property
-    def at_a_time(self) -> int:
-        """As the base class says."""
-        return int(self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-
     def _run_many(self, feeds: Sequence[Tensors]) -> list[Tensors]:
         """As many requests at a time as OpenVINO finds best.
 
@@ -193,7 +189,7 @@ class _OpenVinoSession(Session):
             if self.compiled is None:
                 raise BackendError("The session is closed.")
             if not self._ring:
-                self._ring = [_Request(self.compiled, self._names) for _ in range(self.at_a_time)]
+                self._ring = [_Request(self.compiled, self._names) for _ in range(self._workers)]
             return _through(self._ring, feeds)
 
     def _close(self) -> None:

@@ -341,6 +341,9 @@ def test_what_is_kept_for_the_next_image_changes_no_detection(
             _assert_close(detections, kept.detect(image))
         with pytest.raises(ImageError, match="must be uint8"):
             kept.detect(blobs[0].astype(np.float32))
+    for call in (lambda: kept.detect(blobs[0]), lambda: kept.detect_batch(blobs[:1])):
+        with pytest.raises(BackendError, match="closed"):
+            call()
 
 
 def test_a_file_is_turned_as_the_contract_says(tiny_onnx: Path, tmp_path: Path) -> None:

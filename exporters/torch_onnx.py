@@ -296,24 +296,76 @@ def trace(
     graph.producer_name, graph.producer_version = "fcos-deploy", ""
     if folder is not None:
         put_weights_aside(graph, folder, name="weights")
-    model = ir.to_proto(graph)
     if opset < traced_opset:
-        converter = require("onnx.version_converter", extra="export")
-        try:
-            model = with_weights_aside(model, lambda lean: converter.convert_version(lean, opset))
-        except RuntimeError as error:
-            raise ExportError(
-                f"The graph cannot be expressed in opset {opset}: {error}.", hint=f"--opset {_TRACED_OPSET}"
-            ) from error
-        for node in model.graph.node:
-            # The converter moves a reduction's axes back into its attributes, and leaves one that came with opset 18.
-            kept = [item for item in node.attribute if item.name != "noop_with_empty_axes"]
-            if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(kept) < len(node.attribute):
-                del node.attribute[:]
-                node.attribute.extend(kept)
+        _write_as_before(graph)
+        model = _in_older_opset(ir.to_proto(graph), opset)
+    else:
+        model = ir.to_proto(graph)
     # What was inferred for tensors inside: runtimes infer it themselves, and trust it even where two open axes that
     # torch could not tell apart got one name.
     del model.graph.value_info[:]
+    return model
+
+
+def _write_as_before(model: Any) -> None:
+    """Write what came with opset 18 as older opsets have it, where ONNX's converter cannot."""
+    for node in list(model.graph):
+        if node.op_type == "Split" and "num_outputs" in node.attributes:
+            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+            sizes = [output.shape[axis] for output in node.outputs if output.shape is not None]
+            if len(sizes) == len(node.outputs) and all(isinstance(size, int) for size in sizes):
+                name = f"{node.outputs[0].name}.sizes"
+                value = ir.Value(name=name, const_value=ir.tensor(sizes, dtype=ir.DataType.INT64, name=name))
+                model.graph.register_initializer(value)
+                node.resize_inputs(2)
+                node.replace_input_with(1, value)
+                node.attributes.pop("num_outputs")
+        elif node.op_type == "Mish":
+            (source,) = node.inputs
+            soft = ir.node("Softplus", [source])
+            tanh = ir.node("Tanh", soft.outputs)
+            product = ir.node("Mul", [source, *tanh.outputs])
+            parts = [soft, tanh, product]
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], parts, node.outputs, product.outputs)
+
+
+_ASIDE = "fcos_deploy.aside"  # a domain that ONNX's converter passes over
+
+
+def _in_older_opset(model: Any, opset: int) -> Any:
+    """The onnx.ModelProto of opset 18 in an older one.
+
+    Raises:
+        ExportError: the opset cannot express it.
+    """
+    # The converter refuses these from opset 18, whose one difference is an attribute or an input that they do not have.
+    same = [
+        node
+        for node in model.graph.node
+        if (node.op_type == "Split" and len(node.input) == 2) or (node.op_type == "Pad" and len(node.input) < 4)
+    ]
+    for node in same:
+        node.domain = _ASIDE
+    if same:
+        model.opset_import.add(domain=_ASIDE, version=1)
+    converter = require("onnx.version_converter", extra="export")
+    try:
+        model = with_weights_aside(model, lambda lean: converter.convert_version(lean, opset))
+    except RuntimeError as error:
+        raise ExportError(
+            f"The graph cannot be expressed in opset {opset}: {error}.", hint=f"--opset {_TRACED_OPSET}"
+        ) from error
+    for node in model.graph.node:
+        if node.domain == _ASIDE:
+            node.domain = ""
+        # The converter moves a reduction's axes back into its attributes, and leaves one that came with opset 18.
+        kept = [item for item in node.attribute if item.name != "noop_with_empty_axes"]
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(kept) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    imports = [entry for entry in model.opset_import if entry.domain != _ASIDE]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
     return model
 
 

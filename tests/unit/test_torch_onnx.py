@@ -207,6 +207,35 @@ class _Small(torch.nn.Module):
         return [(m[:, :5], m[:, 5:9].exp(), m[:, 9:]) for m in maps]
 
 
+class _Modern(_Small):
+    """With what opset 18 writes in another way than 17: parts of a tensor, equal and not, margins, and mish."""
+
+    def forward(self, images: Any) -> Any:
+        first, second = torch.nn.functional.pad(images, (3, 5, 1, 7))[..., 1:-7, 3:-5].chunk(2, dim=3)
+        images = torch.cat([second, torch.nn.functional.mish(first)], dim=3)
+        *parts, rest = torch.nn.functional.pad(images, (2, 2, 0, 0), mode="reflect")[..., 2:-2].split(100, dim=3)
+        return super().forward(torch.cat([rest, *parts], dim=3))
+
+
+@pytest.mark.parametrize("opset", [16, 18])
+def test_operators_without_a_way_down_from_opset_18_are_written_as_before(opset: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wrapped = wrap_module(
+        _Modern(),
+        preprocess=PreprocessSpec(mean=(128, 128, 128), std=(64, 64, 64), height=64, width=224),
+        decode=DecodeSpec(profile=PROFILES["mmdetection"], score_threshold=0.5, iou_threshold=0.5, strides=(8, 16, 32)),
+        class_names=tuple("abcde"),
+    )
+    exported = export_onnx(wrapped, tmp_path / "m.onnx", options=ExportOptions(opset=opset, simplify=False))
+    model = onnx.load(str(exported.path))
+    onnx.checker.check_model(model)
+    assert opset_of(model) == opset
+    assert {node.domain for node in model.graph.node} == {""}
+    operators = {node.op_type for node in model.graph.node}
+    assert {"Split", "Pad"} <= operators
+    assert ("Mish" in operators) == (opset == 18)
+
+
 @pytest.mark.parametrize("form", [None, *NmsForm], ids=["candidates", "nms", "static-nms"])
 @pytest.mark.parametrize("profile", ["mmdetection", "mmdetection2"])  # pairs are ranked, or locations
 def test_graph_contract_and_triton_have_the_same_shapes(profile: str, form: NmsForm | None, tmp_path: Path) -> None:

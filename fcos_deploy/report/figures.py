@@ -25,6 +25,7 @@ __all__ = ["CHART_SETTINGS", "Chart", "arms", "fault_panels", "image_panels", "m
 
 matplotlib = lazy_import("matplotlib", extra="report")
 matplotlib_figure = lazy_import("matplotlib.figure", extra="report")
+backend_svg = lazy_import("matplotlib.backends.backend_svg", extra="report")
 cv2 = lazy_import("cv2")
 
 
@@ -112,7 +113,8 @@ def svg_of(figure: Any) -> str:  # Any: as above
     buffer = io.StringIO()
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")  # or saving lays the same out twice more
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # Not ``savefig``, which draws everything once more for layouts that follow the drawing.
+    backend_svg.FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 

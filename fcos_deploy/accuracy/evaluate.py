@@ -148,6 +148,7 @@ class EvaluationRequest:
                 "Accuracy needs annotations, or a reference model whose detections are taken for the ground truth.",
                 hint="give --annotations FILE, or --reference CHECKPOINT",
             )
+        OperatingGoal.require_annotations(self.operating_goal, self.annotations)
         gate = self.gate
         needs_annotations = (gate.max_map_drop, gate.max_precision_drop, gate.max_recall_drop)
         needs_reference = (*needs_annotations, gate.min_match_rate, gate.max_score_delta, gate.max_box_delta_px)

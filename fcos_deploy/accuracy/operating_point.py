@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,15 @@ class OperatingGoal:
     def asked(*, precision: float | None, recall: float | None) -> OperatingGoal | None:
         """The goal with one of these; None where neither is given."""
         return None if precision is None and recall is None else OperatingGoal(precision=precision, recall=recall)
+
+    @staticmethod
+    def require_annotations(goal: OperatingGoal | None, annotations: Path | None) -> None:
+        """Refuse, with ConfigError, a goal where there is nothing to measure it on."""
+        if goal is not None and annotations is None:
+            raise ConfigError(
+                "A precision or recall for score thresholds needs annotations.",
+                hint="give --annotations FILE, or leave --at-precision and --at-recall out",
+            )
 
     def __str__(self) -> str:
         if self.precision is not None:

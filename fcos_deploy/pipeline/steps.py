@@ -192,6 +192,7 @@ class DeployRequest:
                 "A loss of AP, precision or recall cannot be limited without annotations.",
                 hint="give --annotations FILE, or --min-match-rate in place of these limits",
             )
+        OperatingGoal.require_annotations(self.operating_goal, self.annotations)
         _ = self.gate  # which refuses limits that are no share of 1
 
     @property

@@ -27,7 +27,7 @@ from fcos_deploy.accuracy.dataset import (
     ground_truth_from_detections,
     label_index,
 )
-from fcos_deploy.accuracy.evaluate import Evaluation, baseline_problem, evidence_problem, with_copies
+from fcos_deploy.accuracy.evaluate import Evaluations, baseline_problem, evidence_problem, with_copies
 from fcos_deploy.accuracy.gate import Verdict, judge_ap
 from fcos_deploy.accuracy.predictions import collect_detections
 from fcos_deploy.benchmark.run import BenchmarkResult
@@ -219,7 +219,7 @@ def _deploy_best(
             search.refused[chosen.engine] = error.message
         else:
             evaluation = deployment.evaluations.candidates[-1]  # behind the same in float32, if it is in bf16
-            limits, limit = answer.judge_bundle(chosen, evaluation), search.request.max_ms
+            limits, limit = answer.judge_bundle(chosen, deployment.evaluations), search.request.max_ms
             limits += _memory_verdicts(search.request, chosen, deployment)
             if failed := [verdict.message for verdict in limits if verdict.outcome is Outcome.FAILED]:
                 search.refused[chosen.engine] = "; ".join(failed)
@@ -316,6 +316,7 @@ class Answer:
         self._request = search.request
         self.standings: dict[Configuration, Standing] = {}
         self._racing: list[Configuration] = []
+        self._contradiction = ""
         self._chosen: Configuration | None = None
         self._nearest: Configuration | None = None
         self.verdicts: tuple[Verdict, ...] = ()
@@ -339,6 +340,7 @@ class Answer:
         standings = race(contenders, self._dataset, rules=rules)
         self.standings |= zip(candidates, standings, strict=True)
         self._racing = candidates
+        self._contradiction = self._annotation_problem()
 
     def _detect(self, configuration: Configuration, images: Sequence[EvaluationImage]) -> Mapping[int, Detections]:
         """What it detects; kept by content, so that what an earlier search has run is not run again."""
@@ -350,23 +352,29 @@ class Answer:
         interval = self.standings[configuration].interval
         return interval.value if interval else 0.0
 
-    def _contradiction(self, configuration: Configuration) -> str:
-        """Why its AP on all images contradicts the annotations, if it does."""
-        standing = self.standings[configuration]
-        if standing.reason or standing.interval is None:
+    @property
+    def _finished(self) -> list[Configuration]:
+        """Those that ran on all images."""
+        return [c for c in self._racing if not self.standings[c].reason]
+
+    def _annotation_problem(self) -> str:
+        """Why the annotations contradict what detects best on all images, if they do; a bad INT8 alone says nothing."""
+        best = max(self._finished, key=self._ap, default=None)
+        if best is None:
             return ""
+        standing = self.standings[best]
         return baseline_problem(
             self._dataset,
             standing.matches,
             detections=standing.detections,
-            ap=standing.interval.value,
-            subject=f"'{configuration.artifact}'",
+            ap=self._ap(best),
+            subject=f"'{best.artifact}'",
         )
 
     @property
     def _ranked(self) -> list[Configuration]:
         """Those that ran on all images, the best for the goal first."""
-        finished = [c for c in self._racing if not self.standings[c].reason]
+        finished = self._finished
         if self._request.wants_fastest:
             order = (Outcome.PASSED, Outcome.INCONCLUSIVE, Outcome.FAILED)
             return sorted(
@@ -378,21 +386,24 @@ class Answer:
             )
         return sorted(finished, key=lambda c: (-self._ap(c), self._search.ms(c)))
 
-    def judge_bundle(self, chosen: Configuration, evaluation: Evaluation) -> tuple[Verdict, ...]:
+    def judge_bundle(self, chosen: Configuration, deployed: Evaluations) -> tuple[Verdict, ...]:
         """The limits, held to what the bundle detects: layers may have gone back to float in it."""
-        self.verdicts = self._verdicts(chosen, deployed=evaluation)
+        self.verdicts = self._verdicts(chosen, deployed=deployed)
         return self.verdicts
 
-    def _verdicts(self, configuration: Configuration, *, deployed: Evaluation | None = None) -> tuple[Verdict, ...]:
+    def _verdicts(self, configuration: Configuration, *, deployed: Evaluations | None = None) -> tuple[Verdict, ...]:
         """On the AP that was asked for, widened because the configuration was chosen among others on these images.
 
-        ``deployed``: what its bundle detects, in place of what the search's own detected.
+        ``deployed``: what its bundle and the reference detect, in place of what the search detected.
         """
         standing, gate = self.standings[configuration], Gate(min_ap=self._request.min_ap, judge=self._request.judge)
-        measured = (deployed and deployed.interval) or standing.interval
+        measured, detections, contradiction = standing.interval, standing.detections, self._contradiction
+        if deployed is not None:
+            candidate = deployed.candidates[-1]
+            measured, detections = candidate.interval or measured, candidate.run.detections
+            contradiction = deployed.reference.contradiction if deployed.reference else contradiction
         interval = measured and widened_for_selection(measured, standing.choices)
-        contradiction = deployed.contradiction if deployed else self._contradiction(configuration)
-        dataset = with_copies(self._dataset, deployed.run.detections if deployed else standing.detections)
+        dataset = with_copies(self._dataset, detections)
         undecided = undecided_because(dataset.findings) or evidence_problem(dataset, judge=gate.judge)
         if configuration.precision is Precision.INT8:
             undecided = undecided or self._search.models.int8_problem
@@ -472,9 +483,8 @@ class Answer:
         machine = read_machine()
         problem = next((m.problem for m in search.measured.values() if m.problem), "")
         notes = [n for n in (search.models.note, problem and f"Times are doubtful: {problem}.") if n]
-        if finished := [c for c in self._racing if not self.standings[c].reason]:
-            problem = self._contradiction(max(finished, key=self._ap))
-            notes += [f"AP cannot be trusted: {problem}."] if problem else []
+        if self._contradiction:
+            notes.append(f"AP cannot be trusted: {self._contradiction}.")
         if not self._dataset.annotated:
             notes.append("No annotations: AP is agreement with the model's own detections at its own size.")
         if request.calibration_images is None:
@@ -519,6 +529,7 @@ class Answer:
             figures = {
                 "p50_ms": measured.latency.p50,
                 "p90_ms": measured.latency.p90,
+                "cost_ms": self._search.ms(configuration),
                 "images_per_second": measured.throughput,
             }
         if interval is not None and standing is not None:

@@ -346,9 +346,10 @@ class TuneModels:
         from fcos_deploy.core.artifact import OnnxGraph
         from fcos_deploy.core.onnx_file import save_onnx, with_contract
 
-        path = self._folder / "graphs" / f"{self._own.sha256[:16]}-{str(size).replace(':', '-')}.onnx"
+        name = f"{graph.stem}-{str(size).replace(':', '-')}.onnx"  # which reports name as the reference
+        path = self._folder / "graphs" / self._own.sha256[:16] / name
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             contract = self.contract.with_preprocess(size.of(self.contract.preprocess))
             record = {"source": self._own.sha256}
             save_onnx(with_contract(OnnxGraph(graph).model, contract, record=record), path)

@@ -49,7 +49,8 @@ class PointStatus(StrEnum):
 class TunedPoint:
     """A configuration, with what is known of it: None was not measured.
 
-    Times in milliseconds of one image, ``ap_low`` to ``ap_high`` the 95 % interval over ``images``. ``reason``: why it
+    Times in milliseconds of one image; ``cost_ms`` is the one that a limit holds: of a percentile or, where throughput
+    was measured, between two images. ``ap_low`` to ``ap_high``: the 95 % interval over ``images``. ``reason``: why it
     was pruned, or what its artifact's AP was not measured for.
     """
 
@@ -65,6 +66,7 @@ class TunedPoint:
     reason: str = ""
     p50_ms: float | None = None
     p90_ms: float | None = None
+    cost_ms: float | None = None
     images_per_second: float | None = None
     ap: float | None = None
     ap_low: float | None = None
@@ -75,11 +77,6 @@ class TunedPoint:
     def label(self) -> str:
         """Size and runtime."""
         return f"{self.size} {self.runtime}"
-
-    @property
-    def cost_ms(self) -> float | None:
-        """Milliseconds of an image: its latency, or where throughput was measured the time between two."""
-        return self.p50_ms if self.images_per_second is None else 1000 / self.images_per_second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +158,8 @@ def tuning_chart(data: TuningData) -> str:
             place = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # at the bottom
             axes.plot(times, [0.02] * len(times), "|", color=MUTED, ms=9, label="pruned by its time", **place)
         latency = "latency of one image (ms): median, line to the 90th percentile"
+        if any(p.cost_ms not in (None, p.p50_ms) and p.cost_ms == p.p90_ms for p in data.points):
+            latency = "latency of one image (ms): 90th percentile"
         xlabel = "time between two images at full load (ms)" if data.throughput else latency
         axes.set(xlabel=xlabel, ylabel="AP (IoU 0.50 to 0.95)")
         axes.set_xlim(left=0)
@@ -181,7 +180,7 @@ def _draw_points(axes: Any, data: TuningData) -> None:  # Any: matplotlib has no
         color = BLUE if complete else MUTED
         kind = str(point.precision) if point.compute is ComputeType.F32 else f"{point.precision} {point.compute}"
         name = kind if complete else f"{kind}, left early"
-        cost, slow = point.cost_ms, None if data.throughput else point.p90_ms
+        cost, slow = point.cost_ms, None if point.cost_ms != point.p50_ms else point.p90_ms
         axes.errorbar(
             [cost],
             [point.ap],

@@ -27,7 +27,7 @@ from fcos_deploy.benchmark.measure import (
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli.app import build_app
 from fcos_deploy.core.backend import SessionOptions
-from fcos_deploy.core.enums import ComputeType, Precision
+from fcos_deploy.core.enums import ComputeType, Precision, Tail
 from fcos_deploy.core.errors import BudgetError, ConfigError, DeviceError
 from fcos_deploy.core.gate import Judge, Outcome
 from fcos_deploy.core.machine import usable_cpus
@@ -283,7 +283,7 @@ def test_int8_of_all_sizes_is_calibrated_once_and_the_front_has_no_bundle(
 
 
 def test_batches_and_the_format_of_floats_are_axes_of_throughput(
-    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path
 ) -> None:
     output, axes = tmp_path / "tuned", ["--backend", "openvino", "--threads", "1", "--size", "128x160"]
     words = ["tune", str(tiny_checkpoint), "--images", str(smooth_images), "-o", str(output), *axes]
@@ -312,10 +312,10 @@ def test_batches_and_the_format_of_floats_are_axes_of_throughput(
     except DeviceError:
         offered = {ComputeType.F32}
     if ComputeType.BF16 in offered:
-        # Random weights have scores near the threshold: a tenth of the detections has no partner in bf16.
-        monkeypatch.setattr("fcos_deploy.pipeline.steps._MIN_MATCH_RATE", 0.5)
         words = ["tune", str(tiny_checkpoint), "--images", str(smooth_images), "-o", str(output), *axes]
-        content = answer([*words, "--compute", "bf16", "--max-latency-ms", "60000", "--allow-inconclusive"])
+        # Random weights have scores near the threshold: a tenth of the detections has no partner in bf16.
+        limits = ["--max-latency-ms", "60000", "--min-match-rate", "0.5"]
+        content = answer([*words, "--compute", "bf16", *limits, "--allow-inconclusive"])
         (on_time,) = (v for v in content["verdicts"] if v["name"] == "max_latency_ms")
         assert on_time["subject"] == "128x160 openvino fp32 bf16, 1 thread"
         with Detector.open(output / "bundle") as detector:
@@ -342,9 +342,10 @@ def test_a_dynamic_graph_and_its_bundle_are_tuned_without_torch(
     tiny_checkpoint: Path, smooth_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = tmp_path / "dynamic.onnx"
-    edges = ["--shortest", "128", "--longest", "160", "--input-dtype", "uint8"]
+    edges = ["--shortest", "128", "--longest", "160", "--input-dtype", "uint8", "--tail", "candidates"]
     exported = CliRunner().invoke(build_app(), ["export", str(tiny_checkpoint), "-o", str(graph), *edges])
     assert exported.exit_code == 0, exported.stderr
+    annotations = annotate(tiny_checkpoint, smooth_images, tmp_path / "annotations.json")
     monkeypatch.setitem(sys.modules, "torch", None)
     limit = ["--max-latency-ms", "60000", "--allow-inconclusive"]
     content = answer(arguments(graph, smooth_images, tmp_path / "tuned", *limit))
@@ -353,8 +354,16 @@ def test_a_dynamic_graph_and_its_bundle_are_tuned_without_torch(
         canvas = bundle.manifest.contract.preprocess.canvas
     assert canvas is not None
     assert chosen == f"{canvas[0]}x{canvas[1]}"
-    again = answer(arguments(tmp_path / "tuned" / "bundle", smooth_images, tmp_path / "again"))
-    assert {p["size"] for p in again["points"] if p["ap"] is not None} == {"128x160", "160x224"}
+    # The bundle at another size and in INT8, whose random weights lose what trained ones keep.
+    words = ["tune", str(tmp_path / "tuned" / "bundle"), "--images", str(smooth_images), "-o", str(tmp_path / "int8")]
+    words += ["--annotations", str(annotations), "--min-ap", "0", "--max-map-drop", "1", "--judge", "point"]
+    words += ["--precision", "int8", "--calibration-images", str(smooth_images), "--calibration-count", "8"]
+    words += ["--backend", "onnxruntime", "--threads", "1", "--allow-overlap", "--size", "160x192"]
+    content = answer([*words, "--allow-inconclusive"])
+    (on_ap,) = (v for v in content["verdicts"] if v["name"] == "min_ap")
+    assert on_ap["subject"] == "160x192 onnxruntime int8, 1 thread"
+    with Detector.open(tmp_path / "int8" / "bundle") as detector:
+        assert (detector.contract.precision, detector.contract.tail) == (Precision.INT8, Tail.CANDIDATES)
 
 
 def test_annotations_of_other_classes_are_refused_before_anything_is_measured(
@@ -386,6 +395,7 @@ def test_annotations_of_other_classes_are_refused_before_anything_is_measured(
         (["--max-latency-ms", "inf"], "max_latency_ms must be a positive number, got inf"),
         (["--throughput", "--percentile", "90"], "Percentiles are of the latency"),
         (["--size", "0x0"], "at least 1 pixel"),
+        (["--at-recall", "0.9"], "needs annotations"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(

@@ -183,6 +183,9 @@ def test_batches_are_tried_on_runtimes_that_take_them_and_the_percentile_decides
         search = new_search(by_size, monkeypatch, p90=1.1, max_latency_ms=31.0, percentile=percentile)
         search.run()
         assert max(c.size.height for c in search.measured if search.fits(c)) == largest
+        answer = new_answer(search, by_side, monkeypatch)
+        points = [answer.point(c) for c in search.measured]
+        assert [p.cost_ms for p in points] == [p.p90_ms if percentile == 90 else p.p50_ms for p in points]
 
 
 def new_answer(

@@ -231,15 +231,16 @@ def search_mixed_precision(
     are the same. Refusal and success remove it.
 
     All layers in INT8 are tried first. If their harm is shown and the goal is not kept for certain, layers return to
-    float in the order of their effect on detections, as ``narrow`` says. Where no candidate reaches the goal, the best
-    of those for which the images cannot decide it is taken.
+    float in the order of their effect on detections, as ``narrow`` says. Their effect shows in raw outputs only, so
+    that a graph with another tail has no other candidate. Where no candidate reaches the goal, the best of those for
+    which the images cannot decide it is taken.
 
     Raises:
         AccuracyGateError: every candidate misses the goal; the message holds the trade-offs. The output is not written.
-        ConfigError: the graph does not end in raw outputs.
     """
     search = _Search(request, goal=goal, float_score=float_score, evaluate=evaluate, state=state, progress=progress)
-    if not search.reaches_goal(()) and goal.evaluations > 1:
+    ranked = request.graph.source.contract.tail is Tail.RAW
+    if not search.reaches_goal(()) and goal.evaluations > 1 and ranked:
         narrow(search.rank(), accepts=search.reaches_goal, may_try=search.may_evaluate, best=search.float_layers)
     chosen = search.best()
     if chosen is None:
@@ -250,9 +251,10 @@ def search_mixed_precision(
         )
         for name, limit in sorted(goal.further_limits.items()):
             message += f" {sum(trial.refused for trial in search.trials)} candidates miss {name} {limit:g}."
+        more = "more evaluations" if ranked else "export with --tail raw, where single layers can stay in float"
         raise AccuracyGateError(
             f"{message}\n{search.table()}",
-            hint="allow a larger drop or more evaluations, calibrate on other images, or use the float "
+            hint=f"allow a larger drop or {more}, calibrate on other images, or use the float "
             f"'{request.graph.source.path}'",
         )
     plan, model = search.quantized(chosen.ignored_layers)
@@ -412,12 +414,11 @@ class _Search:
         return not trial.refused and acceptable(loss, trial.loss_interval, at_most=goal.max_loss, judge=goal.judge)
 
     def rank(self) -> list[str]:
-        """All layers that the placement would quantize, the most harmful first; each is quantized alone."""
+        """All layers that the placement would quantize, the most harmful first; each is quantized alone.
+
+        The graph ends in raw outputs.
+        """
         source = self._graph.source
-        if source.contract.tail is not Tail.RAW:
-            raise ConfigError(
-                f"Ranking layers needs the raw tail, the graph has '{source.contract.tail}'.", hint="export --tail raw"
-            )
         feeder, least, seen = Feeder(source), _RANKING_IMAGES[0], 0
         feeds: list[Tensors] = []
         reference: list[Tensors] = []

@@ -28,9 +28,11 @@ from calibration.mixed_precision import (
 )
 from calibration.placement import PLACEMENTS, ConvGraph, open_graph
 from calibration.quantizers import QuantizeRequest
+from fcos_deploy.core.enums import Tail
 from fcos_deploy.core.errors import AccuracyGateError, ConfigError
 from fcos_deploy.core.gate import Judge
 from fcos_deploy.core.image import list_images, read_image
+from fcos_deploy.core.onnx_file import save_onnx, with_contract
 
 onnx = pytest.importorskip("onnx")
 
@@ -175,6 +177,22 @@ def test_unreachable_goal_is_refused_and_the_float_graph_intact(
     assert "INT8  float  score" in error.value.message
     assert hard[0].source.path.read_bytes() == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_tail_has_no_candidate_but_everything_in_int8(
+    hard: tuple[ConvGraph, Calibration], smooth_images: Path, two_images: Path, tmp_path: Path
+) -> None:
+    """The effect of a layer shows in raw outputs: the float artifacts remain, and the hint says where layers can go."""
+    source = hard[0].source
+    path = tmp_path / "candidates.onnx"
+    save_onnx(with_contract(source.model, replace(source.contract, tail=Tail.CANDIDATES)), path)
+    graph = open_graph(path)
+    calibration = collect_ranges(graph, collect_images(smooth_images), options=StatisticsOptions(threads=1))
+    score = Score(graph, two_images)
+    with pytest.raises(AccuracyGateError) as error:
+        search((graph, calibration), score, tmp_path / "q.onnx")
+    assert score.calls == 1
+    assert "--tail raw" in error.value.hint
 
 
 def test_easy_model_needs_one_evaluation(

@@ -92,11 +92,12 @@ class OperatingPoint:
     """One class at its threshold, at IoU 0.5. ``goal``: what the threshold was chosen for, or where it comes from.
 
     ``score``: detections with more are kept; it lies halfway between two scores that were seen. None, with the rest:
-    the class has no object, or no threshold reaches the goal.
+    for the ``reason``, such as that no threshold reaches the goal.
     """
 
     name: str
     goal: str
+    reason: str = ""
     score: float | None = None
     precision: Share | None = None
     recall: Share | None = None
@@ -265,7 +266,7 @@ def operating_rows(points: Sequence[OperatingPoint]) -> list[tuple[str, ...]]:
     return [
         (
             point.name,
-            point.goal,
+            f"{point.goal}: {point.reason}" if point.reason else point.goal,
             _number(point.score),
             *(f"{s.value:.3f} ({s.low:.3f} to {s.high:.3f})" if s else "-" for s in (point.precision, point.recall)),
             _number(point.f1),
@@ -306,7 +307,7 @@ def _point(match: ClassMatches, name: str, score: float | None, *, origin: str) 
     scores, correct, image = _counted(match)
     objects, images = int(match.positives.sum()), len(match.positives)
     if score is None or not objects:
-        return OperatingPoint(name=name, goal=origin)
+        return OperatingPoint(name=name, goal=origin, reason="no score reaches it" if objects else "no object")
     kept = int((scores > score).sum())
     return OperatingPoint(
         name=name,

@@ -45,6 +45,7 @@ from fcos_deploy.accuracy.operating_point import (
     operating_drops,
     operating_points,
     operating_problem,
+    operating_rows,
 )
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.errors import ConfigError, ImageError
@@ -502,6 +503,8 @@ def test_without_a_threshold_or_a_detection_nothing_is_decided() -> None:
     lacking = operating_counts(matches, chosen_thresholds(matches, goal=OperatingGoal(precision=1.0)))
     problem = operating_problem(REFERENCE, lacking, CLASSES)
     assert problem == "there is no score threshold of 'platelet' (precision 1)"
+    (_, unreached) = operating_rows(operating_points(matches, CLASSES, lacking.thresholds))
+    assert unreached == ("platelet", "precision 1: no score reaches it", "-", "-", "-", "-")
     silent = operating_counts(run(), Thresholds(scores=(1.0, 1.0), origin="test"))
     precision, _ = operating_drops(REFERENCE, silent, resamples=0, seed=0, same_outputs=False)
     for share, loss, reason in (("recall", drops(lacking)[1], problem), ("precision", precision, "")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,7 +271,11 @@ def require_all(verdicts: Sequence[Verdict], *, allow_inconclusive: bool = False
         InconclusiveError: none failed, and the data cannot decide some, which was not allowed.
     """
     overall = overall_outcome(verdict.outcome for verdict in verdicts)
-    sentences = "; ".join(f"{v.subject}: {v.message}" for v in verdicts if v.outcome is overall) + "."
+    subjects: dict[str, list[str]] = defaultdict(list)  # by what is said of them, which is often the same of all
+    for verdict in verdicts:
+        if verdict.outcome is overall:
+            subjects[verdict.message].append(verdict.subject)
+    sentences = "; ".join(f"{', '.join(names)}: {message}" for message, names in subjects.items()) + "."
     if overall is Outcome.FAILED:
         raise AccuracyGateError(
             sentences, hint="keep more layers in float, calibrate with other images, or loosen the gate knowingly"

@@ -110,6 +110,9 @@ def test_inconclusive_says_how_many_more_images_decide() -> None:
     with pytest.raises(InconclusiveError, match="about 1500 more") as caught:
         require_all([verdict])
     assert caught.value.exit_code == 4
+    with pytest.raises(InconclusiveError, match=r"^Inconclusive: openvino, onnxruntime: mAP 0\.400") as caught:
+        require_all([replace(verdict, subject=name) for name in ("openvino", "onnxruntime")])  # one reason, said once
+    assert caught.value.message.count("1500 more") == 1
     require_all([verdict], allow_inconclusive=True)
     (near,) = judge_drop(Gate(max_map_drop=0.01), interval(0.0099, -0.004, 0.02), reference_ap=0.4, subject="x")
     assert near.more_images is None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="*")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all modules anew
     print("| | median s | fastest s |\n|---|---:|---:|")
     app = "from fcos_deploy.cli.app import main; main()"
     commands = {

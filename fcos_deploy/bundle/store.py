@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,7 +49,9 @@ from fcos_deploy.core.errors import (
     some_names,
 )
 from fcos_deploy.core.files import PrivateFiles, checked_bytes, lock_file, read_file, sha256_file
+from fcos_deploy.core.machine import usable_cpus
 from fcos_deploy.core.onnx_file import external_locations
+from fcos_deploy.core.progress import map_ahead
 from fcos_deploy.core.trust import Trust
 
 __all__ = [
@@ -427,11 +430,13 @@ def _check_files(root: Path, manifest: Manifest) -> None:
         path, size = root / record.path, (root / record.path).stat().st_size
         if size != record.size:
             raise ChecksumError(f"'{path}' must have {record.size} bytes, it has {size}.", hint=_REMAKE)
-    for record in listed.values():
-        path, sha256 = root / record.path, sha256_file(root / record.path)
-        if sha256 != record.sha256:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        hashes = dict(zip(listed, map_ahead(pool, sha256_file, [root / name for name in listed]), strict=True))
+    for name, record in listed.items():
+        if hashes[name] != record.sha256:
             raise ChecksumError(
-                f"'{path}' was changed: its SHA-256 must be {record.sha256[:16]}..., it is {sha256[:16]}....",
+                f"'{root / name}' was changed: its SHA-256 must be {record.sha256[:16]}..., "
+                f"it is {hashes[name][:16]}....",
                 hint=_REMAKE,
             )
         if record.path.endswith(".onnx"):

@@ -152,9 +152,11 @@ class _Message:
         Raises:
             ValueError, IndexError: when the bytes are not a protobuf message.
         """
-        position = self.start
+        data, position = self.data, self.start
         while position < self.end:
-            tag, position = self._varint(position)
+            tag, position = data[position], position + 1  # mostly of one byte, as lengths are
+            if tag >= 0x80:
+                tag, position = self._varint(position - 1)
             number, wire_type = tag >> 3, tag & 7
             if number == 0:
                 raise ValueError("field number 0")
@@ -162,10 +164,12 @@ class _Message:
                 value, position = self._varint(position)
                 yield number, value
             elif wire_type == 2:
-                length, position = self._varint(position)
+                length, position = data[position], position + 1
+                if length >= 0x80:
+                    length, position = self._varint(position - 1)
                 if position + length > self.end:
                     raise ValueError("truncated field")
-                yield number, _Message(self.data, position, position + length)
+                yield number, _Message(data, position, position + length)
                 position += length
             elif wire_type in (1, 5):  # fixed 8 or 4 bytes, floating-point numbers: nothing here reads them
                 position += 8 if wire_type == 1 else 4

@@ -366,6 +366,11 @@ def _failures_as_errors() -> Iterator[None]:
             else "check the free space, the permissions and the device"
         )
         raise FcosDeployError(f"{where}{error.strerror or error}.", hint=hint) from error
+    except MemoryError as error:
+        _LOG.debug("%s", error, exc_info=True)
+        raise FcosDeployError(
+            "There is not enough memory.", hint="end other programs, or take a smaller input, batch or model"
+        ) from error
     except ModuleNotFoundError as error:
         missing = missing_library(error)
         if missing is None:

@@ -116,8 +116,11 @@ def read_file(path: Path, *, limit: int, follow_links: bool = True) -> bytes:
         OSError: as ``open_regular``, or it is larger.
     """
     with open_regular(path, follow_links=follow_links) as stream:
-        # The size first: a file of gigabytes is not read up to the limit. One of /proc has none, hence the second look.
-        content = b"" if os.fstat(stream.fileno()).st_size > limit else stream.read(limit + 1)
+        # The size first: a file of gigabytes is not read up to the limit, and a small one asks for little memory.
+        size = os.fstat(stream.fileno()).st_size
+        content = b"" if size > limit else stream.read(size + 1)
+        if len(content) > size:  # it grew, or is one of /proc, which has no size
+            content += stream.read(limit - size)
         if os.fstat(stream.fileno()).st_size > limit or len(content) > limit:
             raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
     return content

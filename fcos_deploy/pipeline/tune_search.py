@@ -30,7 +30,7 @@ from fcos_deploy.core.artifact import files_of
 from fcos_deploy.core.backend import get_backend
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.enums import ComputeType, PerformanceHint, Precision, Tail
-from fcos_deploy.core.errors import BackendError, BuildError, ConfigError, ExportError
+from fcos_deploy.core.errors import BackendError, BuildError, ConfigError, ExportError, FcosDeployError
 from fcos_deploy.core.files import sha256_file, write_text
 from fcos_deploy.core.gate import Gate, Judge
 from fcos_deploy.core.libraries import library_versions
@@ -52,7 +52,11 @@ _THREADS_SLOWER = 1.15  # than the best; those that are slower by less are tried
 _AS_LARGE = 1.1  # the most pixels, as a multiple, with which a size may be faster than a smaller one
 _BATCHES = (1, 4)
 # Of one size, such as one without a top level, or of one runtime: the others are searched all the same.
-_NOT_HERE = (ExportError, BuildError, BackendError)
+_NOT_HERE = (ExportError, BuildError, BackendError, MemoryError)
+
+
+def _reason(error: FcosDeployError | MemoryError) -> str:
+    return error.message if isinstance(error, FcosDeployError) else "there is not enough memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,7 +334,7 @@ class Search:
                     continue
                 spec = self.models.open_as(configuration)
             except _NOT_HERE as error:
-                self._prune(configuration.line, [index], f"cannot be made: {error.message}")
+                self._prune(configuration.line, [index], f"cannot be made: {_reason(error)}")
                 continue
             path = self._trials.path(spec, throughput=self.request.measures_throughput)
             known = self._trials.load(self._deployed_path(path)) or self._trials.load(path)
@@ -361,7 +365,7 @@ class Search:
                     self._time([trial])
                 return
             configuration = opened[0][0]
-            self._prune(configuration.line, [self.sizes.index(configuration.size)], f"cannot be run: {error.message}")
+            self._prune(configuration.line, [self.sizes.index(configuration.size)], f"cannot be run: {_reason(error)}")
             return
         for (configuration, _, path), measured in zip(opened, results, strict=True):
             self._trials.keep(measured, path)

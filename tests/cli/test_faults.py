@@ -72,6 +72,14 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def test_memory_that_runs_out_is_told(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Detector, "open", out_of_memory)
+    _refused(_run("predict", tiny_onnx, tmp_path), "There is not enough memory.")
+
+
 def test_packages_on_a_full_disk_are_told_and_leave_nothing(tiny_bundle: Path, small: Path) -> None:
     _refused(_run("package", tiny_bundle, "-o", small / "b.tar"), "No space left")
     _refused(_run("package", tiny_bundle, "--for", "triton", "-o", small / "models"), f"Cannot write '{small}/models'")

@@ -299,3 +299,11 @@ def test_data_of_tensors_outside_of_the_graph_is_opened_from_the_copy(
         _write_over(tmp_path / "cells" / "m.data")
         (result,) = ort.InferenceSession(str(path)).run(None, {"x": np.zeros(4096, np.float32)})
         np.testing.assert_array_equal(result, np.arange(4096, dtype=np.float32))
+
+
+def test_a_file_is_read_whole_and_asks_for_no_more_memory_than_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"abc")
+    assert atomic.read_file(tmp_path / "small", limit=1 << 60) == b"abc"
+    assert atomic.read_file(Path("/proc/self/status"), limit=1 << 20).startswith(b"Name:"), "which has no size"
+    with pytest.raises(OSError, match="larger than 2 bytes"):
+        atomic.read_file(tmp_path / "small", limit=2)

@@ -17,7 +17,7 @@ from fcos_deploy.benchmark.measure import LatencyStats
 from fcos_deploy.core.checkpoint_options import CheckpointOptions
 from fcos_deploy.core.detections import Detections
 from fcos_deploy.core.enums import ComputeType, Precision
-from fcos_deploy.core.errors import BudgetError
+from fcos_deploy.core.errors import BackendError, BudgetError
 from fcos_deploy.core.gate import Judge, Outcome
 from fcos_deploy.core.preprocess import PreprocessSpec, SizeRule
 from fcos_deploy.pipeline import tune, tune_models, tune_search
@@ -146,6 +146,26 @@ def test_threads_that_are_slow_are_not_tried_where_they_gain_less(monkeypatch: p
     search.run()
     assert sides(search, threads=2) == [100, 200, 300, 400, 500, 600]
     assert sides(search, threads=1) == [100, 200, 300, 400]
+
+
+def test_what_cannot_be_made_or_run_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def milliseconds(configuration: Configuration) -> float:
+        if configuration.size.height == 500 and configuration.threads == 2:
+            raise BackendError("the runtime failed")
+        return by_size(configuration)
+
+    def made(_: Models, configuration: Configuration) -> Configuration:
+        if configuration.size.height == 600:
+            raise MemoryError
+        return configuration
+
+    monkeypatch.setattr(Models, "open_as", made)
+    search = new_search(milliseconds, monkeypatch, threads=(1, 2))
+    search.run()
+    assert sides(search, threads=1) == [100, 200, 300, 400, 500]
+    reasons = {(c.size.height, c.threads): reason for c, reason in search.pruned.items()}
+    assert reasons[600, 1] == "cannot be made: there is not enough memory"
+    assert reasons[500, 2] == "cannot be run: the runtime failed"
 
 
 def test_where_the_more_exact_one_is_as_fast_the_less_exact_one_is_not_evaluated(

@@ -148,9 +148,10 @@ class _OnnxRuntimeSession(Session):
                 except self._errors as error:
                     raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
             else:  # Their shapes are known once they are there.
-                outputs.update({name: array.copy() for name, array in self._run(feeds).items()})
-                for name, array in outputs.items():
+                arrays = {name: array.copy() for name, array in self._run(feeds).items()}
+                for name, array in arrays.items():
                     binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+                outputs.update(arrays)
             return outputs
 
         return infer

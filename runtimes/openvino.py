@@ -173,8 +173,9 @@ class _OpenVinoSession(Session):
             else:  # Their shapes are known once they are there.
                 with _errors_in_words():
                     request.start(feeds)
-                    outputs.update(_copied(request.finish()))
-                    request.place_outputs(list(outputs.values()))
+                    arrays = _copied(request.finish())
+                    request.place_outputs(list(arrays.values()))
+                    outputs.update(arrays)
             return outputs
 
         return infer

@@ -269,7 +269,7 @@ class Session(ABC):
         Raises:
             BackendError: this is another process.
         """
-        if self.forked:
+        if os.getpid() != self._process:
             raise BackendError(
                 f"The session was opened in process {self._process} and cannot run in process {os.getpid()}, which was "
                 "forked from it.",

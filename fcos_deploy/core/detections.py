@@ -83,8 +83,8 @@ class Detections:
     ) -> Detections:
         """Of arrays that are made as they have to be."""
         detections = object.__new__(cls)
-        for name, array in (("boxes", boxes), ("scores", scores), ("labels", labels)):
-            object.__setattr__(detections, name, array)
+        assign = object.__setattr__
+        assign(detections, "boxes", boxes), assign(detections, "scores", scores), assign(detections, "labels", labels)
         return detections
 
     def __len__(self) -> int:

@@ -451,8 +451,8 @@ class Resizer:
         library.host_resize_prepare(self._reference)
 
     def __call__(self, image: NDArray[np.uint8]) -> bool:
-        """Of (height, width, 3); False: nothing was done, because its rows are not contiguous."""
-        return bool(self._resize(self._reference, id(image) + _HEAD))
+        """Of (height, width, 3) uint8; False: nothing was done, as its rows are not contiguous or it is not NumPy's."""
+        return isinstance(image, np.ndarray) and bool(self._resize(self._reference, id(image) + _HEAD))
 
 
 class Finisher:
@@ -461,6 +461,7 @@ class Finisher:
     def __init__(self, library: ctypes.CDLL, image: _Image, *, rows: DetectionArrays, used: tuple[Any, ...]) -> None:
         self._image, self._rows, self._used = image, rows, used  # what the image's addresses are of
         self._finish, self._reference = library.host_finish, ctypes.byref(image)
+        self._count, self._written = len(rows[1]), rows  # as many rows as the last image had detections
 
     def __call__(self) -> DetectionArrays | None:
         """Boxes, scores and labels; None: an output is not finite, or too many pairs pass for one scan."""
@@ -469,8 +470,11 @@ class Finisher:
             if count == _NO_MEMORY:
                 _require_memory(count)
             return None
-        boxes, scores, labels = self._rows
-        return boxes[:count].copy(), scores[:count].copy(), labels[:count].copy()
+        if count != self._count:
+            boxes, scores, labels = self._rows
+            self._count, self._written = count, (boxes[:count], scores[:count], labels[:count])
+        boxes, scores, labels = self._written
+        return boxes.copy(), scores.copy(), labels.copy()
 
 
 def _pairs(passing: Passing) -> Any:  # Any: a ctypes reference

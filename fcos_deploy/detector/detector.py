@@ -271,7 +271,7 @@ class Detector:
         """As ``detect``, and the seconds that preprocessing, the network and decoding took."""
         self.session.check_process()  # before the lock, which another thread may have held at the fork
         started = time.perf_counter()
-        pixels = (self.read(image),)
+        pixels = (image if isinstance(image, np.ndarray) else self.read(image),)
         request = self._request(pixels)
         request.write(pixels)
         (detections,), prepared, ran = self._run(request)

@@ -257,6 +257,16 @@ def test_resized_pixels_are_those_of_opencv(
 
 
 @compiled
+def test_only_the_memory_of_numpys_arrays_is_read() -> None:
+    library = native()
+    assert library is not None
+    resizer = library.resizer((4, 4), list(np.empty((3, 9, 9), np.uint8)))
+    if resizer is not None:  # with AVX2
+        assert resizer(np.zeros((4, 4, 3), np.uint8))
+        assert not resizer(type("Lookalike", (), {"shape": (4, 4, 3), "dtype": np.dtype(np.uint8)})())
+
+
+@compiled
 def test_a_view_of_a_larger_array_is_decoded_as_its_copy() -> None:
     count = sum(rows * columns for rows, columns in level_sizes(*SIZE, strides=STRIDES))
     wide = np.random.default_rng(0).normal(-2, 2, (count, 16)).astype(np.float32)

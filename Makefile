@@ -169,11 +169,12 @@ archives: $(STAMP)
 	SOURCE_DATE_EPOCH=$(EPOCH) $(BIN)/python -m build --sdist --outdir $(FOLDER) . > /dev/null
 	cd $(FOLDER) && tar -xzf *.tar.gz && $(REPACK) fcos_deploy-*/ | gzip -9n > packed && mv packed *.tar.gz && \
 		rm -r fcos_deploy-*/
-	FCOS_DEPLOY_NATIVE=0 $(WHEEL) $(FOLDER)/*.tar.gz
+	FCOS_DEPLOY_NATIVE=0 $(WHEEL) $(FOLDER)/*.tar.gz & builds=$$!; \
 	for machine in x86_64 aarch64; do \
 		FCOS_DEPLOY_NATIVE=1 CC="$(ZIG) $$machine-linux-gnu.2.17" $(WHEEL) $(FOLDER)/*.tar.gz \
-			--config-settings=--build-option=--plat-name=manylinux2014_$$machine || exit 1; \
-	done
+			--config-settings=--build-option=--plat-name=manylinux2014_$$machine & builds="$$builds $$!"; \
+	done; \
+	for build in $$builds; do wait $$build || exit 1; done
 	cd $(FOLDER) && sha256sum *.tar.gz *.whl > SHA256SUMS
 
 dist: $(STAMP)

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import gc
+import importlib
 import logging
 import re
 import time
@@ -395,7 +396,7 @@ def _program(module: Any, example: tuple[Any, ...], *, opset: int, dynamic_batch
         )
 
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _promoted_as_traced(), torch.no_grad():
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
             return _translated_as_traced(program, translate) or translate(program)
     except Exception as error:  # torch wraps every failure of a traced model in types of its own
@@ -417,6 +418,41 @@ def _translated_as_traced(program: Any, translate: Callable[[Any], Any]) -> Any:
         return None
     finally:
         program.run_decompositions = decompose
+
+
+@contextlib.contextmanager
+def _promoted_as_traced() -> Iterator[None]:
+    """Torch's exporter takes tensors from the trace where it looks for operands whose types differ.
+
+    It would compute the shapes of all of them once more, a third of the export of a graph with open sizes; what it
+    changes itself is still computed.
+    """
+    try:
+        pass_: Any = importlib.import_module("torch.onnx._internal.fx.passes.type_promotion")
+        promoting = pass_._TypePromotionInterpreter
+    except (ImportError, AttributeError):  # another torch may do it otherwise
+        yield
+        return
+
+    class Traced(torch.fx.Interpreter):  # type: ignore[misc, name-defined]  # torch is imported lazily
+        unchanged: tuple[Any, ...] = ()
+
+        def run_node(self, node: Any) -> Any:
+            if "val" in node.meta and (node, node.target, node.args, node.kwargs) == self.unchanged:
+                return node.meta["val"]
+            return super().run_node(node)
+
+    # Torch's calls of super().run_node are those of Traced here; the base is known when it runs.
+    class Promoting(promoting, Traced):  # type: ignore[misc, valid-type]
+        def run_node(self, node: Any) -> Any:
+            self.unchanged = (node, node.target, node.args, node.kwargs)
+            return super().run_node(node)
+
+    pass_._TypePromotionInterpreter = Promoting
+    try:
+        yield
+    finally:
+        pass_._TypePromotionInterpreter = promoting
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             test._hypothesis_internal_use_settings = longer
 
 
+def pytest_runtest_setup() -> None:
+    """ONNX Script parses the source of each of its operators anew for each export, a quarter of a small model's.
+
+    What it reads there is their signatures, which stay what they are: they are read once a process.
+    """
+    traced = getattr(getattr(sys.modules.get("onnxscript"), "values", None), "TracedOnnxFunction", None)
+    signature = getattr(traced, "function_ir", None)
+    if isinstance(signature, property) and signature.fget and not hasattr(signature.fget, "cache_info"):
+        traced.function_ir = property(cache(signature.fget))
+
+
 @pytest.fixture(scope="module", params=["0", "1"], ids=["numpy", "compiled"])
 def host_path(request: pytest.FixtureRequest) -> Iterator[None]:
     """The host path's loops in NumPy, and compiled; with ``FCOS_DEPLOY_REQUIRE=native`` a missing library fails."""
@@ -88,7 +100,13 @@ def golden_dir() -> Path:
 @pytest.fixture(scope="session")
 def fill_weights() -> ModuleType:
     """The script that gives each tensor of a reference its deterministic values: ``fill(name, shape)``."""
-    spec = importlib.util.spec_from_file_location("golden_fill_weights", TESTS / "golden" / "_fill_weights.py")
+    return _module_of("golden/_fill_weights")
+
+
+def _module_of(name: str) -> ModuleType:
+    """The module of ``tests/NAME.py``."""
+    path = TESTS / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -194,15 +212,8 @@ def private_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 @pytest.fixture(scope="module")
 def short_measurements() -> Iterator[None]:
     """Speed is measured briefly and without new processes, for the tests of a module that look at no time."""
-    from fcos_deploy.benchmark import run
-    from fcos_deploy.benchmark.measure import ColdStart, TimingOptions
-
-    in_turns, brief = run.time_in_turns, TimingOptions(rounds=3, block=2, warmup=1)
-    cold_start = ColdStart(imported=0.1, opened=0.2, first_detection=0.3, peak_memory_mib=100.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "measure_cold_start", lambda *_: cold_start)
-        patch.setattr(run, "measure_throughput", lambda *_, **__: 10.0)
-        patch.setattr(run, "time_in_turns", lambda *models, **given: in_turns(*models, **{**given, "options": brief}))
+        _module_of("brief").measure_briefly(patch.setattr)
         yield
 
 
@@ -475,12 +486,7 @@ def blobs() -> list[NDArray[np.uint8]]:
 def mini_fcos() -> ModuleType:
     """``tests/mini_fcos.py``: ``write(path, seed=, spoil=)`` makes a hand-made float FCOS graph with known names."""
     pytest.importorskip("onnx")
-    spec = importlib.util.spec_from_file_location("mini_fcos", TESTS / "mini_fcos.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _module_of("mini_fcos")
 
 
 @pytest.fixture(scope="session")

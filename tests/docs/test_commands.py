@@ -276,7 +276,7 @@ def test_a_hint_is_followed_literally(workspace: Path) -> None:
     before = (
         "fcos-deploy sign --generate-key --key release.pem",
         "fcos-deploy verify cells --export unsigned.json",
-        "fcos-deploy quantize model.onnx --quantizer nncf --for openvino --images train -o x.xml",
+        "fcos-deploy build model.int8.onnx --backend openvino -o x.xml",
     )
     assert problems(before) == []
     for refused, words in HINTED:

@@ -350,8 +350,7 @@ def test_a_changed_option_or_file_remakes_what_depends_on_it_and_nothing_else(
     int8 = {"quantize-onnxruntime-cpu-raw", "quantize-portable-raw"}
     everything = {"export-fp32-raw", "calibrate-raw", *int8}
     assert remade(*limit) == (everything, 8)
-    assert remade(*limit) == (set(), 0), "the name of the bundle is its report's title"
-    assert remade(*limit, "--precision", "int8") == (set(), 0)
+    assert remade(*limit, "--precision", "int8") == (set(), 0), "nor for the name of the bundle, its report's title"
     assert remade("--min-match-rate", "0.05") == (int8, 0)
     with monkeypatch.context() as fewer:
         fewer.setattr(mixed_precision, "usable_cpus", lambda: 64)
@@ -368,8 +367,11 @@ def test_a_changed_option_or_file_remakes_what_depends_on_it_and_nothing_else(
 def test_without_other_images_and_annotations_agreement_is_the_goal_and_nothing_is_passed(
     tmp_path: Path, tiny_checkpoint: Path, smooth_images: Path
 ) -> None:
-    """Random weights sit on every threshold, so that plain INT8 does not reproduce all of their detections."""
-    limit = ("--min-match-rate", "0.9", "--judge", "point", "--json")
+    """Random weights sit on every threshold, so that plain INT8 does not reproduce all of their detections.
+
+    0.79 of them: the limit is a little more, which takes a few trials and not a dozen.
+    """
+    limit = ("--min-match-rate", "0.8", "--judge", "point", "--json")
     result = CliRunner().invoke(
         build_app(), _tiny_arguments(tiny_checkpoint, smooth_images, tmp_path / "bundle", *limit)
     )
@@ -385,7 +387,7 @@ def test_without_other_images_and_annotations_agreement_is_the_goal_and_nothing_
     for search in find_trade_offs([tmp_path / "bundle"]):
         chosen = next(trial for trial in search.trials if trial.ignored_layers == search.ignored_layers)
         assert search.quantity == "agreement with the float model's detections"
-        assert chosen.score >= 0.9
+        assert chosen.score >= 0.8
     copies = tmp_path / "copies"  # the same pixels in other files
     copies.mkdir()
     for path in smooth_images.rglob("*.png"):

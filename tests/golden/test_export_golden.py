@@ -64,7 +64,7 @@ def test_pytorch_gives_the_detections_of_the_library(parity: ModuleType, referen
 def test_exported_graphs_give_the_detections_of_the_library(parity: ModuleType, reference: Any) -> None:
     pytest.importorskip("openvino")
     tail = next(tail for name, tail in EXPORTED.items() if name in reference.name)
-    for _, backend, found in parity.measure(reference, [tail]):
+    for backend, found in parity.measure_exported(reference, tail):
         score, pixels = parity.BOUNDS[backend]
         assert found.score <= score, backend
         assert found.pixels <= pixels, backend

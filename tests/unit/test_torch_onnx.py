@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -112,6 +113,28 @@ def _detections(made: OnnxExport, *, batch: int, image: int) -> object:
     model = OnnxGraph(made.path).model
     outputs = open_model(model.SerializeToString()).run(_feeds(model, batch=batch))
     return postprocess(outputs, made.contract, index=image, input_size=SIZE, letterbox=LETTERBOX)
+
+
+def test_operands_are_promoted_as_in_a_graph_that_is_computed_once_more(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch looks for operands whose types differ, it takes what was traced, and computes what it changes."""
+    computed: list[Any] = []
+    call = torch.fx.Interpreter.call_function
+
+    def counted(interpreter: Any, target: Any, *arguments: Any) -> Any:
+        computed.append(target)
+        return call(interpreter, target, *arguments)
+
+    monkeypatch.setattr(torch.fx.Interpreter, "call_function", counted)
+    options = ExportOptions(tail=Tail.CANDIDATES, batch=None)
+    once, again = tmp_path / "once.onnx", tmp_path / "again.onnx"
+    export_onnx(load_checkpoint(tiny_checkpoint), once, options=options)
+    changed = len(computed)
+    monkeypatch.setattr(torch_onnx, "_promoted_as_traced", contextlib.nullcontext)
+    export_onnx(load_checkpoint(tiny_checkpoint), again, options=options)
+    assert once.read_bytes() == again.read_bytes()
+    assert changed < (len(computed) - changed) / 2
 
 
 def test_file_is_a_checked_onnx_model_with_the_contract(export: Callable[..., OnnxExport]) -> None:

@@ -2,19 +2,21 @@
 
     python benchmarks/deploy_time.py -o WORK [--calibration-count 40] [--backend onnxruntime]
     python benchmarks/deploy_time.py --resnet50 -o WORK --shortest 256 --longest 512 --calibration-count 8 --sample 8
-    python benchmarks/deploy_time.py CHECKPOINT -o WORK --calibration DIR --images DIR --annotations FILE \
-        [--shortest 256 --longest 512]
+    python benchmarks/deploy_time.py CHECKPOINT -o WORK [--calibration DIR --images DIR --annotations FILE] \
+        [--shortest 256 --longest 512 | --input-size 160x224] [--checkpoint-options FILE] [--min-match-rate 0]
 
-Without a checkpoint it is the demo detector; with ``--resnet50`` a ResNet-50 of 91 classes, with ``--mobilenet-v2`` a
-MobileNetV2 of 3, of random weights on the demo's images, of which nothing has to agree. The floor is the export, one
-calibration pass, one evaluation of every artifact at its measured latency, and the timed rounds. The portable INT8
-graph, from which other devices build, is an artifact too: it is timed on ONNX Runtime afterwards. Everything is of one
-run, so that other load on the machine lengthens both. On a machine that runs other things ``--processor-time``, on one
-core (``taskset -c 1 python ...``), counts what this process and those that it starts compute in place of the seconds
-that pass. Beside the seconds is the most memory that each stage took, and last that of a process that only detects with
-the float graph on ONNX Runtime (on Linux; elsewhere the most of the whole process so far). A last table has what the
-progress lines said after a tenth of their steps about the time that remained. Compiled models are kept in WORK, so that
-a second run finds those of the first, as a second deployment on a machine does.
+A checkpoint without images of its own is deployed on the demo's, where one of random weights agrees with nothing:
+``--min-match-rate 0``. Without a checkpoint it is the demo detector; with ``--resnet50`` a ResNet-50 of 91 classes,
+with ``--mobilenet-v2`` a MobileNetV2 of 3, of random weights on the demo's images, of which nothing has to agree. The
+floor is the export, one calibration pass, one evaluation of every artifact at its measured latency, and the timed
+rounds. The portable INT8 graph, from which other devices build, is an artifact too: it is timed on ONNX Runtime
+afterwards. Everything is of one run, so that other load on the machine lengthens both. On a machine that runs other
+things ``--processor-time``, on one core (``taskset -c 1 python ...``), counts what this process and those that it
+starts compute in place of the seconds that pass. Beside the seconds is the most memory that each stage took, and last
+that of a process that only detects with the float graph on ONNX Runtime (on Linux; elsewhere the most of the whole
+process so far). A last table has what the progress lines said after a tenth of their steps about the time that
+remained. Compiled models are kept in WORK, so that a second run finds those of the first, as a second deployment on a
+machine does.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ import fcos_deploy.pipeline.deploy as deploying
 from fcos_deploy.benchmark.measure import TimingOptions, measure_cold_start, peak_memory_mib, time_in_turns
 from fcos_deploy.bundle import open_bundle
 from fcos_deploy.cli import output
-from fcos_deploy.core.checkpoint_options import CheckpointOptions
+from fcos_deploy.cli.options import checkpoint_options_of
 from fcos_deploy.core.enums import ArtifactKind, Precision
 from fcos_deploy.core.image import list_images
 from fcos_deploy.core.progress import StageClock
@@ -54,10 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the bundle")
-    for name in ("--calibration", "--images", "--annotations"):
+    for name in ("--calibration", "--images", "--annotations", "--checkpoint-options"):
         parser.add_argument(name, type=Path)
     for name in ("--shortest", "--longest", "--calibration-count", "--sample"):
         parser.add_argument(name, type=int)
+    parser.add_argument("--input-size", help="height x width, such as 160x224")
     for name in ("--resnet50", "--mobilenet-v2"):
         parser.add_argument(name, action="store_true", help="in place of a checkpoint")
     parser.add_argument("--backend", action="append", default=[], help="default: every one of this machine")
@@ -71,17 +74,19 @@ def main() -> None:
     if asked.resnet50 or asked.mobilenet_v2:
         name = "resnet50" if asked.resnet50 else "mobilenet-v2"
         asked.checkpoint, asked.min_match_rate = random_weights(asked.output / f"{name}.safetensors", name), 0.0
-        asked.calibration, asked.images = DEMO_DATA / "calibration", DEMO_DATA / "evaluation"
     if asked.checkpoint is None:
         request = demo_request(asked.output / "bundle")
     else:
         request = DeployRequest(
             checkpoint=asked.checkpoint,
             output=asked.output / "bundle",
-            calibration_images=asked.calibration,
-            images=asked.images,
+            calibration_images=asked.calibration or DEMO_DATA / "calibration",
+            images=asked.images or DEMO_DATA / "evaluation",
             annotations=asked.annotations,
-            options=CheckpointOptions(shortest=asked.shortest, longest=asked.longest),
+            options=checkpoint_options_of(
+                {name: getattr(asked, name) for name in ("shortest", "longest", "input_size")},
+                file=asked.checkpoint_options,
+            ),
             max_map_drop=asked.max_map_drop if asked.annotations else None,
             min_match_rate=None if asked.annotations else asked.min_match_rate,
         )

@@ -8,11 +8,21 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["JetsonFacts", "MachineFacts", "is_jetson", "kernel_text", "read_machine", "usable_cpus", "utc_now"]
+__all__ = [
+    "JetsonFacts",
+    "MachineFacts",
+    "is_jetson",
+    "kernel_text",
+    "read_machine",
+    "return_free_memory",
+    "usable_cpus",
+    "utc_now",
+]
 
 _ROOT = Path("/")
 # Instructions that decide how fast int8 is, as /proc/cpuinfo names them.
@@ -112,6 +122,13 @@ def read_machine(root: Path = _ROOT) -> MachineFacts:
 def utc_now() -> str:
     """The time as records keep it, such as ``2026-01-31T09:30:00+00:00``."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system where the C library keeps it for later (glibc's ``malloc_trim``)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
 
 
 def usable_cpus(root: Path = _ROOT) -> int:

@@ -254,8 +254,7 @@ def search_mixed_precision(
         more = "more evaluations" if ranked else "export with --tail raw, where single layers can stay in float"
         raise AccuracyGateError(
             f"{message}\n{search.table()}",
-            hint=f"allow a larger drop or {more}, calibrate on other images, or use the float "
-            f"'{request.graph.source.path}'",
+            hint=f"allow a larger drop or {more}, calibrate on other images, or use the float model",
         )
     plan, model = search.quantized(chosen.ignored_layers)
     images = search.images(COMPARED_IMAGES)

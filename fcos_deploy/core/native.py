@@ -205,7 +205,7 @@ def _load() -> tuple[Native | None, str]:
             function.argtypes, function.restype = arguments, _COUNT
         interface = int(library.host_interface())
         exponential = _exponential()
-    except (OSError, AttributeError) as error:  # of another processor or C library; or of another version
+    except (OSError, AttributeError, ValueError) as error:  # of another processor, C library or version; a null pointer
         return None, f"'{_FILE}' does not load: {error}"
     if interface != _INTERFACE:
         return None, f"'{_FILE}' is of another version of fcos-deploy"

@@ -136,7 +136,7 @@ def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
     raise _mismatch(where, kind.__name__, value)
 
 
-_PLAIN = frozenset({str, int, float, bool})
+_PLAIN = frozenset({str, int, float, bool})  # what JSON has already
 
 
 def _convert_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -145,9 +145,7 @@ def _convert_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     kinds = (kinds[0],) * len(value) if kinds[1:] == (...,) else kinds
     if len(kinds) != len(value):
         raise _mismatch(where, f"an array of {len(kinds)}", value)
-    if kinds == tuple(map(type, value)) and _PLAIN.issuperset(
-        kinds
-    ):  # thousands of numbers: nothing is to be converted
+    if kinds == tuple(map(type, value)) and _PLAIN.issuperset(kinds):  # often thousands of numbers
         return tuple(value)
     return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
 

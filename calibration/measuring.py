@@ -218,9 +218,10 @@ def open_measuring(
                 f"Cannot write the graph of a calibration to '{folder}'.",
                 hint="make room there, or name another folder in TMPDIR",
             ) from error
-        ordered = in_order_of_release(onnx.load(str(optimized)))
+        del measuring  # Its weights, and those of the graph in order, are not needed beside the session's.
+        content = in_order_of_release(onnx.load(str(optimized))).SerializeToString()
     return runtimes.onnxruntime.open_model(
-        ordered.SerializeToString(),
+        content,
         threads=threads,
         optimization=runtimes.onnxruntime.GraphOptimization.DISABLED,
         order=runtimes.onnxruntime.NodeOrder.FILE,

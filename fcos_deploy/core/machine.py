@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ __all__ = [
     "is_jetson",
     "kernel_text",
     "read_machine",
-    "return_free_memory",
     "usable_cpus",
     "utc_now",
 ]
@@ -122,13 +120,6 @@ def read_machine(root: Path = _ROOT) -> MachineFacts:
 def utc_now() -> str:
     """The time as records keep it, such as ``2026-01-31T09:30:00+00:00``."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def return_free_memory() -> None:
-    """Give freed memory back to the system where the C library keeps it for later (glibc's ``malloc_trim``)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:
-        trim(0)
 
 
 def usable_cpus(root: Path = _ROOT) -> int:

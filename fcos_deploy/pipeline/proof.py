@@ -60,7 +60,7 @@ from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Gate, overall_outcome, undecided_because
 from fcos_deploy.core.image import read_image
 from fcos_deploy.core.libraries import recorded_versions, require
-from fcos_deploy.core.machine import read_machine, return_free_memory
+from fcos_deploy.core.machine import read_machine
 from fcos_deploy.core.progress import ProgressFn, no_progress
 from fcos_deploy.core.serialize import from_json, to_json
 from fcos_deploy.detector import Detector, DetectorSpec
@@ -134,7 +134,6 @@ def measure_accuracy(context: DeployContext, variants: list[Variant]) -> Evaluat
             ),
             progress=context.progress,
         )
-        return_free_memory()
     judged, note = [], context.source.note
     for variant, measured in zip(variants, evaluations.candidates, strict=True):
         exact = variant.artifact.precision is Precision.FP32 and variant.compute is ComputeType.F32

@@ -34,7 +34,6 @@ from fcos_deploy.core.exporter import BuildOptions, BuildRequest, BuildResult, g
 from fcos_deploy.core.files import sha256_file
 from fcos_deploy.core.gate import Finding, Gate, Judge, Severity
 from fcos_deploy.core.libraries import library_versions, recorded_versions
-from fcos_deploy.core.machine import return_free_memory
 from fcos_deploy.core.progress import ProgressFn, StageClock
 from fcos_deploy.core.serialize import to_json
 from fcos_deploy.detector import DetectorSpec
@@ -283,9 +282,7 @@ class DeployContext:
     ) -> StepResult:
         """A step that makes a model, or what goes into one: another bundle that made the same may lend it."""
         with self.stages.stage(stage):
-            result = self.writer.step(name, inputs=inputs, make=make, cache=self.cache)
-            return_free_memory()  # 400 MB after the calibration of a ResNet-50, which the later steps would add to
-            return result
+            return self.writer.step(name, inputs=inputs, make=make, cache=self.cache)
 
     def engine(self, graph: Path, *, backend: str) -> Path:
         """What ``backend`` runs of a graph: an engine where it has a builder for one, which is built once."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fcos_deploy.core.machine import MachineFacts, kernel_text, read_machine, return_free_memory, usable_cpus
+from fcos_deploy.core.machine import MachineFacts, read_machine, usable_cpus
 
 ORIN_RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
 XEON = "model name\t: Intel(R) Xeon(R) Platinum 8480+\nflags\t\t: fpu sse4_2 avx2 avx512_vnni amx_bf16 amx_int8\n"
@@ -204,18 +204,3 @@ def test_the_doctor_ends_with_a_report_whatever_the_driver_is(tmp_path: Path) ->
     assert findings["driver"]["health"] in ("absent", "works")
     assert findings["tensorrt"]["health"] != "works"
     assert findings["tensorrt"]["remedy"]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries return memory by themselves")
-def test_memory_that_was_freed_goes_back_to_the_system() -> None:
-    def resident_mib() -> float:
-        (line,) = (line for line in kernel_text(Path("/proc/self/status")).splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) / 1024
-
-    blocks = [b"x" * 3000 + bytes([number % 256]) for number in range(40_000)]  # 114 MiB, too small to be mapped alone
-    last = blocks[-1]  # which keeps the heap's end where it is
-    del blocks
-    before = resident_mib()
-    return_free_memory()
-    assert resident_mib() < before - 60
-    assert last

@@ -418,12 +418,12 @@ class _Search:
         The graph ends in raw outputs.
         """
         source = self._graph.source
-        feeder, least, seen = Feeder(source), _RANKING_IMAGES[0], 0
+        feeder, minimum, seen = Feeder(source), _RANKING_IMAGES[0], 0
         feeds: list[Tensors] = []
         reference: list[Tensors] = []
         with open_engine("onnxruntime", source.model) as session:
             for image in self.images(_RANKING_IMAGES[1]):
-                if len(feeds) >= least and seen >= _RANKING_LOCATIONS:
+                if len(feeds) >= minimum and seen >= _RANKING_LOCATIONS:
                     break
                 feeds.append(feeder(image))
                 reference.append(session.run(feeds[-1]))

@@ -87,16 +87,16 @@ class _Compiled:
     settings: frozenset[tuple[str, str]]
     folder: Path | None
 
-    def serves(self, other: _Compiled) -> bool:
-        """Whether that one is this one's exported form, imported with its own settings.
+    def serves(self, asked: _Compiled) -> bool:
+        """Whether ``asked`` is this one's exported form, imported with its own settings.
 
         OpenVINO's CPU plug-in transforms a model, which takes most of the time of compiling it, before it chooses
         kernels for a precision, streams and threads; what it exports is the model in between. Float16 changes the
         transformations.
         """
-        same = (self.model, self.device, self.folder) == (other.model, other.device, other.folder)
+        same = (self.model, self.device, self.folder) == (asked.model, asked.device, asked.folder)
         halves = ("INFERENCE_PRECISION_HINT", str(ComputeType.F16))
-        return same and self.device.startswith("CPU ") and halves not in self.settings | other.settings
+        return same and self.device.startswith("CPU ") and halves not in self.settings | asked.settings
 
 
 class _Request:

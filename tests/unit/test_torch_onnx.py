@@ -119,6 +119,7 @@ def test_operands_are_promoted_as_in_a_graph_that_is_computed_once_more(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where torch looks for operands whose types differ, it takes what was traced, and computes what it changes."""
+    pytest.importorskip("torch.onnx._internal.fx.passes.type_promotion")
     computed: list[Any] = []
     call = torch.fx.Interpreter.call_function
 

@@ -196,8 +196,9 @@ class _OpenVinoSession(Session):
     def _close(self) -> None:
         with self._ring_lock:
             # A model that stays in memory would keep its intermediate tensors, 107 MB at 800x1344.
-            if hasattr(self.compiled, "release_memory"):  # OpenVINO 2025.0
-                self.compiled.release_memory()
+            if hasattr(self.compiled, "release_memory"):  # not in OpenVINO 2025.0
+                with contextlib.suppress(RuntimeError):  # refused while another thread, or session, runs the model
+                    self.compiled.release_memory()
             self._ring = []
             self._requests = self.compiled = None  # type: ignore[assignment]  # every use looks first
 

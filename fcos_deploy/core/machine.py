@@ -12,15 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = [
-    "JetsonFacts",
-    "MachineFacts",
-    "is_jetson",
-    "kernel_text",
-    "read_machine",
-    "usable_cpus",
-    "utc_now",
-]
+__all__ = ["JetsonFacts", "MachineFacts", "is_jetson", "kernel_text", "read_machine", "usable_cpus", "utc_now"]
 
 _ROOT = Path("/")
 # Instructions that decide how fast int8 is, as /proc/cpuinfo names them.

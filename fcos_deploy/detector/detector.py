@@ -141,7 +141,7 @@ class Detector:
         self._class_limits = None if class_scores is None else _class_limits(class_scores, contract.class_names)
         self._feeds = _Feeds(session, contract, batch=batch)
         self._requests: PerThread[dict[tuple[int, ...], _Request]] = PerThread(dict)
-        self._turn = None if session.thread_safe else threading.Lock()
+        self._turn = contextlib.nullcontext() if session.thread_safe else threading.Lock()
         # One more than cores, so that one prepares while the others compute; twice as many may wait.
         self._gate = AsyncGate(workers=usable_cpus() + 1, places=2 * usable_cpus() + 2)
 
@@ -271,7 +271,7 @@ class Detector:
         """As ``detect``, and the seconds that preprocessing, the network and decoding took."""
         self.session.check_process()  # before the lock, which another thread may have held at the fork
         started = time.perf_counter()
-        pixels = (image if isinstance(image, np.ndarray) else self.read(image),)
+        pixels = (self.read(image),)
         request = self._request(pixels)
         request.write(pixels)
         (detections,), prepared, ran = self._run(request)
@@ -302,11 +302,8 @@ class Detector:
 
     def _run(self, request: _Request) -> tuple[list[Detections], float, float]:
         """As ``_Request.run``, in this session's turn, without detections of low scores."""
-        if self._turn is None:
+        with self._turn:
             detections, prepared, ran = request.run()
-        else:
-            with self._turn:
-                detections, prepared, ran = request.run()
         return self._reported(detections), prepared, ran
 
     def _run_in_turn(self, chunks: Sequence[Sequence[NDArray[np.uint8]]]) -> list[list[Detections]]:
@@ -319,7 +316,7 @@ class Detector:
 
     def _run_many(self, chunks: Sequence[Sequence[NDArray[np.uint8]]]) -> list[list[Detections]]:
         requests = [self._feeds.make(chunk) for chunk in chunks]
-        with self._turn or contextlib.nullcontext():
+        with self._turn:
             outputs = self.session.run_many([feeds for feeds, _ in requests])
             return [
                 self.finish(output, letterboxes) for output, (_, letterboxes) in zip(outputs, requests, strict=True)
@@ -358,7 +355,7 @@ class Detector:
     def infer(self, feeds: Tensors) -> Tensors:
         """Run the network on what ``prepare`` made; the outputs are the caller's own."""
         self.session.check_process()
-        with self._turn or contextlib.nullcontext():
+        with self._turn:
             return self.session.run(feeds)
 
     def finish(self, outputs: Tensors, letterboxes: Sequence[Letterbox]) -> list[Detections]:
@@ -390,7 +387,7 @@ class Detector:
         if self.session.forked:
             return
         self._gate.close()
-        with self._turn or contextlib.nullcontext():
+        with self._turn:
             self.session.close()
             self._requests = PerThread(dict)  # which hold on to the runtime
 

@@ -137,6 +137,29 @@ def test_a_closed_detector_refuses_coroutines(tiny_onnx: Path, blobs: Images) ->
     opened.close()
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_detector_is_closed_while_threads_detect(backend: str, tiny_onnx: Path, blobs: Images) -> None:
+    pytest.importorskip(backend)
+    for _ in range(3):
+        opened = Detector.open(tiny_onnx, backend=backend, options=SessionOptions(threads=1))
+        begun = threading.Barrier(4)
+
+        def detect(opened: Detector = opened, begun: threading.Barrier = begun) -> None:
+            opened.detect(blobs[0])
+            begun.wait()
+            while True:
+                opened.detect(blobs[0])
+
+        with ThreadPoolExecutor(3) as pool:
+            threads = [pool.submit(detect) for _ in range(3)]
+            begun.wait()
+            time.sleep(0.01)
+            opened.close()
+            for thread in threads:
+                with pytest.raises(BackendError, match="closed"):
+                    thread.result()
+
+
 class _Door:
     """Calls that wait until the door opens, and are counted."""
 
